@@ -1,0 +1,26 @@
+"""Hybrid language models with a named, editable hook point on everything they compute."""
+
+from hooked_hybrid import interventions
+from hooked_hybrid.cache import ActivationCache
+from hooked_hybrid.config import HybridConfig
+from hooked_hybrid.factored_matrix import FactoredMatrix
+from hooked_hybrid.generate import GenerationOutput
+from hooked_hybrid.hooked_root import HookedRootModule
+from hooked_hybrid.hooks import HookPoint
+from hooked_hybrid.model import HookedHybrid
+from hooked_hybrid.names import HookNameError, get_act_name
+from hooked_hybrid.state import HybridState
+
+__all__ = [
+    "ActivationCache",
+    "FactoredMatrix",
+    "GenerationOutput",
+    "HookNameError",
+    "HookPoint",
+    "HookedHybrid",
+    "HookedRootModule",
+    "HybridConfig",
+    "HybridState",
+    "get_act_name",
+    "interventions",
+]

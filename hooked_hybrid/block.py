@@ -1,0 +1,55 @@
+"""One residual block: the only place that adds to the residual stream."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from hooked_hybrid.config import HybridConfig, LayerConfig
+from hooked_hybrid.hooks import HookPoint
+from hooked_hybrid.layers import RMSNorm
+from hooked_hybrid.layout import Layout
+from hooked_hybrid.mixers import MIXERS
+from hooked_hybrid.mlps import MLPS
+from hooked_hybrid.shapes import Resid
+from hooked_hybrid.state import BlockState
+
+
+class Block(nn.Module):
+    """`resid_mid = resid_pre + mixer(ln1(resid_pre))`, then the same with the MLP.
+
+    The mixer lies at `attn` (attention, which also has `hook_attn_out`) or at `mixer`.
+    """
+
+    def __init__(self, cfg: HybridConfig, layer: LayerConfig) -> None:
+        super().__init__()
+        mixer = MIXERS[type(layer.mixer)]
+        self.mixer_path = str(mixer.path)
+        self.ln1 = RMSNorm(cfg.d_model, cfg.norm)
+        self.add_module(self.mixer_path, mixer(layer.mixer, cfg.d_model))
+        self.ln2 = RMSNorm(cfg.d_model, cfg.norm)
+        self.mlp = MLPS[type(layer.mlp)](layer.mlp, cfg.d_model)
+
+        for name in "resid_pre mixer_in mixer_out resid_mid mlp_in mlp_out resid_post".split():
+            self.add_module(f"hook_{name}", HookPoint("batch pos d_model"))
+        if self.mixer_path == "attn":
+            self.hook_attn_out = HookPoint("batch pos d_model")
+
+    @property
+    def any_mixer(self) -> nn.Module:
+        """The mixer, wherever it lies."""
+        return self.get_submodule(self.mixer_path)
+
+    def forward(
+        self, resid_pre: Resid, state: BlockState | None, layout: Layout
+    ) -> tuple[Resid, BlockState]:
+        """Return the residual stream after the block, and the mixer's new state."""
+        resid_pre = self.hook_resid_pre.branch(resid_pre)
+        mixer_out, state = self.any_mixer(
+            self.ln1(self.hook_mixer_in.branch(resid_pre)), state, layout
+        )
+        mixer_out = self.hook_mixer_out(mixer_out)
+        if self.mixer_path == "attn":
+            mixer_out = self.hook_attn_out.branch(mixer_out)
+        resid_mid = self.hook_resid_mid(resid_pre + mixer_out)
+        mlp_out = self.hook_mlp_out(self.mlp(self.ln2(self.hook_mlp_in.branch(resid_mid)), layout))
+        return self.hook_resid_post(resid_mid + mlp_out), state

@@ -1,0 +1,102 @@
+"""Refusing input that a forward would misread, before anything runs."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from hooked_hybrid.state import AttentionState, HybridState
+
+if TYPE_CHECKING:
+    from hooked_hybrid.model import HookedHybrid
+
+
+def checked_tokens(model: HookedHybrid, tokens: Any) -> Tensor:
+    """Return token ids [batch pos] on the model's device.
+
+    Raises:
+        ValueError: not integers, not one or two axes, empty, or outside the vocabulary.
+    """
+    tokens = torch.as_tensor(tokens)
+    if tokens.numel() == 0:
+        raise ValueError("the prompt is empty: give at least one token")
+    if tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool:
+        raise ValueError(f"token ids must be integers, not {tokens.dtype}")
+    if tokens.ndim == 1:
+        tokens = tokens[None]
+    if tokens.ndim != 2:
+        raise ValueError(f"tokens have shape {tuple(tokens.shape)}; give [batch pos] or [pos]")
+    low, high = (int(v) for v in torch.aminmax(tokens))
+    if low < 0 or high >= model.cfg.d_vocab:
+        raise ValueError(
+            f"token ids from {low} to {high}; this model knows 0 to {model.cfg.d_vocab - 1}"
+        )
+    return tokens.to(model.device, torch.long)
+
+
+def checked_resid(model: HookedHybrid, resid: Any) -> Tensor:
+    """Return a residual stream [batch pos d_model] for `start_at_layer`.
+
+    Raises:
+        ValueError: not floating point, or of another shape.
+    """
+    d_model = model.cfg.d_model
+    if (
+        not isinstance(resid, Tensor)
+        or not resid.is_floating_point()
+        or resid.ndim != 3
+        or resid.shape[2] != d_model
+    ):
+        shown = tuple(resid.shape) if isinstance(resid, Tensor) else type(resid).__name__
+        raise ValueError(
+            f"start_at_layer takes the residual stream [batch pos {d_model}], not {shown}"
+        )
+    return resid.to(model.device)
+
+
+def checked_state(model: HookedHybrid, state: HybridState | None, batch: int) -> None:
+    """Refuse a state that is not of this model, this batch and these devices.
+
+    Raises:
+        ValueError: saying which part does not fit.
+    """
+    if state is None:
+        return
+    if not isinstance(state, HybridState):
+        raise ValueError(f"state is a {type(state).__name__}; give a HybridState or None")
+    if state.batch_size != batch:
+        raise ValueError(
+            f"the state has {state.batch_size} rows and the input {batch}: use state.fork(n) or "
+            "state[rows]"
+        )
+    if len(state.blocks) != model.cfg.n_layers:
+        raise ValueError(
+            f"the state has {len(state.blocks)} blocks, this model {model.cfg.n_layers}: it is "
+            "another model's"
+        )
+    for i, (block, kept) in enumerate(zip(model.blocks, state.blocks, strict=True)):
+        parameter = next(block.parameters())
+        wanted = block.any_mixer.state_shapes()
+        got = {name: tuple(t.shape[2:] if _has_length(kept, name) else t.shape[1:]) for name, t in vars(kept).items()}
+        if got != wanted:
+            raise ValueError(
+                f"block {i} of the state has shapes {got}, this model {wanted}: it is another "
+                "model's"
+            )
+        for name, t in vars(kept).items():
+            if t.device != parameter.device:
+                raise ValueError(
+                    f"block {i} of the state lies on {t.device}, the model on {parameter.device}: "
+                    "use state.to(device)"
+                )
+            if name in ("k", "v", "conv") and t.dtype != parameter.dtype:
+                raise ValueError(
+                    f"block {i} of the state is {t.dtype}, the model {parameter.dtype}: use "
+                    "state.to(dtype=...)"
+                )
+
+
+def _has_length(block: object, name: str) -> bool:
+    return isinstance(block, AttentionState) and name in ("k", "v", "pos")

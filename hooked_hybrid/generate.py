@@ -1,0 +1,315 @@
+"""Prefill and decode: the same forward, over a state."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from hooked_hybrid.cache import ActivationCache
+from hooked_hybrid.checks import checked_state, checked_tokens
+from hooked_hybrid.hooked_root import HookSpec
+from hooked_hybrid.hooks import Stage
+from hooked_hybrid.layout import lay_out
+from hooked_hybrid.names import NameFilter
+from hooked_hybrid.recorder import Recorder
+from hooked_hybrid.sampling import Sampling
+from hooked_hybrid.state import HybridState
+from hooked_hybrid.text import PaddingSide
+
+if TYPE_CHECKING:
+    from hooked_hybrid.model import HookedHybrid
+
+GenerationReturn = Literal["input", "str", "tokens", "output"]
+
+
+@dataclass(frozen=True)
+class GenerationOutput:
+    """What `generate` returns with `return_type="output"`.
+
+    `tokens` are prompt and new tokens, rows padded on the left; `new_tokens` the new ones, padded
+    on the right after a row has finished. `text` is the text of each row's new tokens, without
+    end-of-sequence and up to a stop string, or None without a tokenizer. `logprobs` are those of
+    the new tokens under the model, in nats, 0 after the end. `state` stands after everything that
+    was read: each row's last new token was not. `cache` is what one forward over prompt and new
+    tokens would have left, with the effects of the hooks; positions that a finished row did not
+    read are zero. `finished` says which rows met an end before the limit.
+    """
+
+    tokens: Int[Tensor, "batch pos"]
+    new_tokens: Int[Tensor, "batch new"]
+    text: list[str] | None
+    logprobs: Float[Tensor, "batch new"]
+    state: HybridState
+    cache: ActivationCache | None
+    finished: Bool[Tensor, " batch"]
+
+
+@torch.no_grad()
+def generate(
+    model: HookedHybrid,
+    input: Any,
+    max_new_tokens: int = 10,
+    *,
+    fwd_hooks: Sequence[HookSpec] = (),
+    prefill_hooks: Sequence[HookSpec] = (),
+    generation_hooks: Sequence[HookSpec] = (),
+    first_token_stage: Literal["prefill", "generation"] = "prefill",
+    state: HybridState | None = None,
+    attention_mask: Int[Tensor, "batch pos"] | None = None,
+    names_filter: NameFilter | Literal[True] | None = None,
+    do_sample: bool = False,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    generator: torch.Generator | None = None,
+    stop_at_eos: bool = True,
+    eos_token_id: int | Sequence[int] | None = None,
+    stop_strings: str | Sequence[str] = (),
+    prepend_bos: bool | None = None,
+    padding_side: PaddingSide | None = None,
+    return_type: GenerationReturn = "input",
+    verbose: bool = True,
+) -> Any:
+    """Continue prompts token by token, with hooks live in every forward.
+
+    Args:
+        model: runs the forwards.
+        input: tokens [batch pos] or [pos], a text, or several.
+        max_new_tokens: tokens added to each row at most.
+        fwd_hooks: attached throughout.
+        prefill_hooks, generation_hooks: attached after `fwd_hooks`, in one stage only.
+        first_token_stage: which stage chooses the first new token. "prefill" reads the whole
+            prompt in it (Hugging Face); "generation" leaves the last prompt token to a step of
+            its own (Google's sampler), so that generation hooks act on the first new token too.
+        state: what the prompts continue from; it is not changed.
+        attention_mask: 1 at tokens, 0 at padding; rows padded on the right are moved to the right
+            end, so that new tokens follow old ones.
+        names_filter: what to keep of the activations: None for nothing, True for every point but
+            the large ones, or a name, several, or a predicate.
+        do_sample: draw tokens; else the most likely one is taken.
+        temperature, top_k, top_p: of drawing.
+        generator: source of randomness; None uses torch's global one.
+        stop_at_eos: end a row at an end-of-sequence token.
+        eos_token_id: instead of the model's own.
+        stop_strings: end a row when its new text holds one of these; needs a tokenizer.
+        prepend_bos, padding_side: for text; BOS is not added when continuing from a state.
+        return_type: "tokens" (prompt and new), "str" (their text), "output"
+            (`GenerationOutput`), or "input" for the kind that came in.
+        verbose: show a progress bar.
+
+    Returns:
+        By `return_type`. A single text in gives a single text out.
+
+    Raises:
+        ValueError: options that do not go together, or input that would be misread.
+        HookNameError: a hook or filter that matches nothing; then nothing has run.
+    """
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens={max_new_tokens}: give 1 or more")
+    if first_token_stage not in ("prefill", "generation"):
+        raise ValueError(f"first_token_stage={first_token_stage!r}: give 'prefill' or 'generation'")
+    if return_type not in ("input", "str", "tokens", "output"):
+        raise ValueError(f"return_type={return_type!r}: give 'input', 'str', 'tokens' or 'output'")
+    sampling = Sampling(do_sample, temperature, top_k, top_p, generator)
+    stop_strings = [stop_strings] if isinstance(stop_strings, str) else list(stop_strings)
+    is_text = isinstance(input, str) or (isinstance(input, (list, tuple)) and isinstance(input[0], str))
+    if return_type == "input":
+        return_type = "str" if is_text else "tokens"
+    if return_type == "str" or stop_strings:
+        _ = model.text  # raises without a tokenizer, before any work
+    model.check_hooks_to_add((*fwd_hooks, *prefill_hooks, *generation_hooks))
+
+    tokens, mask = _prompt(model, input, is_text, attention_mask, state, prepend_bos, padding_side)
+    checked_state(model, state, tokens.shape[0])
+    recorder = None if names_filter is None else Recorder(model, names_filter, tokens, mask, state)
+    decoder = _Decoder(
+        model, tokens, mask, state, sampling, _eos(model, stop_at_eos, eos_token_id), stop_strings
+    )
+    bar = tqdm(total=max_new_tokens, desc="generating", unit="tok", disable=not verbose, leave=False)
+    with bar, model.hooks(fwd_hooks):
+        with model.hooks(prefill_hooks), _watching(recorder):
+            decoder.prefill(last_token_too=first_token_stage == "prefill")
+        with model.hooks(generation_hooks), _watching(recorder):
+            decoder.decode(max_new_tokens, bar)
+    return decoder.result(return_type, is_single=isinstance(input, str), recorder=recorder)
+
+
+class _Decoder:
+    """The rows of one `generate` call; finished rows are dropped from later forwards."""
+
+    def __init__(
+        self,
+        model: HookedHybrid,
+        tokens: Int[Tensor, "batch pos"],
+        mask: Int[Tensor, "batch pos"] | None,
+        state: HybridState | None,
+        sampling: Sampling,
+        eos: Sequence[int],
+        stop_strings: list[str],
+    ) -> None:
+        self.model, self.tokens, self.mask, self.state = model, tokens, mask, state
+        self.sampling, self.stop_strings = sampling, stop_strings
+        self.eos = torch.tensor(list(eos), device=tokens.device, dtype=torch.long)
+        self.batch = tokens.shape[0]
+        self.rows = torch.arange(self.batch, device=tokens.device)
+        self.step = 0
+        self.logits: Tensor | None = None
+        self.new: list[Tensor] = []
+        self.logprobs: list[Tensor] = []
+        self.finished = torch.zeros(self.batch, dtype=torch.bool, device=tokens.device)
+        self.ended: list[tuple[Tensor, HybridState]] = []
+
+    def prefill(self, last_token_too: bool) -> None:
+        """Read the prompt, all of it or all but its last token."""
+        n_pos = self.tokens.shape[1] - (0 if last_token_too else 1)
+        if n_pos:
+            mask = None if self.mask is None else self.mask[:, :n_pos]
+            self._read(self.tokens[:, :n_pos], mask, "prefill", wants_logits=last_token_too)
+
+    def decode(self, max_new_tokens: int, bar: Any) -> None:
+        """Choose a token, read it, and so on, until all rows have ended."""
+        if self.logits is None:
+            self._read(self.tokens[:, -1:], None, "generation")
+        for i in range(max_new_tokens):
+            chosen = self._choose()
+            bar.update()
+            if i + 1 == max_new_tokens or not self.rows.numel():
+                break
+            self._read(chosen, None, "generation")
+
+    def _read(
+        self, tokens: Tensor, mask: Tensor | None, stage: Stage, wants_logits: bool = True
+    ) -> None:
+        self.step += stage == "generation"
+        layout = lay_out(
+            *tokens.shape, tokens.device, self.state, mask, None, stage, self.step, self.rows,
+            allow_empty_rows=True,
+        )  # fmt: skip
+        whole = self.model.hook_dict["unembed.hook_logits"].is_hooked
+        logits, self.state = self.model.run_layout(
+            tokens,
+            layout,
+            self.state,
+            return_type="logits" if wants_logits or whole else None,
+            logits_to_keep=None if whole else 1,
+        )
+        self.logits = logits[:, -1] if wants_logits else None
+
+    def _choose(self) -> Tensor:
+        """Append a token to every row that goes on; return those that still go on after it."""
+        assert self.logits is not None and self.state is not None
+        chosen, logprobs = self.sampling.choose(self.logits)
+        pad = self.eos[0] if self.eos.numel() else self.tokens.new_zeros(())
+        self.new.append(pad.repeat(self.batch).index_copy(0, self.rows, chosen))
+        self.logprobs.append(
+            logprobs.new_zeros(self.batch).index_copy(0, self.rows, logprobs)
+        )
+        ends = torch.isin(chosen, self.eos) | self._meets_stop_string()
+        if not bool(ends.any()):
+            return chosen[:, None]
+        self.finished[self.rows[ends]] = True
+        self.ended.append((self.rows[ends], self.state[ends]))
+        self.rows, self.state = self.rows[~ends], self.state[~ends]
+        return chosen[~ends][:, None]
+
+    def _meets_stop_string(self) -> Tensor:
+        if not self.stop_strings:
+            return torch.zeros_like(self.rows, dtype=torch.bool)
+        new = torch.stack(self.new, dim=1)[self.rows].tolist()
+        texts = [self.model.text.decode(row) for row in new]
+        return torch.tensor(
+            [any(s in t for s in self.stop_strings) for t in texts], device=self.rows.device
+        )
+
+    def result(
+        self, return_type: str, is_single: bool, recorder: Recorder | None
+    ) -> GenerationOutput | Tensor | str | list[str]:
+        """Return what was asked for."""
+        new = torch.stack(self.new, dim=1)
+        tokens = torch.cat([self.tokens, new], dim=1)
+        if return_type == "tokens":
+            return tokens
+        texts = None if self.model.tokenizer is None else self._texts(new)
+        if return_type == "str":
+            whole = [self._prompt_text(row) + text for row, text in enumerate(texts or ())]
+            return whole[0] if is_single else whole
+        return GenerationOutput(
+            tokens=tokens,
+            new_tokens=new,
+            text=texts,
+            logprobs=torch.stack(self.logprobs, dim=1),
+            state=self._final_state(),
+            cache=None if recorder is None else recorder.cache(),
+            finished=self.finished,
+        )
+
+    def _final_state(self) -> HybridState:
+        assert self.state is not None
+        if not self.ended:
+            return self.state
+        parts = [*self.ended, (self.rows, self.state)]
+        rows = torch.cat([rows for rows, _ in parts])
+        return HybridState.cat([state for _, state in parts])[rows.argsort()]
+
+    def _texts(self, new: Tensor) -> list[str]:
+        """Return each row's new text, without EOS and what follows a stop string."""
+        eos, texts = set(self.eos.tolist()), []
+        for row in new.tolist():
+            length = next((i for i, token in enumerate(row) if token in eos), len(row))
+            text = self.model.text.decode(row[:length])
+            cuts = [text.find(s) for s in self.stop_strings if s in text]
+            texts.append(text[: min(cuts)] if cuts else text)
+        return texts
+
+    def _prompt_text(self, row: int) -> str:
+        ids = self.tokens[row] if self.mask is None else self.tokens[row][self.mask[row] > 0]
+        return self.model.text.decode(ids.tolist(), skip_special_tokens=True)
+
+
+def _prompt(
+    model: HookedHybrid,
+    input: Any,
+    is_text: bool,
+    attention_mask: Tensor | None,
+    state: HybridState | None,
+    prepend_bos: bool | None,
+    padding_side: PaddingSide | None,
+) -> tuple[Tensor, Tensor | None]:
+    """Return tokens whose rows end at the right edge, and their mask if any is padded."""
+    if is_text:
+        if attention_mask is not None:
+            raise ValueError("text brings its own mask: pass tokens with attention_mask")
+        prepend = False if state is not None and prepend_bos is None else prepend_bos
+        input, attention_mask = model._encode(input, prepend, padding_side or "left")
+    tokens = checked_tokens(model, input)
+    if attention_mask is None:
+        return tokens, None
+    layout = lay_out(*tokens.shape, tokens.device, state, attention_mask, None)
+    if not layout.has_padding:
+        return tokens, None
+    order = layout.is_real.int().argsort(dim=1, stable=True)
+    return tokens.gather(1, order), layout.is_real.long().gather(1, order)
+
+
+def _eos(
+    model: HookedHybrid, stop_at_eos: bool, eos_token_id: int | Sequence[int] | None
+) -> Sequence[int]:
+    if not stop_at_eos:
+        return ()
+    if eos_token_id is not None:
+        return [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id)
+    return model.cfg.eos_token_ids if model.tokenizer is None else model.text.eos
+
+
+def _watching(recorder: Recorder | None) -> AbstractContextManager[Any]:
+    return nullcontext() if recorder is None else recorder.watching()
+
+
+__all__ = ["GenerationOutput", "generate"]

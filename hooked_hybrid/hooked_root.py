@@ -1,0 +1,341 @@
+"""`HookedRootModule`: running any module with hooks on its `HookPoint`s, and caching them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from hooked_hybrid.hooks import Direction, HookFn, HookPoint, LensHandle, RunHolder, watcher
+from hooked_hybrid.names import NameFilter, matching
+from hooked_hybrid.slicing import PosSlice, slice_axis
+
+HookSpec = tuple[NameFilter, HookFn]
+"""A hook and where it goes: `(name | names | predicate, fn)`."""
+
+
+class HookedRootModule(nn.Module):
+    """A module whose hook points are found by name.
+
+    Call `setup()` at the end of the constructor.
+    """
+
+    mod_dict: dict[str, nn.Module]
+    hook_dict: dict[str, HookPoint]
+
+    def setup(self) -> None:
+        """Name every hook point by its path and collect them in `hook_dict`."""
+        self.mod_dict = {name: module for name, module in self.named_modules() if name}
+        self.hook_dict = {n: m for n, m in self.mod_dict.items() if isinstance(m, HookPoint)}
+        self.run_holder = RunHolder()
+        self.context_level = 0
+        for name, point in self.hook_dict.items():
+            point.name = name
+            point._holder = self.run_holder
+
+    # --- attaching --------------------------------------------------------------------------
+
+    def hook_points(self) -> Iterable[HookPoint]:
+        """Every hook point, in the order of the modules."""
+        return self.hook_dict.values()
+
+    def list_hooks(self) -> list[LensHandle]:
+        """Every attached function, with its point (`.point.name`) and direction."""
+        return [h for p in self.hook_points() for h in (*p.fwd_hooks, *p.bwd_hooks)]
+
+    def add_hook(
+        self,
+        name: NameFilter,
+        hook: HookFn,
+        dir: Direction = "fwd",
+        is_permanent: bool = False,
+        level: int | None = None,
+        prepend: bool = False,
+    ) -> list[LensHandle]:
+        """Attach `hook` to every point that `name` selects; see `HookPoint.add_hook`.
+
+        Raises:
+            HookNameError: nothing is selected; the message lists the nearest names.
+        """
+        return [
+            self.hook_dict[n].add_hook(hook, dir, is_permanent, level, prepend)
+            for n in matching(name, self.hook_dict)
+        ]
+
+    def add_perma_hook(
+        self, name: NameFilter, hook: HookFn, dir: Direction = "fwd"
+    ) -> list[LensHandle]:
+        """Attach a hook that survives `reset_hooks`."""
+        return self.add_hook(name, hook, dir, is_permanent=True)
+
+    def check_hooks_to_add(
+        self, fwd_hooks: Sequence[HookSpec] = (), bwd_hooks: Sequence[HookSpec] = ()
+    ) -> None:
+        """Raise what attaching these would raise, and attach none.
+
+        Raises:
+            HookNameError: a name that does not exist, or a predicate that is true of none.
+            TypeError: an entry that is not a pair of a selector and a function.
+        """
+        for spec in (*fwd_hooks, *bwd_hooks):
+            if not isinstance(spec, Sequence) or len(spec) != 2 or not callable(spec[1]):
+                raise TypeError(f"a hook is a pair (name | predicate, function), not {spec!r}")
+            matching(spec[0], self.hook_dict)
+
+    @contextmanager
+    def hooks(
+        self,
+        fwd_hooks: Sequence[HookSpec] = (),
+        bwd_hooks: Sequence[HookSpec] = (),
+        reset_hooks_end: bool = True,
+        clear_contexts: bool = False,
+    ) -> Iterator[HookedRootModule]:
+        """Attach hooks for the length of a `with` block, then remove these and no others.
+
+        Args:
+            fwd_hooks: pairs (name | names | predicate, fn), called in this order.
+            bwd_hooks: the same, for gradients.
+            reset_hooks_end: False leaves them attached.
+            clear_contexts: also empty every point's `ctx` at the end.
+
+        Raises:
+            HookNameError: a selector that matches nothing; then none is attached.
+        """
+        self.check_hooks_to_add(fwd_hooks, bwd_hooks)
+        self.context_level += 1
+        added: list[LensHandle] = []
+        try:
+            for specs, direction in ((fwd_hooks, "fwd"), (bwd_hooks, "bwd")):
+                for name, hook in specs:
+                    added += self.add_hook(name, hook, direction, level=self.context_level)  # type: ignore[arg-type]
+            yield self
+        finally:
+            self.context_level -= 1
+            if reset_hooks_end:
+                for handle in added:
+                    handle.remove()
+            if clear_contexts:
+                self.clear_contexts()
+
+    def reset_hooks(
+        self,
+        clear_contexts: bool = True,
+        direction: Literal["fwd", "bwd", "both"] = "both",
+        including_permanent: bool = False,
+        level: int | None = None,
+    ) -> None:
+        """Detach every hook, permanent ones only when told."""
+        self.remove_all_hook_fns(direction, including_permanent, level)
+        if clear_contexts:
+            self.clear_contexts()
+
+    def remove_all_hook_fns(
+        self,
+        direction: Literal["fwd", "bwd", "both"] = "both",
+        including_permanent: bool = False,
+        level: int | None = None,
+    ) -> None:
+        """Detach every hook and leave every `ctx` as it is."""
+        for point in self.hook_points():
+            point.remove_hooks(direction, including_permanent, level)
+
+    def clear_contexts(self) -> None:
+        """Empty `ctx` of every hook point."""
+        for point in self.hook_points():
+            point.clear_context()
+
+    # --- running ----------------------------------------------------------------------------
+
+    def run_with_hooks(
+        self,
+        *args: Any,
+        fwd_hooks: Sequence[HookSpec] = (),
+        bwd_hooks: Sequence[HookSpec] = (),
+        reset_hooks_end: bool = True,
+        clear_contexts: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        """Run the forward once with hooks attached; see `hooks` and the forward's own arguments.
+
+        Backward hooks need the backward pass inside the same scope: use `hooks` for those, or
+        `reset_hooks_end=False`. They are attached all the same, as the graph of this forward
+        remembers them.
+        """
+        with self.hooks(fwd_hooks, bwd_hooks, reset_hooks_end, clear_contexts):
+            return self(*args, **kwargs)
+
+    def run_with_cache(
+        self,
+        *args: Any,
+        names_filter: NameFilter | None = None,
+        pos_slice: PosSlice = None,
+        device: torch.device | str | None = None,
+        incl_bwd: bool = False,
+        metric: Callable[[Any], Tensor] | None = None,
+        remove_batch_dim: bool = False,
+        reset_hooks_end: bool = True,
+        clear_contexts: bool = False,
+        **kwargs: Any,
+    ) -> tuple[Any, Any]:
+        """Run the forward once and keep what passes the hook points.
+
+        Args:
+            args: positional arguments of the forward.
+            names_filter: one name, several, or a predicate. None keeps every point but the large
+                ones, which are kept when named.
+            pos_slice: positions to keep, on the position (query) axis: an int (the axis goes), a
+                slice, a tuple `(start, stop)`, or a list of indices.
+            device: where the cache is put; None leaves each value where it is.
+            incl_bwd: also keep the gradient of the target at each point, as name + "_grad".
+                The `.grad` of parameters is not touched.
+            metric: target of the gradients, a scalar function of the forward's output.
+            remove_batch_dim: drop the batch axis, which must have length 1.
+            reset_hooks_end: False leaves the caching hooks attached.
+            clear_contexts: also empty every point's `ctx` at the end.
+            kwargs: keyword arguments of the forward.
+
+        Returns:
+            The forward's output and the cache. Gradients are those of the hooked values as used
+            downstream.
+
+        Raises:
+            HookNameError: the filter matches nothing.
+            ValueError: `incl_bwd` without a metric on an output that is not a scalar.
+        """
+        cache: dict[str, Tensor] = {}
+        saver = _Saver(cache, pos_slice, device, remove_batch_dim)
+        added = self._watch(names_filter, saver, incl_bwd)
+        try:
+            if not incl_bwd:
+                out = self(*args, **kwargs)
+            else:
+                with torch.enable_grad(), _frozen(self):
+                    out = self(*args, **kwargs)
+                    self._target(out, metric, *args, **kwargs).backward()
+                out = _detached(out)
+        finally:
+            if reset_hooks_end:
+                for handle in added:
+                    handle.remove()
+            if clear_contexts:
+                self.clear_contexts()
+        return out, self._wrap_cache(cache, has_batch_dim=not remove_batch_dim)
+
+    def add_caching_hooks(
+        self,
+        names_filter: NameFilter | None = None,
+        incl_bwd: bool = False,
+        device: torch.device | str | None = None,
+        remove_batch_dim: bool = False,
+        cache: MutableMapping[str, Tensor] | None = None,
+        pos_slice: PosSlice = None,
+    ) -> MutableMapping[str, Tensor]:
+        """Attach caching hooks and return the dict they fill; `reset_hooks` detaches them."""
+        cache = {} if cache is None else cache
+        self._watch(names_filter, _Saver(cache, pos_slice, device, remove_batch_dim), incl_bwd)
+        return cache
+
+    def get_caching_hooks(
+        self,
+        names_filter: NameFilter | None = None,
+        incl_bwd: bool = False,
+        device: torch.device | str | None = None,
+        remove_batch_dim: bool = False,
+        cache: MutableMapping[str, Tensor] | None = None,
+        pos_slice: PosSlice = None,
+    ) -> tuple[MutableMapping[str, Tensor], list[HookSpec], list[HookSpec]]:
+        """Return a dict, and the forward and backward hooks that would fill it."""
+        cache = {} if cache is None else cache
+        saver = _Saver(cache, pos_slice, device, remove_batch_dim)
+        names = self._cached_names(names_filter)
+        fwd: list[HookSpec] = [(name, saver.save) for name in names]
+        bwd: list[HookSpec] = [(name, saver.save_grad) for name in names if incl_bwd]
+        return cache, fwd, bwd
+
+    # --- inside -----------------------------------------------------------------------------
+
+    def _cached_names(self, names_filter: NameFilter | None) -> list[str]:
+        if names_filter is None:
+            return [name for name, point in self.hook_dict.items() if not point.is_large]
+        return matching(names_filter, self.hook_dict)
+
+    def _watch(
+        self, names_filter: NameFilter | None, saver: _Saver, incl_bwd: bool
+    ) -> list[LensHandle]:
+        added = []
+        for name in self._cached_names(names_filter):
+            point = self.hook_dict[name]
+            added.append(point.add_hook(saver.save, "fwd"))
+            if incl_bwd and not point.is_integer:
+                added.append(point.add_hook(saver.save_grad, "bwd"))
+        return added
+
+    def _target(
+        self, out: Any, metric: Callable[[Any], Tensor] | None, *args: Any, **kwargs: Any
+    ) -> Tensor:
+        """Return the scalar whose gradients are cached; a model may have a default."""
+        target = out if metric is None else metric(out)
+        if not isinstance(target, Tensor) or target.numel() != 1:
+            raise ValueError("incl_bwd needs a scalar to differentiate: give metric=fn(output)")
+        return target
+
+    def _wrap_cache(self, cache: dict[str, Tensor], has_batch_dim: bool) -> Any:
+        """Return the cache in the form the model hands out."""
+        return cache
+
+
+class _Saver:
+    """Watchers that put detached values and gradients into a dict."""
+
+    def __init__(
+        self,
+        cache: MutableMapping[str, Tensor],
+        pos_slice: PosSlice,
+        device: torch.device | str | None,
+        remove_batch_dim: bool,
+    ) -> None:
+        self.cache, self.pos_slice = cache, pos_slice
+        self.device, self.remove_batch_dim = device, remove_batch_dim
+
+    @watcher
+    def save(self, value: Tensor, hook: HookPoint) -> None:
+        self.cache[str(hook.name)] = self._kept(value, hook)
+
+    @watcher
+    def save_grad(self, grad: Tensor, hook: HookPoint) -> None:
+        self.cache[f"{hook.name}_grad"] = self._kept(grad, hook)
+
+    def _kept(self, value: Tensor, hook: HookPoint) -> Tensor:
+        value = value.detach()
+        if self.pos_slice is not None:
+            # A copy, so that the positions left out do not stay in memory.
+            value = slice_axis(value, self.pos_slice, hook.pos_dim).clone()
+        if self.remove_batch_dim:
+            if value.shape[0] != 1:
+                raise ValueError(
+                    f"remove_batch_dim needs one row; {hook.name!r} has {value.shape[0]}"
+                )
+            value = value[0]
+        return value if self.device is None else value.to(self.device)
+
+
+@contextmanager
+def _frozen(module: nn.Module) -> Iterator[None]:
+    """Keep parameters out of the graph: hook points start it, and no `.grad` is filled."""
+    trainable = [p for p in module.parameters() if p.requires_grad]
+    for p in trainable:
+        p.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for p in trainable:
+            p.requires_grad_(True)
+
+
+def _detached(out: Any) -> Any:
+    if isinstance(out, Tensor):
+        return out.detach()
+    return tuple(_detached(o) for o in out) if type(out) is tuple else out

@@ -1,0 +1,229 @@
+"""The parts that every kind of layer is made of: projections, norms, embedding, convolution."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from hooked_hybrid.config import Activation, HybridConfig, NormConfig, RotaryConfig
+from hooked_hybrid.hooks import HookPoint
+from hooked_hybrid.layout import Layout
+from hooked_hybrid.shapes import Logits, Resid, Tokens
+
+INIT_STD = 0.02
+
+
+class Linear(nn.Module):
+    """`x @ W + b`. `W` is [d_in, d_out]; the storage, `weight`, is its transpose."""
+
+    def __init__(self, d_in: int, d_out: int, bias: bool) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(d_out, d_in))
+        self.bias = nn.Parameter(torch.empty(d_out)) if bias else None
+
+    def reset_parameters(self) -> None:
+        """Draw the weight from N(0, 1 / d_in); the bias is zero."""
+        nn.init.normal_(self.weight, std=self.weight.shape[1] ** -0.5)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    @property
+    def W(self) -> Float[Tensor, "d_in d_out"]:
+        """The matrix as used: `x @ W`."""
+        return self.weight.T
+
+    def forward(self, x: Float[Tensor, "... d_in"]) -> Float[Tensor, "... d_out"]:
+        """Return `x @ W + b`."""
+        return linear(x, self.weight, self.bias)
+
+
+class BlockDiagonalLinear(nn.Module):
+    """A linear map that keeps blocks of channels apart: `W` is [gate_block, in, out]."""
+
+    def __init__(self, n_blocks: int, width: int) -> None:
+        super().__init__()
+        d_block = width // n_blocks
+        self.weight = nn.Parameter(torch.empty(n_blocks, d_block, d_block))
+        self.bias = nn.Parameter(torch.empty(n_blocks, d_block))
+
+    def reset_parameters(self) -> None:
+        """Draw the weight from N(0, 1 / d_block); the bias is zero."""
+        nn.init.normal_(self.weight, std=self.weight.shape[1] ** -0.5)
+        nn.init.zeros_(self.bias)
+
+    def forward(self, x: Float[Tensor, "batch pos d_rnn"]) -> Float[Tensor, "batch pos d_rnn"]:
+        """Return each block of channels times its own matrix."""
+        blocks = x.unflatten(-1, self.bias.shape)
+        return (torch.einsum("bsgi,gij->bsgj", blocks, self.weight) + self.bias).flatten(-2)
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm, `x / hook_scale * weight`.
+
+    The sum of squares is taken in fp32. Style "one_plus_weight" (RecurrentGemma in transformers)
+    multiplies by `1 + weight` in fp32 and rounds once, after it; style "weight" (Llama, Jamba)
+    rounds before. Google's own code works in the model's dtype throughout: equal in fp32, and
+    apart by a bf16 rounding in bf16.
+    """
+
+    def __init__(self, d_model: int, cfg: NormConfig) -> None:
+        super().__init__()
+        self.eps = cfg.eps
+        self.adds_one = cfg.style == "one_plus_weight"
+        self.weight = nn.Parameter(torch.empty(d_model))
+        self.hook_scale = HookPoint("batch pos 1")
+        self.hook_normalized = HookPoint("batch pos d_model")
+
+    def reset_parameters(self) -> None:
+        """Start as a norm without a weight."""
+        nn.init.constant_(self.weight, 0.0 if self.adds_one else 1.0)
+
+    @property
+    def w(self) -> Float[Tensor, " d_model"]:
+        """The factor that multiplies the normalised values, fp32 where one is added to it."""
+        return 1 + _at_least_fp32(self.weight) if self.adds_one else self.weight
+
+    def forward(self, x: Resid) -> Resid:
+        """Return the normalised and weighted values in the dtype of `x`."""
+        wide = _at_least_fp32(x)
+        scale = self.hook_scale((wide.square().mean(-1, keepdim=True) + self.eps).sqrt())
+        normalized = wide / scale
+        if not self.adds_one:
+            normalized = normalized.to(x.dtype)
+        return (self.hook_normalized(normalized) * self.w).to(x.dtype)
+
+
+class Embed(nn.Module):
+    """Rows of `W_E`, times sqrt(d_model) rounded to bfloat16 where the config says so.
+
+    The rounding is part of the published models in every dtype: sqrt(2560) = 50.596 is 50.5.
+    """
+
+    def __init__(self, cfg: HybridConfig) -> None:
+        super().__init__()
+        self.W_E = nn.Parameter(torch.empty(cfg.d_vocab, cfg.d_model))
+        scale = torch.tensor(cfg.d_model**0.5, device="cpu").bfloat16().item()
+        self.scale = scale if cfg.scale_embedding else None
+
+    def reset_parameters(self) -> None:
+        """Draw embeddings so that the residual stream starts with entries of order one."""
+        nn.init.normal_(self.W_E, std=1.0 if self.scale is None else 1 / self.scale)
+
+    def forward(self, tokens: Tokens) -> Resid:
+        """Return the embedding of each token."""
+        x = self.W_E[tokens]
+        return x if self.scale is None else x * self.scale
+
+
+class Unembed(nn.Module):
+    """`soft_cap(x @ W_U)`; `weight` is None where the embedding is used again."""
+
+    def __init__(self, cfg: HybridConfig) -> None:
+        super().__init__()
+        self.soft_cap = cfg.logits_soft_cap
+        self.weight = (
+            None if cfg.tied_embedding else nn.Parameter(torch.empty(cfg.d_vocab, cfg.d_model))
+        )
+        self.hook_logits = HookPoint("batch pos d_vocab")
+
+    def reset_parameters(self) -> None:
+        """Draw an untied unembedding from N(0, 1 / d_model)."""
+        if self.weight is not None:
+            nn.init.normal_(self.weight, std=self.weight.shape[1] ** -0.5)
+
+    def forward(self, x: Resid, W_E: Float[Tensor, "d_vocab d_model"]) -> Logits:
+        """Return logits: `cap * tanh(logits / cap)` under a soft cap."""
+        logits = self.hook_logits(linear(x, W_E if self.weight is None else self.weight))
+        if self.soft_cap is None:
+            return logits
+        return self.soft_cap * torch.tanh(logits / self.soft_cap)
+
+
+class CausalConv1d(nn.Module):
+    """Depthwise convolution over the last `d_conv` positions; the last tap is the current one."""
+
+    def __init__(self, d_conv: int, channels: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(d_conv, channels))
+        self.bias = nn.Parameter(torch.empty(channels))
+
+    def reset_parameters(self) -> None:
+        """Draw taps from N(0, 1 / d_conv); the bias is zero."""
+        nn.init.normal_(self.weight, std=self.weight.shape[0] ** -0.5)
+        nn.init.zeros_(self.bias)
+
+    def initial_state(self, u: Float[Tensor, "batch pos channel"]) -> Float[Tensor, "batch tap channel"]:
+        """Return the zeros that stand before a sequence."""
+        return u.new_zeros(u.shape[0], self.weight.shape[0] - 1, u.shape[2])
+
+    def forward(
+        self,
+        u: Float[Tensor, "batch pos channel"],
+        state: Float[Tensor, "batch tap channel"],
+        layout: Layout,
+    ) -> tuple[Float[Tensor, "batch pos channel"], Float[Tensor, "batch tap channel"]]:
+        """Return `b + sum_j w_j u_{t-j}` and the inputs that later positions need.
+
+        Nothing is read across the start of a document. `u` must be zero at padding.
+        """
+        n_past = state.shape[1]
+        is_real = torch.cat([layout.is_real.new_ones(u.shape[0], n_past), layout.is_real], dim=1)
+        docs = layout.key_docs(n_past)
+        after = layout.last_real(torch.cat([state, u], dim=1), is_real, n_past)
+        if docs is not None and layout.last_doc is not None:
+            other = layout.last_real(docs, is_real, n_past) != layout.last_doc
+            after = after.masked_fill(other[..., None], 0)
+        if not layout.has_padding:
+            return self._taps(torch.cat([state, u], dim=1), docs), after
+        # Padding on the left of a continued row must not part its tokens from the state.
+        order = (~layout.is_real).int().argsort(dim=1, stable=True)
+        packed = u.gather(1, order[..., None].expand_as(u))
+        if docs is not None:
+            docs = torch.cat([docs[:, :n_past], docs[:, n_past:].gather(1, order)], dim=1)
+        y = self._taps(torch.cat([state, packed], dim=1), docs)
+        return y.gather(1, order.argsort(dim=1)[..., None].expand_as(y)), after
+
+    def _taps(
+        self,
+        inputs: Float[Tensor, "batch n channel"],
+        docs: Int[Tensor, "batch n"] | None,
+    ) -> Float[Tensor, "batch pos channel"]:
+        n_taps = self.weight.shape[0]
+        n_pos = inputs.shape[1] - (n_taps - 1)
+        y = inputs[:, n_taps - 1 :] * self.weight[-1] + self.bias
+        for tap in range(n_taps - 1):
+            x = inputs[:, tap : tap + n_pos]
+            if docs is not None:
+                same = docs[:, tap : tap + n_pos] == docs[:, n_taps - 1 :]
+                x = x.masked_fill(~same[..., None], 0)
+            y = y + x * self.weight[tap]
+        return y
+
+
+def rotate(
+    x: Float[Tensor, "batch pos n d_head"], pos: Int[Tensor, "batch pos"], cfg: RotaryConfig
+) -> Float[Tensor, "batch pos n d_head"]:
+    """Return `x` with its first `d_rotary` channels rotated by position.
+
+    Channel i is paired with channel i + d_rotary / 2; angles are in fp32, their sines and cosines
+    in the dtype of `x`. Source: RoFormer (Su et al. 2021), in the layout of GPT-NeoX.
+    """
+    half = cfg.d_rotary // 2
+    exponent = torch.arange(half, device=x.device, dtype=torch.float32) / half
+    angle = pos[..., None].float() * cfg.theta**-exponent
+    cos, sin = angle.cos().to(x.dtype)[:, :, None], angle.sin().to(x.dtype)[:, :, None]
+    first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+    return torch.cat([first * cos - second * sin, second * cos + first * sin, rest], dim=-1)
+
+
+def activate(x: Tensor, name: Activation) -> Tensor:
+    """Return the nonlinearity of `x`; gelu is the tanh approximation, as in the references."""
+    if name == "gelu_tanh":
+        return nn.functional.gelu(x, approximate="tanh")
+    return nn.functional.silu(x)
+
+
+def _at_least_fp32(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -1,0 +1,132 @@
+"""Griffin's recurrent block (De et al. 2024, section 2.4), its RG-LRU and its two branches.
+
+    y = gelu(x W_y + b_y)                                  gate branch
+    u = conv4(x W_x + b_x)                                 recurrent branch, no activation
+    i = sigmoid(u W_i + b_i);  r = sigmoid(u W_r + b_r)    block-diagonal gates
+    log a = -8 r softplus(a_param)
+    h_t = a_t h_{t-1} + sqrt(1 - a_t^2) i_t u_t            fp32
+    out = (h * y) W_out + b_out
+
+At the first position of a document the past is dropped (a = 0) and the write is not scaled
+(i u alone), as in the published models.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn.functional import softplus
+
+from hooked_hybrid.config import RGLRUConfig
+from hooked_hybrid.hooks import HookPoint
+from hooked_hybrid.layers import BlockDiagonalLinear, CausalConv1d, Linear, activate
+from hooked_hybrid.layout import Layout
+from hooked_hybrid.scan import hooked_scan
+from hooked_hybrid.shapes import Channels, Resid
+from hooked_hybrid.state import RecurrentState
+
+DECAY_STRENGTH = 8.0
+MAX_SQRT_GRADIENT = 1000.0
+
+
+class RGLRU(nn.Module):
+    """The recurrent block around a real-gated linear recurrent unit."""
+
+    path = "mixer"
+
+    def __init__(self, cfg: RGLRUConfig, d_model: int) -> None:
+        super().__init__()
+        self.cfg = cfg
+        self.linear_x = Linear(d_model, cfg.d_rnn, bias=True)
+        self.linear_y = Linear(d_model, cfg.d_rnn, bias=True)
+        self.linear_out = Linear(cfg.d_rnn, d_model, bias=True)
+        self.conv = CausalConv1d(cfg.d_conv, cfg.d_rnn)
+        self.input_gate = BlockDiagonalLinear(cfg.n_gate_blocks, cfg.d_rnn)
+        self.rec_gate = BlockDiagonalLinear(cfg.n_gate_blocks, cfg.d_rnn)
+        self.a_param = nn.Parameter(torch.empty(cfg.d_rnn))
+
+        self.hook_in_proj = HookPoint("batch pos d_rnn")
+        self.hook_gate = HookPoint("batch pos d_rnn")
+        self.hook_conv = HookPoint("batch pos d_rnn")
+        self.hook_input_gate = HookPoint("batch pos d_rnn")
+        self.hook_rec_gate = HookPoint("batch pos d_rnn")
+        self.hook_log_decay = HookPoint("batch pos d_rnn")
+        self.hook_ssm_write = HookPoint("batch pos d_rnn")
+        self.hook_ssm_state = HookPoint("batch pos d_rnn", lazy=True)
+        self.hook_ssm_y = HookPoint("batch pos d_rnn")
+        self.hook_gated = HookPoint("batch pos d_rnn")
+
+    def reset_parameters(self) -> None:
+        """Draw decays at r = 1 uniformly (in a^2) from 0.9 to 0.999, as Griffin does."""
+        with torch.no_grad():
+            a_squared = torch.empty_like(self.a_param).uniform_(0.9**2, 0.999**2)
+            target = -a_squared.log() / 2 / DECAY_STRENGTH
+            self.a_param.copy_(torch.log(torch.expm1(target)))
+
+    def forward(
+        self, x: Resid, state: RecurrentState | None, layout: Layout
+    ) -> tuple[Resid, RecurrentState]:
+        """Return what the block writes, and its state after the last token of each row."""
+        gate = self.hook_gate(activate(self.linear_y(x), "gelu_tanh"))
+        u = layout.zero_padding(self.hook_in_proj(self.linear_x(x)))
+        conv_state = self.conv.initial_state(u) if state is None else state.conv
+        u, conv_state = self.conv(u, conv_state, layout)
+        h = self._recur(self.hook_conv(u), state, layout)
+        y = self.hook_ssm_y(h.to(x.dtype))
+        return self.linear_out(self.hook_gated(y * gate)), RecurrentState(conv_state, h[:, -1].clone())
+
+    def state_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of this layer's state, without the batch."""
+        return {"conv": (self.cfg.d_conv - 1, self.cfg.d_rnn), "ssm": (self.cfg.d_rnn,)}
+
+    def _recur(self, u: Channels, state: RecurrentState | None, layout: Layout) -> Channels:
+        """Return the RG-LRU's state at every position; padding writes and forgets nothing."""
+        input_gate = self.hook_input_gate(self.input_gate(u).sigmoid())
+        rec_gate = self.hook_rec_gate(self.rec_gate(u).sigmoid())
+        log_a = -DECAY_STRENGTH * rec_gate * softplus(self.a_param)
+        log_a = layout.zero_padding(self._checked_decay(self.hook_log_decay(log_a)))
+        is_start = layout.is_start[..., None]
+
+        scale = sqrt_bounded(1 - torch.exp(2 * log_a)).masked_fill(is_start, 1)
+        write = layout.zero_padding(u * input_gate * scale)
+        write = self.hook_ssm_write(write, constrain=layout.zero_padding)
+
+        wide = torch.promote_types(u.dtype, torch.float32)
+        a = torch.exp(log_a).masked_fill(is_start, 0).to(wide)
+        h0 = torch.zeros_like(a[:, 0]) if state is None else state.ssm
+        return hooked_scan(a, write.to(wide), h0, self.hook_ssm_state, layout)
+
+    def _checked_decay(self, log_a: Channels) -> Channels:
+        if self.hook_log_decay.has_editors and bool((log_a > 0).any()):
+            raise ValueError(
+                f"a hook on {self.hook_log_decay.name!r} set a log decay of {log_a.max():.3g}; it "
+                "must be 0 (keep everything) or less, down to minus infinity (forget everything)"
+            )
+        return log_a
+
+
+class _SqrtBounded(torch.autograd.Function):
+    """A square root whose gradient is at most `MAX_SQRT_GRADIENT`, also at 0."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return torch.sqrt(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return grad / torch.sqrt(torch.clamp_min(4 * x, MAX_SQRT_GRADIENT**-2))
+
+
+def sqrt_bounded(x: Tensor) -> Tensor:
+    """Return sqrt(x) with a gradient bounded by 1000.
+
+    A decay of 1 has 1 - a^2 = 0, where the true gradient is infinite. Source: Griffin, appendix A;
+    both reference implementations bound it at 1000 too.
+    """
+    return _SqrtBounded.apply(x)

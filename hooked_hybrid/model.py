@@ -1,0 +1,472 @@
+"""`HookedHybrid`: embed -> blocks -> ln_final -> unembed, with a hook point on everything."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from hooked_hybrid.block import Block
+from hooked_hybrid.cache import ActivationCache
+from hooked_hybrid.checks import checked_resid, checked_state, checked_tokens
+from hooked_hybrid.config import HybridConfig
+from hooked_hybrid.generate import GenerationOutput, generate
+from hooked_hybrid.hooked_root import HookedRootModule
+from hooked_hybrid.hooks import HookPoint, Stage
+from hooked_hybrid.layers import Embed, RMSNorm, Unembed
+from hooked_hybrid.layout import Layout, lay_out
+from hooked_hybrid.loss import next_token_loss
+from hooked_hybrid.plan import piece_length
+from hooked_hybrid.shapes import Resid, Tokens
+from hooked_hybrid.state import BlockState, HybridState
+from hooked_hybrid.text import PaddingSide, Text
+
+ReturnType = Literal["logits", "loss", "both"]
+Input = str | Sequence[str] | Sequence[int] | Tensor
+
+
+class LayerStack(NamedTuple):
+    """Weights of several layers in one tensor, with the layers they come from."""
+
+    layers: tuple[int, ...]
+    weight: Float[Tensor, "layer ..."]
+
+
+class HookedHybrid(HookedRootModule):
+    """A hybrid language model whose every intermediate value has a name and can be edited.
+
+    `HookedHybrid(cfg)` draws random weights; `from_pretrained`, `from_hf` and `meta` do not.
+
+    Args:
+        cfg: what the model is.
+        tokenizer: a Hugging Face tokenizer; None for a model that takes tokens only.
+        device, dtype: of the parameters.
+    """
+
+    def __init__(
+        self,
+        cfg: HybridConfig,
+        tokenizer: Any = None,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__()
+        self.cfg = cfg
+        self.tokenizer = tokenizer
+        with torch.device("meta"):
+            self.embed = Embed(cfg)
+            self.hook_embed = HookPoint("batch pos d_model")
+            self.blocks = nn.ModuleList(Block(cfg, layer) for layer in cfg.layers)
+            self.ln_final = RMSNorm(cfg.d_model, cfg.norm)
+            self.unembed = Unembed(cfg)
+        self.to(dtype)
+        self.setup()
+        if torch.device(device).type != "meta":
+            self.to_empty(device=device)
+            self.reset_parameters()
+
+    @classmethod
+    def meta(cls, cfg: HybridConfig, dtype: torch.dtype = torch.float32) -> HookedHybrid:
+        """Return the model without any memory for its weights: shapes, names and counts."""
+        return cls(cfg, device="meta", dtype=dtype)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: str | os.PathLike[str],
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        tokenizer: Any = None,
+        revision: str | None = None,
+        **config_overrides: Any,
+    ) -> HookedHybrid:
+        """Load a checkpoint.
+
+        Args:
+            name_or_path: a Hugging Face hub id, a `save_pretrained` directory (sharded or not), or
+                one of Google's `.pt` files, or a directory that holds one.
+            dtype: of the parameters; the files may hold another.
+            device: where the parameters go.
+            tokenizer: used instead of the checkpoint's own.
+            revision: branch, tag or commit on the hub.
+            config_overrides: `n_keys`, `logits_soft_cap`, ...; see `HybridConfig.with_overrides`.
+
+        Raises:
+            weights_conversion.CheckpointError: what is wrong with the checkpoint, by name.
+        """
+        from weights_conversion import load
+
+        return load(
+            name_or_path,
+            dtype=dtype,
+            device=device,
+            tokenizer=tokenizer,
+            revision=revision,
+            **config_overrides,
+        )
+
+    @classmethod
+    def from_hf(
+        cls,
+        hf_model: Any,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        tokenizer: Any = None,
+        **config_overrides: Any,
+    ) -> HookedHybrid:
+        """Copy a `transformers` model that is in memory; dtype and device default to its own."""
+        from weights_conversion import from_hf
+
+        return from_hf(hf_model, dtype, device, tokenizer, **config_overrides)
+
+    def save_pretrained(
+        self, directory: str | os.PathLike[str], max_shard_size: int = 5_000_000_000
+    ) -> None:
+        """Write a directory that `transformers` and `from_pretrained` load.
+
+        Args:
+            directory: must not hold a checkpoint yet.
+            max_shard_size: bytes in one file; a larger model is sharded.
+
+        Raises:
+            FileExistsError: the directory holds a checkpoint.
+        """
+        from weights_conversion import save
+
+        save(self, directory, max_shard_size)
+
+    def reset_parameters(self) -> None:
+        """Draw every parameter anew."""
+        for module in self.modules():
+            if module is not self and hasattr(module, "reset_parameters"):
+                module.reset_parameters()
+
+    # --- what there is --------------------------------------------------------------------------
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the embedding."""
+        return self.embed.W_E.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the embedding."""
+        return self.embed.W_E.dtype
+
+    @property
+    def W_E(self) -> Float[Tensor, "d_vocab d_model"]:
+        """The embedding, before its scale."""
+        return self.embed.W_E
+
+    @property
+    def W_U(self) -> Float[Tensor, "d_model d_vocab"]:
+        """The unembedding, after the final norm."""
+        return (self.W_E if self.unembed.weight is None else self.unembed.weight).T
+
+    def stack(self, name: str) -> LayerStack:
+        """Return one weight of every layer that has it, stacked, with the list of these layers.
+
+        Args:
+            name: below the block, such as `"attn.W_Q"`, `"mlp.W_in"` or `"mixer.a_param"`.
+
+        Raises:
+            AttributeError: no layer has it, or its shape differs between layers.
+        """
+        found = {i: w for i, b in enumerate(self.blocks) if (w := _reach(b, name)) is not None}
+        if len(shapes := {tuple(w.shape) for w in found.values()}) != 1:
+            raise AttributeError(
+                f"no layer has {name!r}" if not shapes else f"{name!r} has shapes {sorted(shapes)}"
+            )
+        return LayerStack(tuple(found), torch.stack(list(found.values())))
+
+    @property
+    def W_Q(self) -> LayerStack:
+        """[layer head d_model d_head] of the attention layers."""
+        return self.stack("attn.W_Q")
+
+    @property
+    def W_K(self) -> LayerStack:
+        """[layer kv_head d_model d_head] of the attention layers."""
+        return self.stack("attn.W_K")
+
+    @property
+    def W_V(self) -> LayerStack:
+        """[layer kv_head d_model d_head] of the attention layers."""
+        return self.stack("attn.W_V")
+
+    @property
+    def W_O(self) -> LayerStack:
+        """[layer head d_head d_model] of the attention layers."""
+        return self.stack("attn.W_O")
+
+    # --- text -----------------------------------------------------------------------------------
+
+    @property
+    def text(self) -> Text:
+        """The tokenizer with this model's special tokens.
+
+        Raises:
+            ValueError: the model has no tokenizer.
+        """
+        if self.tokenizer is None:
+            raise ValueError(
+                "this model has no tokenizer: pass tokens, or load it with tokenizer=..."
+            )
+        return Text(self.tokenizer, self.cfg)
+
+    def to_tokens(
+        self,
+        input: str | Sequence[str],
+        prepend_bos: bool | None = None,
+        padding_side: PaddingSide | None = None,
+        move_to_device: bool = True,
+        truncate: bool = True,
+    ) -> Tokens:
+        """Return the tokens of a text, or of several, padded on the right unless told.
+
+        The mask of padded rows is not returned; passing the strings themselves to the model or to
+        `generate` keeps it.
+        """
+        tokens, _ = self._encode(input, prepend_bos, padding_side or "right")
+        if truncate and self.cfg.n_ctx is not None:
+            tokens = tokens[:, : self.cfg.n_ctx]
+        return tokens.to(self.device) if move_to_device else tokens
+
+    def to_string(self, tokens: Int[Tensor, "..."] | Sequence[int]) -> str | list[str]:
+        """Return the text of a row of tokens, or the texts of several rows."""
+        tokens = torch.as_tensor(tokens)
+        if tokens.ndim == 2:
+            return [self.text.decode(row) for row in tokens.tolist()]
+        return self.text.decode(tokens.reshape(-1).tolist())
+
+    def to_str_tokens(self, input: Input, prepend_bos: bool | None = None) -> list[str]:
+        """Return each token of one text, or of one row of tokens, as a string."""
+        tokens = self.to_tokens(input, prepend_bos) if isinstance(input, str) else input
+        return [self.text.decode([t]) for t in torch.as_tensor(tokens).reshape(-1).tolist()]
+
+    def to_single_token(self, string: str) -> int:
+        """Return the token that a string is.
+
+        Raises:
+            ValueError: it is several tokens, or none.
+        """
+        ids = self.text.encode(string, prepend_bos=False)
+        if len(ids) != 1:
+            raise ValueError(f"{string!r} is {len(ids)} tokens, {ids}, not one")
+        return ids[0]
+
+    # --- the forward ----------------------------------------------------------------------------
+
+    def forward(
+        self,
+        input: Input,
+        return_type: ReturnType | None = "logits",
+        *,
+        loss_per_token: bool = False,
+        logits_to_keep: int | None = None,
+        attention_mask: Int[Tensor, "batch pos"] | None = None,
+        segment_ids: Int[Tensor, "batch pos"] | None = None,
+        state: HybridState | None = None,
+        return_state: bool = False,
+        stage: Stage = "forward",
+        step: int = 0,
+        rows: Int[Tensor, " batch"] | None = None,
+        start_at_layer: int | None = None,
+        stop_at_layer: int | None = None,
+        prepend_bos: bool | None = None,
+        padding_side: PaddingSide | None = None,
+    ) -> Any:
+        """Run the model.
+
+        Args:
+            input: tokens [batch pos] or [pos], a text or several; with `start_at_layer`, the
+                residual stream [batch pos d_model] entering that layer.
+            return_type: "logits" [batch pos d_vocab]; "loss", the mean next-token loss in nats;
+                "both", the two in a tuple; None computes neither.
+            loss_per_token: the loss of each token [batch pos-1], 0 where nothing is predicted.
+            logits_to_keep: logits of the last so many positions only.
+            attention_mask: 1 at tokens, 0 at padding on the left or right of a row.
+            segment_ids: document of each token, 0 at padding; nothing crosses a boundary.
+            state: what the rows continue from; it is not changed.
+            return_state: return `(that, state after the last token of each row)`.
+            stage, step, rows: what `hook.run` says of this forward.
+            start_at_layer, stop_at_layer: run these blocks only, as a slice; with `stop_at_layer`
+                the residual stream entering that layer is returned.
+            prepend_bos, padding_side: for text.
+
+        Raises:
+            ValueError: an input that would be misread; the message says what to give instead.
+        """
+        if isinstance(input, str) or _is_texts(input):
+            if attention_mask is not None or segment_ids is not None:
+                raise ValueError("text brings its own mask: pass tokens with a mask, or text alone")
+            input, attention_mask = self._encode(input, prepend_bos, padding_side or "right")
+        partial = start_at_layer is not None or stop_at_layer is not None
+        if partial and (state is not None or return_state):
+            raise ValueError("a state holds every layer: leave start_at_layer, stop_at_layer out")
+        if return_type not in ("logits", "loss", "both", None):
+            raise ValueError(f"return_type={return_type!r}: give 'logits', 'loss', 'both' or None")
+
+        check = checked_tokens if start_at_layer is None else checked_resid
+        x = check(self, input)
+        checked_state(self, state, x.shape[0])
+        layout = lay_out(
+            *x.shape[:2], x.device, state, attention_mask, segment_ids, stage, step, rows
+        )
+        if partial:
+            layers = range(self.cfg.n_layers)[start_at_layer:stop_at_layer]
+            tokens = x if start_at_layer is None else None
+            with self._running(layout):
+                resid = x if tokens is None else self.hook_embed(self.embed(tokens))
+                resid, _ = self._run_blocks(resid, None, layout, layers)
+                if stop_at_layer is not None:
+                    return resid
+                return self._read_out(
+                    resid, tokens, layout, return_type, loss_per_token, logits_to_keep
+                )
+        out, after = self.run_layout(
+            x, layout, state, return_type, loss_per_token, logits_to_keep
+        )
+        return (out, after) if return_state else out
+
+    def run_layout(
+        self,
+        tokens: Tokens,
+        layout: Layout,
+        state: HybridState | None = None,
+        return_type: ReturnType | None = "logits",
+        loss_per_token: bool = False,
+        logits_to_keep: int | None = None,
+    ) -> tuple[Any, HybridState]:
+        """Run tokens that are checked and laid out already; `forward` does both first.
+
+        Returns:
+            What `return_type` asks for, and the state after the last token of each row.
+        """
+        with self._running(layout):
+            resid = self.hook_embed(self.embed(tokens))
+            resid, blocks = self._run_blocks(resid, state, layout, range(self.cfg.n_layers))
+            out = self._read_out(
+                resid, tokens, layout, return_type, loss_per_token, logits_to_keep
+            )
+        n_seen = None if layout.n_before is None else layout.n_before + layout.length
+        return out, HybridState(blocks, layout.next_pos, layout.segment, n_seen)
+
+    @contextmanager
+    def _running(self, layout: Layout) -> Iterator[None]:
+        """Let hooks see this layout's run, and the outer one again afterwards."""
+        outer, self.run_holder.run = self.run_holder.run, layout.run
+        try:
+            yield
+        finally:
+            self.run_holder.run = outer
+
+    def _run_blocks(
+        self, resid: Resid, state: HybridState | None, layout: Layout, layers: range
+    ) -> tuple[Resid, tuple[BlockState, ...]]:
+        """Return the residual stream after some blocks, in pieces where the hooks allow it."""
+        piece = piece_length(layout.length, self.hook_points())
+        states = [None if state is None else state.blocks[i] for i in layers]
+        done = []
+        for start in range(0, layout.length, piece):
+            part = layout.piece(start, start + piece)
+            self.run_holder.run = part.run
+            x = resid[:, start : start + piece]
+            for i, layer in enumerate(layers):
+                x, states[i] = self.blocks[layer](x, states[i], part)
+            done.append(x)
+        self.run_holder.run = layout.run
+        return done[0] if len(done) == 1 else torch.cat(done, dim=1), tuple(states)  # type: ignore[arg-type]
+
+    def _read_out(
+        self,
+        resid: Resid,
+        tokens: Tokens | None,
+        layout: Layout,
+        return_type: ReturnType | None,
+        loss_per_token: bool,
+        logits_to_keep: int | None,
+    ) -> Any:
+        """Return logits, loss, both or nothing from the last residual stream."""
+        if return_type is None:
+            return None
+        if logits_to_keep is not None and not 1 <= logits_to_keep <= layout.length:
+            raise ValueError(f"logits_to_keep={logits_to_keep}: there are {layout.length} positions")
+        normalized = self.ln_final(resid)[:, -(logits_to_keep or 0) :]
+        logits = self.unembed(normalized, self.embed.W_E)
+        if return_type == "logits":
+            return logits
+        if tokens is None:
+            raise ValueError("a loss needs tokens: with start_at_layer ask for logits")
+        loss = next_token_loss(logits, tokens, layout, loss_per_token)
+        return loss if return_type == "loss" else (logits, loss)
+
+    def generate(self, input: Input, max_new_tokens: int = 10, **options: Any) -> Any:
+        """Continue prompts; see `hooked_hybrid.generate.generate` for every option."""
+        return generate(self, input, max_new_tokens, **options)
+
+    def loss_fn(
+        self,
+        logits: Float[Tensor, "batch pos d_vocab"],
+        tokens: Tokens,
+        attention_mask: Int[Tensor, "batch pos"] | None = None,
+        per_token: bool = False,
+    ) -> Tensor:
+        """Return the next-token loss, in nats, of logits computed before."""
+        layout = lay_out(*tokens.shape, tokens.device, None, attention_mask, None)
+        return next_token_loss(logits, tokens, layout, per_token)
+
+    # --- inside ---------------------------------------------------------------------------------
+
+    def _encode(
+        self, input: Any, prepend_bos: bool | None, padding_side: PaddingSide
+    ) -> tuple[Tensor, Tensor | None]:
+        prepend = self.cfg.default_prepend_bos if prepend_bos is None else prepend_bos
+        texts = [input] if isinstance(input, str) else list(input)
+        if prepend_bos is None and self.text.bos is None:
+            prepend = False
+        return self.text.batch(texts, prepend, padding_side)
+
+    def _target(
+        self, out: Any, metric: Callable[[Any], Tensor] | None, *args: Any, **kwargs: Any
+    ) -> Tensor:
+        """Return `metric(logits)`, or the loss where no metric is given."""
+        if kwargs.get("return_state"):
+            out = out[0]
+        if kwargs.get("return_type") == "both":
+            out = out[0] if metric else out[1]
+        if metric is not None or out.numel() == 1:
+            return super()._target(out, metric)
+        if out.ndim != 3 or kwargs.get("start_at_layer") or kwargs.get("stop_at_layer"):
+            return super()._target(out, metric)
+        input, mask = args[0] if args else kwargs["input"], kwargs.get("attention_mask")
+        if isinstance(input, str) or _is_texts(input):
+            input, mask = self._encode(
+                input, kwargs.get("prepend_bos"), kwargs.get("padding_side") or "right"
+            )
+        tokens = checked_tokens(self, input)
+        layout = lay_out(*tokens.shape, tokens.device, None, mask, kwargs.get("segment_ids"))
+        return next_token_loss(out, tokens, layout)
+
+    def _wrap_cache(self, cache: dict[str, Tensor], has_batch_dim: bool) -> ActivationCache:
+        return ActivationCache(cache, self, has_batch_dim)
+
+
+def _is_texts(input: Any) -> bool:
+    return isinstance(input, (list, tuple)) and bool(input) and isinstance(input[0], str)
+
+
+def _reach(block: nn.Module, path: str) -> Tensor | None:
+    """Return the tensor below a block at a dotted path, or None."""
+    found: Any = block
+    for part in path.split("."):
+        found = getattr(found, part, None)
+    return found if isinstance(found, Tensor) else None
+
+
+__all__ = ["GenerationOutput", "HookedHybrid", "LayerStack"]

@@ -1,0 +1,179 @@
+"""The linear recurrence h_t = a_t h_{t-1} + x_t: one definition, one fast twin, and its hook.
+
+`scan_loop` is the definition. `scan` is what layers call: the same values to rounding, in two
+passes over chunks, with a backward pass of its own that is the same scan run backwards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from hooked_hybrid.hooks import HookPoint, LensHandle, positions_of
+from hooked_hybrid.layout import Layout
+
+CHUNK = 32
+States = Float[Tensor, "batch pos *channels"]
+State = Float[Tensor, "batch *channels"]
+
+
+def scan_loop(a: States, x: States, h0: State) -> States:
+    """Return every state of h_t = a_t h_{t-1} + x_t, one step at a time: the definition.
+
+    Args:
+        a: decays, 0 where the past is forgotten.
+        x: what is written.
+        h0: the state before the first position.
+    """
+    h, states = h0, []
+    for a_t, x_t in zip(a.unbind(1), x.unbind(1), strict=True):
+        h = a_t * h + x_t
+        states.append(h)
+    return torch.stack(states, dim=1)
+
+
+def scan(a: States, x: States, h0: State) -> States:
+    """Return every state of h_t = a_t h_{t-1} + x_t; the fast twin of `scan_loop`."""
+    if a.shape[1] < 2 * CHUNK:
+        return scan_loop(a, x, h0)
+    if torch.is_grad_enabled() and (a.requires_grad or x.requires_grad or h0.requires_grad):
+        return _Scan.apply(a, x, h0)
+    return scan_chunked(a, x, h0)
+
+
+@torch.no_grad()
+def scan_chunked(a: States, x: States, h0: State, chunk: int = CHUNK) -> States:
+    """Return the states by two passes over chunks; not differentiable, see `scan`.
+
+    The first pass finds what each chunk does to a state (its decay product and its own writes),
+    all chunks at once; a short loop carries the state over the chunks; the second pass writes the
+    states. No product of decays longer than a chunk is formed and no logarithm is taken, so zero
+    and strong decays are exact.
+    """
+    n_chunks, n_pos = a.shape[1] // chunk, a.shape[1]
+    body = n_chunks * chunk
+    states = torch.empty_like(x)
+    a_c = a[:, :body].unflatten(1, (n_chunks, chunk))
+    x_c = x[:, :body].unflatten(1, (n_chunks, chunk))
+    out = states[:, :body].unflatten(1, (n_chunks, chunk))
+
+    decay, written = a_c[:, :, 0].clone(), x_c[:, :, 0].clone()
+    for t in range(1, chunk):
+        decay *= a_c[:, :, t]
+        torch.addcmul(x_c[:, :, t], a_c[:, :, t], written, out=written)
+
+    start = torch.empty_like(written)
+    h = h0
+    for c in range(n_chunks):
+        start[:, c] = h
+        h = torch.addcmul(written[:, c], decay[:, c], h)
+
+    h_c = start
+    for t in range(chunk):
+        h_c = torch.addcmul(x_c[:, :, t], a_c[:, :, t], h_c, out=out[:, :, t])
+    if body < n_pos:
+        states[:, body:] = scan_loop(a[:, body:], x[:, body:], h)
+    return states
+
+
+class _Scan(torch.autograd.Function):
+    """`scan_chunked` with the gradient of the recurrence: g_t + a_{t+1} dh_{t+1}, backwards."""
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, x: Tensor, h0: Tensor) -> Tensor:
+        states = scan_chunked(a, x, h0)
+        ctx.save_for_backward(a, h0, states)
+        return states
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        a, h0, states = ctx.saved_tensors
+        later = torch.cat([a[:, 1:], torch.zeros_like(a[:, :1])], dim=1)
+        total = scan_chunked(later.flip(1), grad.flip(1), torch.zeros_like(h0)).flip(1)
+        before = torch.cat([h0[:, None], states[:, :-1]], dim=1)
+        return total * before, total, total[:, 0] * a[:, 0]
+
+
+def hooked_scan(a: States, x: States, h0: State, hook: HookPoint, layout: Layout) -> States:
+    """Return the states after the hooks on them, whose edits reach every later position.
+
+    Watchers alone keep the fast scan and are given all states at once. Any other hook is called
+    once a position, on [batch 1 *channels]; the scan is fast between the positions that
+    `interventions.hook_at` names. At padding a state is only carried, so edits there are undone.
+    Gradients at this point are total: through the output at t and through all later states.
+
+    Args:
+        a, x, h0: as in `scan_loop`.
+        hook: the point on the state.
+        layout: which positions are tokens.
+    """
+    if not hook.is_hooked:
+        return scan(a, x, h0)
+    fwd_watchers, fwd = _split(hook.fwd_hooks)
+    bwd_watchers, bwd = _split(hook.bwd_hooks)
+    probe = None
+    if bwd_watchers and torch.is_grad_enabled():
+        # Added to each state, its gradient is the state's total one, whatever edits there are.
+        probe = hook.apply_hooks(torch.zeros_like(x), (), bwd_watchers)
+    if fwd or bwd:
+        states = _scan_edited(a, x, h0, hook, layout, fwd, bwd, probe)
+    else:
+        states = scan(a, x if probe is None else x + probe, h0)
+    return hook.apply_hooks(states, fwd_watchers, ())
+
+
+def _split(handles: Sequence[LensHandle]) -> tuple[list[LensHandle], list[LensHandle]]:
+    """Return the watchers and the others."""
+    return [h for h in handles if h.is_watcher], [h for h in handles if not h.is_watcher]
+
+
+def _scan_edited(
+    a: States,
+    x: States,
+    h0: State,
+    hook: HookPoint,
+    layout: Layout,
+    fwd: list[LensHandle],
+    bwd: list[LensHandle],
+    probe: States | None,
+) -> States:
+    """Return the states of a scan that stops at each edited position."""
+    x_probed = x if probe is None else x + probe
+    done, h, pieces = 0, h0, []
+    for t in [*_edited_positions(fwd + bwd, layout), layout.length]:
+        if t > done:
+            pieces.append(scan(a[:, done:t], x_probed[:, done:t], h))
+            h = pieces[-1][:, -1]
+        if t == layout.length:
+            break
+        carried = (a[:, t] * h + x[:, t])[:, None]
+        is_real = layout.is_real[:, t].view(-1, *(1,) * h.ndim)
+        h = hook.apply_hooks(
+            carried.clone(),
+            fwd,
+            bwd,
+            constrain=lambda edited, carried=carried, is_real=is_real: edited.where(is_real, carried),
+            run=layout.run.at(t, t + 1),
+        )[:, 0]
+        h = h if probe is None else h + probe[:, t]
+        pieces.append(h[:, None])
+        done = t + 1
+    return torch.cat(pieces, dim=1)
+
+
+def _edited_positions(handles: list[LensHandle], layout: Layout) -> list[int]:
+    """Return the indices at which some handle may act."""
+    wanted: set[int] = set()
+    for handle in handles:
+        positions = positions_of(handle.hook)
+        if positions is None:
+            return list(range(layout.length))
+        wanted.update(positions)
+    at = torch.isin(layout.pos, torch.tensor(sorted(wanted), device=layout.pos.device))
+    return at.any(dim=0).nonzero()[:, 0].tolist()

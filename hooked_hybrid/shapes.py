@@ -1,0 +1,33 @@
+"""The glossary: what each dimension is called here, in the papers and in Hugging Face's code.
+
+=============  ======================================================  =========================
+ours           meaning                                                 elsewhere
+=============  ======================================================  =========================
+batch          rows of one forward
+pos            positions (tokens) of one forward; chunks included      L, T, seq_len
+query, key     the same two axes of attention; key = cached + new
+d_model        width of the residual stream                            hidden_size, width
+d_vocab        tokens in the vocabulary                                vocab_size
+head, kv_head  query heads; key and value heads                        num_heads; num_key_value_heads
+d_head         channels of one head                                    head_dim
+d_mlp          width of an MLP                                         intermediate_size (halved, RG)
+d_rnn          channels of an RG-LRU                                   lru_width
+gate_block     blocks of the RG-LRU's block-diagonal gates             num_heads (Google)
+tap            taps of the causal convolution, the last one is "now"   conv1d_width
+=============  ======================================================  =========================
+
+Units: entropy in bits, losses and log-probabilities in nats, lengths in tokens, sizes in bytes.
+"""
+
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+Tokens = Int[Tensor, "batch pos"]
+Positions = Int[Tensor, "batch pos"]
+Resid = Float[Tensor, "batch pos d_model"]
+Logits = Float[Tensor, "batch pos d_vocab"]
+Queries = Float[Tensor, "batch pos head d_head"]
+KeysValues = Float[Tensor, "batch pos kv_head d_head"]
+Pattern = Float[Tensor, "batch head query key"]
+Mask = Bool[Tensor, "#batch query key"]
+Channels = Float[Tensor, "batch pos d_rnn"]
