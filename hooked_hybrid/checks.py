@@ -79,7 +79,10 @@ def checked_state(model: HookedHybrid, state: HybridState | None, batch: int) ->
     for i, (block, kept) in enumerate(zip(model.blocks, state.blocks, strict=True)):
         parameter = next(block.parameters())
         wanted = block.any_mixer.state_shapes()
-        got = {name: tuple(t.shape[2:] if _has_length(kept, name) else t.shape[1:]) for name, t in vars(kept).items()}
+        got = {
+            name: tuple(t.shape[2:] if _has_length(kept, name) else t.shape[1:])
+            for name, t in vars(kept).items()
+        }
         if got != wanted:
             raise ValueError(
                 f"block {i} of the state has shapes {got}, this model {wanted}: it is another "

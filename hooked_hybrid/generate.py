@@ -119,7 +119,9 @@ def generate(
         raise ValueError(f"return_type={return_type!r}: give 'input', 'str', 'tokens' or 'output'")
     sampling = Sampling(do_sample, temperature, top_k, top_p, generator)
     stop_strings = [stop_strings] if isinstance(stop_strings, str) else list(stop_strings)
-    is_text = isinstance(input, str) or (isinstance(input, (list, tuple)) and isinstance(input[0], str))
+    is_text = isinstance(input, str) or (
+        isinstance(input, (list, tuple)) and isinstance(input[0], str)
+    )
     if return_type == "input":
         return_type = "str" if is_text else "tokens"
     if return_type == "str" or stop_strings:
@@ -132,7 +134,9 @@ def generate(
     decoder = _Decoder(
         model, tokens, mask, state, sampling, _eos(model, stop_at_eos, eos_token_id), stop_strings
     )
-    bar = tqdm(total=max_new_tokens, desc="generating", unit="tok", disable=not verbose, leave=False)
+    bar = tqdm(
+        total=max_new_tokens, desc="generating", unit="tok", disable=not verbose, leave=False
+    )
     with bar, model.hooks(fwd_hooks):
         with model.hooks(prefill_hooks), _watching(recorder):
             decoder.prefill(last_token_too=first_token_stage == "prefill")
@@ -208,9 +212,7 @@ class _Decoder:
         chosen, logprobs = self.sampling.choose(self.logits)
         pad = self.eos[0] if self.eos.numel() else self.tokens.new_zeros(())
         self.new.append(pad.repeat(self.batch).index_copy(0, self.rows, chosen))
-        self.logprobs.append(
-            logprobs.new_zeros(self.batch).index_copy(0, self.rows, logprobs)
-        )
+        self.logprobs.append(logprobs.new_zeros(self.batch).index_copy(0, self.rows, logprobs))
         ends = torch.isin(chosen, self.eos) | self._meets_stop_string()
         if not bool(ends.any()):
             return chosen[:, None]

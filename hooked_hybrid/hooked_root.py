@@ -214,7 +214,7 @@ class HookedRootModule(nn.Module):
             else:
                 with torch.enable_grad(), _frozen(self):
                     out = self(*args, **kwargs)
-                    self._target(out, metric, *args, **kwargs).backward()
+                    self._target(out, metric, args, kwargs).backward()
                 out = _detached(out)
         finally:
             if reset_hooks_end:
@@ -274,7 +274,11 @@ class HookedRootModule(nn.Module):
         return added
 
     def _target(
-        self, out: Any, metric: Callable[[Any], Tensor] | None, *args: Any, **kwargs: Any
+        self,
+        out: Any,
+        metric: Callable[[Any], Tensor] | None,
+        args: tuple[Any, ...],  # noqa: ARG002  (a model's default target is a function of these)
+        kwargs: dict[str, Any],  # noqa: ARG002
     ) -> Tensor:
         """Return the scalar whose gradients are cached; a model may have a default."""
         target = out if metric is None else metric(out)
@@ -282,7 +286,11 @@ class HookedRootModule(nn.Module):
             raise ValueError("incl_bwd needs a scalar to differentiate: give metric=fn(output)")
         return target
 
-    def _wrap_cache(self, cache: dict[str, Tensor], has_batch_dim: bool) -> Any:
+    def _wrap_cache(
+        self,
+        cache: dict[str, Tensor],
+        has_batch_dim: bool,  # noqa: ARG002  (a plain dict does not say)
+    ) -> Any:
         """Return the cache in the form the model hands out."""
         return cache
 

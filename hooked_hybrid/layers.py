@@ -154,7 +154,9 @@ class CausalConv1d(nn.Module):
         nn.init.normal_(self.weight, std=self.weight.shape[0] ** -0.5)
         nn.init.zeros_(self.bias)
 
-    def initial_state(self, u: Float[Tensor, "batch pos channel"]) -> Float[Tensor, "batch tap channel"]:
+    def initial_state(
+        self, u: Float[Tensor, "batch pos channel"]
+    ) -> Float[Tensor, "batch tap channel"]:
         """Return the zeros that stand before a sequence."""
         return u.new_zeros(u.shape[0], self.weight.shape[0] - 1, u.shape[2])
 

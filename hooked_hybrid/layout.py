@@ -79,7 +79,7 @@ class Layout:
         return x.masked_fill(~self.is_real.view(*self.pos.shape, *(1,) * (x.ndim - 2)), 0)
 
     def last_real(self, x: Tensor, is_real: Bool[Tensor, "batch n"], n: int) -> Tensor:
-        """Return the last `n` real entries of each row of `x` [batch n ...], padding before them."""
+        """Return the last `n` real entries of each row of `x` [batch n ...], padding first."""
         if not self.has_padding:
             last = x[:, max(x.shape[1] - n, 0) :]
             return last if 2 * n >= x.shape[1] else last.clone()  # a view would keep all of x
@@ -175,9 +175,7 @@ def _last_real_index(is_real: Bool[Tensor, "batch pos"]) -> Int[Tensor, "batch 1
     return torch.where(is_real, index, 0).amax(dim=1, keepdim=True)
 
 
-def _checked_ids(
-    ids: Tensor, name: str, shape: tuple[int, int], allow_empty_rows: bool
-) -> Tensor:
+def _checked_ids(ids: Tensor, name: str, shape: tuple[int, int], allow_empty_rows: bool) -> Tensor:
     """Return integer ids after refusing what would be misread."""
     if not isinstance(ids, Tensor):
         ids = torch.as_tensor(ids)

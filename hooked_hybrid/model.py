@@ -237,7 +237,7 @@ class HookedHybrid(HookedRootModule):
             tokens = tokens[:, : self.cfg.n_ctx]
         return tokens.to(self.device) if move_to_device else tokens
 
-    def to_string(self, tokens: Int[Tensor, "..."] | Sequence[int]) -> str | list[str]:
+    def to_string(self, tokens: Tensor | Sequence[int]) -> str | list[str]:
         """Return the text of a row of tokens, or the texts of several rows."""
         tokens = torch.as_tensor(tokens)
         if tokens.ndim == 2:
@@ -329,9 +329,7 @@ class HookedHybrid(HookedRootModule):
                 return self._read_out(
                     resid, tokens, layout, return_type, loss_per_token, logits_to_keep
                 )
-        out, after = self.run_layout(
-            x, layout, state, return_type, loss_per_token, logits_to_keep
-        )
+        out, after = self.run_layout(x, layout, state, return_type, loss_per_token, logits_to_keep)
         return (out, after) if return_state else out
 
     def run_layout(
@@ -351,9 +349,7 @@ class HookedHybrid(HookedRootModule):
         with self._running(layout):
             resid = self.hook_embed(self.embed(tokens))
             resid, blocks = self._run_blocks(resid, state, layout, range(self.cfg.n_layers))
-            out = self._read_out(
-                resid, tokens, layout, return_type, loss_per_token, logits_to_keep
-            )
+            out = self._read_out(resid, tokens, layout, return_type, loss_per_token, logits_to_keep)
         n_seen = None if layout.n_before is None else layout.n_before + layout.length
         return out, HybridState(blocks, layout.next_pos, layout.segment, n_seen)
 
@@ -396,7 +392,9 @@ class HookedHybrid(HookedRootModule):
         if return_type is None:
             return None
         if logits_to_keep is not None and not 1 <= logits_to_keep <= layout.length:
-            raise ValueError(f"logits_to_keep={logits_to_keep}: there are {layout.length} positions")
+            raise ValueError(
+                f"logits_to_keep={logits_to_keep}: there are {layout.length} positions"
+            )
         normalized = self.ln_final(resid)[:, -(logits_to_keep or 0) :]
         logits = self.unembed(normalized, self.embed.W_E)
         if return_type == "logits":
@@ -433,7 +431,11 @@ class HookedHybrid(HookedRootModule):
         return self.text.batch(texts, prepend, padding_side)
 
     def _target(
-        self, out: Any, metric: Callable[[Any], Tensor] | None, *args: Any, **kwargs: Any
+        self,
+        out: Any,
+        metric: Callable[[Any], Tensor] | None,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
     ) -> Tensor:
         """Return `metric(logits)`, or the loss where no metric is given."""
         if kwargs.get("return_state"):
@@ -441,9 +443,9 @@ class HookedHybrid(HookedRootModule):
         if kwargs.get("return_type") == "both":
             out = out[0] if metric else out[1]
         if metric is not None or out.numel() == 1:
-            return super()._target(out, metric)
+            return super()._target(out, metric, args, kwargs)
         if out.ndim != 3 or kwargs.get("start_at_layer") or kwargs.get("stop_at_layer"):
-            return super()._target(out, metric)
+            return super()._target(out, metric, args, kwargs)
         input, mask = args[0] if args else kwargs["input"], kwargs.get("attention_mask")
         if isinstance(input, str) or _is_texts(input):
             input, mask = self._encode(

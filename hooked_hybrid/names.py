@@ -120,7 +120,9 @@ def matching(selector: NameFilter, names: Collection[str]) -> list[str]:
             )
         return found
     if not isinstance(selector, Collection) or not all(isinstance(n, str) for n in selector):
-        raise TypeError(f"a name filter is a name, a list of names or a predicate, not {selector!r}")
+        raise TypeError(
+            f"a name filter is a name, a list of names or a predicate, not {selector!r}"
+        )
     for name in selector:
         if name not in names:
             raise HookNameError(unknown_name(name, names))

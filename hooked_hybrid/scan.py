@@ -158,7 +158,9 @@ def _scan_edited(
             carried.clone(),
             fwd,
             bwd,
-            constrain=lambda edited, carried=carried, is_real=is_real: edited.where(is_real, carried),
+            constrain=lambda edited, carried=carried, is_real=is_real: edited.where(
+                is_real, carried
+            ),
             run=layout.run.at(t, t + 1),
         )[:, 0]
         h = h if probe is None else h + probe[:, t]

@@ -8,9 +8,9 @@ pos            positions (tokens) of one forward; chunks included      L, T, seq
 query, key     the same two axes of attention; key = cached + new
 d_model        width of the residual stream                            hidden_size, width
 d_vocab        tokens in the vocabulary                                vocab_size
-head, kv_head  query heads; key and value heads                        num_heads; num_key_value_heads
+head, kv_head  query heads; key and value heads                        num_heads, num_kv_heads
 d_head         channels of one head                                    head_dim
-d_mlp          width of an MLP                                         intermediate_size (halved, RG)
+d_mlp          width of an MLP                                         intermediate_size (RG: half)
 d_rnn          channels of an RG-LRU                                   lru_width
 gate_block     blocks of the RG-LRU's block-diagonal gates             num_heads (Google)
 tap            taps of the causal convolution, the last one is "now"   conv1d_width

@@ -161,7 +161,9 @@ class HybridState:
             for i, (mine, theirs) in enumerate(zip(self.blocks, other.blocks, strict=True))
         )
         # The donor's keys may stand at other positions, so nothing is assumed of them any more.
-        return dataclasses.replace(self, blocks=blocks, n_seen=None if "kv" in kinds else self.n_seen)
+        return dataclasses.replace(
+            self, blocks=blocks, n_seen=None if "kv" in kinds else self.n_seen
+        )
 
     @classmethod
     def cat(cls, states: Sequence[HybridState]) -> HybridState:
@@ -175,7 +177,9 @@ class HybridState:
         """
         if not states or len({len(s.blocks) for s in states}) != 1:
             raise ValueError("cat takes one or more states of one model")
-        blocks = tuple(_cat_blocks(parts) for parts in zip(*(s.blocks for s in states), strict=True))
+        blocks = tuple(
+            _cat_blocks(parts) for parts in zip(*(s.blocks for s in states), strict=True)
+        )
         n_seen = {s.n_seen for s in states}
         return cls(
             blocks,
@@ -189,7 +193,9 @@ class HybridState:
     def tensors(self) -> dict[str, Tensor]:
         """Return every tensor by a name such as `blocks.2.k`."""
         named = {
-            f"blocks.{i}.{name}": t for i, b in enumerate(self.blocks) for name, t in vars(b).items()
+            f"blocks.{i}.{name}": t
+            for i, b in enumerate(self.blocks)
+            for name, t in vars(b).items()
         }
         return {**named, "next_pos": self.next_pos, "segment": self.segment}
 
@@ -275,9 +281,7 @@ def _graft(mine: BlockState, theirs: BlockState, kinds: set[str], rows: Tensor) 
 def _same_number_of_keys(*blocks: BlockState) -> tuple[BlockState, ...]:
     """Return attention states of one length, the shorter filled up on the left."""
     lengths = [b.k.shape[1] for b in blocks if isinstance(b, AttentionState)]
-    return tuple(
-        _widened(b, max(lengths)) if isinstance(b, AttentionState) else b for b in blocks
-    )
+    return tuple(_widened(b, max(lengths)) if isinstance(b, AttentionState) else b for b in blocks)
 
 
 def _widened(s: AttentionState, n: int) -> AttentionState:

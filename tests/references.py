@@ -80,33 +80,35 @@ class RGSpec:
 # and the paths that should agree do so within 8e-6.
 SPECS: dict[str, RGSpec] = {
     # Google's code can build these too.
-    "as_published": RGSpec(d_mlp=96, seed=55),
-    "wide_recurrence": RGSpec(d_model=48, d_rnn=64, d_head=12, d_mlp=56, d_vocab=97, seed=11),
-    "long_window": RGSpec(n_keys=64, d_rnn=40, d_mlp=36, d_vocab=257, seed=28),
+    "as_published": RGSpec(d_mlp=96, seed=119),
+    "wide_recurrence": RGSpec(d_model=48, d_rnn=64, d_head=12, d_mlp=56, d_vocab=97, seed=132),
+    "long_window": RGSpec(n_keys=64, d_rnn=40, d_mlp=36, d_vocab=257, seed=46),
     "window_of_3": RGSpec(
-        n_heads=2, d_head=16, n_keys=3, block_types=("recurrent", "attention"), seed=36
+        n_heads=2, d_head=16, n_keys=3, block_types=("recurrent", "attention"), seed=52
     ),
-    "window_of_2": RGSpec(n_heads=2, d_head=16, n_keys=2, n_layers=3, d_vocab=61, seed=21),
-    "one_head": RGSpec(d_model=24, d_rnn=20, n_heads=1, d_head=24, n_layers=4, d_vocab=61, seed=47),
-    "attention_last": RGSpec(n_heads=2, d_head=16, n_layers=6, d_vocab=127, seed=7),
-    "attention_only": RGSpec(n_layers=3, block_types=("attention",), seed=51),
-    "recurrence_only": RGSpec(d_rnn=48, n_layers=3, block_types=("recurrent",), seed=34),
-    "one_attention_layer": RGSpec(n_layers=1, block_types=("attention",), d_vocab=61, seed=38),
-    "one_recurrent_layer": RGSpec(n_layers=1, block_types=("recurrent",), d_vocab=61, seed=11),
+    "window_of_2": RGSpec(n_heads=2, d_head=16, n_keys=2, n_layers=3, d_vocab=61, seed=38),
+    "one_head": RGSpec(
+        d_model=24, d_rnn=20, n_heads=1, d_head=24, n_layers=4, d_vocab=61, seed=117
+    ),
+    "attention_last": RGSpec(n_heads=2, d_head=16, n_layers=6, d_vocab=127, seed=53),
+    "attention_only": RGSpec(n_layers=3, block_types=("attention",), seed=74),
+    "recurrence_only": RGSpec(d_rnn=48, n_layers=3, block_types=("recurrent",), seed=37),
+    "one_attention_layer": RGSpec(n_layers=1, block_types=("attention",), d_vocab=61, seed=71),
+    "one_recurrent_layer": RGSpec(n_layers=1, block_types=("recurrent",), d_vocab=61, seed=121),
     # Hugging Face only.
-    "grouped_queries": RGSpec(d_model=40, n_kv_heads=2, d_head=12, d_mlp=44, d_vocab=257, seed=43),
-    "multi_head": RGSpec(n_heads=2, n_kv_heads=2, d_head=16, d_rnn=24, n_layers=3, seed=55),
-    "wide_heads": RGSpec(d_model=36, d_rnn=52, n_kv_heads=4, d_head=16, n_layers=3, seed=39),
+    "grouped_queries": RGSpec(d_model=40, n_kv_heads=2, d_head=12, d_mlp=44, d_vocab=257, seed=40),
+    "multi_head": RGSpec(n_heads=2, n_kv_heads=2, d_head=16, d_rnn=24, n_layers=3, seed=128),
+    "wide_heads": RGSpec(d_model=36, d_rnn=52, n_kv_heads=4, d_head=16, n_layers=3, seed=43),
     "uneven_layers": RGSpec(
         n_heads=2,
         d_head=12,
         block_types=("attention", "recurrent", "recurrent", "attention", "attention"),
         n_layers=7,
         n_keys=5,
-        seed=54,
+        seed=99,
     ),
-    "window_of_1": RGSpec(n_heads=2, d_head=16, n_keys=1, n_layers=3, d_vocab=61, seed=1),
-    "short_convolution": RGSpec(n_heads=2, d_head=16, d_conv=2, d_rnn=40, d_vocab=97, seed=18),
+    "window_of_1": RGSpec(n_heads=2, d_head=16, n_keys=1, n_layers=3, d_vocab=61, seed=10),
+    "short_convolution": RGSpec(n_heads=2, d_head=16, d_conv=2, d_rnn=40, d_vocab=97, seed=80),
 }
 
 
@@ -134,9 +136,9 @@ def hf_breaks_no_attention(spec: RGSpec) -> bool:
 
 
 def hf_breaks_one_token_prompt(spec: RGSpec) -> bool:
-    """Whether `generate` raises on a 1-token prompt: the convolution's state gets `d_model` channels.
+    """Whether `generate` raises on a 1-token prompt, with a convolution state of the wrong width.
 
-    (Where it does not, it continues from the state of the module's last run: `hf_greedy` clears it.)
+    Where it does not, it continues from the module's last run, unless cleared as in `hf_greedy`.
     """
     return spec.d_rnn != spec.d_model and bool(spec.recurrent_layers)
 
@@ -447,6 +449,8 @@ def google_greedy_sampler_style(
 
     All of the prompt but its last token is one forward, and that last token the first decoding
     step; a 1-token prompt is a forward of its own. `n_pad` [b]: padding at the left of each row.
+    A padded row with a single real token comes out wrong, as it does from the Sampler: that token
+    is a decoding step, and its convolution reads the padding.
     """
     positions = _positions(tokens, n_pad)
     state = None

@@ -76,7 +76,9 @@ class RGLRU(nn.Module):
         u, conv_state = self.conv(u, conv_state, layout)
         h = self._recur(self.hook_conv(u), state, layout)
         y = self.hook_ssm_y(h.to(x.dtype))
-        return self.linear_out(self.hook_gated(y * gate)), RecurrentState(conv_state, h[:, -1].clone())
+        return self.linear_out(self.hook_gated(y * gate)), RecurrentState(
+            conv_state, h[:, -1].clone()
+        )
 
     def state_shapes(self) -> dict[str, tuple[int, ...]]:
         """Return the shapes of this layer's state, without the batch."""

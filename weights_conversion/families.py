@@ -1,0 +1,65 @@
+"""The checkpoint families, each a config reader and a table of names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from hooked_hybrid.config import HybridConfig
+from weights_conversion import recurrentgemma
+from weights_conversion.errors import CheckpointError
+from weights_conversion.rules import Rule
+
+
+@dataclass(frozen=True)
+class Family:
+    """One `model_type` of Hugging Face's: how its configs read and its tensors are named."""
+
+    model_type: str
+    config_from_dict: Callable[[dict[str, Any]], HybridConfig]
+    config_to_dict: Callable[[HybridConfig], dict[str, Any] | None]
+    rules: Callable[[HybridConfig], list[Rule]]
+    ignored: Callable[[HybridConfig], tuple[str, ...]]
+
+
+FAMILIES = {
+    module.MODEL_TYPE: Family(
+        module.MODEL_TYPE,
+        module.config_from_dict,
+        module.config_to_dict,
+        module.rules,
+        module.ignored,
+    )
+    for module in (recurrentgemma,)
+}
+
+
+def family_of_config(config: dict[str, Any]) -> Family:
+    """Return the family that a `config.json` names.
+
+    Raises:
+        CheckpointError: another architecture.
+    """
+    model_type = config.get("model_type")
+    if model_type not in FAMILIES:
+        raise CheckpointError(
+            f"config.json is of a model_type {model_type!r}; this library loads "
+            f"{', '.join(FAMILIES)}"
+        )
+    return FAMILIES[model_type]
+
+
+def family_that_writes(cfg: HybridConfig) -> tuple[Family, dict[str, Any]]:
+    """Return the family that can express a model, and its `config.json`.
+
+    Raises:
+        CheckpointError: none can.
+    """
+    for family in FAMILIES.values():
+        if (config := family.config_to_dict(cfg)) is not None:
+            return family, config
+    raise CheckpointError(
+        f"no published family ({', '.join(FAMILIES)}) can express this model: its layers differ in "
+        "ways that their config.json has no words for"
+    )

@@ -1,0 +1,120 @@
+"""Reading a Hugging Face `config.json` so that nothing in it is passed over unseen."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from weights_conversion.errors import CheckpointError
+
+GENERIC = frozenset(
+    """
+    _name_or_path architectures attention_dropout chunk_size_feed_forward dtype id2label
+    initializer_range is_encoder_decoder label2id output_attentions output_hidden_states
+    problem_type return_dict torch_dtype transformers_version use_cache
+    """.split()
+)
+"""Settings of any transformers config that do not touch what a forward computes."""
+
+SAVED_EXTRAS = frozenset({"attention_dropout", "initializer_range", "use_cache"})
+
+
+class ConfigReader:
+    """A config whose every key must be asked for, or be known to be without effect.
+
+    Args:
+        config: the parsed `config.json`.
+        no_effect: keys of this family that do not touch the maths.
+    """
+
+    def __init__(self, config: dict[str, Any], no_effect: frozenset[str]) -> None:
+        self.config = config
+        self.no_effect = no_effect | GENERIC | {"model_type"}
+        self.asked: set[str] = set()
+        if config.get("quantization_config") is not None:
+            raise CheckpointError(
+                "the checkpoint is quantised (quantization_config): give the unquantised one"
+            )
+        self.asked.add("quantization_config")
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """Return a setting, or a default where it is absent or null."""
+        self.asked.add(key)
+        value = self.config.get(key)
+        return default if value is None else value
+
+    def need(self, key: str) -> Any:
+        """Return a setting that must be there.
+
+        Raises:
+            CheckpointError: it is not.
+        """
+        value = self.get(key)
+        if value is None:
+            raise CheckpointError(f"config.json has no {key!r}")
+        return value
+
+    def integer(self, key: str, default: int | None = None) -> int:
+        """Return a whole positive number.
+
+        Raises:
+            CheckpointError: absent without a default, or anything else.
+        """
+        value = self.need(key) if default is None else self.get(key, default)
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise CheckpointError(f"config.json: {key}={value!r} is not a positive integer")
+        return value
+
+    def only(self, key: str, *supported: Any) -> Any:
+        """Return a setting of which only some values are supported; absent means the first.
+
+        Raises:
+            CheckpointError: it has another value.
+        """
+        value = self.get(key, supported[0])
+        if value not in supported:
+            choices = ", ".join(repr(v) for v in supported)
+            raise CheckpointError(f"config.json: {key}={value!r} is not supported; {choices} is")
+        return value
+
+    def special_tokens(self) -> dict[str, Any]:
+        """Return BOS, EOS and padding ids, as fields of `HybridConfig`."""
+        ids = {key: self.get(key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        if isinstance(ids["eos_token_id"], list):
+            ids["eos_token_id"] = tuple(ids["eos_token_id"])
+        return ids
+
+    def extra(self) -> dict[str, Any]:
+        """Return what was not needed, to be written again when saving.
+
+        Raises:
+            CheckpointError: a key nobody knows: it may change what the model computes.
+        """
+        left = self.config.keys() - self.asked
+        if unknown := sorted(left - self.no_effect):
+            raise CheckpointError(
+                f"config.json has settings this library does not know: {', '.join(unknown)}; if "
+                "they do not change what the model computes, take them out of the file"
+            )
+        kept = (self.no_effect - GENERIC - {"model_type"}) | SAVED_EXTRAS
+        return {key: self.config[key] for key in sorted(left) if key in kept}
+
+
+def rope_settings(reader: ConfigReader) -> tuple[float, float]:
+    """Return (theta, share of channels that rotate), from 4.x and 5.x configs alike.
+
+    Raises:
+        CheckpointError: another kind of rotary position than the default.
+    """
+    nested = reader.get("rope_parameters") or reader.get("rope_scaling") or {}
+    reader.get("rope_scaling")
+    if not isinstance(nested, dict):
+        raise CheckpointError(f"config.json: rope_parameters={nested!r} is not an object")
+    known = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
+    kind = nested.get("rope_type", nested.get("type", "default"))
+    if kind != "default" or nested.keys() - known:
+        raise CheckpointError(
+            f"config.json: rotary positions {nested!r} are not supported; rope_type 'default' is"
+        )
+    theta = nested.get("rope_theta", reader.get("rope_theta", 10_000.0))
+    share = nested.get("partial_rotary_factor", reader.get("partial_rotary_factor", 0.5))
+    return float(theta), float(share)

@@ -1,0 +1,156 @@
+"""From a checkpoint to a `HookedHybrid`: shapes first, then one tensor at a time."""
+
+from __future__ import annotations
+
+import inspect
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor, nn
+
+from hooked_hybrid.config import HybridConfig
+from hooked_hybrid.model import HookedHybrid
+from weights_conversion import google
+from weights_conversion.errors import CheckpointError
+from weights_conversion.families import family_of_config
+from weights_conversion.rules import Rule, Shapes, account, convert
+from weights_conversion.sources import Checkpoint, MemorySource, TensorSource, open_checkpoint
+
+GOOGLE_SETTINGS = set(inspect.signature(google.config_from_shapes).parameters) - {"shapes"}
+
+
+def load(
+    name_or_path: str | os.PathLike[str],
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    tokenizer: Any = None,
+    revision: str | None = None,
+    **overrides: Any,
+) -> HookedHybrid:
+    """Load a checkpoint; see `HookedHybrid.from_pretrained`.
+
+    The model is made without memory and never drawn at random; each tensor is read from its
+    mapped file, converted and let go before the next.
+    """
+    checkpoint = open_checkpoint(name_or_path, revision)
+    source = checkpoint.tensors()
+    cfg, rules, ignored = _read_plan(checkpoint, source, overrides)
+    model = _filled(cfg, source, rules, ignored, dtype, device)
+    model.tokenizer = _tokenizer(checkpoint.folder) if tokenizer is None else tokenizer
+    return model
+
+
+def load_config(name_or_path: str | os.PathLike[str], revision: str | None = None) -> HybridConfig:
+    """Read the config of a checkpoint; of a `.pt`, the shapes of its tensors too."""
+    checkpoint = open_checkpoint(name_or_path, revision)
+    if checkpoint.config is not None:
+        return family_of_config(checkpoint.config).config_from_dict(checkpoint.config)
+    return google.config_from_shapes(checkpoint.tensors().shapes)
+
+
+def from_hf(
+    hf_model: Any,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    tokenizer: Any = None,
+    **overrides: Any,
+) -> HookedHybrid:
+    """Copy a transformers model in memory; see `HookedHybrid.from_hf`."""
+    config = hf_model.config.to_dict()
+    family = family_of_config(config)
+    cfg = family.config_from_dict(config).with_overrides(**overrides)
+    source = MemorySource(hf_model.state_dict())
+    dtype = hf_model.dtype if dtype is None else dtype
+    device = hf_model.device if device is None else device
+    model = _filled(cfg, source, family.rules(cfg), family.ignored(cfg), dtype, device)
+    model.tokenizer = tokenizer
+    return model
+
+
+def check(name_or_path: str | os.PathLike[str], revision: str | None = None) -> str:
+    """Account for every tensor of a checkpoint without reading one, and return a summary.
+
+    Raises:
+        CheckpointError: what does not fit.
+    """
+    checkpoint = open_checkpoint(name_or_path, revision)
+    source = checkpoint.tensors()
+    cfg, rules, ignored = _read_plan(checkpoint, source, {})
+    target = shapes_of(HookedHybrid.meta(cfg))
+    account(rules, source.shapes, target, ignored)
+    used = {name for rule in rules for name in rule.sources}
+    n_parameters = sum(torch.Size(shape).numel() for shape in target.values())
+    left = sorted(source.shapes.keys() - used)
+    return (
+        f"{len(used)} tensors become {len(target)}, {n_parameters:,} parameters, "
+        f"{cfg.n_layers} layers; not needed: {', '.join(left) or 'none'}"
+    )
+
+
+def shapes_of(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Return the shape of every parameter by name."""
+    return {name: tuple(t.shape) for name, t in model.state_dict().items()}
+
+
+def _read_plan(
+    checkpoint: Checkpoint, source: TensorSource, overrides: dict[str, Any]
+) -> tuple[HybridConfig, list[Rule], tuple[str, ...]]:
+    """Return the config with its overrides, the table of names, and what may be left over."""
+    if checkpoint.config is not None:
+        family = family_of_config(checkpoint.config)
+        cfg = family.config_from_dict(checkpoint.config).with_overrides(**overrides)
+        return cfg, family.rules(cfg), family.ignored(cfg)
+    given = {key: overrides.pop(key) for key in GOOGLE_SETTINGS & overrides.keys()}
+    cfg = google.config_from_shapes(source.shapes, **given).with_overrides(**overrides)
+    return cfg, google.rules(cfg), google.ignored(cfg)
+
+
+def _filled(
+    cfg: HybridConfig,
+    source: TensorSource,
+    rules: list[Rule],
+    ignored: tuple[str, ...],
+    dtype: torch.dtype,
+    device: torch.device | str,
+) -> HookedHybrid:
+    """Return the model with every parameter set, after all of them are accounted for."""
+    model = HookedHybrid.meta(cfg, dtype)
+    shapes: Shapes = shapes_of(model)
+    account(rules, source.shapes, shapes, ignored)
+    _refuse_untied_head(cfg, source)
+    for name, tensor in convert(rules, source):
+        _set_parameter(model, name, _copied(tensor, dtype, device, name))
+    return model
+
+
+def _copied(tensor: Tensor, dtype: torch.dtype, device: torch.device | str, name: str) -> Tensor:
+    """Return a contiguous copy that no longer needs the file."""
+    if not tensor.is_floating_point():
+        raise CheckpointError(f"{name} is stored as {tensor.dtype}, not as floating point")
+    copy = torch.empty(tensor.shape, dtype=dtype, device=device)
+    return copy.copy_(tensor.detach())
+
+
+def _set_parameter(model: nn.Module, name: str, tensor: Tensor) -> None:
+    path, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(path), leaf, nn.Parameter(tensor))
+
+
+def _refuse_untied_head(cfg: HybridConfig, source: TensorSource) -> None:
+    """Refuse a head that is stored beside the embedding it should be, and differs from it."""
+    head, embedding = "lm_head.weight", "model.embed_tokens.weight"
+    if not cfg.tied_embedding or head not in source.shapes:
+        return
+    if not torch.equal(source.read(head), source.read(embedding)):
+        raise CheckpointError(
+            f"{head} differs from {embedding}, but the config ties them (tie_word_embeddings): one "
+            "of the two is wrong"
+        )
+
+
+def _tokenizer(folder: Path) -> Tokenizer | None:
+    path = folder / "tokenizer.json"
+    return Tokenizer.from_file(str(path)) if path.is_file() else None

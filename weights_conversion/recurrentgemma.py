@@ -1,0 +1,210 @@
+"""RecurrentGemma as Hugging Face publishes it: its config and its table of names."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hooked_hybrid.config import (
+    AttentionConfig,
+    GatedMLPConfig,
+    HybridConfig,
+    LayerConfig,
+    MixerConfig,
+    NormConfig,
+    RGLRUConfig,
+    RotaryConfig,
+)
+from weights_conversion.errors import CheckpointError
+from weights_conversion.hf_config import ConfigReader, rope_settings
+from weights_conversion.rules import CONV_TAPS, Rule, rule
+
+MODEL_TYPE = "recurrent_gemma"
+ARCHITECTURE = "RecurrentGemmaForCausalLM"
+NO_EFFECT = frozenset({"w_init_variance_scale", "final_w_init_variance_scale", "_block_types"})
+IGNORED = (r"model\.normalizer", r".*\.rotary_emb\.inv_freq")
+
+_BLOCK = "model.layers.{i}.temporal_block"
+_MLP = "model.layers.{i}.mlp_block"
+
+MODEL = (
+    rule("model.embed_tokens.weight", "embed.W_E"),
+    rule("model.final_norm.weight", "ln_final.weight"),
+)
+UNTIED = (rule("lm_head.weight", "unembed.weight"),)
+EVERY_LAYER = (
+    rule("model.layers.{i}.temporal_pre_norm.weight", "blocks.{i}.ln1.weight"),
+    rule("model.layers.{i}.channel_pre_norm.weight", "blocks.{i}.ln2.weight"),
+    *(
+        rule(f"{_MLP}.{theirs}_proj.{part}", f"blocks.{{i}}.mlp.{theirs}.{part}")
+        for theirs in ("gate", "up", "down")
+        for part in ("weight", "bias")
+    ),
+)
+ATTENTION = tuple(
+    rule(f"{_BLOCK}.{name}_proj.weight", f"blocks.{{i}}.attn.{name}.weight") for name in "qkvo"
+)
+QKV_BIAS = tuple(
+    rule(f"{_BLOCK}.{name}_proj.bias", f"blocks.{{i}}.attn.{name}.bias") for name in "qkv"
+)
+OUT_BIAS = (rule(f"{_BLOCK}.o_proj.bias", "blocks.{i}.attn.o.bias"),)
+RECURRENT = (
+    *(
+        rule(f"{_BLOCK}.{name}.{part}", f"blocks.{{i}}.mixer.{name}.{part}")
+        for name in ("linear_x", "linear_y", "linear_out")
+        for part in ("weight", "bias")
+    ),
+    rule(f"{_BLOCK}.conv_1d.weight", "blocks.{i}.mixer.conv.weight", CONV_TAPS),
+    rule(f"{_BLOCK}.conv_1d.bias", "blocks.{i}.mixer.conv.bias"),
+    rule(f"{_BLOCK}.rg_lru.recurrent_param", "blocks.{i}.mixer.a_param"),
+    rule(f"{_BLOCK}.rg_lru.input_gate_weight", "blocks.{i}.mixer.input_gate.weight"),
+    rule(f"{_BLOCK}.rg_lru.input_gate_bias", "blocks.{i}.mixer.input_gate.bias"),
+    rule(f"{_BLOCK}.rg_lru.recurrent_gate_weight", "blocks.{i}.mixer.rec_gate.weight"),
+    rule(f"{_BLOCK}.rg_lru.recurrent_gate_bias", "blocks.{i}.mixer.rec_gate.bias"),
+)
+
+
+def rules(cfg: HybridConfig) -> list[Rule]:
+    """Return the table for one model, layers filled in."""
+    table = [*MODEL, *(() if cfg.tied_embedding else UNTIED)]
+    for i, layer in enumerate(cfg.layers):
+        mixer = layer.mixer
+        parts = [*EVERY_LAYER, *(ATTENTION if isinstance(mixer, AttentionConfig) else RECURRENT)]
+        if isinstance(mixer, AttentionConfig):
+            parts += [*(QKV_BIAS if mixer.qkv_bias else ()), *(OUT_BIAS if mixer.out_bias else ())]
+        table += [r.at(i) for r in parts]
+    return table
+
+
+def ignored(cfg: HybridConfig) -> tuple[str, ...]:
+    """Return patterns of tensors that are not needed; a tied head is the embedding again."""
+    return (*IGNORED, r"lm_head\.weight") if cfg.tied_embedding else IGNORED
+
+
+def config_from_dict(config: dict[str, Any]) -> HybridConfig:
+    """Return our config from a 4.x or 5.x `config.json`.
+
+    Raises:
+        CheckpointError: a setting that is missing, impossible, unsupported or unknown.
+    """
+    reader = ConfigReader(config, NO_EFFECT)
+    d_model, n_heads = reader.integer("hidden_size"), reader.integer("num_attention_heads")
+    d_head = reader.integer("head_dim", d_model // n_heads)
+    theta, share = rope_settings(reader)
+    reader.only("hidden_activation", "gelu_pytorch_tanh")
+    reader.only("hidden_act", "gelu_pytorch_tanh", "gelu")  # read by nobody beside the other
+    reader.only("embeddings_scale_by_sqrt_dim", True)
+    width = reader.integer("intermediate_size")
+    if width % 2:
+        raise CheckpointError(f"config.json: intermediate_size={width} must be even (it is halved)")
+    mlp = GatedMLPConfig(d_mlp=width // 2, act="gelu_tanh", bias=True)
+    attention = AttentionConfig(
+        n_heads=n_heads,
+        n_kv_heads=reader.integer("num_key_value_heads", n_heads),
+        d_head=d_head,
+        n_keys=reader.integer("attention_window_size", 2048),
+        rotary=RotaryConfig(d_rotary=int(d_head * share), theta=theta),
+        qkv_bias=bool(reader.get("attention_bias", False)),
+        out_bias=True,
+    )
+    recurrent = RGLRUConfig(
+        d_rnn=reader.integer("lru_width", d_model),
+        n_gate_blocks=n_heads,
+        d_conv=reader.integer("conv1d_width", 4),
+    )
+    kinds: dict[str, MixerConfig] = {"attention": attention, "recurrent": recurrent}
+    cycle = reader.get("block_types", ["recurrent", "recurrent", "attention"])
+    if not cycle or set(cycle) - kinds.keys():
+        raise CheckpointError(
+            f"config.json: block_types={cycle!r}; 'recurrent' and 'attention' are known"
+        )
+    n_layers = reader.integer("num_hidden_layers")
+    return HybridConfig(
+        d_model=d_model,
+        d_vocab=reader.integer("vocab_size"),
+        layers=tuple(LayerConfig(kinds[cycle[i % len(cycle)]], mlp) for i in range(n_layers)),
+        norm=NormConfig(eps=reader.get("rms_norm_eps", 1e-6), style="one_plus_weight"),
+        scale_embedding=True,
+        tied_embedding=bool(reader.get("tie_word_embeddings", True)),
+        logits_soft_cap=reader.get("logits_soft_cap", 30.0),
+        **reader.special_tokens(),
+        model_name=str(config.get("_name_or_path") or MODEL_TYPE),
+        extra=reader.extra(),
+    )
+
+
+def config_to_dict(cfg: HybridConfig) -> dict[str, Any] | None:
+    """Return the `config.json` of a model, or None where this family cannot express it."""
+    attention = {layer.mixer for layer in cfg.layers if isinstance(layer.mixer, AttentionConfig)}
+    recurrent = {layer.mixer for layer in cfg.layers if isinstance(layer.mixer, RGLRUConfig)}
+    mlps = {layer.mlp for layer in cfg.layers}
+    if len(attention) > 1 or len(recurrent) > 1 or len(mlps) > 1:
+        return None
+    mlp, rec = mlps.pop(), next(iter(recurrent), None)
+    att = next(iter(attention), None) or _no_attention(cfg, rec)
+    if not _expressible(cfg, att, rec, mlp):
+        return None
+    assert att.rotary is not None
+    eos = cfg.eos_token_id
+    return {
+        **cfg.extra,
+        "architectures": [ARCHITECTURE],
+        "model_type": MODEL_TYPE,
+        "attention_bias": att.qkv_bias,
+        "attention_window_size": att.n_keys,
+        "block_types": _shortest_cycle(cfg),
+        "bos_token_id": cfg.bos_token_id,
+        "conv1d_width": rec.d_conv if rec else 4,
+        "eos_token_id": list(eos) if isinstance(eos, tuple) else eos,
+        "head_dim": att.d_head,
+        "hidden_activation": "gelu_pytorch_tanh",
+        "hidden_size": cfg.d_model,
+        "intermediate_size": 2 * mlp.d_mlp,
+        "logits_soft_cap": cfg.logits_soft_cap,
+        "lru_width": rec.d_rnn if rec else cfg.d_model,
+        "num_attention_heads": att.n_heads,
+        "num_hidden_layers": cfg.n_layers,
+        "num_key_value_heads": att.n_kv_heads,
+        "pad_token_id": cfg.pad_token_id,
+        "partial_rotary_factor": att.rotary.d_rotary / att.d_head,
+        "rms_norm_eps": cfg.norm.eps,
+        "rope_parameters": {
+            "partial_rotary_factor": att.rotary.d_rotary / att.d_head,
+            "rope_theta": att.rotary.theta,
+            "rope_type": "default",
+        },
+        "rope_theta": att.rotary.theta,
+        "tie_word_embeddings": cfg.tied_embedding,
+        "vocab_size": cfg.d_vocab,
+    }
+
+
+def _no_attention(cfg: HybridConfig, rec: RGLRUConfig | None) -> AttentionConfig:
+    """Return what the config of a model without attention says of it."""
+    n_heads = rec.n_gate_blocks if rec else 1
+    d_head = max(cfg.d_model // n_heads, 1)
+    rotary = RotaryConfig(d_rotary=d_head // 4 * 2)
+    return AttentionConfig(n_heads, 1, d_head, n_keys=2048, rotary=rotary, out_bias=True)
+
+
+def _expressible(
+    cfg: HybridConfig, att: AttentionConfig, rec: RGLRUConfig | None, mlp: object
+) -> bool:
+    return (
+        att.rotary is not None
+        and att.n_keys is not None
+        and att.out_bias
+        and (rec is None or rec.n_gate_blocks == att.n_heads)
+        and isinstance(mlp, GatedMLPConfig)
+        and (mlp.act, mlp.bias) == ("gelu_tanh", True)
+        and cfg.norm.style == "one_plus_weight"
+        and cfg.scale_embedding
+        and cfg.logits_soft_cap is not None
+    )
+
+
+def _shortest_cycle(cfg: HybridConfig) -> list[str]:
+    kinds = ["attention" if i in cfg.attention_layers else "recurrent" for i in range(cfg.n_layers)]
+    for n in range(1, len(kinds) + 1):
+        if all(kind == kinds[i % n] for i, kind in enumerate(kinds)):
+            return kinds[:n]
+    return kinds

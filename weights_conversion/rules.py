@@ -1,0 +1,122 @@
+"""Conversion as a table: names on both sides, an invertible transform, strict accounting."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from weights_conversion.errors import CheckpointError
+from weights_conversion.sources import TensorSource
+
+Tensors = tuple[Tensor, ...]
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class Transform:
+    """A map from source tensors to ours, and its exact inverse."""
+
+    convert: Callable[[Tensors], Tensors]
+    revert: Callable[[Tensors], Tensors]
+
+
+SAME = Transform(lambda t: t, lambda t: t)
+CONV_TAPS = Transform(lambda t: (t[0][:, 0].T,), lambda t: (t[0].T[:, None],))
+"""A depthwise convolution [channel 1 tap] <-> [tap channel]."""
+SPLIT_TRANSPOSED = Transform(
+    lambda t: (t[0][0].T, t[0][1].T), lambda t: (torch.stack([t[0].T, t[1].T]),)
+)
+"""Two matrices stacked as [2 in out] <-> two of [out in]."""
+SPLIT_BIAS = Transform(
+    lambda t: (t[0][0, 0, 0], t[0][1, 0, 0]),
+    lambda t: (torch.stack([t[0], t[1]])[:, None, None],),
+)
+"""Two biases stacked as [2 1 1 out] <-> two of [out]."""
+
+
+@dataclass(frozen=True)
+class Rule:
+    """`sources` become `targets`; `{i}` in a name stands for the layer."""
+
+    sources: tuple[str, ...]
+    targets: tuple[str, ...]
+    transform: Transform = SAME
+
+    def at(self, layer: int) -> Rule:
+        """Return the rule with the layer filled in."""
+        fill = lambda names: tuple(n.replace("{i}", str(layer)) for n in names)  # noqa: E731
+        return Rule(fill(self.sources), fill(self.targets), self.transform)
+
+
+def rule(source: str, target: str, transform: Transform = SAME) -> Rule:
+    """Return a rule between names separated by blanks."""
+    return Rule(tuple(source.split()), tuple(target.split()), transform)
+
+
+def account(rules: Iterable[Rule], source: Shapes, target: Shapes, ignored: Sequence[str]) -> None:
+    """Check that every source is used or ignored, every target filled, and all shapes agree.
+
+    Args:
+        rules: with layers filled in.
+        source: shapes in the checkpoint.
+        target: shapes of the model.
+        ignored: patterns (`re.fullmatch`) of source names that are not needed.
+
+    Raises:
+        CheckpointError: listing what is missing, left over or of another shape; no tensor is read.
+    """
+    rules = list(rules)
+    used = {name for r in rules for name in r.sources}
+    problems = [f"missing: {name}" for name in sorted(used - source.keys())]
+    problems += [
+        f"unexpected: {name} {source[name]}"
+        for name in sorted(source.keys() - used)
+        if not any(re.fullmatch(pattern, name) for pattern in ignored)
+    ]
+    filled = [name for r in rules for name in r.targets]
+    problems += [f"not filled: {name}" for name in sorted(target.keys() - set(filled))]
+    problems += [
+        f"filled twice: {name}" for name in sorted({n for n in filled if filled.count(n) > 1})
+    ]
+    for r in rules:
+        if all(name in source for name in r.sources):
+            problems += _shape_problems(r, source, target)
+    if problems:
+        shown = "\n  ".join(problems[:12])
+        more = f"\n  ... and {len(problems) - 12} more" if len(problems) > 12 else ""
+        raise CheckpointError(
+            f"the checkpoint does not match its config in {len(problems)} places:\n  {shown}{more}"
+        )
+
+
+def convert(rules: Iterable[Rule], source: TensorSource) -> Iterator[tuple[str, Tensor]]:
+    """Yield each of our tensors, reading one rule's sources at a time."""
+    for r in rules:
+        tensors = r.transform.convert(tuple(source.read(name) for name in r.sources))
+        yield from zip(r.targets, tensors, strict=True)
+
+
+def revert(rules: Iterable[Rule], tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """Yield each tensor under its name in the checkpoint: the inverse of `convert`."""
+    for r in rules:
+        back = r.transform.revert(tuple(tensors[name] for name in r.targets))
+        yield from zip(r.sources, back, strict=True)
+
+
+def _shape_problems(r: Rule, source: Shapes, target: Shapes) -> list[str]:
+    """Find the shapes a rule would produce, without any data."""
+    empty = tuple(torch.empty(source[name], device="meta") for name in r.sources)
+    shown = ", ".join(f"{name} {source[name]}" for name in r.sources)
+    try:
+        got = [tuple(t.shape) for t in r.transform.convert(empty)]
+    except (IndexError, RuntimeError, ValueError):
+        return [f"{shown} has not the axes it should have"]
+    return [
+        f"{shown} gives {name} the shape {shape}, the config asks for {target[name]}"
+        for name, shape in zip(r.targets, got, strict=True)
+        if name in target and shape != target[name]
+    ]

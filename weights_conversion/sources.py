@@ -1,0 +1,198 @@
+"""Opening a checkpoint as a config and a lazy mapping of tensors: data only, never code."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from weights_conversion.errors import CheckpointError
+
+HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.jinja", "*.pt")
+
+
+class TensorSource(Protocol):
+    """Tensors by name, with shapes known before any is read."""
+
+    shapes: Mapping[str, tuple[int, ...]]
+
+    def read(self, name: str) -> Tensor:
+        """Return one tensor, mapped from its file where that is possible."""
+        ...
+
+
+class MemorySource:
+    """Tensors that are in memory, or mapped already."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self.tensors = tensors
+        self.shapes = {name: tuple(t.shape) for name, t in tensors.items()}
+
+    def read(self, name: str) -> Tensor:
+        """Return one tensor."""
+        return self.tensors[name]
+
+
+class SafetensorsSource:
+    """One safetensors file, or the shards of one model.
+
+    Raises:
+        CheckpointError: a file is missing, cut short or damaged, or a name stands in two of them.
+    """
+
+    def __init__(self, files: Mapping[Path, frozenset[str] | None]) -> None:
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.handles: dict[str, Any] = {}
+        for path, promised in files.items():
+            if not path.is_file():
+                raise CheckpointError(
+                    f"{path} is missing, though the index names it: download the checkpoint again"
+                )
+            try:
+                handle = safe_open(path, "pt", device="cpu")
+                names = list(handle.keys())
+                shapes = {name: tuple(handle.get_slice(name).get_shape()) for name in names}
+            except SafetensorError as error:
+                raise CheckpointError(
+                    f"{path} is not a whole safetensors file ({error}): download it again"
+                ) from error
+            if twice := self.shapes.keys() & shapes.keys():
+                raise CheckpointError(f"{min(twice)} stands in {path} and in another shard")
+            if promised is not None and (lost := promised - shapes.keys()):
+                raise CheckpointError(f"{path} lacks {min(lost)}, which the index promises")
+            self.shapes.update(shapes)
+            self.handles.update(dict.fromkeys(names, handle))
+
+    def read(self, name: str) -> Tensor:
+        """Return one tensor, mapped from its file."""
+        return self.handles[name].get_tensor(name)
+
+
+def open_torch_file(path: Path) -> MemorySource:
+    """Return the tensors of a `torch.save` file, mapped, read as data only.
+
+    Raises:
+        CheckpointError: damaged, or holding anything but tensors by name.
+    """
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"{path} holds more than tensors, and code in checkpoints is never run: convert it to "
+            "safetensors where you trust it"
+        ) from error
+    except (RuntimeError, EOFError, ValueError, OSError) as error:
+        raise CheckpointError(
+            f"{path} is not a whole torch.save file ({error}): download it again"
+        ) from error
+    if not isinstance(content, Mapping) or not all(
+        isinstance(name, str) and isinstance(t, Tensor) for name, t in content.items()
+    ):
+        raise CheckpointError(f"{path} is not a mapping of names to tensors")
+    return MemorySource(content)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Where a checkpoint lies, its `config.json` (None for a bare `.pt`), and its tensors."""
+
+    folder: Path
+    config: dict[str, Any] | None
+    tensor_files: tuple[Path, ...] = field(default=())
+
+    def tensors(self) -> TensorSource:
+        """Open the tensor files.
+
+        Raises:
+            CheckpointError: there are none, or one is missing or damaged.
+        """
+        if self.config is None:
+            return open_torch_file(self.tensor_files[0])
+        index = self.folder / "model.safetensors.index.json"
+        single = self.folder / "model.safetensors"
+        if index.is_file():
+            return SafetensorsSource(_shards(index))
+        if single.is_file():
+            return SafetensorsSource({single: None})
+        raise CheckpointError(
+            f"{self.folder} has a config.json but no model.safetensors or "
+            "model.safetensors.index.json: the weights are missing"
+        )
+
+
+def open_checkpoint(
+    name_or_path: str | os.PathLike[str], revision: str | None = None
+) -> Checkpoint:
+    """Find a checkpoint: a directory, a `.pt` file, or a hub id.
+
+    Raises:
+        CheckpointError: nothing of this name, a directory without a checkpoint, or no network.
+    """
+    path = Path(name_or_path)
+    if path.is_file():
+        if path.suffix != ".pt":
+            raise CheckpointError(f"{path} is a file: give its directory, or a .pt file")
+        return Checkpoint(path.parent, None, (path,))
+    if not path.is_dir():
+        path = _download(os.fspath(name_or_path), revision)
+    config = path / "config.json"
+    if config.is_file():
+        return Checkpoint(path, _read_json(config))
+    pt_files = sorted(path.glob("*.pt"))
+    if len(pt_files) == 1:
+        return Checkpoint(path, None, (pt_files[0],))
+    if pt_files:
+        names = ", ".join(p.name for p in pt_files)
+        raise CheckpointError(f"{path} holds several .pt files ({names}): give the path of one")
+    if any(path.glob("*.safetensors")):
+        raise CheckpointError(f"{path} has weights but no config.json, which says what they are")
+    raise CheckpointError(f"{path} holds no checkpoint: neither config.json nor a .pt file")
+
+
+def _download(repo: str, revision: str | None) -> Path:
+    if repo.startswith((".", "/", "~")) or repo.count("/") > 1:
+        raise CheckpointError(f"{repo}: no such directory or file")
+    try:
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=list(HUB_FILES)))
+    except HFValidationError as error:
+        raise CheckpointError(f"{repo!r} is neither a directory here nor a hub id") from error
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        raise CheckpointError(
+            f"{repo!r} is no directory here, and the hub did not give it ({type(error).__name__}): "
+            "check the name, the network, and for gated models `hf auth login`"
+        ) from error
+
+
+def _shards(index: Path) -> dict[Path, frozenset[str]]:
+    weight_map = _read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{index} has no weight_map: it is not an index")
+    if outside := [f for f in weight_map.values() if Path(str(f)).name != f]:
+        raise CheckpointError(f"{index} points outside its directory, at {outside[0]!r}")
+    files: dict[str, set[str]] = {}
+    for name, file in weight_map.items():
+        files.setdefault(file, set()).add(name)
+    return {index.parent / file: frozenset(names) for file, names in sorted(files.items())}
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path} is not JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} holds a {type(content).__name__}, not an object")
+    return content
+
+
+__all__ = ["Checkpoint", "MemorySource", "TensorSource", "open_checkpoint", "open_torch_file"]
