@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 
 from hooked_hybrid.config import HybridConfig, LayerConfig
 from hooked_hybrid.hooks import HookPoint
 from hooked_hybrid.layers import RMSNorm
 from hooked_hybrid.layout import Layout
-from hooked_hybrid.mixers import MIXERS
+from hooked_hybrid.mixers import MIXERS, Mixer
 from hooked_hybrid.mlps import MLPS
 from hooked_hybrid.shapes import Resid
 from hooked_hybrid.state import BlockState
@@ -23,21 +25,26 @@ class Block(nn.Module):
     def __init__(self, cfg: HybridConfig, layer: LayerConfig) -> None:
         super().__init__()
         mixer = MIXERS[type(layer.mixer)]
-        self.mixer_path = str(mixer.path)
+        self.mixer_path = mixer.path
         self.ln1 = RMSNorm(cfg.d_model, cfg.norm)
         self.add_module(self.mixer_path, mixer(layer.mixer, cfg.d_model))
         self.ln2 = RMSNorm(cfg.d_model, cfg.norm)
         self.mlp = MLPS[type(layer.mlp)](layer.mlp, cfg.d_model)
 
-        for name in "resid_pre mixer_in mixer_out resid_mid mlp_in mlp_out resid_post".split():
-            self.add_module(f"hook_{name}", HookPoint("batch pos d_model"))
+        self.hook_resid_pre = HookPoint("batch pos d_model")
+        self.hook_mixer_in = HookPoint("batch pos d_model")
+        self.hook_mixer_out = HookPoint("batch pos d_model")
+        self.hook_resid_mid = HookPoint("batch pos d_model")
+        self.hook_mlp_in = HookPoint("batch pos d_model")
+        self.hook_mlp_out = HookPoint("batch pos d_model")
+        self.hook_resid_post = HookPoint("batch pos d_model")
         if self.mixer_path == "attn":
             self.hook_attn_out = HookPoint("batch pos d_model")
 
     @property
-    def any_mixer(self) -> nn.Module:
+    def any_mixer(self) -> Mixer[Any]:
         """The mixer, wherever it lies."""
-        return self.get_submodule(self.mixer_path)
+        return self._modules[self.mixer_path]  # type: ignore[return-value]
 
     def forward(
         self, resid_pre: Resid, state: BlockState | None, layout: Layout

@@ -193,9 +193,15 @@ class _Decoder:
     ) -> None:
         self.step += stage == "generation"
         layout = lay_out(
-            *tokens.shape, tokens.device, self.state, mask, None, stage, self.step, self.rows,
+            tokens,
+            self.state,
+            mask,
+            None,
+            stage,
+            self.step,
+            self.rows,
             allow_empty_rows=True,
-        )  # fmt: skip
+        )
         whole = self.model.hook_dict["unembed.hook_logits"].is_hooked
         logits, self.state = self.model.run_layout(
             tokens,
@@ -293,7 +299,7 @@ def _prompt(
     tokens = checked_tokens(model, input)
     if attention_mask is None:
         return tokens, None
-    layout = lay_out(*tokens.shape, tokens.device, state, attention_mask, None)
+    layout = lay_out(tokens, state, attention_mask, None)
     if not layout.has_padding:
         return tokens, None
     order = layout.is_real.int().argsort(dim=1, stable=True)

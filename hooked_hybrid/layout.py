@@ -105,9 +105,7 @@ class Layout:
 
 
 def lay_out(
-    batch: int,
-    n_pos: int,
-    device: torch.device,
+    x: Tensor,
     state: HybridState | None,
     attention_mask: Tensor | None,
     segment_ids: Tensor | None,
@@ -116,10 +114,10 @@ def lay_out(
     rows: Tensor | None = None,
     allow_empty_rows: bool = False,
 ) -> Layout:
-    """Return the layout of `n_pos` new tokens in each of `batch` rows.
+    """Return the layout of new positions, one row after another.
 
     Args:
-        batch, n_pos, device: of the tokens.
+        x: tokens or residual stream [batch pos ...]: its shape and device.
         state: what the rows continue from.
         attention_mask: 1 at tokens, 0 at padding [batch pos]; zeros on one or both sides only.
         segment_ids: id of each token's document [batch pos], 0 at padding. A document goes on over
@@ -131,6 +129,7 @@ def lay_out(
         ValueError: a mask of another shape, with other values, with holes, or with an empty row;
             or both a mask and segment ids.
     """
+    (batch, n_pos), device = x.shape[:2], x.device
     if attention_mask is not None and segment_ids is not None:
         raise ValueError("give attention_mask or segment_ids, not both: id 0 is padding already")
     if state is None:
@@ -155,7 +154,7 @@ def lay_out(
         pos, doc = start[:, None] + rank, None
         next_pos = start + rank[:, -1] + 1
         if not has_padding:  # a mask of ones says nothing
-            return lay_out(batch, n_pos, device, state, None, None, stage, step, rows)
+            return lay_out(x, state, None, None, stage, step, rows)
     else:
         before = torch.cat([segment[:, None], ids[:, :-1]], dim=1)
         before = torch.where(before > 0, before, segment[:, None])  # after padding on the left
@@ -177,8 +176,7 @@ def _last_real_index(is_real: Bool[Tensor, "batch pos"]) -> Int[Tensor, "batch 1
 
 def _checked_ids(ids: Tensor, name: str, shape: tuple[int, int], allow_empty_rows: bool) -> Tensor:
     """Return integer ids after refusing what would be misread."""
-    if not isinstance(ids, Tensor):
-        ids = torch.as_tensor(ids)
+    ids = torch.as_tensor(ids)
     if tuple(ids.shape) != shape:
         raise ValueError(
             f"{name} has shape {tuple(ids.shape)}; give one entry for each new token, {shape}"

@@ -61,7 +61,7 @@ class HookedHybrid(HookedRootModule):
         with torch.device("meta"):
             self.embed = Embed(cfg)
             self.hook_embed = HookPoint("batch pos d_model")
-            self.blocks = nn.ModuleList(Block(cfg, layer) for layer in cfg.layers)
+            self.blocks: Any = nn.ModuleList(Block(cfg, layer) for layer in cfg.layers)
             self.ln_final = RMSNorm(cfg.d_model, cfg.norm)
             self.unembed = Unembed(cfg)
         self.to(dtype)
@@ -143,8 +143,9 @@ class HookedHybrid(HookedRootModule):
     def reset_parameters(self) -> None:
         """Draw every parameter anew."""
         for module in self.modules():
-            if module is not self and hasattr(module, "reset_parameters"):
-                module.reset_parameters()
+            reset = getattr(module, "reset_parameters", None)
+            if module is not self and callable(reset):
+                reset()
 
     # --- what there is --------------------------------------------------------------------------
 
@@ -315,9 +316,7 @@ class HookedHybrid(HookedRootModule):
         check = checked_tokens if start_at_layer is None else checked_resid
         x = check(self, input)
         checked_state(self, state, x.shape[0])
-        layout = lay_out(
-            *x.shape[:2], x.device, state, attention_mask, segment_ids, stage, step, rows
-        )
+        layout = lay_out(x, state, attention_mask, segment_ids, stage, step, rows)
         if partial:
             layers = range(self.cfg.n_layers)[start_at_layer:stop_at_layer]
             tokens = x if start_at_layer is None else None
@@ -416,7 +415,7 @@ class HookedHybrid(HookedRootModule):
         per_token: bool = False,
     ) -> Tensor:
         """Return the next-token loss, in nats, of logits computed before."""
-        layout = lay_out(*tokens.shape, tokens.device, None, attention_mask, None)
+        layout = lay_out(tokens, None, attention_mask, None)
         return next_token_loss(logits, tokens, layout, per_token)
 
     # --- inside ---------------------------------------------------------------------------------
@@ -452,7 +451,7 @@ class HookedHybrid(HookedRootModule):
                 input, kwargs.get("prepend_bos"), kwargs.get("padding_side") or "right"
             )
         tokens = checked_tokens(self, input)
-        layout = lay_out(*tokens.shape, tokens.device, None, mask, kwargs.get("segment_ids"))
+        layout = lay_out(tokens, None, mask, kwargs.get("segment_ids"))
         return next_token_loss(out, tokens, layout)
 
     def _wrap_cache(self, cache: dict[str, Tensor], has_batch_dim: bool) -> ActivationCache:

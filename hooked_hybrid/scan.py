@@ -7,6 +7,7 @@ passes over chunks, with a backward pass of its own that is the same scan run ba
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -158,15 +159,17 @@ def _scan_edited(
             carried.clone(),
             fwd,
             bwd,
-            constrain=lambda edited, carried=carried, is_real=is_real: edited.where(
-                is_real, carried
-            ),
+            constrain=partial(_only_where, is_real, carried),
             run=layout.run.at(t, t + 1),
         )[:, 0]
         h = h if probe is None else h + probe[:, t]
         pieces.append(h[:, None])
         done = t + 1
     return torch.cat(pieces, dim=1)
+
+
+def _only_where(is_real: Tensor, carried: Tensor, edited: Tensor) -> Tensor:
+    return edited.where(is_real, carried)
 
 
 def _edited_positions(handles: list[LensHandle], layout: Layout) -> list[int]:

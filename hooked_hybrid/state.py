@@ -109,8 +109,7 @@ class HybridState:
             return t.to(device=device, dtype=None if keeps_dtype else dtype)
 
         blocks = tuple(
-            dataclasses.replace(b, **{n: moved(n, t) for n, t in vars(b).items()})
-            for b in self.blocks
+            _rebuilt(b, {n: moved(n, t) for n, t in vars(b).items()}) for b in self.blocks
         )
         return dataclasses.replace(
             self,
@@ -237,8 +236,7 @@ class HybridState:
 
     def _map(self, fn: Callable[[Tensor], Tensor]) -> HybridState:
         blocks = tuple(
-            dataclasses.replace(b, **{name: fn(t) for name, t in vars(b).items()})
-            for b in self.blocks
+            _rebuilt(b, {name: fn(t) for name, t in vars(b).items()}) for b in self.blocks
         )
         return dataclasses.replace(
             self, blocks=blocks, next_pos=fn(self.next_pos), segment=fn(self.segment)
@@ -260,6 +258,11 @@ class HybridState:
         return index % self.batch_size
 
 
+def _rebuilt(block: BlockState, tensors: dict[str, Tensor]) -> BlockState:
+    """Return a state of the same kind with these tensors."""
+    return type(block)(**tensors)
+
+
 def _graft(mine: BlockState, theirs: BlockState, kinds: set[str], rows: Tensor) -> BlockState:
     if type(mine) is not type(theirs):
         raise ValueError("the donor's layers are of other kinds: both states must be of one model")
@@ -275,7 +278,7 @@ def _graft(mine: BlockState, theirs: BlockState, kinds: set[str], rows: Tensor) 
             )
         where = rows.to(t.device).view(-1, *(1,) * (t.ndim - 1))
         new[name] = torch.where(where, donor.to(t), t)
-    return dataclasses.replace(mine, **new)
+    return _rebuilt(mine, {**vars(mine), **new})
 
 
 def _same_number_of_keys(*blocks: BlockState) -> tuple[BlockState, ...]:
@@ -297,4 +300,4 @@ def _cat_blocks(parts: Sequence[BlockState]) -> BlockState:
     if len({type(p) for p in parts}) != 1:
         raise ValueError("cat takes states of one model: their layers are of different kinds")
     together = {name: torch.cat([getattr(p, name) for p in parts]) for name in vars(parts[0])}
-    return dataclasses.replace(parts[0], **together)
+    return _rebuilt(parts[0], together)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from hooked_hybrid.config import (
     AttentionConfig,
     GatedMLPConfig,
@@ -17,7 +19,7 @@ from weights_conversion.rules import SPLIT_BIAS, SPLIT_TRANSPOSED, Rule, Shapes,
 
 WINDOW = 2048
 """Every published checkpoint; Google's code lets a query see this many keys and itself."""
-SPECIAL_TOKENS = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2}
+SPECIAL_TOKENS: dict[str, Any] = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2}
 
 MODEL = (
     rule("embedder.input_embedding", "embed.W_E"),

@@ -24,7 +24,10 @@ HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.jinja", "*.pt")
 class TensorSource(Protocol):
     """Tensors by name, with shapes known before any is read."""
 
-    shapes: Mapping[str, tuple[int, ...]]
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """Shape of each tensor."""
+        ...
 
     def read(self, name: str) -> Tensor:
         """Return one tensor, mapped from its file where that is possible."""

@@ -1,11 +1,12 @@
 """Mixers, by the class of their config: adding one is a file and a line here."""
 
-from torch import nn
+from typing import Any
 
 from hooked_hybrid.config import AttentionConfig, RGLRUConfig
 from hooked_hybrid.mixers.attention import Attention
+from hooked_hybrid.mixers.base import Mixer
 from hooked_hybrid.mixers.rglru import RGLRU
 
-MIXERS: dict[type, type[nn.Module]] = {AttentionConfig: Attention, RGLRUConfig: RGLRU}
+MIXERS: dict[type, type[Mixer[Any]]] = {AttentionConfig: Attention, RGLRUConfig: RGLRU}
 
-__all__ = ["MIXERS", "RGLRU", "Attention"]
+__all__ = ["MIXERS", "RGLRU", "Attention", "Mixer"]

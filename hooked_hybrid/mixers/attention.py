@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from einops import rearrange
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from hooked_hybrid.config import AttentionConfig
@@ -22,18 +22,19 @@ from hooked_hybrid.factored_matrix import FactoredMatrix
 from hooked_hybrid.hooks import HookPoint
 from hooked_hybrid.layers import Linear, rotate
 from hooked_hybrid.layout import Layout
+from hooked_hybrid.mixers.base import Mixer
 from hooked_hybrid.shapes import KeysValues, Mask, Pattern, Queries, Resid
 from hooked_hybrid.state import AttentionState
 
 
-class Attention(nn.Module):
+class Attention(Mixer[AttentionState]):
     """Multi-head attention over what the state remembers and the new positions."""
 
     path = "attn"
 
     def __init__(self, cfg: AttentionConfig, d_model: int) -> None:
-        super().__init__()
-        self.cfg = cfg
+        super().__init__(cfg, d_model)
+        self.cfg: AttentionConfig = cfg
         d_q, d_kv = cfg.n_heads * cfg.d_head, cfg.n_kv_heads * cfg.d_head
         self.q = Linear(d_model, d_q, bias=cfg.qkv_bias)
         self.k = Linear(d_model, d_kv, bias=cfg.qkv_bias)
@@ -157,9 +158,9 @@ class Attention(nn.Module):
 
     def _attend_fused(self, q: Queries, k: KeysValues, v: KeysValues, mask: Mask) -> Queries:
         """Return z without materialising scores; the fast twin of `_attend_hooked`."""
-        heads_first = (t.transpose(1, 2) for t in (q, k, v))
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         grouped = self.cfg.n_heads != self.cfg.n_kv_heads
-        z = scaled_dot_product_attention(*heads_first, attn_mask=mask[:, None], enable_gqa=grouped)
+        z = scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None], enable_gqa=grouped)
         return z.transpose(1, 2)
 
     def _attend_hooked(

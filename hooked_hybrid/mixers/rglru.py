@@ -24,6 +24,7 @@ from hooked_hybrid.config import RGLRUConfig
 from hooked_hybrid.hooks import HookPoint
 from hooked_hybrid.layers import BlockDiagonalLinear, CausalConv1d, Linear, activate
 from hooked_hybrid.layout import Layout
+from hooked_hybrid.mixers.base import Mixer
 from hooked_hybrid.scan import hooked_scan
 from hooked_hybrid.shapes import Channels, Resid
 from hooked_hybrid.state import RecurrentState
@@ -32,14 +33,12 @@ DECAY_STRENGTH = 8.0
 MAX_SQRT_GRADIENT = 1000.0
 
 
-class RGLRU(nn.Module):
+class RGLRU(Mixer[RecurrentState]):
     """The recurrent block around a real-gated linear recurrent unit."""
 
-    path = "mixer"
-
     def __init__(self, cfg: RGLRUConfig, d_model: int) -> None:
-        super().__init__()
-        self.cfg = cfg
+        super().__init__(cfg, d_model)
+        self.cfg: RGLRUConfig = cfg
         self.linear_x = Linear(d_model, cfg.d_rnn, bias=True)
         self.linear_y = Linear(d_model, cfg.d_rnn, bias=True)
         self.linear_out = Linear(cfg.d_rnn, d_model, bias=True)
