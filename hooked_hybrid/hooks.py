@@ -183,7 +183,11 @@ class HookPoint(nn.Module):
                     x = self._checked(result, x, handle.hook)
                 if constrain is not None and not handle.is_watcher:
                     x = constrain(x)
-            return self._listen(x, tuple(bwd)) if bwd and torch.is_grad_enabled() else x
+            if bwd and torch.is_grad_enabled():
+                x = self._listen(x, tuple(bwd))
+                # Where no edit can reach, the gradient is zero too.
+                x = x if constrain is None else constrain(x)
+            return x
         finally:
             self._holder.run = outer
 

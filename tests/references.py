@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from types import ModuleType
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +31,7 @@ from transformers import (  # noqa: TID251
 
 BlockType = Literal["recurrent", "attention"]
 
-# -8 * sigmoid(0) * softplus(recurrent_param): minus the log decay where the recurrence gate is 1/2.
+# Minus the log of the decay where the recurrence gate is 1/2: 4 softplus(recurrent_param).
 SLOWEST, FASTEST = 1e-3, 0.7
 
 
@@ -332,8 +332,10 @@ def _hf_prefill(model: RecurrentGemmaForCausalLM, tokens: Tensor) -> DynamicCach
     return past
 
 
-def _recurrent_blocks(model: RecurrentGemmaForCausalLM) -> list[tuple[int, nn.Module]]:
-    blocks = [(i, layer.temporal_block) for i, layer in enumerate(model.model.layers)]
+def _recurrent_blocks(model: RecurrentGemmaForCausalLM) -> list[tuple[int, Any]]:
+    blocks: list[tuple[int, Any]] = [
+        (i, layer.temporal_block) for i, layer in enumerate(model.model.layers)
+    ]
     return [(i, block) for i, block in blocks if hasattr(block, "rg_lru")]
 
 
@@ -350,16 +352,14 @@ def _by_layer(model: RecurrentGemmaForCausalLM, patterns: tuple[Tensor, ...]) ->
 def google() -> ModuleType:
     """The module `recurrentgemma.torch`: Griffin, GriffinConfig, TemporalBlockType, Sampler, ...
 
-    The package's own `__init__` imports its JAX half. An empty package of the same name and path
-    stands in for it, so that neither jax nor flax need be installed.
+    The package's own `__init__` imports its JAX half, so it is not run: an empty package with its
+    path stands in, and neither jax nor flax need be installed.
     """
     if "recurrentgemma" not in sys.modules:
         found = importlib.util.find_spec("recurrentgemma")
-        if found is None or found.submodule_search_locations is None:
+        if found is None:
             raise ModuleNotFoundError("recurrentgemma is a test dependency: pip install '.[test]'")
-        package = ModuleType("recurrentgemma")
-        package.__path__ = list(found.submodule_search_locations)
-        sys.modules["recurrentgemma"] = package
+        sys.modules["recurrentgemma"] = importlib.util.module_from_spec(found)  # not executed
     with warnings.catch_warnings():  # of sentencepiece's bindings, on import
         warnings.simplefilter("ignore", DeprecationWarning)
         return importlib.import_module("recurrentgemma.torch")

@@ -27,6 +27,9 @@ from hooked_hybrid.shapes import KeysValues, Mask, Pattern, Queries, Resid
 from hooked_hybrid.state import AttentionState
 
 
+NewKeysValues = Float[Tensor, "batch pos kv_head d_head"]
+
+
 class Attention(Mixer[AttentionState]):
     """Multi-head attention over what the state remembers and the new positions."""
 
@@ -131,7 +134,10 @@ class Attention(Mixer[AttentionState]):
 
     @staticmethod
     def _with_cached(
-        k: KeysValues, v: KeysValues, pos: Int[Tensor, "batch pos"], state: AttentionState | None
+        k: NewKeysValues,
+        v: NewKeysValues,
+        pos: Int[Tensor, "batch pos"],
+        state: AttentionState | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         if state is None:
             return k, v, pos

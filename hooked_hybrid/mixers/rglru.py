@@ -101,10 +101,12 @@ class RGLRU(Mixer[RecurrentState]):
         return hooked_scan(a, write.to(wide), h0, self.hook_ssm_state, layout)
 
     def _checked_decay(self, log_a: Channels) -> Channels:
-        if self.hook_log_decay.has_editors and bool((log_a > 0).any()):
+        is_edited = self.hook_log_decay.has_editors or self.hook_rec_gate.has_editors
+        if is_edited and bool((log_a > 0).any()):
             raise ValueError(
-                f"a hook on {self.hook_log_decay.name!r} set a log decay of {log_a.max():.3g}; it "
-                "must be 0 (keep everything) or less, down to minus infinity (forget everything)"
+                f"{self.hook_log_decay.name!r} is {log_a.max():.3g} after a hook on it or on the "
+                "recurrence gate; a log decay must be 0 (keep everything) or less, down to minus "
+                "infinity (forget everything)"
             )
         return log_a
 
