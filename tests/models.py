@@ -93,4 +93,6 @@ def random_tokens(batch: int = 2, n_pos: int = 20, seed: int = 0) -> Tensor:
 
 def relative(a: Tensor, b: Tensor) -> float:
     """Return the largest difference over the largest entry of `b`."""
-    return float((a - b).abs().max() / b.abs().max())
+    a, b = a.detach(), b.detach()
+    largest, difference = float(b.abs().max()), float((a - b).abs().max())
+    return difference / largest if largest else difference

@@ -1,4 +1,4 @@
-"""Every name in `hook_dict`: fires, has its documented shape, can be edited, can be differentiated."""
+"""Every name in `hook_dict`: fires with its shape, can be edited and differentiated."""
 
 from __future__ import annotations
 

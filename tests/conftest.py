@@ -1,0 +1,19 @@
+"""Every test runs on one core and without a network."""
+
+import os
+from collections.abc import Iterator
+
+import pytest
+import torch
+from jaxtyping import config
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+torch.set_num_threads(1)
+
+
+@pytest.fixture
+def unchecked() -> Iterator[None]:
+    """Turn the run-time type checks off, to meet the library as its users do."""
+    config.update("jaxtyping_disable", True)
+    yield
+    config.update("jaxtyping_disable", False)
