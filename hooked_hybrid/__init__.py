@@ -1,6 +1,6 @@
 """Hybrid language models with a named, editable hook point on everything they compute."""
 
-from hooked_hybrid import interventions
+from hooked_hybrid import interventions, presets
 from hooked_hybrid.cache import ActivationCache
 from hooked_hybrid.config import HybridConfig
 from hooked_hybrid.factored_matrix import FactoredMatrix
@@ -23,4 +23,5 @@ __all__ = [
     "HybridState",
     "get_act_name",
     "interventions",
+    "presets",
 ]

@@ -2,58 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from hooked_hybrid import HookedHybrid, HybridConfig
-from hooked_hybrid.config import (
-    AttentionConfig,
-    GatedMLPConfig,
-    LayerConfig,
-    MixerConfig,
-    NormConfig,
-    RGLRUConfig,
-    RotaryConfig,
-)
+from hooked_hybrid import HookedHybrid, HybridConfig, presets
 
 D_VOCAB = 61
 
 
-def griffin_config(
-    pattern: str = "RRAR",
-    n_keys: int | None = 7,
-    n_heads: int = 4,
-    n_kv_heads: int = 1,
-    d_head: int = 8,
-    d_model: int = 24,
-    d_rnn: int = 32,
-    d_conv: int = 4,
-) -> HybridConfig:
-    """Return a RecurrentGemma: `pattern` has an R for each recurrent layer, an A for attention."""
-    mixers: dict[str, MixerConfig] = {
-        "R": RGLRUConfig(d_rnn=d_rnn, n_gate_blocks=n_heads, d_conv=d_conv),
-        "A": AttentionConfig(
-            n_heads=n_heads,
-            n_kv_heads=n_kv_heads,
-            d_head=d_head,
-            n_keys=n_keys,
-            rotary=RotaryConfig(d_rotary=d_head // 2),
-            out_bias=True,
-        ),
-    }
-    mlp = GatedMLPConfig(d_mlp=20, act="gelu_tanh", bias=True)
-    return HybridConfig(
-        d_model=d_model,
-        d_vocab=D_VOCAB,
-        layers=tuple(LayerConfig(mixers[kind], mlp) for kind in pattern),
-        norm=NormConfig(style="one_plus_weight"),
-        scale_embedding=True,
-        tied_embedding=True,
-        logits_soft_cap=30.0,
-        bos_token_id=2,
-        eos_token_id=1,
-        pad_token_id=0,
-    )
+def griffin_config(pattern: str = "RRAR", **changes: Any) -> HybridConfig:
+    """Return a RecurrentGemma in which no two widths are alike."""
+    sizes: dict[str, Any] = {"d_model": 24, "d_rnn": 32, "d_head": 8, "d_mlp": 20, "n_keys": 7}
+    return presets.griffin(pattern, **{"d_vocab": D_VOCAB, **sizes, **changes})
 
 
 CONFIGS: dict[str, HybridConfig] = {

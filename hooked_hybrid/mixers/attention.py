@@ -26,7 +26,6 @@ from hooked_hybrid.mixers.base import Mixer
 from hooked_hybrid.shapes import KeysValues, Mask, Pattern, Queries, Resid
 from hooked_hybrid.state import AttentionState
 
-
 NewKeysValues = Float[Tensor, "batch pos kv_head d_head"]
 
 
