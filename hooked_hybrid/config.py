@@ -65,6 +65,22 @@ class RGLRUConfig:
 
 
 @dataclass(frozen=True)
+class MambaConfig:
+    """Jamba's Mamba-1 block: selective scan, with norms on dt, B and C of `norm_eps`."""
+
+    d_inner: int
+    d_state: int
+    dt_rank: int
+    d_conv: int = 4
+    conv_bias: bool = True
+    proj_bias: bool = False
+    norm_eps: float = 1e-6
+
+    def __post_init__(self) -> None:
+        _require_positive(self, "d_inner", "d_state", "dt_rank", "d_conv")
+
+
+@dataclass(frozen=True)
 class GatedMLPConfig:
     """`down(act(gate(x)) * up(x))`; `d_mlp` is the width of gate and of up, each."""
 
@@ -76,8 +92,26 @@ class GatedMLPConfig:
         _require_positive(self, "d_mlp")
 
 
-MixerConfig = AttentionConfig | RGLRUConfig
-MLPConfig = GatedMLPConfig
+@dataclass(frozen=True)
+class MoEConfig:
+    """A mixture of `n_experts` gated MLPs, of which a router chooses `n_chosen` for each token.
+
+    The weights of the chosen ones are their shares of a softmax over all experts, not renormalised.
+    """
+
+    n_experts: int
+    n_chosen: int
+    d_mlp: int
+    act: Activation = "silu"
+
+    def __post_init__(self) -> None:
+        _require_positive(self, "n_experts", "n_chosen", "d_mlp")
+        if self.n_chosen > self.n_experts:
+            raise ValueError(f"n_chosen={self.n_chosen} of n_experts={self.n_experts}")
+
+
+MixerConfig = AttentionConfig | RGLRUConfig | MambaConfig
+MLPConfig = GatedMLPConfig | MoEConfig
 
 
 @dataclass(frozen=True)

@@ -88,11 +88,31 @@ class RMSNorm(nn.Module):
     def forward(self, x: Resid) -> Resid:
         """Return the normalised and weighted values in the dtype of `x`."""
         wide = _at_least_fp32(x)
-        scale = self.hook_scale((wide.square().mean(-1, keepdim=True) + self.eps).sqrt())
-        normalized = wide / scale
+        inverse = inverse_rms(wide, self.eps)
+        if self.hook_scale.is_hooked:
+            inverse = self.hook_scale(inverse.reciprocal()).reciprocal()
+        normalized = wide * inverse
         if not self.adds_one:
             normalized = normalized.to(x.dtype)
         return (self.hook_normalized(normalized) * self.w).to(x.dtype)
+
+
+class InnerNorm(nn.Module):
+    """A root-mean-square norm inside a mixer, whose result has a hook point there."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.empty(width))
+
+    def reset_parameters(self) -> None:
+        """Start as a norm without a weight."""
+        nn.init.ones_(self.weight)
+
+    def forward(self, x: Float[Tensor, "batch pos width"]) -> Float[Tensor, "batch pos width"]:
+        """Return the normalised values, rounded to the dtype of `x`, times the weight."""
+        wide = _at_least_fp32(x)
+        return (wide * inverse_rms(wide, self.eps)).to(x.dtype) * self.weight
 
 
 class Embed(nn.Module):
@@ -144,15 +164,16 @@ class Unembed(nn.Module):
 class CausalConv1d(nn.Module):
     """Depthwise convolution over the last `d_conv` positions; the last tap is the current one."""
 
-    def __init__(self, d_conv: int, channels: int) -> None:
+    def __init__(self, d_conv: int, channels: int, bias: bool = True) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(d_conv, channels))
-        self.bias = nn.Parameter(torch.empty(channels))
+        self.bias = nn.Parameter(torch.empty(channels)) if bias else None
 
     def reset_parameters(self) -> None:
         """Draw taps from N(0, 1 / d_conv); the bias is zero."""
         nn.init.normal_(self.weight, std=self.weight.shape[0] ** -0.5)
-        nn.init.zeros_(self.bias)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
 
     def initial_state(
         self, u: Float[Tensor, "batch pos channel"]
@@ -194,13 +215,15 @@ class CausalConv1d(nn.Module):
     ) -> Float[Tensor, "batch pos channel"]:
         n_taps = self.weight.shape[0]
         n_pos = inputs.shape[1] - (n_taps - 1)
-        y = inputs[:, n_taps - 1 :] * self.weight[-1] + self.bias
-        for tap in range(n_taps - 1):
+        bias = inputs.new_zeros(()) if self.bias is None else self.bias
+        # Oldest tap first, products fused into the sum: bit for bit what conv1d gives on a CPU.
+        y = bias.expand(inputs.shape[0], n_pos, inputs.shape[2])
+        for tap in range(n_taps):
             x = inputs[:, tap : tap + n_pos]
             if docs is not None:
                 same = docs[:, tap : tap + n_pos] == docs[:, n_taps - 1 :]
                 x = x.masked_fill(~same[..., None], 0)
-            y = y + x * self.weight[tap]
+            y = torch.addcmul(y, x, self.weight[tap])
         return y
 
 
@@ -225,6 +248,11 @@ def activate(x: Tensor, name: Activation) -> Tensor:
     if name == "gelu_tanh":
         return nn.functional.gelu(x, approximate="tanh")
     return nn.functional.silu(x)
+
+
+def inverse_rms(x: Float[Tensor, "batch pos width"], eps: float) -> Float[Tensor, "batch pos 1"]:
+    """Return 1 / sqrt(mean(x^2) + eps); a product with it rounds as the references do."""
+    return torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
 
 
 def _at_least_fp32(x: Tensor) -> Tensor:

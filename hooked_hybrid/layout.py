@@ -56,6 +56,14 @@ class Layout:
         """True at the first token of each document."""
         return self.pos == 0
 
+    @property
+    def resets(self) -> Bool[Tensor, "batch pos"] | None:
+        """Where a recurrence must forget: the starts of documents that something stands before.
+
+        None where every document begins its row, and so begins at a state of zero.
+        """
+        return None if self.doc is None else self.is_start
+
     def piece(self, start: int, stop: int) -> Layout:
         """Return the layout of positions `start` to `stop`, to be run from the state at `start`."""
         whole = self.length

@@ -11,9 +11,13 @@ GROUPS: dict[str, frozenset[str]] = {
         "q k v z rot_q rot_k attn_scores pattern result q_input k_input v_input".split()
     ),
     "mixer": frozenset(
-        "in_proj gate conv input_gate rec_gate log_decay ssm_write ssm_state ssm_y gated".split()
+        "in_proj gate conv input_gate rec_gate log_decay ssm_write ssm_state ssm_y gated "
+        "ssm_input dt_low ssm_B ssm_C dt_proj ssm_dt ssm_decay".split()
     ),
-    "mlp": frozenset("pre act pre_linear post".split()),
+    "mlp": frozenset(
+        "pre act pre_linear post "
+        "router_logits expert_weights expert_indices expert_post expert_out".split()
+    ),
 }
 """Which submodule of a block each shorthand name lives in; every other name is the block's own."""
 

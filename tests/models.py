@@ -18,9 +18,17 @@ def griffin_config(pattern: str = "RRAR", **changes: Any) -> HybridConfig:
     return presets.griffin(pattern, **{"d_vocab": D_VOCAB, **sizes, **changes})
 
 
+def jamba_config(pattern: str = "MMAM", **changes: Any) -> HybridConfig:
+    """Return a Jamba in which no two widths are alike."""
+    sizes: dict[str, Any] = {"d_model": 24, "d_inner": 48, "d_mlp": 20, "d_state": 5, "dt_rank": 3}
+    return presets.jamba(pattern, **{"d_vocab": D_VOCAB, **sizes, **changes})
+
+
 CONFIGS: dict[str, HybridConfig] = {
     "griffin": griffin_config(),
     "griffin-gqa-ends-in-attention": griffin_config("RA", n_kv_heads=2, d_conv=2),
+    "jamba": jamba_config(),
+    "jamba-dense-ends-in-attention": jamba_config("MA", n_experts=1, tied_embedding=True),
 }
 
 

@@ -209,7 +209,8 @@ def test_a_state_edit_at_padding_is_undone(name: str):
     point = f"blocks.{recurrent_layer(model)}.mixer.hook_ssm_state"
 
     def only_at_padding(h: Tensor, hook: HookPoint) -> Tensor:
-        return torch.where(hook.run.query_pos[..., None] < 0, h + 7, h)
+        is_padding = (hook.run.query_pos < 0).view(2, 1, *(1,) * (h.ndim - 2))
+        return torch.where(is_padding, h + 7, h)
 
     out, state = model.run_with_hooks(
         tokens, attention_mask=mask, fwd_hooks=[(point, only_at_padding)], return_state=True
@@ -255,7 +256,8 @@ def test_head_results_sum_to_what_the_mixer_writes(name: str):
     at = f"blocks.{layer}.attn.hook_result"
     _, kept = model.run_with_cache(tokens, names_filter=[at, f"blocks.{layer}.hook_mixer_out"])
     b_O = model.blocks[layer].attn.b_O
-    assert relative(kept[at].sum(2) + b_O, kept["mixer_out", layer]) < FP32_PARITY
+    written = kept[at].sum(2) if b_O is None else kept[at].sum(2) + b_O
+    assert relative(written, kept["mixer_out", layer]) < FP32_PARITY
 
 
 @models
@@ -304,3 +306,39 @@ def test_the_gradient_of_a_state_hook_is_total():
         _, edited = model.run_with_cache(tokens, names_filter=point, incl_bwd=True)
     assert relative(edited[point][:, 30], 3 * fast[point][:, 30]) < 1e-10
     assert relative(edited[point + "_grad"], slow) > 1e-3
+
+
+EXPERTS = "blocks.1.mlp"
+
+
+def test_expert_outputs_sum_to_what_the_mixture_writes():
+    model, tokens = model_of("jamba"), random_tokens()
+    at = f"{EXPERTS}.hook_expert_out"
+    _, kept = model.run_with_cache(tokens, names_filter=[at, "blocks.1.hook_mlp_out"])
+    assert relative(kept[at].sum(2), kept["mlp_out", 1]) < FP32_PARITY
+
+
+def test_expert_weights_are_shares_of_a_softmax_over_all_experts_not_renormalised():
+    model, tokens = model_of("jamba"), random_tokens()
+    _, kept = model.run_with_cache(tokens)
+    shares = kept["router_logits", 1].softmax(-1)
+    chosen = shares.gather(-1, kept["expert_indices", 1])
+    assert relative(kept["expert_weights", 1], chosen) < FP32_PARITY
+    assert bool((chosen.sum(-1) < 1).all()) and torch.equal(chosen, shares.topk(2).values)
+
+
+def test_editing_the_chosen_experts_runs_the_others():
+    model, tokens = model_of("jamba"), random_tokens()
+    at = f"{EXPERTS}.hook_expert_indices"
+    with model.hooks([(at, lambda i, hook: (i + 1) % 4)]):
+        _, kept = model.run_with_cache(tokens)
+    mlp, x = model.blocks[1].mlp, kept["mlp_in", 1]
+    x = x / kept["scale", 1, "ln2"] * model.blocks[1].ln2.w
+    wanted = torch.zeros_like(x)
+    for expert in range(4):
+        post = torch.nn.functional.silu(x @ mlp.W_gate[expert]) * (x @ mlp.W_in[expert])
+        weight = kept["expert_weights", 1] * (kept["expert_indices", 1] == expert)
+        wanted += weight.sum(-1, keepdim=True) * (post @ mlp.W_out[expert])
+    assert relative(kept["mlp_out", 1], wanted) < FP32_PARITY
+    with pytest.raises(ValueError, match="there are 4, from 0"):
+        model.run_with_hooks(tokens, fwd_hooks=[(at, lambda i, hook: i + 9)])

@@ -25,6 +25,7 @@ STATELESS_LEAVES = set(
     """
     hook_gate hook_ssm_y hook_gated hook_q hook_rot_q hook_q_input hook_attn_scores hook_pattern
     hook_z hook_result hook_mixer_out hook_attn_out hook_resid_mid hook_mlp_in hook_mlp_out
+    hook_ssm_C hook_router_logits hook_expert_weights hook_expert_post hook_expert_out
     hook_resid_post hook_pre hook_act hook_pre_linear hook_post
     """.split()
 )
@@ -52,7 +53,8 @@ def nudged(value: Tensor, hook: HookPoint) -> Tensor:
     """Return a legal, clearly different value of the same kind."""
     if str(hook.name).endswith("hook_log_decay"):
         return 2 * value - 0.05
-    if str(hook.name).endswith(("hook_pattern", "hook_scale", "hook_rec_gate")):
+    halved = ("hook_pattern", "hook_scale", "hook_rec_gate", "hook_ssm_dt", "hook_ssm_decay")
+    if str(hook.name).endswith(halved):
         return 0.5 * value
     generator = torch.Generator().manual_seed(1)
     noise = torch.randn(value.shape[1:], generator=generator, dtype=value.dtype)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hooked_hybrid.config import HybridConfig
-from weights_conversion import recurrentgemma
+from weights_conversion import jamba, recurrentgemma
 from weights_conversion.errors import CheckpointError
 from weights_conversion.rules import Rule
 
@@ -19,7 +19,7 @@ class Family:
     model_type: str
     config_from_dict: Callable[[dict[str, Any]], HybridConfig]
     config_to_dict: Callable[[HybridConfig], dict[str, Any] | None]
-    rules: Callable[[HybridConfig], list[Rule]]
+    rules: Callable[..., list[Rule]]
     ignored: Callable[[HybridConfig], tuple[str, ...]]
 
 
@@ -31,7 +31,7 @@ FAMILIES = {
         module.rules,
         module.ignored,
     )
-    for module in (recurrentgemma,)
+    for module in (recurrentgemma, jamba)
 }
 
 

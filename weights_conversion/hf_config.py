@@ -64,6 +64,28 @@ class ConfigReader:
             raise CheckpointError(f"config.json: {key}={value!r} is not a positive integer")
         return value
 
+    def number(self, key: str, default: float) -> float:
+        """Return a positive number.
+
+        Raises:
+            CheckpointError: anything else.
+        """
+        value = self.get(key, default)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e30:
+            raise CheckpointError(f"config.json: {key}={value!r} is not a positive number")
+        return float(value)
+
+    def flag(self, key: str, default: bool) -> bool:
+        """Return true or false.
+
+        Raises:
+            CheckpointError: anything else.
+        """
+        value = self.get(key, default)
+        if not isinstance(value, bool):
+            raise CheckpointError(f"config.json: {key}={value!r} is neither true nor false")
+        return value
+
     def only(self, key: str, *supported: Any) -> Any:
         """Return a setting of which only some values are supported; absent means the first.
 

@@ -65,7 +65,9 @@ def from_hf(
     source = MemorySource(hf_model.state_dict())
     dtype = hf_model.dtype if dtype is None else dtype
     device = hf_model.device if device is None else device
-    model = _filled(cfg, source, family.rules(cfg), family.ignored(cfg), dtype, device)
+    model = _filled(
+        cfg, source, family.rules(cfg, source.shapes), family.ignored(cfg), dtype, device
+    )
     model.tokenizer = tokenizer
     return model
 
@@ -102,7 +104,7 @@ def _read_plan(
     if checkpoint.config is not None:
         family = family_of_config(checkpoint.config)
         cfg = family.config_from_dict(checkpoint.config).with_overrides(**overrides)
-        return cfg, family.rules(cfg), family.ignored(cfg)
+        return cfg, family.rules(cfg, source.shapes), family.ignored(cfg)
     given = {key: overrides.pop(key) for key in GOOGLE_SETTINGS & overrides.keys()}
     cfg = google.config_from_shapes(source.shapes, **given).with_overrides(**overrides)
     return cfg, google.rules(cfg), google.ignored(cfg)

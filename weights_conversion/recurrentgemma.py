@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 from hooked_hybrid.config import (
@@ -63,7 +64,7 @@ RECURRENT = (
 )
 
 
-def rules(cfg: HybridConfig) -> list[Rule]:
+def rules(cfg: HybridConfig, names: Collection[str] = ()) -> list[Rule]:  # noqa: ARG001
     """Return the table for one model, layers filled in."""
     table = [*MODEL, *(() if cfg.tied_embedding else UNTIED)]
     for i, layer in enumerate(cfg.layers):
@@ -103,7 +104,7 @@ def config_from_dict(config: dict[str, Any]) -> HybridConfig:
         d_head=d_head,
         n_keys=reader.integer("attention_window_size", 2048),
         rotary=RotaryConfig(d_rotary=int(d_head * share), theta=theta),
-        qkv_bias=bool(reader.get("attention_bias", False)),
+        qkv_bias=reader.flag("attention_bias", False),
         out_bias=True,
     )
     recurrent = RGLRUConfig(
@@ -122,10 +123,10 @@ def config_from_dict(config: dict[str, Any]) -> HybridConfig:
         d_model=d_model,
         d_vocab=reader.integer("vocab_size"),
         layers=tuple(LayerConfig(kinds[cycle[i % len(cycle)]], mlp) for i in range(n_layers)),
-        norm=NormConfig(eps=reader.get("rms_norm_eps", 1e-6), style="one_plus_weight"),
+        norm=NormConfig(eps=reader.number("rms_norm_eps", 1e-6), style="one_plus_weight"),
         scale_embedding=True,
-        tied_embedding=bool(reader.get("tie_word_embeddings", True)),
-        logits_soft_cap=reader.get("logits_soft_cap", 30.0),
+        tied_embedding=reader.flag("tie_word_embeddings", True),
+        logits_soft_cap=reader.number("logits_soft_cap", 30.0),
         **reader.special_tokens(),
         model_name=str(config.get("_name_or_path") or MODEL_TYPE),
         extra=reader.extra(),

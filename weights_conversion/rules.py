@@ -37,6 +37,11 @@ SPLIT_BIAS = Transform(
 )
 """Two biases stacked as [2 1 1 out] <-> two of [out]."""
 
+SPLIT_ROWS = Transform(lambda t: t[0].chunk(2, dim=1), lambda t: (torch.cat([t[0], t[1]], dim=1),))
+"""Two stacks of matrices side by side as [n 2*out in] <-> two of [n out in]."""
+STACK = Transform(lambda t: (torch.stack(t),), lambda t: t[0].unbind())
+"""Matrices one by one <-> one stack of them."""
+
 
 @dataclass(frozen=True)
 class Rule:

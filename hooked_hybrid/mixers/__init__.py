@@ -2,11 +2,16 @@
 
 from typing import Any
 
-from hooked_hybrid.config import AttentionConfig, RGLRUConfig
+from hooked_hybrid.config import AttentionConfig, MambaConfig, RGLRUConfig
 from hooked_hybrid.mixers.attention import Attention
 from hooked_hybrid.mixers.base import Mixer
+from hooked_hybrid.mixers.mamba import Mamba
 from hooked_hybrid.mixers.rglru import RGLRU
 
-MIXERS: dict[type, type[Mixer[Any]]] = {AttentionConfig: Attention, RGLRUConfig: RGLRU}
+MIXERS: dict[type, type[Mixer[Any]]] = {
+    AttentionConfig: Attention,
+    RGLRUConfig: RGLRU,
+    MambaConfig: Mamba,
+}
 
-__all__ = ["MIXERS", "RGLRU", "Attention", "Mixer"]
+__all__ = ["MIXERS", "RGLRU", "Attention", "Mamba", "Mixer"]

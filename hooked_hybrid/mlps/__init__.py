@@ -2,9 +2,10 @@
 
 from torch import nn
 
-from hooked_hybrid.config import GatedMLPConfig
+from hooked_hybrid.config import GatedMLPConfig, MoEConfig
 from hooked_hybrid.mlps.gated import GatedMLP
+from hooked_hybrid.mlps.moe import MoE
 
-MLPS: dict[type, type[nn.Module]] = {GatedMLPConfig: GatedMLP}
+MLPS: dict[type, type[nn.Module]] = {GatedMLPConfig: GatedMLP, MoEConfig: MoE}
 
-__all__ = ["MLPS", "GatedMLP"]
+__all__ = ["MLPS", "GatedMLP", "MoE"]

@@ -1,0 +1,176 @@
+"""Load a checkpoint at the true shape of RecurrentGemma-2B and compare it with transformers.
+
+    python -m experiments.true_shape FOLDER [--n-pos 2112] [--layers 26]
+
+Weights are random bf16, written by transformers itself (about 5.4 GB). Three processes, so that
+each one's memory is its own: write; load with ours, with the peak of anonymous memory measured;
+compare the logits of one prompt longer than the window. Needs the `test` extra. What is in FOLDER
+already is used again, so a stopped run goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+PUBLISHED: dict[str, Any] = {
+    "vocab_size": 256_000,
+    "hidden_size": 2560,
+    "num_hidden_layers": 26,
+    "num_attention_heads": 10,
+    "num_key_value_heads": 1,
+    "lru_width": 2560,
+    "intermediate_size": 15_360,
+    "attention_window_size": 2048,
+}
+
+
+def write(folder: Path, n_layers: int) -> None:
+    """Draw a model in bf16 and let transformers save it."""
+    from transformers import RecurrentGemmaConfig, RecurrentGemmaForCausalLM  # noqa: TID251
+
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.bfloat16)
+    config = RecurrentGemmaConfig(**{**PUBLISHED, "num_hidden_layers": n_layers})
+    with torch.device("meta"):
+        model = RecurrentGemmaForCausalLM(config)
+    model.to_empty(device="cpu")
+    model.tie_weights()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            fan_in = parameter.shape[-1] if parameter.ndim > 1 else 10
+            parameter.normal_(std=fan_in**-0.5)
+            if name.endswith("recurrent_param"):
+                parameter.uniform_(-7, 1)
+    model.save_pretrained(folder / "checkpoint", max_shard_size="2GB")
+
+
+def measure_loading(folder: Path) -> None:
+    """Load with ours while a thread watches the process's anonymous memory."""
+    from hooked_hybrid import HookedHybrid
+
+    before, peak, done = _anonymous_bytes(), 0, threading.Event()
+
+    def watch() -> None:
+        nonlocal peak
+        while not done.is_set():
+            peak = max(peak, _anonymous_bytes())
+            time.sleep(0.002)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    start = time.perf_counter()
+    model = HookedHybrid.from_pretrained(folder / "checkpoint", dtype=torch.bfloat16)
+    seconds = time.perf_counter() - start
+    done.set()
+    watcher.join()
+    sizes = [p.numel() * p.element_size() for p in model.parameters()]
+    allowed = 1.1 * sum(sizes) + max(sizes)
+    _note(
+        folder,
+        weights_bytes=sum(sizes),
+        largest_tensor_bytes=max(sizes),
+        peak_anonymous_bytes=peak - before,
+        peak_over_weights=(peak - before) / sum(sizes),
+        within_bound=peak - before <= allowed,
+        seconds_to_load=seconds,
+    )
+
+
+def compute_logits(folder: Path, whose: str, n_pos: int) -> None:
+    """Save the bf16 logits of one prompt, by transformers or by ours."""
+    generator = torch.Generator().manual_seed(1)
+    tokens = torch.randint(3, PUBLISHED["vocab_size"], (1, n_pos), generator=generator)
+    path = folder / "checkpoint"
+    model: Any
+    with torch.no_grad():
+        if whose == "hf":
+            from transformers import RecurrentGemmaForCausalLM  # noqa: TID251
+
+            model = RecurrentGemmaForCausalLM.from_pretrained(path, dtype=torch.bfloat16)
+            logits = model.eval()(tokens, use_cache=False).logits
+        else:
+            from hooked_hybrid import HookedHybrid
+
+            model = HookedHybrid.from_pretrained(path, dtype=torch.bfloat16)
+            logits = model(tokens)
+    torch.save(logits[0], folder / f"logits_{whose}_{n_pos}.pt")
+
+
+def compare(folder: Path, n_pos: int) -> None:
+    """Note the differences, and whether the argmax agrees wherever the margin is clear."""
+    hf, ours = (
+        torch.load(folder / f"logits_{whose}_{n_pos}.pt", weights_only=True, mmap=True)
+        for whose in ("hf", "ours")
+    )
+    difference = torch.empty(n_pos)
+    margin, same = torch.empty(n_pos), torch.empty(n_pos, dtype=torch.bool)
+    for t in range(n_pos):
+        a, b = hf[t].float(), ours[t].float()
+        difference[t] = (a - b).abs().max()
+        top = a.topk(2).values
+        margin[t], same[t] = top[0] - top[1], a.argmax() == b.argmax()
+    clear = margin > 2 * difference
+    _note(
+        folder,
+        n_pos=n_pos,
+        largest_logit=float(max(row.float().abs().max() for row in hf)),
+        max_difference=float(difference.max()),
+        median_difference=float(difference.median()),
+        positions_with_clear_margin=int(clear.sum()),
+        same_argmax_where_clear=bool(same[clear].all()),
+        same_argmax_anywhere=float(same.float().mean()),
+    )
+
+
+def _anonymous_bytes() -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("RssAnon"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError("this system does not tell a process's anonymous memory")
+
+
+def _note(folder: Path, **figures: Any) -> None:
+    print(json.dumps(figures, indent=2), flush=True)
+    with (folder / "figures.jsonl").open("a") as file:
+        file.write(json.dumps(figures) + "\n")
+
+
+def main() -> None:
+    """Run every step in a process of its own."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--n-pos", type=int, default=2112)
+    parser.add_argument("--layers", type=int, default=26)
+    parser.add_argument("--step", choices=["write", "load", "hf", "ours", "compare"])
+    args = parser.parse_args()
+    if args.step is None:
+        args.folder.mkdir(parents=True, exist_ok=True)
+        for step in ("write", "load", "hf", "ours", "compare"):
+            if step == "write" and (args.folder / "checkpoint" / "config.json").exists():
+                continue
+            if (args.folder / f"logits_{step}_{args.n_pos}.pt").exists():
+                continue
+            print(f"--- {step}", flush=True)
+            command = [sys.executable, "-m", "experiments.true_shape", *sys.argv[1:]]
+            subprocess.run([*command, "--step", step], check=True)
+    elif args.step == "write":
+        write(args.folder, args.layers)
+    elif args.step == "load":
+        measure_loading(args.folder)
+    elif args.step in ("hf", "ours"):
+        compute_logits(args.folder, args.step, args.n_pos)
+    else:
+        compare(args.folder, args.n_pos)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,141 @@
+"""The Mamba-1 block (Gu & Dao 2023, algorithm 2) with Jamba's norms on dt, B and C.
+
+    u, z    = x W_in                                     two branches
+    u       = silu(conv4(u) + b)
+    dt, B, C = norm(u W_dt), norm(u W_B), norm(u W_C)    low rank, d_state, d_state
+    delta   = softplus(dt W_up + b_up)                   fp32, as everything up to y
+    h_t     = exp(delta_t A) h_{t-1} + delta_t B_t u_t   A = -exp(A_log), state [d_inner d_state]
+    y_t     = C_t h_t + D u_t
+    out     = (y * silu(z)) W_out
+
+fp32 from delta to y is what the official kernels compute. transformers' own torch path rounds delta
+and the state to the model's dtype, so that it agrees in fp32 and differs by a rounding in bf16.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn.functional import softplus
+
+from hooked_hybrid.config import MambaConfig
+from hooked_hybrid.hooks import HookPoint
+from hooked_hybrid.layers import CausalConv1d, InnerNorm, Linear, activate
+from hooked_hybrid.layout import Layout
+from hooked_hybrid.mixers.base import Mixer
+from hooked_hybrid.scan import hooked_scan
+from hooked_hybrid.selective_scan import selective_scan
+from hooked_hybrid.shapes import Inner, Resid
+from hooked_hybrid.state import RecurrentState
+
+
+class Mamba(Mixer[RecurrentState]):
+    """The selective state space block."""
+
+    def __init__(self, cfg: MambaConfig, d_model: int) -> None:
+        super().__init__(cfg, d_model)
+        self.cfg: MambaConfig = cfg
+        self.in_proj = Linear(d_model, 2 * cfg.d_inner, bias=cfg.proj_bias)
+        self.conv = CausalConv1d(cfg.d_conv, cfg.d_inner, bias=cfg.conv_bias)
+        self.x_proj = Linear(cfg.d_inner, cfg.dt_rank + 2 * cfg.d_state, bias=False)
+        self.dt_norm = InnerNorm(cfg.dt_rank, cfg.norm_eps)
+        self.B_norm = InnerNorm(cfg.d_state, cfg.norm_eps)
+        self.C_norm = InnerNorm(cfg.d_state, cfg.norm_eps)
+        self.dt_proj = Linear(cfg.dt_rank, cfg.d_inner, bias=True)
+        self.A_log = nn.Parameter(torch.empty(cfg.d_inner, cfg.d_state))
+        self.D = nn.Parameter(torch.empty(cfg.d_inner))
+        self.out_proj = Linear(cfg.d_inner, d_model, bias=cfg.proj_bias)
+
+        self.hook_in_proj = HookPoint("batch pos d_inner")
+        self.hook_gate = HookPoint("batch pos d_inner")
+        self.hook_conv = HookPoint("batch pos d_inner")
+        self.hook_ssm_input = HookPoint("batch pos d_inner")
+        self.hook_dt_low = HookPoint("batch pos dt_rank")
+        self.hook_ssm_B = HookPoint("batch pos d_state")
+        self.hook_ssm_C = HookPoint("batch pos d_state")
+        self.hook_dt_proj = HookPoint("batch pos d_inner")
+        self.hook_ssm_dt = HookPoint("batch pos d_inner")
+        self.hook_ssm_decay = HookPoint("batch pos d_inner d_state", lazy=True, large=True)
+        self.hook_ssm_write = HookPoint("batch pos d_inner d_state", lazy=True, large=True)
+        self.hook_ssm_state = HookPoint("batch pos d_inner d_state", lazy=True, large=True)
+        self.hook_ssm_y = HookPoint("batch pos d_inner")
+        self.hook_gated = HookPoint("batch pos d_inner")
+
+    def reset_parameters(self) -> None:
+        """Start with A = -1, -2, ..., and D = 1, as Mamba does."""
+        with torch.no_grad():
+            n = torch.arange(1, self.cfg.d_state + 1, dtype=torch.float32)
+            self.A_log.copy_(n.log().expand_as(self.A_log))
+            nn.init.ones_(self.D)
+
+    def forward(
+        self, x: Resid, state: RecurrentState | None, layout: Layout
+    ) -> tuple[Resid, RecurrentState]:
+        """Return what the block writes, and its state after the last token of each row."""
+        u, z = self.in_proj(x).chunk(2, dim=-1)
+        gate = self.hook_gate(activate(z, "silu"))
+        u = layout.zero_padding(self.hook_in_proj(u))
+        conv_state = self.conv.initial_state(u) if state is None else state.conv
+        u, conv_state = self.conv(u, conv_state, layout)
+        u = self.hook_ssm_input(activate(self.hook_conv(u), "silu"))
+        y, h = self._recur(u, state, layout)
+        y = self.hook_ssm_y(y.to(x.dtype))
+        return self.out_proj(self.hook_gated(y * gate)), RecurrentState(conv_state, h)
+
+    def state_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of this layer's state, without the batch."""
+        cfg = self.cfg
+        return {"conv": (cfg.d_conv - 1, cfg.d_inner), "ssm": (cfg.d_inner, cfg.d_state)}
+
+    @property
+    def A(self) -> Float[Tensor, "d_inner d_state"]:
+        """The continuous decay rates, all negative, in fp32."""
+        return -torch.exp(self.A_log.to(torch.promote_types(self.A_log.dtype, torch.float32)))
+
+    def _recur(
+        self, u: Inner, state: RecurrentState | None, layout: Layout
+    ) -> tuple[Inner, Float[Tensor, "batch d_inner d_state"]]:
+        """Return y at every position and the last state; padding writes and forgets nothing."""
+        cfg, wide = self.cfg, torch.promote_types(u.dtype, torch.float32)
+        dt, B, C = self.x_proj(u).split([cfg.dt_rank, cfg.d_state, cfg.d_state], dim=-1)
+        dt = self.hook_dt_low(self.dt_norm(dt))
+        B, C = self.hook_ssm_B(self.B_norm(B)).to(wide), self.hook_ssm_C(self.C_norm(C)).to(wide)
+        dt = softplus(self.hook_dt_proj(self.dt_proj(dt)).to(wide))
+        dt = self.hook_ssm_dt(layout.zero_padding(dt), constrain=layout.zero_padding)
+        u = u.to(wide)
+        h0 = u.new_zeros(u.shape[0], cfg.d_inner, cfg.d_state) if state is None else state.ssm
+        hooks = (self.hook_ssm_decay, self.hook_ssm_write, self.hook_ssm_state)
+        if any(hook.is_hooked for hook in hooks):
+            y, h = self._scan_hooked(u, dt, B, C, h0, layout)
+        else:
+            y, h = selective_scan(u, dt, self.A, B, C, h0, layout.resets)
+        return y + u * self.D.to(wide), h
+
+    def _scan_hooked(
+        self,
+        u: Inner,
+        dt: Inner,
+        B: Float[Tensor, "batch pos d_state"],
+        C: Float[Tensor, "batch pos d_state"],
+        h0: Float[Tensor, "batch d_inner d_state"],
+        layout: Layout,
+    ) -> tuple[Inner, Float[Tensor, "batch d_inner d_state"]]:
+        """Return C h and the last state through decays, writes and states, with their hooks."""
+        decay = torch.exp(dt[..., None] * self.A)
+        decay = self.hook_ssm_decay(forget(decay, layout), constrain=lambda a: forget(a, layout))
+        write = dt[..., None] * B[:, :, None] * u[..., None]
+        write = self.hook_ssm_write(write, constrain=layout.zero_padding)
+        h = hooked_scan(decay, write, h0, self.hook_ssm_state, layout)
+        return torch.einsum("bsen,bsn->bse", h, C), h[:, -1].clone()
+
+
+def forget(
+    decay: Float[Tensor, "batch pos d_inner d_state"], layout: Layout
+) -> Float[Tensor, "batch pos d_inner d_state"]:
+    """Return decays of 0 where a document begins inside the row, and of 1 at padding."""
+    if layout.has_padding:
+        decay = decay.masked_fill(~layout.is_real[..., None, None], 1)
+    if layout.resets is not None:
+        decay = decay.masked_fill(layout.resets[..., None, None], 0)
+    return decay

@@ -1,0 +1,116 @@
+"""A mixture of experts as Jamba has it (Lieber et al. 2024): top-k of a softmax over all experts.
+
+p       = softmax(x W_router)                       fp32, over all experts
+weights = the n_chosen largest of p                 not renormalised
+out     = sum_chosen weight_e down_e(act(gate_e x) * up_e x)
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from hooked_hybrid.config import MoEConfig
+from hooked_hybrid.hooks import HookPoint
+from hooked_hybrid.layers import Linear, activate
+from hooked_hybrid.layout import Layout
+from hooked_hybrid.shapes import Resid
+
+Weights = Float[Tensor, "batch pos n_chosen"]
+Indices = Int[Tensor, "batch pos n_chosen"]
+
+
+class MoE(nn.Module):
+    """A router and its experts, whose weights are stacked on a leading axis."""
+
+    def __init__(self, cfg: MoEConfig, d_model: int) -> None:
+        super().__init__()
+        self.cfg = cfg
+        self.router = Linear(d_model, cfg.n_experts, bias=False)
+        self.gate = nn.Parameter(torch.empty(cfg.n_experts, cfg.d_mlp, d_model))
+        self.up = nn.Parameter(torch.empty(cfg.n_experts, cfg.d_mlp, d_model))
+        self.down = nn.Parameter(torch.empty(cfg.n_experts, d_model, cfg.d_mlp))
+        self.hook_router_logits = HookPoint("batch pos n_experts")
+        self.hook_expert_weights = HookPoint("batch pos n_chosen")
+        self.hook_expert_indices = HookPoint("batch pos n_chosen", integer=True)
+        self.hook_expert_post = HookPoint("batch pos n_chosen d_mlp", lazy=True, large=True)
+        self.hook_expert_out = HookPoint("batch pos n_chosen d_model", lazy=True, large=True)
+
+    def reset_parameters(self) -> None:
+        """Draw experts from N(0, 1 / d_in)."""
+        for weight in (self.gate, self.up, self.down):
+            nn.init.normal_(weight, std=weight.shape[-1] ** -0.5)
+
+    @property
+    def W_gate(self) -> Float[Tensor, "expert d_model d_mlp"]:
+        """Gate weights of each expert."""
+        return self.gate.mT
+
+    @property
+    def W_in(self) -> Float[Tensor, "expert d_model d_mlp"]:
+        """Weights of each expert's linear branch."""
+        return self.up.mT
+
+    @property
+    def W_out(self) -> Float[Tensor, "expert d_mlp d_model"]:
+        """Output weights of each expert."""
+        return self.down.mT
+
+    def forward(self, x: Resid, layout: Layout) -> Resid:  # noqa: ARG002  (one signature for MLPs)
+        """Return the weighted sum of what the chosen experts write."""
+        weights, indices = self._route(x)
+        if self.hook_expert_post.is_hooked or self.hook_expert_out.is_hooked:
+            return self._run_hooked(x, weights, indices)
+        return self._run_sorted(x, weights, indices)
+
+    def _route(self, x: Resid) -> tuple[Weights, Indices]:
+        """Return the chosen experts of each token and their shares."""
+        wide = torch.promote_types(x.dtype, torch.float32)
+        logits = self.hook_router_logits(self.router(x))
+        shares, indices = logits.softmax(-1, dtype=wide).topk(self.cfg.n_chosen, dim=-1)
+        weights = self.hook_expert_weights(shares.to(x.dtype))
+        return weights, self._checked(self.hook_expert_indices(indices))
+
+    def _run_sorted(self, x: Resid, weights: Weights, indices: Indices) -> Resid:
+        """Return the sum, each expert run once on all tokens that chose it."""
+        flat, share = x.flatten(0, 1), weights.reshape(-1, 1)
+        expert_of_slot, slots = indices.flatten().sort(stable=True)
+        tokens = slots // self.cfg.n_chosen
+        counts = torch.bincount(expert_of_slot, minlength=self.cfg.n_experts).tolist()
+        out, done = torch.zeros_like(flat), 0
+        for expert, n in enumerate(counts):
+            if not n:
+                continue
+            chosen, mine = tokens[done : done + n], slots[done : done + n]
+            post = self._post(flat[chosen], expert)
+            out = out.index_add(0, chosen, linear(post, self.down[expert]) * share[mine])
+            done += n
+        return out.view_as(x)
+
+    def _run_hooked(self, x: Resid, weights: Weights, indices: Indices) -> Resid:
+        """Return the sum through each chosen expert's own values: the definition."""
+        post = x.new_zeros(*indices.shape, self.cfg.d_mlp)
+        for expert in indices.unique().tolist():
+            b, s, slot = (indices == expert).nonzero(as_tuple=True)
+            post = post.index_put((b, s, slot), self._post(x[b, s], expert))
+        post = self.hook_expert_post(post)
+        out = x.new_zeros(*indices.shape, x.shape[-1])
+        for expert in indices.unique().tolist():
+            b, s, slot = (indices == expert).nonzero(as_tuple=True)
+            out = out.index_put((b, s, slot), linear(post[b, s, slot], self.down[expert]))
+        return self.hook_expert_out(out * weights[..., None]).sum(dim=2)
+
+    def _post(self, x: Float[Tensor, "token d_model"], expert: int) -> Float[Tensor, "token d_mlp"]:
+        return activate(linear(x, self.gate[expert]), self.cfg.act) * linear(x, self.up[expert])
+
+    def _checked(self, indices: Indices) -> Indices:
+        if self.hook_expert_indices.has_editors:
+            low, high = (int(v) for v in torch.aminmax(indices))
+            if low < 0 or high >= self.cfg.n_experts:
+                raise ValueError(
+                    f"a hook on {self.hook_expert_indices.name!r} chose experts {low} to {high}; "
+                    f"there are {self.cfg.n_experts}, from 0"
+                )
+        return indices

@@ -1,0 +1,295 @@
+"""Jamba as Hugging Face publishes it: its config and its table of names.
+
+Published files hold experts one by one; transformers 5 fuses them in memory. Both are read, and the
+published layout is written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any
+
+from hooked_hybrid.config import (
+    AttentionConfig,
+    GatedMLPConfig,
+    HybridConfig,
+    LayerConfig,
+    MambaConfig,
+    MixerConfig,
+    MLPConfig,
+    MoEConfig,
+    NormConfig,
+)
+from weights_conversion.errors import CheckpointError
+from weights_conversion.hf_config import ConfigReader
+from weights_conversion.rules import CONV_TAPS, SPLIT_ROWS, STACK, Rule, rule
+
+MODEL_TYPE = "jamba"
+ARCHITECTURE = "JambaForCausalLM"
+NO_EFFECT = frozenset(
+    """
+    calc_logits_for_entire_prompt num_logits_to_keep output_router_logits router_aux_loss_coef
+    use_associative_scan use_mamba_kernels use_mambapy
+    """.split()
+)
+
+_LAYER = "model.layers.{i}"
+_MLP = f"{_LAYER}.feed_forward"
+
+MODEL = (
+    rule("model.embed_tokens.weight", "embed.W_E"),
+    rule("model.final_layernorm.weight", "ln_final.weight"),
+)
+UNTIED = (rule("lm_head.weight", "unembed.weight"),)
+EVERY_LAYER = (
+    rule(f"{_LAYER}.input_layernorm.weight", "blocks.{i}.ln1.weight"),
+    rule(f"{_LAYER}.pre_ff_layernorm.weight", "blocks.{i}.ln2.weight"),
+)
+ATTENTION = tuple(
+    rule(f"{_LAYER}.self_attn.{name}_proj.weight", f"blocks.{{i}}.attn.{name}.weight")
+    for name in "qkvo"
+)
+MAMBA = (
+    *(
+        rule(f"{_LAYER}.mamba.{name}", f"blocks.{{i}}.mixer.{name}")
+        for name in ("A_log", "D", "dt_proj.weight", "dt_proj.bias")
+    ),
+    *(
+        rule(f"{_LAYER}.mamba.{name}.weight", f"blocks.{{i}}.mixer.{name}.weight")
+        for name in ("in_proj", "x_proj", "out_proj")
+    ),
+    rule(f"{_LAYER}.mamba.conv1d.weight", "blocks.{i}.mixer.conv.weight", CONV_TAPS),
+    rule(f"{_LAYER}.mamba.dt_layernorm.weight", "blocks.{i}.mixer.dt_norm.weight"),
+    rule(f"{_LAYER}.mamba.b_layernorm.weight", "blocks.{i}.mixer.B_norm.weight"),
+    rule(f"{_LAYER}.mamba.c_layernorm.weight", "blocks.{i}.mixer.C_norm.weight"),
+)
+CONV_BIAS = (rule(f"{_LAYER}.mamba.conv1d.bias", "blocks.{i}.mixer.conv.bias"),)
+PROJ_BIAS = tuple(
+    rule(f"{_LAYER}.mamba.{name}.bias", f"blocks.{{i}}.mixer.{name}.bias")
+    for name in ("in_proj", "out_proj")
+)
+DENSE = tuple(
+    rule(f"{_MLP}.{name}_proj.weight", f"blocks.{{i}}.mlp.{name}.weight")
+    for name in ("gate", "up", "down")
+)
+ROUTER = (rule(f"{_MLP}.router.weight", "blocks.{i}.mlp.router.weight"),)
+FUSED_EXPERTS = (
+    rule(f"{_MLP}.experts.gate_up_proj", "blocks.{i}.mlp.gate blocks.{i}.mlp.up", SPLIT_ROWS),
+    rule(f"{_MLP}.experts.down_proj", "blocks.{i}.mlp.down"),
+)
+
+
+def separate_experts(n_experts: int) -> tuple[Rule, ...]:
+    """Return the rules that stack experts stored one by one."""
+    return tuple(
+        rule(
+            " ".join(f"{_MLP}.experts.{e}.{name}_proj.weight" for e in range(n_experts)),
+            f"blocks.{{i}}.mlp.{name}",
+            STACK,
+        )
+        for name in ("gate", "up", "down")
+    )
+
+
+def rules(cfg: HybridConfig, names: Collection[str] = ()) -> list[Rule]:
+    """Return the table for one model, layers filled in.
+
+    Args:
+        cfg: the model.
+        names: what the source holds; tells whether its experts are fused.
+    """
+    is_fused = any(name.endswith(".experts.gate_up_proj") for name in names)
+    table = [*MODEL, *(() if cfg.tied_embedding else UNTIED)]
+    for i, layer in enumerate(cfg.layers):
+        parts = [*EVERY_LAYER, *_mixer_rules(layer.mixer)]
+        if isinstance(layer.mlp, MoEConfig):
+            experts = FUSED_EXPERTS if is_fused else separate_experts(layer.mlp.n_experts)
+            parts += [*ROUTER, *experts]
+        else:
+            parts += DENSE
+        table += [r.at(i) for r in parts]
+    return table
+
+
+def _mixer_rules(mixer: MixerConfig) -> tuple[Rule, ...]:
+    if not isinstance(mixer, MambaConfig):
+        return ATTENTION
+    return (
+        *MAMBA,
+        *(CONV_BIAS if mixer.conv_bias else ()),
+        *(PROJ_BIAS if mixer.proj_bias else ()),
+    )
+
+
+def ignored(cfg: HybridConfig) -> tuple[str, ...]:
+    """Return patterns of tensors that are not needed; a tied head is the embedding again."""
+    return (r"lm_head\.weight",) if cfg.tied_embedding else ()
+
+
+def config_from_dict(config: dict[str, Any]) -> HybridConfig:
+    """Return our config from a 4.x or 5.x `config.json`.
+
+    Raises:
+        CheckpointError: a setting that is missing, impossible, unsupported or unknown.
+    """
+    reader = ConfigReader(config, NO_EFFECT)
+    d_model, n_heads = reader.integer("hidden_size"), reader.integer("num_attention_heads")
+    reader.only("hidden_act", "silu")
+    reader.only("sliding_window", None)
+    reader.only("mamba_inner_layernorms", True)
+    reader.only("rope_scaling", None)
+    reader.only("rope_parameters", None)
+    eps = reader.number("rms_norm_eps", 1e-6)
+    attention = AttentionConfig(
+        n_heads=n_heads,
+        n_kv_heads=reader.integer("num_key_value_heads", n_heads),
+        d_head=reader.integer("head_dim", d_model // n_heads),
+    )
+    rank = reader.get("mamba_dt_rank", "auto")
+    mamba = MambaConfig(
+        d_inner=reader.integer("mamba_expand", 2) * d_model,
+        d_state=reader.integer("mamba_d_state", 16),
+        dt_rank=-(-d_model // 16) if rank == "auto" else reader.integer("mamba_dt_rank"),
+        d_conv=reader.integer("mamba_d_conv", 4),
+        conv_bias=reader.flag("mamba_conv_bias", True),
+        proj_bias=reader.flag("mamba_proj_bias", False),
+        norm_eps=eps,
+    )
+    dense, experts = _mlps(reader)
+    is_attention = _periodic(reader, "attn_layer_period", "attn_layer_offset", 8, 4)
+    has_experts = _periodic(reader, "expert_layer_period", "expert_layer_offset", 2, 1)
+    return HybridConfig(
+        d_model=d_model,
+        d_vocab=reader.integer("vocab_size"),
+        layers=tuple(
+            LayerConfig(
+                attention if is_attention(i) else mamba, experts if has_experts(i) else dense
+            )
+            for i in range(reader.integer("num_hidden_layers"))
+        ),
+        norm=NormConfig(eps=eps, style="weight"),
+        tied_embedding=reader.flag("tie_word_embeddings", False),
+        n_ctx=reader.get("max_position_embeddings"),
+        **reader.special_tokens(),
+        model_name=str(config.get("_name_or_path") or MODEL_TYPE),
+        extra=reader.extra(),
+    )
+
+
+def config_to_dict(cfg: HybridConfig) -> dict[str, Any] | None:
+    """Return the `config.json` of a model, or None where this family cannot express it."""
+    attention = {layer.mixer for layer in cfg.layers if isinstance(layer.mixer, AttentionConfig)}
+    mamba = {layer.mixer for layer in cfg.layers if isinstance(layer.mixer, MambaConfig)}
+    experts = {layer.mlp for layer in cfg.layers if isinstance(layer.mlp, MoEConfig)}
+    dense = {layer.mlp for layer in cfg.layers if isinstance(layer.mlp, GatedMLPConfig)}
+    widths = {mlp.d_mlp for mlp in experts} | {mlp.d_mlp for mlp in dense}
+    if len(mamba) != 1 or len(attention) > 1 or len(experts) > 1 or len(widths) != 1:
+        return None
+    ssm = mamba.pop()
+    att = next(iter(attention), None) or AttentionConfig(1, 1, cfg.d_model)
+    moe = next(iter(experts), None) or MoEConfig(1, 1, next(iter(widths)))
+    places = _places(cfg)
+    if places is None or not _expressible(cfg, att, ssm, moe, dense):
+        return None
+    eos = cfg.eos_token_id
+    return {
+        **cfg.extra,
+        "architectures": [ARCHITECTURE],
+        "model_type": MODEL_TYPE,
+        **places,
+        "bos_token_id": cfg.bos_token_id,
+        "eos_token_id": list(eos) if isinstance(eos, tuple) else eos,
+        "hidden_act": "silu",
+        "hidden_size": cfg.d_model,
+        "intermediate_size": widths.pop(),
+        "mamba_conv_bias": ssm.conv_bias,
+        "mamba_d_conv": ssm.d_conv,
+        "mamba_d_state": ssm.d_state,
+        "mamba_dt_rank": ssm.dt_rank,
+        "mamba_expand": ssm.d_inner // cfg.d_model,
+        "mamba_proj_bias": ssm.proj_bias,
+        **({} if cfg.n_ctx is None else {"max_position_embeddings": cfg.n_ctx}),
+        "num_attention_heads": att.n_heads,
+        "num_experts": moe.n_experts,
+        "num_experts_per_tok": moe.n_chosen,
+        "num_hidden_layers": cfg.n_layers,
+        "num_key_value_heads": att.n_kv_heads,
+        "pad_token_id": cfg.pad_token_id,
+        "rms_norm_eps": cfg.norm.eps,
+        "tie_word_embeddings": cfg.tied_embedding,
+        "vocab_size": cfg.d_vocab,
+    }
+
+
+def _mlps(reader: ConfigReader) -> tuple[MLPConfig, MLPConfig]:
+    """Return the dense MLP, and what stands in layers with experts: one expert is dense."""
+    width = reader.integer("intermediate_size")
+    n_experts = reader.integer("num_experts", 16)
+    n_chosen = reader.integer("num_experts_per_tok", 2)
+    dense = GatedMLPConfig(d_mlp=width, act="silu", bias=False)
+    if n_experts == 1:
+        return dense, dense
+    if n_chosen > n_experts:
+        raise CheckpointError(
+            f"config.json: num_experts_per_tok={n_chosen} is more than num_experts={n_experts}"
+        )
+    return dense, MoEConfig(n_experts, n_chosen, width)
+
+
+def _periodic(
+    reader: ConfigReader, period: str, offset: str, default_period: int, default_offset: int
+) -> Any:
+    """Return a test of layer indices: `i % period == offset`."""
+    every = reader.integer(period, default_period)
+    first = reader.get(offset, default_offset)
+    if not isinstance(first, int) or first < 0:
+        raise CheckpointError(f"config.json: {offset}={first!r} is not a layer index")
+    return lambda i: i % every == first
+
+
+def _places(cfg: HybridConfig) -> dict[str, int] | None:
+    """Return periods and offsets of attention and of experts, or None where there are none such."""
+    attention = _period_of(list(cfg.attention_layers), cfg.n_layers)
+    with_experts = [i for i, layer in enumerate(cfg.layers) if isinstance(layer.mlp, MoEConfig)]
+    experts = _period_of(with_experts, cfg.n_layers)
+    if attention is None or experts is None:
+        return None
+    return {
+        "attn_layer_period": attention[0],
+        "attn_layer_offset": attention[1],
+        "expert_layer_period": experts[0],
+        "expert_layer_offset": experts[1],
+    }
+
+
+def _period_of(layers: list[int], n_layers: int) -> tuple[int, int] | None:
+    """Return (period, offset) that select exactly these layers."""
+    if not layers:
+        return n_layers + 1, n_layers
+    for period in range(1, n_layers + 1):
+        if list(range(layers[0], n_layers, period)) == layers and layers[0] < period:
+            return period, layers[0]
+    return (n_layers, layers[0]) if len(layers) == 1 else None
+
+
+def _expressible(
+    cfg: HybridConfig,
+    att: AttentionConfig,
+    ssm: MambaConfig,
+    moe: MoEConfig,
+    dense: set[GatedMLPConfig],
+) -> bool:
+    return (
+        att.rotary is None
+        and att.n_keys is None
+        and not att.qkv_bias
+        and not att.out_bias
+        and att.n_heads * att.d_head == cfg.d_model
+        and ssm.d_inner % cfg.d_model == 0
+        and ssm.norm_eps == cfg.norm.eps
+        and moe.act == "silu"
+        and all((mlp.act, mlp.bias) == ("silu", False) for mlp in dense)
+        and cfg.norm.style == "weight"
+        and not cfg.scale_embedding
+        and cfg.logits_soft_cap is None
+    )
