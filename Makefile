@@ -10,6 +10,9 @@ install: $(VENV)/.installed
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[test]"
+	# The reference scan of mamba-ssm, without its CUDA kernels; kept where only its test looks.
+	MAMBA_SKIP_CUDA_BUILD=TRUE MAMBA_FORCE_BUILD=TRUE $(BIN)/python -m pip install --quiet \
+		--no-deps --no-build-isolation --upgrade --target $(VENV)/reference mamba-ssm==2.3.2.post1
 	touch $@
 
 test: install lint

@@ -295,7 +295,7 @@ def _prompt(
         if attention_mask is not None:
             raise ValueError("text brings its own mask: pass tokens with attention_mask")
         prepend = False if state is not None and prepend_bos is None else prepend_bos
-        input, attention_mask = model._encode(input, prepend, padding_side or "left")
+        input, attention_mask = model.encode_texts(input, prepend, padding_side or "left")
     tokens = checked_tokens(model, input)
     if attention_mask is None:
         return tokens, None

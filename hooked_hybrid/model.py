@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple
 
@@ -21,13 +21,14 @@ from hooked_hybrid.hooks import HookPoint, Stage
 from hooked_hybrid.layers import Embed, RMSNorm, Unembed
 from hooked_hybrid.layout import Layout, lay_out
 from hooked_hybrid.loss import next_token_loss
+from hooked_hybrid.memory import require_memory
 from hooked_hybrid.plan import piece_length
 from hooked_hybrid.shapes import Resid, Tokens
 from hooked_hybrid.state import BlockState, HybridState
-from hooked_hybrid.text import PaddingSide, Text
+from hooked_hybrid.text import PaddingSide
+from hooked_hybrid.text_methods import Input, TextMethods, is_texts
 
 ReturnType = Literal["logits", "loss", "both"]
-Input = str | Sequence[str] | Sequence[int] | Tensor
 
 
 class LayerStack(NamedTuple):
@@ -37,7 +38,7 @@ class LayerStack(NamedTuple):
     weight: Float[Tensor, "layer ..."]
 
 
-class HookedHybrid(HookedRootModule):
+class HookedHybrid(TextMethods, HookedRootModule):
     """A hybrid language model whose every intermediate value has a name and can be edited.
 
     `HookedHybrid(cfg)` draws random weights; `from_pretrained`, `from_hf` and `meta` do not.
@@ -205,62 +206,6 @@ class HookedHybrid(HookedRootModule):
         """[layer head d_head d_model] of the attention layers."""
         return self.stack("attn.W_O")
 
-    # --- text -----------------------------------------------------------------------------------
-
-    @property
-    def text(self) -> Text:
-        """The tokenizer with this model's special tokens.
-
-        Raises:
-            ValueError: the model has no tokenizer.
-        """
-        if self.tokenizer is None:
-            raise ValueError(
-                "this model has no tokenizer: pass tokens, or load it with tokenizer=..."
-            )
-        return Text(self.tokenizer, self.cfg)
-
-    def to_tokens(
-        self,
-        input: str | Sequence[str],
-        prepend_bos: bool | None = None,
-        padding_side: PaddingSide | None = None,
-        move_to_device: bool = True,
-        truncate: bool = True,
-    ) -> Tokens:
-        """Return the tokens of a text, or of several, padded on the right unless told.
-
-        The mask of padded rows is not returned; passing the strings themselves to the model or to
-        `generate` keeps it.
-        """
-        tokens, _ = self._encode(input, prepend_bos, padding_side or "right")
-        if truncate and self.cfg.n_ctx is not None:
-            tokens = tokens[:, : self.cfg.n_ctx]
-        return tokens.to(self.device) if move_to_device else tokens
-
-    def to_string(self, tokens: Tensor | Sequence[int]) -> str | list[str]:
-        """Return the text of a row of tokens, or the texts of several rows."""
-        tokens = torch.as_tensor(tokens)
-        if tokens.ndim == 2:
-            return [self.text.decode(row) for row in tokens.tolist()]
-        return self.text.decode(tokens.reshape(-1).tolist())
-
-    def to_str_tokens(self, input: Input, prepend_bos: bool | None = None) -> list[str]:
-        """Return each token of one text, or of one row of tokens, as a string."""
-        tokens = self.to_tokens(input, prepend_bos) if isinstance(input, str) else input
-        return [self.text.decode([t]) for t in torch.as_tensor(tokens).reshape(-1).tolist()]
-
-    def to_single_token(self, string: str) -> int:
-        """Return the token that a string is.
-
-        Raises:
-            ValueError: it is several tokens, or none.
-        """
-        ids = self.text.encode(string, prepend_bos=False)
-        if len(ids) != 1:
-            raise ValueError(f"{string!r} is {len(ids)} tokens, {ids}, not one")
-        return ids[0]
-
     # --- the forward ----------------------------------------------------------------------------
 
     def forward(
@@ -303,10 +248,10 @@ class HookedHybrid(HookedRootModule):
         Raises:
             ValueError: an input that would be misread; the message says what to give instead.
         """
-        if isinstance(input, str) or _is_texts(input):
+        if isinstance(input, str) or is_texts(input):
             if attention_mask is not None or segment_ids is not None:
                 raise ValueError("text brings its own mask: pass tokens with a mask, or text alone")
-            input, attention_mask = self._encode(input, prepend_bos, padding_side or "right")
+            input, attention_mask = self.encode_texts(input, prepend_bos, padding_side or "right")
         partial = start_at_layer is not None or stop_at_layer is not None
         if partial and (state is not None or return_state):
             raise ValueError("a state holds every layer: leave start_at_layer, stop_at_layer out")
@@ -322,7 +267,7 @@ class HookedHybrid(HookedRootModule):
             tokens = x if start_at_layer is None else None
             with self._running(layout):
                 resid = x if tokens is None else self.hook_embed(self.embed(tokens))
-                resid, _ = self._run_blocks(resid, None, layout, layers)
+                resid, _ = self._run_blocks(resid, None, layout, layers, layout.length)
                 if stop_at_layer is not None:
                     return resid
                 return self._read_out(
@@ -345,9 +290,12 @@ class HookedHybrid(HookedRootModule):
         Returns:
             What `return_type` asks for, and the state after the last token of each row.
         """
+        n_logits = 0 if return_type is None else logits_to_keep or layout.length
+        piece = piece_length(layout.length, self.hook_points())
+        require_memory(self, layout, state, n_logits, piece)
         with self._running(layout):
             resid = self.hook_embed(self.embed(tokens))
-            resid, blocks = self._run_blocks(resid, state, layout, range(self.cfg.n_layers))
+            resid, blocks = self._run_blocks(resid, state, layout, range(self.cfg.n_layers), piece)
             out = self._read_out(resid, tokens, layout, return_type, loss_per_token, logits_to_keep)
         n_seen = None if layout.n_before is None else layout.n_before + layout.length
         return out, HybridState(blocks, layout.next_pos, layout.segment, n_seen)
@@ -362,10 +310,9 @@ class HookedHybrid(HookedRootModule):
             self.run_holder.run = outer
 
     def _run_blocks(
-        self, resid: Resid, state: HybridState | None, layout: Layout, layers: range
+        self, resid: Resid, state: HybridState | None, layout: Layout, layers: range, piece: int
     ) -> tuple[Resid, tuple[BlockState, ...]]:
-        """Return the residual stream after some blocks, in pieces where the hooks allow it."""
-        piece = piece_length(layout.length, self.hook_points())
+        """Return the residual stream after some blocks, `piece` positions at a time."""
         states = [None if state is None else state.blocks[i] for i in layers]
         done = []
         for start in range(0, layout.length, piece):
@@ -420,15 +367,6 @@ class HookedHybrid(HookedRootModule):
 
     # --- inside ---------------------------------------------------------------------------------
 
-    def _encode(
-        self, input: Any, prepend_bos: bool | None, padding_side: PaddingSide
-    ) -> tuple[Tensor, Tensor | None]:
-        prepend = self.cfg.default_prepend_bos if prepend_bos is None else prepend_bos
-        texts = [input] if isinstance(input, str) else list(input)
-        if prepend_bos is None and self.text.bos is None:
-            prepend = False
-        return self.text.batch(texts, prepend, padding_side)
-
     def _target(
         self,
         out: Any,
@@ -446,8 +384,8 @@ class HookedHybrid(HookedRootModule):
         if out.ndim != 3 or kwargs.get("start_at_layer") or kwargs.get("stop_at_layer"):
             return super()._target(out, metric, args, kwargs)
         input, mask = args[0] if args else kwargs["input"], kwargs.get("attention_mask")
-        if isinstance(input, str) or _is_texts(input):
-            input, mask = self._encode(
+        if isinstance(input, str) or is_texts(input):
+            input, mask = self.encode_texts(
                 input, kwargs.get("prepend_bos"), kwargs.get("padding_side") or "right"
             )
         tokens = checked_tokens(self, input)
@@ -456,10 +394,6 @@ class HookedHybrid(HookedRootModule):
 
     def _wrap_cache(self, cache: dict[str, Tensor], has_batch_dim: bool) -> ActivationCache:
         return ActivationCache(cache, self, has_batch_dim)
-
-
-def _is_texts(input: Any) -> bool:
-    return isinstance(input, (list, tuple)) and bool(input) and isinstance(input[0], str)
 
 
 def _reach(block: nn.Module, path: str) -> Tensor | None:

@@ -37,6 +37,14 @@ class Text:
         return self.cfg.eos_token_ids or (() if own is None else (own,))
 
     @property
+    def prepends_bos(self) -> bool:
+        """Whether a text gets BOS in front unless told: as the model was trained."""
+        adds_bos = getattr(self.tokenizer, "adds_bos", None)
+        return self.bos is not None and (
+            self.cfg.default_prepend_bos if adds_bos is None else adds_bos
+        )
+
+    @property
     def pad(self) -> int:
         """Padding token; any token serves, as padding is masked out."""
         pad = self._special("pad_token_id")

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import inspect
 import os
-from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from hooked_hybrid.config import HybridConfig
 from hooked_hybrid.model import HookedHybrid
+from hooked_hybrid.tokenizer import read_tokenizer
 from weights_conversion import google
 from weights_conversion.errors import CheckpointError
 from weights_conversion.families import family_of_config
@@ -39,7 +38,7 @@ def load(
     source = checkpoint.tensors()
     cfg, rules, ignored = _read_plan(checkpoint, source, overrides)
     model = _filled(cfg, source, rules, ignored, dtype, device)
-    model.tokenizer = _tokenizer(checkpoint.folder) if tokenizer is None else tokenizer
+    model.tokenizer = read_tokenizer(checkpoint.folder) if tokenizer is None else tokenizer
     return model
 
 
@@ -151,8 +150,3 @@ def _refuse_untied_head(cfg: HybridConfig, source: TensorSource) -> None:
             f"{head} differs from {embedding}, but the config ties them (tie_word_embeddings): one "
             "of the two is wrong"
         )
-
-
-def _tokenizer(folder: Path) -> Tokenizer | None:
-    path = folder / "tokenizer.json"
-    return Tokenizer.from_file(str(path)) if path.is_file() else None

@@ -1,0 +1,105 @@
+"""Refusing a forward that cannot fit in memory, before it starts, on an estimate."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import psutil
+import torch
+
+from hooked_hybrid.config import AttentionConfig, MambaConfig
+from hooked_hybrid.hooks import HookPoint
+from hooked_hybrid.layout import Layout
+from hooked_hybrid.state import AttentionState, HybridState
+
+if TYPE_CHECKING:
+    from hooked_hybrid.model import HookedHybrid
+
+WORTH_CHECKING = 2**28
+"""Bytes below which no estimate is compared with what is free."""
+
+
+def available_bytes(device: torch.device) -> int:
+    """Return the bytes a new tensor on this device could take."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(free + unused)
+    return int(psutil.virtual_memory().available)
+
+
+def logits_bytes(model: HookedHybrid, layout: Layout, n_logits: int) -> int:
+    """Return the bytes of the logits, with a second copy where they are capped."""
+    copies = 2 if model.cfg.logits_soft_cap is not None else 1
+    return copies * layout.pos.shape[0] * n_logits * model.cfg.d_vocab * model.dtype.itemsize
+
+
+def large_bytes(
+    model: HookedHybrid, layout: Layout, state: HybridState | None, piece: int
+) -> dict[str, int]:
+    """Return the bytes of each score, pattern and state tensor that the attached hooks ask for.
+
+    Args:
+        model: with its hooks attached.
+        layout: of the whole forward.
+        state: what it continues from.
+        piece: positions run at a time.
+    """
+    sizes = {}
+    batch, width = layout.pos.shape[0], model.dtype.itemsize
+    for i, layer in enumerate(model.cfg.layers):
+        block = model.blocks[i].any_mixer
+        if isinstance(layer.mixer, AttentionConfig):
+            cached = 0 if state is None else _n_keys(state, i)
+            window = layout.length if layer.mixer.n_keys is None else layer.mixer.n_keys
+            n_keys = cached + (layout.length if piece == layout.length else piece + window)
+            size = batch * layer.mixer.n_heads * piece * n_keys * width
+            points = [block.hook_attn_scores, block.hook_pattern]
+        elif isinstance(layer.mixer, MambaConfig):
+            size = batch * piece * layer.mixer.d_inner * layer.mixer.d_state * max(width, 4)
+            points = [block.hook_ssm_decay, block.hook_ssm_write, block.hook_ssm_state]
+        else:
+            continue
+        sizes.update({str(p.name): size for p in points if p.is_hooked})
+    return sizes
+
+
+def require_memory(
+    model: HookedHybrid, layout: Layout, state: HybridState | None, n_logits: int, piece: int
+) -> None:
+    """Refuse a forward whose largest tensors would not fit.
+
+    Counts logits, and the scores, patterns and Mamba states that hooks ask for: those that are
+    cached all together, others two at a time. Everything else is small beside them.
+
+    Raises:
+        MemoryError: says what it would need, what there is, and which option avoids it.
+    """
+    logits = logits_bytes(model, layout, n_logits)
+    sizes = large_bytes(model, layout, state, piece)
+    kept = sum(n for name, n in sizes.items() if _is_kept(model.hook_dict[name]))
+    needed = logits + kept + 2 * max(sizes.values(), default=0)
+    if needed < WORTH_CHECKING or model.device.type == "meta":
+        return
+    free = available_bytes(model.device)
+    if needed <= free:
+        return
+    if logits >= needed - logits:
+        what = f"logits of {n_logits} positions and {model.cfg.d_vocab} tokens"
+        remedy = "ask for fewer with logits_to_keep=1, or for none with return_type=None"
+    else:
+        what = f"{len(sizes)} hooked values such as {max(sizes, key=lambda n: sizes[n])}"
+        remedy = "name fewer with names_filter, or mark your hooks @interventions.per_position"
+    raise MemoryError(
+        f"this forward needs about {needed / 1e9:.1f} GB, most of it for {what}, and "
+        f"{free / 1e9:.1f} GB are free on {model.device}: {remedy}"
+    )
+
+
+def _is_kept(point: HookPoint) -> bool:
+    return any(handle.is_watcher for handle in point.fwd_hooks)
+
+
+def _n_keys(state: HybridState, layer: int) -> int:
+    block = state.blocks[layer]
+    return block.k.shape[1] if isinstance(block, AttentionState) else 0
