@@ -50,6 +50,9 @@ class ActivationCache(Mapping[Any, Tensor]):
         return self.cache_dict[resolve(key, self.cache_dict.keys(), self.model.cfg.n_layers)]
 
     def __contains__(self, key: object) -> bool:
+        parts = key if isinstance(key, tuple) else (key,)
+        if not parts or not isinstance(parts[0], str):
+            return False
         try:
             self[key]  # type: ignore[index]
         except HookNameError:

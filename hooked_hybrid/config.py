@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -162,12 +163,12 @@ class HybridConfig:
 
     @classmethod
     def from_pretrained(
-        cls, name_or_path: str, revision: str | None = None, **overrides: Any
+        cls, name_or_path: str | os.PathLike[str], revision: str | None = None, **overrides: Any
     ) -> HybridConfig:
-        """Read the config of a checkpoint: the sources of `HookedHybrid.from_pretrained`."""
+        """Read the config of a checkpoint alone; arguments as `HookedHybrid.from_pretrained`."""
         from weights_conversion import load_config
 
-        return load_config(name_or_path, revision=revision).with_overrides(**overrides)
+        return load_config(name_or_path, revision=revision, **overrides)
 
     @property
     def n_layers(self) -> int:

@@ -22,6 +22,7 @@ from hooked_hybrid.recorder import Recorder
 from hooked_hybrid.sampling import Sampling
 from hooked_hybrid.state import HybridState
 from hooked_hybrid.text import PaddingSide
+from hooked_hybrid.text_methods import is_texts
 
 if TYPE_CHECKING:
     from hooked_hybrid.model import HookedHybrid
@@ -39,7 +40,8 @@ class GenerationOutput:
     the new tokens under the model, in nats, 0 after the end. `state` stands after everything that
     was read: each row's last new token was not. `cache` is what one forward over prompt and new
     tokens would have left, with the effects of the hooks; positions that a finished row did not
-    read are zero. `finished` says which rows met an end before the limit.
+    read are zero (scores: the lowest finite value). `finished` says which rows met an end before
+    the limit.
     """
 
     tokens: Int[Tensor, "batch pos"]
@@ -119,9 +121,9 @@ def generate(
         raise ValueError(f"return_type={return_type!r}: give 'input', 'str', 'tokens' or 'output'")
     sampling = Sampling(do_sample, temperature, top_k, top_p, generator)
     stop_strings = [stop_strings] if isinstance(stop_strings, str) else list(stop_strings)
-    is_text = isinstance(input, str) or (
-        isinstance(input, (list, tuple)) and isinstance(input[0], str)
-    )
+    if "" in stop_strings:
+        raise ValueError("an empty stop string would end every text at once: leave it out")
+    is_text = isinstance(input, str) or is_texts(input)
     if return_type == "input":
         return_type = "str" if is_text else "tokens"
     if return_type == "str" or stop_strings:
@@ -246,7 +248,7 @@ class _Decoder:
             return tokens
         texts = None if self.model.tokenizer is None else self._texts(new)
         if return_type == "str":
-            whole = [self._prompt_text(row) + text for row, text in enumerate(texts or ())]
+            whole = [self._whole_text(row, new[row]) for row in range(self.batch)]
             return whole[0] if is_single else whole
         return GenerationOutput(
             tokens=tokens,
@@ -268,17 +270,24 @@ class _Decoder:
 
     def _texts(self, new: Tensor) -> list[str]:
         """Return each row's new text, without EOS and what follows a stop string."""
-        eos, texts = set(self.eos.tolist()), []
-        for row in new.tolist():
-            length = next((i for i, token in enumerate(row) if token in eos), len(row))
-            text = self.model.text.decode(row[:length])
-            cuts = [text.find(s) for s in self.stop_strings if s in text]
-            texts.append(text[: min(cuts)] if cuts else text)
-        return texts
+        decode = self.model.text.decode
+        return [self._before_stop(decode(self._before_eos(row))) for row in new]
 
-    def _prompt_text(self, row: int) -> str:
-        ids = self.tokens[row] if self.mask is None else self.tokens[row][self.mask[row] > 0]
-        return self.model.text.decode(ids.tolist(), skip_special_tokens=True)
+    def _before_eos(self, new: Tensor) -> list[int]:
+        is_end = torch.isin(new, self.eos).int()
+        return new[: int(is_end.argmax()) if bool(is_end.any()) else None].tolist()
+
+    def _whole_text(self, row: int, new: Tensor) -> str:
+        """Return prompt and new text, decoded together, up to a stop string in the new text."""
+        prompt = self.tokens[row] if self.mask is None else self.tokens[row][self.mask[row] > 0]
+        ids = prompt.tolist()
+        start = len(self.model.text.decode(ids, skip_special_tokens=True))
+        whole = self.model.text.decode([*ids, *self._before_eos(new)], skip_special_tokens=True)
+        return whole[:start] + self._before_stop(whole[start:])
+
+    def _before_stop(self, text: str) -> str:
+        cuts = [text.find(s) for s in self.stop_strings if s in text]
+        return text[: min(cuts)] if cuts else text
 
 
 def _prompt(

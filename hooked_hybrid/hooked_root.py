@@ -252,7 +252,8 @@ class HookedRootModule(nn.Module):
         saver = _Saver(cache, pos_slice, device, remove_batch_dim)
         names = self._cached_names(names_filter)
         fwd: list[HookSpec] = [(name, saver.save) for name in names]
-        bwd: list[HookSpec] = [(name, saver.save_grad) for name in names if incl_bwd]
+        floating = [name for name in names if incl_bwd and not self.hook_dict[name].is_integer]
+        bwd: list[HookSpec] = [(name, saver.save_grad) for name in floating]
         return cache, fwd, bwd
 
     # --- inside -----------------------------------------------------------------------------

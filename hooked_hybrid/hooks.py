@@ -322,6 +322,8 @@ class HookPoint(nn.Module):
 
     register_forward_pre_hook = register_forward_hook
     register_full_backward_hook = register_forward_hook
+    register_full_backward_pre_hook = register_forward_hook
+    register_backward_hook = register_forward_hook
 
     def extra_repr(self) -> str:
         """Show the axes in the model's printout."""

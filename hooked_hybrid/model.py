@@ -377,11 +377,10 @@ class HookedHybrid(TextMethods, HookedRootModule):
         """Return `metric(logits)`, or the loss where no metric is given."""
         if kwargs.get("return_state"):
             out = out[0]
-        if kwargs.get("return_type") == "both":
+        if isinstance(out, tuple):  # return_type="both"
             out = out[0] if metric else out[1]
-        if metric is not None or out.numel() == 1:
-            return super()._target(out, metric, args, kwargs)
-        if out.ndim != 3 or kwargs.get("start_at_layer") or kwargs.get("stop_at_layer"):
+        is_partial = any(kwargs.get(f"{end}_at_layer") is not None for end in ("start", "stop"))
+        if metric is not None or is_partial or out is None or out.ndim != 3:
             return super()._target(out, metric, args, kwargs)
         input, mask = args[0] if args else kwargs["input"], kwargs.get("attention_mask")
         if isinstance(input, str) or is_texts(input):

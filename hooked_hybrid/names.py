@@ -30,6 +30,9 @@ ALIASES = {
     "mlp_pre": "pre",
     "mlp_post": "post",
 }
+LAYER_TYPES = {"a": "attn", "attention": "attn", "m": "mlp"} | dict.fromkeys(
+    ("b", "block", "blocks"), ""
+)
 
 Shorthand = str | tuple[str | int | None, ...]
 NameFilter = str | Collection[str] | Callable[[str], bool]
@@ -48,16 +51,18 @@ def get_act_name(name: str, layer: int | None = None, layer_type: str | None = N
     Args:
         name: a full name (returned as it is), or the part after `hook_`.
         layer: index of the block; None for the model's own points.
-        layer_type: the submodule ("attn", "mixer", "mlp", "ln1", "ln2", "ln_final").
+        layer_type: the submodule ("attn" or "a", "mixer", "mlp" or "m", "ln1", "ln2"; "b" for the
+            block itself).
 
     Examples: `("pattern", 2)` is `blocks.2.attn.hook_pattern`; `("ssm_state", 0)` is
     `blocks.0.mixer.hook_ssm_state`; `("scale", 1, "ln1")` is `blocks.1.ln1.hook_scale`.
     """
     if "." in name or name.startswith("hook_"):
         return name
-    if match := re.fullmatch(r"([a-z_]*?)(\d+)([a-z]*)", name):  # "pattern2", "scale1ln1"
+    if match := re.fullmatch(r"([A-Za-z_]+)(\d+)([a-z]*\d?)", name):  # "pattern2", "scale1ln1"
         name, layer, layer_type = match[1], int(match[2]), match[3] or layer_type
     name = ALIASES.get(name, name)
+    layer_type = LAYER_TYPES.get(layer_type or "", layer_type)
     if layer is None and layer_type is None and name in ("scale", "normalized"):
         layer_type = "ln_final"
     if layer is None and name == "logits":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from jaxtyping import Int
@@ -41,10 +41,7 @@ class Recorder:
         self.model, self.state = model, state
         self.names = model._cached_names(None if names_filter is True else names_filter)
         self.batch = tokens.shape[0]
-        n_padding = tokens.new_zeros(self.batch) if mask is None else (mask == 0).sum(1)
-        start = tokens.new_zeros(self.batch) if state is None else state.next_pos
-        self.offset = n_padding - start
-        """Added to a position, gives its index among the tokens of this generation."""
+        self.is_real = torch.ones_like(tokens) if mask is None else mask
         self.pieces: dict[str, list[tuple[Tensor, Run]]] = {name: [] for name in self.names}
 
     @contextmanager
@@ -86,26 +83,32 @@ class Recorder:
 
     def _place_keys(self, hook: HookPoint, pieces: list[tuple[Tensor, Run]]) -> Tensor:
         """Return scores or patterns over all keys: those of the state, then this generation's."""
-        n_cached = 0
-        if self.state is not None:
-            block: Any = self.state.blocks[hook.layer()]
-            n_cached = block.k.shape[1] if isinstance(block, AttentionState) else 0
+        n_old, is_real = self._real_keys(hook)
         n_queries = sum(value.shape[2] for value, _ in pieces)
-        n_keys = n_cached + n_queries
         first = pieces[0][0]
         is_scores = str(hook.name).endswith("hook_attn_scores")
         fill = torch.finfo(first.dtype).min if is_scores else 0.0
-        # One more column than there are keys takes the places that hold none.
-        whole = first.new_full((self.batch, first.shape[1], n_queries, n_keys + 1), fill)
+        whole = first.new_full((self.batch, first.shape[1], n_queries, n_old + n_queries), fill)
         done = 0
         for value, run in pieces:
-            assert run.key_pos is not None
-            column = run.key_pos + self.offset[run.rows, None] + n_cached
-            column = torch.where(run.key_pos >= 0, column, n_keys)
-            index = column[:, None, None].expand_as(value)
-            n = value.shape[2]
-            whole[run.rows, :, done : done + n] = whole[run.rows, :, done : done + n].scatter(
-                -1, index, value
-            )
+            n, n_cached = value.shape[2], value.shape[3] - value.shape[2]
+            # A state keeps the last keys of each row, and those that are padding before the rest.
+            order = is_real[:, : n_old + done].argsort(dim=1, stable=True)
+            cached = order[run.rows, n_old + done - n_cached :]
+            new = torch.arange(n, device=value.device).expand(cached.shape[0], -1) + n_old + done
+            column = torch.cat([cached, new], dim=1)[:, None, None].expand_as(value)
+            at = (run.rows, slice(None), slice(done, done + n))
+            whole[at] = whole[at].scatter(-1, column, value)
             done += n
-        return whole[..., :n_keys]
+        return whole
+
+    def _real_keys(self, hook: HookPoint) -> tuple[int, Int[Tensor, "batch key"]]:
+        """Return how many keys the first state brings, and which of all keys are tokens."""
+        parts = [self.is_real.new_zeros(self.batch, 0)]
+        if self.state is not None:
+            block = self.state.blocks[hook.layer()]
+            assert isinstance(block, AttentionState)
+            parts = [(block.pos >= 0).to(self.is_real)]
+        n_new = sum(value.shape[2] for value, _ in self.pieces[str(hook.name)])
+        more = self.is_real.new_ones(self.batch, n_new - self.is_real.shape[1])
+        return parts[0].shape[1], torch.cat([*parts, self.is_real, more], dim=1)

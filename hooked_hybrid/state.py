@@ -93,10 +93,8 @@ class HybridState:
 
     def __getitem__(self, rows: Rows) -> HybridState:
         """Return the state of some rows, in the order given; an int keeps the batch axis."""
-        if isinstance(rows, int):
-            rows = [rows]
         if not isinstance(rows, slice):
-            rows = self._indices(rows)
+            rows = self._indices(rows).view(-1)
         return self._map(lambda t: t[rows.to(t.device) if isinstance(rows, Tensor) else rows])
 
     def to(
@@ -139,7 +137,8 @@ class HybridState:
             of keys, the shorter is filled up on the left with empty places.
 
         Raises:
-            ValueError: unknown kinds, a layer or row out of range, or a donor of another shape.
+            ValueError: unknown kinds, a layer out of range, or a donor of another shape.
+            IndexError: a row out of range.
         """
         kinds = {kinds} if isinstance(kinds, str) else set(kinds)
         if unknown := kinds - {"ssm", "conv", "kv"}:

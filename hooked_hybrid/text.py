@@ -72,6 +72,8 @@ class Text:
         self, texts: Sequence[str], prepend_bos: bool, padding_side: PaddingSide
     ) -> tuple[Int[Tensor, "batch pos"], Int[Tensor, "batch pos"] | None]:
         """Return padded tokens and their mask, None where no row is padded."""
+        if not texts:
+            raise ValueError("there is no text: give at least one")
         rows = [self.encode(text, prepend_bos) for text in texts]
         if empty := [i for i, row in enumerate(rows) if not row]:
             raise ValueError(f"texts {empty} hold no token; give at least one, or prepend BOS")

@@ -25,10 +25,10 @@ class TextMethods:
     if TYPE_CHECKING:
 
         @property
-        def device(self) -> torch.device: ...
+        def device(self) -> torch.device: ...  # noqa: D102
 
         @property
-        def W_U(self) -> Float[Tensor, "d_model d_vocab"]: ...
+        def W_U(self) -> Float[Tensor, "d_model d_vocab"]: ...  # noqa: D102
 
     @property
     def text(self) -> Text:

@@ -9,6 +9,7 @@ from typing import Any
 from hooked_hybrid.config import HybridConfig
 from weights_conversion import jamba, recurrentgemma
 from weights_conversion.errors import CheckpointError
+from weights_conversion.hf_config import in_their_words
 from weights_conversion.rules import Rule
 
 
@@ -21,6 +22,21 @@ class Family:
     config_to_dict: Callable[[HybridConfig], dict[str, Any] | None]
     rules: Callable[..., list[Rule]]
     ignored: Callable[[HybridConfig], tuple[str, ...]]
+
+    def read(self, config: dict[str, Any], overrides: dict[str, Any]) -> HybridConfig:
+        """Return the config of a checkpoint, with a user's overrides.
+
+        Raises:
+            CheckpointError: settings that are unsupported or do not go together.
+            TypeError, ValueError: overrides that are not possible.
+        """
+        try:
+            cfg = self.config_from_dict(config)
+        except CheckpointError:
+            raise
+        except (TypeError, ValueError) as error:
+            raise CheckpointError(f"config.json: {in_their_words(str(error))}") from error
+        return cfg.with_overrides(**overrides)
 
 
 FAMILIES = {

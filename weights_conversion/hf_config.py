@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from weights_conversion.errors import CheckpointError
@@ -16,6 +17,23 @@ GENERIC = frozenset(
 """Settings of any transformers config that do not touch what a forward computes."""
 
 SAVED_EXTRAS = frozenset({"attention_dropout", "initializer_range", "use_cache"})
+
+
+THEIR_WORDS = {
+    "d_head": "head_dim",
+    "d_rnn": "lru_width",
+    "d_rotary": "partial_rotary_factor * head_dim",
+    "n_chosen": "num_experts_per_tok",
+    "n_experts": "num_experts",
+    "n_gate_blocks": "num_attention_heads",
+    "n_heads": "num_attention_heads",
+    "n_kv_heads": "num_key_value_heads",
+}
+
+
+def in_their_words(message: str) -> str:
+    """Return a message about our config in the names of the file."""
+    return re.sub(r"\b\w+\b", lambda word: THEIR_WORDS.get(word[0], word[0]), message)
 
 
 class ConfigReader:
@@ -103,6 +121,10 @@ class ConfigReader:
         ids = {key: self.get(key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
         if isinstance(ids["eos_token_id"], list):
             ids["eos_token_id"] = tuple(ids["eos_token_id"])
+        for key, value in ids.items():
+            for token in value if isinstance(value, tuple) else (value,):
+                if token is not None and (isinstance(token, bool) or not isinstance(token, int)):
+                    raise CheckpointError(f"config.json: {key}={value!r} is not a token id")
         return ids
 
     def extra(self) -> dict[str, Any]:
@@ -137,6 +159,11 @@ def rope_settings(reader: ConfigReader) -> tuple[float, float]:
         raise CheckpointError(
             f"config.json: rotary positions {nested!r} are not supported; rope_type 'default' is"
         )
-    theta = nested.get("rope_theta", reader.get("rope_theta", 10_000.0))
-    share = nested.get("partial_rotary_factor", reader.get("partial_rotary_factor", 0.5))
+    theta, share = (
+        nested.get(key, reader.get(key, default))
+        for key, default in (("rope_theta", 10_000.0), ("partial_rotary_factor", 0.5))
+    )
+    for key, value in (("rope_theta", theta), ("partial_rotary_factor", share)):
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e30:
+            raise CheckpointError(f"config.json: {key}={value!r} is not a positive number")
     return float(theta), float(share)

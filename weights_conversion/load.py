@@ -42,12 +42,14 @@ def load(
     return model
 
 
-def load_config(name_or_path: str | os.PathLike[str], revision: str | None = None) -> HybridConfig:
+def load_config(
+    name_or_path: str | os.PathLike[str], revision: str | None = None, **overrides: Any
+) -> HybridConfig:
     """Read the config of a checkpoint; of a `.pt`, the shapes of its tensors too."""
     checkpoint = open_checkpoint(name_or_path, revision)
     if checkpoint.config is not None:
-        return family_of_config(checkpoint.config).config_from_dict(checkpoint.config)
-    return google.config_from_shapes(checkpoint.tensors().shapes)
+        return family_of_config(checkpoint.config).read(checkpoint.config, overrides)
+    return _google_config(checkpoint.tensors(), overrides)
 
 
 def from_hf(
@@ -60,7 +62,7 @@ def from_hf(
     """Copy a transformers model in memory; see `HookedHybrid.from_hf`."""
     config = hf_model.config.to_dict()
     family = family_of_config(config)
-    cfg = family.config_from_dict(config).with_overrides(**overrides)
+    cfg = family.read(config, overrides)
     source = MemorySource(hf_model.state_dict())
     dtype = hf_model.dtype if dtype is None else dtype
     device = hf_model.device if device is None else device
@@ -102,11 +104,16 @@ def _read_plan(
     """Return the config with its overrides, the table of names, and what may be left over."""
     if checkpoint.config is not None:
         family = family_of_config(checkpoint.config)
-        cfg = family.config_from_dict(checkpoint.config).with_overrides(**overrides)
+        cfg = family.read(checkpoint.config, overrides)
         return cfg, family.rules(cfg, source.shapes), family.ignored(cfg)
-    given = {key: overrides.pop(key) for key in GOOGLE_SETTINGS & overrides.keys()}
-    cfg = google.config_from_shapes(source.shapes, **given).with_overrides(**overrides)
+    cfg = _google_config(source, overrides)
     return cfg, google.rules(cfg), google.ignored(cfg)
+
+
+def _google_config(source: TensorSource, overrides: dict[str, Any]) -> HybridConfig:
+    given = {key: value for key, value in overrides.items() if key in GOOGLE_SETTINGS}
+    others = {key: value for key, value in overrides.items() if key not in GOOGLE_SETTINGS}
+    return google.config_from_shapes(source.shapes, **given).with_overrides(**others)
 
 
 def _filled(

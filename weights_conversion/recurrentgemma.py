@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection
 from typing import Any
 
@@ -114,7 +115,7 @@ def config_from_dict(config: dict[str, Any]) -> HybridConfig:
     )
     kinds: dict[str, MixerConfig] = {"attention": attention, "recurrent": recurrent}
     cycle = reader.get("block_types", ["recurrent", "recurrent", "attention"])
-    if not cycle or set(cycle) - kinds.keys():
+    if not isinstance(cycle, list) or not cycle or set(cycle) - kinds.keys():
         raise CheckpointError(
             f"config.json: block_types={cycle!r}; 'recurrent' and 'attention' are known"
         )
@@ -145,6 +146,7 @@ def config_to_dict(cfg: HybridConfig) -> dict[str, Any] | None:
     if not _expressible(cfg, att, rec, mlp):
         return None
     assert att.rotary is not None
+    share = _rotary_share(att.rotary.d_rotary, att.d_head)
     eos = cfg.eos_token_id
     return {
         **cfg.extra,
@@ -166,10 +168,10 @@ def config_to_dict(cfg: HybridConfig) -> dict[str, Any] | None:
         "num_hidden_layers": cfg.n_layers,
         "num_key_value_heads": att.n_kv_heads,
         "pad_token_id": cfg.pad_token_id,
-        "partial_rotary_factor": att.rotary.d_rotary / att.d_head,
+        "partial_rotary_factor": share,
         "rms_norm_eps": cfg.norm.eps,
         "rope_parameters": {
-            "partial_rotary_factor": att.rotary.d_rotary / att.d_head,
+            "partial_rotary_factor": share,
             "rope_theta": att.rotary.theta,
             "rope_type": "default",
         },
@@ -177,6 +179,12 @@ def config_to_dict(cfg: HybridConfig) -> dict[str, Any] | None:
         "tie_word_embeddings": cfg.tied_embedding,
         "vocab_size": cfg.d_vocab,
     }
+
+
+def _rotary_share(d_rotary: int, d_head: int) -> float:
+    """Return the share that gives `d_rotary` when it is multiplied and cut to a whole number."""
+    share = d_rotary / d_head
+    return share if int(d_head * share) == d_rotary else math.nextafter(share, 1)
 
 
 def _no_attention(cfg: HybridConfig, rec: RGLRUConfig | None) -> AttentionConfig:

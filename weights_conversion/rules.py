@@ -25,10 +25,13 @@ class Transform:
 
 
 SAME = Transform(lambda t: t, lambda t: t)
-CONV_TAPS = Transform(lambda t: (t[0][:, 0].T,), lambda t: (t[0].T[:, None],))
+CONV_TAPS = Transform(
+    lambda t: (t[0].squeeze(1).transpose(0, 1),), lambda t: (t[0].transpose(0, 1)[:, None],)
+)
 """A depthwise convolution [channel 1 tap] <-> [tap channel]."""
 SPLIT_TRANSPOSED = Transform(
-    lambda t: (t[0][0].T, t[0][1].T), lambda t: (torch.stack([t[0].T, t[1].T]),)
+    lambda t: t[0].transpose(1, 2).unbind(),
+    lambda t: (torch.stack(t).transpose(1, 2),),
 )
 """Two matrices stacked as [2 in out] <-> two of [out in]."""
 SPLIT_BIAS = Transform(

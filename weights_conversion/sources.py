@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import warnings
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -88,7 +90,11 @@ def open_torch_file(path: Path) -> MemorySource:
         CheckpointError: damaged, or holding anything but tensors by name.
     """
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what torch says of old formats is no one's concern
+            content = torch.load(
+                path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
+            )
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             f"{path} holds more than tensors, and code in checkpoints is never run: convert it to "

@@ -74,7 +74,7 @@ class RGLRU(Mixer[RecurrentState]):
         conv_state = self.conv.initial_state(u) if state is None else state.conv
         u, conv_state = self.conv(u, conv_state, layout)
         h = self._recur(self.hook_conv(u), state, layout)
-        y = self.hook_ssm_y(h.to(x.dtype))
+        y = self.hook_ssm_y.branch(h.to(x.dtype))
         return self.linear_out(self.hook_gated(y * gate)), RecurrentState(
             conv_state, h[:, -1].clone()
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import cache
+from typing import Any
 
 import jaxtyping
 import pytest
@@ -11,28 +11,28 @@ from torch import Tensor
 
 from hooked_hybrid import ActivationCache, HookedHybrid
 from hooked_hybrid.names import ALIASES, GROUPS, HookNameError, get_act_name, matching, resolve
-from tests.models import griffin_config, random_model, random_tokens
+from tests.models import CONFIGS, griffin_config, random_model, random_tokens
 
 RECURRENT, ATTENTION = (0, 1), 2
 
 
-@cache
-def model_of() -> HookedHybrid:
+@pytest.fixture(scope="module")
+def model() -> HookedHybrid:
     return random_model(griffin_config("RRA", d_model=16, d_rnn=16))
 
 
 @pytest.fixture(scope="module")
-def model() -> HookedHybrid:
-    return model_of()
-
-
-@pytest.fixture
-def cached(model) -> ActivationCache:
+def values(model) -> dict[str, Tensor]:
     """Everything of two rows of six tokens, the large values and gradients included."""
     _, kept = model.run_with_cache(
         random_tokens(n_pos=6), names_filter=lambda name: True, incl_bwd=True
     )
-    return kept
+    return dict(kept.items())
+
+
+@pytest.fixture
+def cached(model, values) -> ActivationCache:
+    return ActivationCache(dict(values), model)
 
 
 @pytest.fixture
@@ -51,13 +51,14 @@ def leaf(name: str) -> str:
     return name.rsplit(".", 1)[-1].removeprefix("hook_")
 
 
-# --- names ----------------------------------------------------------------------------------------
+# --- names ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("group", GROUPS)
-def test_a_group_of_the_shorthand_is_what_the_models_submodules_hold(model, group):
-    found = {leaf(n) for n in model.hook_dict if len(n.split(".")) == 4 and f".{group}." in n}
-    assert GROUPS[group] == found
+def test_a_group_of_the_shorthand_is_what_the_models_submodules_hold(group):
+    """Every leaf under it is in the group, and every name of the group is a leaf somewhere."""
+    names = [name for cfg in CONFIGS.values() for name in HookedHybrid.meta(cfg).hook_dict]
+    assert GROUPS[group] == {leaf(n) for n in names if f".{group}." in n}
 
 
 def test_groups_do_not_overlap():
@@ -65,20 +66,24 @@ def test_groups_do_not_overlap():
     assert len(names) == len(set(names))
 
 
-@pytest.mark.parametrize("name", list(HookedHybrid.meta(griffin_config("RRA")).hook_dict))
-def test_every_hook_point_has_a_shorthand(name, cached):
+@pytest.mark.parametrize("config", CONFIGS)
+def test_every_hook_point_has_a_shorthand(config):
     """Leaf and layer where that is enough, leaf, layer and submodule always."""
-    parts = name.split(".")
-    if parts[0] != "blocks":
-        assert cached[leaf(name)] is cached.cache_dict[name]
-        return
-    layer, submodule = int(parts[1]), parts[2] if len(parts) == 4 else None
-    assert cached[leaf(name), layer, submodule] is cached.cache_dict[name]
-    if submodule not in ("ln1", "ln2"):
-        assert cached[leaf(name), layer] is cached.cache_dict[name]
-        assert cached[f"{leaf(name)}{layer}"] is cached.cache_dict[name]
-    else:
-        assert cached[f"{leaf(name)}{layer}{submodule}"] is cached.cache_dict[name]
+    names, n_layers = HookedHybrid.meta(CONFIGS[config]).hook_dict, CONFIGS[config].n_layers
+    for name in names:
+        parts = name.split(".")
+        layer, submodule = int(parts[1]) if parts[0] == "blocks" else None, None
+        if layer is None:
+            shorthands: list[Any] = [leaf(name), (leaf(name),)]
+        elif len(parts) == 3:
+            shorthands = [(leaf(name), layer), f"{leaf(name)}{layer}"]
+        else:
+            submodule = parts[2]
+            shorthands = [(leaf(name), layer, submodule), f"{leaf(name)}{layer}{submodule}"]
+            if submodule not in ("ln1", "ln2"):
+                shorthands += [(leaf(name), layer), f"{leaf(name)}{layer}"]
+        for shorthand in shorthands:
+            assert resolve(shorthand, names, n_layers) == name
 
 
 @pytest.mark.parametrize(
@@ -120,6 +125,9 @@ def test_get_act_name_says_what_transformer_lens_says(shorthand, full):
         (("mixer_out", 1), "blocks.1.hook_mixer_out"),
         (("logits",), "unembed.hook_logits"),
         (("act", 3), "blocks.3.mlp.hook_act"),
+        (("ssm_B", 1), "blocks.1.mixer.hook_ssm_B"),
+        (("ssm_B1",), "blocks.1.mixer.hook_ssm_B"),
+        (("expert_out", 1), "blocks.1.mlp.hook_expert_out"),
     ],
     ids=str,
 )
@@ -155,7 +163,7 @@ def test_resolve_of_a_full_name_needs_no_rule():
     assert resolve("odd.name1x", ["odd.name1x"], n_layers=1) == "odd.name1x"
 
 
-# --- reading a cache ------------------------------------------------------------------------------
+# --- reading a cache --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -255,7 +263,7 @@ def test_n_bytes_counts_shared_storage_once(model):
     assert kept.n_bytes == (16 + 3) * 4
 
 
-# --- the batch axis -------------------------------------------------------------------------------
+# --- the batch axis ---------------------------------------------------------------------------
 
 
 def test_remove_batch_dim_works_in_place_and_returns_the_cache(one_row):
@@ -326,7 +334,7 @@ def test_rows_cannot_be_selected_without_a_batch_axis(one_row):
         one_row.apply_slice_to_batch_dim(0)
 
 
-# --- moving ---------------------------------------------------------------------------------------
+# --- moving -----------------------------------------------------------------------------------
 
 
 def test_to_moves_every_value_and_returns_the_cache(cached):
@@ -350,7 +358,7 @@ def test_toggle_autodiff_switches_autograd_everywhere(cached, mode):
         assert torch.is_grad_enabled() is mode
 
 
-# --- gradients of a model -------------------------------------------------------------------------
+# --- gradients of a model ---------------------------------------------------------------------
 
 
 def test_the_default_target_is_the_loss_whatever_the_forward_returns(model):

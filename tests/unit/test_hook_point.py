@@ -1,4 +1,4 @@
-"""Properties of HookPoint: what a function attached to one is given, may return, and how it goes."""
+"""Properties of HookPoint: what an attached function is given, may return, and how it goes."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def a_run(n_pos: int = 3, step: int = 0) -> Run:
     return Run("generation", step, torch.arange(n_pos).repeat(2, 1), torch.arange(2))
 
 
-# --- calling ------------------------------------------------------------------------------------
+# --- calling ----------------------------------------------------------------------------------
 
 
 def test_an_idle_point_returns_the_very_tensor(point, x):
@@ -161,7 +161,7 @@ def test_the_constraint_is_applied_after_every_editor_also_after_an_edit_in_plac
     assert (out[:, 0] == -1).all() and (out[:, 1:] == 10).all()
 
 
-# --- attaching and removing -----------------------------------------------------------------------
+# --- attaching and removing -------------------------------------------------------------------
 
 
 def test_add_hook_returns_a_handle_that_keeps_the_function_as_given(point):
@@ -191,9 +191,7 @@ def test_permanent_hooks_survive_removal_unless_named(point, direction):
     assert not point.is_hooked
 
 
-@pytest.mark.parametrize(
-    ("direction", "left"), [("fwd", ["bwd"]), ("bwd", ["fwd"]), ("both", [])]
-)
+@pytest.mark.parametrize(("direction", "left"), [("fwd", ["bwd"]), ("bwd", ["fwd"]), ("both", [])])
 def test_removal_is_by_direction(point, direction, left):
     point.add_hook(leave)
     point.add_hook(leave, dir="bwd")
@@ -264,7 +262,7 @@ def test_hooks_of_torch_are_refused_as_they_would_never_be_called(point, x, regi
     assert point(x) is x
 
 
-# --- what is returned -----------------------------------------------------------------------------
+# --- what is returned -------------------------------------------------------------------------
 
 
 def test_another_shape_is_refused_with_both_shapes_and_names(point, x):
@@ -313,7 +311,7 @@ def test_a_gradient_of_another_shape_is_refused_by_name(point, x):
         point(x.requires_grad_()).sum().backward()
 
 
-# --- gradients ------------------------------------------------------------------------------------
+# --- gradients --------------------------------------------------------------------------------
 
 
 def test_a_backward_hook_is_given_the_gradient_as_a_tensor_and_the_point(point, x):
@@ -401,7 +399,7 @@ def test_integers_have_no_gradient_to_hook(x):
         point(x.long())
 
 
-# --- watchers and branches ------------------------------------------------------------------------
+# --- watchers and branches --------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("result", [torch.zeros(1), "nothing"], ids=["tensor", "text"])
@@ -436,7 +434,7 @@ def test_a_branch_is_copied_only_for_editors(point, x):
     assert point.branch(x) is x and seen[0] is x
 
 
-# --- context, names, axes -------------------------------------------------------------------------
+# --- context, names, axes ---------------------------------------------------------------------
 
 
 def test_ctx_lasts_between_calls_until_cleared_and_is_each_points_own(point, x):
@@ -481,7 +479,7 @@ def test_pos_dim_without_such_an_axis_is_an_error_that_shows_the_axes():
         _ = named("hook_bias", "d_model").pos_dim
 
 
-# --- hook.run -------------------------------------------------------------------------------------
+# --- hook.run ---------------------------------------------------------------------------------
 
 
 def test_run_outside_a_forward_is_an_error_that_names_the_point(point):
@@ -538,7 +536,7 @@ def test_a_run_with_keys_keeps_the_rest():
     assert run.key_pos is keys and torch.equal(run.query_pos, a_run().query_pos)
 
 
-# --- marks ----------------------------------------------------------------------------------------
+# --- marks ------------------------------------------------------------------------------------
 
 
 def test_nothing_is_marked_by_itself():

@@ -113,7 +113,7 @@ def values_of(model: Toy, x: Tensor) -> dict[str, Tensor]:
     return values
 
 
-# --- names ----------------------------------------------------------------------------------------
+# --- names ------------------------------------------------------------------------------------
 
 
 def test_setup_names_every_hook_point_by_its_path(model):
@@ -204,7 +204,7 @@ def test_options_of_add_hook_reach_the_point(model, x):
     assert model.hook_dict[EMBED].bwd_hooks == [back]
 
 
-# --- hooks(): the context -------------------------------------------------------------------------
+# --- hooks(): the context ---------------------------------------------------------------------
 
 
 def test_hooks_are_live_inside_the_block_and_gone_after_it(model, x):
@@ -301,7 +301,9 @@ def test_no_hook_is_attached_when_one_of_several_names_is_wrong(model, x, direct
 
 
 @pytest.mark.parametrize(
-    "spec", [EMBED, (EMBED,), (EMBED, 3), (EMBED, leave, 1), (leave, EMBED)], ids=repr
+    "spec",
+    [EMBED, (EMBED,), (EMBED, 3), (EMBED, leave, 1), (leave, EMBED)],
+    ids=["name", "single", "number", "three", "swapped"],
 )
 def test_what_is_no_pair_of_name_and_function_is_a_type_error(model, x, unchecked, spec):
     with pytest.raises(TypeError, match="pair"):
@@ -331,7 +333,7 @@ def test_contexts_are_kept_unless_clearing_is_asked_for(model, x):
     assert model.hook_dict[EMBED].ctx == {}
 
 
-# --- run_with_hooks -------------------------------------------------------------------------------
+# --- run_with_hooks ---------------------------------------------------------------------------
 
 
 def test_run_with_hooks_hands_arguments_on_and_returns_the_output(model, x):
@@ -349,7 +351,7 @@ def test_backward_hooks_of_run_with_hooks_act_in_a_later_backward(model, x):
     assert torch.allclose(x.grad, 2 * plain, rtol=1e-12)
 
 
-# --- run_with_cache: what is kept -------------------------------------------------------------------
+# --- run_with_cache: what is kept -------------------------------------------------------------
 
 
 def test_without_a_filter_everything_but_large_values_is_kept(model, x):
@@ -483,7 +485,7 @@ def test_pos_slice_of_a_point_without_positions_is_an_error_that_names_it(x):
         Flat().run_with_cache(x, pos_slice=0)
 
 
-# --- run_with_cache: gradients ----------------------------------------------------------------------
+# --- run_with_cache: gradients ----------------------------------------------------------------
 
 
 def gradients_of(model: Toy, x: Tensor) -> dict[str, Tensor]:
@@ -600,7 +602,7 @@ def test_parameters_keep_them_after_an_exception_too_and_no_hook_stays(model, x,
     assert not model.list_hooks()
 
 
-# --- the lower-level pieces -------------------------------------------------------------------------
+# --- the lower-level pieces -------------------------------------------------------------------
 
 
 def test_get_caching_hooks_attaches_nothing_and_its_hooks_fill_the_dict(model, x):
@@ -659,9 +661,7 @@ def test_list_hooks_tells_every_function_with_its_point_and_direction(model):
     ]
 
 
-@pytest.mark.parametrize(
-    ("direction", "left"), [("fwd", ["bwd"]), ("bwd", ["fwd"]), ("both", [])]
-)
+@pytest.mark.parametrize(("direction", "left"), [("fwd", ["bwd"]), ("bwd", ["fwd"]), ("both", [])])
 def test_reset_hooks_is_by_direction_on_every_point(model, direction, left):
     for name in (EMBED, LARGE):
         model.add_hook(name, leave)
