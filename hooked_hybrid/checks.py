@@ -56,6 +56,29 @@ def checked_resid(model: HookedHybrid, resid: Any) -> Tensor:
     return resid.to(model.device)
 
 
+def check_read_out(
+    return_type: str | None, logits_to_keep: int | None, n_pos: int, is_resid: bool
+) -> None:
+    """Refuse what could not be returned.
+
+    Raises:
+        ValueError: an unknown return type, more logits than positions, or a loss without all
+            logits, without tokens, or of a single token.
+    """
+    if return_type not in ("logits", "loss", "both", None):
+        raise ValueError(f"return_type={return_type!r}: give 'logits', 'loss', 'both' or None")
+    if logits_to_keep is not None and not 1 <= logits_to_keep <= n_pos:
+        raise ValueError(f"logits_to_keep={logits_to_keep}: there are {n_pos} positions")
+    if return_type not in ("loss", "both"):
+        return
+    if is_resid:
+        raise ValueError("a loss needs tokens: with start_at_layer ask for logits")
+    if n_pos < 2:
+        raise ValueError("a loss needs two tokens or more: the first is not predicted")
+    if logits_to_keep is not None:
+        raise ValueError("a loss needs the logits of all positions: leave logits_to_keep out")
+
+
 def checked_state(model: HookedHybrid, state: HybridState | None, batch: int) -> None:
     """Refuse a state that is not of this model, this batch and these devices.
 

@@ -189,7 +189,7 @@ class CausalConv1d(nn.Module):
     ) -> tuple[Float[Tensor, "batch pos channel"], Float[Tensor, "batch tap channel"]]:
         """Return `b + sum_j w_j u_{t-j}` and the inputs that later positions need.
 
-        Nothing is read across the start of a document. `u` must be zero at padding.
+        Nothing is read across the start of a document, and nothing of what stands at padding.
         """
         n_past = state.shape[1]
         is_real = torch.cat([layout.is_real.new_ones(u.shape[0], n_past), layout.is_real], dim=1)

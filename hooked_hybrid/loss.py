@@ -24,11 +24,10 @@ def next_token_loss(
     Raises:
         ValueError: fewer than two positions, or logits for some of them only.
     """
-    if tokens.shape[1] < 2:
-        raise ValueError("a loss needs two tokens or more: the first is not predicted")
-    if logits.shape[1] != tokens.shape[1]:
+    if tokens.shape[1] < 2 or logits.shape[1] != tokens.shape[1]:
         raise ValueError(
-            f"logits for {logits.shape[1]} of {tokens.shape[1]} positions: leave logits_to_keep out"
+            f"logits for {logits.shape[1]} of {tokens.shape[1]} positions: a loss needs two tokens "
+            "or more, and the logits of all"
         )
     wide = logits[:, :-1].float() if logits.dtype.itemsize < 4 else logits[:, :-1]
     loss = cross_entropy(wide.flatten(0, 1), tokens[:, 1:].flatten(), reduction="none")

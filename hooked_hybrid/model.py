@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from hooked_hybrid.block import Block
 from hooked_hybrid.cache import ActivationCache
-from hooked_hybrid.checks import checked_resid, checked_state, checked_tokens
+from hooked_hybrid.checks import check_read_out, checked_resid, checked_state, checked_tokens
 from hooked_hybrid.config import HybridConfig
 from hooked_hybrid.generate import GenerationOutput, generate
 from hooked_hybrid.hooked_root import HookedRootModule
@@ -255,11 +255,9 @@ class HookedHybrid(TextMethods, HookedRootModule):
         partial = start_at_layer is not None or stop_at_layer is not None
         if partial and (state is not None or return_state):
             raise ValueError("a state holds every layer: leave start_at_layer, stop_at_layer out")
-        if return_type not in ("logits", "loss", "both", None):
-            raise ValueError(f"return_type={return_type!r}: give 'logits', 'loss', 'both' or None")
-
         check = checked_tokens if start_at_layer is None else checked_resid
         x = check(self, input)
+        check_read_out(return_type, logits_to_keep, x.shape[1], start_at_layer is not None)
         checked_state(self, state, x.shape[0])
         layout = lay_out(x, state, attention_mask, segment_ids, stage, step, rows)
         if partial:
@@ -337,16 +335,11 @@ class HookedHybrid(TextMethods, HookedRootModule):
         """Return logits, loss, both or nothing from the last residual stream."""
         if return_type is None:
             return None
-        if logits_to_keep is not None and not 1 <= logits_to_keep <= layout.length:
-            raise ValueError(
-                f"logits_to_keep={logits_to_keep}: there are {layout.length} positions"
-            )
         normalized = self.ln_final(resid)[:, -(logits_to_keep or 0) :]
         logits = self.unembed(normalized, self.embed.W_E)
         if return_type == "logits":
             return logits
-        if tokens is None:
-            raise ValueError("a loss needs tokens: with start_at_layer ask for logits")
+        assert tokens is not None
         loss = next_token_loss(logits, tokens, layout, loss_per_token)
         return loss if return_type == "loss" else (logits, loss)
 

@@ -23,6 +23,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("source", help="hub id, save_pretrained directory, or Google .pt file")
     parser.add_argument("target", nargs="?", help="new directory to write")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the written weights")
+    parser.add_argument(
+        "--n-keys", type=int, help="keys a query sees, itself included; a .pt does not say (2049)"
+    )
+    parser.add_argument(
+        "--n-heads", type=int, help="heads, for a .pt that has no recurrent layer to tell them"
+    )
     parser.add_argument("--revision", help="branch, tag or commit on the hub")
     parser.add_argument(
         "--check", action="store_true", help="account for every tensor, read none, write nothing"
@@ -30,14 +36,16 @@ def main(arguments: list[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     if not args.check and args.target is None:
         parser.error("give a directory to write, or --check")
+    given = {"n_keys": args.n_keys, "n_heads": args.n_heads}
+    overrides = {name: value for name, value in given.items() if value is not None}
     try:
         if args.check:
-            print(check(args.source, args.revision))
+            print(check(args.source, args.revision, **overrides))
         else:
-            model = load(args.source, DTYPES[args.dtype], revision=args.revision)
+            model = load(args.source, DTYPES[args.dtype], revision=args.revision, **overrides)
             save(model, args.target)
             print(f"wrote {args.target}")
-    except (CheckpointError, FileExistsError) as error:
+    except (CheckpointError, FileExistsError, TypeError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0

@@ -73,7 +73,9 @@ def from_hf(
     return model
 
 
-def check(name_or_path: str | os.PathLike[str], revision: str | None = None) -> str:
+def check(
+    name_or_path: str | os.PathLike[str], revision: str | None = None, **overrides: Any
+) -> str:
     """Account for every tensor of a checkpoint without reading one, and return a summary.
 
     Raises:
@@ -81,7 +83,7 @@ def check(name_or_path: str | os.PathLike[str], revision: str | None = None) -> 
     """
     checkpoint = open_checkpoint(name_or_path, revision)
     source = checkpoint.tensors()
-    cfg, rules, ignored = _read_plan(checkpoint, source, {})
+    cfg, rules, ignored = _read_plan(checkpoint, source, overrides)
     target = shapes_of(HookedHybrid.meta(cfg))
     account(rules, source.shapes, target, ignored)
     used = {name for rule in rules for name in rule.sources}

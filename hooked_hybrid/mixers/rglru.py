@@ -70,7 +70,7 @@ class RGLRU(Mixer[RecurrentState]):
     ) -> tuple[Resid, RecurrentState]:
         """Return what the block writes, and its state after the last token of each row."""
         gate = self.hook_gate(activate(self.linear_y(x), "gelu_tanh"))
-        u = layout.zero_padding(self.hook_in_proj(self.linear_x(x)))
+        u = self.hook_in_proj(self.linear_x(x))
         conv_state = self.conv.initial_state(u) if state is None else state.conv
         u, conv_state = self.conv(u, conv_state, layout)
         h = self._recur(self.hook_conv(u), state, layout)
@@ -92,8 +92,8 @@ class RGLRU(Mixer[RecurrentState]):
         is_start = layout.is_start[..., None]
 
         scale = sqrt_bounded(1 - torch.exp(2 * log_a)).masked_fill(is_start, 1)
-        write = layout.zero_padding(u * input_gate * scale)
-        write = self.hook_ssm_write(write, constrain=layout.zero_padding)
+        # At padding the decay is 1, so that the scale, and with it the write, is 0.
+        write = self.hook_ssm_write(u * input_gate * scale, constrain=layout.zero_padding)
 
         wide = torch.promote_types(u.dtype, torch.float32)
         a = torch.exp(log_a).masked_fill(is_start, 0).to(wide)
