@@ -37,8 +37,9 @@ def load(
     checkpoint = open_checkpoint(name_or_path, revision)
     source = checkpoint.tensors()
     cfg, rules, ignored = _read_plan(checkpoint, source, overrides)
+    tokenizer = read_tokenizer(checkpoint.folder) if tokenizer is None else tokenizer
     model = _filled(cfg, source, rules, ignored, dtype, device)
-    model.tokenizer = read_tokenizer(checkpoint.folder) if tokenizer is None else tokenizer
+    model.tokenizer = tokenizer
     return model
 
 
