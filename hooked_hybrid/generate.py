@@ -37,7 +37,8 @@ class GenerationOutput:
     `tokens` are prompt and new tokens, rows padded on the left; `new_tokens` the new ones, padded
     on the right after a row has finished. `text` is the text of each row's new tokens, without
     end-of-sequence and up to a stop string, or None without a tokenizer. `logprobs` are those of
-    the new tokens under the model, in nats, 0 after the end. `state` stands after everything that
+    the new tokens under the model, in nats, 0 after the end; `margins` are the differences of the
+    two largest logits each was chosen from, infinite after the end. `state` stands after all that
     was read: each row's last new token was not. `cache` is what one forward over prompt and new
     tokens would have left, with the effects of the hooks; positions that a finished row did not
     read are zero (scores: the lowest finite value). `finished` says which rows met an end before
@@ -48,6 +49,7 @@ class GenerationOutput:
     new_tokens: Int[Tensor, "batch new"]
     text: list[str] | None
     logprobs: Float[Tensor, "batch new"]
+    margins: Float[Tensor, "batch new"]
     state: HybridState
     cache: ActivationCache | None
     finished: Bool[Tensor, " batch"]
@@ -169,6 +171,7 @@ class _Decoder:
         self.logits: Tensor | None = None
         self.new: list[Tensor] = []
         self.logprobs: list[Tensor] = []
+        self.margins: list[Tensor] = []
         self.finished = torch.zeros(self.batch, dtype=torch.bool, device=tokens.device)
         self.ended: list[tuple[Tensor, HybridState]] = []
 
@@ -217,10 +220,12 @@ class _Decoder:
     def _choose(self) -> Tensor:
         """Append a token to every row that goes on; return those that still go on after it."""
         assert self.logits is not None and self.state is not None
-        chosen, logprobs = self.sampling.choose(self.logits)
+        chosen, logprobs, margins = self.sampling.choose(self.logits)
         pad = self.eos[0] if self.eos.numel() else self.tokens.new_zeros(())
         self.new.append(pad.repeat(self.batch).index_copy(0, self.rows, chosen))
         self.logprobs.append(logprobs.new_zeros(self.batch).index_copy(0, self.rows, logprobs))
+        endless = margins.new_full((self.batch,), torch.inf)
+        self.margins.append(endless.index_copy(0, self.rows, margins))
         ends = torch.isin(chosen, self.eos) | self._meets_stop_string()
         if not bool(ends.any()):
             return chosen[:, None]
@@ -255,6 +260,7 @@ class _Decoder:
             new_tokens=new,
             text=texts,
             logprobs=torch.stack(self.logprobs, dim=1),
+            margins=torch.stack(self.margins, dim=1),
             state=self._final_state(),
             cache=None if recorder is None else recorder.cache(),
             finished=self.finished,

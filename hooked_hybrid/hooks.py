@@ -8,7 +8,8 @@ on it (`per_position`, `positions`); the forward reads the marks to choose how i
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NoReturn, TypeVar
 
@@ -40,6 +41,13 @@ class Run:
     def at(self, start: int, stop: int) -> Run:
         """Return the run as seen by a piece of the positions."""
         return replace(self, query_pos=self.query_pos[:, start:stop])
+
+    def of_rows(self, index: Int[Tensor, " row"]) -> Run:
+        """Return the run as seen by some rows of this forward."""
+        key_pos = None if self.key_pos is None else self.key_pos[index]
+        return replace(
+            self, query_pos=self.query_pos[index], rows=self.rows[index], key_pos=key_pos
+        )
 
     def with_keys(self, key_pos: Int[Tensor, "batch key"]) -> Run:
         """Return the run as attention's score and pattern points see it."""
@@ -174,9 +182,7 @@ class HookPoint(nn.Module):
         run: Run | None = None,
     ) -> Tensor:
         """Return `x` after the given handles of this point; see `__call__`."""
-        outer = self._holder.run
-        self._holder.run = run if run is not None else outer
-        try:
+        with nullcontext() if run is None else self.seeing(run):
             for handle in tuple(fwd):
                 result = handle.hook(x, hook=self)
                 if result is not None and not handle.is_watcher:
@@ -188,8 +194,6 @@ class HookPoint(nn.Module):
                 # Where no edit can reach, the gradient is zero too.
                 x = x if constrain is None else constrain(x)
             return x
-        finally:
-            self._holder.run = outer
 
     # --- what is attached -------------------------------------------------------------------
 
@@ -230,6 +234,15 @@ class HookPoint(nn.Module):
             if name in self.axes:
                 return self.axes.index(name)
         raise ValueError(f"{self.name!r} has axes {self.axes}, none of them a position")
+
+    @contextmanager
+    def seeing(self, run: Run) -> Iterator[None]:
+        """Let `hook.run` be another run for the length of a `with` block."""
+        outer, self._holder.run = self._holder.run, run
+        try:
+            yield
+        finally:
+            self._holder.run = outer
 
     def has_hooks(
         self,
@@ -364,16 +377,13 @@ class HookPoint(nn.Module):
         run = self._holder.run
 
         def backward(grad: Tensor) -> Tensor:
-            outer, self._holder.run = self._holder.run, run
-            try:
+            with nullcontext() if run is None else self.seeing(run):
                 for handle in handles:
                     result = handle.hook(grad, hook=self)
                     result = result[0] if isinstance(result, tuple) else result
                     if result is not None and not handle.is_watcher:
                         grad = self._checked(result, grad, handle.hook)
                 return grad
-            finally:
-                self._holder.run = outer
 
         x.register_hook(backward)
         return x

@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from hooked_hybrid.hooked_root import HookSpec
-from hooked_hybrid.hooks import HookFn, HookPoint, per_position
+from hooked_hybrid.hooks import HookFn, HookPoint, is_per_position, per_position, positions_of
 from hooked_hybrid.shapes import Pattern, Queries
 
 HeadScore = Callable[[Tensor, HookPoint], Tensor]
@@ -148,6 +148,41 @@ def hook_at(fn: HookFn, positions: int | Iterable[int]) -> HookFn:
     return marked
 
 
+def on_rows(fn: HookFn, rows: int | Iterable[int]) -> HookFn:
+    """Return a hook that applies `fn` to some rows of the batch only.
+
+    `fn` is called with these rows alone and sees `hook.run` of them alone, as if they were the
+    whole batch; the others pass unchanged. Rows are those of the original batch, also after a
+    generation has dropped the rows that ended.
+
+    Args:
+        fn: a hook; its marks (`per_position`, positions) stay.
+        rows: indices into the original batch.
+
+    Raises:
+        ValueError: no row, or a negative one.
+    """
+    wanted = (rows,) if isinstance(rows, int) else tuple(rows)
+    if not wanted or min(wanted) < 0:
+        raise ValueError(f"rows {wanted}: give one or more, counted from 0")
+
+    def for_rows(value: Tensor, hook: HookPoint) -> Tensor | None:
+        run = hook.run
+        mine = torch.isin(run.rows, torch.tensor(wanted, device=run.rows.device))
+        index = mine.nonzero()[:, 0]
+        if index.numel() == 0:
+            return None
+        with hook.seeing(run.of_rows(index)):
+            part = value[index]
+            new = fn(part, hook=hook)
+        return value.index_copy(0, index, part if new is None else new)
+
+    marked: Any = per_position(for_rows) if is_per_position(fn) else for_rows
+    if (positions := positions_of(fn)) is not None:
+        marked.positions = positions
+    return marked
+
+
 def _k_of_rows(k: Tensor, n_heads: int, hook: HookPoint) -> Int[Tensor, " batch"]:
     """Return k for each row of this forward."""
     if int(k.max()) > n_heads:
@@ -168,4 +203,12 @@ def _is_z(name: str) -> bool:
     return name.endswith(".attn.hook_z")
 
 
-__all__ = ["best_heads", "hook_at", "keep_top_heads", "l2_norm", "negative_entropy", "per_position"]
+__all__ = [
+    "best_heads",
+    "hook_at",
+    "keep_top_heads",
+    "l2_norm",
+    "negative_entropy",
+    "on_rows",
+    "per_position",
+]

@@ -36,15 +36,24 @@ class Sampling:
 
     def choose(
         self, logits: Float[Tensor, "batch d_vocab"]
-    ) -> tuple[Int[Tensor, " batch"], Float[Tensor, " batch"]]:
-        """Return one token a row, and its log-probability in nats under the model itself."""
+    ) -> tuple[Int[Tensor, " batch"], Float[Tensor, " batch"], Float[Tensor, " batch"]]:
+        """Return one token a row, its log-probability (nats, under the model itself), the margin.
+
+        The margin is the difference of the two largest logits: how far the choice of the most
+        likely token is from another.
+        """
         logits = logits.float()
         if self.do_sample:
             probabilities = self._kept(logits / self.temperature).softmax(-1)
             chosen = torch.multinomial(probabilities, 1, generator=self.generator)[:, 0]
         else:
             chosen = logits.argmax(-1)
-        return chosen, logits.log_softmax(-1).gather(-1, chosen[:, None])[:, 0]
+        best = logits.topk(min(2, logits.shape[-1])).values
+        return (
+            chosen,
+            logits.log_softmax(-1).gather(-1, chosen[:, None])[:, 0],
+            best[:, 0] - best[:, -1],
+        )
 
     def _kept(self, logits: Float[Tensor, "batch d_vocab"]) -> Float[Tensor, "batch d_vocab"]:
         """Return logits with minus infinity at tokens that top-k and top-p leave out."""

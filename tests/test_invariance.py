@@ -324,3 +324,19 @@ def test_k_above_the_heads_or_of_the_wrong_length_names_what_there_is():
         k = torch.tensor([1])
         model.run_with_hooks(tokens, fwd_hooks=interventions.keep_top_heads(k))
     assert not model.list_hooks()
+
+
+@models
+def test_a_hook_on_some_rows_is_that_hook_in_their_single_runs_and_none_in_the_others(name: str):
+    model, tokens = model_of(name), random_tokens(3, N_POS)
+    hooks = [
+        *interventions.keep_top_heads(1),
+        (f"blocks.{model.cfg.recurrent_layers[0]}.mixer.hook_ssm_state", lambda h, hook: 0.5 * h),
+    ]
+    on_some = [(where, interventions.on_rows(fn, [0, 2])) for where, fn in hooks]
+    together = model.run_with_hooks(tokens, fwd_hooks=on_some)
+    for row in range(3):
+        alone = model.run_with_hooks(tokens[row : row + 1], fwd_hooks=hooks if row != 1 else [])
+        assert relative(together[row], alone[0]) < FP32_PARITY
+    with pytest.raises(ValueError, match="counted from 0"):
+        interventions.on_rows(hooks[0][1], [])

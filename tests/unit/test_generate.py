@@ -254,14 +254,16 @@ PROBABILITIES = torch.tensor([0.05, 0.4, 0.1, 0.3, 0.15])
 )
 def test_top_k_and_top_p_say_what_can_be_drawn(options, possible):
     sampling = Sampling(do_sample=True, generator=torch.Generator().manual_seed(0), **options)
-    chosen, logprobs = sampling.choose(PROBABILITIES.log().repeat(3000, 1))
+    chosen, logprobs, margins = sampling.choose(PROBABILITIES.log().repeat(3000, 1))
     assert set(chosen.tolist()) == possible
     assert_close(logprobs, PROBABILITIES.log()[chosen])
+    top = PROBABILITIES.log().topk(2).values
+    assert_close(margins, (top[0] - top[1]).expand(3000))
 
 
 def test_temperature_divides_the_logits():
     sampling = Sampling(True, temperature=2.0, generator=torch.Generator().manual_seed(0))
-    chosen, _ = sampling.choose(PROBABILITIES.log().repeat(100_000, 1))
+    chosen, _, _ = sampling.choose(PROBABILITIES.log().repeat(100_000, 1))
     share = torch.bincount(chosen, minlength=5) / 100_000
     torch.testing.assert_close(
         share, PROBABILITIES.sqrt() / PROBABILITIES.sqrt().sum(), rtol=0, atol=0.01
