@@ -57,7 +57,7 @@ class Maker:
     def _row(self, length: int, n_needles: int, n_questions: int) -> tuple[list[int], list[int]]:
         """Return tokens and the kind of each: 0 template, 1 text, 2 answer, 3 its contents."""
         needles = draw_needles(self.rng, n_needles, self.cities)
-        asked = self.rng.sample(needles, min(n_questions, n_needles))
+        asked = self.rng.choices(needles, k=n_questions)
         ends: list[tuple[list[int], list[int]]] = [self._question(needle) for needle in asked]
         n_end = sum(len(ids) for ids, _ in ends)
         start = [BOS, *self.ids("CONTEXT:\n")]
