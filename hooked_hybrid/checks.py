@@ -19,7 +19,12 @@ def checked_tokens(model: HookedHybrid, tokens: Any) -> Tensor:
     Raises:
         ValueError: not integers, not one or two axes, empty, or outside the vocabulary.
     """
-    tokens = torch.as_tensor(tokens)
+    try:
+        tokens = torch.as_tensor(tokens)
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"the input is a {type(tokens).__name__}; give tokens [batch pos], or text"
+        ) from error
     if tokens.numel() == 0:
         raise ValueError("the prompt is empty: give at least one token")
     if tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool:
@@ -53,6 +58,8 @@ def checked_resid(model: HookedHybrid, resid: Any) -> Tensor:
         raise ValueError(
             f"start_at_layer takes the residual stream [batch pos {d_model}], not {shown}"
         )
+    if resid.dtype != model.dtype:
+        raise ValueError(f"the residual stream is {resid.dtype}, the model {model.dtype}")
     return resid.to(model.device)
 
 

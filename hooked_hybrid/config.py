@@ -41,8 +41,8 @@ class AttentionConfig:
             raise ValueError(
                 f"n_heads={self.n_heads} is not a multiple of n_kv_heads={self.n_kv_heads}"
             )
-        if self.n_keys is not None and self.n_keys < 1:
-            raise ValueError(f"n_keys={self.n_keys}: a token sees at least itself, so 1 or more")
+        if self.n_keys is not None and not (isinstance(self.n_keys, int) and self.n_keys >= 1):
+            raise ValueError(f"n_keys={self.n_keys!r}: a token sees at least itself, so 1 or more")
         if self.rotary and (self.rotary.d_rotary % 2 or self.rotary.d_rotary > self.d_head):
             raise ValueError(
                 f"d_rotary={self.rotary.d_rotary} must be even and at most d_head={self.d_head}"

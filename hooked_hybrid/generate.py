@@ -130,6 +130,8 @@ def generate(
         return_type = "str" if is_text else "tokens"
     if return_type == "str" or stop_strings:
         _ = model.text  # raises without a tokenizer, before any work
+    hooks = [tuple(h) for h in (fwd_hooks, prefill_hooks, generation_hooks)]
+    fwd_hooks, prefill_hooks, generation_hooks = hooks
     model.check_hooks_to_add((*fwd_hooks, *prefill_hooks, *generation_hooks))
 
     tokens, mask = _prompt(model, input, is_text, attention_mask, state, prepend_bos, padding_side)
@@ -207,13 +209,14 @@ class _Decoder:
             self.rows,
             allow_empty_rows=True,
         )
-        whole = self.model.hook_dict["unembed.hook_logits"].is_hooked
+        is_logits_hooked = self.model.unembed.hook_logits.is_hooked
+        read_out = (is_logits_hooked, *(p.is_hooked for p in self.model.ln_final.children()))
         logits, self.state = self.model.run_layout(
             tokens,
             layout,
             self.state,
-            return_type="logits" if wants_logits or whole else None,
-            logits_to_keep=None if whole else 1,
+            return_type="logits" if wants_logits or any(read_out) else None,
+            logits_to_keep=None if is_logits_hooked else 1,
         )
         self.logits = logits[:, -1] if wants_logits else None
 
@@ -309,8 +312,9 @@ def _prompt(
     if is_text:
         if attention_mask is not None:
             raise ValueError("text brings its own mask: pass tokens with attention_mask")
-        prepend = False if state is not None and prepend_bos is None else prepend_bos
-        input, attention_mask = model.encode_texts(input, prepend, padding_side or "left")
+        input, attention_mask = model.encode_texts(
+            input, prepend_bos, padding_side or "left", continues=state is not None
+        )
     tokens = checked_tokens(model, input)
     if attention_mask is None:
         return tokens, None
@@ -327,7 +331,7 @@ def _eos(
     if not stop_at_eos:
         return ()
     if eos_token_id is not None:
-        return [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id)
+        return torch.as_tensor(eos_token_id).reshape(-1).tolist()
     return model.cfg.eos_token_ids if model.tokenizer is None else model.text.eos
 
 

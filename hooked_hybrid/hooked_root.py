@@ -104,6 +104,7 @@ class HookedRootModule(nn.Module):
         Raises:
             HookNameError: a selector that matches nothing; then none is attached.
         """
+        fwd_hooks, bwd_hooks = tuple(fwd_hooks), tuple(bwd_hooks)  # an iterator is read once
         self.check_hooks_to_add(fwd_hooks, bwd_hooks)
         self.context_level += 1
         added: list[LensHandle] = []
@@ -203,7 +204,8 @@ class HookedRootModule(nn.Module):
 
         Raises:
             HookNameError: the filter matches nothing.
-            ValueError: `incl_bwd` without a metric on an output that is not a scalar.
+            ValueError: `incl_bwd` without a metric on an output that is not a scalar, or points
+                that did not run.
         """
         cache: dict[str, Tensor] = {}
         saver = _Saver(cache, pos_slice, device, remove_batch_dim)
@@ -212,7 +214,7 @@ class HookedRootModule(nn.Module):
             if not incl_bwd:
                 out = self(*args, **kwargs)
             else:
-                with torch.enable_grad(), _frozen(self):
+                with torch.inference_mode(False), torch.enable_grad(), _frozen(self):
                     out = self(*args, **kwargs)
                     self._target(out, metric, args, kwargs).backward()
                 out = _detached(out)
@@ -222,6 +224,11 @@ class HookedRootModule(nn.Module):
                     handle.remove()
             if clear_contexts:
                 self.clear_contexts()
+        if names_filter is not None and not cache:
+            raise ValueError(
+                f"names_filter={names_filter!r} keeps nothing of what ran: start_at_layer or "
+                "stop_at_layer leaves those points out"
+            )
         return out, self._wrap_cache(cache, has_batch_dim=not remove_batch_dim)
 
     def add_caching_hooks(
@@ -345,6 +352,6 @@ def _frozen(module: nn.Module) -> Iterator[None]:
 
 
 def _detached(out: Any) -> Any:
-    if isinstance(out, Tensor):
-        return out.detach()
-    return tuple(_detached(o) for o in out) if type(out) is tuple else out
+    if type(out) is tuple:
+        return tuple(_detached(o) for o in out)
+    return out.detach() if hasattr(out, "detach") else out

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
@@ -126,7 +127,7 @@ def hook_at(fn: HookFn, positions: int | Iterable[int]) -> HookFn:
     Raises:
         ValueError: no position, or a negative one.
     """
-    wanted = (positions,) if isinstance(positions, int) else tuple(positions)
+    wanted = _indices(positions)
     if not wanted or min(wanted) < 0:
         raise ValueError(f"positions {wanted}: give one or more, counted from 0")
 
@@ -135,9 +136,10 @@ def hook_at(fn: HookFn, positions: int | Iterable[int]) -> HookFn:
         at = torch.isin(hook.run.query_pos, torch.tensor(wanted, device=value.device))
         for t in at.any(dim=0).nonzero()[:, 0].tolist():
             old = value.narrow(dim, t, 1)
-            new = fn(old.clone(), hook=hook)
-            if new is None:
-                continue
+            part = old.clone()
+            with hook.seeing(hook.run.at(t, t + 1)):
+                new = fn(part, hook=hook)
+            new = part if new is None else new  # which an edit in place has changed
             here = at[:, t].view(-1, *(1,) * (value.ndim - 1))
             index = torch.tensor([t], device=value.device)
             value = value.index_copy(dim, index, torch.where(here, new, old))
@@ -162,7 +164,7 @@ def on_rows(fn: HookFn, rows: int | Iterable[int]) -> HookFn:
     Raises:
         ValueError: no row, or a negative one.
     """
-    wanted = (rows,) if isinstance(rows, int) else tuple(rows)
+    wanted = _indices(rows)
     if not wanted or min(wanted) < 0:
         raise ValueError(f"rows {wanted}: give one or more, counted from 0")
 
@@ -183,6 +185,12 @@ def on_rows(fn: HookFn, rows: int | Iterable[int]) -> HookFn:
     return marked
 
 
+def _indices(given: int | Iterable[int]) -> tuple[int, ...]:
+    """Return whole numbers, also where numpy's or torch's are given."""
+    several = given if isinstance(given, Iterable) else (given,)
+    return tuple(operator.index(i) for i in several)
+
+
 def _k_of_rows(k: Tensor, n_heads: int, hook: HookPoint) -> Int[Tensor, " batch"]:
     """Return k for each row of this forward."""
     if int(k.max()) > n_heads:
@@ -190,8 +198,9 @@ def _k_of_rows(k: Tensor, n_heads: int, hook: HookPoint) -> Int[Tensor, " batch"
     rows = hook.run.rows
     if k.ndim == 0:
         return k.to(rows.device).expand(rows.shape[0])
-    if int(rows.max()) >= k.shape[0]:
-        raise ValueError(f"k has {k.shape[0]} entries, the batch has row {int(rows.max())}")
+    is_whole_batch = hook.run.step == 0
+    if int(rows.max()) >= k.shape[0] or (is_whole_batch and rows.shape[0] < k.shape[0]):
+        raise ValueError(f"k has {k.shape[0]} entries, the batch has {int(rows.max()) + 1} rows")
     return k.to(rows.device)[rows]
 
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from hooked_hybrid.config import Activation, HybridConfig, NormConfig, RotaryConfig
-from hooked_hybrid.hooks import HookPoint
+from hooked_hybrid.hooks import HookPoint, Run
 from hooked_hybrid.layout import Layout
 from hooked_hybrid.shapes import Logits, Resid, Tokens
 
@@ -153,9 +153,10 @@ class Unembed(nn.Module):
         if self.weight is not None:
             nn.init.normal_(self.weight, std=self.weight.shape[1] ** -0.5)
 
-    def forward(self, x: Resid, W_E: Float[Tensor, "d_vocab d_model"]) -> Logits:
-        """Return logits: `cap * tanh(logits / cap)` under a soft cap."""
-        logits = self.hook_logits(linear(x, W_E if self.weight is None else self.weight))
+    def forward(self, x: Resid, W_E: Float[Tensor, "d_vocab d_model"], run: Run) -> Logits:
+        """Return logits, `cap * tanh(logits / cap)` under a cap; `run` is of these positions."""
+        weight = W_E if self.weight is None else self.weight
+        logits = self.hook_logits(linear(x, weight), run=run)
         if self.soft_cap is None:
             return logits
         return self.soft_cap * torch.tanh(logits / self.soft_cap)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import psutil
@@ -35,7 +36,11 @@ def logits_bytes(model: HookedHybrid, layout: Layout, n_logits: int) -> int:
 
 
 def large_bytes(
-    model: HookedHybrid, layout: Layout, state: HybridState | None, piece: int
+    model: HookedHybrid,
+    layout: Layout,
+    state: HybridState | None,
+    piece: int,
+    layers: Iterable[int] | None = None,
 ) -> dict[str, int]:
     """Return the bytes of each score, pattern and state tensor that the attached hooks ask for.
 
@@ -44,10 +49,12 @@ def large_bytes(
         layout: of the whole forward.
         state: what it continues from.
         piece: positions run at a time.
+        layers: those that run; None means all.
     """
     sizes = {}
     batch, width = layout.pos.shape[0], model.dtype.itemsize
-    for i, layer in enumerate(model.cfg.layers):
+    for i in range(model.cfg.n_layers) if layers is None else layers:
+        layer = model.cfg.layers[i]
         block = model.blocks[i].any_mixer
         if isinstance(layer.mixer, AttentionConfig):
             cached = 0 if state is None else _n_keys(state, i)
@@ -65,7 +72,12 @@ def large_bytes(
 
 
 def require_memory(
-    model: HookedHybrid, layout: Layout, state: HybridState | None, n_logits: int, piece: int
+    model: HookedHybrid,
+    layout: Layout,
+    state: HybridState | None,
+    n_logits: int,
+    piece: int,
+    layers: Iterable[int] | None = None,
 ) -> None:
     """Refuse a forward whose largest tensors would not fit.
 
@@ -76,7 +88,7 @@ def require_memory(
         MemoryError: says what it would need, what there is, and which option avoids it.
     """
     logits = logits_bytes(model, layout, n_logits)
-    sizes = large_bytes(model, layout, state, piece)
+    sizes = large_bytes(model, layout, state, piece, layers)
     kept = sum(n for name, n in sizes.items() if _is_kept(model.hook_dict[name]))
     needed = logits + kept + 2 * max(sizes.values(), default=0)
     if needed < WORTH_CHECKING or model.device.type == "meta":

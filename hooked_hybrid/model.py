@@ -59,6 +59,7 @@ class HookedHybrid(TextMethods, HookedRootModule):
         super().__init__()
         self.cfg = cfg
         self.tokenizer = tokenizer
+        self.why_no_tokenizer: str | None = None
         with torch.device("meta"):
             self.embed = Embed(cfg)
             self.hook_embed = HookPoint("batch pos d_model")
@@ -80,7 +81,7 @@ class HookedHybrid(TextMethods, HookedRootModule):
     def from_pretrained(
         cls,
         name_or_path: str | os.PathLike[str],
-        dtype: torch.dtype = torch.float32,
+        dtype: torch.dtype | str = torch.float32,
         device: torch.device | str = "cpu",
         tokenizer: Any = None,
         revision: str | None = None,
@@ -177,11 +178,11 @@ class HookedHybrid(TextMethods, HookedRootModule):
             name: below the block, such as `"attn.W_Q"`, `"mlp.W_in"` or `"mixer.a_param"`.
 
         Raises:
-            AttributeError: no layer has it, or its shape differs between layers.
+            LookupError: no layer has it, or its shape differs between layers.
         """
         found = {i: w for i, b in enumerate(self.blocks) if (w := _reach(b, name)) is not None}
         if len(shapes := {tuple(w.shape) for w in found.values()}) != 1:
-            raise AttributeError(
+            raise LookupError(
                 f"no layer has {name!r}" if not shapes else f"{name!r} has shapes {sorted(shapes)}"
             )
         return LayerStack(tuple(found), torch.stack(list(found.values())))
@@ -251,7 +252,9 @@ class HookedHybrid(TextMethods, HookedRootModule):
         if isinstance(input, str) or is_texts(input):
             if attention_mask is not None or segment_ids is not None:
                 raise ValueError("text brings its own mask: pass tokens with a mask, or text alone")
-            input, attention_mask = self.encode_texts(input, prepend_bos, padding_side or "right")
+            input, attention_mask = self.encode_texts(
+                input, prepend_bos, padding_side or "right", continues=state is not None
+            )
         partial = start_at_layer is not None or stop_at_layer is not None
         if partial and (state is not None or return_state):
             raise ValueError("a state holds every layer: leave start_at_layer, stop_at_layer out")
@@ -261,7 +264,9 @@ class HookedHybrid(TextMethods, HookedRootModule):
         checked_state(self, state, x.shape[0])
         layout = lay_out(x, state, attention_mask, segment_ids, stage, step, rows)
         if partial:
-            layers = range(self.cfg.n_layers)[start_at_layer:stop_at_layer]
+            layers = self._layers(start_at_layer, stop_at_layer)
+            n_logits = 0 if stop_at_layer is not None or return_type is None else layout.length
+            require_memory(self, layout, None, logits_to_keep or n_logits, layout.length, layers)
             tokens = x if start_at_layer is None else None
             with self._running(layout):
                 resid = x if tokens is None else self.hook_embed(self.embed(tokens))
@@ -297,6 +302,14 @@ class HookedHybrid(TextMethods, HookedRootModule):
             out = self._read_out(resid, tokens, layout, return_type, loss_per_token, logits_to_keep)
         n_seen = None if layout.n_before is None else layout.n_before + layout.length
         return out, HybridState(blocks, layout.next_pos, layout.segment, n_seen)
+
+    def _layers(self, start: int | None, stop: int | None) -> range:
+        """Return the layers of a part of the model, as a slice; a layer that is not is an error."""
+        n = self.cfg.n_layers
+        for name, value in (("start_at_layer", start), ("stop_at_layer", stop)):
+            if value is not None and not -n <= value <= n:
+                raise ValueError(f"{name}={value}: there are {n} layers")
+        return range(n)[start:stop]
 
     @contextmanager
     def _running(self, layout: Layout) -> Iterator[None]:
@@ -335,17 +348,16 @@ class HookedHybrid(TextMethods, HookedRootModule):
         """Return logits, loss, both or nothing from the last residual stream."""
         if return_type is None:
             return None
-        normalized = self.ln_final(resid)[:, -(logits_to_keep or 0) :]
-        logits = self.unembed(normalized, self.embed.W_E)
+        first = layout.length - (logits_to_keep or layout.length)
+        normalized = self.ln_final(resid)[:, first:]
+        logits = self.unembed(normalized, self.embed.W_E, layout.run.at(first, layout.length))
         if return_type == "logits":
             return logits
         assert tokens is not None
         loss = next_token_loss(logits, tokens, layout, loss_per_token)
         return loss if return_type == "loss" else (logits, loss)
 
-    def generate(self, input: Input, max_new_tokens: int = 10, **options: Any) -> Any:
-        """Continue prompts; see `hooked_hybrid.generate.generate` for every option."""
-        return generate(self, input, max_new_tokens, **options)
+    generate = generate
 
     def loss_fn(
         self,

@@ -24,7 +24,7 @@ from torch.nn.functional import pad
 Rows = int | slice | Sequence[int] | Tensor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class AttentionState:
     """Keys and values that later queries may still see, oldest first.
 
@@ -37,7 +37,7 @@ class AttentionState:
     pos: Int[Tensor, "batch key"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class RecurrentState:
     """The last inputs of the short convolution, oldest first, and the recurrence's state.
 
@@ -52,7 +52,7 @@ BlockState = AttentionState | RecurrentState
 _KINDS = {"k": "kv", "v": "kv", "pos": "kv", "conv": "conv", "ssm": "ssm"}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class HybridState:
     """The state of a whole model.
 
@@ -80,6 +80,21 @@ class HybridState:
     def device(self) -> torch.device:
         """Device of the row counters; blocks live with their layers."""
         return self.next_pos.device
+
+    def __eq__(self, other: object) -> bool:
+        """Whether every tensor is the same, bit for bit."""
+        if not isinstance(other, HybridState) or self.n_seen != other.n_seen:
+            return False
+        mine, theirs = self.tensors(), other.tensors()
+        return mine.keys() == theirs.keys() and all(
+            torch.equal(t, theirs[name].to(t.device)) for name, t in mine.items()
+        )
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def detach(self) -> HybridState:
+        """Return the state without its graph."""
+        return self._map(lambda t: t.detach())
 
     def fork(self, n: int) -> HybridState:
         """Return a state with each row `n` times in a row: 0 0 1 1 for two rows and n = 2.
@@ -210,11 +225,14 @@ class HybridState:
         """Read a state that `save` wrote.
 
         Raises:
-            FileNotFoundError, safetensors.SafetensorError: no such file, or not such a file.
+            FileNotFoundError, safetensors.SafetensorError: no such file, or no safetensors file.
+            ValueError: a safetensors file that holds something else.
         """
         with safe_open(path, "pt", device=device) as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             n_seen = json.loads((file.metadata() or {}).get("n_seen", "null"))
+        if not {"next_pos", "segment"} <= tensors.keys():
+            raise ValueError(f"{path} holds no state: write one with state.save(path)")
         return cls.from_tensors(tensors, n_seen)
 
     @classmethod
@@ -265,7 +283,8 @@ def _rebuilt(block: BlockState, tensors: dict[str, Tensor]) -> BlockState:
 def _graft(mine: BlockState, theirs: BlockState, kinds: set[str], rows: Tensor) -> BlockState:
     if type(mine) is not type(theirs):
         raise ValueError("the donor's layers are of other kinds: both states must be of one model")
-    mine, theirs = _same_number_of_keys(mine, theirs)
+    if "kv" in kinds:
+        mine, theirs = _same_number_of_keys(mine, theirs)
     new = {}
     for name, t in vars(mine).items():
         donor = getattr(theirs, name)

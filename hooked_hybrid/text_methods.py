@@ -21,6 +21,7 @@ class TextMethods:
 
     cfg: HybridConfig
     tokenizer: Any
+    why_no_tokenizer: str | None
 
     if TYPE_CHECKING:
 
@@ -38,8 +39,9 @@ class TextMethods:
             ValueError: the model has no tokenizer.
         """
         if self.tokenizer is None:
+            why = f" ({self.why_no_tokenizer})" if self.why_no_tokenizer else ""
             raise ValueError(
-                "this model has no tokenizer: pass tokens, or load it with tokenizer=..."
+                f"this model has no tokenizer{why}: pass tokens, or load it with tokenizer=..."
             )
         return Text(self.tokenizer, self.cfg)
 
@@ -68,8 +70,18 @@ class TextMethods:
             return [self.text.decode(row) for row in tokens.tolist()]
         return self.text.decode(tokens.reshape(-1).tolist())
 
-    def to_str_tokens(self, input: Input, prepend_bos: bool | None = None) -> list[str]:
-        """Return each token of one text, or of one row of tokens, as a string."""
+    def to_str_tokens(
+        self, input: Input, prepend_bos: bool | None = None
+    ) -> list[str] | list[list[str]]:
+        """Return each token of a text, or of a row of tokens, as a string.
+
+        Several texts give a list for each.
+        """
+        if is_texts(input):
+            return [self._str_tokens(text, prepend_bos) for text in input]
+        return self._str_tokens(input, prepend_bos)
+
+    def _str_tokens(self, input: Any, prepend_bos: bool | None) -> list[str]:
         tokens = self.to_tokens(input, prepend_bos) if isinstance(input, str) else input
         return [self.text.decode([t]) for t in torch.as_tensor(tokens).reshape(-1).tolist()]
 
@@ -138,10 +150,18 @@ class TextMethods:
         return self.to_tokens(text, prepend_bos=False)
 
     def encode_texts(
-        self, input: Any, prepend_bos: bool | None, padding_side: PaddingSide
+        self,
+        input: Any,
+        prepend_bos: bool | None,
+        padding_side: PaddingSide,
+        continues: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """Return the padded tokens of one or several texts, and their mask if any is padded."""
-        prepend = self.text.prepends_bos if prepend_bos is None else prepend_bos
+        """Return the padded tokens of one or several texts, and their mask if any is padded.
+
+        BOS is put in front as the model was trained, but not of a text that continues a state.
+        """
+        default = self.text.prepends_bos and not continues
+        prepend = default if prepend_bos is None else prepend_bos
         texts = [input] if isinstance(input, str) else list(input)
         return self.text.batch(texts, prepend, padding_side)
 

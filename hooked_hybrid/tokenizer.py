@@ -7,12 +7,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateError
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
 
+from hooked_hybrid.chat import render_chat
+
 Message = dict[str, str]
-SPECIAL = ("bos_token", "eos_token", "pad_token", "unk_token")
 
 
 class CheckpointTokenizer:
@@ -92,23 +91,23 @@ class CheckpointTokenizer:
                 "this checkpoint has no chat template: it was not tuned on conversations; write "
                 "the prompt as plain text"
             )
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-        environment.globals["raise_exception"] = _raise
-        special = {name: self._special_text(name) or "" for name in SPECIAL}
-        try:
-            text = environment.from_string(self.chat_template).render(
-                messages=list(conversation),
-                add_generation_prompt=add_generation_prompt,
-                **{**special, **variables},
-            )
-        except TemplateError as error:
-            raise ValueError(f"the chat template refuses this conversation: {error}") from error
+        text = render_chat(
+            self.chat_template,
+            messages=list(conversation),
+            add_generation_prompt=add_generation_prompt,
+            **{**self._special_texts(), **variables},
+        )
         return self.encode(text) if tokenize else text
 
     def save_pretrained(self, folder: str) -> None:
         """Write the files the tokenizer was read from."""
         for name, content in self.files.items():
             (Path(folder) / name).write_bytes(content)
+
+    def _special_texts(self) -> dict[str, str]:
+        """Return every special token the settings name, as templates expect them."""
+        names = [name for name in self.settings if name.endswith("_token")]
+        return {name: text for name in names if isinstance(text := self._special_text(name), str)}
 
     def _special_text(self, name: str) -> str | None:
         value = self.settings.get(name)
@@ -123,14 +122,12 @@ def read_tokenizer(folder: Path) -> CheckpointTokenizer | None:
     """Return the tokenizer of a checkpoint's folder, or None where there is none.
 
     Raises:
-        ValueError: a `tokenizer.json` that cannot be read.
+        ValueError: a file that cannot be read, by name.
         ImportError: only a `tokenizer.model` is there and sentencepiece is not installed.
     """
     names = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "chat_template.jinja")
     files = {n: (folder / n).read_bytes() for n in names if (folder / n).is_file()}
-    settings = _settings(files)
-    template = files.get("chat_template.jinja", b"").decode() or settings.get("chat_template")
-    template = template if isinstance(template, str) else None
+    settings, template = _settings(files, folder), _template(files, folder)
     if "tokenizer.json" in files:
         return _from_json(files, settings, template, folder)
     if "tokenizer.model" in files:
@@ -138,9 +135,28 @@ def read_tokenizer(folder: Path) -> CheckpointTokenizer | None:
     return None
 
 
-def _settings(files: dict[str, bytes]) -> dict[str, Any]:
-    content = json.loads(files.get("tokenizer_config.json", b"{}"))
-    return content if isinstance(content, dict) else {}
+def _settings(files: dict[str, bytes], folder: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(files.get("tokenizer_config.json", b"{}"))
+    except ValueError as error:
+        raise ValueError(f"{folder / 'tokenizer_config.json'} is not JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{folder / 'tokenizer_config.json'} does not hold an object")
+    return content
+
+
+def _template(files: dict[str, bytes], folder: Path) -> str | None:
+    """Return the chat template: a file of its own, or in the settings, where several have names."""
+    if "chat_template.jinja" in files:
+        try:
+            return files["chat_template.jinja"].decode()
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{folder / 'chat_template.jinja'} is not UTF-8 text") from error
+    found = _settings(files, folder).get("chat_template")
+    if isinstance(found, list):
+        named = {t.get("name"): t.get("template") for t in found if isinstance(t, dict)}
+        found = named.get("default", next(iter(named.values()), None))
+    return found if isinstance(found, str) else None
 
 
 def _from_json(
@@ -170,7 +186,10 @@ def _from_sentencepiece(
             f"{folder / 'tokenizer.model'} needs sentencepiece: pip install "
             "'hooked-hybrid[sentencepiece]', or pass tokenizer=..."
         ) from error
-    model = SentencePieceProcessor(model_proto=files["tokenizer.model"])
+    try:
+        model = SentencePieceProcessor(model_proto=files["tokenizer.model"])
+    except RuntimeError as error:
+        raise ValueError(f"{folder / 'tokenizer.model'} is not a sentencepiece model") from error
     control = {i for i in (model.bos_id(), model.eos_id(), model.pad_id()) if i >= 0}
     named = {
         f"{name}_token": model.id_to_piece(i)
@@ -193,7 +212,3 @@ def _from_sentencepiece(
         chat_template=template,
         files=files,
     )
-
-
-def _raise(message: str) -> None:
-    raise TemplateError(message)

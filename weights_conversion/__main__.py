@@ -7,7 +7,7 @@ import sys
 
 import torch
 
-from weights_conversion import CheckpointError, check, load, save
+from weights_conversion import check, load, save
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -45,7 +45,7 @@ def main(arguments: list[str] | None = None) -> int:
             model = load(args.source, DTYPES[args.dtype], revision=args.revision, **overrides)
             save(model, args.target)
             print(f"wrote {args.target}")
-    except (CheckpointError, FileExistsError, TypeError) as error:
+    except (FileExistsError, TypeError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0

@@ -76,6 +76,6 @@ def family_that_writes(cfg: HybridConfig) -> tuple[Family, dict[str, Any]]:
         if (config := family.config_to_dict(cfg)) is not None:
             return family, config
     raise CheckpointError(
-        f"no published family ({', '.join(FAMILIES)}) can express this model: its layers differ in "
-        "ways that their config.json has no words for"
+        f"no published family ({', '.join(FAMILIES)}) can express this model: it has layers, or "
+        "settings such as n_keys or logits_soft_cap, that their config.json has no words for"
     )

@@ -115,6 +115,8 @@ def config_from_shapes(
         d_conv, d_rnn = shape.of(f"{block}.conv_1d.w", 2)
         kinds[True] = RGLRUConfig(d_rnn, n_blocks, d_conv)
         n_heads = n_blocks if n_heads is None else n_heads
+    if n_heads is not None and n_heads < 1:
+        raise CheckpointError(f"n_heads={n_heads}: give a positive number")
     if n_heads is None:
         raise CheckpointError("no recurrent layer tells the number of heads: give n_heads=...")
     if False in is_recurrent:

@@ -16,6 +16,9 @@ GENERIC = frozenset(
 )
 """Settings of any transformers config that do not touch what a forward computes."""
 
+NULLABLE = frozenset({"head_dim", "hidden_act", "lru_width", "num_key_value_heads"})
+"""Settings whose null stands for a default that is computed from others."""
+
 SAVED_EXTRAS = frozenset({"attention_dropout", "initializer_range", "use_cache"})
 
 
@@ -55,9 +58,15 @@ class ConfigReader:
         self.asked.add("quantization_config")
 
     def get(self, key: str, default: Any = None) -> Any:
-        """Return a setting, or a default where it is absent or null."""
+        """Return a setting, or a default where it is absent, or null where null means the default.
+
+        Raises:
+            CheckpointError: null for a setting that must have a value.
+        """
         self.asked.add(key)
         value = self.config.get(key)
+        if value is None and key in self.config and default is not None and key not in NULLABLE:
+            raise CheckpointError(f"config.json: {key} is null; it must have a value")
         return default if value is None else value
 
     def need(self, key: str) -> Any:

@@ -183,9 +183,11 @@ def config_to_dict(cfg: HybridConfig) -> dict[str, Any] | None:
     experts = {layer.mlp for layer in cfg.layers if isinstance(layer.mlp, MoEConfig)}
     dense = {layer.mlp for layer in cfg.layers if isinstance(layer.mlp, GatedMLPConfig)}
     widths = {mlp.d_mlp for mlp in experts} | {mlp.d_mlp for mlp in dense}
-    if len(mamba) != 1 or len(attention) > 1 or len(experts) > 1 or len(widths) != 1:
+    if len(mamba) > 1 or len(attention) > 1 or len(experts) > 1 or len(widths) != 1:
         return None
-    ssm = mamba.pop()
+    ssm = next(iter(mamba), None) or MambaConfig(
+        2 * cfg.d_model, 16, -(-cfg.d_model // 16), norm_eps=cfg.norm.eps
+    )
     att = next(iter(attention), None) or AttentionConfig(1, 1, cfg.d_model)
     moe = next(iter(experts), None) or MoEConfig(1, 1, next(iter(widths)))
     places = _places(cfg)
@@ -199,6 +201,7 @@ def config_to_dict(cfg: HybridConfig) -> dict[str, Any] | None:
         **places,
         "bos_token_id": cfg.bos_token_id,
         "eos_token_id": list(eos) if isinstance(eos, tuple) else eos,
+        **({} if att.n_heads * att.d_head == cfg.d_model else {"head_dim": att.d_head}),
         "hidden_act": "silu",
         "hidden_size": cfg.d_model,
         "intermediate_size": widths.pop(),
@@ -284,7 +287,6 @@ def _expressible(
         and att.n_keys is None
         and not att.qkv_bias
         and not att.out_bias
-        and att.n_heads * att.d_head == cfg.d_model
         and ssm.d_inner % cfg.d_model == 0
         and ssm.norm_eps == cfg.norm.eps
         and moe.act == "silu"

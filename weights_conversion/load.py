@@ -23,7 +23,7 @@ GOOGLE_SETTINGS = set(inspect.signature(google.config_from_shapes).parameters) -
 
 def load(
     name_or_path: str | os.PathLike[str],
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | str = torch.float32,
     device: torch.device | str = "cpu",
     tokenizer: Any = None,
     revision: str | None = None,
@@ -37,10 +37,29 @@ def load(
     checkpoint = open_checkpoint(name_or_path, revision)
     source = checkpoint.tensors()
     cfg, rules, ignored = _read_plan(checkpoint, source, overrides)
-    tokenizer = read_tokenizer(checkpoint.folder) if tokenizer is None else tokenizer
-    model = _filled(cfg, source, rules, ignored, dtype, device)
-    model.tokenizer = tokenizer
+    why_not = None
+    if tokenizer is None:
+        try:
+            tokenizer = read_tokenizer(checkpoint.folder)
+        except ImportError as error:  # everything but text works without
+            why_not = str(error)
+        except ValueError as error:
+            raise CheckpointError(str(error)) from error
+    model = _filled(cfg, source, rules, ignored, as_dtype(dtype), device)
+    model.tokenizer, model.why_no_tokenizer = tokenizer, why_not
     return model
+
+
+def as_dtype(dtype: torch.dtype | str) -> torch.dtype:
+    """Return a dtype that may be given by name.
+
+    Raises:
+        ValueError: no floating-point dtype of torch.
+    """
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise ValueError(f"dtype={dtype!r}: give torch.float32, torch.bfloat16 or torch.float16")
+    return found
 
 
 def load_config(

@@ -23,6 +23,10 @@ def save(
     model: HookedHybrid, directory: str | os.PathLike[str], max_shard_size: int = 5_000_000_000
 ) -> None:
     """Write a model as transformers would; see `HookedHybrid.save_pretrained`."""
+    if max_shard_size < 1:
+        raise ValueError(f"max_shard_size={max_shard_size}: give bytes, 1 or more")
+    if model.device.type == "meta":
+        raise ValueError("this model has no weights (it is on the meta device): nothing to save")
     target = Path(directory)
     if target.is_dir() and any(target.iterdir()):
         raise FileExistsError(
@@ -30,8 +34,6 @@ def save(
         )
     if target.exists() and not target.is_dir():
         raise FileExistsError(f"{target} is a file: give a new directory")
-    if max_shard_size < 1:
-        raise ValueError(f"max_shard_size={max_shard_size}: give bytes, 1 or more")
     family, config = family_that_writes(model.cfg)
     partial = target.with_name(f"{target.name}.partial-{os.getpid()}")
     partial.mkdir(parents=True)

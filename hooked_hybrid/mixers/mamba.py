@@ -75,7 +75,7 @@ class Mamba(Mixer[RecurrentState]):
         """Return what the block writes, and its state after the last token of each row."""
         u, z = self.in_proj(x).chunk(2, dim=-1)
         gate = self.hook_gate(activate(z, "silu"))
-        u = self.hook_in_proj(u)
+        u = self.hook_in_proj.branch(u)  # a half of one projection
         conv_state = self.conv.initial_state(u) if state is None else state.conv
         u, conv_state = self.conv(u, conv_state, layout)
         u = self.hook_ssm_input(activate(self.hook_conv(u), "silu"))

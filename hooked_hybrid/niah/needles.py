@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import random
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 from hooked_hybrid.niah import words
 
@@ -25,6 +29,26 @@ class Needle:
     city: str
     phrases: tuple[str, str, str, str]
 
+    @property
+    def answer(self) -> str:
+        """What to do there: "eat a sandwich and sit in Dolores Park on a sunny day"."""
+        return f"{self.phrases[0]} and {self.phrases[2]} on a {self.phrases[3]}"
+
+
+@dataclass(frozen=True)
+class KeywordNeedle:
+    """A user's sentence to hide, of any form; what counts is which of the keywords come back."""
+
+    sentence: str
+    question: str
+    keywords: tuple[str, ...]
+
+    @property
+    def city(self) -> None:
+        """No city: the sentence has a form of its own."""
+
+
+AnyNeedle = Needle | KeywordNeedle
 
 PAPER = Needle(
     sentence=(
@@ -77,3 +101,127 @@ def training_cities() -> list[str]:
 def draw_needles(rng: random.Random, n: int, cities: Sequence[str]) -> list[Needle]:
     """Return needles about different cities."""
     return [draw_needle(rng, city) for city in rng.sample(cities, n)]
+
+
+def plain(text: str) -> str:
+    """Return a text in lower case, words only, one blank between them.
+
+    Punctuation becomes a blank, so that "day." and a word-level decoder's "day ." read the same.
+    """
+    return " ".join(re.sub(r"[^\w\s]|_", " ", text).lower().split())
+
+
+def known_needles() -> dict[str, Needle]:
+    """Return the needles that have a name: "paper", and "held-out-00" to "held-out-59"."""
+    return {"paper": PAPER} | {f"held-out-{i:02}": n for i, n in enumerate(held_out_needles())}
+
+
+def find_needle(needle_id: str) -> Needle:
+    """Return the needle of a name.
+
+    Raises:
+        ValueError: no needle has it.
+    """
+    known = known_needles()
+    if needle_id not in known:
+        raise ValueError(
+            f"no needle is called {needle_id!r}: give 'paper', or 'held-out-00' to "
+            f"'held-out-{N_HELD_OUT - 1:02}'"
+        )
+    return known[needle_id]
+
+
+def needle_ids(needles: Sequence[AnyNeedle | None]) -> list[str]:
+    """Return the name of each: "paper", "held-out-07", "none", or "custom-0" and on in order."""
+    names: dict[AnyNeedle | None, str] = {needle: name for name, needle in known_needles().items()}
+    names[None] = "none"
+    custom = dict.fromkeys(needle for needle in needles if needle not in names)
+    names |= {needle: f"custom-{i}" for i, needle in enumerate(custom)}
+    return [names[needle] for needle in needles]
+
+
+def distractors_for(needle: AnyNeedle, n: int, seed: int = 0) -> list[Needle]:
+    """Return needles about other cities, none with a phrase of `needle`; always the same ones.
+
+    Raises:
+        ValueError: `n` below 0, or more than there are cities.
+    """
+    cities = [city for city in training_cities() if city not in needle.question]
+    if not 0 <= n <= len(cities):
+        raise ValueError(f"{n} distractors: give 0 to {len(cities)}, one a city")
+    rng = random.Random(f"{seed} {needle.sentence}")
+    taken = set(needle.phrases) if isinstance(needle, Needle) else set()
+    found: list[Needle] = []
+    for city in rng.sample(cities, n):
+        drawn = draw_needle(rng, city)
+        while taken & set(drawn.phrases):
+            drawn = draw_needle(rng, city)
+        found.append(drawn)
+    return found
+
+
+def custom_needle(sentence: str, question: str, keywords: Sequence[str]) -> KeywordNeedle:
+    """Return a needle of the user's own.
+
+    Args:
+        sentence: what is hidden, with its full stop.
+        question: what the prompt asks.
+        keywords: words or phrases of the sentence; each found is an equal part of the score.
+
+    Raises:
+        ValueError: something is empty, a keyword stands twice or is not in the sentence.
+    """
+    for name, value in (("sentence", sentence), ("question", question)):
+        if not plain(value):
+            raise ValueError(f"{name}={value!r}: give a text with at least one word")
+    if isinstance(keywords, str) or not keywords:
+        raise ValueError(f"keywords={keywords!r}: give a list of at least one word or phrase")
+    if bad := [word for word in keywords if not plain(word)]:
+        raise ValueError(f"keywords {bad}: give texts with at least one word each")
+    if absent := [word for word in keywords if not holds(sentence, word)]:
+        raise ValueError(f"keywords {absent} are not in the sentence {sentence!r}")
+    if len({plain(word) for word in keywords}) < len(keywords):
+        raise ValueError(f"keywords {list(keywords)}: each may stand once")
+    return KeywordNeedle(sentence, question, tuple(keywords))
+
+
+def holds(text: str, phrase: str) -> bool:
+    """Whether a phrase stands in a text as words of its own, the last in singular or plural.
+
+    So "sunny day" is in "sunny days", as the thesis counts it, and "a pen" is not in "a pencil".
+    Letters beyond a to z do not bound words: in other scripts a phrase counts wherever it stands.
+    """
+    phrase = re.escape(plain(phrase))
+    return re.search(rf"(?<![a-z0-9]){phrase}(?:e?s)?(?![a-z0-9])", plain(text)) is not None
+
+
+def load_needles(path: str | Path) -> list[KeywordNeedle]:
+    """Return the needles of a JSON file: a list of {"sentence", "question", "keywords"}.
+
+    Raises:
+        ValueError: the file is missing, is not such a list, or a needle in it is not usable; the
+            message says which.
+    """
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"the needles {path} cannot be read: {error.strerror}") from error
+    except ValueError as error:  # not JSON, or not UTF-8
+        raise ValueError(f"the needles {path} are not JSON ({error})") from error
+    if not isinstance(content, list) or not content:
+        raise ValueError(f"{path} holds no needles: give a JSON list of at least one")
+    return [_parsed(entry, f"{path}, needle {i}") for i, entry in enumerate(content)]
+
+
+def _parsed(entry: Any, place: str) -> KeywordNeedle:
+    wanted = {"sentence", "question", "keywords"}
+    if not isinstance(entry, dict) or set(entry) != wanted:
+        found = sorted(entry) if isinstance(entry, dict) else entry
+        raise ValueError(f"{place}: give exactly {sorted(wanted)}; found {found!r}")
+    texts, keywords = (entry["sentence"], entry["question"]), entry["keywords"]
+    if not (isinstance(keywords, list) and all(isinstance(t, str) for t in (*texts, *keywords))):
+        raise ValueError(f"{place}: sentence and question are texts, keywords is a list of texts")
+    try:
+        return custom_needle(**entry)
+    except ValueError as error:
+        raise ValueError(f"{place}: {error}") from error

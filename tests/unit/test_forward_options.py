@@ -112,7 +112,7 @@ def test_weights_are_the_ones_the_forward_uses():
     capped = 30 * torch.tanh(final @ model.W_U / 30)
     assert relative(capped, model(tokens)) < FP32_PARITY
     assert model.stack("mixer.a_param").layers == (0,)
-    with pytest.raises(AttributeError, match="W_X"):
+    with pytest.raises(LookupError, match="W_X"):
         model.stack("attn.W_X")
 
 

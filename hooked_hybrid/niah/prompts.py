@@ -1,0 +1,265 @@
+"""Prompts of needle in a haystack: token ids of exactly the stated length."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from array import array
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from random import Random
+
+from hooked_hybrid.niah.haystack import sentences
+from hooked_hybrid.niah.needles import PAPER, AnyNeedle, distractors_for, needle_ids
+from hooked_hybrid.niah.prompt_tokens import HAYSTACK, QUESTION, Maker, Parts
+from hooked_hybrid.text_methods import TextMethods
+
+_ONCE = f"CONTEXT:\n{HAYSTACK}\nQUESTION:\n{QUESTION}"
+_TUNED = f"{_ONCE} Output the most relevant sentence in the context, word by word!"
+TEMPLATES = {
+    "base": f"{_ONCE}\nANSWER: Here is the most relevant sentence in the context:",
+    "instruct": _TUNED,
+    "chat": _TUNED,
+}
+"""The thesis's templates; "chat" is the message of a user, in the chat template of the model."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One prompt: its tokens, and where in them the needle is.
+
+    `id` follows from tokens, needle and settings. `depth` is the asked fraction of the haystack
+    before the needle, 0 its beginning and 1 its end (the thesis counts from the end).
+    `needle_spans` holds [start, stop) of every copy of the sentence: two with `read_twice`.
+    """
+
+    id: str
+    tokens: tuple[int, ...]
+    length: int
+    depth: float
+    needle: AnyNeedle | None
+    needle_id: str
+    needle_spans: tuple[tuple[int, int], ...]
+    template: str
+    read_twice: bool
+    n_distractors: int
+
+    @property
+    def asked(self) -> AnyNeedle:
+        """The needle the question is about, hidden or not."""
+        return PAPER if self.needle is None else self.needle
+
+
+@dataclass(frozen=True)
+class Haystack:
+    """Text without end: generated from `seed`, or `documents`, repeated."""
+
+    seed: int = 0
+    documents: tuple[str, ...] = field(default=(), repr=False)
+
+    @classmethod
+    def read(cls, path: str | Path) -> Haystack:
+        """Return the haystack of a text file, or of all *.txt in a folder, sorted by name.
+
+        Raises:
+            ValueError: nothing is there, it is not UTF-8, or it holds no text.
+        """
+        path = Path(path)
+        if not path.exists():
+            raise ValueError(f"haystack {path}: there is no such file or folder")
+        files = [path]
+        if path.is_dir():
+            found = (file for file in path.rglob("*.txt") if file.is_file())
+            files = sorted(found, key=lambda file: file.relative_to(path).parts)
+            if not files:
+                raise ValueError(f"haystack {path}: the folder holds no *.txt file")
+        documents = tuple(text for file in files if (text := _read(file)))
+        if not documents:
+            raise ValueError(f"haystack {path}: there is no text in it")
+        return cls(documents=documents)
+
+    def texts(self) -> Iterator[str]:
+        """Yield pieces of text without end, a sentence or a paragraph each.
+
+        A document begins with a blank, so that it reads on from a needle put before it.
+        """
+        if not self.documents:
+            for sentence in sentences(Random(self.seed)):
+                yield " " + re.sub(r" (?=[.,])", "", sentence)
+        while True:
+            for document in self.documents:
+                yield from re.findall(r".+?(?:\n\s*\n|\Z)", f" {document}\n", re.DOTALL)
+
+
+def _read(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8").strip()
+    except OSError as error:
+        raise ValueError(f"haystack {file} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"haystack {file} is not UTF-8 ({error})") from error
+
+
+def build_prompt(
+    model: TextMethods,
+    needle: AnyNeedle | None,
+    length: int,
+    depth: float,
+    haystack: Haystack | None = None,
+    template: str = "base",
+    read_twice: bool = False,
+    distractors: int | Sequence[AnyNeedle] = (),
+    prepend_bos: bool | None = None,
+) -> Prompt:
+    """Return one prompt; see `grid`."""
+    return grid(
+        model, [needle], [length], [depth], haystack, template, read_twice, distractors, prepend_bos
+    )[0]
+
+
+def grid(
+    model: TextMethods,
+    needles: Sequence[AnyNeedle | None],
+    lengths: Sequence[int],
+    depths: Sequence[float],
+    haystack: Haystack | None = None,
+    template: str = "base",
+    read_twice: bool = False,
+    distractors: int | Sequence[AnyNeedle] = (),
+    prepend_bos: bool | None = None,
+) -> list[Prompt]:
+    """Return a prompt for every needle, length and depth, depths fastest.
+
+    The haystack of a prompt, distractors included, does not depend on depth. The needle stands
+    where a sentence ends, at the stated depth or the nearest before it; at depth 1 it is last.
+    The haystack is trimmed at the beginning of its last sentence, so that it ends with one.
+
+    Args:
+        model: gives the tokenizer, its BOS and its chat template.
+        needles: sentences to hide; None asks the paper's question and hides nothing.
+        lengths: tokens of each prompt in all: template, BOS, both copies and distractors included.
+        depths: fractions of the haystack before the needle, 0 its beginning.
+        haystack: text to hide them in; None is generated text.
+        template: a name in `TEMPLATES`.
+        read_twice: give context and question twice before the answer (Just Read Twice). Where the
+            room for haystack is odd, the first copy has one token more.
+        distractors: needles with other questions, spread over the haystack at ends of sentences, or
+            how many to draw for each needle.
+        prepend_bos: put BOS in front; None does as the model was trained ("chat" brings its own).
+
+    Raises:
+        ValueError: nothing to build; a depth outside 0 to 1; a length below what template and
+            needle take; an unknown template, or none for "chat" in the tokenizer; a needle that
+            the tokenizer cannot hold; a distractor that answers the needle's question.
+    """
+    if not (needles and lengths and depths):
+        raise ValueError("no prompt to build: give at least one needle, length and depth")
+    if wrong := [depth for depth in depths if not 0 <= depth <= 1]:
+        raise ValueError(f"depths {wrong}: give fractions, 0 (beginning of the haystack) to 1")
+    maker = _maker(model, haystack or Haystack(), template, read_twice, prepend_bos)
+    names = dict(zip(needles, needle_ids(needles), strict=True))  # what is given twice counts once
+    parts = {needle: _parts(maker, needle, distractors) for needle in names}
+    shortest = max(part.shortest for part in parts.values())
+    if wrong := [length for length in lengths if length < shortest]:
+        raise ValueError(
+            f"lengths {wrong}: template, needle and distractors take {shortest} tokens, the "
+            "shortest possible prompt"
+        )
+    return [
+        _prompt(maker, needle, name, parts[needle], length, depth, template, read_twice)
+        for needle, name in names.items()
+        for length in dict.fromkeys(lengths)
+        for depth in dict.fromkeys(map(float, depths))
+    ]
+
+
+def shortest_length(
+    model: TextMethods,
+    needle: AnyNeedle | None = PAPER,
+    template: str = "base",
+    read_twice: bool = False,
+    distractors: int | Sequence[AnyNeedle] = (),
+    prepend_bos: bool | None = None,
+) -> int:
+    """Return how many tokens a prompt takes without haystack; see `grid`."""
+    maker = _maker(model, Haystack(), template, read_twice, prepend_bos)
+    return _parts(maker, needle, distractors).shortest
+
+
+def default_lengths(longest: int, n: int = 10, shortest: int | None = None) -> list[int]:
+    """Return `n` lengths in tokens, evenly spaced.
+
+    As in the papers, 250 to 4,096; of another longest the same fraction, 64 at least.
+
+    Raises:
+        ValueError: `n` below 1, or `longest` below the shortest.
+    """
+    shortest = max(64, round(longest * 250 / 4096)) if shortest is None else shortest
+    if n < 1 or longest < shortest:
+        raise ValueError(f"n={n} lengths from {shortest} to {longest}: give at least 1, in order")
+    return [round(longest - (longest - shortest) * i / max(n - 1, 1)) for i in reversed(range(n))]
+
+
+def default_depths(n: int = 10) -> list[float]:
+    """Return `n` depths from 0 to 1, evenly spaced; a single one is the middle.
+
+    Raises:
+        ValueError: `n` below 1.
+    """
+    if n < 1:
+        raise ValueError(f"n={n} depths: give at least 1")
+    return [i / (n - 1) for i in range(n)] if n > 1 else [0.5]
+
+
+def _maker(
+    model: TextMethods,
+    haystack: Haystack,
+    template: str,
+    read_twice: bool,
+    prepend_bos: bool | None,
+) -> Maker:
+    if template not in TEMPLATES:
+        raise ValueError(f"template={template!r}: give one of {', '.join(TEMPLATES)}")
+    once, end = TEMPLATES[template].split(QUESTION)
+    once += QUESTION
+    text = f"{once}\n{once}{end}" if read_twice else once + end
+    return Maker(model.text, haystack.texts(), text, template == "chat", prepend_bos)
+
+
+def _parts(maker: Maker, needle: AnyNeedle | None, distractors: int | Sequence[AnyNeedle]) -> Parts:
+    asked = PAPER if needle is None else needle
+    if isinstance(distractors, int):
+        distractors = distractors_for(asked, distractors)
+    if same := [other.sentence for other in distractors if other.question == asked.question]:
+        raise ValueError(f"distractors {same} answer the needle's own question, {asked.question!r}")
+    hidden = () if needle is None else (needle.sentence,)
+    return maker.parts(asked.question, hidden, tuple(other.sentence for other in distractors))
+
+
+def _prompt(
+    maker: Maker,
+    needle: AnyNeedle | None,
+    needle_id: str,
+    parts: Parts,
+    length: int,
+    depth: float,
+    template: str,
+    read_twice: bool,
+) -> Prompt:
+    tokens, spans = maker.tokens(parts, length, depth)
+    about = (length, depth, template, read_twice, len(parts.distractors), parts.question)
+    said = json.dumps([*about, needle and needle.sentence])
+    return Prompt(
+        id=hashlib.sha256(said.encode() + array("q", tokens).tobytes()).hexdigest()[:16],
+        tokens=tuple(tokens),
+        length=length,
+        depth=depth,
+        needle=needle,
+        needle_id=needle_id,
+        needle_spans=tuple(spans),
+        template=template,
+        read_twice=read_twice,
+        n_distractors=len(parts.distractors),
+    )

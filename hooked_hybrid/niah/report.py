@@ -1,0 +1,232 @@
+"""One page that says what was run and what came out, with everything it shows inside it."""
+
+from __future__ import annotations
+
+import base64
+import json
+import platform
+from collections.abc import Iterable, Mapping, Sequence
+from html import escape
+from importlib import metadata
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from hooked_hybrid.niah.plots import (
+    accuracy_by_k,
+    file_name,
+    replacing,
+    retrieval_map,
+    retrieval_maps,
+    save_figure,
+)
+from hooked_hybrid.niah.published import PUBLISHED, Published, ours
+from hooked_hybrid.niah.statistics import cluster_column, scored, summary
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+CAUTION = (
+    "The models differ in size, training and text, and so may the prompts: a toy model does not "
+    "confirm a claim about a 2B one."
+)
+SMALL_MARGIN = 1e-4
+_PACKAGES = "hooked-hybrid torch tokenizers numpy pandas matplotlib".split()
+_STYLE = """
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 1200px; margin: 2rem auto; padding: 0 1rem;
+  color: #222; background: #fff }
+table { border-collapse: collapse; margin: 1rem 0; font-size: 14px }
+th, td { border-bottom: 1px solid #ddd; padding: 4px 12px 4px 0; text-align: left;
+  vertical-align: top }
+td { font-variant-numeric: tabular-nums }
+img { max-width: 100%; height: auto }
+pre { background: #f4f4f4; padding: 8px; overflow-x: auto; white-space: pre-wrap }
+.note { color: #555 }
+"""
+
+
+class Written(NamedTuple):
+    """The files of a report: the page, the cells, and the pictures that it shows and others."""
+
+    report: Path
+    table: Path
+    pictures: list[Path]
+
+
+def write_report(
+    table: pd.DataFrame,
+    settings: Sequence[Any],
+    model_card: Mapping[str, Any],
+    folder: str | PathLike[str],
+    published: Sequence[Published] = PUBLISHED,
+    *,
+    command: str = "",
+    thesis_depth: bool = False,
+) -> Written:
+    """Write `report.html`, `table.csv` and the pictures of a sweep, each whole or not at all.
+
+    Args:
+        table: of `niah`.
+        settings: the `Setting`s that were run; their names and `spec` are listed.
+        model_card: facts about the model, by name.
+        folder: gets the files; those of an earlier report are replaced.
+        published: results of others, shown beside the same figures of this table.
+        command: the command line that made the table.
+        thesis_depth: see `retrieval_maps`.
+
+    Raises:
+        ValueError: no cell has a score.
+        OSError: a file cannot be written.
+    """
+    folder = Path(folder)
+    pictures = save_pictures(table, folder, thesis_depth)
+    shown = {"maps": pictures[0]} | {p.stem: p for p in pictures if p.stem.startswith("accuracy")}
+    with replacing(folder / "table.csv") as temporary:
+        table.to_csv(temporary, index=False)
+    body = [
+        "<h1>Needle in a haystack</h1>",
+        f"<h2>What was run</h2>{_what_was_run(table, settings, model_card, command)}",
+        f"<h2>Accuracy by setting</h2>{_accuracy(table)}",
+        f"<h2>Retrieval maps</h2>{_image(shown.pop('maps'), 'retrieval maps')}",
+        *(f"<h2>{_TITLES[name]}</h2>{_image(path, name)}" for name, path in shown.items()),
+        f"<h2>Beside the papers</h2><p><strong>{CAUTION}</strong></p>{_beside(table, published)}",
+    ]
+    page = (
+        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
+        f"<title>Needle in a haystack</title><style>{_STYLE}</style></head>\n<body>\n"
+        + "\n".join(body)
+        + "\n</body></html>\n"
+    )
+    with replacing(folder / "report.html") as temporary:
+        temporary.write_text(page, encoding="utf-8")
+    return Written(folder / "report.html", folder / "table.csv", pictures)
+
+
+def save_pictures(
+    table: pd.DataFrame, folder: str | PathLike[str], thesis_depth: bool = False
+) -> list[Path]:
+    """Write every picture as PNG and PDF; return the paths of the PNGs, the joint maps first.
+
+    The curves are left out where no setting has a k, their split by window where no needle is
+    beyond it.
+    """
+    folder = Path(folder)
+    cells = scored(table)
+    figures = {"retrieval_maps": retrieval_maps(cells, thesis_depth)}
+    if cells["k"].notna().any():
+        figures["accuracy_by_k"] = accuracy_by_k(cells)
+        if not cells["in_window"].astype(bool).all():
+            figures["accuracy_by_k_and_window"] = accuracy_by_k(cells, by_window=True)
+    paths = [save_figure(figure, folder / name)[0] for name, figure in figures.items()]
+    for i, setting in enumerate(cells["setting"].unique()):
+        figure = retrieval_map(cells, setting, thesis_depth)
+        paths.append(save_figure(figure, folder / "maps" / f"{i:02}_{file_name(setting)}")[0])
+    return paths
+
+
+def summary_rows(table: pd.DataFrame) -> tuple[list[str], list[list[str]]]:
+    """Return the headings and the rows of `summary`, as text for a page or a screen."""
+    figures = summary(table)
+    headings = ["setting", "cells", "needles", "accuracy", "95% interval", "whole needle"]
+    windowed = bool(figures["n_outside"].sum())
+    headings += ["inside window", "beyond it"] if windowed else []
+    rows = []
+    for row in figures.to_dict("records"):
+        interval = _interval(row["low"], row["high"])
+        texts = [
+            str(row["setting"]),
+            str(row["n"]),
+            str(row["n_needles"]),
+            _percent(row["accuracy"]),
+        ]
+        texts += [interval, _percent(row["binary"])]
+        texts += [_percent(row["inside"]), _percent(row["outside"])] if windowed else []
+        rows.append(texts)
+    return headings, rows
+
+
+def versions() -> dict[str, str]:
+    """Return the versions that the numbers may depend on."""
+    found = {"Python": platform.python_version()}
+    for name in _PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+_TITLES = {
+    "accuracy_by_k": "Accuracy by k",
+    "accuracy_by_k_and_window": "Accuracy by k, inside the window and beyond it",
+}
+
+
+def _what_was_run(
+    table: pd.DataFrame, settings: Sequence[Any], model_card: Mapping[str, Any], command: str
+) -> str:
+    lengths, depths = table["length"], table["depth"]
+    prompts = table.drop_duplicates("prompt_id")
+    facts = {
+        **model_card,
+        "prompts": f"{len(prompts)}: {lengths.nunique()} lengths from {lengths.min():,} to "
+        f"{lengths.max():,} tokens, {depths.nunique()} depths",
+        "needles": _listed(table["needle_id"].unique()),
+        "template": _listed(table["template"].unique()),
+        "context given twice": _listed(table["read_twice"].unique()),
+        "distractors": _listed(table["n_distractors"].unique()),
+        "versions": ", ".join(f"{name} {version}" for name, version in versions().items()),
+    }
+    specs = [[setting.name, json.dumps(dict(setting.spec))] for setting in settings]
+    listed = (
+        f"<details><summary>{len(specs)} settings</summary>{_table(['setting', 'spec'], specs)}"
+    )
+    shown = f"<pre>{escape(command)}</pre>" if command else ""
+    return f"{shown}{_table(['', ''], [[k, str(v)] for k, v in facts.items()])}{listed}</details>"
+
+
+def _accuracy(table: pd.DataFrame) -> str:
+    by = cluster_column(scored(table))
+    unit = "needles" if by == "needle_id" else "prompts, for there is one needle"
+    close = int((table["min_margin"] < SMALL_MARGIN).sum())
+    notes = [
+        "Accuracy is the mean graded score / 5 (thesis, Table 2.1); whole needle is the share of "
+        "answers that hold all of it.",
+        f"Intervals: bootstrap over {unit}; one of no width means that all were alike.",
+        f"{close} of {len(table)} cells chose a token by less than {SMALL_MARGIN:g} in its logit: "
+        "there a rounding may decide.",
+    ]
+    return _table(*summary_rows(table)) + "".join(f'<p class="note">{note}</p>' for note in notes)
+
+
+def _beside(table: pd.DataFrame, published: Sequence[Published]) -> str:
+    rows = [[p.what, p.model, p.value, ours(p, table), p.source] for p in published]
+    return _table(["result", "their model", "published", "this model", "source"], rows)
+
+
+def _table(headings: Iterable[str], rows: Iterable[Sequence[str]]) -> str:
+    head = "".join(f"<th>{escape(text)}</th>" for text in headings)
+    lines = ("".join(f"<td>{escape(text)}</td>" for text in row) for row in rows)
+    return f"<table><tr>{head}</tr>{''.join(f'<tr>{line}</tr>' for line in lines)}</table>"
+
+
+def _image(path: Path, what: str) -> str:
+    data = base64.b64encode(path.read_bytes()).decode("ascii")
+    return f'<p><img alt="{escape(what)}" src="data:image/png;base64,{data}"></p>'
+
+
+def _listed(values: Iterable[Any], most: int = 6) -> str:
+    texts = [str(value) for value in values]
+    more = f" and {len(texts) - most} more" if len(texts) > most else ""
+    return ", ".join(texts[:most]) + more
+
+
+def _percent(share: float) -> str:
+    return "" if share != share else f"{share:.1%}"
+
+
+def _interval(low: float, high: float) -> str:
+    return "" if low != low else f"{100 * low:.1f} to {100 * high:.1f}%"
+
+
+__all__ = ["CAUTION", "Written", "save_pictures", "summary_rows", "versions", "write_report"]
