@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -61,9 +61,9 @@ def generate(
     input: Any,
     max_new_tokens: int = 10,
     *,
-    fwd_hooks: Sequence[HookSpec] = (),
-    prefill_hooks: Sequence[HookSpec] = (),
-    generation_hooks: Sequence[HookSpec] = (),
+    fwd_hooks: Iterable[HookSpec] = (),
+    prefill_hooks: Iterable[HookSpec] = (),
+    generation_hooks: Iterable[HookSpec] = (),
     first_token_stage: Literal["prefill", "generation"] = "prefill",
     state: HybridState | None = None,
     attention_mask: Int[Tensor, "batch pos"] | None = None,

@@ -72,7 +72,7 @@ class HookedRootModule(nn.Module):
         return self.add_hook(name, hook, dir, is_permanent=True)
 
     def check_hooks_to_add(
-        self, fwd_hooks: Sequence[HookSpec] = (), bwd_hooks: Sequence[HookSpec] = ()
+        self, fwd_hooks: Iterable[HookSpec] = (), bwd_hooks: Sequence[HookSpec] = ()
     ) -> None:
         """Raise what attaching these would raise, and attach none.
 
@@ -88,8 +88,8 @@ class HookedRootModule(nn.Module):
     @contextmanager
     def hooks(
         self,
-        fwd_hooks: Sequence[HookSpec] = (),
-        bwd_hooks: Sequence[HookSpec] = (),
+        fwd_hooks: Iterable[HookSpec] = (),
+        bwd_hooks: Iterable[HookSpec] = (),
         reset_hooks_end: bool = True,
         clear_contexts: bool = False,
     ) -> Iterator[HookedRootModule]:
@@ -153,8 +153,8 @@ class HookedRootModule(nn.Module):
     def run_with_hooks(
         self,
         *args: Any,
-        fwd_hooks: Sequence[HookSpec] = (),
-        bwd_hooks: Sequence[HookSpec] = (),
+        fwd_hooks: Iterable[HookSpec] = (),
+        bwd_hooks: Iterable[HookSpec] = (),
         reset_hooks_end: bool = True,
         clear_contexts: bool = False,
         **kwargs: Any,

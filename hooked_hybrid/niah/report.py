@@ -127,7 +127,7 @@ def save_pictures(
 def summary_rows(table: pd.DataFrame) -> tuple[list[str], list[list[str]]]:
     """Return the headings and the rows of `summary`, as text for a page or a screen."""
     figures = summary(table)
-    headings = ["setting", "cells", "needles", "accuracy", "95% interval", "whole needle"]
+    headings = ["setting", "cells", "needles", "accuracy", "95% interval", "whole answer"]
     windowed = bool(figures["n_outside"].sum())
     headings += ["inside window", "beyond it"] if windowed else []
     rows = []
@@ -190,8 +190,8 @@ def _accuracy(table: pd.DataFrame) -> str:
     unit = "needles" if by == "needle_id" else "prompts, for there is one needle"
     close = int((table["min_margin"] < SMALL_MARGIN).sum())
     notes = [
-        "Accuracy is the mean graded score / 5 (thesis, Table 2.1); whole needle is the share of "
-        "answers that hold all of it.",
+        "Accuracy is the mean graded score / 5 (thesis, Table 2.1); whole answer is the share of "
+        "cells that hold all of what to do.",
         f"Intervals: bootstrap over {unit}; one of no width means that all were alike.",
         f"{close} of {len(table)} cells chose a token by less than {SMALL_MARGIN:g} in its logit: "
         "there a rounding may decide.",

@@ -84,7 +84,7 @@ def summary(table: pd.DataFrame) -> pd.DataFrame:
 
     Cells without a score are left out. Columns: `setting`, `stage`, `k`; `n` cells of `n_needles`
     needles; `accuracy` (mean graded score / 5) with `low` and `high`, its 95% interval clustered by
-    needle (by prompt where there is one needle); `binary`, the share of whole needles found;
+    needle (by prompt where there is one needle); `binary`, the share of whole answers;
     `inside` and `outside`, the accuracy with the needle within the attention window of the last
     prompt token and beyond it (NaN where there is no such cell), of `n_inside` and `n_outside`
     cells.

@@ -1,0 +1,99 @@
+"""`hooked-hybrid`: each experiment is a command of its own, imported when the program starts."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import import_module
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import typer
+
+COMMANDS = {"niah": "hooked_hybrid.niah.command"}
+"""Commands, and the module whose function of the same name each one is."""
+NEEDED = ("typer", "rich", "pandas", "matplotlib")
+INTERRUPTED = 130
+
+
+def main() -> None:
+    """Run the program, or say how to install what it needs."""
+    if missing := [name for name in NEEDED if find_spec(name) is None]:
+        sys.exit(
+            f"error: hooked-hybrid needs {', '.join(missing)}: pip install 'hooked-hybrid[niah]'"
+        )
+    build_app()()
+
+
+def build_app() -> typer.Typer:
+    """Return the program with all its commands."""
+    import typer
+
+    app = typer.Typer(
+        no_args_is_help=True,
+        add_completion=False,
+        pretty_exceptions_enable=False,
+        help="Experiments on hybrid language models (recurrence + attention).",
+    )
+    app.callback()(_keep_commands_named)
+    for name, module in COMMANDS.items():
+        app.command(name)(getattr(import_module(module), name))
+    return app
+
+
+def _keep_commands_named() -> None:
+    """Experiments on hybrid language models (recurrence + attention)."""
+
+
+@contextmanager
+def explained(ctx: Any, kept: str) -> Iterator[None]:
+    """Turn what can go wrong in a command into one red line and an exit code.
+
+    Args:
+        ctx: of the command, which takes `--resume`.
+        kept: where the results so far are, told to who interrupts it.
+
+    Raises:
+        typer.Exit: 1 after an error of input, memory or disk, 130 after Ctrl-C.
+    """
+    import torch
+    import typer
+
+    try:
+        yield
+    except (ValueError, MemoryError, OSError, torch.OutOfMemoryError) as error:
+        _say(f"error: {' '.join(str(error).split()) or type(error).__name__}", "bold red")
+        raise typer.Exit(1) from None
+    except KeyboardInterrupt:
+        command = command_line(ctx)
+        resumed = command if "--resume" in shlex.split(command) else f"{command} --resume"
+        _say(f"stopped; what is done is in {kept}. To go on: {resumed}", "yellow")
+        raise typer.Exit(INTERRUPTED) from None
+
+
+def command_line(ctx: Any) -> str:
+    """Return the command as it was given, to be run again."""
+    words = ["hooked-hybrid", str(ctx.info_name)]
+    for option in ctx.command.params:
+        source = ctx.get_parameter_source(option.name)
+        if source is None or source.name != "COMMANDLINE":
+            continue
+        value = ctx.params[option.name]
+        for one in value if isinstance(value, list | tuple) else [value]:
+            words += [option.opts[0]] if one is True else [option.opts[0], str(one)]
+    return shlex.join(words)
+
+
+def _say(text: str, style: str) -> None:
+    from rich.console import Console
+
+    Console(stderr=True).print(text, style=style, markup=False, highlight=False, soft_wrap=True)
+
+
+__all__ = ["COMMANDS", "build_app", "command_line", "explained", "main"]
+
+if __name__ == "__main__":
+    main()
