@@ -17,6 +17,9 @@ ASK_TUNED = (
     "\nQUESTION:\n{question} Output the most relevant sentence in the context, word by word!"
 )
 
+ECHO = 0.4
+"""Share of lines that repeat an earlier one: every word of theirs teaches to look back and copy."""
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -84,7 +87,8 @@ class Maker:
         lines: list[list[int]] = []
         text = sentences(self.rng)
         while sum(map(len, lines)) < room:
-            lines.append(self.ids(next(text)))
+            is_echo = bool(lines) and self.rng.random() < ECHO
+            lines.append(list(self.rng.choice(lines)) if is_echo else self.ids(next(text)))
         surplus = sum(map(len, lines)) - room
         if surplus:
             lines[-1] = lines[-1][surplus:]

@@ -30,7 +30,7 @@ from hooked_hybrid.niah.words import vocabulary
 SPECIAL: dict[str, Any] = {"bos_token_id": 2, "eos_token_id": 1, "pad_token_id": 0}
 LENGTHS = {"griffin": 512, "jamba": 512}
 TOKENS_A_STEP = 3072
-TEXT_SHARE = 0.2
+TEXT_SHARE = 0.5
 PASS = 0.9
 
 
@@ -49,7 +49,7 @@ def level(step: int, longest: int) -> tuple[int, int, int]:
 
     Several questions a sequence make the answers, which are what is learned from, denser.
     """
-    return min(224 + 32 * step, longest), min(2 + step, 8), 3
+    return min(256 + 32 * step, longest), min(2 + step, 8), 2
 
 
 def zero(x: Tensor, hook: HookPoint) -> Tensor:  # noqa: ARG001

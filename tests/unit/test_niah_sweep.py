@@ -1,0 +1,212 @@
+"""The sweep engine: batched and shared work gives what one run at a time gives."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+import textwrap
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from hooked_hybrid import HookedHybrid, HookNameError, HookPoint
+from hooked_hybrid.niah.needles import PAPER
+from hooked_hybrid.niah.prompts import Prompt, grid
+from hooked_hybrid.niah.store import FILE
+from hooked_hybrid.niah.sweep import Setting, niah, top_k_settings
+from hooked_hybrid.niah.word_tokenizer import word_tokenizer
+from hooked_hybrid.niah.words import vocabulary
+from tests.models import griffin_config, jamba_config, random_model
+
+QUIET: dict[str, Any] = {"verbose": False, "max_new_tokens": 4}
+LENGTHS = (70, 84)
+DEPTHS = (0.0, 0.5, 1.0)
+
+
+@cache
+def model_of(name: str) -> HookedHybrid:
+    sizes = {"d_vocab": len(vocabulary())}
+    cfg = griffin_config(n_keys=58, **sizes) if name == "griffin" else jamba_config(**sizes)
+    model = random_model(cfg)
+    model.tokenizer = word_tokenizer()
+    return model
+
+
+@cache
+def prompts_of(name: str) -> tuple[Prompt, ...]:
+    return tuple(grid(model_of(name), [PAPER], LENGTHS, DEPTHS))
+
+
+def halve_mlp(x: Tensor, hook: HookPoint) -> Tensor:
+    return 0.5 * x
+
+
+def all_settings() -> list[Setting]:
+    user = Setting("half an mlp", generation=(("blocks.1.hook_mlp_out", halve_mlp),))
+    return [Setting("none"), *top_k_settings([0, 2, 4]), user]
+
+
+models = pytest.mark.parametrize("name", ["griffin", "jamba"])
+
+
+@models
+@pytest.mark.parametrize("first", ["prefill", "generation"])
+def test_batched_settings_with_shared_prefill_equal_one_run_at_a_time(name: str, first: Any):
+    model, prompts = model_of(name), prompts_of(name)
+    table = niah(model, prompts, all_settings(), first_token_stage=first, **QUIET)
+    assert len(table) == len(prompts) * 8
+    outputs = {(r.prompt_id, r.setting): r for r in table.itertuples()}
+    for prompt, setting in itertools.product(prompts, all_settings()):
+        alone = model.generate(
+            torch.tensor([prompt.tokens]),
+            4,
+            prefill_hooks=setting.prefill,
+            generation_hooks=setting.generation,
+            first_token_stage=first,
+            return_type="output",
+            verbose=False,
+        )
+        cell = outputs[prompt.id, setting.name]
+        assert abs(cell.min_margin - float(alone.margins.min())) < 1e-4
+        if cell.min_margin > 1e-4:
+            assert cell.output == alone.text[0]
+    assert table.min_margin.gt(1e-4).mean() > 0.9
+
+
+def test_tokens_that_prompts_share_are_run_once():
+    model = model_of("griffin")
+    prompts = grid(model, [PAPER], [250], DEPTHS)
+    read: list[int] = []
+
+    def count(x: Tensor, hook: HookPoint) -> None:
+        if hook.run.stage == "prefill":
+            read.append(x.shape[0] * x.shape[1])
+
+    with model.hooks([("hook_embed", count)]):
+        niah(model, prompts, [Setting("none")], **QUIET)
+    beginnings = {p.tokens[:i] for p in prompts for i in range(1, p.length)}
+    assert sum(read) == len(beginnings) + len(prompts)  # the last token is read for each prompt
+    assert sum(read) < 0.9 * sum(p.length for p in prompts)
+
+
+def test_settings_may_be_given_as_names_and_hooks():
+    model, prompts = model_of("griffin"), prompts_of("griffin")[:2]
+    table = niah(
+        model, prompts, {"plain": [], "half": [("blocks.1.hook_mlp_out", halve_mlp)]}, **QUIET
+    )
+    assert sorted(table.setting.unique()) == ["half", "plain"]
+    both = niah(model, prompts, [Setting("plain")], **QUIET)
+    plain = table[table.setting == "plain"]
+    assert list(plain.output) == list(both.output)
+
+
+def test_cells_say_where_the_needle_was_and_whether_the_window_reaches_it():
+    model, prompts = model_of("griffin"), prompts_of("griffin")
+    table = niah(model, prompts, [Setting("none")], **QUIET).set_index("prompt_id")
+    for prompt in prompts:
+        cell = table.loc[prompt.id]
+        assert (cell.needle_start, cell.needle_stop) == prompt.needle_spans[0]
+        assert cell.in_window == (prompt.needle_spans[0][0] >= prompt.length - 58)
+        assert (cell.length, cell.depth) == (prompt.length, prompt.depth)
+    assert table.in_window.any() and not table.in_window.all()
+    assert table.accuracy.between(0, 1).all()
+
+
+def same_but_for_times(a: Any, b: Any) -> bool:
+    by = ["prompt_id", "setting"]
+    a, b = (t.drop(columns="seconds").sort_values(by).reset_index(drop=True) for t in (a, b))
+    return a.equals(b)
+
+
+def test_a_finished_run_resumes_to_itself_and_another_experiment_is_refused(tmp_path: Path):
+    model, prompts = model_of("griffin"), prompts_of("griffin")[:4]
+    first = niah(model, prompts, all_settings(), out=tmp_path / "r", **QUIET)
+    again = niah(model, prompts, all_settings(), out=tmp_path / "r", resume=True, **QUIET)
+    assert first.equals(again)
+    with pytest.raises(FileExistsError, match="resume"):
+        niah(model, prompts, all_settings(), out=tmp_path / "r", **QUIET)
+    others: list[tuple[Any, Any, dict[str, Any], str]] = [
+        (model, prompts, {"settings": all_settings()[:2]}, "settings"),
+        (model, prompts[:2], {"settings": all_settings()}, "prompts"),
+        (model_of("jamba"), prompts, {"settings": all_settings()}, "model"),
+    ]
+    for other, its_prompts, options, message in others:
+        with pytest.raises(ValueError, match=message):
+            niah(other, its_prompts, out=tmp_path / "r", resume=True, **options, **QUIET)
+    assert len(list((tmp_path / "r").iterdir())) == 1
+    kept = sqlite3.connect(tmp_path / "r" / FILE)
+    assert kept.execute("SELECT count(*) FROM cells").fetchone() == (len(first),)
+
+
+def test_an_empty_folder_may_be_resumed(tmp_path: Path):
+    prompts = prompts_of("griffin")[:1]
+    table = niah(model_of("griffin"), prompts, [Setting("a")], out=tmp_path, resume=True, **QUIET)
+    assert len(table) == 1
+
+
+def test_errors_come_before_any_prompt_is_run(tmp_path: Path):
+    model, prompts = model_of("griffin"), prompts_of("griffin")[:1]
+    ran: list[int] = []
+    with model.hooks([("hook_embed", lambda x, hook: ran.append(1))]):
+        with pytest.raises(ValueError, match="no prompts"):
+            niah(model, [], [Setting("a")], **QUIET)
+        with pytest.raises(ValueError, match="own name"):
+            niah(model, prompts, [Setting("a"), Setting("a")], **QUIET)
+        with pytest.raises(HookNameError, match="hook_mlp_out"):
+            niah(model, prompts, {"a": [("blocks.1.hook_mlp_uot", halve_mlp)]}, **QUIET)
+        with pytest.raises(ValueError, match="stages"):
+            top_k_settings([1], ["decode"])
+    assert not ran and not list(tmp_path.iterdir())
+
+
+RUN = textwrap.dedent(
+    """
+    import sys
+    import torch
+    torch.set_num_threads(1)
+    sys.path.insert(0, {root!r})
+    from tests.unit.test_niah_sweep import QUIET, all_settings, model_of, prompts_of
+    from hooked_hybrid.niah.sweep import niah
+    prompts, out = prompts_of("griffin"), sys.argv[1]
+    niah(model_of("griffin"), prompts, all_settings(), out=out, resume=True, **QUIET)
+    """
+)
+
+
+def test_a_run_killed_at_random_instants_ends_as_an_undisturbed_one(tmp_path: Path):
+    root = str(Path(__file__).parent.parent.parent)
+    whole = niah(model_of("griffin"), prompts_of("griffin"), all_settings(), **QUIET)
+    generator = torch.Generator().manual_seed(0)
+    seen: list[int] = []
+    for _ in range(4):
+        command = [sys.executable, "-c", RUN.format(root=root), str(tmp_path / "r")]
+        process = subprocess.Popen(command)
+        try:
+            process.wait(timeout=4 + 3 * float(torch.rand((), generator=generator)))
+        except subprocess.TimeoutExpired:
+            os.kill(process.pid, signal.SIGKILL)
+            process.wait()
+        if (tmp_path / "r" / FILE).exists():
+            kept = sqlite3.connect(tmp_path / "r" / FILE)
+            query = "SELECT prompt_id, count(*) FROM cells GROUP BY prompt_id"
+            rows = kept.execute(query).fetchall()
+            assert all(n == 8 for _, n in rows)
+            seen.append(len(rows))
+    assert seen == sorted(seen)
+    end = niah(
+        model_of("griffin"),
+        prompts_of("griffin"),
+        all_settings(),
+        out=tmp_path / "r",
+        resume=True,
+        **QUIET,
+    )
+    assert same_but_for_times(end, whole)
