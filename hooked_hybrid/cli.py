@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import typer
@@ -49,12 +49,11 @@ def _keep_commands_named() -> None:
 
 
 @contextmanager
-def explained(ctx: Any, kept: str) -> Iterator[None]:
+def explained(kept: str) -> Iterator[None]:
     """Turn what can go wrong in a command into one red line and an exit code.
 
     Args:
-        ctx: of the command, which takes `--resume`.
-        kept: where the results so far are, told to who interrupts it.
+        kept: where the results so far are, told to who interrupts a command; it takes `--resume`.
 
     Raises:
         typer.Exit: 1 after an error of input, memory or disk, 130 after Ctrl-C.
@@ -68,23 +67,14 @@ def explained(ctx: Any, kept: str) -> Iterator[None]:
         _say(f"error: {' '.join(str(error).split()) or type(error).__name__}", "bold red")
         raise typer.Exit(1) from None
     except KeyboardInterrupt:
-        command = command_line(ctx)
-        resumed = command if "--resume" in shlex.split(command) else f"{command} --resume"
+        resumed = command_line() + ("" if "--resume" in sys.argv else " --resume")
         _say(f"stopped; what is done is in {kept}. To go on: {resumed}", "yellow")
         raise typer.Exit(INTERRUPTED) from None
 
 
-def command_line(ctx: Any) -> str:
+def command_line() -> str:
     """Return the command as it was given, to be run again."""
-    words = ["hooked-hybrid", str(ctx.info_name)]
-    for option in ctx.command.params:
-        source = ctx.get_parameter_source(option.name)
-        if source is None or source.name != "COMMANDLINE":
-            continue
-        value = ctx.params[option.name]
-        for one in value if isinstance(value, list | tuple) else [value]:
-            words += [option.opts[0]] if one is True else [option.opts[0], str(one)]
-    return shlex.join(words)
+    return shlex.join(["hooked-hybrid", *sys.argv[1:]])
 
 
 def _say(text: str, style: str) -> None:

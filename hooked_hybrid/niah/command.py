@@ -16,7 +16,13 @@ from hooked_hybrid.cli import command_line, explained
 from hooked_hybrid.config import AttentionConfig, HybridConfig
 from hooked_hybrid.model import HookedHybrid
 from hooked_hybrid.niah.needles import PAPER, AnyNeedle, held_out_needles, load_needles
-from hooked_hybrid.niah.prompts import Haystack, default_depths, default_lengths, grid
+from hooked_hybrid.niah.prompts import (
+    Haystack,
+    default_depths,
+    default_lengths,
+    grid,
+    shortest_length,
+)
 from hooked_hybrid.niah.report import Written, summary_rows, write_report
 from hooked_hybrid.niah.sweep import niah as run_sweep
 from hooked_hybrid.niah.sweep import top_k_settings
@@ -26,6 +32,8 @@ if TYPE_CHECKING:
 
 LONGEST = 4096
 """Tokens of the papers' longest prompt: no default is longer."""
+ROOM = 32
+"""Tokens of haystack in the shortest prompt, where template and needle take more than usual."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -116,7 +124,6 @@ Threads = Annotated[
 
 
 def niah(
-    ctx: typer.Context,
     model: Model = "tiny-griffin",
     k: Ks = None,
     stages: Stages = None,
@@ -146,22 +153,17 @@ def niah(
 
     Example: hooked-hybrid niah --model tiny-jamba --k 0 --k 2 --stages generation --out results/j
     """
-    with explained(ctx, kept=str(out)):
+    with explained(kept=str(out)):
         if threads is not None:
             torch.set_num_threads(threads)
         hybrid = _loaded(model, device, dtype)
         wanted = [stage.value for stage in dict.fromkeys(stages or Stage)]
         settings = top_k_settings(_heads(k, hybrid.cfg), wanted, score)
-        prompts = grid(
-            hybrid,
-            _needles(needle or ["paper"])[:n_needles],
-            lengths or default_lengths(longest_prompt(hybrid.cfg)),
-            depths or default_depths(),
-            Haystack(seed) if haystack is None else Haystack.read(haystack),
-            template,
-            read_twice,
-            distractors,
-        )
+        needles = _needles(needle or ["paper"])[:n_needles]
+        hay = Haystack(seed) if haystack is None else Haystack.read(haystack)
+        form = (template, read_twice, distractors)
+        lengths = lengths or _lengths(hybrid, needles, *form)
+        prompts = grid(hybrid, needles, lengths, depths or default_depths(), hay, *form)
         table = run_sweep(
             hybrid,
             prompts,
@@ -172,9 +174,9 @@ def niah(
             first_token_stage=first_token,
         )
         with Console(stderr=True).status("drawing"):
-            card, command = model_card(hybrid, model), command_line(ctx)
+            card = model_card(hybrid, model)
             written = write_report(
-                table, settings, card, out, command=command, thesis_depth=thesis_depth
+                table, settings, card, out, command=command_line(), thesis_depth=thesis_depth
             )
         _show(table, written)
 
@@ -241,6 +243,20 @@ def _needles(sources: Sequence[str]) -> list[AnyNeedle]:
         else:
             found += held_out_needles() if source == "held-out" else load_needles(source)
     return found
+
+
+def _lengths(
+    model: HookedHybrid,
+    needles: Sequence[AnyNeedle],
+    template: str,
+    read_twice: bool,
+    distractors: int,
+) -> list[int]:
+    """Return ten lengths, the first with room for some haystack."""
+    longest = longest_prompt(model.cfg)
+    needed = max(shortest_length(model, n, template, read_twice, distractors) for n in needles)
+    lengths = default_lengths(longest)
+    return lengths if lengths[0] >= needed else default_lengths(longest, shortest=needed + ROOM)
 
 
 def _show(table: pd.DataFrame, written: Written) -> None:

@@ -299,6 +299,14 @@ def test_what_a_config_leaves_out_is_what_transformers_assumes():
     )
 
 
+def test_an_offset_outside_its_period_selects_no_layer():
+    config = config_in(WRITTEN_BY_5X) | {"attn_layer_offset": 3, "expert_layer_offset": 2}
+    assert (config["attn_layer_period"], config["expert_layer_period"]) == (3, 2)
+    cfg = jamba.config_from_dict(config)
+    assert cfg.attention_layers == ()
+    assert not [layer for layer in cfg.layers if isinstance(layer.mlp, MoEConfig)]
+
+
 def test_settings_without_effect_are_kept():
     kept = {"use_mamba_kernels": False, "output_router_logits": True, "attention_dropout": 0.1}
     kept |= {"router_aux_loss_coef": 0.5, "num_logits_to_keep": 1, "initializer_range": 0.3}
