@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: install test lint niah format clean
+.PHONY: install test lint format clean
 
 install: $(VENV)/.installed
 
@@ -22,10 +22,6 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-
-# The main job: needle in a haystack on tiny-griffin. A run that was stopped goes on.
-niah: install
-	$(BIN)/hooked-hybrid niah --out results/niah --resume
 
 format: install
 	$(BIN)/ruff check --fix .

@@ -28,7 +28,8 @@ MODEL_TYPE = "jamba"
 ARCHITECTURE = "JambaForCausalLM"
 NO_EFFECT = frozenset(
     """
-    calc_logits_for_entire_prompt num_logits_to_keep output_router_logits router_aux_loss_coef
+    auto_map calc_logits_for_entire_prompt n_ctx num_logits_to_keep output_router_logits
+    router_aux_loss_coef
     use_associative_scan use_mamba_kernels use_mambapy
     """.split()
 )
@@ -183,6 +184,9 @@ def config_to_dict(cfg: HybridConfig) -> dict[str, Any] | None:
     experts = {layer.mlp for layer in cfg.layers if isinstance(layer.mlp, MoEConfig)}
     dense = {layer.mlp for layer in cfg.layers if isinstance(layer.mlp, GatedMLPConfig)}
     widths = {mlp.d_mlp for mlp in experts} | {mlp.d_mlp for mlp in dense}
+    known = (AttentionConfig, MambaConfig)
+    if not all(isinstance(layer.mixer, known) for layer in cfg.layers):
+        return None
     if len(mamba) > 1 or len(attention) > 1 or len(experts) > 1 or len(widths) != 1:
         return None
     ssm = next(iter(mamba), None) or MambaConfig(

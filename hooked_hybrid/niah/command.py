@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
 
 LONGEST = 4096
 """Tokens of the papers' longest prompt: no default is longer."""
+SMALL = 20_000_000
+"""Parameters below which one core is faster than several: they would wait for one another."""
 ROOM = 32
 """Tokens of haystack in the shortest prompt, where template and needle take more than usual."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -119,7 +122,8 @@ ThesisDepth = Annotated[
 ]
 Seed = Annotated[int, _option("Of the generated haystack: --seed 1.")]
 Threads = Annotated[
-    int | None, _option("Processor cores: --threads 2.", min=1, show_default="as torch has it")
+    int | None,
+    _option("Processor cores: --threads 2.", min=1, show_default="1 for a small model, else all"),
 ]
 
 
@@ -154,9 +158,8 @@ def niah(
     Example: hooked-hybrid niah --model tiny-jamba --k 0 --k 2 --stages generation --out results/j
     """
     with explained(kept=str(out)):
-        if threads is not None:
-            torch.set_num_threads(threads)
         hybrid = _loaded(model, device, dtype)
+        torch.set_num_threads(threads or _default_threads(hybrid))
         wanted = [stage.value for stage in dict.fromkeys(stages or Stage)]
         settings = top_k_settings(_heads(k, hybrid.cfg), wanted, score)
         needles = _needles(needle or ["paper"])[:n_needles]
@@ -223,6 +226,11 @@ def _loaded(name: str, device: str, dtype: str) -> HookedHybrid:
     return HookedHybrid.from_pretrained(name, dtype=DTYPES[dtype], device=device)
 
 
+def _default_threads(model: HookedHybrid) -> int:
+    n_parameters = sum(parameter.numel() for parameter in model.parameters())
+    return 1 if n_parameters < SMALL else torch.get_num_threads()
+
+
 def _heads(ks: Sequence[int] | None, cfg: HybridConfig) -> list[int]:
     """Return every k to run, each once: those asked for, or all from 0."""
     counts = {mixer.n_heads for mixer in _attention(cfg)}
@@ -263,9 +271,12 @@ def _show(table: pd.DataFrame, written: Written) -> None:
     """Print the accuracies, and where the files are."""
     console = Console()
     headings, rows = summary_rows(table)
-    shown = Table(title="accuracy: mean graded score / 5")
-    for i, heading in enumerate(headings):
-        shown.add_column(heading, justify="right" if i else "left", no_wrap=not i)
+    shown = Table(title="accuracy: mean graded score / 5", box=SIMPLE_HEAD, collapse_padding=True)
+    for heading in headings:
+        is_name, is_long = heading == "setting", heading == "95% interval"
+        shown.add_column(
+            heading, justify="left" if is_name else "right", no_wrap=is_name or is_long
+        )
     for row in rows:
         shown.add_row(*row)
     console.print(shown)

@@ -127,19 +127,14 @@ def save_pictures(
 def summary_rows(table: pd.DataFrame) -> tuple[list[str], list[list[str]]]:
     """Return the headings and the rows of `summary`, as text for a page or a screen."""
     figures = summary(table)
-    headings = ["setting", "cells", "needles", "accuracy", "95% interval", "whole answer"]
+    headings = ["setting", "cells", "accuracy", "95% interval", "whole answer"]
     windowed = bool(figures["n_outside"].sum())
     headings += ["inside window", "beyond it"] if windowed else []
     rows = []
     for row in figures.to_dict("records"):
         interval = _interval(row["low"], row["high"])
-        texts = [
-            str(row["setting"]),
-            str(row["n"]),
-            str(row["n_needles"]),
-            _percent(row["accuracy"]),
-        ]
-        texts += [interval, _percent(row["binary"])]
+        texts = [str(row["setting"]), str(row["n"]), _percent(row["accuracy"]), interval]
+        texts.append(_percent(row["binary"]))
         texts += [_percent(row["inside"]), _percent(row["outside"])] if windowed else []
         rows.append(texts)
     return headings, rows

@@ -20,7 +20,14 @@ from torch import Tensor, nn
 from transformers import JambaConfig, JambaForCausalLM  # noqa: TID251
 
 from hooked_hybrid import HookedHybrid, HybridConfig
-from hooked_hybrid.config import AttentionConfig, GatedMLPConfig, MambaConfig, MoEConfig
+from hooked_hybrid.config import (
+    AttentionConfig,
+    GatedMLPConfig,
+    LayerConfig,
+    MambaConfig,
+    MoEConfig,
+    RGLRUConfig,
+)
 from hooked_hybrid.layers import InnerNorm, RMSNorm
 from hooked_hybrid.mixers.attention import Attention
 from hooked_hybrid.mixers.mamba import Mamba
@@ -262,6 +269,14 @@ def test_other_settings_equal_hf_and_survive_saving(variant: str, tmp_path: Path
     assert_same_model(HookedHybrid.from_pretrained(tmp_path / "saved"), model)
 
 
+def test_a_model_that_only_looks_like_a_jamba_is_not_saved(tmp_path: Path):
+    rg_lru = LayerConfig(RGLRUConfig(d_rnn=16, n_gate_blocks=4), GatedMLPConfig(20, "silu", False))
+    model = HookedHybrid(HybridConfig(d_model=16, d_vocab=31, layers=(rg_lru, rg_lru)))
+    with pytest.raises(CheckpointError, match="no published family"):
+        model.save_pretrained(tmp_path / "saved")
+    assert not list(tmp_path.iterdir())
+
+
 # --- configs of transformers 4 and 5 --------------------------------------------------------------
 
 
@@ -294,9 +309,9 @@ def test_what_a_config_leaves_out_is_what_transformers_assumes():
     needed = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
     sizes = dict(zip(needed, (61, 64, 48, 10), strict=True))
     short = {"model_type": "jamba", "num_attention_heads": 4, "num_key_value_heads": 2, **sizes}
-    assert jamba.config_from_dict(short).layers == (
-        jamba.config_from_dict(JambaConfig(**short).to_dict()).layers
-    )
+    cfg, whole = (jamba.config_from_dict(c) for c in (short, JambaConfig(**short).to_dict()))
+    assert cfg.layers == whole.layers
+    assert (cfg.norm, cfg.tied_embedding) == (whole.norm, whole.tied_embedding)
 
 
 def test_an_offset_outside_its_period_selects_no_layer():

@@ -19,7 +19,7 @@ from hooked_hybrid.niah import command
 from hooked_hybrid.niah.command import longest_prompt, model_card
 from hooked_hybrid.niah.needles import PAPER, held_out_needles
 from hooked_hybrid.niah.prompts import Prompt, default_depths, default_lengths, shortest_length
-from hooked_hybrid.niah.report import Written
+from hooked_hybrid.niah.report import Written, summary_rows
 from hooked_hybrid.niah.word_tokenizer import word_tokenizer
 from hooked_hybrid.niah.words import vocabulary
 from tests.models import griffin_config, jamba_config, random_model
@@ -246,8 +246,12 @@ def test_an_interruption_says_how_to_go_on(sweep: Sweep):
 
 def test_it_ends_with_the_figures_and_the_paths(sweep: Sweep):
     result = run("--out", "somewhere")
-    for text in ("generation k=0", "both k=4", "95%"):
+    assert "…" not in result.stdout
+    for text in ("generation k=0", "both k=4", "95% interval", "accuracy "):
         assert text in result.stdout
+    row = next(line for line in result.stdout.splitlines() if "both k=4" in line)
+    (expected,) = (r for r in summary_rows(sweep_table(ks=(0, 4)))[1] if r[0] == "both k=4")
+    assert " ".join(expected) == " ".join(row.split())  # on one line of 80 characters
     for name in ("accuracy_by_k.png", "table.csv", "report.html", "maps"):
         assert str(Path("somewhere") / name) in result.stdout
     assert sweep.calls[0]["command"] == "hooked-hybrid niah --out somewhere"
@@ -279,9 +283,12 @@ def test_without_the_extra_the_program_says_how_to_get_it(monkeypatch: pytest.Mo
         cli.main()
 
 
-def test_threads_are_set(sweep: Sweep):
+def test_threads_are_set_and_a_small_model_gets_one(sweep: Sweep):
     before = torch.get_num_threads()
     try:
+        torch.set_num_threads(2)
+        assert run(*SMALL).exit_code == 0
+        assert torch.get_num_threads() == 1
         assert run(*SMALL, "--threads", "2").exit_code == 0
         assert torch.get_num_threads() == 2
     finally:

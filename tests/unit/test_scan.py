@@ -84,3 +84,11 @@ def test_scan_does_not_change_its_inputs():
 def test_scan_passes_gradcheck():
     a, x, h0 = (t.double().requires_grad_() for t in recurrence("mixed", 65, (2,)))
     assert torch.autograd.gradcheck(scan, (a, x, h0))
+
+
+@pytest.mark.parametrize("n_pos", [2000, 16_000])
+def test_products_of_decays_do_not_drift_over_long_sequences(n_pos: int):
+    g = torch.Generator().manual_seed(n_pos)
+    a = 1 - torch.exp(torch.rand(1, n_pos, 16, generator=g) * -3.4 - 8.1)  # 0.9997 to 0.99999
+    x, h0 = torch.randn(1, n_pos, 16, generator=g), torch.randn(1, 16, generator=g)
+    assert relative(scan(a, x, h0).double(), exact(a, x, h0)) < FAST_SCAN
