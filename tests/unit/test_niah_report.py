@@ -20,7 +20,7 @@ from hooked_hybrid.niah.sweep import top_k_settings
 from tests.unit.test_niah_statistics import sweep_table
 
 CARD = {"model": "tiny <griffin>", "parameters": "1,800,000"}
-COMMAND = "hooked-hybrid niah --k 0 --haystack 'a & b'"
+COMMAND = "hooked-hybrid niah --k 0 --haystack '<b>'"
 
 
 class Page(HTMLParser):
@@ -145,7 +145,8 @@ def test_a_report_that_fails_half_way_leaves_the_old_one(
     write_report(small, [], CARD, tmp_path, command="the first")
     before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
 
-    def full(*args: Any, **options: Any) -> None:
+    def full(path: Path, text: str, **options: Any) -> None:
+        path.write_bytes(text[: len(text) // 2].encode())
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Path, "write_text", full)
