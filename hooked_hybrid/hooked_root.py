@@ -257,11 +257,7 @@ class HookedRootModule(nn.Module):
         """Return a dict, and the forward and backward hooks that would fill it."""
         cache = {} if cache is None else cache
         saver = _Saver(cache, pos_slice, device, remove_batch_dim)
-        names = self._cached_names(names_filter)
-        fwd: list[HookSpec] = [(name, saver.save) for name in names]
-        floating = [name for name in names if incl_bwd and not self.hook_dict[name].is_integer]
-        bwd: list[HookSpec] = [(name, saver.save_grad) for name in floating]
-        return cache, fwd, bwd
+        return cache, *self._caching_hooks(names_filter, saver, incl_bwd)
 
     # --- inside -----------------------------------------------------------------------------
 
@@ -270,16 +266,20 @@ class HookedRootModule(nn.Module):
             return [name for name, point in self.hook_dict.items() if not point.is_large]
         return matching(names_filter, self.hook_dict)
 
+    def _caching_hooks(
+        self, names_filter: NameFilter | None, saver: _Saver, incl_bwd: bool
+    ) -> tuple[list[HookSpec], list[HookSpec]]:
+        """Return the watchers that fill a cache; integers have no gradient to keep."""
+        names = self._cached_names(names_filter)
+        floating = [name for name in names if incl_bwd and not self.hook_dict[name].is_integer]
+        return [(n, saver.save) for n in names], [(n, saver.save_grad) for n in floating]
+
     def _watch(
         self, names_filter: NameFilter | None, saver: _Saver, incl_bwd: bool
     ) -> list[LensHandle]:
-        added = []
-        for name in self._cached_names(names_filter):
-            point = self.hook_dict[name]
-            added.append(point.add_hook(saver.save, "fwd"))
-            if incl_bwd and not point.is_integer:
-                added.append(point.add_hook(saver.save_grad, "bwd"))
-        return added
+        fwd, bwd = self._caching_hooks(names_filter, saver, incl_bwd)
+        added = [handle for name, hook in fwd for handle in self.add_hook(name, hook, "fwd")]
+        return added + [handle for name, hook in bwd for handle in self.add_hook(name, hook, "bwd")]
 
     def _target(
         self,

@@ -15,7 +15,7 @@ from hooked_hybrid.block import Block
 from hooked_hybrid.cache import ActivationCache
 from hooked_hybrid.checks import check_read_out, checked_resid, checked_state, checked_tokens
 from hooked_hybrid.config import HybridConfig
-from hooked_hybrid.generate import GenerationOutput, generate
+from hooked_hybrid.generate import generate
 from hooked_hybrid.hooked_root import HookedRootModule
 from hooked_hybrid.hooks import HookPoint, Stage
 from hooked_hybrid.layers import Embed, RMSNorm, Unembed
@@ -390,7 +390,10 @@ class HookedHybrid(TextMethods, HookedRootModule):
         input, mask = args[0] if args else kwargs["input"], kwargs.get("attention_mask")
         if isinstance(input, str) or is_texts(input):
             input, mask = self.encode_texts(
-                input, kwargs.get("prepend_bos"), kwargs.get("padding_side") or "right"
+                input,
+                kwargs.get("prepend_bos"),
+                kwargs.get("padding_side") or "right",
+                continues=kwargs.get("state") is not None,
             )
         tokens = checked_tokens(self, input)
         layout = lay_out(tokens, None, mask, kwargs.get("segment_ids"))
@@ -408,4 +411,4 @@ def _reach(block: nn.Module, path: str) -> Tensor | None:
     return found if isinstance(found, Tensor) else None
 
 
-__all__ = ["GenerationOutput", "HookedHybrid", "LayerStack"]
+__all__ = ["HookedHybrid", "LayerStack"]

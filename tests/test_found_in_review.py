@@ -12,6 +12,7 @@ import pytest
 import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
 from torch import Tensor
 
 from hooked_hybrid import HookedHybrid, HookPoint, HybridState, interventions, memory
@@ -117,9 +118,15 @@ def test_text_that_continues_a_state_gets_no_bos():
     model = tiny_model("griffin")
     words = {"<bos>": 2, "?": 3, **{f"w{i}": i for i in range(4, 20)}}
     model.tokenizer = Tokenizer(WordLevel(words, unk_token="?"))
+    model.tokenizer.pre_tokenizer = Whitespace()
     _, state = model("w5", return_state=True)
     assert model("w8", state=state).shape[1] == 1 and model("w8").shape[1] == 2
     assert model("w8", state=state, prepend_bos=True).shape[1] == 2
+    point = "blocks.0.hook_resid_post"
+    _, text = model.run_with_cache("w8 w9", state=state, names_filter=point, incl_bwd=True)
+    tokens = model.to_tokens("w8 w9", prepend_bos=False)
+    _, same = model.run_with_cache(tokens, state=state, names_filter=point, incl_bwd=True)
+    assert torch.equal(text[point + "_grad"], same[point + "_grad"])
     assert model.to_str_tokens(["w5", "w6"], prepend_bos=False) == [["w5"], ["w6"]]
 
 
