@@ -1,11 +1,18 @@
-# `make test` on a fresh machine: a virtual environment, everything the project's own files ask for, the tests.
+# On a fresh machine: `make niah` runs the main experiment, `make test` all the tests. Both set up a
+# virtual environment with what the project's own files ask for.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: install test lint format clean
+.PHONY: install test lint niah format clean
 
 install: $(VENV)/.installed
+
+# What the experiments need; the tests need more.
+$(VENV)/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[niah]"
+	touch $@
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -22,6 +29,10 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The main job: results/niah gets the table, the pictures and a report; a stopped run goes on.
+niah: $(VENV)/.ready
+	$(BIN)/hooked-hybrid niah --out results/niah --resume
 
 format: install
 	$(BIN)/ruff check --fix .

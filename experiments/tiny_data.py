@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from dataclasses import dataclass
 
 import torch
@@ -10,74 +11,117 @@ from torch import Tensor
 
 from hooked_hybrid.niah.haystack import sentences
 from hooked_hybrid.niah.needles import Needle, draw_needles, training_cities
-from hooked_hybrid.niah.word_tokenizer import BOS, EOS, PAD, word_tokenizer
+from hooked_hybrid.niah.word_tokenizer import BOS, EOS
+from hooked_hybrid.niah.words import SPECIAL, vocabulary
 
 ASK = "\nQUESTION:\n{question}\nANSWER: Here is the most relevant sentence in the context:"
 ASK_TUNED = (
     "\nQUESTION:\n{question} Output the most relevant sentence in the context, word by word!"
 )
+TEMPLATE, TEXT, ANSWER, CONTENT, DRILL = range(5)
+"""What a token is; contents are the words of an answer that were drawn, not its frame."""
 
-ECHO = 0.4
-"""Share of lines that repeat an earlier one: every word of theirs teaches to look back and copy."""
+DRILL_WORDS = random.Random(0).sample(
+    range(len(SPECIAL), len(vocabulary())), len(vocabulary()) - len(SPECIAL)
+)
+_FRAME = frozenset(". a and in on".split())
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much a sequence holds: tokens, needles at most, questions at most.
+
+    `drills` is the share of rows that are drills instead, `words` the vocabulary these draw from.
+    """
+
+    length: int
+    needles: int
+    questions: int
+    drills: float = 0.0
+    words: int = len(vocabulary())
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Tokens [batch pos], and which of them are answers, their contents, and ordinary text."""
+    """Tokens [batch pos], and the kind of each."""
 
     tokens: Tensor
-    is_answer: Tensor
-    is_content: Tensor
-    is_text: Tensor
+    kinds: Tensor
 
 
 class Maker:
-    """Draws batches of one length; the same seed draws the same ones.
+    """Draws batches; the same seed draws the same ones.
 
     Args:
         seed: of this stream.
+        echo: share of lines that repeat an earlier one, every word of which teaches to look back.
     """
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, echo: float = 0.0) -> None:
         self.rng = random.Random(seed)
-        self.tokenizer = word_tokenizer()
+        self.echo = echo
+        self.ids_of = {word: i for i, word in enumerate(vocabulary())}
         self.cities = training_cities()
 
     def ids(self, text: str) -> list[int]:
-        """Return the tokens of a text."""
-        return list(self.tokenizer.encode(text, add_special_tokens=False).ids)
+        """Return the tokens of a text: what `word_tokenizer` gives, faster."""
+        return [self.ids_of[word] for word in re.findall(r"\n|\w+|[^\w\s]", text)]
 
-    def batch(self, size: int, length: int, n_needles: int, n_questions: int) -> Batch:
-        """Return `size` sequences of exactly `length` tokens.
+    def batch(self, rows: int, size: Size) -> Batch:
+        """Return `rows` sequences of exactly `size.length` tokens.
 
         Raises:
             ValueError: needles and questions do not fit.
         """
-        rows = [self._row(length, n_needles, n_questions) for _ in range(size)]
-        tokens, kinds = (torch.tensor(part) for part in zip(*rows, strict=True))
-        return Batch(tokens, kinds >= 2, kinds == 3, kinds == 1)
+        made = [self._row(size) for _ in range(rows)]
+        tokens, kinds = (torch.tensor(part) for part in zip(*made, strict=True))
+        return Batch(tokens, kinds)
 
-    def _row(self, length: int, n_needles: int, n_questions: int) -> tuple[list[int], list[int]]:
-        """Return tokens and the kind of each: 0 template, 1 text, 2 answer, 3 its contents."""
+    def _row(self, size: Size) -> tuple[list[int], list[int]]:
+        """Return tokens and the kind of each."""
+        if self.rng.random() < size.drills:
+            return self._drill(size)
+        # Mostly as many needles as there may be, so that no state could hold them all.
+        full = self.rng.random() < 0.7
+        n_needles = size.needles if full else self.rng.randint(1, size.needles)
         needles = draw_needles(self.rng, n_needles, self.cities)
-        asked = self.rng.choices(needles, k=n_questions)
-        ends: list[tuple[list[int], list[int]]] = [self._question(needle) for needle in asked]
+        asked = self.rng.sample(needles, min(size.questions, n_needles))
+        ends = [self._question(needle) for needle in asked]
         n_end = sum(len(ids) for ids, _ in ends)
         start = [BOS, *self.ids("CONTEXT:\n")]
-        text = self._context(needles, length - n_end - len(start))
-        tokens, kinds = [*start, *text], [0] * len(start) + [1] * len(text)
+        text = self._context(needles, size.length - n_end - len(start))
+        tokens, kinds = [*start, *text], [TEMPLATE] * len(start) + [TEXT] * len(text)
         for ids, kind in ends:
             tokens += ids
             kinds += kind
         return tokens, kinds
 
+    def _drill(self, size: Size) -> tuple[list[int], list[int]]:
+        """Return a few motifs of random words, again and again in random order.
+
+        Once seen, all of a motif from its second word on can be copied; and that the words of a
+        row are few is learned first, without knowing where to look.
+        """
+        motifs = [
+            self.rng.choices(DRILL_WORDS[: size.words], k=self.rng.randint(3, 10))
+            for _ in range(self.rng.randint(2, max(2, size.length // 24)))
+        ]
+        tokens, kinds, seen = [BOS], [TEMPLATE], set()
+        while len(tokens) < size.length:
+            which = self.rng.randrange(len(motifs))
+            tokens += motifs[which]
+            kinds += [TEMPLATE, *[DRILL if which in seen else TEMPLATE] * (len(motifs[which]) - 1)]
+            seen.add(which)
+        return tokens[: size.length], kinds[: size.length]
+
     def _question(self, needle: Needle) -> tuple[list[int], list[int]]:
         template = ASK if self.rng.random() < 0.75 else ASK_TUNED
         question = self.ids(template.format(question=needle.question))
+        frame, content = needle.sentence.split(" is ")
+        kinds = [ANSWER] * len(self.ids(f"{frame} is"))
+        kinds += [ANSWER if w in _FRAME else CONTENT for w in re.findall(r"\w+|\.", content)]
         answer = [*self.ids(needle.sentence), EOS]
-        fixed = len(self.ids(needle.sentence.split(" is ")[0])) + 1
-        kinds = [2] * fixed + [3] * (len(answer) - fixed - 2) + [2, 2]
-        return [*question, *answer], [0] * len(question) + kinds
+        return [*question, *answer], [TEMPLATE] * len(question) + [*kinds, ANSWER]
 
     def _context(self, needles: list[Needle], length: int) -> list[int]:
         hidden = [self.ids(needle.sentence) for needle in needles]
@@ -85,16 +129,13 @@ class Maker:
         if room < 0:
             raise ValueError(f"{len(needles)} needles do not fit into {length} tokens")
         lines: list[list[int]] = []
-        text = sentences(self.rng)
-        while sum(map(len, lines)) < room:
-            is_echo = bool(lines) and self.rng.random() < ECHO
+        text, n_words = sentences(self.rng), 0
+        while n_words < room:
+            is_echo = bool(lines) and self.rng.random() < self.echo
             lines.append(list(self.rng.choice(lines)) if is_echo else self.ids(next(text)))
-        surplus = sum(map(len, lines)) - room
-        if surplus:
-            lines[-1] = lines[-1][surplus:]
+            n_words += len(lines[-1])
+        if n_words > room:
+            lines[-1] = lines[-1][n_words - room :]
         for needle in hidden:
             lines.insert(self.rng.randint(0, len(lines)), needle)
         return [token for line in lines for token in line]
-
-
-__all__ = ["EOS", "PAD", "Batch", "Maker"]

@@ -1,10 +1,11 @@
 """Train a packaged model: needles in ordinary text, read back word by word.
 
-    python -m experiments.train_tiny griffin --seed 0 --out results/tiny-griffin-0 --minutes 40
+    python -m experiments.train_tiny griffin --seed 0 --out results/tiny-griffin-0
 
-Length and number of needles rise as accuracy passes 90%, so that the recurrence's state cannot
-hold the facts and attention learns to fetch them. Every evaluation also reports accuracy with
-attention cut and with the recurrences' memory cut. Stopped runs go on from their last checkpoint.
+Drills come first: they teach attention to find and copy. Then length and number of needles rise as
+accuracy passes 90%, so that the recurrence's state cannot hold the facts and attention goes on
+fetching them. Every evaluation also reports accuracy with attention cut and with the recurrences'
+memory cut. A stopped run goes on from its last checkpoint.
 """
 
 from __future__ import annotations
@@ -13,43 +14,59 @@ import argparse
 import json
 import math
 import os
+import random
 import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
+from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm import tqdm
 
-from experiments.tiny_data import Batch, Maker
+from experiments.tiny_data import ANSWER, CONTENT, DRILL, TEXT, Batch, Maker, Size
 from hooked_hybrid import HookedHybrid, HookPoint, HybridConfig, presets
 from hooked_hybrid.hooked_root import HookSpec
+from hooked_hybrid.hooks import HookFn
+from hooked_hybrid.mixers.rglru import DECAY_STRENGTH
 from hooked_hybrid.niah.words import vocabulary
 
 SPECIAL: dict[str, Any] = {"bos_token_id": 2, "eos_token_id": 1, "pad_token_id": 0}
-LENGTHS = {"griffin": 512, "jamba": 512}
-TOKENS_A_STEP = 3072
-TEXT_SHARE = 0.5
+LEVELS = [
+    *(Size(64, 0, 0, drills=1.0, words=words) for words in (64, 128, 256, 580)),
+    *(
+        Size(128 + 32 * i, needles=2 + i // 2, questions=1 + i // 3, drills=0.3 / (1 + i))
+        for i in range(13)
+    ),
+]
+"""First drills, over more and more words; then needles, from 2 in 128 tokens to 8 in 512."""
+
+FIRST_NEEDLES = next(i for i, size in enumerate(LEVELS) if size.needles)
 PASS = 0.9
+PATIENCE = 150
+"""Steps at a level of needles after which the next one comes anyway: beyond the attention window
+accuracy may never pass."""
+WEIGHTS = {TEXT: 0.5, ANSWER: 0.3, CONTENT: 1.0, DRILL: 1.0}
+"""Shares of the loss; answers are mostly frame, which is learned at once."""
+
+EVERY = 100
+COUNTERS = ("step", "level", "since", "seconds", "recent")
+HORIZON = 2
+"""How many batches are drawn ahead of the one in use; a batch is of the level known by then."""
 
 
-def config(kind: str) -> HybridConfig:
+def config(kind: str, d_model: int) -> HybridConfig:
     """Return the architecture of a packaged model."""
-    sizes: dict[str, Any] = {"d_model": 128, "d_vocab": len(vocabulary()), "n_heads": 8, **SPECIAL}
+    sizes: dict[str, Any] = {"d_model": d_model, "d_vocab": len(vocabulary()), "n_heads": 8}
     if kind == "griffin":
-        return presets.griffin("RRARRARR", n_keys=256, d_mlp=384, **sizes)
-    return presets.jamba(
-        "MMAMMMAM", n_kv_heads=8, d_mlp=256, d_inner=128, d_state=4, dt_rank=8, **sizes
+        return presets.griffin("RRARRA", n_keys=256, d_mlp=2 * d_model, **sizes, **SPECIAL)
+    cfg = presets.jamba(
+        "MMAM", n_kv_heads=8, d_mlp=192, d_inner=128, d_state=4, dt_rank=8, **sizes, **SPECIAL
     )
-
-
-def level(step: int, longest: int) -> tuple[int, int, int]:
-    """Return (length, needles, questions) of a curriculum level.
-
-    Several questions a sequence make the answers, which are what is learned from, denser.
-    """
-    return min(256 + 32 * step, longest), min(2 + step, 8), 2
+    return replace(cfg, n_ctx=LEVELS[-1].length)
 
 
 def zero(x: Tensor, hook: HookPoint) -> Tensor:  # noqa: ARG001
@@ -62,78 +79,96 @@ def forget(x: Tensor, hook: HookPoint) -> Tensor:  # noqa: ARG001
     return torch.full_like(x, -torch.inf)
 
 
-CUTS: dict[str, list[HookSpec]] = {
+CUTS: dict[str, list[tuple[Callable[[str], bool], HookFn]]] = {
     "whole": [],
     "no attention": [(lambda name: name.endswith("attn.hook_z"), zero)],
     "no memory": [
         (lambda name: name.endswith("hook_log_decay"), forget),
+        (lambda name: name.endswith("hook_ssm_decay"), zero),
     ],
 }
-CUT_MAMBA: list[HookSpec] = [(lambda name: name.endswith("hook_ssm_decay"), zero)]
 
 
-def losses(model: HookedHybrid, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the loss of answers, of ordinary text (nats a token), and accuracy on contents."""
-    logits, targets = model(batch.tokens)[:, :-1], batch.tokens[:, 1:]
+def losses(model: HookedHybrid, batch: Batch) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
+    """Return the mean loss of each kind of token in nats, and the accuracy on each."""
+    logits, targets, kinds = model(batch.tokens)[:, :-1], batch.tokens[:, 1:], batch.kinds[:, 1:]
     each = cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
-    answer, text, content = (
-        kind[:, 1:] for kind in (batch.is_answer, batch.is_text, batch.is_content)
-    )
-    right = (logits.argmax(-1) == targets)[content].float().mean()
-    return each[answer].mean(), each[text].mean(), right
+    right = logits.argmax(-1) == targets
+    # Sums, not selections: a selection waits for the device.
+    of = {kind: (kinds == kind, (kinds == kind).sum().clamp(min=1)) for kind in WEIGHTS}
+    means = {kind: (each * mask).sum() / n for kind, (mask, n) in of.items()}
+    return means, {kind: (right & mask).sum() / n for kind, (mask, n) in of.items()}
+
+
+def cut(model: HookedHybrid, name: str) -> list[HookSpec]:
+    """Return those hooks of a cut that this model has points for."""
+    return [(pick, fn) for pick, fn in CUTS[name] if any(pick(point) for point in model.hook_dict)]
 
 
 @torch.no_grad()
-def evaluate(model: HookedHybrid, kind: str, at: tuple[int, int, int]) -> dict[str, float]:
-    """Return accuracy on fresh sequences, whole and cut."""
-    batch = Maker(seed=10**6).batch(16, at[0], at[1], 1)
+def evaluate(model: HookedHybrid, size: Size, device: str) -> dict[str, float]:
+    """Return accuracy on contents and the loss of text (nats a token), whole and cut."""
+    size = replace(size, questions=min(size.questions, 1), drills=max(size.drills, 0.2))
+    batch = _to(Maker(seed=10**6).batch(8192 // size.length, size), device)
     figures: dict[str, float] = {}
-    for name, hooks in CUTS.items():
-        if name == "no memory" and kind == "jamba":
-            hooks = CUT_MAMBA
-        with model.hooks(hooks):
-            _, text, right = losses(model, batch)
-        figures |= {name: float(right), f"text loss, {name}": float(text)}
+    for name in CUTS:
+        with model.hooks(cut(model, name)):
+            means, right = losses(model, batch)
+        figures |= {name: round(float(right[CONTENT]), 4)}
+        figures |= {f"drill, {name}": round(float(right[DRILL]), 4)}
+        figures |= {f"text, {name}": round(float(means[TEXT]), 4)}
     return figures
 
 
-class Run:
-    """One training run in a folder: checkpoint, log, model."""
+def _to(batch: Batch, device: str) -> Batch:
+    return Batch(batch.tokens.to(device), batch.kinds.to(device))
 
-    def __init__(self, kind: str, seed: int, out: Path, rate: float) -> None:
-        self.kind, self.seed, self.out, self.rate = kind, seed, out, rate
-        out.mkdir(parents=True, exist_ok=True)
-        torch.manual_seed(seed)
-        self.model = HookedHybrid(config(kind))
-        _scale_writes(self.model)
+
+class Batches(Dataset[Batch]):
+    """The batch of a step and a level: always the same one."""
+
+    def __init__(self, seed: int, tokens: int, echo: float) -> None:
+        self.seed, self.tokens, self.echo = seed, tokens, echo
+
+    def __getitem__(self, at: tuple[int, int]) -> Batch:
+        """Return the batch of (step, level)."""
+        step, level = at
+        size = LEVELS[level]
+        maker = Maker(self.seed * 10**7 + step, self.echo)
+        return maker.batch(max(self.tokens // size.length, 1), size)
+
+
+class Run(Sampler[tuple[int, int]]):
+    """One training run in a folder: checkpoint, log, model; and the order of its batches."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args, self.out = args, Path(args.out)
+        self.out.mkdir(parents=True, exist_ok=True)
+        torch.manual_seed(args.seed)
+        self.model = HookedHybrid(config(args.kind, args.d_model))
+        _start(self.model)
+        self.model.to(args.device)
         self.optimizer = torch.optim.AdamW(
-            self.model.parameters(), lr=rate, betas=(0.9, 0.98), weight_decay=0.02
+            self.model.parameters(), lr=args.rate, betas=(0.9, 0.98), weight_decay=0.02
         )
-        self.step, self.level, self.seconds, self.recent = 0, 0, 0.0, 0.0
-        if (out / "checkpoint.pt").exists():
+        self.step, self.level, self.since = 0, 0, 0
+        self.seconds, self.recent = 0.0, 0.0
+        if (self.out / "checkpoint.pt").exists():
             self._resume()
 
     def _resume(self) -> None:
         kept = torch.load(self.out / "checkpoint.pt", weights_only=True)
-        self.model.load_state_dict(kept["model"])
-        self.optimizer.load_state_dict(kept["optimizer"])
-        self.step, self.level = kept["step"], kept["level"]
-        self.seconds, self.recent = kept["seconds"], kept["recent"]
+        for name in ("model", "optimizer"):
+            getattr(self, name).load_state_dict(kept[name])
+        for name in COUNTERS:
+            setattr(self, name, kept[name])
 
     def save(self) -> None:
         """Write the checkpoint, whole or not at all."""
         partial = self.out / "checkpoint.partial"
-        torch.save(
-            {
-                "model": self.model.state_dict(),
-                "optimizer": self.optimizer.state_dict(),
-                "step": self.step,
-                "level": self.level,
-                "seconds": self.seconds,
-                "recent": self.recent,
-            },
-            partial,
-        )
+        kept = {name: getattr(self, name) for name in COUNTERS}
+        kept |= {name: getattr(self, name).state_dict() for name in ("model", "optimizer")}
+        torch.save(kept, partial)
         os.replace(partial, self.out / "checkpoint.pt")
 
     def note(self, **figures: Any) -> None:
@@ -141,85 +176,122 @@ class Run:
         with (self.out / "log.jsonl").open("a") as file:
             file.write(json.dumps(figures) + "\n")
 
-    def train_step(self, share_done: float) -> dict[str, float]:
-        """Take one step; the rate warms up, stays, and falls over the last third."""
-        longest = LENGTHS[self.kind]
-        maker = Maker(seed=self.seed * 10**7 + self.step)
-        # Earlier levels stay in the mix, so that short prompts are not forgotten.
-        at = self.level if maker.rng.random() < 0.7 else maker.rng.randint(0, self.level)
-        length, n_needles, n_questions = level(at, longest)
-        batch = maker.batch(max(TOKENS_A_STEP // length, 1), length, n_needles, n_questions)
-        warm = min((self.step + 1) / 100, 1.0)
-        fall = (
-            1.0 if share_done < 0.67 else 0.5 * (1 + math.cos(math.pi * (share_done - 0.67) / 0.33))
-        )
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        """Yield (step, level); earlier levels stay in the mix, so that none is forgotten."""
+        step = self.step
+        while True:
+            rng = random.Random(self.args.seed * 10**7 + step)
+            drilling = not LEVELS[self.level].needles
+            is_now = drilling or rng.random() < 0.6
+            yield step, self.level if is_now else rng.randint(FIRST_NEEDLES, self.level)
+            step += 1
+
+    def rate(self) -> float:
+        """Return the learning rate: it warms up, stays, and falls over the last two fifths."""
+        warm = min((self.step + 1) / 200, 1.0)
+        share_done = self.step / self.args.steps
+        fall = 0.5 * (1 + math.cos(math.pi * max(share_done - 0.6, 0) / 0.4))
+        return self.args.rate * warm * max(fall, 0.02)
+
+    def train_step(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Take one step; return the loss and the accuracy on contents."""
         for group in self.optimizer.param_groups:
-            group["lr"] = self.rate * warm * max(fall, 0.02)
-        answer, text, right = losses(self.model, batch)
+            group["lr"] = self.rate()
+        means, right = losses(self.model, batch)
+        loss = torch.stack([WEIGHTS[kind] * mean for kind, mean in means.items()]).sum()
         self.optimizer.zero_grad(set_to_none=True)
-        (answer + TEXT_SHARE * text).backward()
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
         self.step += 1
-        if at == self.level:
-            self.recent = 0.9 * self.recent + 0.1 * float(right)
-        if self.recent > PASS and level(self.level + 1, longest) != level(self.level, longest):
-            self.level, self.recent = self.level + 1, 0.0
-        return {"answer": float(answer), "text": float(text), "right": float(right)}
+        return loss.detach(), right[CONTENT if LEVELS[self.level].needles else DRILL]
+
+    def rise(self, length: int, right: Tensor) -> None:
+        """Go to the next level once accuracy at this one has passed, or patience is over."""
+        if length == LEVELS[self.level].length:
+            self.recent = 0.8 * self.recent + 0.2 * float(right)
+        waited = bool(LEVELS[self.level].needles) and self.step - self.since >= PATIENCE
+        if (self.recent > PASS or waited) and self.level + 1 < len(LEVELS):
+            self.level, self.recent, self.since = self.level + 1, 0.0, self.step
+
+    def report(self) -> dict[str, float]:
+        """Evaluate at this level; write the figures to the log."""
+        size = LEVELS[self.level]
+        found = evaluate(self.model, size, self.args.device)
+        at = {"step": self.step, "seconds": round(self.seconds, 1), "level": self.level}
+        self.note(**at, length=size.length, needles=size.needles, **found)
+        return found
 
 
-def _scale_writes(model: HookedHybrid) -> None:
-    """Make each layer's write small at first, so that the residual stream starts calm."""
+def _start(model: HookedHybrid) -> None:
+    """Make each layer's write small, so that the residual stream starts calm; spread Mamba's dt."""
     scale = (2 * model.cfg.n_layers) ** -0.5
+    writes = ("o.weight", "linear_out.weight", "out_proj.weight", "down", "down.weight")
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if (
-                name.endswith(("o.weight", "linear_out.weight", "out_proj.weight"))
-                or ".down" in name
-            ):
+            if name.endswith(writes):
                 parameter.mul_(scale)
-        for name, parameter in model.named_parameters():
             if name.endswith("dt_proj.bias"):
                 steps = torch.empty_like(parameter).uniform_(math.log(1e-3), math.log(0.1)).exp()
                 parameter.copy_(torch.log(torch.expm1(steps)))
+            if name.endswith("a_param"):
+                # Griffin's decays of 0.9 and more smear the last words, by which attention finds.
+                rates = -torch.empty_like(parameter).uniform_(0.01, 0.97).log() / DECAY_STRENGTH
+                parameter.copy_(torch.log(torch.expm1(rates)))
+
+
+def parse() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("kind", choices=["griffin", "jamba"])
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--steps", type=int, default=2500, help="in all")
+    parser.add_argument("--rate", type=float, default=2e-3)
+    parser.add_argument("--d-model", type=int, default=128)
+    parser.add_argument("--tokens", type=int, default=2048, help="in a step")
+    parser.add_argument("--echo", type=float, default=0.2, help="share of repeated lines")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--workers", type=int, default=0, help="processes that draw batches")
+    return parser.parse_args()
+
+
+def train(run: Run) -> None:
+    """Train until all steps are done."""
+    args = run.args
+    ahead = HORIZON if args.workers else None
+    batches = Batches(args.seed, args.tokens, args.echo)
+    loader = DataLoader(
+        batches, batch_size=None, sampler=run, num_workers=args.workers, prefetch_factor=ahead
+    )
+    last = time.perf_counter()
+    with tqdm(total=args.steps, initial=run.step, unit="step", desc=args.kind) as bar:
+        for batch in loader:
+            if run.step >= args.steps:
+                break
+            loss, right = run.train_step(_to(batch, args.device))
+            if run.step % 4 == 0:  # not every step: to look waits for the device
+                run.rise(batch.tokens.shape[1], right)
+            now = time.perf_counter()
+            run.seconds, last = run.seconds + now - last, now
+            bar.update()
+            if run.step % EVERY == 0 or run.step == args.steps:
+                found = run.report()
+                bar.set_postfix(level=run.level, loss=float(loss), right=found["whole"])
+                run.save()
 
 
 def main() -> None:
-    """Train until the minutes are over."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("kind", choices=list(LENGTHS))
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--minutes", type=float, default=40, help="of training in all")
-    parser.add_argument("--rate", type=float, default=2e-3)
-    parser.add_argument("--threads", type=int, default=1)
-    args = parser.parse_args()
+    """Train, and write the checkpoint in bf16."""
+    args = parse()
     torch.set_num_threads(args.threads)
-    run = Run(args.kind, args.seed, args.out, args.rate)
-    total = args.minutes * 60
-    bar = tqdm(total=int(total), initial=int(run.seconds), unit="s", desc=args.kind)
-    while run.seconds < total:
-        start = time.perf_counter()
-        figures = run.train_step(run.seconds / total)
-        run.seconds += time.perf_counter() - start
-        bar.n = int(run.seconds)
-        bar.set_postfix(
-            step=run.step, level=run.level, **{k: f"{v:.3f}" for k, v in figures.items()}
-        )
-        if run.step % 100 == 0:
-            at = level(run.level, LENGTHS[args.kind])
-            run.note(
-                step=run.step,
-                seconds=round(run.seconds, 1),
-                level=run.level,
-                length=at[0],
-                needles=at[1],
-                **figures,
-                **evaluate(run.model, args.kind, at),
-            )
-            run.save()
-    run.save()
-    run.model.bfloat16().save_pretrained(args.out / "model")
+    torch.set_float32_matmul_precision("high")  # of a GPU; a processor has no such mode
+    run = Run(args)
+    recipe = {name: value for name, value in vars(args).items() if name not in ("out", "kind")}
+    (run.out / "recipe.json").write_text(json.dumps(recipe, indent=2))
+    train(run)
+    run.model.cpu().bfloat16().save_pretrained(run.out / "model")
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from hooked_hybrid.packaged import packaged_models
 from weights_conversion.errors import CheckpointError
 
 HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.jinja", "*.pt")
@@ -142,10 +143,11 @@ class Checkpoint:
 def open_checkpoint(
     name_or_path: str | os.PathLike[str], revision: str | None = None
 ) -> Checkpoint:
-    """Find a checkpoint: a directory, a `.pt` file, or a hub id.
+    """Find a checkpoint: a directory, a `.pt` file, a packaged model, or a hub id, in this order.
 
     Raises:
-        CheckpointError: nothing of this name, a directory without a checkpoint, or no network.
+        CheckpointError: nothing of this name, a directory without a checkpoint, a revision of a
+            packaged model, or no network.
     """
     path = Path(name_or_path)
     if path.is_file():
@@ -153,7 +155,7 @@ def open_checkpoint(
             raise CheckpointError(f"{path} is a file: give its directory, or a .pt file")
         return Checkpoint(path.parent, None, (path,))
     if not path.is_dir():
-        path = _download(os.fspath(name_or_path), revision)
+        path = _packaged_or_downloaded(os.fspath(name_or_path), revision)
     config = path / "config.json"
     if config.is_file():
         return Checkpoint(path, _read_json(config))
@@ -168,17 +170,30 @@ def open_checkpoint(
     raise CheckpointError(f"{path} holds no checkpoint: neither config.json nor a .pt file")
 
 
+def _packaged_or_downloaded(name: str, revision: str | None) -> Path:
+    folder = packaged_models().get(name)
+    if folder is None:
+        return _download(name, revision)
+    if revision is not None:
+        raise CheckpointError(f"{name} comes with this package and has no revision {revision!r}")
+    return folder
+
+
 def _download(repo: str, revision: str | None) -> Path:
     if repo.startswith((".", "/", "~")) or repo.count("/") > 1:
         raise CheckpointError(f"{repo}: no such directory or file")
+    known = ", ".join(packaged_models())
     try:
         return Path(snapshot_download(repo, revision=revision, allow_patterns=list(HUB_FILES)))
     except HFValidationError as error:
-        raise CheckpointError(f"{repo!r} is neither a directory here nor a hub id") from error
+        raise CheckpointError(
+            f"{repo!r} is no directory here, no hub id, and no packaged model ({known})"
+        ) from error
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         raise CheckpointError(
-            f"{repo!r} is no directory here, and the hub did not give it ({type(error).__name__}): "
-            "check the name, the network, and for gated models `hf auth login`"
+            f"{repo!r} is no directory here and no packaged model ({known}), and the hub did not give "
+            f"it ({type(error).__name__}): check the name, the network, and for gated models "
+            "`hf auth login`"
         ) from error
 
 

@@ -12,11 +12,13 @@ import typer
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from hooked_hybrid.cli import command_line, explained
 from hooked_hybrid.config import AttentionConfig, HybridConfig
 from hooked_hybrid.model import HookedHybrid
 from hooked_hybrid.niah.needles import PAPER, AnyNeedle, held_out_needles, load_needles
+from hooked_hybrid.niah.plots import replacing
 from hooked_hybrid.niah.prompts import (
     Haystack,
     default_depths,
@@ -87,7 +89,8 @@ HaystackPath = Annotated[
 Needles = Annotated[
     list[str] | None,
     _option(
-        "paper, held-out, or a JSON list of {sentence, question, keywords}: --needle mine.json.",
+        "paper, held-out, none (the paper's question, its needle left out), or a JSON list of "
+        "{sentence, question, keywords}: --needle mine.json.",
         show_default="paper",
     ),
 ]
@@ -120,7 +123,7 @@ Resume = Annotated[
 ThesisDepth = Annotated[
     bool, _option("Count depth from the end, as the thesis: --thesis-depth.", "--thesis-depth")
 ]
-Seed = Annotated[int, _option("Of the generated haystack: --seed 1.")]
+Seed = Annotated[int, _option("Of the generated haystack and the distractors: --seed 1.")]
 Threads = Annotated[
     int | None,
     _option("Processor cores: --threads 2.", min=1, show_default="1 for a small model, else all"),
@@ -163,9 +166,9 @@ def niah(
         wanted = [stage.value for stage in dict.fromkeys(stages or Stage)]
         settings = top_k_settings(_heads(k, hybrid.cfg), wanted, score)
         needles = _needles(needle or ["paper"])[:n_needles]
-        hay = Haystack(seed) if haystack is None else Haystack.read(haystack)
+        hay = Haystack(seed, () if haystack is None else Haystack.read(haystack).documents)
         form = (template, read_twice, distractors)
-        lengths = lengths or _lengths(hybrid, needles, *form)
+        lengths = lengths or _lengths(hybrid, needles, *form, seed)
         prompts = grid(hybrid, needles, lengths, depths or default_depths(), hay, *form)
         table = run_sweep(
             hybrid,
@@ -176,6 +179,9 @@ def niah(
             max_new_tokens=max_new_tokens,
             first_token_stage=first_token,
         )
+        if not table["accuracy"].notna().any():
+            _show_outputs(table, out)
+            return
         with Console(stderr=True).status("drawing"):
             card = model_card(hybrid, model)
             written = write_report(
@@ -243,11 +249,11 @@ def _heads(ks: Sequence[int] | None, cfg: HybridConfig) -> list[int]:
     return list(dict.fromkeys(ks or range(most + 1)))
 
 
-def _needles(sources: Sequence[str]) -> list[AnyNeedle]:
-    found: list[AnyNeedle] = []
+def _needles(sources: Sequence[str]) -> list[AnyNeedle | None]:
+    found: list[AnyNeedle | None] = []
     for source in sources:
-        if source == "paper":
-            found.append(PAPER)
+        if source in ("paper", "none"):
+            found.append(PAPER if source == "paper" else None)
         else:
             found += held_out_needles() if source == "held-out" else load_needles(source)
     return found
@@ -255,14 +261,15 @@ def _needles(sources: Sequence[str]) -> list[AnyNeedle]:
 
 def _lengths(
     model: HookedHybrid,
-    needles: Sequence[AnyNeedle],
+    needles: Sequence[AnyNeedle | None],
     template: str,
     read_twice: bool,
     distractors: int,
+    seed: int,
 ) -> list[int]:
     """Return ten lengths, the first with room for some haystack."""
-    longest = longest_prompt(model.cfg)
-    needed = max(shortest_length(model, n, template, read_twice, distractors) for n in needles)
+    longest, form = longest_prompt(model.cfg), (template, read_twice, distractors)
+    needed = max(shortest_length(model, needle, *form, seed=seed) for needle in needles)
     lengths = default_lengths(longest)
     return lengths if lengths[0] >= needed else default_lengths(longest, shortest=needed + ROOM)
 
@@ -288,6 +295,25 @@ def _show(table: pd.DataFrame, written: Written) -> None:
         ("report", written.report),
     ]:
         console.print(f"{what:>8}  {path}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _show_outputs(table: pd.DataFrame, out: Path) -> None:
+    """Print the commonest answers of prompts without a needle, which have no score, and write all.
+
+    A model that retrieves should not name what is not there.
+    """
+    with replacing(out / "table.csv") as temporary:
+        table.to_csv(temporary, index=False)
+    shown = Table(title="answers without a needle", box=SIMPLE_HEAD, collapse_padding=True)
+    for heading in ("setting", "cells", "answer"):
+        shown.add_column(heading)
+    counts = table.groupby(["setting", "output"], sort=False).size()
+    for setting, of_setting in counts.groupby(level="setting", sort=False):
+        for (_, output), n in of_setting.nlargest(3).items():
+            shown.add_row(str(setting), str(n), Text(str(output)))
+    console = Console()
+    console.print(shown)
+    console.print(f"   table  {out / 'table.csv'}", markup=False, highlight=False, soft_wrap=True)
 
 
 __all__ = ["longest_prompt", "model_card", "niah"]

@@ -54,7 +54,10 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Haystack:
-    """Text without end: generated from `seed`, or `documents`, repeated."""
+    """Text without end: generated from `seed`, or `documents`, repeated.
+
+    `seed` also says which distractors are drawn.
+    """
 
     seed: int = 0
     documents: tuple[str, ...] = field(default=(), repr=False)
@@ -160,7 +163,8 @@ def grid(
         raise ValueError(f"depths {wrong}: give fractions, 0 (beginning of the haystack) to 1")
     maker = _maker(model, haystack or Haystack(), template, read_twice, prepend_bos)
     names = dict(zip(needles, needle_ids(needles), strict=True))  # what is given twice counts once
-    parts = {needle: _parts(maker, needle, distractors) for needle in names}
+    seed = 0 if haystack is None else haystack.seed
+    parts = {needle: _parts(maker, needle, distractors, seed) for needle in names}
     shortest = max(part.shortest for part in parts.values())
     if wrong := [length for length in lengths if length < shortest]:
         raise ValueError(
@@ -182,10 +186,11 @@ def shortest_length(
     read_twice: bool = False,
     distractors: int | Sequence[AnyNeedle] = (),
     prepend_bos: bool | None = None,
+    seed: int = 0,
 ) -> int:
-    """Return how many tokens a prompt takes without haystack; see `grid`."""
+    """Return how many tokens a prompt takes without haystack; see `grid`, `seed` of `Haystack`."""
     maker = _maker(model, Haystack(), template, read_twice, prepend_bos)
-    return _parts(maker, needle, distractors).shortest
+    return _parts(maker, needle, distractors, seed).shortest
 
 
 def default_lengths(longest: int, n: int = 10, shortest: int | None = None) -> list[int]:
@@ -228,10 +233,12 @@ def _maker(
     return Maker(model.text, haystack.texts(), text, template == "chat", prepend_bos)
 
 
-def _parts(maker: Maker, needle: AnyNeedle | None, distractors: int | Sequence[AnyNeedle]) -> Parts:
+def _parts(
+    maker: Maker, needle: AnyNeedle | None, distractors: int | Sequence[AnyNeedle], seed: int
+) -> Parts:
     asked = PAPER if needle is None else needle
     if isinstance(distractors, int):
-        distractors = distractors_for(asked, distractors)
+        distractors = distractors_for(asked, distractors, seed)
     if same := [other.sentence for other in distractors if other.question == asked.question]:
         raise ValueError(f"distractors {same} answer the needle's own question, {asked.question!r}")
     hidden = () if needle is None else (needle.sentence,)

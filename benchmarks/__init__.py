@@ -1,0 +1,1 @@
+"""Speed against named peers, both measured in one run; nothing here is a test."""

@@ -1,0 +1,94 @@
+"""Where a hook acts: at some positions, or on some rows of a batch."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hooked_hybrid.hooks import HookFn, HookPoint, is_per_position, per_position, positions_of
+
+
+def hook_at(fn: HookFn, positions: int | Iterable[int]) -> HookFn:
+    """Return a hook that applies `fn` at some positions only, one position at a time.
+
+    `fn` is called with the value at one position, `[batch 1 ...]` (or `[batch head 1 key]`), in
+    every forward that contains the position: a plain one, prefill, or a generation step. On
+    `hook_ssm_state` the scan stays fast between the positions.
+
+    Args:
+        fn: a hook.
+        positions: counted in the document from 0, as `hook.run.query_pos` does; rows that have
+            padding in front are met at their own positions.
+
+    Raises:
+        ValueError: no position, or a negative one.
+    """
+    wanted = _indices(positions)
+    if not wanted or min(wanted) < 0:
+        raise ValueError(f"positions {wanted}: give one or more, counted from 0")
+
+    def at_positions(value: Tensor, hook: HookPoint) -> Tensor:
+        dim = hook.pos_dim
+        at = torch.isin(hook.run.query_pos, torch.tensor(wanted, device=value.device))
+        for t in at.any(dim=0).nonzero()[:, 0].tolist():
+            old = value.narrow(dim, t, 1)
+            part = old.clone()
+            with hook.seeing(hook.run.at(t, t + 1)):
+                new = fn(part, hook=hook)
+            new = part if new is None else new  # which an edit in place has changed
+            here = at[:, t].view(-1, *(1,) * (value.ndim - 1))
+            index = torch.tensor([t], device=value.device)
+            value = value.index_copy(dim, index, torch.where(here, new, old))
+        return value
+
+    marked: Any = per_position(at_positions)
+    marked.positions = wanted
+    return marked
+
+
+def on_rows(fn: HookFn, rows: int | Iterable[int]) -> HookFn:
+    """Return a hook that applies `fn` to some rows of the batch only.
+
+    `fn` is called with these rows alone and sees `hook.run` of them alone, as if they were the
+    whole batch; the others pass unchanged. Rows are those of the original batch, also after a
+    generation has dropped the rows that ended.
+
+    Args:
+        fn: a hook; its marks (`per_position`, positions) stay.
+        rows: indices into the original batch.
+
+    Raises:
+        ValueError: no row, or a negative one.
+    """
+    wanted = _indices(rows)
+    if not wanted or min(wanted) < 0:
+        raise ValueError(f"rows {wanted}: give one or more, counted from 0")
+
+    def for_rows(value: Tensor, hook: HookPoint) -> Tensor | None:
+        run = hook.run
+        mine = torch.isin(run.rows, torch.tensor(wanted, device=run.rows.device))
+        index = mine.nonzero()[:, 0]
+        if index.numel() == 0:
+            return None
+        with hook.seeing(run.of_rows(index)):
+            part = value[index]
+            new = fn(part, hook=hook)
+        return value.index_copy(0, index, part if new is None else new)
+
+    marked: Any = per_position(for_rows) if is_per_position(fn) else for_rows
+    if (positions := positions_of(fn)) is not None:
+        marked.positions = positions
+    return marked
+
+
+def _indices(given: int | Iterable[int]) -> tuple[int, ...]:
+    """Return whole numbers, also where numpy's or torch's are given."""
+    several = given if isinstance(given, Iterable) else (given,)
+    return tuple(operator.index(i) for i in several)
+
+
+__all__ = ["hook_at", "on_rows"]

@@ -1,0 +1,14 @@
+"""The trained models that come with the package: ordinary checkpoints, in folders beside this."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+
+def packaged_models() -> dict[str, Path]:
+    """Return the folder of each packaged model, by the name `from_pretrained` takes."""
+    beside = Path(__file__).parent
+    return {config.parent.name: config.parent for config in sorted(beside.glob("*/config.json"))}
+
+
+__all__ = ["packaged_models"]
