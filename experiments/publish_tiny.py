@@ -178,9 +178,9 @@ Last evaluation: step {last["step"]}, {last["seconds"]:.0f} s, text loss
 ## Accuracy
 
 Mean graded score / 5 in percent, of {n_prompts:,} prompts a run: the paper's needle
-and {n_held_out} held-out ones, {N_LENGTHS} lengths, {N_DEPTHS} depths; fp32. "k=0" cuts every attention
-head; "memory cut" makes each recurrence forget all but the current word (its convolution keeps
-three more).
+and {n_held_out} held-out ones, {N_LENGTHS} lengths, {N_DEPTHS} depths; fp32. "k=0" cuts every
+attention head; "memory cut" makes each recurrence forget all but the current word (its
+convolution keeps three more).
 
 {markdown(lines)}
 

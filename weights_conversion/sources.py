@@ -191,8 +191,8 @@ def _download(repo: str, revision: str | None) -> Path:
         ) from error
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         raise CheckpointError(
-            f"{repo!r} is no directory here and no packaged model ({known}), and the hub did not give "
-            f"it ({type(error).__name__}): check the name, the network, and for gated models "
+            f"{repo!r} is no directory here and no packaged model ({known}), and the hub did not "
+            f"give it ({type(error).__name__}): check the name, the network, and for gated models "
             "`hf auth login`"
         ) from error
 
