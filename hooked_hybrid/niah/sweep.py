@@ -2,9 +2,10 @@
 
 A setting is a list of hooks for prefill and one for generation. Settings with the same prefill
 hooks (most often none) share one prefill: its state is forked, and all of them are decoded as the
-rows of one batch, each row with its own hooks. Prompts of one length share the run over the tokens
-they have in common. Numbers do not depend on where a run was stopped: the batch is always all the
-settings of one prompt, and the shared runs are cut at the same tokens whatever is done already.
+rows of one batch, each row with its own hooks. Settings that differ in one number only (`PerRow`)
+are the rows of one batch in prefill too. Prompts of one length share the run over the tokens they
+have in common. Numbers do not depend on where a run was stopped: the batches are always those of
+all settings of one prompt, and the shared runs are cut at the same tokens whatever is done already.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import hashlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import groupby
+from itertools import chain, groupby
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -37,11 +38,15 @@ if TYPE_CHECKING:
 FirstToken = Literal["prefill", "generation"]
 
 
+Hooks = tuple[HookSpec, ...] | Callable[[Prompt], Sequence[HookSpec]]
+
+
 @dataclass(frozen=True)
 class PerRow:
     """Hooks that take one argument a row: settings that share `make` run as one set of hooks.
 
-    `make` is given a tensor [batch] of the arguments and returns hooks for the whole batch.
+    `make` is given a tensor [batch] of the arguments and returns hooks for the whole batch; they
+    stand for the setting's `generation`, and for its `prefill` where it has one.
     """
 
     make: Callable[[Tensor], list[HookSpec]]
@@ -54,15 +59,15 @@ class Setting:
 
     Args:
         name: unique in a sweep.
-        prefill: hooks of the prefill stage.
-        generation: hooks of the generation stage.
+        prefill: hooks of the prefill stage, or a function that returns them for a prompt.
+        generation: hooks of the generation stage, or such a function.
         spec: what the setting is, in JSON-able values; it tells settings of one name apart.
-        per_row: another form of `generation`, for many settings at a time.
+        per_row: another form of these hooks, for many settings at a time.
     """
 
     name: str
-    prefill: tuple[HookSpec, ...] = ()
-    generation: tuple[HookSpec, ...] = ()
+    prefill: Hooks = ()
+    generation: Hooks = ()
     spec: Mapping[str, Any] = field(default_factory=dict)
     per_row: PerRow | None = None
 
@@ -139,7 +144,9 @@ def niah(
     if not prompts:
         raise ValueError("there are no prompts: build some with hooked_hybrid.niah.prompts")
     for setting in chosen:
-        model.check_hooks_to_add((*setting.prefill, *setting.generation))
+        for prompt in prompts if _depends_on_prompt(setting) else prompts[:1]:
+            hooks = (_of(setting.prefill, prompt), _of(setting.generation, prompt))
+            model.check_hooks_to_add(tuple(chain(*hooks)))
     experiment = {
         "model": fingerprint(model),
         "settings": {s.name: dict(s.spec) for s in chosen},
@@ -200,6 +207,57 @@ def _groups(prompts: Sequence[Prompt]) -> Iterator[list[Prompt]]:
         yield list(group)
 
 
+@dataclass(frozen=True)
+class _Batch:
+    """Settings that run together: one prefill for all of them, or one row each."""
+
+    settings: tuple[Setting, ...]
+
+    @property
+    def is_per_row(self) -> bool:
+        """Whether rows differ in prefill already."""
+        return len(self.settings) > 1 and bool(self.settings[0].prefill) and self._shares_make
+
+    @property
+    def _shares_make(self) -> bool:
+        first = self.settings[0].per_row
+        return first is not None and all(
+            s.per_row is not None and s.per_row.make is first.make for s in self.settings
+        )
+
+    @property
+    def shares_prompts(self) -> bool:
+        """Whether what two prompts begin with may be run once."""
+        return not callable(self.settings[0].prefill)
+
+    def prefill(self, prompt: Prompt) -> tuple[HookSpec, ...]:
+        """Return the hooks of prefill."""
+        if self.is_per_row:
+            return tuple(_batched(self.settings, prompt))
+        return _of(self.settings[0].prefill, prompt)
+
+
+def _batches(settings: Sequence[Setting]) -> list[_Batch]:
+    """Put together what can share a prefill, or a batch."""
+    together: list[list[Setting]] = []
+    for setting in settings:
+        for batch in together:
+            first = batch[0]
+            same = setting.prefill == first.prefill
+            one_make = (
+                bool(setting.prefill and first.prefill)
+                and setting.per_row is not None
+                and first.per_row is not None
+                and setting.per_row.make is first.per_row.make
+            )
+            if same or one_make:
+                batch.append(setting)
+                break
+        else:
+            together.append([setting])
+    return [_Batch(tuple(batch)) for batch in together]
+
+
 class _Group:
     """The prompts of one length, under all settings."""
 
@@ -216,74 +274,94 @@ class _Group:
 
     def cells(self, wanted: set[str]) -> Iterator[list[dict[str, Any]]]:
         """Yield the cells of each wanted prompt, all of a prompt at once."""
-        plain = [s for s in self.settings if not s.prefill]
-        for prompt, state in self._prefilled(self.prompts, None, 0, wanted):
-            start = time.perf_counter()
-            found = self._decode(prompt, plain, state) if plain else {}
-            for setting in self.settings:
-                if setting.prefill:
-                    found |= self._decode(prompt, [setting], self._prefill(prompt, setting))
+        batches = _batches(self.settings)
+        prefilled = [self._prefilled(self.prompts, batch, wanted) for batch in batches]
+        start = time.perf_counter()
+        for states in zip(*prefilled, strict=True):
+            found: dict[str, tuple[str, int, float]] = {}
+            for batch, (prompt, state) in zip(batches, states, strict=True):
+                found |= self._decode(prompt, batch, state)
             seconds = (time.perf_counter() - start) / len(self.settings)
             yield [self._cell(prompt, s, *found[s.name], seconds) for s in self.settings]
+            start = time.perf_counter()
 
     def _prefilled(
-        self, prompts: Sequence[Prompt], state: HybridState | None, start: int, wanted: set[str]
+        self, prompts: Sequence[Prompt], batch: _Batch, wanted: set[str]
     ) -> Iterator[tuple[Prompt, HybridState | None]]:
-        """Yield each wanted prompt with the state after all its tokens but the last.
+        """Yield each wanted prompt with the state after all its tokens but the last."""
+        if batch.shares_prompts:
+            yield from self._share(prompts, batch, None, 0, wanted)
+            return
+        for prompt in self._in_order(prompts):
+            if prompt.id in wanted:
+                yield prompt, self._run(prompt, batch, None, 0, prompt.length - 1)
 
-        What several prompts begin with is run once, up to the token where they part.
-        """
+    def _share(
+        self,
+        prompts: Sequence[Prompt],
+        batch: _Batch,
+        state: HybridState | None,
+        start: int,
+        wanted: set[str],
+    ) -> Iterator[tuple[Prompt, HybridState | None]]:
+        """Yield prompts that begin alike; what they begin with is run once."""
         if not any(p.id in wanted for p in prompts):
             return
         if len(prompts) == 1:
             (prompt,) = prompts
-            yield prompt, self._run(prompt, state, start, prompt.length - 1)
+            yield prompt, self._run(prompt, batch, state, start, prompt.length - 1)
             return
         shared = min(_common_prefix(prompts), prompts[0].length - 1)
-        state = self._run(prompts[0], state, start, shared)
+        state = self._run(prompts[0], batch, state, start, shared)
         if shared == prompts[0].length - 1:  # alike up to the last token
             yield from ((prompt, state) for prompt in prompts if prompt.id in wanted)
             return
-        parts: dict[int, list[Prompt]] = {}
-        for prompt in prompts:
-            parts.setdefault(prompt.tokens[shared], []).append(prompt)
-        for part in parts.values():
-            yield from self._prefilled(part, state, shared, wanted)
+        for part in _parted(prompts, shared):
+            yield from self._share(part, batch, state, shared, wanted)
+
+    def _in_order(self, prompts: Sequence[Prompt]) -> Iterator[Prompt]:
+        """Yield prompts in the order in which `_share` does."""
+        shared = min(_common_prefix(prompts), prompts[0].length - 1)
+        if len(prompts) == 1 or shared == prompts[0].length - 1:
+            yield from prompts
+            return
+        for part in _parted(prompts, shared):
+            yield from self._in_order(part)
 
     def _run(
-        self, prompt: Prompt, state: HybridState | None, start: int, stop: int
+        self, prompt: Prompt, batch: _Batch, state: HybridState | None, start: int, stop: int
     ) -> HybridState | None:
         """Return the state after tokens `start` to `stop`, run as prefill."""
         if start >= stop:
             return state
-        tokens = torch.tensor([prompt.tokens[start:stop]])
-        _, state = self.model(
-            tokens, return_type=None, state=state, return_state=True, stage="prefill"
-        )
+        n_rows = len(batch.settings) if batch.is_per_row else 1
+        tokens = torch.tensor([prompt.tokens[start:stop]]).expand(n_rows, -1)
+        with self.model.hooks(batch.prefill(prompt)):
+            _, state = self.model(
+                tokens, return_type=None, state=state, return_state=True, stage="prefill"
+            )
         return state
 
-    def _prefill(self, prompt: Prompt, setting: Setting) -> HybridState | None:
-        with self.model.hooks(setting.prefill):
-            return self._run(prompt, None, 0, prompt.length - 1)
-
     def _decode(
-        self, prompt: Prompt, settings: Sequence[Setting], state: HybridState | None
+        self, prompt: Prompt, batch: _Batch, state: HybridState | None
     ) -> dict[str, tuple[str, int, float]]:
         """Return output, new tokens and smallest margin of each setting, decoded as one batch."""
-        n = len(settings)
+        n = len(batch.settings)
+        if state is not None and not batch.is_per_row:
+            state = state.fork(n)
         out = self.model.generate(
             torch.tensor([prompt.tokens[-1:]]).expand(n, 1),
             self.max_new_tokens,
-            prefill_hooks=settings[0].prefill,
-            generation_hooks=_batched(settings),
+            prefill_hooks=batch.prefill(prompt),
+            generation_hooks=_batched(batch.settings, prompt),
             first_token_stage=self.first_token_stage,
-            state=None if state is None else state.fork(n),
+            state=state,
             return_type="output",
             verbose=False,
         )
         margins = out.margins.amin(dim=1).tolist()
         n_new = torch.isfinite(out.margins).sum(1).tolist()
-        return {s.name: (out.text[i], n_new[i], margins[i]) for i, s in enumerate(settings)}
+        return {s.name: (out.text[i], n_new[i], margins[i]) for i, s in enumerate(batch.settings)}
 
     def _cell(
         self,
@@ -333,17 +411,34 @@ def _common_prefix(prompts: Sequence[Prompt]) -> int:
     return min(len(low), len(high))
 
 
-def _batched(settings: Sequence[Setting]) -> list[HookSpec]:
-    """Return hooks for one batch in which row i runs under setting i."""
+def _parted(prompts: Sequence[Prompt], at: int) -> list[list[Prompt]]:
+    """Return prompts by their token at a place, in the order in which these come up."""
+    parts: dict[int, list[Prompt]] = {}
+    for prompt in prompts:
+        parts.setdefault(prompt.tokens[at], []).append(prompt)
+    return list(parts.values())
+
+
+def _depends_on_prompt(setting: Setting) -> bool:
+    return callable(setting.prefill) or callable(setting.generation)
+
+
+def _of(hooks: Hooks, prompt: Prompt) -> tuple[HookSpec, ...]:
+    return tuple(hooks(prompt)) if callable(hooks) else tuple(hooks)
+
+
+def _batched(settings: Sequence[Setting], prompt: Prompt) -> list[HookSpec]:
+    """Return hooks of generation for one batch in which row i runs under setting i."""
     if len(settings) == 1:
-        return list(settings[0].generation)
+        return list(_of(settings[0].generation, prompt))
     hooks: list[HookSpec] = []
     together: dict[Any, list[int]] = {}
     for row, setting in enumerate(settings):
         if setting.per_row is not None:
             together.setdefault(setting.per_row.make, []).append(row)
         else:
-            hooks += [(where, on_rows(fn, row)) for where, fn in setting.generation]
+            own = _of(setting.generation, prompt)
+            hooks += [(where, on_rows(fn, row)) for where, fn in own]
     for make, rows in together.items():
         arguments = torch.zeros(len(settings), dtype=torch.long)
         for row in rows:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from hooked_hybrid import HookedHybrid, HookPoint, interventions
 from hooked_hybrid.generate import GenerationOutput
+from hooked_hybrid.interventions.weights import boost_span
 from hooked_hybrid.state import AttentionState, RecurrentState
 from tests.models import relative
 from tests.tolerances import BF16, FP32_PARITY
@@ -52,10 +53,12 @@ def pattern_of(name: str) -> Tensor:
     return golden(name)["attn_probs_first" if name == HF_4X else "attn_probs_layer2"]
 
 
-def continued(name: str, tokens: Tensor, first_token_stage: str, **options) -> GenerationOutput:
+def continued(
+    name: str, tokens: Tensor, first_token_stage: str, n_new: int = N_NEW, **options
+) -> GenerationOutput:
     return model_of(name).generate(
         tokens,
-        N_NEW,
+        n_new,
         first_token_stage=first_token_stage,
         stop_at_eos=False,
         return_type="output",
@@ -265,6 +268,22 @@ def test_top_k_heads_are_the_authors(k: int, score: str, in_prefill: bool):
         prompts_of(GOOGLE), fwd_hooks=hooks if in_prefill else []
     )
     assert_close(whole, prompt_logits)
+
+
+def boosted(scale: float) -> GenerationOutput:
+    """Continue the short prompt as the authors did; no key has left the ring yet."""
+    hooks = boost_span(2, (3, 6), scale)
+    tokens = prompts_of(GOOGLE)[:, :12]
+    return continued(GOOGLE, tokens, "generation", n_new=3, generation_hooks=hooks)
+
+
+def test_boosted_span_is_the_authors():
+    out = boosted(scale=1.5)
+    assert out.new_tokens.equal(golden(GOOGLE)["fork_k2_boost_short_gen_ids"])
+    expected = golden(GOOGLE)["fork_k2_boost_short_gen_logits"]
+    assert_close(logits_of(GOOGLE, out)[:, -3:], expected)
+    for scale in (1.0, 2.0):
+        assert relative(logits_of(GOOGLE, boosted(scale))[:, -3:], expected) > 1e-3
 
 
 def test_top_k_heads_matter():

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import os
-import signal
 import sqlite3
 import subprocess
 import sys
@@ -167,46 +165,53 @@ def test_errors_come_before_any_prompt_is_run(tmp_path: Path):
     assert not ran and not list(tmp_path.iterdir())
 
 
-RUN = textwrap.dedent(
+KILL = textwrap.dedent(
     """
-    import sys
+    import os, random, signal, sys, time
     import torch
-    torch.set_num_threads(1)
+    torch.set_num_threads(1)  # and no work before a fork: a thread pool would not survive it
     sys.path.insert(0, {root!r})
-    from tests.unit.test_niah_sweep import QUIET, all_settings, model_of, prompts_of
+    from tests.unit.test_niah_sweep import QUIET, all_settings, kill_prompts, model_of
     from hooked_hybrid.niah.sweep import niah
-    prompts, out = prompts_of("griffin"), sys.argv[1]
-    niah(model_of("griffin"), prompts, all_settings(), out=out, resume=True, **QUIET)
+    model, prompts, settings = model_of("griffin"), kill_prompts(), all_settings()
+
+    def start(folder):
+        child = os.fork()
+        if not child:
+            niah(model, prompts, settings, out=folder, resume=True, **QUIET)
+            os._exit(0)
+        return child
+
+    begun = time.perf_counter()
+    os.waitpid(start(sys.argv[1]), 0)
+    whole, rng = time.perf_counter() - begun, random.Random(0)
+    for _ in range(30):
+        child = start(sys.argv[2])
+        time.sleep(rng.uniform(0, whole / 20))
+        os.kill(child, signal.SIGKILL)
+        _, status = os.waitpid(child, 0)
+        print(int(os.WIFSIGNALED(status)), flush=True)
     """
 )
 
 
-def test_a_run_killed_at_random_instants_ends_as_an_undisturbed_one(tmp_path: Path):
+@cache
+def kill_prompts() -> tuple[Prompt, ...]:
+    return tuple(grid(model_of("griffin"), [PAPER], LENGTHS, [i / 19 for i in range(20)]))
+
+
+def test_a_run_killed_at_30_random_instants_ends_as_an_undisturbed_one(tmp_path: Path):
     root = str(Path(__file__).parent.parent.parent)
-    whole = niah(model_of("griffin"), prompts_of("griffin"), all_settings(), **QUIET)
-    generator = torch.Generator().manual_seed(0)
-    seen: list[int] = []
-    for _ in range(4):
-        command = [sys.executable, "-c", RUN.format(root=root), str(tmp_path / "r")]
-        process = subprocess.Popen(command)
-        try:
-            process.wait(timeout=4 + 3 * float(torch.rand((), generator=generator)))
-        except subprocess.TimeoutExpired:
-            os.kill(process.pid, signal.SIGKILL)
-            process.wait()
-        if (tmp_path / "r" / FILE).exists():
-            kept = sqlite3.connect(tmp_path / "r" / FILE)
-            query = "SELECT prompt_id, count(*) FROM cells GROUP BY prompt_id"
-            rows = kept.execute(query).fetchall()
-            assert all(n == 8 for _, n in rows)
-            seen.append(len(rows))
-    assert seen == sorted(seen)
-    end = niah(
-        model_of("griffin"),
-        prompts_of("griffin"),
-        all_settings(),
-        out=tmp_path / "r",
-        resume=True,
-        **QUIET,
+    undisturbed, disturbed = tmp_path / "u", tmp_path / "d"
+    command = [sys.executable, "-c", KILL.format(root=root), undisturbed, disturbed]
+    killed = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
+    assert len(killed) == 30 and killed.count("1") >= 10  # the others came after the end
+    with sqlite3.connect(disturbed / FILE) as kept:
+        rows = kept.execute("SELECT prompt_id, count(*) FROM cells GROUP BY prompt_id").fetchall()
+    assert rows and all(n == len(all_settings()) for _, n in rows)
+    whole, end = (
+        niah(model_of("griffin"), kill_prompts(), all_settings(), out=folder, resume=True, **QUIET)
+        for folder in (undisturbed, disturbed)
     )
+    assert len(whole) == len(kill_prompts()) * len(all_settings())
     assert same_but_for_times(end, whole)

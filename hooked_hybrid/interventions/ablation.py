@@ -1,0 +1,397 @@
+"""Ablation: heads and layers whose outputs are removed, or replaced by ones that say less.
+
+A set of heads is `{layer: [heads]}` or pairs `[(layer, head), ...]`, counted from 0; where rows of
+the batch have sets of their own, `{layer: mask [batch head]}`, as `masks_of_rows` makes them. A set
+is the same in a plain forward, in pieces of a prefill, in cached steps and with padding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cache, partial
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from hooked_hybrid.cache import ActivationCache
+from hooked_hybrid.config import AttentionConfig, HybridConfig, MambaConfig, RGLRUConfig
+from hooked_hybrid.hooked_root import HookSpec
+from hooked_hybrid.hooks import HookPoint, per_position
+from hooked_hybrid.interventions.patching import Cache, Donor, index_of_rows, whole_numbers
+from hooked_hybrid.shapes import Resid
+
+Heads = Mapping[int, Iterable[int] | Bool[Tensor, "..."]] | Iterable[tuple[int, int]]
+HeadSets = dict[int, tuple[int, ...] | Tensor]
+Method = Literal["zero", "mean", "resample", "norm"]
+DonorMask = Int[Tensor, "donor_batch donor_pos"]
+HeadMask = Bool[Tensor, "#row 1 head 1"]
+PerHead = Float[Tensor, "row pos head width"]
+Edit = Callable[[Tensor, Tensor, HookPoint], Tensor]
+
+MIXER_KINDS: dict[str, type] = {
+    "attention": AttentionConfig,
+    "rglru": RGLRUConfig,
+    "mamba": MambaConfig,
+}
+
+
+def ablate_heads(
+    heads: Heads,
+    method: Method = "zero",
+    values: Cache | None = None,
+    *,
+    seed: int | None = None,
+    attention_mask: DonorMask | None = None,
+) -> list[HookSpec]:
+    """Replace what these heads compute, at every position, by something that says less.
+
+    - "zero": z = 0.
+    - "mean": z is the head's mean over all tokens of a reference run, whatever the position.
+    - "resample": z is that of another run at the same position of the document. With a `seed` the
+      rows of that run change places first, in one random cycle, so that each gets another's:
+      with the batch's own cache this shuffles the batch. (A shuffle inside the forward would
+      need all rows there, at the same position; generation and padding do not grant it.)
+    - "norm": z = 0, and what the other heads of the layer write is scaled, at each position, so
+      that the sum over heads, before the output bias, keeps its Euclidean norm (not its
+      direction). Where nothing is left, it stays 0.
+
+    Args:
+        heads: `{layer: [heads]}`, pairs (layer, head), or `{layer: mask [batch head]}`.
+        method: as above.
+        values: "mean" and "resample": z of another run [batch pos head d_head], as an
+            `ActivationCache`, a mapping from full names, or from layers; "mean" also takes means
+            [head d_head].
+        seed: "resample": how rows of `values` change places; None leaves them.
+        attention_mask: of the run of `values`, where its rows are padded.
+
+    Returns:
+        Hooks on `hook_z` of these layers ("norm": on `hook_result`, after every edit of z).
+
+    Raises:
+        ValueError: a layer or head that is no whole number from 0 on; an unknown method, or
+            arguments that it does not take or that it lacks; when first run, a head above those
+            of the layer, or a mask or `values` that do not fit the layer or the batch.
+        HookNameError: when attached, a layer without attention (`check_heads` says which have it).
+
+    Source: Wang et al. 2022 (IOI) for mean ablation, there at each position of a template; Chan et
+    al. 2022 (causal scrubbing) for resampling. "norm" is ours.
+    """
+    chosen, edit = _by_layer(heads), _edit_of_heads(method, values, seed, attention_mask)
+    if values is not None:
+        for layer in chosen:  # an error now, not when it first runs
+            _of_layer(values, layer, _point(layer))
+
+    @per_position
+    def replace(z: PerHead, hook: HookPoint) -> PerHead:
+        return edit(z, _mask(chosen[hook.layer()], z.shape[2], hook), hook)
+
+    return [([_point(layer, method) for layer in chosen], replace)] if chosen else []
+
+
+def cut_heads(heads: Heads) -> list[HookSpec]:
+    """Zero the outputs of these heads: `ablate_heads` with "zero"."""
+    return ablate_heads(heads)
+
+
+def keep_heads(
+    heads: Heads,
+    method: Method = "zero",
+    values: Cache | None = None,
+    *,
+    seed: int | None = None,
+    attention_mask: DonorMask | None = None,
+) -> list[HookSpec]:
+    """Ablate all other heads, also in attention layers that are not named.
+
+    Args:
+        heads: the set that stays; an empty one ablates all attention (output biases stay).
+        method, values, seed, attention_mask: as in `ablate_heads`.
+
+    Returns:
+        Hooks on `hook_z` of every attention layer ("norm": on `hook_result`).
+
+    Raises:
+        ValueError, HookNameError: as `ablate_heads`.
+    """
+    chosen, edit = _by_layer(heads), _edit_of_heads(method, values, seed, attention_mask)
+
+    @per_position
+    def replace_the_others(z: PerHead, hook: HookPoint) -> PerHead:
+        return edit(z, ~_mask(chosen[hook.layer()], z.shape[2], hook), hook)
+
+    @per_position
+    def replace_all(z: PerHead, hook: HookPoint) -> PerHead | None:
+        return None if hook.layer() in chosen else edit(z, ~_mask((), z.shape[2], hook), hook)
+
+    # By name too: a predicate would pass over a named layer that has no heads.
+    leaf = _point(0, method).removeprefix("blocks.0")
+    named: list[HookSpec] = [([_point(i, method) for i in chosen], replace_the_others)]
+    return [*(named if chosen else []), (lambda name: name.endswith(leaf), replace_all)]
+
+
+def ablate_layers(
+    layers: int | Iterable[int],
+    kind: Literal["mixer", "mlp"] = "mixer",
+    method: Literal["zero", "mean"] = "zero",
+    values: Cache | None = None,
+    *,
+    attention_mask: DonorMask | None = None,
+) -> list[HookSpec]:
+    """Replace what a mixer or an MLP writes to the residual stream, output bias included.
+
+    Args:
+        layers: `layers_of(cfg, "mamba")`, say.
+        kind: "mixer" (attention or recurrence, at `hook_mixer_out`) or "mlp" (`hook_mlp_out`).
+        method: "zero", or "mean" over all tokens of a reference run.
+        values: "mean": what the layers wrote in another run [batch pos d_model], as an
+            `ActivationCache`, a mapping from full names, or from layers; or means [d_model].
+        attention_mask: of the run of `values`, where its rows are padded.
+
+    Raises:
+        ValueError: no layer, or one that is no whole number from 0 on; an unknown kind or method;
+            arguments that it does not take or that it lacks; when first run, a mean of another
+            width.
+        HookNameError: when attached, a layer that does not exist.
+    """
+    if kind not in ("mixer", "mlp") or method not in ("zero", "mean"):
+        raise ValueError(
+            f"kind={kind!r}, method={method!r}: give 'mixer' or 'mlp', and 'zero' or 'mean'"
+        )
+    _check_method(method, values, None, attention_mask)
+    names = {i: f"blocks.{i}.hook_{kind}_out" for i in whole_numbers(layers, "layers")}
+    means: dict[int, Tensor] = {}
+    if values is not None:
+        means = {i: _mean(_of_layer(values, i, n), 1, attention_mask) for i, n in names.items()}
+
+    @per_position
+    def replace(out: Resid, hook: HookPoint) -> Resid:
+        return _filled(means[hook.layer()], out, hook) if means else torch.zeros_like(out)
+
+    return [(list(names.values()), replace)]
+
+
+def layers_of(cfg: HybridConfig, kind: Literal["attention", "rglru", "mamba"]) -> tuple[int, ...]:
+    """Return the indices of the layers whose mixer is of a kind; there may be none.
+
+    Raises:
+        ValueError: an unknown kind.
+    """
+    if kind not in MIXER_KINDS:
+        raise ValueError(f"kind={kind!r}: give one of {', '.join(MIXER_KINDS)}")
+    mixers = [layer.mixer for layer in cfg.layers]
+    return tuple(i for i, mixer in enumerate(mixers) if isinstance(mixer, MIXER_KINDS[kind]))
+
+
+def check_heads(cfg: HybridConfig, heads: Heads) -> None:
+    """Refuse heads that a model does not have, before anything runs.
+
+    Raises:
+        ValueError: a layer without heads, a head above those of its layer, or a mask of another
+            width; the message says which layers have how many.
+    """
+    n_heads = _n_heads(cfg)
+    has = "heads are in layers " + ", ".join(f"{i} ({n} heads)" for i, n in n_heads.items())
+    for layer, mine in _by_layer(heads).items():
+        if layer not in n_heads:
+            raise ValueError(f"layer {layer} has no heads; {has if n_heads else 'no layer has'}")
+        if isinstance(mine, Tensor) and mine.shape[-1] != n_heads[layer]:
+            raise ValueError(f"the mask of layer {layer} is of {mine.shape[-1]} heads; {has}")
+        if not isinstance(mine, Tensor) and max(mine, default=0) >= n_heads[layer]:
+            raise ValueError(f"head {max(mine)} of layer {layer}, counted from 0; {has}")
+
+
+def masks_of_rows(
+    cfg: HybridConfig, heads_of_rows: Sequence[Heads]
+) -> dict[int, Bool[Tensor, "batch _"]]:
+    """Return a set of heads for each row of a batch, as masks of every attention layer.
+
+    Args:
+        cfg: of the model.
+        heads_of_rows: the set of each row of the original batch, in order; sets may be empty.
+
+    Raises:
+        ValueError: no row, a set that has a mask for rows itself, or as `check_heads`.
+    """
+    sets = [_by_layer(heads) for heads in heads_of_rows]
+    if not sets or any(isinstance(m, Tensor) and m.ndim > 1 for s in sets for m in s.values()):
+        raise ValueError("heads_of_rows: give a set of heads for each row, by number")
+    for heads in sets:
+        check_heads(cfg, heads)
+    return {
+        layer: torch.stack([_flags(heads.get(layer, ()), n) for heads in sets])
+        for layer, n in _n_heads(cfg).items()
+    }
+
+
+def mean_over_tokens(
+    value: Float[Tensor, "batch pos *rest"], attention_mask: Int[Tensor, "batch pos"] | None = None
+) -> Float[Tensor, "*rest"]:
+    """Return the mean over rows and positions, padding left out, summed in fp32 or wider.
+
+    Raises:
+        ValueError: a mask of another shape.
+    """
+    wide = value.to(torch.promote_types(value.dtype, torch.float32))
+    if attention_mask is None:
+        return wide.mean(dim=(0, 1)).to(value.dtype)
+    if attention_mask.shape != value.shape[:2]:
+        raise ValueError(
+            f"attention_mask has shape {tuple(attention_mask.shape)}, the values are "
+            f"{tuple(value.shape)}"
+        )
+    return wide[attention_mask.to(value.device) > 0].mean(dim=0).to(value.dtype)
+
+
+def _edit_of_heads(
+    method: Method, values: Cache | None, seed: int | None, attention_mask: Tensor | None
+) -> Edit:
+    """Return a function of z, the heads to replace in it, and the point."""
+    _check_method(method, values, seed, attention_mask)
+    if method == "norm":
+        return _restoring_norm
+    if values is None:
+        return lambda z, mask, hook: z.masked_fill(mask, 0)  # noqa: ARG005
+    given = partial(_of_layer, values)
+
+    @cache
+    def mean_of(name: str, layer: int) -> Tensor:
+        return _mean(given(layer, name), 2, attention_mask)
+
+    @cache
+    def donor_of(name: str, layer: int) -> Donor:
+        return _donor(given(layer, name), seed, attention_mask)
+
+    def edit(z: Tensor, mask: Tensor, hook: HookPoint) -> Tensor:
+        where = str(hook.name), hook.layer()
+        if method == "mean":
+            return torch.where(mask, _filled(mean_of(*where), z, hook), z)
+        real = hook.run.query_pos >= 0
+        mask = mask & real[:, :, None, None]
+        return torch.where(mask, donor_of(*where).at(z, mask.any(2)[..., 0], hook), z)
+
+    return edit
+
+
+def _restoring_norm(result: PerHead, mask: HeadMask, hook: HookPoint) -> PerHead:  # noqa: ARG001
+    """Return what heads write, some of them silent, the others scaled to the norm of all."""
+    left, wide = result.masked_fill(mask, 0), torch.promote_types(result.dtype, torch.float32)
+    before, after = (r.sum(dim=2, dtype=wide).norm(dim=-1) for r in (result, left))
+    scale = before / after.where(after > 0, 1)
+    return left * scale[..., None, None].to(result.dtype)
+
+
+def _check_method(
+    method: str, values: Cache | None, seed: int | None, attention_mask: Tensor | None
+) -> None:
+    takes_values = {"zero": False, "mean": True, "resample": True, "norm": False}
+    if method not in takes_values:
+        raise ValueError(f"method={method!r}: give one of {', '.join(takes_values)}")
+    if takes_values[method] and values is None:
+        raise ValueError(f"method={method!r} needs values, those of another run")
+    if not takes_values[method] and (values is not None or attention_mask is not None):
+        raise ValueError(f"method={method!r} takes no values and no attention_mask")
+    if seed is not None and method != "resample":
+        raise ValueError(f"method={method!r} takes no seed")
+
+
+def _by_layer(heads: Heads) -> HeadSets:
+    """Return a set of heads by layer, as numbers or as masks [head] or [batch head]."""
+    if not isinstance(heads, Mapping):
+        pairs = [tuple(pair) for pair in heads]
+        if any(len(pair) != 2 for pair in pairs):
+            raise ValueError(f"heads {pairs}: give {{layer: [heads]}} or pairs (layer, head)")
+        heads = {layer: [h for i, h in pairs if i == layer] for layer, _ in pairs}
+    chosen: HeadSets = {}
+    for key, given in heads.items():
+        (layer,) = whole_numbers(key, "layer")
+        if isinstance(given, Tensor) and given.dtype == torch.bool:
+            if given.ndim not in (1, 2):
+                raise ValueError(f"a mask of heads is [batch head], not {tuple(given.shape)}")
+            chosen[layer] = given
+        else:
+            mine = tuple(given)
+            chosen[layer] = whole_numbers(mine, f"heads of layer {layer}") if mine else ()
+    return chosen
+
+
+def _mask(mine: tuple[int, ...] | Tensor, n_heads: int, hook: HookPoint) -> HeadMask:
+    """Return True at the chosen heads of each row of this forward."""
+    if isinstance(mine, Tensor) and mine.shape[-1] != n_heads:
+        raise ValueError(
+            f"the mask of layer {hook.layer()} is of {mine.shape[-1]} heads; it has {n_heads} heads"
+        )
+    if not isinstance(mine, Tensor) and max(mine, default=0) >= n_heads:
+        raise ValueError(f"head {max(mine)}: layer {hook.layer()} has {n_heads} heads, from 0")
+    mask = _flags(mine, n_heads).to(hook.run.rows.device)
+    if mask.ndim == 2:
+        mask = mask[index_of_rows(mask.shape[0], f"the mask of layer {hook.layer()}", hook)]
+    return mask.view(-1, 1, n_heads, 1)
+
+
+def _flags(mine: tuple[int, ...] | Tensor, n_heads: int) -> Tensor:
+    return mine if isinstance(mine, Tensor) else torch.tensor([h in mine for h in range(n_heads)])
+
+
+def _n_heads(cfg: HybridConfig) -> dict[int, int]:
+    mixers = {i: layer.mixer for i, layer in enumerate(cfg.layers)}
+    return {i: m.n_heads for i, m in mixers.items() if isinstance(m, AttentionConfig)}
+
+
+def _of_layer(values: Cache, layer: int, name: str) -> Tensor:
+    """Return what is given for a layer, with a batch axis if it comes from a run."""
+    key: Any = layer if layer in values else name
+    if key not in values:
+        raise ValueError(f"values hold nothing for layer {layer}: give it as {name!r} or {layer}")
+    lost_batch = isinstance(values, ActivationCache) and not values.has_batch_dim
+    return values[key][None] if lost_batch else values[key]
+
+
+def _mean(value: Tensor, n_axes: int, attention_mask: Tensor | None) -> Tensor:
+    """Return the mean of a run's values, or the value if it is a mean of `n_axes` already."""
+    if value.ndim == n_axes and attention_mask is None:
+        return value
+    if value.ndim != n_axes + 2:
+        raise ValueError(
+            f"values of shape {tuple(value.shape)}: give those of a run, {n_axes + 2} axes, or "
+            f"their mean over batch and positions, {n_axes}, without attention_mask"
+        )
+    return mean_over_tokens(value, attention_mask)
+
+
+def _filled(mean: Tensor, value: Tensor, hook: HookPoint) -> Tensor:
+    if mean.shape != value.shape[2:]:
+        raise ValueError(
+            f"the mean for {hook.name!r} has shape {tuple(mean.shape)}, not "
+            f"{tuple(value.shape[2:])}"
+        )
+    return mean.to(value).expand_as(value)
+
+
+def _donor(value: Tensor, seed: int | None, attention_mask: Tensor | None) -> Donor:
+    """Return the donor, with the rows in another order if there is a seed."""
+    if seed is None:
+        return Donor.of(value, attention_mask)
+    if (n := value.shape[0]) < 2:
+        raise ValueError(f"seed={seed}: values of one row cannot change places")
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
+    source = torch.empty_like(order).index_copy(0, order, order.roll(1))
+    mask = None if attention_mask is None else attention_mask.cpu()[source]
+    return Donor.of(value[source.to(value.device)], mask)
+
+
+def _point(layer: int, method: str = "zero") -> str:
+    return f"blocks.{layer}.attn.hook_{'result' if method == 'norm' else 'z'}"
+
+
+__all__ = [
+    "ablate_heads",
+    "ablate_layers",
+    "check_heads",
+    "cut_heads",
+    "keep_heads",
+    "layers_of",
+    "masks_of_rows",
+    "mean_over_tokens",
+]

@@ -1,0 +1,188 @@
+"""Arguments that differ between the rows of a batch, as the hooks of one forward meet them."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from hooked_hybrid.hooks import HookPoint, Run
+
+Spans = (
+    Sequence[int]
+    | Sequence[Sequence[int]]
+    | Sequence[Sequence[Sequence[int]]]
+    | Int[Tensor, "batch *span 2"]
+)
+"""One (start, stop); several, for every row; such a list for each row; or a tensor of each row's.
+
+Positions are those of the document, from 0, as in `hook.run.key_pos`; `stop` is not included.
+Several spans of a row count together. Sequences are read by their depth: `(3, 6)` and
+`[(3, 6), (9, 12)]` are for every row, `[[(3, 6)], [(2, 5), (9, 12)]]` for two rows. A tensor always
+has a row for each row of the batch, [batch 2] or [batch span 2]; where a row has fewer spans than
+others, repeat one.
+"""
+
+Bounds = Int[Tensor, "*rows span 2"]
+
+
+def entries_of_rows(
+    values: Int[Tensor, "batch ..."], hook: HookPoint, name: str
+) -> Int[Tensor, "row ..."]:
+    """Return the entries that belong to the rows of this forward.
+
+    Args:
+        values: an entry for each row of the original batch.
+        hook: its run says which of them this forward holds.
+        name: of the argument, for the error.
+
+    Raises:
+        ValueError: fewer entries than rows; or more, outside generation and where the rows are the
+            first ones: then they look like the whole batch. (So under `on_rows` of the first
+            rows, give the entries of these alone.)
+    """
+    rows = hook.run.rows
+    n_rows = int(rows.max()) + 1
+    is_whole_batch = hook.run.step == 0 and rows.shape[0] == n_rows
+    if values.shape[0] < n_rows or (is_whole_batch and values.shape[0] > n_rows):
+        raise ValueError(f"{name} has {values.shape[0]} entries, the batch has {n_rows} rows")
+    return values.to(rows.device)[rows]
+
+
+def read_k(k: int | Int[Tensor, " batch"]) -> Int[Tensor, "*batch"]:
+    """Return a number of heads, or that of each row, as a tensor.
+
+    Raises:
+        ValueError: not whole, negative, or of another shape.
+    """
+    per_row = torch.as_tensor(k)
+    if per_row.ndim > 1 or per_row.is_floating_point() or bool((per_row < 0).any()):
+        raise ValueError(f"k={k}: give a whole number of heads, 0 or more, or one for each row")
+    return per_row
+
+
+def k_of_rows(k: Int[Tensor, "*batch"], n_heads: int, hook: HookPoint) -> Int[Tensor, " row"]:
+    """Return the number of heads for each row of this forward.
+
+    Raises:
+        ValueError: more than the layer has, or numbers for another number of rows.
+    """
+    if int(k.max()) > n_heads:
+        raise ValueError(f"k={int(k.max())}: layer {hook.layer()} has {n_heads} heads")
+    if k.ndim:
+        return entries_of_rows(k, hook, "k")
+    return k.to(hook.run.rows.device).expand(hook.run.rows.shape[0])
+
+
+def read_spans(spans: Spans) -> Bounds:
+    """Return spans as [span 2] where they are for every row, [batch span 2] where for each.
+
+    Raises:
+        ValueError: not whole numbers, not pairs, none at all, or not 0 <= start < stop.
+    """
+    try:
+        bounds = _of_tensor(spans) if isinstance(spans, Tensor) else torch.tensor(_nested(spans))
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"spans={spans!r}: give (start, stop), several of them, or a list or tensor with an "
+            "entry for each row"
+        ) from error
+    start, stop = bounds.unbind(-1)
+    if bool(((start < 0) | (start >= stop)).any()):
+        raise ValueError(f"spans={spans!r}: positions count from 0, and start < stop")
+    return bounds
+
+
+def in_spans(bounds: Bounds, hook: HookPoint) -> Bool[Tensor, "batch key"]:
+    """Return True at the keys that lie in the spans of their row.
+
+    Raises:
+        ValueError: spans for another number of rows; or, at a step of generation, a span of which
+            the row has not read the end (see `check_spans` for the other stages).
+    """
+    run = hook.run
+    if run.key_pos is None:
+        raise ValueError(f"{hook.name!r} has no keys: spans are for scores and patterns")
+    if bounds.ndim == 3:
+        bounds = entries_of_rows(bounds, hook, "spans")
+    else:
+        bounds = bounds.to(run.rows.device).expand(run.rows.shape[0], -1, -1)
+    if run.stage == "generation":
+        _require_read(bounds, run)
+    key_pos, (start, stop) = run.key_pos[:, :, None], bounds[:, None].unbind(-1)
+    return ((start <= key_pos) & (key_pos < stop)).any(-1)
+
+
+def check_spans(spans: Spans, lengths: int | Sequence[int] | Int[Tensor, "*rows"]) -> None:
+    """Raise an error if a span is none, or ends after the tokens of its row.
+
+    For use before a run. A hook raises this error itself only in generation: a forward or a prefill
+    may come in pieces, and a piece that does not reach the span may precede one that does.
+
+    Args:
+        spans: as in `manipulate_span`.
+        lengths: tokens of each row without padding, or of every row.
+
+    Raises:
+        ValueError: as said; or lengths for another number of rows.
+    """
+    bounds, n_tokens = read_spans(spans), torch.as_tensor(lengths)
+    stop = bounds[..., 1].amax(-1)
+    if stop.ndim and n_tokens.ndim and stop.shape != n_tokens.shape:
+        raise ValueError(f"spans has {len(stop)} entries, lengths {len(n_tokens)}")
+    _require_ends(*torch.broadcast_tensors(stop, n_tokens))
+
+
+def _require_read(bounds: Int[Tensor, "batch span 2"], run: Run) -> None:
+    _require_ends(bounds[..., 1].amax(-1), run.query_pos.amax(1) + 1, run.rows)
+
+
+def _require_ends(stop: Tensor, n_tokens: Tensor, rows: Tensor | None = None) -> None:
+    late = (stop > n_tokens).reshape(-1).nonzero()[:, 0].tolist()
+    if late:
+        row = late[0] if rows is None else int(rows[late[0]])
+        raise ValueError(
+            f"a span of row {row} ends at {int(stop.reshape(-1)[late[0]])}, but the row has "
+            f"{int(n_tokens.reshape(-1)[late[0]])} tokens: positions count from 0, without padding"
+        )
+
+
+def _of_tensor(spans: Tensor) -> Int[Tensor, "batch span 2"]:
+    is_whole = not (spans.is_floating_point() or spans.dtype == torch.bool)
+    if not is_whole or spans.ndim not in (2, 3) or spans.shape[-1] != 2 or not spans.numel():
+        raise ValueError(f"dtype {spans.dtype}, shape {tuple(spans.shape)}")
+    return spans.long() if spans.ndim == 3 else spans.long()[:, None]
+
+
+def _nested(spans: Any) -> list[Any]:
+    """Return [span 2] or [batch span 2] as lists; rows repeat a span up to the longest row's."""
+    depth, inner = 0, spans
+    while isinstance(inner, Sequence) and depth < 4:
+        depth, inner = depth + 1, inner[0] if inner else None
+    if depth < 3:
+        return _pairs([spans] if depth == 1 else spans)
+    rows = [_pairs(row) for row in spans]
+    longest = max(map(len, rows))
+    return [row + row[:1] * (longest - len(row)) for row in rows]
+
+
+def _pairs(spans: Sequence[Any]) -> list[list[int]]:
+    pairs = [[operator.index(i) for i in span] for span in spans]
+    if not pairs or any(len(pair) != 2 for pair in pairs):
+        raise ValueError("not pairs")
+    return pairs
+
+
+__all__ = [
+    "Spans",
+    "check_spans",
+    "entries_of_rows",
+    "in_spans",
+    "k_of_rows",
+    "read_k",
+    "read_spans",
+]
