@@ -22,6 +22,16 @@ def test_the_readmes_first_example_runs_and_its_comments_are_true():
     assert torch.isfinite(scope["logits"]).all()
 
 
+def test_the_readmes_sweep_runs():
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    (block,) = (block for block in blocks if "sweep.niah" in block)
+    scope: dict[str, Any] = {}
+    exec(compile(block, "README.md", "exec"), scope)
+    accuracy = scope["table"].groupby("setting")["accuracy"].mean()
+    assert accuracy["whole"] == 1
+    assert set(accuracy.index) == {"whole", "no last MLP"}
+
+
 def test_ci_runs_exactly_the_readmes_test_command():
     readme = (ROOT / "README.md").read_text()
     assert re.search(r"^make test\b", readme, re.MULTILINE)

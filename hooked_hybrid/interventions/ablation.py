@@ -267,9 +267,8 @@ def _edit_of_heads(
         where = str(hook.name), hook.layer()
         if method == "mean":
             return torch.where(mask, _filled(mean_of(*where), z, hook), z)
-        real = hook.run.query_pos >= 0
-        mask = mask & real[:, :, None, None]
-        return torch.where(mask, donor_of(*where).at(z, mask.any(2)[..., 0], hook), z)
+        wanted = mask.any(dim=2)[..., 0] & (hook.run.query_pos >= 0)
+        return torch.where(mask, donor_of(*where).at(z, wanted, hook), z)
 
     return edit
 

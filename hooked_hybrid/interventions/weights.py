@@ -158,7 +158,7 @@ def boost_span(
 
     @per_position
     def silence_the_others(z: Queries, hook: HookPoint) -> Queries:
-        return (kept.take(hook), z)[1]
+        return z.masked_fill(~kept.take(hook).transpose(1, 2)[..., None], 0)
 
     return [(_points("hook_attn_scores"), boost), (_points("hook_z"), silence_the_others)]
 

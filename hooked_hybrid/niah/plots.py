@@ -6,6 +6,7 @@ matplotlib is imported when the first one is drawn.
 
 from __future__ import annotations
 
+import io
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -142,9 +143,11 @@ def save_figure(figure: Figure, path_without_suffix: str | Path) -> list[Path]:
     base, paths = Path(path_without_suffix), []
     for kind in ("png", "pdf"):
         paths.append(base.with_name(f"{base.name}.{kind}"))
+        stamp = {"CreationDate": None} if kind == "pdf" else None
+        drawn = io.BytesIO()  # on a full disk matplotlib hides the error behind one of its own
+        figure.savefig(drawn, format=kind, dpi=150, metadata=stamp)
         with replacing(paths[-1]) as temporary:
-            stamp = {"CreationDate": None} if kind == "pdf" else None
-            figure.savefig(temporary, format=kind, dpi=150, metadata=stamp)
+            temporary.write_bytes(drawn.getvalue())
     return paths
 
 

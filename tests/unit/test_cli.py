@@ -157,6 +157,38 @@ def test_the_seed_changes_the_generated_haystack_and_nothing_else(sweep: Sweep):
     assert first == again != other
 
 
+def test_the_seed_changes_the_distractors_too(sweep: Sweep):
+    drawn = []
+    for seed in ("0", "1"):
+        assert run("--distractors", "2", "--depths", "0", "--seed", seed).exit_code == 0
+        drawn.append({p.id for p in sweep.prompts})
+    assert not drawn[0] & drawn[1]
+
+
+def test_distractors_follow_the_seed_of_a_haystack_of_files(sweep: Sweep, tmp_path: Path):
+    (tmp_path / "a.txt").write_text("A guitar can change the school . " * 50)
+    texts = []
+    for seed in ("0", "1"):
+        options = ["--haystack", str(tmp_path), "--distractors", "1", "--seed", seed]
+        assert run(*options, "--lengths", "150", "--depths", "0").exit_code == 0
+        texts.append(sweep.prompts[0].tokens)
+    assert texts[0] != texts[1]
+
+
+def test_prompts_without_a_needle_show_what_was_answered(tmp_path: Path):
+    options = ["--needle", "none", "--k", "0", "--k", "8", "--stages", "generation"]
+    out = tmp_path / "r"
+    small = ["--lengths", "120", "--depths", "0", "--out", str(out)]
+    result = run(*options, *small)
+    assert result.exit_code == 0, result.output
+    assert "answers without a needle" in result.output
+    table = pd.read_csv(out / "table.csv")
+    assert (
+        len(table) == 2 and table["accuracy"].isna().all() and (table["needle_id"] == "none").all()
+    )
+    assert table["output"].str.contains("San Francisco").all()
+
+
 def test_a_users_needles_are_read(sweep: Sweep, tmp_path: Path):
     path = tmp_path / "mine.json"
     path.write_text(

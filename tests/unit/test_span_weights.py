@@ -504,13 +504,13 @@ def test_boost_at_some_positions(model: HookedHybrid):
 
 def boosted_by_hand(
     model: HookedHybrid, tokens: Tensor, k: int, spans: list[tuple[int, int]], scale: float
-) -> Tensor:
-    """Return the logits of a forward whose pattern and heads come from loops."""
+) -> tuple[Tensor, Tensor]:
+    """Return logits and pattern of a forward whose pattern and heads come from loops."""
     _, seen = model.run_with_cache(tokens, names_filter=[SCORES, PATTERN])
     scores, plain = seen[SCORES], seen[PATTERN]
     span = {p for start, stop in spans for p in range(start, stop)}
     n_keys = model.cfg.layers[LAYER].mixer.n_keys
-    pattern = torch.zeros_like(plain)
+    pattern = plain.clone()
     keep = torch.zeros(plain.shape[:3], dtype=torch.bool)
     for row in range(tokens.shape[0]):
         for q in range(tokens.shape[1]):
@@ -530,7 +530,7 @@ def boosted_by_hand(
         return z * keep.transpose(1, 2)[..., None]
 
     also = [(f"blocks.{LAYER}.attn.hook_z", silence)]
-    return with_pattern(model, tokens, pattern, also)
+    return with_pattern(model, tokens, pattern, also), pattern
 
 
 @models
@@ -539,8 +539,10 @@ def test_boost_is_that_of_loops(model: HookedHybrid, k: int):
     tokens = random_tokens(2, N_POS)
     spans = [(5, 9), (12, 13)]
     hooks = boost_span(k, spans, 1.5, "l2", ties="lowest")
-    logits = model.run_with_hooks(tokens, fwd_hooks=hooks)
-    assert_close(logits, boosted_by_hand(model, tokens, k, spans, 1.5))
+    logits, pattern = run_and_see(model, tokens, hooks)
+    expected, expected_pattern = boosted_by_hand(model, tokens, k, spans, 1.5)
+    assert_close(logits, expected)
+    assert_close(pattern, expected_pattern)
     top = interventions.keep_top_heads(k, "l2", ties="lowest")
     unboosted = model.run_with_hooks(tokens, fwd_hooks=top)
     assert k == 0 or relative(logits, unboosted) > 1e-3
