@@ -37,7 +37,6 @@ OTHERS = 13
 """Needles on which the runs that do not ship are measured; the one that ships, on all."""
 
 
-
 def with_tokenizer(folder: Path) -> HookedHybrid:
     """Return the trained model, with the tokenizer it ships with."""
     return HookedHybrid.from_pretrained(folder / "model", tokenizer=word_tokenizer())

@@ -208,6 +208,7 @@ class _Decoder:
             self.step,
             self.rows,
             allow_empty_rows=True,
+            n_rows=self.batch,
         )
         is_logits_hooked = self.model.unembed.hook_logits.is_hooked
         read_out = (is_logits_hooked, *(p.is_hooked for p in self.model.ln_final.children()))

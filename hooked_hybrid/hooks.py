@@ -29,7 +29,8 @@ class Run:
 
     `query_pos` and `key_pos` are positions within the document (-1 at padding), for exactly the
     positions of the tensor the hook was given; `key_pos` is set at attention's score and pattern
-    points only. `step` is 0 in a forward and in prefill, then 1, 2, ... in generation.
+    points only. `step` is 0 in a forward and in prefill, then 1, 2, ... in generation. `rows` are
+    indices into the original batch of `n_rows` (None where a caller gave `rows` alone).
     """
 
     stage: Stage
@@ -37,6 +38,7 @@ class Run:
     query_pos: Int[Tensor, "batch query"]
     rows: Int[Tensor, " batch"]
     key_pos: Int[Tensor, "batch key"] | None = None
+    n_rows: int | None = None
 
     def at(self, start: int, stop: int) -> Run:
         """Return the run as seen by a piece of the positions."""

@@ -121,6 +121,7 @@ def lay_out(
     step: int = 0,
     rows: Tensor | None = None,
     allow_empty_rows: bool = False,
+    n_rows: int | None = None,
 ) -> Layout:
     """Return the layout of new positions, one row after another.
 
@@ -130,7 +131,7 @@ def lay_out(
         attention_mask: 1 at tokens, 0 at padding [batch pos]; zeros on one or both sides only.
         segment_ids: id of each token's document [batch pos], 0 at padding. A document goes on over
             a cut where its id is the one the state ended with.
-        stage, step, rows: for `hook.run`.
+        stage, step, rows, n_rows: for `hook.run`.
         allow_empty_rows: whether a row may be all padding.
 
     Raises:
@@ -147,12 +148,13 @@ def lay_out(
         segment = torch.ones_like(start)
     else:
         start, segment = state.next_pos.to(device), state.segment.to(device)
+    n_rows = batch if rows is None else n_rows
     rows = torch.arange(batch, device=device) if rows is None else rows.to(device)
     ids = segment_ids if segment_ids is not None else attention_mask
     if ids is None:
         pos = start[:, None] + torch.arange(n_pos, device=device)
         n_before = 0 if state is None else state.n_seen
-        run = Run(stage, step, pos, rows)
+        run = Run(stage, step, pos, rows, n_rows=n_rows)
         return Layout(pos, None, None, segment, start + n_pos, False, n_before, run)
 
     name = "attention_mask" if segment_ids is None else "segment_ids"
@@ -164,7 +166,7 @@ def lay_out(
         pos, doc = start[:, None] + rank, None
         next_pos = start + rank[:, -1] + 1
         if not has_padding:  # a mask of ones says nothing
-            return lay_out(x, state, None, None, stage, step, rows)
+            return lay_out(x, state, None, None, stage, step, rows, n_rows=n_rows)
     else:
         before = torch.cat([segment[:, None], ids[:, :-1]], dim=1)
         before = torch.where(before > 0, before, segment[:, None])  # after padding on the left
@@ -175,7 +177,7 @@ def lay_out(
         next_pos = pos.gather(1, _last_real_index(is_real))[:, 0] + 1
         segment = ids.gather(1, _last_real_index(is_real))[:, 0]
     pos = pos.masked_fill(~is_real, -1)
-    run = Run(stage, step, pos, rows)
+    run = Run(stage, step, pos, rows, n_rows=n_rows)
     return Layout(pos, doc, None, segment, next_pos, has_padding, None, run)
 
 

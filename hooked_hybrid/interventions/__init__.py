@@ -1,20 +1,47 @@
 """Interventions as plain hooks: each factory returns what `fwd_hooks` takes."""
 
 from hooked_hybrid.hooks import per_position
+from hooked_hybrid.interventions.ablation import (
+    ablate_heads,
+    ablate_layers,
+    check_heads,
+    cut_heads,
+    keep_heads,
+    layers_of,
+    masks_of_rows,
+    mean_over_tokens,
+)
 from hooked_hybrid.interventions.heads import (
     best_heads,
     keep_top_heads,
     l2_norm,
     negative_entropy,
 )
+from hooked_hybrid.interventions.patching import freeze, knock_out_edges, patch
+from hooked_hybrid.interventions.rows import check_spans
+from hooked_hybrid.interventions.weights import boost_span, manipulate_span
 from hooked_hybrid.interventions.where import hook_at, on_rows
 
 __all__ = [
+    "ablate_heads",
+    "ablate_layers",
     "best_heads",
+    "boost_span",
+    "check_heads",
+    "check_spans",
+    "cut_heads",
+    "freeze",
     "hook_at",
+    "keep_heads",
     "keep_top_heads",
+    "knock_out_edges",
     "l2_norm",
+    "layers_of",
+    "manipulate_span",
+    "masks_of_rows",
+    "mean_over_tokens",
     "negative_entropy",
     "on_rows",
+    "patch",
     "per_position",
 ]

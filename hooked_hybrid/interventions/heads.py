@@ -11,6 +11,7 @@ from torch import Tensor
 
 from hooked_hybrid.hooked_root import HookSpec
 from hooked_hybrid.hooks import HookPoint, per_position
+from hooked_hybrid.interventions.rows import Handover, k_of_rows, read_k
 from hooked_hybrid.shapes import Pattern, Queries
 
 HeadScore = Callable[[Tensor, HookPoint], Tensor]
@@ -65,11 +66,9 @@ def keep_top_heads(
         raise ValueError(f"score={score!r}: give one of {', '.join(SCORES)}, or a function")
     if ties not in ("torch", "lowest"):
         raise ValueError(f"ties={ties!r}: give 'torch' or 'lowest'")
-    per_row = torch.as_tensor(k)
-    if per_row.ndim > 1 or per_row.is_floating_point() or bool((per_row < 0).any()):
-        raise ValueError(f"k={k}: give a whole number of heads, 0 or more, or one for each row")
+    per_row = read_k(k)
     score_fn: HeadScore = SCORES[score] if isinstance(score, str) else score
-    kept: dict[int, Bool[Tensor, "batch head query"]] = {}
+    kept = Handover()
 
     @per_position
     def choose_heads(pattern: Pattern, hook: HookPoint) -> None:
@@ -79,11 +78,11 @@ def keep_top_heads(
                 f"the head score returned shape {tuple(scores.shape)}; give one score for each "
                 f"row, head and query, {tuple(pattern.shape[:3])}"
             )
-        kept[hook.layer()] = best_heads(scores, _k_of_rows(per_row, pattern.shape[1], hook), ties)
+        kept.leave(hook, best_heads(scores, k_of_rows(per_row, pattern.shape[1], hook), ties))
 
     @per_position
     def silence_the_others(z: Queries, hook: HookPoint) -> Queries:
-        keep = kept.pop(hook.layer()).transpose(1, 2)
+        keep = kept.take(hook).transpose(1, 2)
         return z.masked_fill(~keep[..., None], 0)
 
     return [(_is_pattern, choose_heads), (_is_z, silence_the_others)]
@@ -109,19 +108,6 @@ def best_heads(
             best = torch.zeros_like(keep).scatter(1, order, True)
         keep = torch.where(rows[:, None, None], best, keep)
     return keep
-
-
-def _k_of_rows(k: Tensor, n_heads: int, hook: HookPoint) -> Int[Tensor, " batch"]:
-    """Return k for each row of this forward."""
-    if int(k.max()) > n_heads:
-        raise ValueError(f"k={int(k.max())}: layer {hook.layer()} has {n_heads} heads")
-    rows = hook.run.rows
-    if k.ndim == 0:
-        return k.to(rows.device).expand(rows.shape[0])
-    is_whole_batch = hook.run.step == 0
-    if int(rows.max()) >= k.shape[0] or (is_whole_batch and rows.shape[0] < k.shape[0]):
-        raise ValueError(f"k has {k.shape[0]} entries, the batch has {int(rows.max()) + 1} rows")
-    return k.to(rows.device)[rows]
 
 
 def _is_pattern(name: str) -> bool:

@@ -41,14 +41,12 @@ def entries_of_rows(
         name: of the argument, for the error.
 
     Raises:
-        ValueError: fewer entries than rows; or more, outside generation and where the rows are the
-            first ones: then they look like the whole batch. (So under `on_rows` of the first
-            rows, give the entries of these alone.)
+        ValueError: another number of entries than the batch has rows.
     """
-    rows = hook.run.rows
-    n_rows = int(rows.max()) + 1
-    is_whole_batch = hook.run.step == 0 and rows.shape[0] == n_rows
-    if values.shape[0] < n_rows or (is_whole_batch and values.shape[0] > n_rows):
+    rows, n_rows = hook.run.rows, hook.run.n_rows
+    if n_rows is None:
+        n_rows = max(int(rows.max()) + 1, values.shape[0])
+    if values.shape[0] != n_rows:
         raise ValueError(f"{name} has {values.shape[0]} entries, the batch has {n_rows} rows")
     return values.to(rows.device)[rows]
 
@@ -177,7 +175,33 @@ def _pairs(spans: Sequence[Any]) -> list[list[int]]:
     return pairs
 
 
+class Handover:
+    """What a hook leaves for a later one of the same layer, rows and positions.
+
+    By rows and positions too, as `hook_at` and `on_rows` call one hook several times before they
+    call the next; and what a run that failed has left is never taken for another's.
+    """
+
+    def __init__(self) -> None:
+        self._left: dict[tuple[int, ...], Tensor] = {}
+
+    def leave(self, hook: HookPoint, value: Tensor) -> None:
+        """Keep a value."""
+        self._left[self._key(hook)] = value
+
+    def take(self, hook: HookPoint) -> Tensor:
+        """Return the value left for this place."""
+        return self._left.pop(self._key(hook))
+
+    @staticmethod
+    def _key(hook: HookPoint) -> tuple[int, ...]:
+        run = hook.run
+        first = run.query_pos[:, 0].tolist()
+        return (hook.layer(), run.query_pos.shape[1], *run.rows.tolist(), *first)
+
+
 __all__ = [
+    "Handover",
     "Spans",
     "check_spans",
     "entries_of_rows",

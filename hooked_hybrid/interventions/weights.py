@@ -14,7 +14,14 @@ from torch import Tensor
 from hooked_hybrid.hooked_root import HookSpec
 from hooked_hybrid.hooks import HookPoint, per_position, watcher
 from hooked_hybrid.interventions.heads import SCORES, HeadScore, best_heads
-from hooked_hybrid.interventions.rows import Spans, in_spans, k_of_rows, read_k, read_spans
+from hooked_hybrid.interventions.rows import (
+    Handover,
+    Spans,
+    in_spans,
+    k_of_rows,
+    read_k,
+    read_spans,
+)
 from hooked_hybrid.mixers.attention import softmax_or_zero
 from hooked_hybrid.names import NameFilter
 from hooked_hybrid.shapes import Pattern, Queries
@@ -85,7 +92,7 @@ def manipulate_span(
     layers, heads_of = _layers_and_heads(layers, heads)
     if mode == "keep":
         return []
-    needs_visible, edit, visible = mode in ("binary", "permute"), EDITS[mode], _Handover()
+    needs_visible, edit, visible = mode in ("binary", "permute"), EDITS[mode], Handover()
 
     @watcher
     @per_position
@@ -146,7 +153,7 @@ def boost_span(
     if not math.isfinite(scale):
         raise ValueError(f"scale={scale}: give a finite number")
     score_fn: HeadScore = SCORES[score] if isinstance(score, str) else score
-    kept = _Handover()
+    kept = Handover()
 
     @per_position
     def boost(scores: Pattern, hook: HookPoint) -> Pattern:
@@ -233,27 +240,6 @@ def _wide(x: Tensor) -> torch.dtype:
 
 
 # --- where they act -------------------------------------------------------------------------------
-
-
-class _Handover:
-    """What a hook leaves for a later one of the same layer, rows and positions.
-
-    By positions too, as `hook_at` calls one hook at several positions before it calls the next.
-    """
-
-    def __init__(self) -> None:
-        self._left: dict[tuple[int, ...], Tensor] = {}
-
-    def leave(self, hook: HookPoint, value: Tensor) -> None:
-        self._left[self._key(hook)] = value
-
-    def take(self, hook: HookPoint) -> Tensor:
-        return self._left.pop(self._key(hook))
-
-    @staticmethod
-    def _key(hook: HookPoint) -> tuple[int, ...]:
-        run = hook.run
-        return (hook.layer(), *run.rows.tolist(), *run.query_pos.flatten().tolist())
 
 
 def _points(name: str, layers: list[int] | None = None) -> NameFilter:
