@@ -2,10 +2,10 @@
 
 A setting is a list of hooks for prefill and one for generation. Settings with the same prefill
 hooks (most often none) share one prefill: its state is forked, and all of them are decoded as the
-rows of one batch, each row with its own hooks. Settings that differ in one number only (`PerRow`)
-are the rows of one batch in prefill too. Prompts of one length share the run over the tokens they
-have in common. Numbers do not depend on where a run was stopped: the batches are always those of
-all settings of one prompt, and the shared runs are cut at the same tokens whatever is done already.
+rows of one batch, each row with its own hooks. Settings with prefill hooks are the rows of one
+batch in prefill too. Prompts of one length share the run over the tokens they have in common.
+Numbers do not depend on where a run was stopped: the batches are always those of all settings of
+one prompt, and the shared runs are cut at the same tokens whatever is done already.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import hashlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import chain, groupby
 from os import PathLike
 from pathlib import Path
@@ -36,6 +37,8 @@ if TYPE_CHECKING:
     import pandas
 
 FirstToken = Literal["prefill", "generation"]
+MOST_ROWS = 32
+"""Settings that run as one batch, at most."""
 
 
 Hooks = tuple[HookSpec, ...] | Callable[[Prompt], Sequence[HookSpec]]
@@ -209,53 +212,42 @@ def _groups(prompts: Sequence[Prompt]) -> Iterator[list[Prompt]]:
 
 @dataclass(frozen=True)
 class _Batch:
-    """Settings that run together: one prefill for all of them, or one row each."""
+    """Settings that run together: a row for each prefill, then a row for each setting."""
 
     settings: tuple[Setting, ...]
 
-    @property
-    def is_per_row(self) -> bool:
-        """Whether rows differ in prefill already."""
-        return len(self.settings) > 1 and bool(self.settings[0].prefill) and self._shares_make
+    @cached_property
+    def prefills(self) -> list[Setting]:
+        """One setting of each prefill."""
+        found: list[Setting] = []
+        for setting in self.settings:
+            if all(setting.prefill != other.prefill for other in found):
+                found.append(setting)
+        return found
 
-    @property
-    def _shares_make(self) -> bool:
-        first = self.settings[0].per_row
-        return first is not None and all(
-            s.per_row is not None and s.per_row.make is first.make for s in self.settings
-        )
+    @cached_property
+    def row_of(self) -> list[int]:
+        """The prefill's row of each setting."""
+        known = [setting.prefill for setting in self.prefills]
+        return [known.index(setting.prefill) for setting in self.settings]
 
     @property
     def shares_prompts(self) -> bool:
         """Whether what two prompts begin with may be run once."""
         return not callable(self.settings[0].prefill)
 
-    def prefill(self, prompt: Prompt) -> tuple[HookSpec, ...]:
-        """Return the hooks of prefill."""
-        if self.is_per_row:
-            return tuple(_batched(self.settings, prompt))
-        return _of(self.settings[0].prefill, prompt)
-
 
 def _batches(settings: Sequence[Setting]) -> list[_Batch]:
-    """Put together what can share a prefill, or a batch."""
-    together: list[list[Setting]] = []
+    """Put together what has a plain prefill, a hooked one, and one that depends on the prompt."""
+    kinds: dict[int, list[Setting]] = {}
     for setting in settings:
-        for batch in together:
-            first = batch[0]
-            same = setting.prefill == first.prefill
-            one_make = (
-                bool(setting.prefill and first.prefill)
-                and setting.per_row is not None
-                and first.per_row is not None
-                and setting.per_row.make is first.per_row.make
-            )
-            if same or one_make:
-                batch.append(setting)
-                break
-        else:
-            together.append([setting])
-    return [_Batch(tuple(batch)) for batch in together]
+        kind = 2 if callable(setting.prefill) else int(bool(setting.prefill))
+        kinds.setdefault(kind, []).append(setting)
+    return [
+        _Batch(tuple(same[start : start + MOST_ROWS]))
+        for same in kinds.values()
+        for start in range(0, len(same), MOST_ROWS)
+    ]
 
 
 class _Group:
@@ -334,9 +326,8 @@ class _Group:
         """Return the state after tokens `start` to `stop`, run as prefill."""
         if start >= stop:
             return state
-        n_rows = len(batch.settings) if batch.is_per_row else 1
-        tokens = torch.tensor([prompt.tokens[start:stop]]).expand(n_rows, -1)
-        with self.model.hooks(batch.prefill(prompt)):
+        tokens = torch.tensor([prompt.tokens[start:stop]]).expand(len(batch.prefills), -1)
+        with self.model.hooks(_batched(batch.prefills, prompt, "prefill")):
             _, state = self.model(
                 tokens, return_type=None, state=state, return_state=True, stage="prefill"
             )
@@ -346,16 +337,13 @@ class _Group:
         self, prompt: Prompt, batch: _Batch, state: HybridState | None
     ) -> dict[str, tuple[str, int, float]]:
         """Return output, new tokens and smallest margin of each setting, decoded as one batch."""
-        n = len(batch.settings)
-        if state is not None and not batch.is_per_row:
-            state = state.fork(n)
         out = self.model.generate(
-            torch.tensor([prompt.tokens[-1:]]).expand(n, 1),
+            torch.tensor([prompt.tokens[-1:]]).expand(len(batch.settings), 1),
             self.max_new_tokens,
-            prefill_hooks=batch.prefill(prompt),
-            generation_hooks=_batched(batch.settings, prompt),
+            prefill_hooks=_batched(batch.settings, prompt, "prefill"),
+            generation_hooks=_batched(batch.settings, prompt, "generation"),
             first_token_stage=self.first_token_stage,
-            state=state,
+            state=None if state is None else state[torch.tensor(batch.row_of)],
             return_type="output",
             verbose=False,
         )
@@ -427,17 +415,19 @@ def _of(hooks: Hooks, prompt: Prompt) -> tuple[HookSpec, ...]:
     return tuple(hooks(prompt)) if callable(hooks) else tuple(hooks)
 
 
-def _batched(settings: Sequence[Setting], prompt: Prompt) -> list[HookSpec]:
-    """Return hooks of generation for one batch in which row i runs under setting i."""
+def _batched(
+    settings: Sequence[Setting], prompt: Prompt, stage: Literal["prefill", "generation"]
+) -> list[HookSpec]:
+    """Return hooks of a stage for one batch in which row i runs under setting i."""
+    hooks_of = [_of(getattr(setting, stage), prompt) for setting in settings]
     if len(settings) == 1:
-        return list(_of(settings[0].generation, prompt))
+        return list(hooks_of[0])
     hooks: list[HookSpec] = []
     together: dict[Any, list[int]] = {}
-    for row, setting in enumerate(settings):
-        if setting.per_row is not None:
+    for row, (setting, own) in enumerate(zip(settings, hooks_of, strict=True)):
+        if own and setting.per_row is not None:
             together.setdefault(setting.per_row.make, []).append(row)
         else:
-            own = _of(setting.generation, prompt)
             hooks += [(where, on_rows(fn, row)) for where, fn in own]
     for make, rows in together.items():
         arguments = torch.zeros(len(settings), dtype=torch.long)
