@@ -3,7 +3,7 @@
     python -m benchmarks.niah_sweep [--model tiny-griffin] [--rounds 5]
 
 The peer is `transformers`, greedy, its own prefill for every cell and no intervention (which would
-only cost it time). Both decode the same prompts to the same end; rounds alternate.
+only cost it time), made to decode as many tokens as the sweep did in that cell. Rounds alternate.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from transformers.utils import logging  # noqa: TID251
 from hooked_hybrid import HookedHybrid
 from hooked_hybrid.niah.command import longest_prompt
 from hooked_hybrid.niah.needles import PAPER
-from hooked_hybrid.niah.prompts import default_depths, grid
+from hooked_hybrid.niah.prompts import Prompt, default_depths, grid
 from hooked_hybrid.niah.sweep import niah, top_k_settings
 from hooked_hybrid.packaged import packaged_models
 
@@ -50,20 +50,23 @@ def main() -> None:
     length = longest_prompt(model.cfg)
     prompts = grid(model, [PAPER], [length], default_depths(args.prompts))
     settings = top_k_settings(range(9), ["generation"])
-    sampled = prompts[:: max(len(prompts) // 3, 1)]
+    table = niah(model, prompts, settings, max_new_tokens=N_NEW, verbose=False)
+    lengths = table.set_index(["prompt_id", "setting"])["n_new_tokens"]
 
     def ours() -> None:
         niah(model, prompts, settings, max_new_tokens=N_NEW, verbose=False)
 
-    def theirs() -> None:
-        for prompt in sampled:
-            tokens = torch.tensor([prompt.tokens])
-            peer.generate(tokens, max_new_tokens=N_NEW, do_sample=False)
+    def theirs(prompt: Prompt) -> None:
+        tokens = torch.tensor([prompt.tokens])
+        for setting in settings:
+            n = int(lengths[prompt.id, setting.name])
+            peer.generate(tokens, max_new_tokens=n, min_new_tokens=n, do_sample=False)
 
     ours_s, theirs_s = [], []
-    for _ in range(args.rounds + 1):  # the first warms up
+    for i in range(args.rounds + 1):  # the first warms up
+        prompt = prompts[i % len(prompts)]
         ours_s.append(seconds(ours) / (len(prompts) * len(settings)))
-        theirs_s.append(seconds(theirs) / len(sampled))
+        theirs_s.append(seconds(lambda: theirs(prompt)) / len(settings))  # noqa: B023
     fast, slow = (1 / statistics.median(times[1:]) for times in (ours_s, theirs_s))
     print(f"{args.model}, {length} tokens, {len(settings)} settings, {args.threads} thread(s)")
     print(f"hooked_hybrid sweep      {fast:8.1f} cells/s")

@@ -4,8 +4,8 @@ A setting is a list of hooks for prefill and one for generation. Settings with t
 hooks (most often none) share one prefill: its state is forked, and all of them are decoded as the
 rows of one batch, each row with its own hooks. Settings with prefill hooks are the rows of one
 batch in prefill too. Prompts of one length share the run over the tokens they have in common.
-Numbers do not depend on where a run was stopped: the batches are always those of all settings of
-one prompt, and the shared runs are cut at the same tokens whatever is done already.
+Numbers do not depend on where a run was stopped: the batches are always the same, all cells of one
+are kept at once, and the shared runs are cut at the same tokens whatever is done already.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import chain, groupby
+from itertools import chain, groupby, islice
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 FirstToken = Literal["prefill", "generation"]
 MOST_ROWS = 32
-"""Settings that run as one batch, at most."""
+"""Cells that are decoded as one batch, at most; so are few settings of several prompts."""
 
 
 Hooks = tuple[HookSpec, ...] | Callable[[Prompt], Sequence[HookSpec]]
@@ -265,17 +265,29 @@ class _Group:
         self.max_new_tokens, self.first_token_stage = max_new_tokens, first_token_stage
 
     def cells(self, wanted: set[str]) -> Iterator[list[dict[str, Any]]]:
-        """Yield the cells of each wanted prompt, all of a prompt at once."""
+        """Yield the cells of a few prompts at a time, if any of these is wanted.
+
+        Which prompts go together does not depend on what is wanted.
+        """
         batches = _batches(self.settings)
-        prefilled = [self._prefilled(self.prompts, batch, wanted) for batch in batches]
-        start = time.perf_counter()
-        for states in zip(*prefilled, strict=True):
-            found: dict[str, tuple[str, int, float]] = {}
-            for batch, (prompt, state) in zip(batches, states, strict=True):
-                found |= self._decode(prompt, batch, state)
-            seconds = (time.perf_counter() - start) / len(self.settings)
-            yield [self._cell(prompt, s, *found[s.name], seconds) for s in self.settings]
+        n_together = max(1, MOST_ROWS // max(len(batch.settings) for batch in batches))
+        ordered = list(self._in_order(self.prompts))
+        parts = [ordered[i : i + n_together] for i in range(0, len(ordered), n_together)]
+        parts = [part for part in parts if any(p.id in wanted for p in part)]
+        taken = {prompt.id for part in parts for prompt in part}
+        prefilled = [self._prefilled(self.prompts, batch, taken) for batch in batches]
+        for part in parts:
             start = time.perf_counter()
+            found: dict[tuple[str, str], tuple[str, int, float]] = {}
+            for batch, run in zip(batches, prefilled, strict=True):
+                found |= self._decode(batch, list(islice(run, len(part))))
+            n_cells = len(part) * len(self.settings)
+            seconds = (time.perf_counter() - start) / n_cells
+            yield [
+                self._cell(prompt, s, *found[prompt.id, s.name], seconds)
+                for prompt in part
+                for s in self.settings
+            ]
 
     def _prefilled(
         self, prompts: Sequence[Prompt], batch: _Batch, wanted: set[str]
@@ -327,29 +339,37 @@ class _Group:
         if start >= stop:
             return state
         tokens = torch.tensor([prompt.tokens[start:stop]]).expand(len(batch.prefills), -1)
-        with self.model.hooks(_batched(batch.prefills, prompt, "prefill")):
+        rows = [(setting, prompt) for setting in batch.prefills]
+        with self.model.hooks(_batched(rows, "prefill")):
             _, state = self.model(
                 tokens, return_type=None, state=state, return_state=True, stage="prefill"
             )
         return state
 
     def _decode(
-        self, prompt: Prompt, batch: _Batch, state: HybridState | None
-    ) -> dict[str, tuple[str, int, float]]:
-        """Return output, new tokens and smallest margin of each setting, decoded as one batch."""
+        self, batch: _Batch, prefilled: Sequence[tuple[Prompt, HybridState | None]]
+    ) -> dict[tuple[str, str], tuple[str, int, float]]:
+        """Return output, new tokens and smallest margin of each prompt and setting."""
+        prompts, states = zip(*prefilled, strict=True)
+        rows = [(setting, prompt) for prompt in prompts for setting in batch.settings]
+        of_settings = torch.tensor(batch.row_of)
+        forked = [state[of_settings] for state in states if state is not None]
         out = self.model.generate(
-            torch.tensor([prompt.tokens[-1:]]).expand(len(batch.settings), 1),
+            torch.tensor([prompt.tokens[-1:] for _, prompt in rows]),
             self.max_new_tokens,
-            prefill_hooks=_batched(batch.settings, prompt, "prefill"),
-            generation_hooks=_batched(batch.settings, prompt, "generation"),
+            prefill_hooks=_batched(rows, "prefill"),
+            generation_hooks=_batched(rows, "generation"),
             first_token_stage=self.first_token_stage,
-            state=None if state is None else state[torch.tensor(batch.row_of)],
+            state=HybridState.cat(forked) if forked else None,
             return_type="output",
             verbose=False,
         )
         margins = out.margins.amin(dim=1).tolist()
         n_new = torch.isfinite(out.margins).sum(1).tolist()
-        return {s.name: (out.text[i], n_new[i], margins[i]) for i, s in enumerate(batch.settings)}
+        return {
+            (prompt.id, setting.name): (out.text[i], n_new[i], margins[i])
+            for i, (setting, prompt) in enumerate(rows)
+        }
 
     def _cell(
         self,
@@ -416,26 +436,22 @@ def _of(hooks: Hooks, prompt: Prompt) -> tuple[HookSpec, ...]:
 
 
 def _batched(
-    settings: Sequence[Setting], prompt: Prompt, stage: Literal["prefill", "generation"]
+    rows: Sequence[tuple[Setting, Prompt]], stage: Literal["prefill", "generation"]
 ) -> list[HookSpec]:
-    """Return hooks of a stage for one batch in which row i runs under setting i."""
-    hooks_of = [_of(getattr(setting, stage), prompt) for setting in settings]
-    if len(settings) == 1:
-        return list(hooks_of[0])
-    hooks: list[HookSpec] = []
+    """Return hooks of a stage for one batch in which row i is a prompt under a setting."""
+    alone: dict[Any, tuple[tuple[HookSpec, ...], list[int]]] = {}
     together: dict[Any, list[int]] = {}
-    for row, (setting, own) in enumerate(zip(settings, hooks_of, strict=True)):
-        if own and setting.per_row is not None:
+    arguments = torch.zeros(len(rows), dtype=torch.long)
+    for row, (setting, prompt) in enumerate(rows):
+        hooks: Hooks = getattr(setting, stage)
+        if setting.per_row is not None and hooks:
             together.setdefault(setting.per_row.make, []).append(row)
+            arguments[row] = setting.per_row.argument
         else:
-            hooks += [(where, on_rows(fn, row)) for where, fn in own]
-    for make, rows in together.items():
-        arguments = torch.zeros(len(settings), dtype=torch.long)
-        for row in rows:
-            per_row = settings[row].per_row
-            assert per_row is not None
-            arguments[row] = per_row.argument
-        made = make(arguments)
-        is_all = len(rows) == len(settings)
-        hooks += made if is_all else [(where, on_rows(fn, rows)) for where, fn in made]
-    return hooks
+            key = (id(hooks), prompt.id if callable(hooks) else None)
+            alone.setdefault(key, (_of(hooks, prompt), []))[1].append(row)
+    found: list[HookSpec] = []
+    for own, mine in (*alone.values(), *((make(arguments), r) for make, r in together.items())):
+        is_all = len(mine) == len(rows)
+        found += own if is_all else [(where, on_rows(fn, mine)) for where, fn in own]
+    return found
