@@ -13,8 +13,16 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import typer
 
-COMMANDS = {"niah": "hooked_hybrid.niah.command"}
-"""Commands, and the module whose function of the same name each one is."""
+_EXPERIMENTS = "hooked_hybrid.niah.experiment_commands"
+COMMANDS = {
+    "niah": "hooked_hybrid.niah.command",
+    "read-twice": _EXPERIMENTS,
+    "weights": _EXPERIMENTS,
+    "layers": _EXPERIMENTS,
+    "heads": _EXPERIMENTS,
+    "controls": _EXPERIMENTS,
+}
+"""Commands, and the module whose function of the same name (- for _) each one is."""
 NEEDED = ("typer", "rich", "pandas", "matplotlib")
 INTERRUPTED = 130
 
@@ -40,7 +48,7 @@ def build_app() -> typer.Typer:
     )
     app.callback()(_keep_commands_named)
     for name, module in COMMANDS.items():
-        app.command(name)(getattr(import_module(module), name))
+        app.command(name)(getattr(import_module(module), name.replace("-", "_")))
     return app
 
 

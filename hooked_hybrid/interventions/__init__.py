@@ -12,10 +12,13 @@ from hooked_hybrid.interventions.ablation import (
     mean_over_tokens,
 )
 from hooked_hybrid.interventions.heads import (
+    attention_to,
     best_heads,
     keep_top_heads,
     l2_norm,
     negative_entropy,
+    random_score,
+    reversed_score,
 )
 from hooked_hybrid.interventions.patching import freeze, knock_out_edges, patch
 from hooked_hybrid.interventions.rows import check_spans
@@ -25,6 +28,7 @@ from hooked_hybrid.interventions.where import hook_at, on_rows
 __all__ = [
     "ablate_heads",
     "ablate_layers",
+    "attention_to",
     "best_heads",
     "boost_span",
     "check_heads",
@@ -44,4 +48,6 @@ __all__ = [
     "on_rows",
     "patch",
     "per_position",
+    "random_score",
+    "reversed_score",
 ]

@@ -11,7 +11,15 @@ from torch import Tensor
 
 from hooked_hybrid.hooked_root import HookSpec
 from hooked_hybrid.hooks import HookPoint, per_position
-from hooked_hybrid.interventions.rows import Handover, k_of_rows, read_k
+from hooked_hybrid.interventions.hashes import hashes
+from hooked_hybrid.interventions.rows import (
+    Handover,
+    Spans,
+    in_spans,
+    k_of_rows,
+    read_k,
+    read_spans,
+)
 from hooked_hybrid.shapes import Pattern, Queries
 
 HeadScore = Callable[[Tensor, HookPoint], Tensor]
@@ -30,6 +38,36 @@ def negative_entropy(pattern: Pattern, hook: HookPoint) -> Scores:  # noqa: ARG0
 def l2_norm(pattern: Pattern, hook: HookPoint) -> Scores:  # noqa: ARG001
     """Return the Euclidean norm of each head's pattern: 1 for a single key, less when spread."""
     return pattern.norm(dim=-1)
+
+
+def reversed_score(score: Literal["entropy", "l2"] | HeadScore) -> HeadScore:
+    """Return minus a score: keeps the heads that `score` would silence first. A control."""
+    fn = _score(score)
+    return lambda pattern, hook: -fn(pattern, hook)
+
+
+def random_score(seed: int = 0) -> HeadScore:
+    """Return a score without meaning, drawn for each layer, head and position. A control.
+
+    The same heads are kept at a position however the sequence is cut and whatever else is in the
+    batch.
+    """
+    return lambda pattern, hook: hashes(hook, pattern.shape[1], seed)[..., 0].double()
+
+
+def attention_to(spans: Spans) -> HeadScore:
+    """Return the weight that each head gives to a span, the needle say: a score. A control.
+
+    Args:
+        spans: as in `manipulate_span`.
+
+    Raises:
+        ValueError: `spans` are none.
+    """
+    bounds = read_spans(spans)
+    return lambda pattern, hook: pattern.masked_fill(~in_spans(bounds, hook)[:, None, None], 0).sum(
+        -1
+    )
 
 
 SCORES: dict[str, HeadScore] = {"entropy": negative_entropy, "l2": l2_norm}
@@ -62,12 +100,10 @@ def keep_top_heads(
     Source: Zani, Michalak & Abreu 2025, top-k contextual sparsity. Their masks act where ours do,
     on head outputs before the output projection, whose bias stays.
     """
-    if isinstance(score, str) and score not in SCORES:
-        raise ValueError(f"score={score!r}: give one of {', '.join(SCORES)}, or a function")
+    score_fn = _score(score)
     if ties not in ("torch", "lowest"):
         raise ValueError(f"ties={ties!r}: give 'torch' or 'lowest'")
     per_row = read_k(k)
-    score_fn: HeadScore = SCORES[score] if isinstance(score, str) else score
     kept = Handover()
 
     @per_position
@@ -110,6 +146,14 @@ def best_heads(
     return keep
 
 
+def _score(score: str | HeadScore) -> HeadScore:
+    if not isinstance(score, str):
+        return score
+    if score not in SCORES:
+        raise ValueError(f"score={score!r}: give one of {', '.join(SCORES)}, or a function")
+    return SCORES[score]
+
+
 def _is_pattern(name: str) -> bool:
     return name.endswith(".attn.hook_pattern")
 
@@ -118,4 +162,12 @@ def _is_z(name: str) -> bool:
     return name.endswith(".attn.hook_z")
 
 
-__all__ = ["best_heads", "keep_top_heads", "l2_norm", "negative_entropy"]
+__all__ = [
+    "attention_to",
+    "best_heads",
+    "keep_top_heads",
+    "l2_norm",
+    "negative_entropy",
+    "random_score",
+    "reversed_score",
+]

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from hooked_hybrid.hooked_root import HookSpec
 from hooked_hybrid.hooks import HookPoint, per_position, watcher
+from hooked_hybrid.interventions.hashes import hashes
 from hooked_hybrid.interventions.heads import SCORES, HeadScore, best_heads
 from hooked_hybrid.interventions.rows import (
     Handover,
@@ -188,7 +189,7 @@ def _mean_of_span(pattern: Pattern, span: Tensor, hook: HookPoint, seed: int) ->
 def _permuted(pattern: Pattern, span: Tensor, hook: HookPoint, seed: int) -> Pattern:
     columns = span.flatten(0, 2).any(0).nonzero()[:, 0]  # sorting all keys would be slow
     part, mask = pattern[..., columns], span[..., columns]
-    numbers = _hashes(hook, columns, pattern.shape[1], seed)
+    numbers = hashes(hook, pattern.shape[1], seed, columns)
     # Both orders put what stays after the visible tokens of the span, in the order of the keys.
     source = torch.where(mask, numbers, 2**32).argsort(dim=-1, stable=True)
     target = (~mask).byte().argsort(dim=-1, stable=True)
@@ -202,37 +203,6 @@ EDITS: dict[str, Edit] = {
     "binary": _mean_of_span,
     "permute": _permuted,
 }
-
-
-def _hashes(
-    hook: HookPoint, columns: Int[Tensor, " column"], n_heads: int, seed: int
-) -> Int[Tensor, "batch head query column"]:
-    """Return numbers below 2**32, each of a seed, layer, head, query and key alone."""
-    run = hook.run
-    assert run.key_pos is not None
-    hashed = _mixed(torch.tensor(seed & _MASK, device=columns.device))
-    for value in (
-        torch.tensor(hook.layer(), device=columns.device),
-        torch.arange(n_heads, device=columns.device)[:, None, None],
-        run.query_pos[:, None, :, None],
-        run.key_pos[:, columns][:, None, None],
-    ):
-        hashed = _mixed(hashed ^ (value & _MASK))
-    return hashed
-
-
-_MASK = 2**32 - 1
-
-
-def _mixed(x: Tensor) -> Tensor:
-    """Return another 32-bit integer for each, which looks random.
-
-    Source: `lowbias32` of C. Wellons, "Prospecting for Hash Functions", 2018, after one addition.
-    """
-    x = (x + 0x9E3779B9) & _MASK  # lowbias32 keeps 0
-    x = ((x ^ (x >> 16)) * 0x7FEB352D) & _MASK
-    x = ((x ^ (x >> 15)) * 0x846CA68B) & _MASK
-    return x ^ (x >> 16)
 
 
 def _wide(x: Tensor) -> torch.dtype:

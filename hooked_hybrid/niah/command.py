@@ -161,14 +161,14 @@ def niah(
     Example: hooked-hybrid niah --model tiny-jamba --k 0 --k 2 --stages generation --out results/j
     """
     with explained(kept=str(out)):
-        hybrid = _loaded(model, device, dtype)
-        torch.set_num_threads(threads or _default_threads(hybrid))
+        hybrid = loaded(model, device, dtype)
+        torch.set_num_threads(threads or default_threads(hybrid))
         wanted = [stage.value for stage in dict.fromkeys(stages or Stage)]
-        settings = top_k_settings(_heads(k, hybrid.cfg), wanted, score)
-        needles = _needles(needle or ["paper"])[:n_needles]
+        settings = top_k_settings(heads_to_keep(k, hybrid.cfg), wanted, score)
+        needles = needles_of(needle or ["paper"])[:n_needles]
         hay = Haystack(seed, () if haystack is None else Haystack.read(haystack).documents)
         form = (template, read_twice, distractors)
-        lengths = lengths or _lengths(hybrid, needles, *form, seed)
+        lengths = lengths or lengths_for(hybrid, needles, *form, seed)
         prompts = grid(hybrid, needles, lengths, depths or default_depths(), hay, *form)
         table = run_sweep(
             hybrid,
@@ -187,7 +187,7 @@ def niah(
             written = write_report(
                 table, settings, card, out, command=command_line(), thesis_depth=thesis_depth
             )
-        _show(table, written)
+        show(table, written)
 
 
 def longest_prompt(cfg: HybridConfig) -> int:
@@ -222,7 +222,7 @@ def _attention(cfg: HybridConfig) -> list[AttentionConfig]:
     return [mixer for mixer in mixers if isinstance(mixer, AttentionConfig)]
 
 
-def _loaded(name: str, device: str, dtype: str) -> HookedHybrid:
+def loaded(name: str, device: str, dtype: str) -> HookedHybrid:
     """Return the model, after a look at whether the device is there."""
     try:
         torch.empty(0, device=device)
@@ -232,12 +232,13 @@ def _loaded(name: str, device: str, dtype: str) -> HookedHybrid:
     return HookedHybrid.from_pretrained(name, dtype=DTYPES[dtype], device=device)
 
 
-def _default_threads(model: HookedHybrid) -> int:
+def default_threads(model: HookedHybrid) -> int:
+    """Return how many processor cores to use where none are asked for."""
     n_parameters = sum(parameter.numel() for parameter in model.parameters())
     return 1 if n_parameters < SMALL else torch.get_num_threads()
 
 
-def _heads(ks: Sequence[int] | None, cfg: HybridConfig) -> list[int]:
+def heads_to_keep(ks: Sequence[int] | None, cfg: HybridConfig) -> list[int]:
     """Return every k to run, each once: those asked for, or all from 0."""
     counts = {mixer.n_heads for mixer in _attention(cfg)}
     if not counts:
@@ -249,7 +250,8 @@ def _heads(ks: Sequence[int] | None, cfg: HybridConfig) -> list[int]:
     return list(dict.fromkeys(ks or range(most + 1)))
 
 
-def _needles(sources: Sequence[str]) -> list[AnyNeedle | None]:
+def needles_of(sources: Sequence[str]) -> list[AnyNeedle | None]:
+    """Return the needles that `--needle` names, in order; None for none."""
     found: list[AnyNeedle | None] = []
     for source in sources:
         if source in ("paper", "none"):
@@ -259,7 +261,7 @@ def _needles(sources: Sequence[str]) -> list[AnyNeedle | None]:
     return found
 
 
-def _lengths(
+def lengths_for(
     model: HookedHybrid,
     needles: Sequence[AnyNeedle | None],
     template: str,
@@ -274,10 +276,13 @@ def _lengths(
     return lengths if lengths[0] >= needed else default_lengths(longest, shortest=needed + ROOM)
 
 
-def _show(table: pd.DataFrame, written: Written) -> None:
+def show(table: pd.DataFrame, written: Written, losses: pd.DataFrame | None = None) -> None:
     """Print the accuracies, and where the files are."""
     console = Console()
-    headings, rows = summary_rows(table)
+    headings, rows = summary_rows(table, losses)
+    if losses is not None:  # a screen is not wide enough for all columns
+        kept = [i for i, text in enumerate(headings) if text not in ("cells", "whole answer")]
+        headings, *rows = ([row[i] for i in kept] for row in (headings, *rows))
     shown = Table(title="accuracy: mean graded score / 5", box=SIMPLE_HEAD, collapse_padding=True)
     for heading in headings:
         is_name, is_long = heading == "setting", heading == "95% interval"
@@ -316,4 +321,14 @@ def _show_outputs(table: pd.DataFrame, out: Path) -> None:
     console.print(f"   table  {out / 'table.csv'}", markup=False, highlight=False, soft_wrap=True)
 
 
-__all__ = ["longest_prompt", "model_card", "niah"]
+__all__ = [
+    "default_threads",
+    "heads_to_keep",
+    "lengths_for",
+    "loaded",
+    "longest_prompt",
+    "model_card",
+    "needles_of",
+    "niah",
+    "show",
+]

@@ -55,7 +55,7 @@ def retrieval_maps(table: pd.DataFrame, thesis_depth: bool = False) -> Figure:
     cells = scored(table)
     rows = _rows_of_panels(cells)
     n_columns = max(map(len, rows))
-    figure = _figure(max(5.5, 2.2 + 1.9 * n_columns), max(3.6, 1.5 + 1.9 * len(rows)))
+    figure = new_figure(max(5.5, 2.2 + 1.9 * n_columns), max(3.6, 1.5 + 1.9 * len(rows)))
     grid = figure.subplots(len(rows), n_columns, squeeze=False)
     image, ragged = None, []
     for i, names in enumerate(rows):
@@ -91,7 +91,7 @@ def retrieval_map(table: pd.DataFrame, setting: str, thesis_depth: bool = False)
         raise ValueError(
             f"no setting {setting!r}: there are {', '.join(cells['setting'].unique())}"
         )
-    figure = _figure(6.6, 4.8)
+    figure = new_figure(6.6, 4.8)
     axes = figure.subplots()
     image = _draw_map(axes, cells, setting, thesis_depth, is_single=True)
     axes.set_title(setting)
@@ -123,7 +123,7 @@ def accuracy_by_k(table: pd.DataFrame, by_window: bool = False) -> Figure:
         inside = cells["in_window"].astype(bool)
         named = (("needle inside the window", cells[inside]), ("beyond it", cells[~inside]))
         parts = [(name, part) for name, part in named if not part.empty]
-    figure = _figure(4.6 * len(parts) + 0.6, 4.6)
+    figure = new_figure(4.6 * len(parts) + 0.6, 4.6)
     grid = figure.subplots(1, len(parts), squeeze=False, sharey=True)[0]
     by = cluster_column(cells)
     n = cells[by].nunique()
@@ -168,7 +168,8 @@ def file_name(setting: str) -> str:
     return re.sub(r"[^\w.-]+", "_", setting.replace("=", "")).strip("_.") or "setting"
 
 
-def _figure(width: float, height: float) -> Figure:
+def new_figure(width: float, height: float) -> Figure:
+    """Return a figure of so many inches that belongs to no window."""
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), layout="constrained")
@@ -292,6 +293,7 @@ def _draw_curves(axes: Axes, cells: pd.DataFrame, by: str) -> None:
 __all__ = [
     "accuracy_by_k",
     "file_name",
+    "new_figure",
     "replacing",
     "retrieval_map",
     "retrieval_maps",

@@ -14,7 +14,7 @@ WORKSHOP = "Zani, Michalak & Abreu, SLLM workshop 2025"
 THESIS = "Michalak, bachelor thesis 2025"
 ARTICLE = "Michalak & Abreu, arXiv 2510.19861"
 
-Measure = Literal["k=0", "k=2", "tipping k", "all heads", "15% of heads", "by k"]
+Measure = Literal["k=0", "k=2", "tipping k", "all heads", "15% of heads", "by k", "setting"]
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,8 @@ class Published:
     """One published result.
 
     `measure` names the figure of ours that stands beside it; `stage` and `read_twice` say of which
-    cells: the stage in which heads are silenced, and whether the context is given twice.
+    cells: the stage in which heads are silenced, and whether the context is given twice. "setting"
+    is the accuracy of the setting named `setting`.
     """
 
     what: str
@@ -32,6 +33,7 @@ class Published:
     measure: Measure
     stage: Literal["generation", "both"] = "generation"
     read_twice: bool = False
+    setting: str = ""
 
 
 _2B, _9B, _JAMBA = "RecurrentGemma-2B", "RecurrentGemma-9B", "Jamba-Mini-1.6"
@@ -72,6 +74,29 @@ PUBLISHED: tuple[Published, ...] = (
     Published(_TWICE_2, _JAMBA, "recovers a little", _FIGURE_4_1, "k=2", read_twice=True),
 )
 
+_TABLE_6_1 = {
+    "keep": (50.3, 3.7, 85.7, 3.7),
+    "omit": (63.0, 0.0, 53.0, 0.0),
+    "only": (70.6, 0.1, 18.2, 0.1),
+    "binary": (0.0, 0.0, 0.0, 0.0),
+    "null": (68.8, 0.0, 17.0, 0.0),
+}
+WEIGHTS: tuple[Published, ...] = tuple(
+    Published(
+        f"weights on the needle: {prefill} in prefill, {generation} in generation",
+        _2B,
+        f"{value}%",
+        f"{THESIS}, Table 6.1",
+        "setting",
+        setting=f"{prefill}-{generation}",
+    )
+    for prefill, values in _TABLE_6_1.items()
+    for generation, value in zip(("keep", "omit", "only", "binary"), values, strict=True)
+)
+READ_TWICE: tuple[Published, ...] = tuple(
+    entry for entry in PUBLISHED if entry.read_twice or entry.measure in ("k=0", "k=2")
+)
+
 NOT_RUN = "not run"
 
 
@@ -80,6 +105,9 @@ def ours(entry: Published, table: pd.DataFrame) -> str:
 
     The tipping point is the smallest k with at least half of the stage's best accuracy.
     """
+    if entry.measure == "setting":
+        accuracy = table.loc[table["setting"] == entry.setting, "accuracy"].mean()
+        return NOT_RUN if accuracy != accuracy else f"{accuracy:.1%}"
     chosen = table["k"].notna() & (table["stage"] == entry.stage) & table["accuracy"].notna()
     cells = table[chosen & (table["read_twice"].astype(bool) == entry.read_twice)]
     by_k = {int(k): float(a) for k, a in cells.groupby("k")["accuracy"].mean().items()}
@@ -120,4 +148,4 @@ _MEASURES: dict[Measure, Callable[[Mapping[int, float]], str]] = {
     "by k": lambda _: "see the curves",
 }
 
-__all__ = ["NOT_RUN", "PUBLISHED", "Published", "ours"]
+__all__ = ["NOT_RUN", "PUBLISHED", "READ_TWICE", "WEIGHTS", "Published", "ours"]

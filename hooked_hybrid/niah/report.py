@@ -25,6 +25,7 @@ from hooked_hybrid.niah.statistics import cluster_column, scored, summary
 
 if TYPE_CHECKING:
     import pandas as pd
+    from matplotlib.figure import Figure
 
 CAUTION = (
     "The models differ in size, training and text, and so may the prompts: a toy model does not "
@@ -62,6 +63,8 @@ def write_report(
     *,
     command: str = "",
     thesis_depth: bool = False,
+    losses: pd.DataFrame | None = None,
+    figures: Mapping[str, Figure] | None = None,
 ) -> Written:
     """Write `report.html`, `table.csv` and the pictures of a sweep, each whole or not at all.
 
@@ -73,12 +76,18 @@ def write_report(
         published: results of others, shown beside the same figures of this table.
         command: the command line that made the table.
         thesis_depth: see `retrieval_maps`.
+        losses: of `hooked_hybrid.niah.language.text_loss`, shown beside the accuracies.
+        figures: further pictures, by title.
 
     Raises:
         ValueError: no cell has a score.
         OSError: a file cannot be written.
     """
     folder = Path(folder)
+    further = {
+        title: save_figure(figure, folder / file_name(title))[0]
+        for title, figure in (figures or {}).items()
+    }
     pictures = save_pictures(table, folder, thesis_depth)
     shown = {"maps": pictures[0]} | {p.stem: p for p in pictures if p.stem.startswith("accuracy")}
     with replacing(folder / "table.csv") as temporary:
@@ -86,7 +95,8 @@ def write_report(
     body = [
         "<h1>Needle in a haystack</h1>",
         f"<h2>What was run</h2>{_what_was_run(table, settings, model_card, command)}",
-        f"<h2>Accuracy by setting</h2>{_accuracy(table)}",
+        f"<h2>Accuracy by setting</h2>{_accuracy(table, losses)}",
+        *(f"<h2>{escape(title)}</h2>{_image(path, title)}" for title, path in further.items()),
         f"<h2>Retrieval maps</h2>{_image(shown.pop('maps'), 'retrieval maps')}",
         *(f"<h2>{_TITLES[name]}</h2>{_image(path, name)}" for name, path in shown.items()),
         f"<h2>Beside the papers</h2><p><strong>{CAUTION}</strong></p>{_beside(table, published)}",
@@ -99,7 +109,7 @@ def write_report(
     )
     with replacing(folder / "report.html") as temporary:
         temporary.write_text(page, encoding="utf-8")
-    return Written(folder / "report.html", folder / "table.csv", pictures)
+    return Written(folder / "report.html", folder / "table.csv", [*further.values(), *pictures])
 
 
 def save_pictures(
@@ -113,7 +123,7 @@ def save_pictures(
     folder = Path(folder)
     cells = scored(table)
     figures = {"retrieval_maps": retrieval_maps(cells, thesis_depth)}
-    if cells["k"].notna().any():
+    if cells["k"].notna().any() and cells["read_twice"].nunique() == 1:
         figures["accuracy_by_k"] = accuracy_by_k(cells)
         if not cells["in_window"].astype(bool).all():
             figures["accuracy_by_k_and_window"] = accuracy_by_k(cells, by_window=True)
@@ -124,18 +134,29 @@ def save_pictures(
     return paths
 
 
-def summary_rows(table: pd.DataFrame) -> tuple[list[str], list[list[str]]]:
-    """Return the headings and the rows of `summary`, as text for a page or a screen."""
+def summary_rows(
+    table: pd.DataFrame, losses: pd.DataFrame | None = None
+) -> tuple[list[str], list[list[str]]]:
+    """Return the headings and the rows of `summary`, as text for a page or a screen.
+
+    With `losses` (of `text_loss`), the loss of text in nats a token and what it is above the first
+    setting's stand beside.
+    """
     figures = summary(table)
     headings = ["setting", "cells", "accuracy", "95% interval", "whole answer"]
     windowed = bool(figures["n_outside"].sum())
     headings += ["inside window", "beyond it"] if windowed else []
+    headings += [] if losses is None else ["text loss", "more"]
+    of_text = {} if losses is None else losses.set_index("setting").to_dict("index")
     rows = []
     for row in figures.to_dict("records"):
         interval = _interval(row["low"], row["high"])
         texts = [str(row["setting"]), str(row["n"]), _percent(row["accuracy"]), interval]
         texts.append(_percent(row["binary"]))
         texts += [_percent(row["inside"]), _percent(row["outside"])] if windowed else []
+        if losses is not None:
+            text = of_text[row["setting"]]
+            texts += [f"{text['loss']:.3f}", f"{text['more']:+.3f}"]
         rows.append(texts)
     return headings, rows
 
@@ -180,7 +201,7 @@ def _what_was_run(
     return f"{shown}{_table(['', ''], [[k, str(v)] for k, v in facts.items()])}{listed}</details>"
 
 
-def _accuracy(table: pd.DataFrame) -> str:
+def _accuracy(table: pd.DataFrame, losses: pd.DataFrame | None = None) -> str:
     by = cluster_column(scored(table))
     unit = "needles" if by == "needle_id" else "prompts, for there is one needle"
     close = int((table["min_margin"] < SMALL_MARGIN).sum())
@@ -191,7 +212,9 @@ def _accuracy(table: pd.DataFrame) -> str:
         f"{close} of {len(table)} cells chose a token by less than {SMALL_MARGIN:g} in its logit: "
         "there a rounding may decide.",
     ]
-    return _table(*summary_rows(table)) + "".join(f'<p class="note">{note}</p>' for note in notes)
+    return _table(*summary_rows(table, losses)) + "".join(
+        f'<p class="note">{note}</p>' for note in notes
+    )
 
 
 def _beside(table: pd.DataFrame, published: Sequence[Published]) -> str:

@@ -340,7 +340,7 @@ class _Group:
             return state
         tokens = torch.tensor([prompt.tokens[start:stop]]).expand(len(batch.prefills), -1)
         rows = [(setting, prompt) for setting in batch.prefills]
-        with self.model.hooks(_batched(rows, "prefill")):
+        with self.model.hooks(hooks_of_rows(rows, "prefill")):
             _, state = self.model(
                 tokens, return_type=None, state=state, return_state=True, stage="prefill"
             )
@@ -357,8 +357,8 @@ class _Group:
         out = self.model.generate(
             torch.tensor([prompt.tokens[-1:] for _, prompt in rows]),
             self.max_new_tokens,
-            prefill_hooks=_batched(rows, "prefill"),
-            generation_hooks=_batched(rows, "generation"),
+            prefill_hooks=hooks_of_rows(rows, "prefill"),
+            generation_hooks=hooks_of_rows(rows, "generation"),
             first_token_stage=self.first_token_stage,
             state=HybridState.cat(forked) if forked else None,
             return_type="output",
@@ -435,7 +435,7 @@ def _of(hooks: Hooks, prompt: Prompt) -> tuple[HookSpec, ...]:
     return tuple(hooks(prompt)) if callable(hooks) else tuple(hooks)
 
 
-def _batched(
+def hooks_of_rows(
     rows: Sequence[tuple[Setting, Prompt]], stage: Literal["prefill", "generation"]
 ) -> list[HookSpec]:
     """Return hooks of a stage for one batch in which row i is a prompt under a setting."""

@@ -1,0 +1,247 @@
+"""Sister commands of `niah`: the papers' other experiments, and the controls.
+
+Each one says which settings it runs and what it draws; prompts, sweep, loss of text, report and the
+options for these are common to all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from inspect import Parameter, Signature, signature
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
+
+import torch
+import typer
+from rich.console import Console
+
+from hooked_hybrid.cli import command_line, explained
+from hooked_hybrid.model import HookedHybrid
+from hooked_hybrid.niah import command as niah_command
+from hooked_hybrid.niah.experiments import (
+    control_settings,
+    head_settings,
+    layer_settings,
+    weight_matrix,
+)
+from hooked_hybrid.niah.language import text_loss
+from hooked_hybrid.niah.plots import replacing
+from hooked_hybrid.niah.prompts import Haystack, Prompt, default_depths, grid
+from hooked_hybrid.niah.published import PUBLISHED, READ_TWICE, WEIGHTS, Published
+from hooked_hybrid.niah.report import write_report
+from hooked_hybrid.niah.setting_plots import accuracy_by_setting, weight_matrix_picture
+from hooked_hybrid.niah.sweep import Setting, top_k_settings
+from hooked_hybrid.niah.sweep import niah as run_sweep
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.figure import Figure
+
+Texts = Annotated[
+    int,
+    typer.Option(help="Haystack texts on which the loss is measured, 0 for none: --texts 20."),
+]
+Draws = Annotated[int, typer.Option(help="Random sets of heads, and of layers: --draws 50.", min=1)]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What an experiment adds to the common course."""
+
+    settings: list[Setting]
+    published: Sequence[Published] = ()
+    read_twice: tuple[bool, ...] = (False,)
+    picture: Callable[[pd.DataFrame], Figure] | None = None
+    title: str = ""
+
+
+@dataclass(frozen=True)
+class Common:
+    """The options that every experiment has, as `niah` has them."""
+
+    model: niah_command.Model = "tiny-griffin"
+    lengths: niah_command.Lengths = None
+    depths: niah_command.Depths = None
+    haystack: niah_command.HaystackPath = None
+    needle: niah_command.Needles = None
+    n_needles: niah_command.NNeedles = None
+    template: niah_command.Template = "base"
+    distractors: niah_command.Distractors = 0
+    texts: Texts = 12
+    first_token: niah_command.FirstToken = "prefill"
+    max_new_tokens: niah_command.MaxNewTokens = 40
+    device: niah_command.Device = "cpu"
+    dtype: niah_command.Dtype = "float32"
+    out: niah_command.Out = field(default=Path("results/experiment"))
+    resume: niah_command.Resume = False
+    thesis_depth: niah_command.ThesisDepth = False
+    seed: niah_command.Seed = 0
+    threads: niah_command.Threads = None
+
+
+def experiment(plan: Callable[..., Plan]) -> Callable[..., None]:
+    """Return a command that takes the options of a plan and the common ones.
+
+    The plan's first argument is the model; its name is that of the default folder of results.
+    """
+    own = list(signature(plan).parameters.values())[1:]
+    folder = Path("results") / plan.__name__.replace("_", "-")
+    hints = get_type_hints(Common, include_extras=True)
+    common = [
+        Parameter(
+            name,
+            Parameter.KEYWORD_ONLY,
+            default=folder if name == "out" else getattr(Common, name),
+            annotation=hints[name],
+        )
+        for name in hints
+    ]
+    plan_hints = get_type_hints(plan, include_extras=True)
+    mine = [p.replace(kind=Parameter.KEYWORD_ONLY, annotation=plan_hints[p.name]) for p in own]
+
+    def run(**given: Any) -> None:
+        options = Common(**{name: given.pop(name) for name in hints})
+        with explained(kept=str(options.out)):
+            _run(plan, options, given)
+
+    made: Any = run
+    made.__signature__ = Signature([*mine, *common], return_annotation=None)
+    made.__annotations__ = {p.name: p.annotation for p in (*mine, *common)}
+    made.__name__, made.__doc__ = plan.__name__, plan.__doc__
+    return run
+
+
+@experiment
+def read_twice(model: HookedHybrid, k: niah_command.Ks = None) -> Plan:
+    """Top-k sparsification with the context given once and twice (Just Read Twice).
+
+    Example: hooked-hybrid read-twice --model tiny-jamba --k 0 --k 2 --out results/twice
+    """
+    ks = niah_command.heads_to_keep(k or [0, 1, 2, *_all_heads(model)], model.cfg)
+    return Plan(top_k_settings(ks), READ_TWICE, (False, True))
+
+
+@experiment
+def weights(model: HookedHybrid) -> Plan:  # noqa: ARG001
+    """Change the attention weights on the needle, in prefill and in generation: the 5 x 4 matrix.
+
+    Example: hooked-hybrid weights --model tiny-griffin --out results/weights
+    """
+    return Plan(weight_matrix(), WEIGHTS, picture=weight_matrix_picture, title="Weights by stage")
+
+
+@experiment
+def layers(model: HookedHybrid) -> Plan:
+    """Silence each kind of layer, and each attention or recurrent layer alone.
+
+    Example: hooked-hybrid layers --model tiny-jamba --out results/layers
+    """
+    return Plan(layer_settings(model.cfg), PUBLISHED[:3])
+
+
+@experiment
+def heads(model: HookedHybrid) -> Plan:
+    """Silence each attention head alone: which ones are the retrieval heads?
+
+    Example: hooked-hybrid heads --model tiny-griffin --out results/heads
+    """
+    return Plan(head_settings(model.cfg))
+
+
+@experiment
+def controls(model: HookedHybrid, k: niah_command.Ks = None, draws: Draws = 20) -> Plan:
+    """Set the most peaked heads beside random ones, and attention beside recurrent layers.
+
+    Example: hooked-hybrid controls --model tiny-griffin --k 4 --draws 20 --out results/controls
+    """
+    most = _all_heads(model)[0]
+    return Plan(control_settings(model.cfg, k or [(most + 1) // 2], draws))
+
+
+def _all_heads(model: HookedHybrid) -> list[int]:
+    return [max(niah_command.heads_to_keep(None, model.cfg))]
+
+
+def _run(plan: Callable[..., Plan], options: Common, own: Mapping[str, Any]) -> None:
+    hybrid = niah_command.loaded(options.model, options.device, options.dtype)
+    torch.set_num_threads(options.threads or niah_command.default_threads(hybrid))
+    planned = plan(hybrid, **own)
+    prompts = _prompts(hybrid, planned, options)
+    table = run_sweep(
+        hybrid,
+        prompts,
+        planned.settings,
+        out=options.out,
+        resume=options.resume,
+        max_new_tokens=options.max_new_tokens,
+        first_token_stage=options.first_token,
+    )
+    losses = None
+    if options.texts:
+        longest = max(prompt.length for prompt in prompts)
+        losses = text_loss(hybrid, planned.settings, longest, options.texts)
+    _report(table, losses, planned, hybrid, options)
+
+
+def _prompts(hybrid: HookedHybrid, plan: Plan, options: Common) -> list[Prompt]:
+    found = niah_command.needles_of(options.needle or ["paper"])[: options.n_needles]
+    documents = () if options.haystack is None else Haystack.read(options.haystack).documents
+    hay = Haystack(options.seed, documents)
+    longest_form = (options.template, max(plan.read_twice), options.distractors)
+    lengths = options.lengths or niah_command.lengths_for(
+        hybrid, found, *longest_form, options.seed
+    )
+    depths = options.depths or default_depths()
+    return [
+        prompt
+        for twice in plan.read_twice
+        for prompt in grid(
+            hybrid, found, lengths, depths, hay, options.template, twice, options.distractors
+        )
+    ]
+
+
+def _report(
+    table: pd.DataFrame,
+    losses: pd.DataFrame | None,
+    plan: Plan,
+    hybrid: HookedHybrid,
+    options: Common,
+) -> None:
+    """Write table, pictures and report, and say where they are."""
+    with Console(stderr=True).status("drawing"):
+        shown = table
+        if len(plan.read_twice) > 1:
+            words = table["read_twice"].map({False: "once", True: "twice"})
+            shown = table.assign(setting=table["setting"] + ", " + words)
+            if losses is not None:  # of the text, which is read once
+                both = [losses.assign(setting=losses["setting"] + f", {w}") for w in set(words)]
+                losses = _joined(both)
+        figures = {"Accuracy by setting": accuracy_by_setting(shown, losses)}
+        if plan.picture is not None:
+            figures = {plan.title: plan.picture(shown), **figures}
+        if losses is not None:
+            with replacing(options.out / "text_loss.csv") as temporary:
+                losses.to_csv(temporary, index=False)
+        written = write_report(
+            shown,
+            plan.settings,
+            niah_command.model_card(hybrid, options.model),
+            options.out,
+            plan.published,
+            command=command_line(),
+            thesis_depth=options.thesis_depth,
+            losses=losses,
+            figures=figures,
+        )
+    niah_command.show(shown, written, losses)
+
+
+def _joined(tables: Sequence[pd.DataFrame]) -> pd.DataFrame:
+    import pandas as pd
+
+    return pd.concat(tables, ignore_index=True)
+
+
+__all__ = ["Plan", "controls", "experiment", "heads", "layers", "read_twice", "weights"]

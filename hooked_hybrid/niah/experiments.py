@@ -1,0 +1,189 @@
+"""The papers' experiments and their controls, as settings of a sweep."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hooked_hybrid.config import AttentionConfig, HybridConfig
+from hooked_hybrid.hooked_root import HookSpec
+from hooked_hybrid.interventions import (
+    ablate_layers,
+    attention_to,
+    cut_heads,
+    keep_top_heads,
+    layers_of,
+    manipulate_span,
+    random_score,
+    reversed_score,
+)
+from hooked_hybrid.niah.prompts import Prompt
+from hooked_hybrid.niah.sweep import Hooks, PerRow, Setting
+
+PREFILL_MODES = ("keep", "omit", "only", "binary", "null")
+GENERATION_MODES = ("keep", "omit", "only", "binary")
+WHOLE = Setting("whole", spec={"kind": "whole"})
+_MIXERS = {"attention": "attention", "rglru": "RG-LRU", "mamba": "Mamba"}
+
+
+def weight_matrix(
+    prefill: Sequence[str] = PREFILL_MODES, generation: Sequence[str] = GENERATION_MODES
+) -> list[Setting]:
+    """Return every pair of manipulations of the weights on the needle: "prefill-generation".
+
+    Settings with the same prefill share its run. Source: Michalak 2025, Table 6.1; there as here
+    weights are not renormalised. (The thesis names them "generation-prefill".)
+
+    Raises:
+        ValueError: an unknown mode (when the sweep checks its hooks).
+    """
+    before, after = ({mode: _on_needle(mode) for mode in modes} for modes in (prefill, generation))
+    return [
+        Setting(
+            f"{p}-{g}",
+            before[p],
+            after[g],
+            {
+                "kind": "weights",
+                "prefill": p,
+                "generation": g,
+                "stage": "generation" if p == "keep" else "both",
+            },
+        )
+        for p in prefill
+        for g in generation
+    ]
+
+
+def layer_settings(cfg: HybridConfig) -> list[Setting]:
+    """Return the whole model, each kind of layer silenced in both stages, and each mixer alone."""
+    settings = [WHOLE]
+    for kind, name in _MIXERS.items():
+        if layers := layers_of(cfg, kind):  # type: ignore[arg-type]
+            settings.append(_silenced(f"no {name}", layers, "mixer"))
+    settings.append(_silenced("no MLP", range(cfg.n_layers), "mlp"))
+    for kind, name in _MIXERS.items():
+        for layer in layers_of(cfg, kind):  # type: ignore[arg-type]
+            settings.append(_silenced(f"no {name} {layer}", [layer], "mixer"))
+    return settings
+
+
+def head_settings(cfg: HybridConfig) -> list[Setting]:
+    """Return the whole model, and each attention head silenced alone, in both stages."""
+    heads = [(layer, head) for layer, n in _heads_of(cfg).items() for head in range(n)]
+    sets = [{layer: [head]} for layer, head in heads]
+    names = [f"no head {layer}.{head}" for layer, head in heads]
+    return [WHOLE, *cut_settings(cfg, names, sets)]
+
+
+def cut_settings(
+    cfg: HybridConfig, names: Sequence[str], sets: Sequence[dict[int, list[int]]]
+) -> list[Setting]:
+    """Return a setting for each set of heads, silenced in both stages; they run as one batch."""
+    masks = {
+        layer: torch.tensor([[h in cut.get(layer, ()) for h in range(n)] for cut in sets])
+        for layer, n in _heads_of(cfg).items()
+    }
+
+    def make(index: Tensor) -> list[HookSpec]:
+        return cut_heads({layer: mask[index] for layer, mask in masks.items()})
+
+    settings = []
+    for i, (name, heads) in enumerate(zip(names, sets, strict=True)):
+        hooks = tuple(cut_heads(heads))
+        spec = {"kind": "cut heads", "heads": {str(k): v for k, v in heads.items()}}
+        settings.append(Setting(name, hooks, hooks, {**spec, "stage": "both"}, PerRow(make, i)))
+    return settings
+
+
+def control_settings(
+    cfg: HybridConfig, ks: Sequence[int], n_draws: int = 20, seed: int = 0
+) -> list[Setting]:
+    """Return what a claim about the most peaked heads has to stand beside.
+
+    For each k, in both stages: the k most peaked heads of each token; as many by reversed score, by
+    attention to the needle, by lot at each token, and `n_draws` sets of heads drawn once. And with
+    as many recurrent layers silenced as there are attention layers: every such set, or `n_draws`.
+
+    Raises:
+        ValueError: a k out of range, or fewer than one draw.
+    """
+    counts = _heads_of(cfg)
+    if n_draws < 1 or any(not 0 < k < min(counts.values()) for k in ks):
+        raise ValueError(
+            f"k={list(ks)}, n_draws={n_draws}: give 1 to {min(counts.values()) - 1} heads, 1 draw "
+            "or more"
+        )
+    rng = random.Random(seed)
+    settings = [WHOLE, _silenced("no attention", cfg.attention_layers, "mixer")]
+    for k in ks:
+        settings += [
+            _kept(f"peaked k={k}", k, lambda k, _: keep_top_heads(k)),
+            _kept(f"reversed k={k}", k, lambda k, _: keep_top_heads(k, reversed_score("entropy"))),
+            _kept(f"by lot k={k}", k, lambda k, _: keep_top_heads(k, random_score(seed))),
+            _kept(f"needle k={k}", k, _to_needle),
+        ]
+        draws = [
+            {layer: rng.sample(range(n), n - k) for layer, n in counts.items()}
+            for _ in range(n_draws)
+        ]
+        settings += cut_settings(cfg, [f"drawn k={k} #{i}" for i in range(n_draws)], draws)
+    recurrent = [i for i in range(cfg.n_layers) if i not in cfg.attention_layers]
+    equal = list(itertools.combinations(recurrent, min(len(cfg.attention_layers), len(recurrent))))
+    for layers in equal if len(equal) <= n_draws else sorted(rng.sample(equal, n_draws)):
+        settings.append(_silenced(f"no recurrence {'+'.join(map(str, layers))}", layers, "mixer"))
+    return settings
+
+
+def _on_needle(mode: str) -> Hooks:
+    """Return hooks that depend on where the needle is; the same object for every prompt."""
+    if mode == "keep":
+        return ()
+    return lambda prompt: manipulate_span(mode, list(_spans(prompt)))  # type: ignore[arg-type]
+
+
+def _to_needle(k: int, prompt: Prompt) -> list[HookSpec]:
+    return keep_top_heads(k, attention_to(list(_spans(prompt))))
+
+
+def _spans(prompt: Prompt) -> tuple[tuple[int, int], ...]:
+    if not prompt.needle_spans:
+        raise ValueError(f"prompt {prompt.id} holds no needle, so that it has no tokens to act on")
+    return prompt.needle_spans
+
+
+def _kept(name: str, k: int, make: Callable[[int, Prompt], list[HookSpec]]) -> Setting:
+    hooks: Any = (
+        (lambda prompt: make(k, prompt)) if make is _to_needle else tuple(make(k, None))  # type: ignore[arg-type]
+    )
+    return Setting(name, hooks, hooks, {"kind": name.split(" k=")[0], "stage": "both"})
+
+
+def _silenced(name: str, layers: Sequence[int] | range, kind: Any) -> Setting:
+    hooks = tuple(ablate_layers(list(layers), kind))
+    return Setting(name, hooks, hooks, {"kind": name, "layers": list(layers), "stage": "both"})
+
+
+def _heads_of(cfg: HybridConfig) -> dict[int, int]:
+    mixers = {i: cfg.layers[i].mixer for i in cfg.attention_layers}
+    found = {i: m.n_heads for i, m in mixers.items() if isinstance(m, AttentionConfig)}
+    if not found:
+        raise ValueError("this model has no attention layer: there are no heads to silence")
+    return found
+
+
+__all__ = [
+    "GENERATION_MODES",
+    "PREFILL_MODES",
+    "WHOLE",
+    "control_settings",
+    "cut_settings",
+    "head_settings",
+    "layer_settings",
+    "weight_matrix",
+]

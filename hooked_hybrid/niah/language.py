@@ -1,0 +1,115 @@
+"""What a setting does to ordinary language: the loss on haystack text under the same hooks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from hooked_hybrid.model import HookedHybrid
+from hooked_hybrid.niah.needles import PAPER
+from hooked_hybrid.niah.prompts import Haystack, Prompt, build_prompt
+from hooked_hybrid.niah.statistics import clustered_interval
+from hooked_hybrid.niah.sweep import Setting, hooks_of_rows
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+FIRST_SEED = 1000
+"""Seeds of the texts: haystacks that no prompt of a sweep has by default."""
+
+
+def text_loss(
+    model: HookedHybrid,
+    settings: Sequence[Setting],
+    length: int,
+    n_texts: int = 12,
+    *,
+    verbose: bool = True,
+) -> pd.DataFrame:
+    """Return the loss of haystack text under each setting, in nats a token.
+
+    As in a sweep, the first half of a text is read as prefill, and the second as generation is,
+    with the tokens given; the loss is that of the second half. The needle stands in the first half,
+    where settings that act on it need one; it is not counted.
+
+    Args:
+        model: with a tokenizer.
+        settings: of a sweep.
+        length: tokens of a text, the question after it included.
+        n_texts: texts of other seeds, which are the rows of one batch.
+        verbose: show a progress bar.
+
+    Returns:
+        One row a setting: `setting`, `loss`, its 95% interval `low` and `high` (bootstrap clustered
+        by text), and `more`, the difference to the first setting on the same texts with its
+        interval `more_low` and `more_high`.
+
+    Raises:
+        ValueError: `length` too short for needle and template, or `n_texts` below 2.
+    """
+    import pandas as pd
+
+    if n_texts < 2:
+        raise ValueError(f"n_texts={n_texts}: give 2 or more, an interval needs them")
+    prompts = [
+        build_prompt(model, PAPER, length, 0.25, Haystack(FIRST_SEED + i)) for i in range(n_texts)
+    ]
+    tokens = torch.tensor([prompt.tokens for prompt in prompts])
+    stop = length - _common_end(tokens)
+    half = max(length // 2, max(prompt.needle_spans[0][1] for prompt in prompts))
+    if stop - half < 8:
+        raise ValueError(f"length={length}: too few tokens of text after the needle, give more")
+    rows, first = [], None
+    for setting in tqdm(settings, unit="setting", desc="text loss", disable=not verbose):
+        losses = _losses(model, setting, prompts, tokens[:, :stop], half)
+        first = losses if first is None else first
+        low, high = clustered_interval(losses.tolist(), range(n_texts))
+        more = losses - first
+        more_low, more_high = clustered_interval(more.tolist(), range(n_texts))
+        rows.append(
+            {
+                "setting": setting.name,
+                "loss": float(losses.mean()),
+                "low": low,
+                "high": high,
+                "more": float(more.mean()),
+                "more_low": more_low,
+                "more_high": more_high,
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+@torch.no_grad()
+def _losses(
+    model: HookedHybrid,
+    setting: Setting,
+    prompts: Sequence[Prompt],
+    tokens: Int[Tensor, "text pos"],
+    half: int,
+) -> Float[Tensor, " text"]:
+    """Return the mean loss of each text's second half."""
+    rows = [(setting, prompt) for prompt in prompts]
+    with model.hooks(hooks_of_rows(rows, "prefill")):
+        _, state = model(
+            tokens[:, : half - 1], return_type=None, return_state=True, stage="prefill"
+        )
+    with model.hooks(hooks_of_rows(rows, "generation")):
+        logits = model(tokens[:, half - 1 : -1], state=state, stage="generation", step=1)
+    log_probs = logits.float().log_softmax(-1)
+    targets = tokens[:, half:, None].to(log_probs.device)
+    return -log_probs.gather(-1, targets)[..., 0].mean(1).cpu()
+
+
+def _common_end(tokens: Int[Tensor, "text pos"]) -> int:
+    """Return how many tokens all texts end with: those of the question."""
+    same = (tokens == tokens[:1]).all(0).flip(0)
+    return int(same.long().cumprod(0).sum())
+
+
+__all__ = ["text_loss"]
