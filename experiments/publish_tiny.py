@@ -114,13 +114,14 @@ def curve(kind: str, folders: list[Path], path: Path) -> None:
     for folder in folders:
         log = [line for line in log_of(folder) if line["length"]]
         steps, name = [line["step"] for line in log], folder.name
-        (line,) = above.plot(steps, [entry["whole"] for entry in log], label=name)
+        right = [e["whole"] if e["needles"] else e["drill, whole"] for e in log]
+        (line,) = above.plot(steps, right, label=name)
         middle.plot(steps, [entry["length"] for entry in log], color=line.get_color())
         text = [(s, e["text, whole"]) for s, e in zip(steps, log, strict=True) if e["text, whole"]]
         below.plot(*zip(*text, strict=True), color=line.get_color())
         cuts = [entry["no attention"] for entry in log]
         above.plot(steps, cuts, color=line.get_color(), linestyle=":")
-    above.set_ylabel("accuracy on drawn words\n(dotted: attention cut)")
+    above.set_ylabel("accuracy: drills, then drawn\nwords (dotted: attention cut)")
     middle.set_ylabel("level's length (tokens)")
     below.set(xlabel="step", ylabel="text loss (nats a token)")
     above.set_title(f"tiny-{kind}: training")

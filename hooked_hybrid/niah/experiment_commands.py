@@ -116,9 +116,12 @@ def experiment(plan: Callable[..., Plan]) -> Callable[..., None]:
 def read_twice(model: HookedHybrid, k: niah_command.Ks = None) -> Plan:
     """Top-k sparsification with the context given once and twice (Just Read Twice).
 
+    All heads, and those of --k (0, 1 and 2 where none is given).
+
     Example: hooked-hybrid read-twice --model tiny-jamba --k 0 --k 2 --out results/twice
     """
-    ks = niah_command.heads_to_keep(k or [0, 1, 2, *_all_heads(model)], model.cfg)
+    # All heads first: it is what the others' loss of text is set against.
+    ks = niah_command.heads_to_keep([*_all_heads(model), *(k or [0, 1, 2])], model.cfg)
     return Plan(top_k_settings(ks), READ_TWICE, (False, True))
 
 
