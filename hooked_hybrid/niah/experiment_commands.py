@@ -31,7 +31,7 @@ from hooked_hybrid.niah.prompts import Haystack, Prompt, default_depths, grid
 from hooked_hybrid.niah.published import PUBLISHED, READ_TWICE, WEIGHTS, Published
 from hooked_hybrid.niah.report import write_report
 from hooked_hybrid.niah.setting_plots import accuracy_by_setting, weight_matrix_picture
-from hooked_hybrid.niah.sweep import Setting, top_k_settings
+from hooked_hybrid.niah.settings import Setting, top_k_settings
 from hooked_hybrid.niah.sweep import niah as run_sweep
 
 if TYPE_CHECKING:

@@ -23,7 +23,7 @@ from hooked_hybrid.interventions import (
     reversed_score,
 )
 from hooked_hybrid.niah.prompts import Prompt
-from hooked_hybrid.niah.sweep import Hooks, PerRow, Setting
+from hooked_hybrid.niah.settings import Hooks, PerRow, Setting
 
 PREFILL_MODES = ("keep", "omit", "only", "binary", "null")
 GENERATION_MODES = ("keep", "omit", "only", "binary")

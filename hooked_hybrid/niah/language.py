@@ -13,8 +13,8 @@ from tqdm.auto import tqdm
 from hooked_hybrid.model import HookedHybrid
 from hooked_hybrid.niah.needles import PAPER
 from hooked_hybrid.niah.prompts import Haystack, Prompt, build_prompt
+from hooked_hybrid.niah.settings import Setting, hooks_of_rows
 from hooked_hybrid.niah.statistics import clustered_interval
-from hooked_hybrid.niah.sweep import Setting, hooks_of_rows
 
 if TYPE_CHECKING:
     import pandas as pd
