@@ -287,9 +287,14 @@ def main() -> None:
     args = parse()
     torch.set_num_threads(args.threads)
     torch.set_float32_matmul_precision("high")  # of a GPU; a processor has no such mode
+    if (args.out / "model").exists():
+        raise SystemExit(f"{args.out} holds a finished run: give another folder")
+    recipe = {name: value for name, value in vars(args).items() if name != "out"}
+    kept = args.out / "recipe.json"
+    if kept.exists() and json.loads(kept.read_text()) != recipe:
+        raise SystemExit(f"{args.out} holds a run of another recipe, {kept}: give another folder")
     run = Run(args)
-    recipe = {name: value for name, value in vars(args).items() if name not in ("out", "kind")}
-    (run.out / "recipe.json").write_text(json.dumps(recipe, indent=2))
+    kept.write_text(json.dumps(recipe, indent=2))
     train(run)
     run.model.cpu().bfloat16().save_pretrained(run.out / "model")
 

@@ -272,8 +272,17 @@ def lengths_for(
     """Return ten lengths, the first with room for some haystack."""
     longest, form = longest_prompt(model.cfg), (template, read_twice, distractors)
     needed = max(shortest_length(model, needle, *form, seed=seed) for needle in needles)
+    if needed > longest:
+        raise ValueError(
+            f"needle, template and distractors take {needed} tokens, the longest prompt by default "
+            f"is {longest}: give --lengths, or fewer --distractors"
+        )
     lengths = default_lengths(longest)
-    return lengths if lengths[0] >= needed else default_lengths(longest, shortest=needed + ROOM)
+    return (
+        lengths
+        if lengths[0] >= needed
+        else default_lengths(longest, shortest=min(needed + ROOM, longest))
+    )
 
 
 def show(table: pd.DataFrame, written: Written, losses: pd.DataFrame | None = None) -> None:

@@ -25,10 +25,10 @@ from hooked_hybrid.niah.experiments import (
     layer_settings,
     weight_matrix,
 )
-from hooked_hybrid.niah.language import text_loss
+from hooked_hybrid.niah.language import text_loss, texts_of
 from hooked_hybrid.niah.plots import replacing
 from hooked_hybrid.niah.prompts import Haystack, Prompt, default_depths, grid
-from hooked_hybrid.niah.published import PUBLISHED, READ_TWICE, WEIGHTS, Published
+from hooked_hybrid.niah.published import READ_TWICE, WEIGHTS, Published
 from hooked_hybrid.niah.report import write_report
 from hooked_hybrid.niah.setting_plots import accuracy_by_setting, weight_matrix_picture
 from hooked_hybrid.niah.settings import Setting, top_k_settings
@@ -40,7 +40,17 @@ if TYPE_CHECKING:
 
 Texts = Annotated[
     int,
-    typer.Option(help="Haystack texts on which the loss is measured, 0 for none: --texts 20."),
+    typer.Option(
+        help="Haystack texts on which the loss is measured, 0 for none: --texts 20.", min=0
+    ),
+]
+FewKs = Annotated[
+    list[int] | None,
+    typer.Option("--k", help="Heads kept: --k 0 --k 2.", show_default="0, 1 and 2"),
+]
+HalfKs = Annotated[
+    list[int] | None,
+    typer.Option("--k", help="Heads kept: --k 2 --k 4.", show_default="half the heads"),
 ]
 Draws = Annotated[int, typer.Option(help="Random sets of heads, and of layers: --draws 50.", min=1)]
 
@@ -113,7 +123,7 @@ def experiment(plan: Callable[..., Plan]) -> Callable[..., None]:
 
 
 @experiment
-def read_twice(model: HookedHybrid, k: niah_command.Ks = None) -> Plan:
+def read_twice(model: HookedHybrid, k: FewKs = None) -> Plan:
     """Top-k sparsification with the context given once and twice (Just Read Twice).
 
     All heads, and those of --k (0, 1 and 2 where none is given).
@@ -140,7 +150,7 @@ def layers(model: HookedHybrid) -> Plan:
 
     Example: hooked-hybrid layers --model tiny-jamba --out results/layers
     """
-    return Plan(layer_settings(model.cfg), PUBLISHED[:3])
+    return Plan(layer_settings(model.cfg))
 
 
 @experiment
@@ -153,13 +163,13 @@ def heads(model: HookedHybrid) -> Plan:
 
 
 @experiment
-def controls(model: HookedHybrid, k: niah_command.Ks = None, draws: Draws = 20) -> Plan:
+def controls(model: HookedHybrid, k: HalfKs = None, draws: Draws = 20) -> Plan:
     """Set the most peaked heads beside random ones, and attention beside recurrent layers.
 
     Example: hooked-hybrid controls --model tiny-griffin --k 4 --draws 20 --out results/controls
     """
     most = _all_heads(model)[0]
-    return Plan(control_settings(model.cfg, k or [(most + 1) // 2], draws))
+    return Plan(control_settings(model.cfg, list(dict.fromkeys(k or [(most + 1) // 2])), draws))
 
 
 def _all_heads(model: HookedHybrid) -> list[int]:
@@ -171,6 +181,12 @@ def _run(plan: Callable[..., Plan], options: Common, own: Mapping[str, Any]) -> 
     torch.set_num_threads(options.threads or niah_command.default_threads(hybrid))
     planned = plan(hybrid, **own)
     prompts = _prompts(hybrid, planned, options)
+    documents = () if options.haystack is None else Haystack.read(options.haystack).documents
+    if not any(prompt.needle for prompt in prompts):
+        raise ValueError("--needle none: this experiment scores answers, give a needle too")
+    longest = max(prompt.length for prompt in prompts)
+    if options.texts:  # what cannot be measured is an error before the sweep, not after it
+        _check_texts(hybrid, longest, options.texts, documents)
     table = run_sweep(
         hybrid,
         prompts,
@@ -182,9 +198,15 @@ def _run(plan: Callable[..., Plan], options: Common, own: Mapping[str, Any]) -> 
     )
     losses = None
     if options.texts:
-        longest = max(prompt.length for prompt in prompts)
-        losses = text_loss(hybrid, planned.settings, longest, options.texts)
+        losses = text_loss(hybrid, planned.settings, longest, options.texts, documents)
     _report(table, losses, planned, hybrid, options)
+
+
+def _check_texts(hybrid: HookedHybrid, length: int, n: int, documents: Sequence[str]) -> None:
+    try:
+        texts_of(hybrid, length, n, documents)
+    except ValueError as error:
+        raise ValueError(f"the loss of text cannot be measured ({error}); or --texts 0") from error
 
 
 def _prompts(hybrid: HookedHybrid, plan: Plan, options: Common) -> list[Prompt]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import random
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -116,8 +117,8 @@ def control_settings(
     counts = _heads_of(cfg)
     if n_draws < 1 or any(not 0 < k < min(counts.values()) for k in ks):
         raise ValueError(
-            f"k={list(ks)}, n_draws={n_draws}: give 1 to {min(counts.values()) - 1} heads, 1 draw "
-            "or more"
+            f"--k {list(ks)}, --draws {n_draws}: give 1 to {min(counts.values()) - 1} heads and "
+            "1 draw or more"
         )
     rng = random.Random(seed)
     settings = [WHOLE, _silenced("no attention", cfg.attention_layers, "mixer")]
@@ -134,10 +135,21 @@ def control_settings(
         ]
         settings += cut_settings(cfg, [f"drawn k={k} #{i}" for i in range(n_draws)], draws)
     recurrent = [i for i in range(cfg.n_layers) if i not in cfg.attention_layers]
-    equal = list(itertools.combinations(recurrent, min(len(cfg.attention_layers), len(recurrent))))
-    for layers in equal if len(equal) <= n_draws else sorted(rng.sample(equal, n_draws)):
+    for layers in _sets_of(recurrent, min(len(cfg.attention_layers), len(recurrent)), n_draws, rng):
         settings.append(_silenced(f"no recurrence {'+'.join(map(str, layers))}", layers, "mixer"))
     return settings
+
+
+def _sets_of(
+    layers: Sequence[int], size: int, most: int, rng: random.Random
+) -> list[tuple[int, ...]]:
+    """Return every set of so many layers, or `most` of them by lot."""
+    if math.comb(len(layers), size) <= most:
+        return list(itertools.combinations(layers, size))
+    found: set[tuple[int, ...]] = set()
+    while len(found) < most:
+        found.add(tuple(sorted(rng.sample(layers, size))))
+    return sorted(found)
 
 
 def _on_needle(mode: str) -> Hooks:

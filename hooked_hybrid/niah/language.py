@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 from tqdm.auto import tqdm
 
 from hooked_hybrid.model import HookedHybrid
@@ -21,6 +23,8 @@ if TYPE_CHECKING:
 
 FIRST_SEED = 1000
 """Seeds of the texts: haystacks that no prompt of a sweep has by default."""
+PIECE = 64
+"""Positions whose logits are held at once."""
 
 
 def text_loss(
@@ -28,6 +32,7 @@ def text_loss(
     settings: Sequence[Setting],
     length: int,
     n_texts: int = 12,
+    documents: Sequence[str] = (),
     *,
     verbose: bool = True,
 ) -> pd.DataFrame:
@@ -41,7 +46,8 @@ def text_loss(
         model: with a tokenizer.
         settings: of a sweep.
         length: tokens of a text, the question after it included.
-        n_texts: texts of other seeds, which are the rows of one batch.
+        n_texts: texts that begin elsewhere, which are the rows of one batch.
+        documents: what to take them from, as in `Haystack`; none means generated text.
         verbose: show a progress bar.
 
     Returns:
@@ -54,16 +60,8 @@ def text_loss(
     """
     import pandas as pd
 
-    if n_texts < 2:
-        raise ValueError(f"n_texts={n_texts}: give 2 or more, an interval needs them")
-    prompts = [
-        build_prompt(model, PAPER, length, 0.25, Haystack(FIRST_SEED + i)) for i in range(n_texts)
-    ]
+    prompts, half, stop = texts_of(model, length, n_texts, documents)
     tokens = torch.tensor([prompt.tokens for prompt in prompts])
-    stop = length - _common_end(tokens)
-    half = max(length // 2, max(prompt.needle_spans[0][1] for prompt in prompts))
-    if stop - half < 8:
-        raise ValueError(f"length={length}: too few tokens of text after the needle, give more")
     rows, first = [], None
     for setting in tqdm(settings, unit="setting", desc="text loss", disable=not verbose):
         losses = _losses(model, setting, prompts, tokens[:, :stop], half)
@@ -85,6 +83,29 @@ def text_loss(
     return pd.DataFrame(rows)
 
 
+def texts_of(
+    model: HookedHybrid, length: int, n_texts: int, documents: Sequence[str] = ()
+) -> tuple[list[Prompt], int, int]:
+    """Return the texts of `text_loss`, and from where to where their loss is taken.
+
+    Raises:
+        ValueError: as `text_loss`.
+    """
+    if n_texts < 2:
+        raise ValueError(f"n_texts={n_texts}: give 2 or more, an interval needs them")
+    pieces = [piece.strip() for text in documents for piece in re.split(r"\n\s*\n", text)]
+    hays = []
+    for i in range(n_texts):
+        at = i * len(pieces) // n_texts
+        hays.append(Haystack(FIRST_SEED + i, (*pieces[at:], *pieces[:at])))
+    prompts = [build_prompt(model, PAPER, length, 0.25, hay) for hay in hays]
+    stop = length - _common_end(torch.tensor([prompt.tokens for prompt in prompts]))
+    half = max(length // 2, max(prompt.needle_spans[0][1] for prompt in prompts))
+    if stop - half < 8:
+        raise ValueError(f"length={length}: too few tokens of text after the needle, give more")
+    return prompts, half, stop
+
+
 @torch.no_grad()
 def _losses(
     model: HookedHybrid,
@@ -99,11 +120,18 @@ def _losses(
         _, state = model(
             tokens[:, : half - 1], return_type=None, return_state=True, stage="prefill"
         )
+    losses = []
     with model.hooks(hooks_of_rows(rows, "generation")):
-        logits = model(tokens[:, half - 1 : -1], state=state, stage="generation", step=1)
-    log_probs = logits.float().log_softmax(-1)
-    targets = tokens[:, half:, None].to(log_probs.device)
-    return -log_probs.gather(-1, targets)[..., 0].mean(1).cpu()
+        # In pieces: the logits of a real vocabulary are large.
+        for start in range(half - 1, tokens.shape[1] - 1, PIECE):
+            stop = min(start + PIECE, tokens.shape[1] - 1)
+            logits, state = model(
+                tokens[:, start:stop], state=state, return_state=True, stage="generation", step=1
+            )
+            targets = tokens[:, start + 1 : stop + 1].to(logits.device)
+            each = cross_entropy(logits.float().mT, targets, reduction="none")
+            losses.append(each.cpu())
+    return torch.cat(losses, dim=1).mean(1)
 
 
 def _common_end(tokens: Int[Tensor, "text pos"]) -> int:
@@ -112,4 +140,4 @@ def _common_end(tokens: Int[Tensor, "text pos"]) -> int:
     return int(same.long().cumprod(0).sum())
 
 
-__all__ = ["text_loss"]
+__all__ = ["text_loss", "texts_of"]

@@ -7,7 +7,7 @@ import json
 import re
 from array import array
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from random import Random
 
@@ -257,7 +257,7 @@ def _prompt(
 ) -> Prompt:
     tokens, spans = maker.tokens(parts, length, depth)
     about = (length, depth, template, read_twice, len(parts.distractors), parts.question)
-    said = json.dumps([*about, needle and needle.sentence])
+    said = json.dumps([*about, needle and asdict(needle)])
     return Prompt(
         id=hashlib.sha256(said.encode() + array("q", tokens).tobytes()).hexdigest()[:16],
         tokens=tuple(tokens),

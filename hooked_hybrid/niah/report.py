@@ -99,8 +99,10 @@ def write_report(
         *(f"<h2>{escape(title)}</h2>{_image(path, title)}" for title, path in further.items()),
         f"<h2>Retrieval maps</h2>{_image(shown.pop('maps'), 'retrieval maps')}",
         *(f"<h2>{_TITLES[name]}</h2>{_image(path, name)}" for name, path in shown.items()),
-        f"<h2>Beside the papers</h2><p><strong>{CAUTION}</strong></p>{_beside(table, published)}",
     ]
+    if published:
+        beside = f"<p><strong>{CAUTION}</strong></p>{_beside(table, published)}"
+        body.append(f"<h2>Beside the papers</h2>{beside}")
     page = (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
         f"<title>Needle in a haystack</title><style>{_STYLE}</style></head>\n<body>\n"

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from types import CodeType, FunctionType
 from typing import Any, Literal
 
 import torch
@@ -31,6 +34,9 @@ class PerRow:
 @dataclass(frozen=True)
 class Setting:
     """One way to run every prompt.
+
+    Hooks must treat rows alike: a sweep makes batches of its own, in which other settings have rows
+    too, so that a hook for certain rows (`patch(rows=...)`, an argument a row) meets wrong ones.
 
     Args:
         name: unique in a sweep.
@@ -107,10 +113,52 @@ def hooks_of_rows(
             key = (id(hooks), prompt.id if callable(hooks) else None)
             alone.setdefault(key, (hooks_for(hooks, prompt), []))[1].append(row)
     found: list[HookSpec] = []
-    for own, mine in (*alone.values(), *((make(arguments), r) for make, r in together.items())):
+    made = [(make(_only(arguments, mine)), mine) for make, mine in together.items()]
+    for own, mine in (*alone.values(), *made):
         is_all = len(mine) == len(rows)
         found += own if is_all else [(where, on_rows(fn, mine)) for where, fn in own]
     return found
+
+
+def _only(arguments: Tensor, rows: list[int]) -> Tensor:
+    """Return the arguments of some rows, 0 in the others: these are another maker's."""
+    own = torch.zeros_like(arguments)
+    own[rows] = arguments[rows]
+    return own
+
+
+def described(value: Any) -> str:
+    """Return a short hash of hooks: names, code, and what functions hold on to.
+
+    Two functions of other code, defaults or closed-over values differ; values of unknown types
+    count by their type alone.
+    """
+    return hashlib.sha256(_said(value).encode()).hexdigest()[:16]
+
+
+def _said(value: Any, within: tuple[int, ...] = ()) -> str:
+    if id(value) in within:  # a function may hold on to itself
+        return "itself"
+    if isinstance(value, partial):
+        parts: Any = (value.func, value.args, sorted(value.keywords.items()))
+    elif isinstance(value, FunctionType):
+        cells = [cell.cell_contents for cell in value.__closure__ or ()]
+        parts = (value.__qualname__, value.__code__, value.__defaults__, cells)
+    elif isinstance(value, CodeType):
+        parts = (value.co_code.hex(), value.co_names, value.co_consts)
+    elif isinstance(value, Tensor):
+        flat = value.detach().cpu().flatten().double()
+        parts = (tuple(value.shape), str(value.dtype), flat.numpy().tobytes().hex())
+    elif isinstance(value, dict):
+        parts = tuple(value.items())
+    elif isinstance(value, list | tuple | set | frozenset):
+        inner = [_said(part, (*within, id(value))) for part in value]
+        return f"{type(value).__name__}({', '.join(inner)})"
+    elif value is None or isinstance(value, str | int | float | bytes | bool):
+        return repr(value)
+    else:
+        return type(value).__qualname__
+    return _said(parts, (*within, id(value)))
 
 
 __all__ = [
@@ -118,6 +166,7 @@ __all__ = [
     "PerRow",
     "Setting",
     "depends_on_prompt",
+    "described",
     "hooks_for",
     "hooks_of_rows",
     "top_k_settings",

@@ -3,7 +3,8 @@
 A setting is a list of hooks for prefill and one for generation. Settings with the same prefill
 hooks (most often none) share one prefill: its state is forked, and all of them are decoded as the
 rows of one batch, each row with its own hooks. Settings with prefill hooks are the rows of one
-batch in prefill too. Prompts of one length share the run over the tokens they have in common.
+batch in prefill too. Prompts of one length share the run over the tokens they have in common,
+except under prefill hooks that are not `per_position`, or depend on the prompt.
 Numbers do not depend on where a run was stopped: the batches are always the same, all cells of one
 are kept at once, and the shared runs are cut at the same tokens whatever is done already.
 """
@@ -25,12 +26,14 @@ from tqdm.auto import tqdm
 
 from hooked_hybrid.config import AttentionConfig
 from hooked_hybrid.hooked_root import HookSpec
+from hooked_hybrid.hooks import is_per_position
 from hooked_hybrid.model import HookedHybrid
 from hooked_hybrid.niah.prompts import Prompt
 from hooked_hybrid.niah.scores import binary, graded, released
 from hooked_hybrid.niah.settings import (
     Setting,
     depends_on_prompt,
+    described,
     hooks_for,
     hooks_of_rows,
     top_k_settings,
@@ -75,7 +78,8 @@ def niah(
         below 1e-4 a rounding may have chosen the token.
 
     Raises:
-        ValueError: no prompts or settings, settings of one name, or a folder of another experiment.
+        ValueError: no prompts or settings, a prompt or a setting's name given twice, or a folder of
+            another experiment.
         HookNameError: a hook that matches nothing; before any prompt is run.
         FileExistsError: the folder is not empty and `resume` is false.
         OSError: the results cannot be written.
@@ -83,6 +87,8 @@ def niah(
     chosen = _settings(settings)
     if not prompts:
         raise ValueError("there are no prompts: build some with hooked_hybrid.niah.prompts")
+    if len({prompt.id for prompt in prompts}) < len(prompts):
+        raise ValueError("a prompt is given twice: give each once")
     for setting in chosen:
         for prompt in prompts if depends_on_prompt(setting) else prompts[:1]:
             hooks = (hooks_for(setting.prefill, prompt), hooks_for(setting.generation, prompt))
@@ -131,7 +137,10 @@ def shortest_window(model: HookedHybrid) -> int | None:
 
 def _settings(settings: Mapping[str, Sequence[HookSpec]] | Sequence[Setting]) -> list[Setting]:
     if isinstance(settings, Mapping):
-        chosen = [Setting(n, tuple(h), tuple(h), {"hooks": n}) for n, h in settings.items()]
+        chosen = [
+            Setting(name, tuple(hooks), tuple(hooks), {"hooks": described(tuple(hooks))})
+            for name, hooks in settings.items()
+        ]
     else:
         chosen = list(settings)
     names = [s.name for s in chosen]
@@ -168,21 +177,23 @@ class _Batch:
         known = [setting.prefill for setting in self.prefills]
         return [known.index(setting.prefill) for setting in self.settings]
 
-    @property
-    def shares_prompts(self) -> bool:
-        """Whether what two prompts begin with may be run once."""
-        return not callable(self.settings[0].prefill)
+    shares_prompts: bool
+    """Whether what two prompts begin with may be run once."""
+    is_whole: bool
+    """Whether a prompt is run in one piece, as its hooks may look at all of it."""
 
 
-def _batches(settings: Sequence[Setting]) -> list[_Batch]:
+def _batches(settings: Sequence[Setting], prompt: Prompt) -> list[_Batch]:
     """Put together what has a plain prefill, a hooked one, and one that depends on the prompt."""
-    kinds: dict[int, list[Setting]] = {}
+    kinds: dict[tuple[bool, bool, bool], list[Setting]] = {}
     for setting in settings:
-        kind = 2 if callable(setting.prefill) else int(bool(setting.prefill))
-        kinds.setdefault(kind, []).append(setting)
+        hooks = hooks_for(setting.prefill, prompt)
+        is_whole = not all(is_per_position(fn) for _, fn in hooks)
+        shares = not callable(setting.prefill) and not is_whole
+        kinds.setdefault((bool(hooks), shares, is_whole), []).append(setting)
     return [
-        _Batch(tuple(same[start : start + MOST_ROWS]))
-        for same in kinds.values()
+        _Batch(tuple(same[start : start + MOST_ROWS]), shares, is_whole)
+        for (_, shares, is_whole), same in kinds.items()
         for start in range(0, len(same), MOST_ROWS)
     ]
 
@@ -206,7 +217,7 @@ class _Group:
 
         Which prompts go together does not depend on what is wanted.
         """
-        batches = _batches(self.settings)
+        batches = _batches(self.settings, self.prompts[0])
         n_together = max(1, MOST_ROWS // max(len(batch.settings) for batch in batches))
         ordered = list(self._in_order(self.prompts))
         parts = [ordered[i : i + n_together] for i in range(0, len(ordered), n_together)]
@@ -235,7 +246,8 @@ class _Group:
             return
         for prompt in self._in_order(prompts):
             if prompt.id in wanted:
-                yield prompt, self._run(prompt, batch, None, 0, prompt.length - 1)
+                last = 0 if batch.is_whole else prompt.length - 1
+                yield prompt, self._run(prompt, batch, None, 0, last)
 
     def _share(
         self,
@@ -292,7 +304,7 @@ class _Group:
         of_settings = torch.tensor(batch.row_of)
         forked = [state[of_settings] for state in states if state is not None]
         out = self.model.generate(
-            torch.tensor([prompt.tokens[-1:] for _, prompt in rows]),
+            torch.tensor([p.tokens if batch.is_whole else p.tokens[-1:] for _, p in rows]),
             self.max_new_tokens,
             prefill_hooks=hooks_of_rows(rows, "prefill"),
             generation_hooks=hooks_of_rows(rows, "generation"),

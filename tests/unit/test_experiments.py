@@ -20,11 +20,12 @@ from hooked_hybrid.niah.experiments import (
     layer_settings,
     weight_matrix,
 )
-from hooked_hybrid.niah.language import text_loss
-from hooked_hybrid.niah.needles import PAPER
+from hooked_hybrid.niah.language import text_loss, texts_of
+from hooked_hybrid.niah.needles import PAPER, custom_needle
 from hooked_hybrid.niah.prompts import Haystack, build_prompt, grid, shortest_length
 from hooked_hybrid.niah.published import WEIGHTS, ours
 from hooked_hybrid.niah.setting_plots import accuracy_by_setting, weight_matrix_picture
+from hooked_hybrid.niah.settings import described
 from hooked_hybrid.niah.sweep import Setting, niah, top_k_settings
 from tests.tolerances import FP32_PARITY
 
@@ -70,6 +71,54 @@ def test_batched_settings_that_depend_on_the_prompt_equal_one_run_at_a_time(name
                 compared += 1
                 assert cell["output"] == one_at_a_time(model, prompt, setting), setting.name
     assert compared > 0.9 * len(table)
+
+
+def centred(x: torch.Tensor, hook: HookPoint) -> torch.Tensor:
+    """Look at the whole prompt at once: no part of it would do."""
+    return x - 0.5 * x.mean(1, keepdim=True)
+
+
+@each
+def test_a_hook_that_looks_at_the_whole_prompt_is_given_the_whole_prompt(name: str):
+    model, prompts = model_of(name), prompts_of(name)[:3]
+    hooks = [("blocks.0.hook_resid_post", centred)]
+    setting = Setting("centred", tuple(hooks))
+    table = niah(model, prompts, [WHOLE, setting], **QUIET).set_index(["prompt_id", "setting"])
+    for prompt in prompts:
+        assert table.loc[(prompt.id, "centred"), "output"] == one_at_a_time(model, prompt, setting)
+    margins = (table.xs(which, level=1)["min_margin"] for which in ("centred", "whole"))
+    assert abs(next(margins) - next(margins)).min() > 1e-3
+
+
+def test_experiments_can_be_run_together():
+    model, prompts = model_of("tiny-griffin"), prompts_of("tiny-griffin")[:1]
+    cut = cut_settings(model.cfg, ["a", "b"], [{2: [0]}, {5: [1]}])
+    settings = [*top_k_settings([8, 2], ["both"]), *cut]
+    table = niah(model, prompts, settings, **QUIET)
+    for setting in settings:
+        (output,) = table.loc[table["setting"] == setting.name, "output"]
+        assert output == one_at_a_time(model, prompts[0], setting)
+
+
+def test_other_hooks_of_the_same_name_never_reuse_cells(tmp_path: Path):
+    model, prompts = model_of("tiny-griffin"), prompts_of("tiny-griffin")[:1]
+    quiet = {"verbose": False, "max_new_tokens": 2, "out": tmp_path / "r", "resume": True}
+    niah(model, prompts, {"a": []}, **quiet)
+    niah(model, prompts, {"a": []}, **quiet)
+    for hooks in (interventions.keep_top_heads(0), interventions.keep_top_heads(1)):
+        with pytest.raises(ValueError, match="another"):
+            niah(model, prompts, {"a": hooks}, **quiet)
+    kept = [described(interventions.keep_top_heads(k)) for k in (0, 1, 1)]
+    assert kept[0] != kept[1] == kept[2]
+
+
+def test_keywords_are_part_of_a_prompt_and_a_prompt_is_given_once():
+    model = model_of("tiny-griffin")
+    needles = [custom_needle(PAPER.sentence, PAPER.question, [word]) for word in ("eat", "sunny")]
+    first, second = grid(model, needles, [140], [0.5])
+    assert first.tokens == second.tokens and first.id != second.id
+    with pytest.raises(ValueError, match="given twice"):
+        niah(model, [first, first], [WHOLE], **QUIET)
 
 
 @each
@@ -190,6 +239,17 @@ def test_text_loss_is_that_of_the_second_half_by_hand(name: str):
     assert table.loc["generation k=2", "more"] != 0
 
 
+def test_text_loss_can_be_of_documents():
+    model = model_of("tiny-griffin")
+    text = "\n\n".join(f"The {noun} can heal a loud song ." for noun in ("sea", "king", "bus"))
+    given, generated = (
+        text_loss(model, [WHOLE], 200, 3, documents, verbose=False) for documents in ([text], ())
+    )
+    assert given["loss"].item() != generated["loss"].item()
+    prompts, _, _ = texts_of(model, 200, 3, [text])
+    assert len({prompt.tokens for prompt in prompts}) == 3
+
+
 def test_text_loss_refuses_what_it_cannot_measure():
     model = model_of("tiny-griffin")
     with pytest.raises(ValueError, match="n_texts=1"):
@@ -215,6 +275,24 @@ def test_each_command_writes_table_maps_pictures_and_report(command: str, tmp_pa
     refused = CliRunner().invoke(cli.build_app(), again)
     assert refused.exit_code == 1 and "not empty" in refused.output
     assert CliRunner().invoke(cli.build_app(), [*again, "--resume"]).exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--texts", "1"], "n_texts=1"),
+        (["--lengths", "66"], "too few tokens"),
+        (["--needle", "none"], "give a needle"),
+    ],
+)
+def test_what_cannot_be_measured_is_said_before_the_sweep(
+    options: list[str], message: str, tmp_path: Path
+):
+    small = ["--depths", "1", *([] if "--lengths" in options else ["--lengths", "180"])]
+    command = ["heads", *small, *options, "--out", str(tmp_path / "r")]
+    result = CliRunner().invoke(cli.build_app(), command)
+    assert result.exit_code == 1 and message in result.output
+    assert not (tmp_path / "r").exists()
 
 
 def test_published_weights_stand_beside_ours():
