@@ -121,10 +121,10 @@ def curve(kind: str, folders: list[Path], path: Path) -> None:
         below.plot(*zip(*text, strict=True), color=line.get_color())
         cuts = [entry["no attention"] for entry in log]
         above.plot(steps, cuts, color=line.get_color(), linestyle=":")
-    above.set_ylabel("accuracy: drills, then drawn\nwords (dotted: attention cut)")
+    above.set_ylabel("accuracy (dotted:\nattention cut)")
     middle.set_ylabel("level's length (tokens)")
     below.set(xlabel="step", ylabel="text loss (nats a token)")
-    above.set_title(f"tiny-{kind}: training")
+    above.set_title(f"tiny-{kind}: drills, then the drawn words of answers")
     above.legend(fontsize=8)
     save_figure(figure, path)
 
