@@ -20,8 +20,8 @@ HEAD = """# Tables behind the findings
 
 Accuracy is the mean graded score / 5 in percent, with its 95% interval (bootstrap clustered by
 needle), for needles inside the attention window of the last prompt token and beyond it; "text loss"
-is that of haystack text in nats a token, "more" what it is above the first setting's, with its interval
-(bootstrap clustered by text). Written by `python -m experiments.findings`.
+is that of haystack text in nats a token, "more" what it is above the first setting's, with its
+interval (bootstrap clustered by text). Written by `python -m experiments.findings`.
 """
 
 
