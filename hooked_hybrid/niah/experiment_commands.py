@@ -180,8 +180,8 @@ def _run(plan: Callable[..., Plan], options: Common, own: Mapping[str, Any]) -> 
     hybrid = niah_command.loaded(options.model, options.device, options.dtype)
     torch.set_num_threads(options.threads or niah_command.default_threads(hybrid))
     planned = plan(hybrid, **own)
-    prompts = _prompts(hybrid, planned, options)
     documents = () if options.haystack is None else Haystack.read(options.haystack).documents
+    prompts = _prompts(hybrid, planned, options, Haystack(options.seed, documents))
     if not any(prompt.needle for prompt in prompts):
         raise ValueError("--needle none: this experiment scores answers, give a needle too")
     longest = max(prompt.length for prompt in prompts)
@@ -209,10 +209,8 @@ def _check_texts(hybrid: HookedHybrid, length: int, n: int, documents: Sequence[
         raise ValueError(f"the loss of text cannot be measured ({error}); or --texts 0") from error
 
 
-def _prompts(hybrid: HookedHybrid, plan: Plan, options: Common) -> list[Prompt]:
+def _prompts(hybrid: HookedHybrid, plan: Plan, options: Common, hay: Haystack) -> list[Prompt]:
     found = niah_command.needles_of(options.needle or ["paper"])[: options.n_needles]
-    documents = () if options.haystack is None else Haystack.read(options.haystack).documents
-    hay = Haystack(options.seed, documents)
     longest_form = (options.template, max(plan.read_twice), options.distractors)
     lengths = options.lengths or niah_command.lengths_for(
         hybrid, found, *longest_form, options.seed
