@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
-
+from hooked_hybrid.component import Component
 from hooked_hybrid.config import HybridConfig, LayerConfig
 from hooked_hybrid.hooks import HookPoint
 from hooked_hybrid.layers import RMSNorm
@@ -16,7 +15,7 @@ from hooked_hybrid.shapes import Resid
 from hooked_hybrid.state import BlockState
 
 
-class Block(nn.Module):
+class Block(Component):
     """`resid_mid = resid_pre + mixer(ln1(resid_pre))`, then the same with the MLP.
 
     The mixer lies at `attn` (attention, which also has `hook_attn_out`) or at `mixer`.

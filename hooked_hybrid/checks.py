@@ -107,7 +107,7 @@ def checked_state(model: HookedHybrid, state: HybridState | None, batch: int) ->
             "another model's"
         )
     for i, (block, kept) in enumerate(zip(model.blocks, state.blocks, strict=True)):
-        parameter = next(block.parameters())
+        parameter = block.ln1.weight
         wanted = block.any_mixer.state_shapes()
         got = {
             name: tuple(t.shape[2:] if _has_length(kept, name) else t.shape[1:])

@@ -35,6 +35,10 @@ class HookedRootModule(nn.Module):
         for name, point in self.hook_dict.items():
             point.name = name
             point._holder = self.run_holder
+        for module in self.modules():
+            # Found in the instance's own dict, a point costs a tenth of nn.Module's lookup.
+            points = {n: m for n, m in module._modules.items() if isinstance(m, HookPoint)}
+            module.__dict__.update(points)
 
     # --- attaching --------------------------------------------------------------------------
 

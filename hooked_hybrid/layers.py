@@ -2,25 +2,47 @@
 
 from __future__ import annotations
 
+import math
+from functools import cache
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from hooked_hybrid.component import Component
 from hooked_hybrid.config import Activation, HybridConfig, NormConfig, RotaryConfig
 from hooked_hybrid.hooks import HookPoint, Run
 from hooked_hybrid.layout import Layout
+from hooked_hybrid.plan import may_overwrite
 from hooked_hybrid.shapes import Logits, Resid, Tokens
 
 INIT_STD = 0.02
+WORTH_SPLITTING = 2**16
+"""Values from which on a function of one argument is computed some rows at a time."""
+GELU_ROWS = 32
+"""Rows worked on together: they and a temporary stay in a core's cache."""
 
 
-class Linear(nn.Module):
-    """`x @ W + b`. `W` is [d_in, d_out]; the storage, `weight`, is its transpose."""
+def empty_weight(*shape: int) -> Tensor:
+    """Return an empty weight [... d_out d_in] whose longer axis lies side by side in memory.
+
+    One token reads a weight once, and how fast depends on which axis is contiguous: a wide output
+    from few inputs is read up to twice as fast along the outputs, a wide input along the inputs
+    (fp32 on a CPU; long inputs do not care). Shapes, names and values are not affected.
+    """
+    *stack, d_out, d_in = shape
+    if d_out > d_in:
+        return torch.empty(*stack, d_in, d_out).mT
+    return torch.empty(shape)
+
+
+class Linear(Component):
+    """`x @ W + b`. `W` is [d_in, d_out]; the parameter, `weight`, is its transpose."""
 
     def __init__(self, d_in: int, d_out: int, bias: bool) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(d_out, d_in))
+        self.weight = nn.Parameter(empty_weight(d_out, d_in))
         self.bias = nn.Parameter(torch.empty(d_out)) if bias else None
 
     def reset_parameters(self) -> None:
@@ -39,7 +61,7 @@ class Linear(nn.Module):
         return linear(x, self.weight, self.bias)
 
 
-class BlockDiagonalLinear(nn.Module):
+class BlockDiagonalLinear(Component):
     """A linear map that keeps blocks of channels apart: `W` is [gate_block, in, out]."""
 
     def __init__(self, n_blocks: int, width: int) -> None:
@@ -55,11 +77,12 @@ class BlockDiagonalLinear(nn.Module):
 
     def forward(self, x: Float[Tensor, "batch pos d_rnn"]) -> Float[Tensor, "batch pos d_rnn"]:
         """Return each block of channels times its own matrix."""
-        blocks = x.unflatten(-1, self.bias.shape)
-        return (torch.einsum("bsgi,gij->bsgj", blocks, self.weight) + self.bias).flatten(-2)
+        blocks = x.flatten(0, 1).unflatten(-1, self.bias.shape).transpose(0, 1)
+        out = torch.baddbmm(self.bias[:, None], blocks, self.weight)
+        return out.transpose(0, 1).reshape(x.shape)
 
 
-class RMSNorm(nn.Module):
+class RMSNorm(Component):
     """Root-mean-square norm, `x / hook_scale * weight`.
 
     The sum of squares is taken in fp32. Style "one_plus_weight" (RecurrentGemma in transformers)
@@ -81,23 +104,33 @@ class RMSNorm(nn.Module):
         nn.init.constant_(self.weight, 0.0 if self.adds_one else 1.0)
 
     @property
+    def is_hooked(self) -> bool:
+        """Whether anything is attached to its points."""
+        return self.hook_scale.is_hooked or self.hook_normalized.is_hooked
+
+    @property
     def w(self) -> Float[Tensor, " d_model"]:
         """The factor that multiplies the normalised values, fp32 where one is added to it."""
-        return 1 + _at_least_fp32(self.weight) if self.adds_one else self.weight
+        return 1 + at_least_fp32(self.weight) if self.adds_one else self.weight
 
     def forward(self, x: Resid) -> Resid:
         """Return the normalised and weighted values in the dtype of `x`."""
-        wide = _at_least_fp32(x)
+        wide = at_least_fp32(x)
         inverse = inverse_rms(wide, self.eps)
         if self.hook_scale.is_hooked:
             inverse = self.hook_scale(inverse.reciprocal()).reciprocal()
         normalized = wide * inverse
         if not self.adds_one:
             normalized = normalized.to(x.dtype)
-        return (self.hook_normalized(normalized) * self.w).to(x.dtype)
+        normalized = self.hook_normalized(normalized)
+        if self.adds_one:  # n + n w
+            weight = at_least_fp32(self.weight)
+            out = torch.addcmul(normalized, normalized, weight)
+            return out if out.dtype == x.dtype else out.to(x.dtype)
+        return normalized * self.weight
 
 
-class InnerNorm(nn.Module):
+class InnerNorm(Component):
     """A root-mean-square norm inside a mixer, whose result has a hook point there."""
 
     def __init__(self, width: int, eps: float) -> None:
@@ -111,11 +144,11 @@ class InnerNorm(nn.Module):
 
     def forward(self, x: Float[Tensor, "batch pos width"]) -> Float[Tensor, "batch pos width"]:
         """Return the normalised values, rounded to the dtype of `x`, times the weight."""
-        wide = _at_least_fp32(x)
+        wide = at_least_fp32(x)
         return (wide * inverse_rms(wide, self.eps)).to(x.dtype) * self.weight
 
 
-class Embed(nn.Module):
+class Embed(Component):
     """Rows of `W_E`, times sqrt(d_model) rounded to bfloat16 where the config says so.
 
     The rounding is part of the published models in every dtype: sqrt(2560) = 50.596 is 50.5.
@@ -123,7 +156,9 @@ class Embed(nn.Module):
 
     def __init__(self, cfg: HybridConfig) -> None:
         super().__init__()
-        self.W_E = nn.Parameter(torch.empty(cfg.d_vocab, cfg.d_model))
+        tied = cfg.tied_embedding
+        shape = (cfg.d_vocab, cfg.d_model)
+        self.W_E = nn.Parameter(empty_weight(*shape) if tied else torch.empty(shape))
         scale = torch.tensor(cfg.d_model**0.5, device="cpu").bfloat16().item()
         self.scale = scale if cfg.scale_embedding else None
 
@@ -133,18 +168,20 @@ class Embed(nn.Module):
 
     def forward(self, tokens: Tokens) -> Resid:
         """Return the embedding of each token."""
-        x = self.W_E[tokens]
+        # Side by side along the vocabulary, one channel of all tokens after another reads faster.
+        along_vocab = self.W_E.stride(0) == 1 and not torch.is_grad_enabled()
+        x = _columns(self.W_E.T, tokens) if along_vocab else self.W_E[tokens]
         return x if self.scale is None else x * self.scale
 
 
-class Unembed(nn.Module):
+class Unembed(Component):
     """`soft_cap(x @ W_U)`; `weight` is None where the embedding is used again."""
 
     def __init__(self, cfg: HybridConfig) -> None:
         super().__init__()
         self.soft_cap = cfg.logits_soft_cap
         self.weight = (
-            None if cfg.tied_embedding else nn.Parameter(torch.empty(cfg.d_vocab, cfg.d_model))
+            None if cfg.tied_embedding else nn.Parameter(empty_weight(cfg.d_vocab, cfg.d_model))
         )
         self.hook_logits = HookPoint("batch pos d_vocab")
 
@@ -159,10 +196,12 @@ class Unembed(nn.Module):
         logits = self.hook_logits(linear(x, weight), run=run)
         if self.soft_cap is None:
             return logits
+        if may_overwrite(self.hook_logits):
+            return logits.div_(self.soft_cap).tanh_().mul_(self.soft_cap)
         return self.soft_cap * torch.tanh(logits / self.soft_cap)
 
 
-class CausalConv1d(nn.Module):
+class CausalConv1d(Component):
     """Depthwise convolution over the last `d_conv` positions; the last tap is the current one."""
 
     def __init__(self, d_conv: int, channels: int, bias: bool = True) -> None:
@@ -193,6 +232,10 @@ class CausalConv1d(nn.Module):
         Nothing is read across the start of a document, and nothing of what stands at padding.
         """
         n_past = state.shape[1]
+        if layout.doc is None and not layout.has_padding:
+            inputs = torch.cat([state, u], dim=1)
+            taps = self._one if u.shape[1] == 1 else self._taps
+            return taps(inputs, None), layout.last_real(inputs, None, n_past)
         is_real = torch.cat([layout.is_real.new_ones(u.shape[0], n_past), layout.is_real], dim=1)
         docs = layout.key_docs(n_past)
         after = layout.last_real(torch.cat([state, u], dim=1), is_real, n_past)
@@ -209,6 +252,13 @@ class CausalConv1d(nn.Module):
         y = self._taps(torch.cat([state, packed], dim=1), docs)
         return y.gather(1, order.argsort(dim=1)[..., None].expand_as(y)), after
 
+    def _one(
+        self, inputs: Float[Tensor, "batch tap channel"], _: None = None
+    ) -> Float[Tensor, "batch 1 channel"]:
+        """Return the last position alone."""
+        y = (inputs * self.weight).sum(1, keepdim=True)
+        return y if self.bias is None else y + self.bias
+
     def _taps(
         self,
         inputs: Float[Tensor, "batch n channel"],
@@ -224,37 +274,92 @@ class CausalConv1d(nn.Module):
             if docs is not None:
                 same = docs[:, tap : tap + n_pos] == docs[:, n_taps - 1 :]
                 x = x.masked_fill(~same[..., None], 0)
-            y = torch.addcmul(y, x, self.weight[tap])
+            out = y if tap and may_overwrite() else None
+            y = torch.addcmul(y, x, self.weight[tap], out=out)
         return y
 
 
+def _columns(W: Float[Tensor, "d_model d_vocab"], tokens: Tokens) -> Resid:
+    return W.index_select(1, tokens.flatten()).T.contiguous().unflatten(0, tokens.shape)
+
+
+def rotation(
+    layout: Layout, cfg: RotaryConfig, dtype: torch.dtype
+) -> tuple[Float[Tensor, "batch pos 1 half"], Float[Tensor, "batch pos 1 half"]]:
+    """Return cosines and sines of the angles at each position, once for all layers of a forward.
+
+    Angles are in fp32, their cosines and sines in `dtype`; padding stands at position 0.
+    """
+
+    def cosines_and_sines() -> tuple[Tensor, Tensor]:
+        half = cfg.d_rotary // 2
+        exponent = torch.arange(half, device=layout.pos.device, dtype=torch.float32) / half
+        angle = layout.pos.clamp_min(0)[:, :, None, None].float() * cfg.theta**-exponent
+        return angle.cos().to(dtype), angle.sin().to(dtype)
+
+    return layout.once((cfg, dtype), cosines_and_sines)
+
+
 def rotate(
-    x: Float[Tensor, "batch pos n d_head"], pos: Int[Tensor, "batch pos"], cfg: RotaryConfig
+    x: Float[Tensor, "batch pos n d_head"], layout: Layout, cfg: RotaryConfig
 ) -> Float[Tensor, "batch pos n d_head"]:
     """Return `x` with its first `d_rotary` channels rotated by position.
 
-    Channel i is paired with channel i + d_rotary / 2; angles are in fp32, their sines and cosines
-    in the dtype of `x`. Source: RoFormer (Su et al. 2021), in the layout of GPT-NeoX.
+    Channel i is paired with channel i + d_rotary / 2. Source: RoFormer (Su et al. 2021), in the
+    layout of GPT-NeoX.
     """
-    half = cfg.d_rotary // 2
-    exponent = torch.arange(half, device=x.device, dtype=torch.float32) / half
-    angle = pos[..., None].float() * cfg.theta**-exponent
-    cos, sin = angle.cos().to(x.dtype)[:, :, None], angle.sin().to(x.dtype)[:, :, None]
-    first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+    cos, sin = rotation(layout, cfg, x.dtype)
+    first, second, rest = x.split([*2 * [cfg.d_rotary // 2], x.shape[-1] - cfg.d_rotary], dim=-1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin, rest], dim=-1)
 
 
-def activate(x: Tensor, name: Activation) -> Tensor:
-    """Return the nonlinearity of `x`; gelu is the tanh approximation, as in the references."""
-    if name == "gelu_tanh":
-        return nn.functional.gelu(x, approximate="tanh")
-    return nn.functional.silu(x)
+def activate(x: Tensor, name: Activation, overwrite: bool = False) -> Tensor:
+    """Return the nonlinearity of `x`, in its memory if told; gelu is the tanh approximation."""
+    if name == "silu":
+        return nn.functional.silu(x, inplace=overwrite)
+    if x.numel() >= WORTH_SPLITTING and x.device.type == "cpu" and not torch.is_grad_enabled():
+        return gelu_tanh_(x if overwrite else x.clone())
+    return nn.functional.gelu(x, approximate="tanh")
+
+
+def gelu_tanh_(x: Tensor) -> Tensor:
+    """Return gelu's tanh approximation in the memory of `x`, as x sigmoid(2 c (x + 0.044715 x^3)).
+
+    The same function as 0.5 x (1 + tanh(c (x + 0.044715 x^3))), c = sqrt(2 / pi); a CPU computes a
+    sigmoid in a third of a tanh's time.
+    """
+    slope_at_0 = 2 * math.sqrt(2 / math.pi)
+    at_0 = constant(slope_at_0, x.dtype, x.device)
+    for block in x.view(-1, x.shape[-1]).split(GELU_ROWS):
+        slope = torch.addcmul(at_0, block, block, value=0.044715 * slope_at_0)
+        block.mul_(slope.mul_(block).sigmoid_())
+    return x
+
+
+def times(
+    a: Float[Tensor, "*shape"], b: Float[Tensor, "*#shape"], overwrite: bool
+) -> Float[Tensor, "*shape"]:
+    """Return `a * b`, in the memory of `a` if told."""
+    return a.mul_(b) if overwrite else a * b
 
 
 def inverse_rms(x: Float[Tensor, "batch pos width"], eps: float) -> Float[Tensor, "batch pos 1"]:
     """Return 1 / sqrt(mean(x^2) + eps); a product with it rounds as the references do."""
-    return torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+    if torch.is_grad_enabled():
+        return torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return torch.addcmul(
+        constant(eps, x.dtype, x.device), norm, norm, value=1 / x.shape[-1]
+    ).rsqrt_()
 
 
-def _at_least_fp32(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+@cache
+def constant(value: float, dtype: torch.dtype, device: torch.device) -> Float[Tensor, ""]:
+    """Return a number as a tensor, made once: making one costs more than adding it."""
+    with torch.inference_mode(False):
+        return torch.tensor(value, dtype=dtype, device=device)
+
+
+def at_least_fp32(x: Tensor) -> Tensor:
+    """Return `x` in fp32, or in fp64 where it is that."""
+    return x if x.dtype in (torch.float32, torch.float64) else x.float()

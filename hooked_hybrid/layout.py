@@ -7,7 +7,9 @@ the right of a row, documents may be packed into one, and a row may continue fro
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Bool, Int
@@ -15,6 +17,8 @@ from torch import Tensor
 
 from hooked_hybrid.hooks import Run, Stage
 from hooked_hybrid.state import HybridState
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,13 @@ class Layout:
     has_padding: bool
     n_before: int | None
     run: Run
+    memo: dict[Any, Any] = dataclasses.field(default_factory=dict, compare=False, repr=False)
+
+    def once(self, key: Any, make: Callable[[], T]) -> T:
+        """Return what `make` gives, made once for this layout: layers share it."""
+        if key not in self.memo:
+            self.memo[key] = make()
+        return self.memo[key]
 
     @property
     def is_plain(self) -> bool:
@@ -78,7 +89,16 @@ class Layout:
             state_doc=self.state_doc if doc is None or start == 0 else doc[:, start - 1],
             n_before=None if self.n_before is None else self.n_before + start,
             run=self.run.at(start, stop),
+            memo={},
         )
+
+    def fill_starts(self, x: Tensor, value: float) -> Tensor:
+        """Return `x` [batch pos ...], a tensor of the caller's own, with a value at the starts."""
+        if not self.is_plain or torch.is_grad_enabled():
+            return x.masked_fill(self.is_start.view(*self.pos.shape, *(1,) * (x.ndim - 2)), value)
+        if self.n_before == 0:
+            x[:, 0] = value
+        return x
 
     def zero_padding(self, x: Tensor) -> Tensor:
         """Return `x` [batch pos ...] with zeros at padding."""
@@ -86,9 +106,9 @@ class Layout:
             return x
         return x.masked_fill(~self.is_real.view(*self.pos.shape, *(1,) * (x.ndim - 2)), 0)
 
-    def last_real(self, x: Tensor, is_real: Bool[Tensor, "batch n"], n: int) -> Tensor:
+    def last_real(self, x: Tensor, is_real: Bool[Tensor, "batch n"] | None, n: int) -> Tensor:
         """Return the last `n` real entries of each row of `x` [batch n ...], padding first."""
-        if not self.has_padding:
+        if not self.has_padding or is_real is None:
             last = x[:, max(x.shape[1] - n, 0) :]
             return last if 2 * n >= x.shape[1] else last.clone()  # a view would keep all of x
         order = is_real.int().argsort(dim=1, stable=True)[:, max(x.shape[1] - n, 0) :]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple
 
@@ -21,7 +21,7 @@ from hooked_hybrid.hooks import HookPoint, Stage
 from hooked_hybrid.layers import Embed, RMSNorm, Unembed
 from hooked_hybrid.layout import Layout, lay_out
 from hooked_hybrid.loss import next_token_loss
-from hooked_hybrid.memory import require_memory
+from hooked_hybrid.memory import keep_freed_memory, require_memory
 from hooked_hybrid.plan import piece_length
 from hooked_hybrid.shapes import Resid, Tokens
 from hooked_hybrid.state import BlockState, HybridState
@@ -57,6 +57,7 @@ class HookedHybrid(TextMethods, HookedRootModule):
         dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__()
+        keep_freed_memory()
         self.cfg = cfg
         self.tokenizer = tokenizer
         self.why_no_tokenizer: str | None = None
@@ -270,12 +271,12 @@ class HookedHybrid(TextMethods, HookedRootModule):
             tokens = x if start_at_layer is None else None
             with self._running(layout):
                 resid = x if tokens is None else self.hook_embed(self.embed(tokens))
-                resid, _ = self._run_blocks(resid, None, layout, layers, layout.length)
+                resid, _ = self._run_blocks(resid, (None,) * self.cfg.n_layers, layout, layers)
                 if stop_at_layer is not None:
                     return resid
-                return self._read_out(
-                    resid, tokens, layout, return_type, loss_per_token, logits_to_keep
-                )
+                first = layout.length - (logits_to_keep or layout.length)
+                kept = [] if return_type is None else [self._normalized(resid, first)]
+                return self._read_out(kept, tokens, layout, return_type, loss_per_token, first)
         out, after = self.run_layout(x, layout, state, return_type, loss_per_token, logits_to_keep)
         return (out, after) if return_state else out
 
@@ -296,10 +297,19 @@ class HookedHybrid(TextMethods, HookedRootModule):
         n_logits = 0 if return_type is None else logits_to_keep or layout.length
         piece = piece_length(layout.length, self.hook_points())
         require_memory(self, layout, state, n_logits, piece)
+        first = layout.length - n_logits
+        blocks = (None,) * self.cfg.n_layers if state is None else state.blocks
+        kept = []
         with self._running(layout):
-            resid = self.hook_embed(self.embed(tokens))
-            resid, blocks = self._run_blocks(resid, state, layout, range(self.cfg.n_layers), piece)
-            out = self._read_out(resid, tokens, layout, return_type, loss_per_token, logits_to_keep)
+            for start in range(0, layout.length, piece):
+                part = layout.piece(start, start + piece)
+                self.run_holder.run = part.run
+                resid = self.hook_embed(self.embed(tokens[:, start : start + piece]))
+                resid, blocks = self._run_blocks(resid, blocks, part, range(self.cfg.n_layers))
+                if return_type is not None:
+                    kept.append(self._normalized(resid, max(first - start, 0)))
+            self.run_holder.run = layout.run
+            out = self._read_out(kept, tokens, layout, return_type, loss_per_token, first)
         n_seen = None if layout.n_before is None else layout.n_before + layout.length
         return out, HybridState(blocks, layout.next_pos, layout.segment, n_seen)
 
@@ -321,36 +331,35 @@ class HookedHybrid(TextMethods, HookedRootModule):
             self.run_holder.run = outer
 
     def _run_blocks(
-        self, resid: Resid, state: HybridState | None, layout: Layout, layers: range, piece: int
+        self, resid: Resid, states: Sequence[BlockState | None], layout: Layout, layers: range
     ) -> tuple[Resid, tuple[BlockState, ...]]:
-        """Return the residual stream after some blocks, `piece` positions at a time."""
-        states = [None if state is None else state.blocks[i] for i in layers]
-        done = []
-        for start in range(0, layout.length, piece):
-            part = layout.piece(start, start + piece)
-            self.run_holder.run = part.run
-            x = resid[:, start : start + piece]
-            for i, layer in enumerate(layers):
-                x, states[i] = self.blocks[layer](x, states[i], part)
-            done.append(x)
-        self.run_holder.run = layout.run
-        return done[0] if len(done) == 1 else torch.cat(done, dim=1), tuple(states)  # type: ignore[arg-type]
+        """Return the residual stream after some blocks, and their new states."""
+        after = []
+        for i in layers:
+            resid, state = self.blocks[i](resid, states[i], layout)
+            after.append(state)
+        return resid, tuple(after)
+
+    def _normalized(self, resid: Resid, first: int) -> Float[Tensor, "batch kept d_model"]:
+        """Return the final norm from position `first` on; hooks on it see every position."""
+        if self.ln_final.is_hooked:
+            return self.ln_final(resid)[:, first:]
+        return self.ln_final(resid[:, first:])
 
     def _read_out(
         self,
-        resid: Resid,
+        normalized: list[Tensor],
         tokens: Tokens | None,
         layout: Layout,
         return_type: ReturnType | None,
         loss_per_token: bool,
-        logits_to_keep: int | None,
+        first: int,
     ) -> Any:
-        """Return logits, loss, both or nothing from the last residual stream."""
+        """Return logits, loss, both or nothing from what pieces left of the final norm."""
         if return_type is None:
             return None
-        first = layout.length - (logits_to_keep or layout.length)
-        normalized = self.ln_final(resid)[:, first:]
-        logits = self.unembed(normalized, self.embed.W_E, layout.run.at(first, layout.length))
+        whole = normalized[0] if len(normalized) == 1 else torch.cat(normalized, dim=1)
+        logits = self.unembed(whole, self.embed.W_E, layout.run.at(first, layout.length))
         if return_type == "logits":
             return logits
         assert tokens is not None

@@ -1,27 +1,41 @@
 """How a forward runs, chosen from what is attached: the one place that decides it.
 
-=========================  ==================================================================
-what is attached           what runs
-=========================  ==================================================================
-nothing                    fused attention, fast scans, long inputs in pieces (without autograd)
-`per_position` hooks only  the same, hooks called once a piece
-any other hook             the sequence whole
-on scores or pattern       attention through materialised scores (`Attention._attend_hooked`)
-on the recurrent state     watchers: the fast scan; `hook_at`: the fast scan split at its
-                           positions; any other: one step at a time (`scan.hooked_scan`)
-on `hook_result`, `hook_*_input`   heads written or read one by one (`Attention`)
-=========================  ==================================================================
+Each fast way has a slow one that is its definition, and gives the same values to rounding.
+
+==========================  =================================================================
+what is attached            what runs
+==========================  =================================================================
+nothing                     long inputs in pieces, attention in blocks of queries (`attend`),
+                            fast scans, values overwritten where nobody else reads them
+`per_position` hooks only   the same, hooks called once a piece; on scores and patterns, once
+                            a block of queries
+watchers only               the sequence whole; scores and patterns put together from blocks
+any other hook              the sequence whole; on scores or pattern, attention as it is
+                            defined (`attend.attend_whole`)
+on the recurrent state      watchers: the fast scan; `hook_at`: the fast scan split at its
+                            positions; any other: one step at a time (`scan.hooked_scan`)
+on `hook_result`,           heads written or read one by one (`Attention`)
+`hook_*_input`
+on an expert's own values   each chosen expert's values are kept (`MoE`)
+==========================  =================================================================
+
+With autograd the sequence is whole and nothing is overwritten; attention is torch's fused one, or
+as it is defined where scores or patterns are hooked.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Literal
 
 import torch
 
 from hooked_hybrid.hooks import HookPoint
 
 PIECE = 512
+"""Positions of a piece: matrices are multiplied at full speed, and temporaries stay small."""
+
+AttentionWay = Literal["fused", "blocks", "whole"]
 
 
 def piece_length(n_pos: int, points: Iterable[HookPoint], piece: int = PIECE) -> int:
@@ -38,3 +52,30 @@ def piece_length(n_pos: int, points: Iterable[HookPoint], piece: int = PIECE) ->
     if n_pos <= piece or torch.is_grad_enabled():
         return n_pos
     return piece if all(p.takes_pieces for p in points) else n_pos
+
+
+def attention_way(scores: HookPoint, pattern: HookPoint, device: torch.device) -> AttentionWay:
+    """Return how attention computes what the hooks on its scores and pattern see.
+
+    "fused" is torch's kernel, where nothing is attached; "blocks" materialises scores and patterns
+    for a block of queries at a time; "whole" does for all of them, and is the definition. Blocks
+    cost a CPU no more than the kernel does.
+    """
+    handles = [h for p in (scores, pattern) for h in (*p.fwd_hooks, *p.bwd_hooks)]
+    if not handles:
+        return "fused" if torch.is_grad_enabled() or device.type != "cpu" else "blocks"
+    if torch.is_grad_enabled():
+        return "whole"
+    takes_blocks = scores.takes_pieces and pattern.takes_pieces
+    only_watched = all(h.is_watcher for h in handles)
+    return "blocks" if takes_blocks or only_watched else "whole"
+
+
+def may_overwrite(*points: HookPoint) -> bool:
+    """Whether the value that passed these points may be changed in place.
+
+    It may not where a hook saw it, and may have kept it, or where autograd needs it.
+    """
+    if torch.is_grad_enabled():
+        return False
+    return not any(p.fwd_hooks for p in points)

@@ -151,17 +151,17 @@ def _filled(
     shapes: Shapes = shapes_of(model)
     account(rules, source.shapes, shapes, ignored)
     _refuse_untied_head(cfg, source)
+    parameters = dict(model.named_parameters())
     for name, tensor in convert(rules, source):
-        _set_parameter(model, name, _copied(tensor, dtype, device, name))
+        _set_parameter(model, name, _copied(name, tensor, parameters[name], device))
     return model
 
 
-def _copied(tensor: Tensor, dtype: torch.dtype, device: torch.device | str, name: str) -> Tensor:
-    """Return a contiguous copy that no longer needs the file."""
+def _copied(name: str, tensor: Tensor, like: Tensor, device: torch.device | str) -> Tensor:
+    """Return a copy in the memory layout of a parameter, that no longer needs the file."""
     if not tensor.is_floating_point():
         raise CheckpointError(f"{name} is stored as {tensor.dtype}, not as floating point")
-    copy = torch.empty(tensor.shape, dtype=dtype, device=device)
-    return copy.copy_(tensor.detach())
+    return torch.empty_like(like, device=device).copy_(tensor.detach())
 
 
 def _set_parameter(model: nn.Module, name: str, tensor: Tensor) -> None:

@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from hooked_hybrid.attend import softmax_or_zero
 from hooked_hybrid.hooked_root import HookSpec
 from hooked_hybrid.hooks import HookPoint, per_position, watcher
 from hooked_hybrid.interventions.hashes import hashes
@@ -23,7 +24,6 @@ from hooked_hybrid.interventions.rows import (
     read_k,
     read_spans,
 )
-from hooked_hybrid.mixers.attention import softmax_or_zero
 from hooked_hybrid.names import NameFilter
 from hooked_hybrid.shapes import Pattern, Queries
 

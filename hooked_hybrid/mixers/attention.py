@@ -13,20 +13,19 @@ from __future__ import annotations
 
 import torch
 from einops import rearrange
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
 
+from hooked_hybrid.attend import Hooks, Sight, attend
 from hooked_hybrid.config import AttentionConfig
 from hooked_hybrid.factored_matrix import FactoredMatrix
 from hooked_hybrid.hooks import HookPoint
+from hooked_hybrid.key_room import last_keys, with_new_keys
 from hooked_hybrid.layers import Linear, rotate
 from hooked_hybrid.layout import Layout
 from hooked_hybrid.mixers.base import Mixer
-from hooked_hybrid.shapes import KeysValues, Mask, Pattern, Queries, Resid
+from hooked_hybrid.shapes import Queries, Resid
 from hooked_hybrid.state import AttentionState
-
-NewKeysValues = Float[Tensor, "batch pos kv_head d_head"]
 
 
 class Attention(Mixer[AttentionState]):
@@ -65,16 +64,12 @@ class Attention(Mixer[AttentionState]):
         k = self.hook_k(self._project(self.k, self.hook_k_input, x, self.cfg.n_kv_heads))
         v = self.hook_v(self._project(self.v, self.hook_v_input, x, self.cfg.n_kv_heads))
         if self.cfg.rotary:
-            pos = layout.pos.clamp_min(0)
-            q = self.hook_rot_q(rotate(q, pos, self.cfg.rotary))
-            k = self.hook_rot_k(rotate(k, pos, self.cfg.rotary))
-        k, v, key_pos = self._with_cached(k, v, layout.pos, state)
-        mask = self._visible(key_pos, layout)
-        if self.hook_attn_scores.is_hooked or self.hook_pattern.is_hooked:
-            z = self._attend_hooked(q, k, v, mask, key_pos, layout)
-        else:
-            z = self._attend_fused(q, k, v, mask)
-        return self._write(self.hook_z(z)), self._remember(k, v, key_pos, layout)
+            q = self.hook_rot_q(rotate(q, layout, self.cfg.rotary))
+            k = self.hook_rot_k(rotate(k, layout, self.cfg.rotary))
+        keys = with_new_keys(state, k, v, layout.pos)
+        hooks = Hooks(self.hook_attn_scores, self.hook_pattern)
+        z = attend(q, keys.k, keys.v, Sight(layout, keys.pos, self.cfg.n_keys), hooks)
+        return self._write(self.hook_z(z)), self._remember(keys, layout)
 
     def state_shapes(self) -> dict[str, tuple[int, ...]]:
         """Return the shapes of this layer's state, without batch and keys."""
@@ -131,98 +126,22 @@ class Attention(Mixer[AttentionState]):
         out = torch.einsum("bshd,hed->bshe", copies, weight)
         return out if linear.bias is None else out + linear.bias.view(n_heads, -1)
 
-    @staticmethod
-    def _with_cached(
-        k: NewKeysValues,
-        v: NewKeysValues,
-        pos: Int[Tensor, "batch pos"],
-        state: AttentionState | None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        if state is None:
-            return k, v, pos
-        return (
-            torch.cat([state.k, k], dim=1),
-            torch.cat([state.v, v], dim=1),
-            torch.cat([state.pos, pos], dim=1),
-        )
-
-    def _visible(self, key_pos: Int[Tensor, "batch key"], layout: Layout) -> Mask:
-        """Return True where the query may see the key; one row for all where rows are alike."""
-        q_pos, k_pos = (layout.pos[:1], key_pos[:1]) if layout.is_plain else (layout.pos, key_pos)
-        distance = q_pos[:, :, None] - k_pos[:, None, :]
-        mask = distance >= 0
-        if self.cfg.n_keys is not None:
-            mask &= distance < self.cfg.n_keys
-        if layout.is_plain:
-            return mask
-        mask &= (k_pos >= 0)[:, None, :]
-        docs = layout.key_docs(key_pos.shape[1] - layout.length)
-        if docs is not None and layout.doc is not None:
-            mask &= layout.doc[:, :, None] == docs[:, None, :]
-        return mask
-
-    def _attend_fused(self, q: Queries, k: KeysValues, v: KeysValues, mask: Mask) -> Queries:
-        """Return z without materialising scores; the fast twin of `_attend_hooked`."""
-        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-        grouped = self.cfg.n_heads != self.cfg.n_kv_heads
-        z = scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None], enable_gqa=grouped)
-        return z.transpose(1, 2)
-
-    def _attend_hooked(
-        self,
-        q: Queries,
-        k: KeysValues,
-        v: KeysValues,
-        mask: Mask,
-        key_pos: Int[Tensor, "batch key"],
-        layout: Layout,
-    ) -> Queries:
-        """Return z through scores and pattern, with their hooks: the definition of attention."""
-        run = layout.run.with_keys(key_pos)
-        lowest = torch.finfo(q.dtype).min
-        hidden = ~mask[:, None]
-        grouped_q = rearrange(q, "b q (kv g) e -> b kv g q e", kv=self.cfg.n_kv_heads)
-        grouped_k = rearrange(k, "b k kv e -> b kv 1 k e")
-        scores = (grouped_q @ grouped_k.transpose(-1, -2)).flatten(1, 2) * self.cfg.d_head**-0.5
-        scores = self.hook_attn_scores(
-            scores.masked_fill(hidden, lowest), lambda s: s.masked_fill(hidden, lowest), run
-        )
-        pattern = self.hook_pattern(
-            softmax_or_zero(scores), lambda p: p.masked_fill(hidden, 0), run
-        )
-        grouped_p = pattern.unflatten(1, (self.cfg.n_kv_heads, -1))
-        grouped_v = rearrange(v, "b k kv e -> b kv 1 k e")
-        return rearrange(grouped_p @ grouped_v, "b kv g q e -> b q (kv g) e")
-
     def _write(self, z: Queries) -> Resid:
         if not self.hook_result.is_hooked:
             return self.o(z.flatten(-2))
         result = self.hook_result(torch.einsum("bshe,hed->bshd", z, self.W_O)).sum(dim=2)
         return result if self.b_O is None else result + self.b_O
 
-    def _remember(
-        self, k: KeysValues, v: KeysValues, key_pos: Int[Tensor, "batch key"], layout: Layout
-    ) -> AttentionState:
+    def _remember(self, keys: AttentionState, layout: Layout) -> AttentionState:
         """Return the keys that a later token of each row's last document may see."""
-        docs = layout.key_docs(key_pos.shape[1] - layout.length)
+        n = keys.k.shape[1] if self.cfg.n_keys is None else self.cfg.n_keys - 1
+        docs = layout.key_docs(keys.k.shape[1] - layout.length)
+        if docs is None and not layout.has_padding:
+            return last_keys(keys, n)
+        pos = keys.pos
         if docs is not None and layout.last_doc is not None:
-            key_pos = key_pos.masked_fill(docs != layout.last_doc, -1)
-        n = key_pos.shape[1] if self.cfg.n_keys is None else self.cfg.n_keys - 1
-        is_real = key_pos >= 0
-        kept = (layout.last_real(t, is_real, n) for t in (k, v, key_pos))
-        return AttentionState(*kept)
+            pos = pos.masked_fill(docs != layout.last_doc, -1)
+        return AttentionState(*(layout.last_real(t, pos >= 0, n) for t in (keys.k, keys.v, pos)))
 
     def _per_query_head(self, W: Float[Tensor, "kv_head m n"]) -> Float[Tensor, "head m n"]:
         return W.repeat_interleave(self.cfg.n_heads // self.cfg.n_kv_heads, dim=0)
-
-
-def softmax_or_zero(scores: Pattern) -> Pattern:
-    """Return the softmax over keys in fp32, and zeros in rows whose every score is masked.
-
-    A score at or below the lowest finite value of its dtype counts as masked, so that a hook may
-    knock an edge out with minus infinity too.
-    """
-    lowest = torch.finfo(scores.dtype).min
-    wide = torch.promote_types(scores.dtype, torch.float32)
-    pattern = scores.clamp_min(lowest).softmax(dim=-1, dtype=wide).to(scores.dtype)
-    return pattern.masked_fill(scores <= lowest, 0)

@@ -5,8 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from typing import Any, ClassVar, Generic, TypeVar
 
-from torch import nn
-
+from hooked_hybrid.component import Component
 from hooked_hybrid.layout import Layout
 from hooked_hybrid.shapes import Resid
 from hooked_hybrid.state import BlockState
@@ -14,7 +13,7 @@ from hooked_hybrid.state import BlockState
 S = TypeVar("S", bound=BlockState)
 
 
-class Mixer(nn.Module, Generic[S]):
+class Mixer(Component, Generic[S]):
     """A map over positions that carries a state: `(x, state) -> (y, state)`.
 
     `path` is where it lies in its block, and so in its hook names.

@@ -16,20 +16,31 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import softplus
 
 from hooked_hybrid.config import RGLRUConfig
 from hooked_hybrid.hooks import HookPoint
-from hooked_hybrid.layers import BlockDiagonalLinear, CausalConv1d, Linear, activate
+from hooked_hybrid.layers import (
+    BlockDiagonalLinear,
+    CausalConv1d,
+    Linear,
+    activate,
+    at_least_fp32,
+    times,
+)
 from hooked_hybrid.layout import Layout
 from hooked_hybrid.mixers.base import Mixer
+from hooked_hybrid.plan import may_overwrite
 from hooked_hybrid.scan import hooked_scan
 from hooked_hybrid.shapes import Channels, Resid
 from hooked_hybrid.state import RecurrentState
 
 DECAY_STRENGTH = 8.0
+BLOCK = 64
+"""Positions whose gates are computed together: their temporaries stay in a core's cache."""
 MAX_SQRT_GRADIENT = 1000.0
 
 
@@ -69,14 +80,17 @@ class RGLRU(Mixer[RecurrentState]):
         self, x: Resid, state: RecurrentState | None, layout: Layout
     ) -> tuple[Resid, RecurrentState]:
         """Return what the block writes, and its state after the last token of each row."""
-        gate = self.hook_gate(activate(self.linear_y(x), "gelu_tanh"))
+        gate = activate(self.linear_y(x), "gelu_tanh", overwrite=may_overwrite())
+        gate = self.hook_gate(gate)
         u = self.hook_in_proj(self.linear_x(x))
         conv_state = self.conv.initial_state(u) if state is None else state.conv
         u, conv_state = self.conv(u, conv_state, layout)
         h = self._recur(self.hook_conv(u), state, layout)
+        last = h[:, -1].clone()
         y = self.hook_ssm_y.branch(h.to(x.dtype))
-        return self.linear_out(self.hook_gated(y * gate)), RecurrentState(
-            conv_state, h[:, -1].clone()
+        is_ours = may_overwrite(self.hook_ssm_state, self.hook_ssm_y)
+        return self.linear_out(self.hook_gated(times(y, gate, is_ours))), RecurrentState(
+            conv_state, last
         )
 
     def state_shapes(self) -> dict[str, tuple[int, ...]]:
@@ -85,20 +99,39 @@ class RGLRU(Mixer[RecurrentState]):
 
     def _recur(self, u: Channels, state: RecurrentState | None, layout: Layout) -> Channels:
         """Return the RG-LRU's state at every position; padding writes and forgets nothing."""
+        a, write = self._decays_and_writes(u, layout)
+        h0 = torch.zeros_like(a[:, 0]) if state is None else state.ssm
+        return hooked_scan(a, write, h0, self.hook_ssm_state, layout)
+
+    def _decays_and_writes(self, u: Channels, layout: Layout) -> tuple[Channels, Channels]:
+        """Return a_t and what is written, in fp32; unhooked, some positions at a time."""
+        hooks = (self.hook_input_gate, self.hook_rec_gate, self.hook_log_decay, self.hook_ssm_write)
+        if u.shape[1] <= BLOCK or not may_overwrite(*hooks):
+            return self._gated(u, layout)
+        wide = torch.promote_types(u.dtype, torch.float32)
+        a, write = torch.empty_like(u, dtype=wide), torch.empty_like(u, dtype=wide)
+        for start in range(0, u.shape[1], BLOCK):
+            part = slice(start, start + BLOCK)
+            a[:, part], write[:, part] = self._gated(u[:, part], layout.piece(start, part.stop))
+        return a, write
+
+    def _gated(self, u: Channels, layout: Layout) -> tuple[Channels, Channels]:
+        """Return a_t and what is written, in fp32, through the gates and their hooks."""
         input_gate = self.hook_input_gate(self.input_gate(u).sigmoid())
         rec_gate = self.hook_rec_gate(self.rec_gate(u).sigmoid())
-        log_a = -DECAY_STRENGTH * rec_gate * softplus(self.a_param)
-        log_a = layout.zero_padding(self._checked_decay(self.hook_log_decay(log_a)))
-        is_start = layout.is_start[..., None]
+        log_a = self.hook_log_decay(rec_gate * self.log_a_at_1)
+        log_a = layout.zero_padding(self._checked_decay(log_a))
 
-        scale = sqrt_bounded(1 - torch.exp(2 * log_a)).masked_fill(is_start, 1)
+        scale = layout.fill_starts(sqrt_bounded(1 - torch.exp(2 * log_a)), 1.0)
         # At padding the decay is 1, so that the scale, and with it the write, is 0.
         write = self.hook_ssm_write(u * input_gate * scale, constrain=layout.zero_padding)
+        a = layout.fill_starts(torch.exp(log_a), 0.0)
+        return at_least_fp32(a), at_least_fp32(write)
 
-        wide = torch.promote_types(u.dtype, torch.float32)
-        a = torch.exp(log_a).masked_fill(is_start, 0).to(wide)
-        h0 = torch.zeros_like(a[:, 0]) if state is None else state.ssm
-        return hooked_scan(a, write.to(wide), h0, self.hook_ssm_state, layout)
+    @property
+    def log_a_at_1(self) -> Float[Tensor, " d_rnn"]:
+        """The log decay where the recurrence gate is 1."""
+        return -DECAY_STRENGTH * softplus(self.a_param)
 
     def _checked_decay(self, log_a: Channels) -> Channels:
         is_edited = self.hook_log_decay.has_editors or self.hook_rec_gate.has_editors
@@ -127,9 +160,9 @@ class _SqrtBounded(torch.autograd.Function):
 
 
 def sqrt_bounded(x: Tensor) -> Tensor:
-    """Return sqrt(x) with a gradient bounded by 1000.
+    """Return sqrt(x) with a gradient bounded by 1000; without autograd, in the memory of `x`.
 
     A decay of 1 has 1 - a^2 = 0, where the true gradient is infinite. Source: Griffin, appendix A;
     both reference implementations bound it at 1000 too.
     """
-    return _SqrtBounded.apply(x)
+    return _SqrtBounded.apply(x) if torch.is_grad_enabled() else x.sqrt_()

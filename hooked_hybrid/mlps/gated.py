@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
+from hooked_hybrid.component import Component
 from hooked_hybrid.config import GatedMLPConfig
 from hooked_hybrid.hooks import HookPoint
-from hooked_hybrid.layers import Linear, activate
+from hooked_hybrid.layers import Linear, activate, times
 from hooked_hybrid.layout import Layout
+from hooked_hybrid.plan import may_overwrite
 from hooked_hybrid.shapes import Resid
 
 
-class GatedMLP(nn.Module):
+class GatedMLP(Component):
     """GeGLU or SwiGLU, by the config's activation."""
 
     def __init__(self, cfg: GatedMLPConfig, d_model: int) -> None:
@@ -43,5 +45,9 @@ class GatedMLP(nn.Module):
 
     def forward(self, x: Resid, layout: Layout) -> Resid:  # noqa: ARG002  (experts need it)
         """Return the MLP's write."""
-        act = self.hook_act(activate(self.hook_pre(self.gate(x)), self.cfg.act))
-        return self.down(self.hook_post(act * self.hook_pre_linear(self.up(x))))
+        pre = self.hook_pre(self.gate(x))
+        act = self.hook_act(activate(pre, self.cfg.act, may_overwrite(self.hook_pre)))
+        post = times(
+            act, self.hook_pre_linear(self.up(x)), may_overwrite(self.hook_act, self.hook_pre)
+        )
+        return self.down(self.hook_post(post))
