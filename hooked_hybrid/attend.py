@@ -101,10 +101,21 @@ class Sight:
 
 @dataclass(frozen=True)
 class Hooks:
-    """The points that attention's inner values pass."""
+    """The points that attention's values pass: scores, pattern and what the heads read."""
 
     scores: HookPoint
     pattern: HookPoint
+    z: HookPoint
+
+    @property
+    def are_inside(self) -> bool:
+        """Whether scores or patterns are hooked."""
+        return self.scores.is_hooked or self.pattern.is_hooked
+
+    @property
+    def take_blocks(self) -> bool:
+        """Whether everything attached may be called on blocks of queries."""
+        return all(p.takes_pieces for p in (self.scores, self.pattern, self.z))
 
 
 def attend(q: Queries, k: KeysValues, v: KeysValues, sight: Sight, hooks: Hooks) -> Queries:
@@ -114,14 +125,13 @@ def attend(q: Queries, k: KeysValues, v: KeysValues, sight: Sight, hooks: Hooks)
         q: queries, rotated.
         k, v: cached and new keys and values; `n_kv_heads` may divide the query heads.
         sight: what each query may see.
-        hooks: the points on scores and pattern.
+        hooks: the points on scores, pattern and z.
     """
-    way = attention_way(hooks.scores, hooks.pattern, q.device)
+    way = attention_way(hooks.scores, hooks.pattern, hooks.z, q.device)
     if way == "whole":
-        return attend_whole(q, k, v, sight, hooks)
-    idle = not (hooks.scores.is_hooked or hooks.pattern.is_hooked)
-    if way == "fused" or (idle and q.shape[1] == 1):
-        return attend_fused(q, k, v, sight)
+        return hooks.z(attend_whole(q, k, v, sight, hooks))
+    if way == "fused" or (q.shape[1] == 1 and not hooks.are_inside):
+        return hooks.z(attend_fused(q, k, v, sight))
     return attend_blocks(q, k, v, sight, hooks)
 
 
@@ -171,11 +181,12 @@ def attend_fused(q: Queries, k: KeysValues, v: KeysValues, sight: Sight) -> Quer
 def attend_blocks(q: Queries, k: KeysValues, v: KeysValues, sight: Sight, hooks: Hooks) -> Queries:
     """Return z, scores and pattern materialised for a block of queries at a time.
 
-    Hooks are called on each block, with the keys that its queries may see. Watchers that need the
-    whole are given it in the end, put together from the blocks.
+    Hooks are called on each block, with the keys that its queries may see; those on z too, where
+    scores or patterns are hooked, as one may act on what another saw. Watchers that need the whole
+    are given it in the end, put together from the blocks.
     """
-    takes_blocks = hooks.scores.takes_pieces and hooks.pattern.takes_pieces
-    whole = None if takes_blocks else _Whole(q, sight, hooks)
+    by_block = hooks.are_inside and hooks.take_blocks
+    whole = _Whole(q, sight, hooks) if hooks.are_inside and not by_block else None
     z = torch.empty_like(q)
     heads_k, heads_v = (t.transpose(1, 2).flatten(0, 1) for t in (k, v))
     for start in range(0, q.shape[1], BLOCK):
@@ -183,12 +194,19 @@ def attend_blocks(q: Queries, k: KeysValues, v: KeysValues, sight: Sight, hooks:
         keys = sight.keys_of(start, stop)
         queries = rearrange(q[:, start:stop], "b q (kv g) e -> (b kv) (g q) e", kv=k.shape[2])
         scores = _scores(queries, heads_k[:, keys]).view(q.shape[0], q.shape[2], stop - start, -1)
-        pattern = _hooked_pattern(sight.hide(scores, start, stop), sight, hooks, start, whole)
+        scores = sight.hide(scores, start, stop)
+        if by_block:
+            pattern = _hooked_pattern(scores, sight, hooks, start)
+        else:
+            pattern = _watched_pattern(scores, sight, hooks, start, whole)
         z_block = torch.bmm(pattern.view(*queries.shape[:2], -1), heads_v[:, keys])
-        z[:, start:stop] = z_block.view(*scores.shape[:3], -1).transpose(1, 2)
+        z_block = z_block.view(*scores.shape[:3], -1).transpose(1, 2)
+        if by_block:
+            z_block = hooks.z(z_block, run=sight.layout.run.at(start, stop))
+        z[:, start:stop] = z_block
     if whole is not None:
         whole.show()
-    return z
+    return z if by_block else hooks.z(z)
 
 
 def _scores(queries: HeadQueries, keys: HeadKeys) -> Float[Tensor, "batch_kv group_query key"]:
@@ -198,35 +216,37 @@ def _scores(queries: HeadQueries, keys: HeadKeys) -> Float[Tensor, "batch_kv gro
     return torch.baddbmm(unused, queries, keys.transpose(1, 2), beta=0, alpha=scale)
 
 
-def _hooked_pattern(
-    scores: Pattern, sight: Sight, hooks: Hooks, start: int, whole: _Whole | None
-) -> Pattern:
+def _hooked_pattern(scores: Pattern, sight: Sight, hooks: Hooks, start: int) -> Pattern:
     """Return the pattern of one block after what is attached."""
     stop = start + scores.shape[2]
-    if whole is not None:
-        whole.put(hooks.scores, scores, start)
-        pattern = _softmax(scores, sight, edited=False, overwrite=False)
-        whole.put(hooks.pattern, pattern, start)
-        return pattern
-    edited = hooks.scores.has_editors
-    if not (hooks.scores.is_hooked or hooks.pattern.is_hooked):
-        return _softmax(scores, sight, edited, overwrite=True)
-    keys = sight.keys_of(start, stop)
-    run = sight.layout.run.at(start, stop).with_keys(sight.key_pos[:, keys])
+    run = sight.layout.run.at(start, stop).with_keys(sight.key_pos[:, sight.keys_of(start, stop)])
     lowest = torch.finfo(scores.dtype).min
     scores = hooks.scores(
         scores, lambda s: s.masked_fill(~sight.mask(start, stop)[:, None], lowest), run
     )
-    pattern = _softmax(scores, sight, edited, overwrite=not hooks.scores.is_hooked)
+    is_edited = hooks.scores.has_editors
+    pattern = _softmax(scores, sight, is_edited, overwrite=not hooks.scores.is_hooked)
     pattern = hooks.pattern(
         pattern, lambda p: p.masked_fill(~sight.mask(start, stop)[:, None], 0), run
     )
     return pattern.contiguous()
 
 
-def _softmax(scores: Pattern, sight: Sight, edited: bool, overwrite: bool) -> Pattern:
+def _watched_pattern(
+    scores: Pattern, sight: Sight, hooks: Hooks, start: int, whole: _Whole | None
+) -> Pattern:
+    """Return the pattern of one block, scores and pattern also put where watchers want them."""
+    if whole is not None:
+        whole.put(hooks.scores, scores, start)
+    pattern = _softmax(scores, sight, is_edited=False, overwrite=True)
+    if whole is not None:
+        whole.put(hooks.pattern, pattern, start)
+    return pattern
+
+
+def _softmax(scores: Pattern, sight: Sight, is_edited: bool, overwrite: bool) -> Pattern:
     """Return the pattern; a query that sees nothing exists only at padding or after an edit."""
-    if edited or not sight.layout.is_plain:
+    if is_edited or not sight.layout.is_plain:
         return softmax_or_zero(scores)
     if scores.dtype in (torch.float32, torch.float64):
         return torch.softmax(scores, dim=-1, out=scores if overwrite else None)

@@ -9,9 +9,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from hooked_hybrid.hooks import Direction, HookFn, HookPoint, LensHandle, RunHolder, watcher
+from hooked_hybrid.hooks import Direction, HookFn, HookPoint, LensHandle, RunHolder
 from hooked_hybrid.names import NameFilter, matching
-from hooked_hybrid.slicing import PosSlice, slice_axis
+from hooked_hybrid.savers import PieceSaver, Saver
+from hooked_hybrid.slicing import PosSlice
 
 HookSpec = tuple[NameFilter, HookFn]
 """A hook and where it goes: `(name | names | predicate, fn)`."""
@@ -192,7 +193,8 @@ class HookedRootModule(nn.Module):
             names_filter: one name, several, or a predicate. None keeps every point but the large
                 ones, which are kept when named.
             pos_slice: positions to keep, on the position (query) axis: an int (the axis goes), a
-                slice, a tuple `(start, stop)`, or a list of indices.
+                slice, a tuple `(start, stop)`, or a list of indices. Others are never held: a long
+                input runs in pieces as without a cache.
             device: where the cache is put; None leaves each value where it is.
             incl_bwd: also keep the gradient of the target at each point, as name + "_grad".
                 The `.grad` of parameters is not touched.
@@ -212,7 +214,9 @@ class HookedRootModule(nn.Module):
                 that did not run.
         """
         cache: dict[str, Tensor] = {}
-        saver = _Saver(cache, pos_slice, device, remove_batch_dim)
+        in_pieces = pos_slice is not None and not incl_bwd and self._may_cache_pieces(args, kwargs)
+        make = PieceSaver if in_pieces else Saver
+        saver = make(cache, pos_slice, device, remove_batch_dim)
         added = self._watch(names_filter, saver, incl_bwd)
         try:
             if not incl_bwd:
@@ -222,6 +226,7 @@ class HookedRootModule(nn.Module):
                     out = self(*args, **kwargs)
                     self._target(out, metric, args, kwargs).backward()
                 out = _detached(out)
+            saver.finish()
         finally:
             if reset_hooks_end:
                 for handle in added:
@@ -246,7 +251,7 @@ class HookedRootModule(nn.Module):
     ) -> MutableMapping[str, Tensor]:
         """Attach caching hooks and return the dict they fill; `reset_hooks` detaches them."""
         cache = {} if cache is None else cache
-        self._watch(names_filter, _Saver(cache, pos_slice, device, remove_batch_dim), incl_bwd)
+        self._watch(names_filter, Saver(cache, pos_slice, device, remove_batch_dim), incl_bwd)
         return cache
 
     def get_caching_hooks(
@@ -260,7 +265,7 @@ class HookedRootModule(nn.Module):
     ) -> tuple[MutableMapping[str, Tensor], list[HookSpec], list[HookSpec]]:
         """Return a dict, and the forward and backward hooks that would fill it."""
         cache = {} if cache is None else cache
-        saver = _Saver(cache, pos_slice, device, remove_batch_dim)
+        saver = Saver(cache, pos_slice, device, remove_batch_dim)
         return cache, *self._caching_hooks(names_filter, saver, incl_bwd)
 
     # --- inside -----------------------------------------------------------------------------
@@ -271,7 +276,7 @@ class HookedRootModule(nn.Module):
         return matching(names_filter, self.hook_dict)
 
     def _caching_hooks(
-        self, names_filter: NameFilter | None, saver: _Saver, incl_bwd: bool
+        self, names_filter: NameFilter | None, saver: Saver, incl_bwd: bool
     ) -> tuple[list[HookSpec], list[HookSpec]]:
         """Return the watchers that fill a cache; integers have no gradient to keep."""
         names = self._cached_names(names_filter)
@@ -279,11 +284,15 @@ class HookedRootModule(nn.Module):
         return [(n, saver.save) for n in names], [(n, saver.save_grad) for n in floating]
 
     def _watch(
-        self, names_filter: NameFilter | None, saver: _Saver, incl_bwd: bool
+        self, names_filter: NameFilter | None, saver: Saver, incl_bwd: bool
     ) -> list[LensHandle]:
         fwd, bwd = self._caching_hooks(names_filter, saver, incl_bwd)
         added = [handle for name, hook in fwd for handle in self.add_hook(name, hook, "fwd")]
         return added + [handle for name, hook in bwd for handle in self.add_hook(name, hook, "bwd")]
+
+    def _may_cache_pieces(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:  # noqa: ARG002
+        """Whether this forward tells `PieceSaver` where its pieces belong."""
+        return False
 
     def _target(
         self,
@@ -305,41 +314,6 @@ class HookedRootModule(nn.Module):
     ) -> Any:
         """Return the cache in the form the model hands out."""
         return cache
-
-
-class _Saver:
-    """Watchers that put detached values and gradients into a dict."""
-
-    def __init__(
-        self,
-        cache: MutableMapping[str, Tensor],
-        pos_slice: PosSlice,
-        device: torch.device | str | None,
-        remove_batch_dim: bool,
-    ) -> None:
-        self.cache, self.pos_slice = cache, pos_slice
-        self.device, self.remove_batch_dim = device, remove_batch_dim
-
-    @watcher
-    def save(self, value: Tensor, hook: HookPoint) -> None:
-        self.cache[str(hook.name)] = self._kept(value, hook)
-
-    @watcher
-    def save_grad(self, grad: Tensor, hook: HookPoint) -> None:
-        self.cache[f"{hook.name}_grad"] = self._kept(grad, hook)
-
-    def _kept(self, value: Tensor, hook: HookPoint) -> Tensor:
-        value = value.detach()
-        if self.pos_slice is not None:
-            # A copy, so that the positions left out do not stay in memory.
-            value = slice_axis(value, self.pos_slice, hook.pos_dim).clone()
-        if self.remove_batch_dim:
-            if value.shape[0] != 1:
-                raise ValueError(
-                    f"remove_batch_dim needs one row; {hook.name!r} has {value.shape[0]}"
-                )
-            value = value[0]
-        return value if self.device is None else value.to(self.device)
 
 
 @contextmanager

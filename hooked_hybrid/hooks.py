@@ -30,7 +30,8 @@ class Run:
     `query_pos` and `key_pos` are positions within the document (-1 at padding), for exactly the
     positions of the tensor the hook was given; `key_pos` is set at attention's score and pattern
     points only. `step` is 0 in a forward and in prefill, then 1, 2, ... in generation. `rows` are
-    indices into the original batch of `n_rows` (None where a caller gave `rows` alone).
+    indices into the original batch of `n_rows` (None where a caller gave `rows` alone). The tensor
+    begins at index `first` of the forward's `n_pos` positions (None: at 0, and it holds all).
     """
 
     stage: Stage
@@ -39,10 +40,18 @@ class Run:
     rows: Int[Tensor, " batch"]
     key_pos: Int[Tensor, "batch key"] | None = None
     n_rows: int | None = None
+    first: int = 0
+    n_pos: int | None = None
 
     def at(self, start: int, stop: int) -> Run:
         """Return the run as seen by a piece of the positions."""
-        return replace(self, query_pos=self.query_pos[:, start:stop])
+        n_pos = self.query_pos.shape[1] if self.n_pos is None else self.n_pos
+        return replace(
+            self,
+            query_pos=self.query_pos[:, start:stop],
+            first=self.first + start,
+            n_pos=n_pos,
+        )
 
     def of_rows(self, index: Int[Tensor, " row"]) -> Run:
         """Return the run as seen by some rows of this forward."""

@@ -13,6 +13,7 @@ from torch.nn.functional import linear
 from hooked_hybrid.component import Component
 from hooked_hybrid.config import Activation, HybridConfig, NormConfig, RotaryConfig
 from hooked_hybrid.hooks import HookPoint, Run
+from hooked_hybrid.kernels import causal_conv1d
 from hooked_hybrid.layout import Layout
 from hooked_hybrid.plan import may_overwrite
 from hooked_hybrid.shapes import Logits, Resid, Tokens
@@ -37,6 +38,14 @@ def empty_weight(*shape: int) -> Tensor:
     return torch.empty(shape)
 
 
+def draw_normal(weight: Tensor, std: float) -> None:
+    """Draw a weight from N(0, std^2): the same values however it lies in memory."""
+    with torch.no_grad():
+        weight.copy_(
+            torch.empty(weight.shape, dtype=weight.dtype, device=weight.device).normal_(0, std)
+        )
+
+
 class Linear(Component):
     """`x @ W + b`. `W` is [d_in, d_out]; the parameter, `weight`, is its transpose."""
 
@@ -47,7 +56,7 @@ class Linear(Component):
 
     def reset_parameters(self) -> None:
         """Draw the weight from N(0, 1 / d_in); the bias is zero."""
-        nn.init.normal_(self.weight, std=self.weight.shape[1] ** -0.5)
+        draw_normal(self.weight, std=self.weight.shape[1] ** -0.5)
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
@@ -164,7 +173,7 @@ class Embed(Component):
 
     def reset_parameters(self) -> None:
         """Draw embeddings so that the residual stream starts with entries of order one."""
-        nn.init.normal_(self.W_E, std=1.0 if self.scale is None else 1 / self.scale)
+        draw_normal(self.W_E, std=1.0 if self.scale is None else 1 / self.scale)
 
     def forward(self, tokens: Tokens) -> Resid:
         """Return the embedding of each token."""
@@ -188,7 +197,7 @@ class Unembed(Component):
     def reset_parameters(self) -> None:
         """Draw an untied unembedding from N(0, 1 / d_model)."""
         if self.weight is not None:
-            nn.init.normal_(self.weight, std=self.weight.shape[1] ** -0.5)
+            draw_normal(self.weight, std=self.weight.shape[1] ** -0.5)
 
     def forward(self, x: Resid, W_E: Float[Tensor, "d_vocab d_model"], run: Run) -> Logits:
         """Return logits, `cap * tanh(logits / cap)` under a cap; `run` is of these positions."""
@@ -233,6 +242,8 @@ class CausalConv1d(Component):
         """
         n_past = state.shape[1]
         if layout.doc is None and not layout.has_padding:
+            if causal_conv1d.usable(u, state, self.weight, self.bias):
+                return causal_conv1d.convolve(u, state, self.weight, self.bias)
             inputs = torch.cat([state, u], dim=1)
             taps = self._one if u.shape[1] == 1 else self._taps
             return taps(inputs, None), layout.last_real(inputs, None, n_past)

@@ -408,6 +408,12 @@ class HookedHybrid(TextMethods, HookedRootModule):
         layout = lay_out(tokens, None, mask, kwargs.get("segment_ids"))
         return next_token_loss(out, tokens, layout)
 
+    def _may_cache_pieces(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        uneven = ("attention_mask", "segment_ids", "state", "stop_at_layer", "start_at_layer")
+        input = args[0] if args else kwargs.get("input")
+        several = is_texts(input) and not isinstance(input, str)
+        return not several and all(kwargs.get(name) is None for name in uneven)
+
     def _wrap_cache(self, cache: dict[str, Tensor], has_batch_dim: bool) -> ActivationCache:
         return ActivationCache(cache, self, has_batch_dim)
 

@@ -7,8 +7,8 @@ what is attached            what runs
 ==========================  =================================================================
 nothing                     long inputs in pieces, attention in blocks of queries (`attend`),
                             fast scans, values overwritten where nobody else reads them
-`per_position` hooks only   the same, hooks called once a piece; on scores and patterns, once
-                            a block of queries
+`per_position` hooks only   the same, hooks called once a piece; on scores and patterns, and
+                            then on `hook_z` too, once a block of queries
 watchers only               the sequence whole; scores and patterns put together from blocks
 any other hook              the sequence whole; on scores or pattern, attention as it is
                             defined (`attend.attend_whole`)
@@ -54,20 +54,22 @@ def piece_length(n_pos: int, points: Iterable[HookPoint], piece: int = PIECE) ->
     return piece if all(p.takes_pieces for p in points) else n_pos
 
 
-def attention_way(scores: HookPoint, pattern: HookPoint, device: torch.device) -> AttentionWay:
-    """Return how attention computes what the hooks on its scores and pattern see.
+def attention_way(
+    scores: HookPoint, pattern: HookPoint, z: HookPoint, device: torch.device
+) -> AttentionWay:
+    """Return how attention computes what the hooks on its scores, pattern and output see.
 
     "fused" is torch's kernel, where nothing is attached; "blocks" materialises scores and patterns
     for a block of queries at a time; "whole" does for all of them, and is the definition. Blocks
     cost a CPU no more than the kernel does.
     """
-    handles = [h for p in (scores, pattern) for h in (*p.fwd_hooks, *p.bwd_hooks)]
-    if not handles:
+    if not (scores.is_hooked or pattern.is_hooked):
         return "fused" if torch.is_grad_enabled() or device.type != "cpu" else "blocks"
     if torch.is_grad_enabled():
         return "whole"
-    takes_blocks = scores.takes_pieces and pattern.takes_pieces
-    only_watched = all(h.is_watcher for h in handles)
+    points = (scores, pattern, z)
+    takes_blocks = all(p.takes_pieces for p in points)
+    only_watched = not any(p.has_editors for p in points)
     return "blocks" if takes_blocks or only_watched else "whole"
 
 

@@ -1,7 +1,7 @@
 """The linear recurrence h_t = a_t h_{t-1} + x_t: one definition, one fast twin, and its hook.
 
 `scan_loop` is the definition. `scan` is what layers call: the same values to rounding, in two
-passes over chunks, with a backward pass of its own that is the same scan run backwards.
+passes over chunks or by a GPU's kernel, with a backward pass that is the same scan run backwards.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from hooked_hybrid.hooks import HookPoint, LensHandle, positions_of
+from hooked_hybrid.kernels import linear_scan, need_gradients
 from hooked_hybrid.layout import Layout
 
 CHUNK = 32
@@ -44,8 +45,21 @@ def scan(a: States, x: States, h0: State) -> States:
         return torch.addcmul(x, a, h0[:, None])
     if a.shape[1] < 2 * CHUNK:
         return scan_loop(a, x, h0)
-    if torch.is_grad_enabled() and (a.requires_grad or x.requires_grad or h0.requires_grad):
+    if need_gradients(a, x, h0):
         return _Scan.apply(a, x, h0)
+    return _scan_fast(a, x, h0)
+
+
+@torch.no_grad()
+def _scan_fast(a: States, x: States, h0: State, reverse: bool = False) -> States:
+    """Return the states, by Triton's kernel where it runs; `reverse` begins at the last position.
+
+    In reverse, h_t = a_t h_{t+1} + x_t.
+    """
+    if linear_scan.usable(a, x, h0):
+        return linear_scan.linear_scan(a, x, h0, reverse)
+    if reverse:
+        return scan_chunked(a.flip(1), x.flip(1), h0).flip(1)
     return scan_chunked(a, x, h0)
 
 
@@ -86,11 +100,11 @@ def scan_chunked(a: States, x: States, h0: State, chunk: int = CHUNK) -> States:
 
 
 class _Scan(torch.autograd.Function):
-    """`scan_chunked` with the gradient of the recurrence: g_t + a_{t+1} dh_{t+1}, backwards."""
+    """The fast scan with the gradient of the recurrence: g_t + a_{t+1} dh_{t+1}, backwards."""
 
     @staticmethod
     def forward(ctx: Any, a: Tensor, x: Tensor, h0: Tensor) -> Tensor:
-        states = scan_chunked(a, x, h0)
+        states = _scan_fast(a, x, h0)
         ctx.save_for_backward(a, h0, states)
         return states
 
@@ -99,7 +113,7 @@ class _Scan(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         a, h0, states = ctx.saved_tensors
         later = torch.cat([a[:, 1:], torch.zeros_like(a[:, :1])], dim=1)
-        total = scan_chunked(later.flip(1), grad.flip(1), torch.zeros_like(h0)).flip(1)
+        total = _scan_fast(later, grad, torch.zeros_like(h0), reverse=True)
         before = torch.cat([h0[:, None], states[:, :-1]], dim=1)
         return total * before, total, total[:, 0] * a[:, 0]
 

@@ -67,9 +67,9 @@ class Attention(Mixer[AttentionState]):
             q = self.hook_rot_q(rotate(q, layout, self.cfg.rotary))
             k = self.hook_rot_k(rotate(k, layout, self.cfg.rotary))
         keys = with_new_keys(state, k, v, layout.pos)
-        hooks = Hooks(self.hook_attn_scores, self.hook_pattern)
+        hooks = Hooks(self.hook_attn_scores, self.hook_pattern, self.hook_z)
         z = attend(q, keys.k, keys.v, Sight(layout, keys.pos, self.cfg.n_keys), hooks)
-        return self._write(self.hook_z(z)), self._remember(keys, layout)
+        return self._write(z), self._remember(keys, layout)
 
     def state_shapes(self) -> dict[str, tuple[int, ...]]:
         """Return the shapes of this layer's state, without batch and keys."""

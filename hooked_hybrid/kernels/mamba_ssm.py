@@ -1,0 +1,74 @@
+"""Mamba's selective scan by the CUDA kernels of mamba-ssm, which are differentiable."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn.functional import pad
+
+from hooked_hybrid.kernels import importable, need_gradients
+from hooked_hybrid.shapes import Inner
+
+MODULE = "mamba_ssm.ops.selective_scan_interface"
+MAX_D_STATE = 256
+SmallInputs = Float[Tensor, "batch pos d_state"]
+SSMState = Float[Tensor, "batch d_inner d_state"]
+
+
+def usable(
+    u: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    h0: Tensor | None = None,
+    resets: Tensor | None = None,
+) -> bool:
+    """Return whether `selective_scan` takes these.
+
+    Args:
+        u, dt, A, B, C, resets: as in `hooked_hybrid.selective_scan.selective_scan_loop`.
+        h0: None where the state before is zero. mamba-ssm begins there, and knows no resets.
+    """
+    return (
+        h0 is None
+        and resets is None
+        and all(t.is_cuda and t.device == u.device for t in (u, dt, A, B, C))
+        and all(t.dtype == torch.float32 for t in (u, dt, A, B, C))
+        and 0 < A.shape[1] <= MAX_D_STATE
+        and u.numel() > 0
+        and importable(MODULE)
+    )
+
+
+def selective_scan(
+    u: Inner,
+    dt: Inner,
+    A: Float[Tensor, "d_inner d_state"],
+    B: SmallInputs,
+    C: SmallInputs,
+) -> tuple[Inner, SSMState]:
+    """Return C h at every position and the last state, from a state of zero.
+
+    Its products of decays are in fp32, over up to 2048 positions; `kernels.selective_scan` is the
+    closer one where memories are long. It has first derivatives only.
+
+    Args:
+        u, dt, A, B, C: as in `hooked_hybrid.selective_scan.selective_scan_loop`.
+
+    Source: `selective_scan_fn` of mamba-ssm 2.3, without its D, z and softplus.
+    """
+    from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
+
+    n_pos, d_state = u.shape[1], A.shape[1]
+    u, dt, B, C = (t.transpose(1, 2) for t in (u, dt, B, C))
+    if not need_gradients(u, dt, A, B, C):
+        y, last = selective_scan_fn(u, dt, A, B, C, return_last_state=True)
+        return y.transpose(1, 2), last.contiguous()
+    # Its last state has no gradient. So the state is read out as the y of d_state more positions,
+    # which leave it as it is (dt = 0) and whose C takes one entry after the other.
+    u, dt, B = (pad(t, (0, d_state)) for t in (u, dt, B))
+    entries = torch.eye(d_state, dtype=C.dtype, device=C.device).expand(len(C), -1, -1)
+    y = selective_scan_fn(u, dt, A, B, torch.cat([C, entries], dim=2))
+    return y[..., :n_pos].transpose(1, 2), y[..., n_pos:]
