@@ -109,10 +109,8 @@ def checked_state(model: HookedHybrid, state: HybridState | None, batch: int) ->
     for i, (block, kept) in enumerate(zip(model.blocks, state.blocks, strict=True)):
         parameter = block.ln1.weight
         wanted = block.any_mixer.state_shapes()
-        got = {
-            name: tuple(t.shape[2:] if _has_length(kept, name) else t.shape[1:])
-            for name, t in vars(kept).items()
-        }
+        skipped = 2 if isinstance(kept, AttentionState) else 1  # batch, and keys
+        got = {name: tuple(t.shape[skipped:]) for name, t in vars(kept).items()}
         if got != wanted:
             raise ValueError(
                 f"block {i} of the state has shapes {got}, this model {wanted}: it is another "
@@ -129,7 +127,3 @@ def checked_state(model: HookedHybrid, state: HybridState | None, batch: int) ->
                     f"block {i} of the state is {t.dtype}, the model {parameter.dtype}: use "
                     "state.to(dtype=...)"
                 )
-
-
-def _has_length(block: object, name: str) -> bool:
-    return isinstance(block, AttentionState) and name in ("k", "v", "pos")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from functools import cache
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -86,7 +87,11 @@ class BlockDiagonalLinear(Component):
 
     def forward(self, x: Float[Tensor, "batch pos d_rnn"]) -> Float[Tensor, "batch pos d_rnn"]:
         """Return each block of channels times its own matrix."""
-        blocks = x.flatten(0, 1).unflatten(-1, self.bias.shape).transpose(0, 1)
+        n_blocks, d_block = self.bias.shape
+        if x.shape[0] * x.shape[1] == 1:
+            bias = self.bias.view(n_blocks, 1, d_block)
+            return torch.baddbmm(bias, x.view(n_blocks, 1, d_block), self.weight).view(x.shape)
+        blocks = x.reshape(-1, n_blocks, d_block).transpose(0, 1)
         out = torch.baddbmm(self.bias[:, None], blocks, self.weight)
         return out.transpose(0, 1).reshape(x.shape)
 
@@ -242,11 +247,12 @@ class CausalConv1d(Component):
         """
         n_past = state.shape[1]
         if layout.doc is None and not layout.has_padding:
-            if causal_conv1d.usable(u, state, self.weight, self.bias):
+            if u.is_cuda and causal_conv1d.usable(u, state, self.weight, self.bias):
                 return causal_conv1d.convolve(u, state, self.weight, self.bias)
             inputs = torch.cat([state, u], dim=1)
-            taps = self._one if u.shape[1] == 1 else self._taps
-            return taps(inputs, None), layout.last_real(inputs, None, n_past)
+            if u.shape[1] == 1:
+                return self._one(inputs), inputs[:, 1:]
+            return self._taps(inputs, None), layout.last_real(inputs, None, n_past)
         is_real = torch.cat([layout.is_real.new_ones(u.shape[0], n_past), layout.is_real], dim=1)
         docs = layout.key_docs(n_past)
         after = layout.last_real(torch.cat([state, u], dim=1), is_real, n_past)
@@ -263,9 +269,7 @@ class CausalConv1d(Component):
         y = self._taps(torch.cat([state, packed], dim=1), docs)
         return y.gather(1, order.argsort(dim=1)[..., None].expand_as(y)), after
 
-    def _one(
-        self, inputs: Float[Tensor, "batch tap channel"], _: None = None
-    ) -> Float[Tensor, "batch 1 channel"]:
+    def _one(self, inputs: Float[Tensor, "batch tap channel"]) -> Float[Tensor, "batch 1 channel"]:
         """Return the last position alone."""
         y = (inputs * self.weight).sum(1, keepdim=True)
         return y if self.bias is None else y + self.bias
@@ -294,21 +298,27 @@ def _columns(W: Float[Tensor, "d_model d_vocab"], tokens: Tokens) -> Resid:
     return W.index_select(1, tokens.flatten()).T.contiguous().unflatten(0, tokens.shape)
 
 
-def rotation(
-    layout: Layout, cfg: RotaryConfig, dtype: torch.dtype
-) -> tuple[Float[Tensor, "batch pos 1 half"], Float[Tensor, "batch pos 1 half"]]:
-    """Return cosines and sines of the angles at each position, once for all layers of a forward.
+class Rotation(NamedTuple):
+    """What turns channels x at some positions: `x cos + swap(x) sin`, sines with their signs."""
+
+    cos: Float[Tensor, "batch pos 1 d_rotary"]
+    sin: Float[Tensor, "batch pos 1 d_rotary"]
+
+
+def rotation(layout: Layout, cfg: RotaryConfig, dtype: torch.dtype) -> Rotation:
+    """Return the rotation at each position, made once for all layers of a forward.
 
     Angles are in fp32, their cosines and sines in `dtype`; padding stands at position 0.
     """
 
-    def cosines_and_sines() -> tuple[Tensor, Tensor]:
+    def make() -> Rotation:
         half = cfg.d_rotary // 2
         exponent = torch.arange(half, device=layout.pos.device, dtype=torch.float32) / half
         angle = layout.pos.clamp_min(0)[:, :, None, None].float() * cfg.theta**-exponent
-        return angle.cos().to(dtype), angle.sin().to(dtype)
+        cos, sin = angle.cos().to(dtype), angle.sin().to(dtype)
+        return Rotation(torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1))
 
-    return layout.once((cfg, dtype), cosines_and_sines)
+    return layout.once((cfg, dtype), make)
 
 
 def rotate(
@@ -320,8 +330,9 @@ def rotate(
     layout of GPT-NeoX.
     """
     cos, sin = rotation(layout, cfg, x.dtype)
-    first, second, rest = x.split([*2 * [cfg.d_rotary // 2], x.shape[-1] - cfg.d_rotary], dim=-1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin, rest], dim=-1)
+    turned, rest = x[..., : cfg.d_rotary], x[..., cfg.d_rotary :]
+    swapped = turned.unflatten(-1, (2, -1)).flip(-2).flatten(-2)
+    return torch.cat([torch.addcmul(turned * cos, swapped, sin), rest], dim=-1)
 
 
 def activate(x: Tensor, name: Activation, overwrite: bool = False) -> Tensor:

@@ -298,7 +298,8 @@ class HookedHybrid(TextMethods, HookedRootModule):
         piece = piece_length(layout.length, self.hook_points())
         require_memory(self, layout, state, n_logits, piece)
         first = layout.length - n_logits
-        blocks = (None,) * self.cfg.n_layers if state is None else state.blocks
+        blocks: Sequence[BlockState | None] = (None,) * self.cfg.n_layers
+        blocks = blocks if state is None else state.blocks
         kept = []
         with self._running(layout):
             for start in range(0, layout.length, piece):
@@ -311,7 +312,7 @@ class HookedHybrid(TextMethods, HookedRootModule):
             self.run_holder.run = layout.run
             out = self._read_out(kept, tokens, layout, return_type, loss_per_token, first)
         n_seen = None if layout.n_before is None else layout.n_before + layout.length
-        return out, HybridState(blocks, layout.next_pos, layout.segment, n_seen)
+        return out, HybridState(tuple(blocks), layout.next_pos, layout.segment, n_seen)  # type: ignore[arg-type]
 
     def _layers(self, start: int | None, stop: int | None) -> range:
         """Return the layers of a part of the model, as a slice; a layer that is not is an error."""

@@ -75,25 +75,24 @@ def scan_chunked(a: States, x: States, h0: State, chunk: int = CHUNK) -> States:
     n_chunks, n_pos = a.shape[1] // chunk, a.shape[1]
     body = n_chunks * chunk
     states = torch.empty_like(x)
-    a_c = a[:, :body].unflatten(1, (n_chunks, chunk))
-    x_c = x[:, :body].unflatten(1, (n_chunks, chunk))
-    out = states[:, :body].unflatten(1, (n_chunks, chunk))
-
+    # One tensor [batch chunk *channels] for each place in a chunk.
+    a_t, x_t, out_t = (
+        t[:, :body].unflatten(1, (n_chunks, chunk)).unbind(2) for t in (a, x, states)
+    )
     # A product of rounded decays drifts one way; in fp64 it does not, and it is a small tensor.
-    decay, written = a_c[:, :, 0].to(torch.float64, copy=True), x_c[:, :, 0].clone()
+    decay, written = a_t[0].to(torch.float64, copy=True), x_t[0].clone()
     for t in range(1, chunk):
-        decay *= a_c[:, :, t]
-        torch.addcmul(x_c[:, :, t], a_c[:, :, t], written, out=written)
+        decay *= a_t[t]
+        torch.addcmul(x_t[t], a_t[t], written, out=written)
 
-    start = torch.empty_like(written)
-    h = h0.double()
-    for c in range(n_chunks):
-        start[:, c] = h
-        h = torch.addcmul(written[:, c].double(), decay[:, c], h)
+    h_t, h = torch.empty_like(written), h0.double()
+    by_chunk = (h_t.unbind(1), decay.unbind(1), written.double().unbind(1))
+    for start, factor, more in zip(*by_chunk, strict=True):
+        start.copy_(h)
+        h = torch.addcmul(more, factor, h)
 
-    h_c = start
     for t in range(chunk):
-        h_c = torch.addcmul(x_c[:, :, t], a_c[:, :, t], h_c, out=out[:, :, t])
+        h_t = torch.addcmul(x_t[t], a_t[t], h_t, out=out_t[t])
     if body < n_pos:
         states[:, body:] = scan_loop(a[:, body:], x[:, body:], h.to(x.dtype))
     return states

@@ -29,6 +29,7 @@ from hooked_hybrid.layers import (
     Linear,
     activate,
     at_least_fp32,
+    constant,
     times,
 )
 from hooked_hybrid.layout import Layout
@@ -39,8 +40,6 @@ from hooked_hybrid.shapes import Channels, Resid
 from hooked_hybrid.state import RecurrentState
 
 DECAY_STRENGTH = 8.0
-BLOCK = 64
-"""Positions whose gates are computed together: their temporaries stay in a core's cache."""
 MAX_SQRT_GRADIENT = 1000.0
 
 
@@ -99,34 +98,18 @@ class RGLRU(Mixer[RecurrentState]):
 
     def _recur(self, u: Channels, state: RecurrentState | None, layout: Layout) -> Channels:
         """Return the RG-LRU's state at every position; padding writes and forgets nothing."""
-        a, write = self._decays_and_writes(u, layout)
-        h0 = torch.zeros_like(a[:, 0]) if state is None else state.ssm
-        return hooked_scan(a, write, h0, self.hook_ssm_state, layout)
-
-    def _decays_and_writes(self, u: Channels, layout: Layout) -> tuple[Channels, Channels]:
-        """Return a_t and what is written, in fp32; unhooked, some positions at a time."""
-        hooks = (self.hook_input_gate, self.hook_rec_gate, self.hook_log_decay, self.hook_ssm_write)
-        if u.shape[1] <= BLOCK or not may_overwrite(*hooks):
-            return self._gated(u, layout)
-        wide = torch.promote_types(u.dtype, torch.float32)
-        a, write = torch.empty_like(u, dtype=wide), torch.empty_like(u, dtype=wide)
-        for start in range(0, u.shape[1], BLOCK):
-            part = slice(start, start + BLOCK)
-            a[:, part], write[:, part] = self._gated(u[:, part], layout.piece(start, part.stop))
-        return a, write
-
-    def _gated(self, u: Channels, layout: Layout) -> tuple[Channels, Channels]:
-        """Return a_t and what is written, in fp32, through the gates and their hooks."""
         input_gate = self.hook_input_gate(self.input_gate(u).sigmoid())
         rec_gate = self.hook_rec_gate(self.rec_gate(u).sigmoid())
         log_a = self.hook_log_decay(rec_gate * self.log_a_at_1)
         log_a = layout.zero_padding(self._checked_decay(log_a))
 
-        scale = layout.fill_starts(sqrt_bounded(1 - torch.exp(2 * log_a)), 1.0)
+        one = constant(1.0, log_a.dtype, log_a.device)
+        scale = layout.fill_starts(sqrt_bounded(one - torch.exp(log_a + log_a)), 1.0)
         # At padding the decay is 1, so that the scale, and with it the write, is 0.
         write = self.hook_ssm_write(u * input_gate * scale, constrain=layout.zero_padding)
-        a = layout.fill_starts(torch.exp(log_a), 0.0)
-        return at_least_fp32(a), at_least_fp32(write)
+        a = at_least_fp32(layout.fill_starts(torch.exp(log_a), 0.0))
+        h0 = torch.zeros_like(a[:, 0]) if state is None else state.ssm
+        return hooked_scan(a, at_least_fp32(write), h0, self.hook_ssm_state, layout)
 
     @property
     def log_a_at_1(self) -> Float[Tensor, " d_rnn"]:
