@@ -161,7 +161,10 @@ def _copied(name: str, tensor: Tensor, like: Tensor, device: torch.device | str)
     """Return a copy in the memory layout of a parameter, that no longer needs the file."""
     if not tensor.is_floating_point():
         raise CheckpointError(f"{name} is stored as {tensor.dtype}, not as floating point")
-    return torch.empty_like(like, device=device).copy_(tensor.detach())
+    if like.is_contiguous():
+        return torch.empty(like.shape, dtype=like.dtype, device=device).copy_(tensor.detach())
+    # The other way round in memory, see `layers.empty_weight`; torch transposes fastest like this.
+    return tensor.detach().mT.clone(memory_format=torch.contiguous_format).to(device, like.dtype).mT
 
 
 def _set_parameter(model: nn.Module, name: str, tensor: Tensor) -> None:
