@@ -22,7 +22,7 @@ from hooked_hybrid.layers import Embed, RMSNorm, Unembed
 from hooked_hybrid.layout import Layout, lay_out
 from hooked_hybrid.loss import next_token_loss
 from hooked_hybrid.memory import keep_freed_memory, require_memory
-from hooked_hybrid.plan import piece_length
+from hooked_hybrid.plan import dispatch, piece_length
 from hooked_hybrid.shapes import Resid, Tokens
 from hooked_hybrid.state import BlockState, HybridState
 from hooked_hybrid.text import PaddingSide
@@ -301,7 +301,7 @@ class HookedHybrid(TextMethods, HookedRootModule):
         blocks: Sequence[BlockState | None] = (None,) * self.cfg.n_layers
         blocks = blocks if state is None else state.blocks
         kept = []
-        with self._running(layout):
+        with self._running(layout), dispatch(layout.length, self.hook_points()):
             for start in range(0, layout.length, piece):
                 part = layout.piece(start, start + piece)
                 self.run_holder.run = part.run
