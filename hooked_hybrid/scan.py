@@ -163,7 +163,7 @@ def _scan_edited(
     """Return the states of a scan that stops at each edited position."""
     x_probed = x if probe is None else x + probe
     done, h, pieces = 0, h0, []
-    for t in [*_edited_positions(fwd + bwd, layout), layout.length]:
+    for t in [*edited_positions(fwd + bwd, layout), layout.length]:
         if t > done:
             pieces.append(scan(a[:, done:t], x_probed[:, done:t], h))
             h = pieces[-1][:, -1]
@@ -175,7 +175,7 @@ def _scan_edited(
             carried.clone(),
             fwd,
             bwd,
-            constrain=partial(_only_where, is_real, carried),
+            constrain=partial(only_where, is_real, carried),
             run=layout.run.at(t, t + 1),
         )[:, 0]
         h = h if probe is None else h + probe[:, t]
@@ -184,11 +184,12 @@ def _scan_edited(
     return torch.cat(pieces, dim=1)
 
 
-def _only_where(is_real: Tensor, carried: Tensor, edited: Tensor) -> Tensor:
+def only_where(is_real: Tensor, carried: Tensor, edited: Tensor) -> Tensor:
+    """Return an edit of states at real tokens; at padding a state is the one before it."""
     return edited.where(is_real, carried)
 
 
-def _edited_positions(handles: list[LensHandle], layout: Layout) -> list[int]:
+def edited_positions(handles: list[LensHandle], layout: Layout) -> list[int]:
     """Return the indices at which some handle may act."""
     wanted: set[int] = set()
     for handle in handles:

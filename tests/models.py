@@ -61,6 +61,11 @@ def random_tokens(batch: int = 2, n_pos: int = 20, seed: int = 0) -> Tensor:
     return torch.randint(3, D_VOCAB, (batch, n_pos), generator=generator)
 
 
+def layouts(model: HookedHybrid) -> dict[str, tuple[int, ...]]:
+    """Return how each parameter lies in memory."""
+    return {name: weight.stride() for name, weight in model.named_parameters()}
+
+
 def relative(a: Tensor, b: Tensor) -> float:
     """Return the largest difference over the largest entry of `b`."""
     a, b = a.detach(), b.detach()

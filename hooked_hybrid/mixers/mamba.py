@@ -14,18 +14,28 @@ and the state to the model's dtype, so that it agrees in fp32 and differs by a r
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
 from hooked_hybrid.config import MambaConfig
-from hooked_hybrid.hooks import HookPoint
-from hooked_hybrid.layers import CausalConv1d, InnerNorm, Linear, activate
+from hooked_hybrid.hooks import HookPoint, positions_of
+from hooked_hybrid.layers import (
+    CausalConv1d,
+    InnerNorm,
+    Linear,
+    activate,
+    at_least_fp32,
+    times,
+)
 from hooked_hybrid.layout import Layout
 from hooked_hybrid.mixers.base import Mixer
-from hooked_hybrid.scan import hooked_scan
-from hooked_hybrid.selective_scan import selective_scan
+from hooked_hybrid.plan import may_overwrite
+from hooked_hybrid.scan import edited_positions, hooked_scan, only_where
+from hooked_hybrid.selective_scan import SmallInputs, SSMState, selective_scan
 from hooked_hybrid.shapes import Inner, Resid
 from hooked_hybrid.state import RecurrentState
 
@@ -74,14 +84,15 @@ class Mamba(Mixer[RecurrentState]):
     ) -> tuple[Resid, RecurrentState]:
         """Return what the block writes, and its state after the last token of each row."""
         u, z = self.in_proj(x).chunk(2, dim=-1)
-        gate = self.hook_gate(activate(z, "silu"))
+        gate = self.hook_gate(activate(z, "silu", may_overwrite()))
         u = self.hook_in_proj.branch(u)  # a half of one projection
         conv_state = self.conv.initial_state(u) if state is None else state.conv
         u, conv_state = self.conv(u, conv_state, layout)
-        u = self.hook_ssm_input(activate(self.hook_conv(u), "silu"))
+        u = self.hook_ssm_input(activate(self.hook_conv(u), "silu", may_overwrite(self.hook_conv)))
         y, h = self._recur(u, state, layout)
         y = self.hook_ssm_y(y.to(x.dtype))
-        return self.out_proj(self.hook_gated(y * gate)), RecurrentState(conv_state, h)
+        gated = self.hook_gated(times(y, gate, may_overwrite(self.hook_ssm_y)))
+        return self.out_proj(gated), RecurrentState(conv_state, h)
 
     def state_shapes(self) -> dict[str, tuple[int, ...]]:
         """Return the shapes of this layer's state, without the batch."""
@@ -95,32 +106,49 @@ class Mamba(Mixer[RecurrentState]):
 
     def _recur(
         self, u: Inner, state: RecurrentState | None, layout: Layout
-    ) -> tuple[Inner, Float[Tensor, "batch d_inner d_state"]]:
+    ) -> tuple[Inner, SSMState]:
         """Return y at every position and the last state; padding writes and forgets nothing."""
-        cfg, wide = self.cfg, torch.promote_types(u.dtype, torch.float32)
+        cfg = self.cfg
         dt, B, C = self.x_proj(u).split([cfg.dt_rank, cfg.d_state, cfg.d_state], dim=-1)
         dt = self.hook_dt_low(self.dt_norm(dt))
-        B, C = self.hook_ssm_B(self.B_norm(B)).to(wide), self.hook_ssm_C(self.C_norm(C)).to(wide)
-        dt = softplus(self.hook_dt_proj(self.dt_proj(dt)).to(wide))
+        B, C = self.hook_ssm_B(self.B_norm(B)), self.hook_ssm_C(self.C_norm(C))
+        dt = softplus(at_least_fp32(self.hook_dt_proj(self.dt_proj(dt))))
         dt = self.hook_ssm_dt(layout.zero_padding(dt), constrain=layout.zero_padding)
-        u = u.to(wide)
+        u, B, C = at_least_fp32(u), at_least_fp32(B), at_least_fp32(C)
         h0 = u.new_zeros(u.shape[0], cfg.d_inner, cfg.d_state) if state is None else state.ssm
-        hooks = (self.hook_ssm_decay, self.hook_ssm_write, self.hook_ssm_state)
-        if any(hook.is_hooked for hook in hooks):
-            y, h = self._scan_hooked(u, dt, B, C, h0, layout)
-        else:
-            y, h = selective_scan(u, dt, self.A, B, C, h0, layout.resets)
-        return y + u * self.D.to(wide), h
+        y, h = self._scan(u, dt, B, C, h0, layout, begins=state is None)
+        skip = u * self.D.to(u.dtype)
+        return torch.add(y, skip, out=y if may_overwrite() else None), h
+
+    def _scan(
+        self,
+        u: Inner,
+        dt: Inner,
+        B: SmallInputs,
+        C: SmallInputs,
+        h0: SSMState,
+        layout: Layout,
+        begins: bool,
+    ) -> tuple[Inner, SSMState]:
+        """Return C h and the last state, the fastest way that what is attached allows."""
+        hook = self.hook_ssm_state
+        if self.hook_ssm_decay.is_hooked or self.hook_ssm_write.is_hooked or hook.bwd_hooks:
+            return self._scan_hooked(u, dt, B, C, h0, layout)
+        if not hook.fwd_hooks:
+            return selective_scan(u, dt, self.A, B, C, h0, layout.resets, begins)
+        if any(h.is_watcher or positions_of(h.hook) is None for h in hook.fwd_hooks):
+            return self._scan_hooked(u, dt, B, C, h0, layout)
+        return self._scan_edited(u, dt, B, C, h0, layout)
 
     def _scan_hooked(
         self,
         u: Inner,
         dt: Inner,
-        B: Float[Tensor, "batch pos d_state"],
-        C: Float[Tensor, "batch pos d_state"],
-        h0: Float[Tensor, "batch d_inner d_state"],
+        B: SmallInputs,
+        C: SmallInputs,
+        h0: SSMState,
         layout: Layout,
-    ) -> tuple[Inner, Float[Tensor, "batch d_inner d_state"]]:
+    ) -> tuple[Inner, SSMState]:
         """Return C h and the last state through decays, writes and states, with their hooks."""
         decay = torch.exp(dt[..., None] * self.A)
         decay = self.hook_ssm_decay(forget(decay, layout), constrain=lambda a: forget(a, layout))
@@ -128,6 +156,41 @@ class Mamba(Mixer[RecurrentState]):
         write = self.hook_ssm_write(write, constrain=layout.zero_padding)
         h = hooked_scan(decay, write, h0, self.hook_ssm_state, layout)
         return torch.einsum("bsen,bsn->bse", h, C), h[:, -1].clone()
+
+    def _scan_edited(
+        self,
+        u: Inner,
+        dt: Inner,
+        B: SmallInputs,
+        C: SmallInputs,
+        h0: SSMState,
+        layout: Layout,
+    ) -> tuple[Inner, SSMState]:
+        """Return what `_scan_hooked` does, by fast scans that stop at each edited position."""
+        rates, resets, h, ys, done = self.A, layout.resets, h0, [], 0
+        edited = edited_positions(self.hook_ssm_state.fwd_hooks, layout)
+        for stop in sorted({*(t + 1 for t in edited), layout.length}):
+            part = slice(done, stop)
+            reset = None if resets is None else resets[:, part]
+            y, h = selective_scan(u[:, part], dt[:, part], rates, B[:, part], C[:, part], h, reset)
+            if stop - 1 in edited:
+                h = self._edit(h, layout, stop - 1)
+                y = torch.cat([y[:, :-1], C[:, stop - 1 : stop] @ h.mT], dim=1)
+            ys.append(y)
+            done = stop
+        return torch.cat(ys, dim=1), h
+
+    def _edit(self, h: SSMState, layout: Layout, t: int) -> SSMState:
+        """Return a state after the hooks on it at index t, where padding carries it unchanged."""
+        is_real = layout.is_real[:, t, None, None, None]
+        hook, carried = self.hook_ssm_state, h[:, None]
+        return hook.apply_hooks(
+            carried.clone(),
+            hook.fwd_hooks,
+            (),
+            constrain=partial(only_where, is_real, carried),
+            run=layout.run.at(t, t + 1),
+        )[:, 0]
 
 
 def forget(

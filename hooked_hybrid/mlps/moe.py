@@ -12,26 +12,29 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from hooked_hybrid.component import Component
 from hooked_hybrid.config import MoEConfig
 from hooked_hybrid.hooks import HookPoint
-from hooked_hybrid.layers import Linear, activate
+from hooked_hybrid.kernels import grouped_experts
+from hooked_hybrid.layers import Linear, activate, draw_normal, empty_weight, times
 from hooked_hybrid.layout import Layout
+from hooked_hybrid.plan import may_overwrite
 from hooked_hybrid.shapes import Resid
 
 Weights = Float[Tensor, "batch pos n_chosen"]
 Indices = Int[Tensor, "batch pos n_chosen"]
 
 
-class MoE(nn.Module):
+class MoE(Component):
     """A router and its experts, whose weights are stacked on a leading axis."""
 
     def __init__(self, cfg: MoEConfig, d_model: int) -> None:
         super().__init__()
         self.cfg = cfg
         self.router = Linear(d_model, cfg.n_experts, bias=False)
-        self.gate = nn.Parameter(torch.empty(cfg.n_experts, cfg.d_mlp, d_model))
-        self.up = nn.Parameter(torch.empty(cfg.n_experts, cfg.d_mlp, d_model))
-        self.down = nn.Parameter(torch.empty(cfg.n_experts, d_model, cfg.d_mlp))
+        self.gate = nn.Parameter(empty_weight(cfg.n_experts, cfg.d_mlp, d_model))
+        self.up = nn.Parameter(empty_weight(cfg.n_experts, cfg.d_mlp, d_model))
+        self.down = nn.Parameter(empty_weight(cfg.n_experts, d_model, cfg.d_mlp))
         self.hook_router_logits = HookPoint("batch pos n_experts")
         self.hook_expert_weights = HookPoint("batch pos n_chosen")
         self.hook_expert_indices = HookPoint("batch pos n_chosen", integer=True)
@@ -41,7 +44,7 @@ class MoE(nn.Module):
     def reset_parameters(self) -> None:
         """Draw experts from N(0, 1 / d_in)."""
         for weight in (self.gate, self.up, self.down):
-            nn.init.normal_(weight, std=weight.shape[-1] ** -0.5)
+            draw_normal(weight, std=weight.shape[-1] ** -0.5)
 
     @property
     def W_gate(self) -> Float[Tensor, "expert d_model d_mlp"]:
@@ -63,7 +66,11 @@ class MoE(nn.Module):
         weights, indices = self._route(x)
         if self.hook_expert_post.is_hooked or self.hook_expert_out.is_hooked:
             return self._run_hooked(x, weights, indices)
-        return self._run_sorted(x, weights, indices)
+        experts = (self.gate, self.up, self.down)
+        if x.is_cuda and grouped_experts.usable(x, *experts):
+            return grouped_experts.run_experts(x, weights, indices, *experts, self.cfg.act)
+        run = self._run_one if x.shape[:2].numel() == 1 else self._run_sorted
+        return run(x, weights, indices)
 
     def _route(self, x: Resid) -> tuple[Weights, Indices]:
         """Return the chosen experts of each token and their shares."""
@@ -75,19 +82,25 @@ class MoE(nn.Module):
 
     def _run_sorted(self, x: Resid, weights: Weights, indices: Indices) -> Resid:
         """Return the sum, each expert run once on all tokens that chose it."""
-        flat, share = x.flatten(0, 1), weights.reshape(-1, 1)
-        expert_of_slot, slots = indices.flatten().sort(stable=True)
+        flat, (experts, slots) = x.flatten(0, 1), indices.flatten().sort(stable=True)
         tokens = slots // self.cfg.n_chosen
-        counts = torch.bincount(expert_of_slot, minlength=self.cfg.n_experts).tolist()
-        out, done = torch.zeros_like(flat), 0
-        for expert, n in enumerate(counts):
-            if not n:
+        counts = torch.bincount(experts, minlength=self.cfg.n_experts).tolist()
+        inputs, shares = flat[tokens].split(counts), weights.reshape(-1, 1)[slots].split(counts)
+        out = torch.zeros_like(flat)
+        for expert, chosen in enumerate(tokens.split(counts)):
+            if not counts[expert]:
                 continue
-            chosen, mine = tokens[done : done + n], slots[done : done + n]
-            post = self._post(flat[chosen], expert)
-            out = out.index_add(0, chosen, linear(post, self.down[expert]) * share[mine])
-            done += n
+            written = linear(self._post(inputs[expert], expert), self.down[expert])
+            written = times(written, shares[expert], may_overwrite())
+            add = out.index_add_ if may_overwrite() else out.index_add
+            out = add(0, chosen, written)
         return out.view_as(x)
+
+    def _run_one(self, x: Resid, weights: Weights, indices: Indices) -> Resid:
+        """Return the sum for a single token: there is nothing to sort."""
+        chosen = zip(indices.flatten().tolist(), weights.flatten().unbind(), strict=True)
+        written = [linear(self._post(x, e), self.down[e]) * share for e, share in chosen]
+        return torch.stack(written).sum(0)
 
     def _run_hooked(self, x: Resid, weights: Weights, indices: Indices) -> Resid:
         """Return the sum through each chosen expert's own values: the definition."""
@@ -102,8 +115,11 @@ class MoE(nn.Module):
             out = out.index_put((b, s, slot), linear(post[b, s, slot], self.down[expert]))
         return self.hook_expert_out(out * weights[..., None]).sum(dim=2)
 
-    def _post(self, x: Float[Tensor, "token d_model"], expert: int) -> Float[Tensor, "token d_mlp"]:
-        return activate(linear(x, self.gate[expert]), self.cfg.act) * linear(x, self.up[expert])
+    def _post(
+        self, x: Float[Tensor, "*token d_model"], expert: int
+    ) -> Float[Tensor, "*token d_mlp"]:
+        act = activate(linear(x, self.gate[expert]), self.cfg.act, may_overwrite())
+        return times(act, linear(x, self.up[expert]), may_overwrite())
 
     def _checked(self, indices: Indices) -> Indices:
         if self.hook_expert_indices.has_editors:

@@ -1,1 +1,0 @@
-"""Speed against named peers, both measured in one run; nothing here is a test."""
