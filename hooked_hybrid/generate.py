@@ -21,6 +21,7 @@ from hooked_hybrid.names import NameFilter
 from hooked_hybrid.recorder import Recorder
 from hooked_hybrid.sampling import Sampling
 from hooked_hybrid.state import HybridState
+from hooked_hybrid.step_graph import StepGraph, captured
 from hooked_hybrid.text import PaddingSide
 from hooked_hybrid.text_methods import is_texts
 
@@ -170,6 +171,7 @@ class _Decoder:
         self.batch = tokens.shape[0]
         self.rows = torch.arange(self.batch, device=tokens.device)
         self.step = 0
+        self.graph: StepGraph | None = None  # holds the state while it runs the steps
         self.logits: Tensor | None = None
         self.new: list[Tensor] = []
         self.logprobs: list[Tensor] = []
@@ -193,12 +195,22 @@ class _Decoder:
             bar.update()
             if i + 1 == max_new_tokens or not self.rows.numel():
                 break
-            self._read(chosen, None, "generation")
+            self._read(chosen, None, "generation", n_steps=max_new_tokens - 1 - i)
 
     def _read(
-        self, tokens: Tensor, mask: Tensor | None, stage: Stage, wants_logits: bool = True
+        self,
+        tokens: Tensor,
+        mask: Tensor | None,
+        stage: Stage,
+        wants_logits: bool = True,
+        n_steps: int = 0,
     ) -> None:
+        """Read tokens; `n_steps` is how many steps there may be from this one on."""
         self.step += stage == "generation"
+        self._enter_or_leave_graph(n_steps)
+        if self.graph is not None:
+            self.logits = self.graph.step(tokens)
+            return
         layout = lay_out(
             tokens,
             self.state,
@@ -221,9 +233,23 @@ class _Decoder:
         )
         self.logits = logits[:, -1] if wants_logits else None
 
+    def _enter_or_leave_graph(self, n_steps: int) -> None:
+        """Give the state to a graph that can run the coming steps, or take it back."""
+        if self.graph is not None and not self.graph.is_valid:
+            self.state, self.graph = self.graph.state(), None
+        if self.graph is None and self.state is not None and self.step > 1:
+            self.graph = captured(self.model, self.state, n_steps)
+            self.state = self.state if self.graph is None else None
+
+    def _state_now(self) -> HybridState:
+        """Return the state of the rows that go on."""
+        state = self.state if self.graph is None else self.graph.state()
+        assert state is not None
+        return state
+
     def _choose(self) -> Tensor:
         """Append a token to every row that goes on; return those that still go on after it."""
-        assert self.logits is not None and self.state is not None
+        assert self.logits is not None
         chosen, logprobs, margins = self.sampling.choose(self.logits)
         pad = self.eos[0] if self.eos.numel() else self.tokens.new_zeros(())
         self.new.append(pad.repeat(self.batch).index_copy(0, self.rows, chosen))
@@ -234,8 +260,13 @@ class _Decoder:
         if not bool(ends.any()):
             return chosen[:, None]
         self.finished[self.rows[ends]] = True
-        self.ended.append((self.rows[ends], self.state[ends]))
-        self.rows, self.state = self.rows[~ends], self.state[~ends]
+        state = self._state_now()
+        self.ended.append((self.rows[ends], state[ends]))
+        self.rows = self.rows[~ends]
+        if self.graph is None:
+            self.state = state[~ends]
+        else:
+            self.graph.keep(~ends)
         return chosen[~ends][:, None]
 
     def _meets_stop_string(self) -> Tensor:
@@ -271,10 +302,10 @@ class _Decoder:
         )
 
     def _final_state(self) -> HybridState:
-        assert self.state is not None
+        state = self._state_now()
         if not self.ended:
-            return self.state
-        parts = [*self.ended, (self.rows, self.state)]
+            return state
+        parts = [*self.ended, (self.rows, state)]
         rows = torch.cat([rows for rows, _ in parts])
         return HybridState.cat([state for _, state in parts])[rows.argsort()]
 
