@@ -1,0 +1,134 @@
+"""What a model cannot do without: its matrix products in prefill, its weights read in decoding."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from experiments.benchmarks.timing import timed
+from hooked_hybrid import HookedHybrid
+from hooked_hybrid.config import AttentionConfig, MambaConfig, MoEConfig, RGLRUConfig
+
+PIECE = 512
+"""Rows of one product: as fast as thousands, and small enough for the caches."""
+
+
+class Product(NamedTuple):
+    """Rows times a matrix [d_in d_out], or `blocks` of them that share the rows' channels."""
+
+    rows: int
+    d_in: int
+    d_out: int
+    blocks: int = 1
+
+
+def products(model: HookedHybrid, tokens: Tensor, unembed: bool = False) -> list[Product]:
+    """Return the linear layers' products for a prompt; what reads the same input is one product.
+
+    Only the experts that are chosen count. Attention itself is left out, and so is the unembedding
+    but with `unembed`.
+    """
+    n_pos, d_model = tokens.shape[1], model.cfg.d_model
+    found: list[Product] = []
+    for i, layer in enumerate(model.cfg.layers):
+        mixer, mlp = layer.mixer, layer.mlp
+        if isinstance(mixer, AttentionConfig):
+            d_q, d_kv = mixer.n_heads * mixer.d_head, mixer.n_kv_heads * mixer.d_head
+            found += [Product(n_pos, d_model, d_q + 2 * d_kv), Product(n_pos, d_q, d_model)]
+        elif isinstance(mixer, RGLRUConfig):
+            d, n = mixer.d_rnn, mixer.n_gate_blocks
+            found += [Product(n_pos, d_model, 2 * d), Product(n_pos, d // n, 2 * d // n, n)]
+            found.append(Product(n_pos, d, d_model))
+        elif isinstance(mixer, MambaConfig):
+            d, low = mixer.d_inner, mixer.dt_rank
+            found += [Product(n_pos, d_model, 2 * d), Product(n_pos, d, low + 2 * mixer.d_state)]
+            found += [Product(n_pos, low, d), Product(n_pos, d, d_model)]
+        if isinstance(mlp, MoEConfig):
+            found.append(Product(n_pos, d_model, mlp.n_experts))
+        for rows in _expert_rows(model, tokens, i) if isinstance(mlp, MoEConfig) else [n_pos]:
+            found.append(Product(rows, d_model, 2 * mlp.d_mlp))
+            found.append(Product(rows, mlp.d_mlp, d_model))
+    return [*found, Product(n_pos, d_model, model.cfg.d_vocab)] if unembed else found
+
+
+def gemm_floor(wanted: Sequence[Product]) -> Callable[[], None]:
+    """Return work that computes the products, `PIECE` rows at a time, into memory it has."""
+    biggest = max(p.d_in * p.blocks for p in wanted), max(p.d_out * p.blocks for p in wanted)
+    a, out = torch.randn(PIECE * biggest[0]), torch.empty(PIECE * biggest[1])
+    weights = [torch.randn(p.blocks, p.d_in, p.d_out) for p in wanted]
+
+    def run() -> None:
+        for p, weight in zip(wanted, weights, strict=True):
+            for rows in pieces(p.rows):
+                x = a[: p.blocks * rows * p.d_in].view(p.blocks, rows, p.d_in)
+                y = out[: p.blocks * rows * p.d_out].view(p.blocks, rows, p.d_out)
+                if p.blocks == 1:
+                    torch.mm(x[0], weight[0], out=y[0])
+                else:
+                    torch.bmm(x, weight, out=y)
+
+    return run
+
+
+def pieces(n: int) -> Iterator[int]:
+    """Yield `n` in pieces."""
+    for start in range(0, n, PIECE):
+        yield min(PIECE, n - start)
+
+
+def _expert_rows(model: HookedHybrid, tokens: Tensor, layer: int) -> list[int]:
+    """Return how many tokens each expert of a layer is given."""
+    name = f"blocks.{layer}.mlp.hook_expert_indices"
+    _, cache = model.run_with_cache(tokens, return_type=None, names_filter=name)
+    return [n for n in cache[name].flatten().bincount().tolist() if n]
+
+
+def read_floor(wanted: Sequence[Product]) -> Callable[[], None]:
+    """Return work that multiplies one row by every matrix, each in its fastest layout."""
+    shapes = [(p.d_in, p.d_out) for p in wanted for _ in range(p.blocks)]
+    best = {shape: _fastest(*shape) for shape in dict.fromkeys(shapes)}
+    memory = torch.ones(sum(d_in * d_out for d_in, d_out in shapes))
+    works, start = [], 0
+    for d_in, d_out in shapes:
+        weight = memory[start : start + d_in * d_out]
+        works.append(best[d_in, d_out](weight, d_in))
+        start += d_in * d_out
+
+    return partial(_all, works)
+
+
+def _by_rows(weight: Tensor, d_in: int) -> Callable[[], Tensor]:
+    return partial(linear, torch.ones(1, d_in), weight.view(-1, d_in))
+
+
+def _by_columns(weight: Tensor, d_in: int) -> Callable[[], Tensor]:
+    return partial(torch.mm, torch.ones(1, d_in), weight.view(d_in, -1))
+
+
+def _by_two_rows(weight: Tensor, d_in: int) -> Callable[[], Tensor]:
+    return partial(torch.mm, weight.view(-1, d_in), torch.ones(2, d_in).T)
+
+
+Layout = Callable[[Tensor, int], Callable[[], Tensor]]
+LAYOUTS: tuple[Layout, ...] = (_by_rows, _by_columns, _by_two_rows)
+
+
+def _fastest(d_in: int, d_out: int) -> Layout:
+    """Return the layout in which a matrix of this shape is read fastest, from memory."""
+    size = d_in * d_out
+    memory = torch.ones(max(2, 2**24 // size), size)  # more than the caches hold
+    times = {}
+    for layout in LAYOUTS:
+        works = [layout(weight, d_in) for weight in memory[:512]]
+        times[layout] = min(timed(partial(_all, works))[1] for _ in range(3))
+    return min(times, key=times.__getitem__)
+
+
+def _all(works: Sequence[Callable[[], Tensor]]) -> None:
+    for work in works:
+        work()
