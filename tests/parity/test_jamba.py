@@ -49,14 +49,15 @@ def assert_close(actual: Tensor, expected: Tensor) -> None:
 
 
 def assert_as_exact(actual: Tensor, theirs: Tensor, exact: Tensor) -> None:
-    """Both are within a rounding of what float64 gives, so of each other within the two together.
+    """As near to what float64 gives, and to each other, as twice what the reference's rounding does.
 
     The models of the goldens are badly conditioned: the reference's own logits are 1e-5 from
-    float64, and its sums in another order give others that are as far.
+    float64, and sums in another order give others that are as far.
     """
-    assert relative(theirs, exact) < 1.2 * FP32_PARITY
-    assert relative(actual, exact) < 1.2 * FP32_PARITY
-    assert relative(actual, theirs) < 2 * FP32_PARITY
+    bound = 2 * relative(theirs, exact)
+    assert bound < 2.5 * FP32_PARITY
+    assert relative(actual, exact) < bound
+    assert relative(actual, theirs) < bound
 
 
 def rms(a: Tensor, b: Tensor) -> float:
