@@ -49,7 +49,7 @@ def assert_close(actual: Tensor, expected: Tensor) -> None:
 
 
 def assert_as_exact(actual: Tensor, theirs: Tensor, exact: Tensor) -> None:
-    """As near to what float64 gives, and to each other, as twice what the reference's rounding does.
+    """As near to float64, and to each other, as twice what the reference's own rounding is.
 
     The models of the goldens are badly conditioned: the reference's own logits are 1e-5 from
     float64, and sums in another order give others that are as far.
