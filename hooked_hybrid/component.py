@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
 
@@ -24,5 +25,14 @@ class Component(nn.Module):
             or self._backward_pre_hooks
             or torch_module._has_any_global_hook()
         ):
-            return super().__call__(*args, **kwargs)
+            return _unshared(super().__call__(*_unshared(args), **kwargs))
         return self.forward(*args, **kwargs)
+
+
+def _unshared(value: Any) -> Any:
+    """Return copies of tensors that torch's hooks may have kept: the others may be overwritten."""
+    if torch.is_grad_enabled():  # then nothing is
+        return value
+    if type(value) is tuple:
+        return tuple(_unshared(part) for part in value)
+    return value.clone() if isinstance(value, Tensor) else value

@@ -345,17 +345,18 @@ def activate(x: Tensor, name: Activation, overwrite: bool = False) -> Tensor:
 
 
 def gelu_tanh_(x: Tensor) -> Tensor:
-    """Return gelu's tanh approximation in the memory of `x`, as x sigmoid(2 c (x + 0.044715 x^3)).
+    """Return gelu's tanh approximation, in the memory of `x` where its rows can be viewed.
 
-    The same function as 0.5 x (1 + tanh(c (x + 0.044715 x^3))), c = sqrt(2 / pi); a CPU computes a
+    As x sigmoid(2 c (x + 0.044715 x^3)): the same function as 0.5 x (1 + tanh(c (x + 0.044715 x^3))), c = sqrt(2 / pi); a CPU computes a
     sigmoid in a third of a tanh's time.
     """
     slope_at_0 = 2 * math.sqrt(2 / math.pi)
     at_0 = constant(slope_at_0, x.dtype, x.device)
-    for block in x.view(-1, x.shape[-1]).split(GELU_ROWS):
+    rows = x.reshape(-1, x.shape[-1])  # in memory of its own where a hook returned another layout
+    for block in rows.split(GELU_ROWS):
         slope = torch.addcmul(at_0, block, block, value=0.044715 * slope_at_0)
         block.mul_(slope.mul_(block).sigmoid_())
-    return x
+    return rows.view(x.shape)
 
 
 def times(

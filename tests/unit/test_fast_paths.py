@@ -81,7 +81,7 @@ def test_gelu_by_a_sigmoid_is_gelu_by_a_tanh(shape: tuple[int, ...], scale: floa
     x = scale * randn(*shape)
     exact = gelu(x.double(), approximate="tanh")
     y = gelu_tanh_(x)
-    assert y is x
+    assert y.data_ptr() == x.data_ptr()
     assert relative(y.double(), exact) < ROUNDING
     wide = scale * randn(*shape, dtype=torch.float64)
     assert relative(gelu_tanh_(wide.clone()), gelu(wide, approximate="tanh")) < 1e-14
@@ -430,7 +430,6 @@ def test_a_donor_that_a_hook_puts_in_place_is_not_changed(name: str, small: list
         assert relative(patched, logits) < FP32_PARITY, n
 
 
-@pytest.mark.xfail(strict=True, reason="gelu_tanh_ views what a hook returned as rows")
 @torch.no_grad()
 def test_a_hook_may_return_a_value_of_any_layout(small: list[int]):
     model, tokens = model_of("griffin"), random_tokens(2, N_POS)
@@ -445,7 +444,6 @@ def test_a_hook_may_return_a_value_of_any_layout(small: list[int]):
             assert relative(out, plain) < FP32_PARITY, n
 
 
-@pytest.mark.xfail(strict=True, reason="may_overwrite asks hook points only")
 @models
 @torch.no_grad()
 def test_a_value_that_a_hook_of_torch_kept_is_not_changed_later(name: str, small: list[int]):
