@@ -347,8 +347,8 @@ def activate(x: Tensor, name: Activation, overwrite: bool = False) -> Tensor:
 def gelu_tanh_(x: Tensor) -> Tensor:
     """Return gelu's tanh approximation, in the memory of `x` where its rows can be viewed.
 
-    As x sigmoid(2 c (x + 0.044715 x^3)): the same function as 0.5 x (1 + tanh(c (x + 0.044715 x^3))), c = sqrt(2 / pi); a CPU computes a
-    sigmoid in a third of a tanh's time.
+    As x sigmoid(2 c (x + 0.044715 x^3)): the same function as 0.5 x (1 + tanh(c (x + 0.044715
+    x^3))), c = sqrt(2 / pi); a CPU computes a sigmoid in a third of a tanh's time.
     """
     slope_at_0 = 2 * math.sqrt(2 / math.pi)
     at_0 = constant(slope_at_0, x.dtype, x.device)
