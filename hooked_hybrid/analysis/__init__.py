@@ -1,0 +1,1 @@
+"""Circuit analysis: what the parts of a model write, read, remember and retrieve."""

@@ -1,0 +1,198 @@
+"""Weights as circuits: what a head attends to and what it moves, read off its matrices.
+
+    score(query, key) = x_q W_Q R(n) W_K^T x_k        QK circuit; R(n) turns by n positions
+    write(key)        = x_k W_V W_O                   OV circuit
+
+Here x is what the layer reads, after `ln1`. Heads are query heads; those that share a key-value
+head share its weights. A recurrence has such a circuit too, along the path that is linear.
+"""
+
+from __future__ import annotations
+
+import torch
+from einops import rearrange
+from jaxtyping import Float
+from torch import Tensor
+
+from hooked_hybrid.config import AttentionConfig
+from hooked_hybrid.factored_matrix import FactoredMatrix
+from hooked_hybrid.layers import at_least_fp32, rotate
+from hooked_hybrid.layout import lay_out
+from hooked_hybrid.mixers import RGLRU, Attention, Mamba
+from hooked_hybrid.model import HookedHybrid
+
+# --- one layer --------------------------------------------------------------------------------
+
+
+def qk_circuit(
+    model: HookedHybrid,
+    layer: int,
+    distance: int = 0,
+    *,
+    scaled: bool = False,
+    with_norm: bool = False,
+) -> FactoredMatrix:
+    """Return `W_Q R W_K^T` of each head, R being what rotary positions do at a distance.
+
+    `x_q @ qk @ x_k` is the attention score, before 1/sqrt(d_head), of a query for the key so many
+    positions before it; only the rotated channels of a head depend on the distance, and none
+    without rotary positions (Jamba). Query and key biases, which no published model has, would add
+    a term of the query alone (softmax ignores it), one of the key alone, and a constant: they are
+    not in it.
+
+    Args:
+        model: any hybrid.
+        layer: an attention layer.
+        distance: tokens between query and key; 0 is the query itself.
+        scaled: divide by sqrt(d_head), as the model does.
+        with_norm: multiply by `ln1`'s weight on both sides, so that the circuit acts on the
+            normalised residual stream (`ln1.hook_normalized`). `fold_ln` does this to a model.
+
+    Returns:
+        [head d_model d_model], rows for the query, in float32 or float64.
+
+    Raises:
+        ValueError: no attention layer, or a distance that the layer does not see.
+    """
+    attention = attention_at(model, layer)
+    _check_distance(attention.cfg, layer, distance)
+    W_Q = _turned(at_least_fp32(attention.W_Q), distance, attention.cfg)
+    W_K = _per_query_head(attention.W_K, attention.cfg)
+    if with_norm:
+        w = norm_weight(model, layer)
+        W_Q, W_K = W_Q * w[:, None], W_K * w[:, None]
+    return FactoredMatrix(W_Q * attention.cfg.d_head**-0.5 if scaled else W_Q, W_K.mT)
+
+
+def ov_circuit(model: HookedHybrid, layer: int, *, with_norm: bool = False) -> FactoredMatrix:
+    """Return `W_V W_O` of each head: what it writes for a key it attends to fully.
+
+    Args:
+        model: any hybrid.
+        layer: an attention layer.
+        with_norm: multiply by `ln1`'s weight on the reading side, as in `qk_circuit`.
+
+    Returns:
+        [head d_model d_model], rows for the key, in float32 or float64. Biases are not in it.
+
+    Raises:
+        ValueError: no attention layer.
+    """
+    attention = attention_at(model, layer)
+    W_V = _per_query_head(attention.W_V, attention.cfg)
+    W_V = W_V * norm_weight(model, layer)[:, None] if with_norm else W_V
+    return FactoredMatrix(W_V, at_least_fp32(attention.W_O))
+
+
+def recurrent_circuit(
+    model: HookedHybrid, layer: int, lag: int | None = None, *, with_norm: bool = False
+) -> FactoredMatrix:
+    """Return `W_x diag(taps) W_out` of each gate block: the linear path through a recurrence.
+
+    Between `W_x` and `W_out` all that a recurrence does with a past token is elementwise: a tap of
+    the convolution, the input gate, decays, and the other branch's gate. This is that path with
+    every factor but the tap left out. Gates and decays are positive, so that the true path differs
+    by a weight for each channel; its sign can differ where the other branch's gate (gelu, silu) is
+    below 0, in a Mamba block also by its silu after the convolution and by the sign of C B.
+
+    Args:
+        model: any hybrid.
+        layer: a recurrent layer.
+        lag: tap of the convolution to go through, 0 the current token; None: the sum of all taps,
+            through which a token far back has come where decays are near 1.
+        with_norm: multiply by `ln1`'s weight on the reading side.
+
+    Returns:
+        [gate_block d_model d_model], a Mamba block being one of them.
+
+    Raises:
+        ValueError: no recurrent layer, or a lag beyond the convolution.
+    """
+    mixer = recurrence_at(model, layer)
+    maps = recurrent_maps(mixer)
+    W_in = maps["in"] * norm_weight(model, layer)[:, None] if with_norm else maps["in"]
+    return FactoredMatrix(W_in * _taps(mixer, layer, lag), maps["out"])
+
+
+# --- what layers hold -------------------------------------------------------------------------
+
+
+def attention_at(model: HookedHybrid, layer: int) -> Attention:
+    """Return the attention of a layer; a ValueError names the layers that have one."""
+    if layer not in model.cfg.attention_layers:
+        raise ValueError(
+            f"layer {layer} has no attention; layers that have: {model.cfg.attention_layers}"
+        )
+    return model.blocks[layer].any_mixer
+
+
+def recurrence_at(model: HookedHybrid, layer: int) -> RGLRU | Mamba:
+    """Return the recurrence of a layer; a ValueError names the layers that have one."""
+    if layer not in model.cfg.recurrent_layers:
+        raise ValueError(
+            f"layer {layer} is no recurrence; layers that are: {model.cfg.recurrent_layers}"
+        )
+    return model.blocks[layer].any_mixer
+
+
+def norm_weight(model: HookedHybrid, layer: int) -> Float[Tensor, " d_model"]:
+    """Return what `ln1` of a layer multiplies by, in float32 or float64."""
+    return at_least_fp32(model.blocks[layer].ln1.w)
+
+
+def recurrent_maps(
+    mixer: RGLRU | Mamba,
+) -> dict[str, Float[Tensor, "gate_block a b"]]:
+    """Return the linear maps into and out of a recurrence, by gate block, in float32 or float64.
+
+    "in" [gate_block d_model channel] is the branch that recurs, "gate" the branch that gates it,
+    "out" [gate_block channel d_model] what both write. A Mamba block is one gate block.
+    """
+    if isinstance(mixer, RGLRU):
+        n, W_in, W_gate, W_out = (
+            mixer.cfg.n_gate_blocks,
+            mixer.linear_x.W,
+            mixer.linear_y.W,
+            mixer.linear_out.W,
+        )
+    else:
+        n, W_out = 1, mixer.out_proj.W
+        W_in, W_gate = mixer.in_proj.W.chunk(2, dim=1)
+    columns = {"in": W_in, "gate": W_gate}
+    maps = {k: rearrange(at_least_fp32(W), "d (n e) -> n d e", n=n) for k, W in columns.items()}
+    return maps | {"out": rearrange(at_least_fp32(W_out), "(n e) d -> n e d", n=n)}
+
+
+def _taps(
+    mixer: RGLRU | Mamba, layer: int, lag: int | None
+) -> Float[Tensor, "gate_block 1 channel"]:
+    weight = at_least_fp32(mixer.conv.weight)
+    n_taps = weight.shape[0]
+    if lag is not None and not 0 <= lag < n_taps:
+        raise ValueError(f"lag={lag}: layer {layer}'s convolution has lags 0 to {n_taps - 1}")
+    taps = weight.sum(0) if lag is None else weight[n_taps - 1 - lag]
+    n = mixer.cfg.n_gate_blocks if isinstance(mixer, RGLRU) else 1
+    return rearrange(taps, "(n e) -> n 1 e", n=n)
+
+
+def _per_query_head(
+    W: Float[Tensor, "kv_head m n"], cfg: AttentionConfig
+) -> Float[Tensor, "head m n"]:
+    return at_least_fp32(W).repeat_interleave(cfg.n_heads // cfg.n_kv_heads, dim=0)
+
+
+def _turned(
+    W: Float[Tensor, "head d_model d_head"], distance: int, cfg: AttentionConfig
+) -> Float[Tensor, "head d_model d_head"]:
+    """Return query weights rotated as at position `distance`, the key being at 0."""
+    if cfg.rotary is None or distance == 0:
+        return W
+    positions = torch.zeros(1, distance + 1, dtype=torch.long, device=W.device)
+    layout = lay_out(positions, None, None, None).piece(distance, distance + 1)
+    return rotate(W.flatten(0, 1)[None, None], layout, cfg.rotary).view_as(W)
+
+
+def _check_distance(cfg: AttentionConfig, layer: int, distance: int) -> None:
+    if distance < 0 or (cfg.n_keys is not None and distance >= cfg.n_keys):
+        seen = "any from 0" if cfg.n_keys is None else f"0 to {cfg.n_keys - 1}"
+        raise ValueError(f"distance={distance}: layer {layer} sees distances of {seen} tokens")

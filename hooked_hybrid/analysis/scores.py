@@ -1,0 +1,59 @@
+"""One number for each attention head of a model, whose attention layers need not be neighbours."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class HeadScores:
+    """A score of every head, larger meaning more.
+
+    Attributes:
+        layers: the attention layers, in order.
+        values: the score of each head of each of them.
+        name: what was measured, with its unit, for tables and pictures.
+    """
+
+    layers: tuple[int, ...]
+    values: Float[Tensor, "layer head"]
+    name: str = ""
+
+    def __post_init__(self) -> None:
+        if len(self.layers) != self.values.shape[0]:
+            raise ValueError(f"{len(self.layers)} layers for scores of {self.values.shape[0]}")
+
+    @classmethod
+    def of(cls, by_layer: Mapping[int, Float[Tensor, " head"]], name: str = "") -> HeadScores:
+        """Return the scores of heads given by layer.
+
+        Raises:
+            ValueError: no layer, or layers with different numbers of heads.
+        """
+        widths = {v.shape[0] for v in by_layer.values()}
+        if len(widths) != 1:
+            raise ValueError(f"need layers of one number of heads, got numbers {sorted(widths)}")
+        layers = tuple(sorted(by_layer))
+        return cls(layers, torch.stack([by_layer[layer] for layer in layers]), name)
+
+    def __getitem__(self, head: tuple[int, int]) -> float:
+        """Return the score of (layer, head), the layer counted in the whole model."""
+        layer, index = head
+        if layer not in self.layers:
+            raise KeyError(f"layer {layer} has no attention; those that have: {self.layers}")
+        return float(self.values[self.layers.index(layer), index])
+
+    def top(self, n: int) -> list[tuple[int, int]]:
+        """Return the `n` heads with the largest scores, the largest first; ties: the lower head."""
+        n_heads = self.values.shape[1]
+        order = self.values.flatten().argsort(descending=True, stable=True)[:n].tolist()
+        return [(self.layers[i // n_heads], i % n_heads) for i in order]
+
+    def labels(self) -> list[str]:
+        """Return "L5H0" and so on, in the order of `values.flatten()`."""
+        return [f"L{layer}H{h}" for layer in self.layers for h in range(self.values.shape[1])]

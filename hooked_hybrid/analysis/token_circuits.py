@@ -1,0 +1,258 @@
+"""Heads as circuits from token to token: which copy, and which look for their own token.
+
+A full circuit [token token] goes from embedding to unembedding (OV) or from embedding to embedding
+(QK), through what lies between them in the weights. Each is a `FactoredMatrix`: it takes no more
+memory than its factors, and nothing here multiplies one out whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from hooked_hybrid.analysis.circuit_scores import Kind, score_of
+from hooked_hybrid.analysis.circuits import norm_weight, ov_circuit, qk_circuit, recurrent_circuit
+from hooked_hybrid.analysis.scores import HeadScores
+from hooked_hybrid.factored_matrix import FactoredMatrix
+from hooked_hybrid.layers import at_least_fp32, inverse_rms
+from hooked_hybrid.model import HookedHybrid
+
+TokenSource = Literal["embedding", "alone"] | Tensor
+"""What stands for a token in the residual stream; see `token_directions`."""
+ComponentAt = tuple[int, int]
+"""(layer, head) of attention; (layer, gate block) of an RG-LRU; (layer, 0) of a Mamba block."""
+
+ALONE_AT_ONCE = 1024
+"""Tokens in a batch of one-token texts."""
+NO_ATTENTION = "this model has no attention layer"
+
+
+def token_directions(
+    model: HookedHybrid,
+    layer: int,
+    tokens: TokenSource = "embedding",
+    vocab: Int[Tensor, " token"] | None = None,
+) -> Float[Tensor, "token d_model"]:
+    """Return what stands for each token in the residual stream that enters a layer.
+
+    Args:
+        model: any hybrid.
+        layer: the layer that reads.
+        tokens: "embedding", the embedding with its scale (`hook_embed`), exact for layer 0;
+            "alone", what has become of it when the model reads that token and nothing else,
+            layers below and hooks included; or directions [d_vocab d_model] of the caller's own.
+        vocab: the tokens; None means all.
+
+    Raises:
+        ValueError: another source, or directions of another shape.
+    """
+    if isinstance(tokens, Tensor):
+        if tokens.shape != model.W_E.shape:
+            raise ValueError(f"tokens has shape {list(tokens.shape)}, not {list(model.W_E.shape)}")
+        return at_least_fp32(tokens if vocab is None else tokens[vocab])
+    if tokens not in ("embedding", "alone"):
+        raise ValueError(f"tokens={tokens!r}: give 'embedding', 'alone' or directions")
+    stop = layer if tokens == "alone" else 0
+    ids = torch.arange(model.cfg.d_vocab) if vocab is None else vocab
+    parts = ids.to(model.device)[:, None].split(ALONE_AT_ONCE)
+    with torch.no_grad():
+        return at_least_fp32(torch.cat([model(part, stop_at_layer=stop)[:, 0] for part in parts]))
+
+
+def full_qk_circuit(
+    model: HookedHybrid,
+    layer: int,
+    distance: int = 0,
+    *,
+    scaled: bool = False,
+    tokens: TokenSource = "embedding",
+    through: ComponentAt | None = None,
+    lag: int | None = None,
+    vocab: Int[Tensor, " token"] | None = None,
+) -> FactoredMatrix:
+    """Return the score of every query token for every key token, by each head.
+
+    Each token is read as if its direction were alone in the stream: normalised by `ln1`, weight
+    included. With "embedding" in layer 0 these are the scores themselves; elsewhere they are the
+    part of the scores that comes by this path, up to the norm's factor at each position.
+
+    Args:
+        model: any hybrid.
+        layer: an attention layer.
+        distance, scaled: see `qk_circuit`.
+        tokens, vocab: see `token_directions`.
+        through: keys carry not the token itself but what this earlier component writes of it
+            (`written_tokens`): K-composition, as in an induction head.
+        lag: see `written_tokens`, of `through`.
+
+    Returns:
+        [head token token], rows for the query.
+
+    Raises:
+        ValueError: see `qk_circuit`, `token_directions` and `written_tokens`.
+
+    Source: Elhage et al. 2021, "A Mathematical Framework for Transformer Circuits".
+    """
+    if lag is not None and through is None:
+        raise ValueError(f"lag={lag} is of a recurrence: name it in `through`")
+    circuit = qk_circuit(model, layer, distance, scaled=scaled)
+    queries = keys = _as_read(model, layer, tokens, vocab)
+    if through is not None:
+        if through[0] >= layer:
+            raise ValueError(f"through={through}: layer {layer} reads what earlier layers write")
+        keys = written_tokens(model, through, tokens, vocab, lag) * norm_weight(model, layer)
+    return queries @ circuit @ keys.mT
+
+
+def full_ov_circuit(
+    model: HookedHybrid,
+    layer: int,
+    *,
+    tokens: TokenSource = "embedding",
+    vocab: Int[Tensor, " token"] | None = None,
+) -> FactoredMatrix:
+    """Return what attending to each token adds to every token's logit, by each head.
+
+    Before the soft cap, and up to the final norm's factor at each position; its weight is included.
+    Arguments as for `full_qk_circuit`.
+
+    Returns:
+        [head token token], rows for the token attended to, columns for logits.
+
+    Raises:
+        ValueError: no attention layer; see also `token_directions`.
+
+    Source: Elhage et al. 2021.
+    """
+    W_U = at_least_fp32(model.W_U if vocab is None else model.W_U[:, vocab.to(model.device)])
+    W_U = W_U * at_least_fp32(model.ln_final.w)[:, None]
+    return _as_read(model, layer, tokens, vocab) @ ov_circuit(model, layer) @ W_U
+
+
+def written_tokens(
+    model: HookedHybrid,
+    component: ComponentAt,
+    tokens: TokenSource = "embedding",
+    vocab: Int[Tensor, " token"] | None = None,
+    lag: int | None = None,
+) -> Float[Tensor, "token d_model"]:
+    """Return what a head, or the linear path of a gate block, writes of each token it reads.
+
+    Args:
+        model: any hybrid.
+        component: (layer, head), or (layer, gate block) of a recurrence; Mamba's only block is 0.
+        tokens, vocab: see `token_directions`.
+        lag: tap of a recurrence's convolution, see `recurrent_circuit`: with 1, what it writes of
+            the token before; a head has none and takes no notice.
+
+    Raises:
+        ValueError: no such layer, head or block; see also `token_directions`.
+    """
+    layer, index = component
+    is_attention = layer in model.cfg.attention_layers
+    circuit = ov_circuit(model, layer) if is_attention else recurrent_circuit(model, layer, lag)
+    if not 0 <= index < circuit.shape[0]:
+        raise ValueError(f"{component}: layer {layer} has components 0 to {circuit.shape[0] - 1}")
+    return (_as_read(model, layer, tokens, vocab) @ circuit[index]).AB
+
+
+def copying_scores(
+    model: HookedHybrid,
+    kind: Kind = "eigenvalues",
+    *,
+    centred: bool = True,
+    tokens: TokenSource = "embedding",
+    vocab: Int[Tensor, " token"] | None = None,
+) -> HeadScores:
+    """Return how much each head, attending to a token, raises that token's own logit.
+
+    Args:
+        model: any hybrid with attention.
+        kind: "eigenvalues": the sum of the full OV circuit's eigenvalues over the sum of their
+            absolute values, -1 to 1, and 1 for a head that copies; "rank": the mean fraction of the
+            other tokens whose logits are raised less, chance 0.5; "top1": the fraction of tokens
+            whose own logit is raised most of all, chance one over their number.
+        centred: leave out of the circuit what is the same for all tokens (`centre`).
+        tokens, vocab: see `token_directions`.
+
+    Raises:
+        ValueError: another kind, or a model without attention.
+
+    Source: Elhage et al. 2021 for the eigenvalues, there of the circuit as it is.
+    """
+    return _scores(
+        model,
+        kind,
+        "copying",
+        lambda i: full_ov_circuit(model, i, tokens=tokens, vocab=vocab),
+        centred,
+    )
+
+
+def matching_scores(
+    model: HookedHybrid,
+    distance: int = 0,
+    kind: Kind = "eigenvalues",
+    *,
+    centred: bool = True,
+    tokens: TokenSource = "embedding",
+    through: ComponentAt | None = None,
+    lag: int | None = None,
+    vocab: Int[Tensor, " token"] | None = None,
+) -> HeadScores:
+    """Return how much each head prefers keys of the query's own token.
+
+    Args:
+        model: any hybrid with attention.
+        distance: tokens between query and key; see `qk_circuit`.
+        kind: as for `copying_scores`, of the full QK circuit: "rank" and "top1" say how high the
+            key of a query's own token scores among all keys.
+        centred: leave out of the circuit what is the same for all tokens (`centre`).
+        tokens, vocab: see `token_directions`.
+        through, lag: see `full_qk_circuit`; heads in layers not after this component are left out.
+
+    Raises:
+        ValueError: another kind, or no attention layer (after `through`).
+
+    Source: Elhage et al. 2021, where induction heads match through a previous-token head.
+    """
+    return _scores(
+        model,
+        kind,
+        "matching" if through is None else f"matching through {through}",
+        lambda i: full_qk_circuit(
+            model, i, distance, tokens=tokens, through=through, lag=lag, vocab=vocab
+        ),
+        centred,
+        after=-1 if through is None else through[0],
+    )
+
+
+def _scores(
+    model: HookedHybrid,
+    kind: Kind,
+    name: str,
+    circuit: Callable[[int], FactoredMatrix],
+    centred: bool,
+    after: int = -1,
+) -> HeadScores:
+    """Return the scores of every attention layer after one."""
+    score = score_of(kind, centred)
+    layers = [i for i in model.cfg.attention_layers if i > after]
+    if not layers:
+        raise ValueError(f"no layer after {after} has attention" if after >= 0 else NO_ATTENTION)
+    with torch.no_grad():
+        return HeadScores.of({i: score(circuit(i)) for i in layers}, f"{name}, {kind}")
+
+
+def _as_read(
+    model: HookedHybrid, layer: int, tokens: TokenSource, vocab: Int[Tensor, " token"] | None
+) -> Float[Tensor, "token d_model"]:
+    """Return the tokens' directions after `ln1`, each as if it were alone in the stream."""
+    x = token_directions(model, layer, tokens, vocab)
+    inverse = inverse_rms(x[None], model.blocks[layer].ln1.eps)[0]
+    return x * inverse * norm_weight(model, layer)
