@@ -21,6 +21,11 @@ from hooked_hybrid.interventions.heads import (
     reversed_score,
 )
 from hooked_hybrid.interventions.patching import freeze, knock_out_edges, patch
+from hooked_hybrid.interventions.recurrence import (
+    edit_state,
+    freeze_state,
+    knock_out_state_edges,
+)
 from hooked_hybrid.interventions.rows import check_spans
 from hooked_hybrid.interventions.weights import boost_span, manipulate_span
 from hooked_hybrid.interventions.where import hook_at, on_rows
@@ -34,11 +39,14 @@ __all__ = [
     "check_heads",
     "check_spans",
     "cut_heads",
+    "edit_state",
     "freeze",
+    "freeze_state",
     "hook_at",
     "keep_heads",
     "keep_top_heads",
     "knock_out_edges",
+    "knock_out_state_edges",
     "l2_norm",
     "layers_of",
     "manipulate_span",

@@ -63,7 +63,8 @@ def patch(
     """
     values = _named(cache, names)
     donors = {name: Donor.of(value, attention_mask) for name, value in values.items()}
-    chosen, chosen_rows = _places(positions), None if rows is None else whole_numbers(rows, "rows")
+    chosen = read_positions(positions)
+    chosen_rows = None if rows is None else whole_numbers(rows, "rows")
     chosen_heads = None if heads is None else whole_numbers(heads, "heads")
 
     @per_position
@@ -135,7 +136,7 @@ def knock_out_edges(
     Source: Geva et al. 2023, "Dissecting recall of factual associations", attention knockout
     (renormalised, as here by default).
     """
-    queries, keys = _places(query_positions), _places(key_positions)
+    queries, keys = read_positions(query_positions), read_positions(key_positions)
     chosen_heads = None if heads is None else whole_numbers(heads, "heads")
     leaf, nothing = ("attn_scores", -torch.inf) if renormalise else ("pattern", 0.0)
 
@@ -275,7 +276,7 @@ def is_among(
     return mask[row[:, None], pos.clamp(0, n - 1)] & (pos >= 0) & (pos < n)
 
 
-def _places(positions: Positions | None) -> tuple[int, ...] | Tensor | None:
+def read_positions(positions: Positions | None) -> tuple[int, ...] | Tensor | None:
     """Return positions as a tuple, or as they are where rows have their own."""
     if positions is None:
         return None

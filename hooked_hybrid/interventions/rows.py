@@ -189,6 +189,10 @@ class Handover:
         """Keep a value."""
         self._left[self._key(hook)] = value
 
+    def has(self, hook: HookPoint) -> bool:
+        """Whether a value was left for this place."""
+        return self._key(hook) in self._left
+
     def take(self, hook: HookPoint) -> Tensor:
         """Return the value left for this place."""
         return self._left.pop(self._key(hook))

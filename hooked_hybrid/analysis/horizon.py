@@ -1,0 +1,254 @@
+"""How long a recurrence remembers, in tokens, beside how far attention's window reaches.
+
+What a token writes into channel c is multiplied by a decay a_t at each later token. After k tokens
+the product of k decays of it is left:
+
+    half-life   ln 2 / mean(-ln a): tokens after which half is left, at the channel's mean rate
+    horizon     first k after which less than a fraction eps is left, from each position on;
+                the median over positions
+
+Both are infinite where the decay is 1. Mamba has them for each state of a channel.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from hooked_hybrid.analysis.linear_form import PerState, Recurrence
+from hooked_hybrid.cache import ActivationCache
+from hooked_hybrid.config import AttentionConfig, MambaConfig, RGLRUConfig
+from hooked_hybrid.mixers.mamba import Mamba
+from hooked_hybrid.mixers.rglru import RGLRU
+from hooked_hybrid.model import HookedHybrid
+
+Tokens = Float[Tensor, "channel *d_state"]
+SCRATCH = 2**26
+"""Bytes of temporaries to stay near, by working on some channels at a time."""
+FORGOTTEN = -1e6
+"""Log decay that stands for minus infinity where sums are compared."""
+
+
+@dataclass(frozen=True)
+class Reach:
+    """How far back one layer reads, in tokens; rows of a table (`pandas.DataFrame(rows)`).
+
+    Attributes:
+        layer: index of the block.
+        kind: "attention", "rglru" or "mamba".
+        tokens: keys that attention sees, itself among them; the median horizon over the channels
+            (and states) of a recurrence.
+        longest: that of the channel (and state) that remembers longest.
+        half_life: the median half-life; None for attention.
+    """
+
+    layer: int
+    kind: str
+    tokens: float
+    longest: float
+    half_life: float | None
+
+
+class DecayRange(NamedTuple):
+    """Decays a recurrence can reach, from 0 (all is forgotten) to 1, for each channel (and state).
+
+    `typical` is the decay where the gate's, or the step's, input is zero and its bias alone counts.
+    """
+
+    fastest: Tokens
+    typical: Tokens
+    slowest: Tokens
+
+
+def half_life(cache: ActivationCache, layer: int, **run: Any) -> Tokens:
+    """Return tokens after which half of a write is left, from the mean log decay in a run.
+
+    Args:
+        cache: of a run that kept the layer's points.
+        layer: index of the block; a negative one counts from the last.
+        run: `attention_mask`, `segment_ids` or `state`, where the run had one.
+
+    Returns:
+        [channel] for the RG-LRU, [channel d_state] for Mamba; infinite where every decay is 1.
+
+    Raises:
+        ValueError: the layer has no recurrence; no token of the cache follows another; a decay
+            that a hook has set above 1 or below 0.
+        HookNameError: the cache lacks a point of the layer.
+    """
+    r = Recurrence(cache, layer, **run)
+    return _by_channel(r, lambda log_a, at: tokens_until(0.5, _mean(log_a, at)))
+
+
+def memory_horizon(cache: ActivationCache, layer: int, eps: float = 0.01, **run: Any) -> Tokens:
+    """Return tokens after which less than a fraction of a write is left, the median over a run.
+
+    Counted from each token of the run along the decays that follow it in its document. Where the
+    document ends too early, the rest is taken at the channel's mean rate.
+
+    Args:
+        cache, layer, run: as in `half_life`.
+        eps: the fraction, between 0 and 1.
+
+    Returns:
+        [channel] for the RG-LRU, [channel d_state] for Mamba: whole numbers from 1 on, or infinite.
+
+    Raises:
+        ValueError: as `half_life`; or eps not between 0 and 1.
+        HookNameError: the cache lacks a point of the layer.
+    """
+    _check_eps(eps)
+    r = Recurrence(cache, layer, **run)
+    return _by_channel(r, lambda log_a, at: _horizons(r, log_a, at, math.log(eps)))
+
+
+def tokens_until(eps: float, log_decay: Tensor) -> Tensor:
+    """Return ln(eps) / log_decay: tokens after which a fraction eps is left, infinite at 0."""
+    return torch.where(log_decay == 0, torch.inf, math.log(eps) / log_decay)
+
+
+def decay_range(model: HookedHybrid, layer: int) -> DecayRange:
+    """Return the decays that the weights of a recurrence allow, whatever it reads.
+
+    The RG-LRU's recurrence gate r lies in (0, 1), so that a = exp(-8 r softplus(a_param)) lies
+    between its value at r = 1 and 1. Mamba's a = exp(-dt exp(A_log)) has dt = softplus(W d + b)
+    with a normalised d, |d / weight| <= sqrt(dt_rank), which bounds W d by Cauchy and Schwarz.
+
+    Args:
+        model: whose weights.
+        layer: index of the block.
+
+    Returns:
+        Each [channel] for the RG-LRU, [channel d_state] for Mamba, in fp32 or wider.
+
+    Raises:
+        ValueError: the layer has no recurrence.
+    """
+    recurrent = model.cfg.recurrent_layers
+    index = layer + model.cfg.n_layers if layer < 0 else layer
+    if index not in recurrent:
+        raise ValueError(f"layer {layer} has no recurrence; those that have: {recurrent}")
+    with torch.no_grad():
+        return RANGES[type(model.cfg.layers[index].mixer)](model.blocks[index].any_mixer)
+
+
+def how_far(cache: ActivationCache, eps: float = 0.01, **run: Any) -> list[Reach]:
+    """Return how far back each layer reads, in tokens: windows of attention, horizons of the rest.
+
+    Args:
+        cache: of a run that kept the points of every recurrence.
+        eps: fraction of a write below which it counts as forgotten.
+        run: as in `half_life`.
+
+    Returns:
+        A row for each layer, in order. What a stack of layers passes on reaches further than each.
+
+    Raises:
+        ValueError, HookNameError: as `memory_horizon`.
+    """
+    rows = []
+    for layer, cfg in enumerate(cache.model.cfg.layers):
+        kind = KINDS[type(cfg.mixer)]
+        if isinstance(cfg.mixer, AttentionConfig):
+            window = math.inf if cfg.mixer.n_keys is None else float(cfg.mixer.n_keys)
+            rows.append(Reach(layer, kind, window, window, None))
+            continue
+        horizon, half = memory_horizon(cache, layer, eps, **run), half_life(cache, layer, **run)
+        median, longest = float(horizon.median()), float(horizon.max())
+        rows.append(Reach(layer, kind, median, longest, float(half.median())))
+    return rows
+
+
+# --- inside ---------------------------------------------------------------------------------------
+
+
+def _check_eps(eps: float) -> None:
+    if not 0 < eps < 1:
+        raise ValueError(f"eps={eps}: give a fraction between 0 and 1")
+
+
+def _by_channel(
+    r: Recurrence, of: Callable[[PerState, Bool[Tensor, "batch pos"]], Tensor]
+) -> Tokens:
+    """Return what a function of log decays, and of where they act, gives for every channel."""
+    at = r.layout.pos > 0
+    if not bool(at.any()):
+        raise ValueError("no token of this cache follows another in its document: nothing decays")
+    every = torch.arange(r.n_channels, device=at.device)
+    parts = []
+    for channels in every.split(max(1, SCRATCH // (at.numel() * r.n_states * 64))):
+        log_a = r.log_decay(channels).detach()
+        used = log_a.masked_select(at[..., None, None])
+        if bool((used > 0).any()) or bool(used.isnan().any()):
+            raise ValueError(
+                f"layer {r.layer} has decays above 1 or below 0, which a hook must have set: what "
+                "is left of a write then has no half-life"
+            )
+        parts.append(of(log_a, at))
+    tokens = torch.cat(parts)
+    return tokens[:, 0] if isinstance(r.cfg, RGLRUConfig) else tokens
+
+
+def _mean(log_a: PerState, at: Bool[Tensor, "batch pos"]) -> Float[Tensor, "channel n"]:
+    """Return the mean over the positions at which something decays."""
+    return log_a.masked_fill(~at[..., None, None], 0).sum((0, 1)) / at.sum()
+
+
+def _horizons(
+    r: Recurrence, log_a: PerState, at: Bool[Tensor, "batch pos"], log_eps: float
+) -> Float[Tensor, "channel n"]:
+    """Return the median over tokens of the steps until the sum of log decays is below `log_eps`."""
+    rate = _mean(log_a, at).clamp_min(FORGOTTEN)
+    log_a = log_a.masked_fill(~at[..., None, None], 0).clamp_min(FORGOTTEN)
+    # What is lost since the row began, [batch channel n pos], never falls along a row.
+    lost = -log_a.cumsum(1).permute(0, 2, 3, 1).contiguous()
+    index = torch.arange(lost.shape[-1], device=lost.device)
+    end = _document_ends(r).expand(lost.shape[0], -1)[:, None, None].expand(lost.shape)
+    found = torch.searchsorted(lost, lost - log_eps, right=True)
+    missing = (lost - log_eps - lost.gather(-1, end)).clamp_min(0)  # still to lose after the end
+    beyond = (missing / rate[..., None].abs()).floor() + 1
+    steps = torch.where(found <= end, (found - index).double(), (end - index) + beyond)
+    real = r.layout.is_real.nonzero(as_tuple=True)
+    return steps.permute(0, 3, 1, 2)[real].median(dim=0).values
+
+
+def _document_ends(r: Recurrence) -> Tensor:
+    """Return the index of the last token of each position's document [batch pos]."""
+    pos, n = r.layout.pos, r.layout.length
+    index = torch.arange(n, device=pos.device).expand_as(pos)
+    following = torch.cat([pos[:, 1:], pos.new_full((pos.shape[0], 1), -1)], dim=1)
+    is_last = r.layout.is_real & (following <= 0)
+    ends = torch.where(is_last, index, n - 1)
+    return ends.flip(1).cummin(1).values.flip(1)
+
+
+def _rglru_range(mixer: RGLRU) -> DecayRange:
+    log_a = mixer.log_a_at_1.double()
+    typical = mixer.rec_gate.bias.double().sigmoid().flatten() * log_a
+    return DecayRange(log_a.exp(), typical.exp(), torch.ones_like(log_a))
+
+
+def _mamba_range(mixer: Mamba) -> DecayRange:
+    W = (mixer.dt_norm.weight[:, None] * mixer.dt_proj.W).double()
+    assert mixer.dt_proj.bias is not None
+    bias, A = mixer.dt_proj.bias.double(), mixer.A.double()
+    most = W.norm(dim=0) * mixer.cfg.dt_rank**0.5
+    steps = (torch.nn.functional.softplus(bias + s * most)[:, None] for s in (1, 0, -1))
+    return DecayRange(*(torch.exp(dt * A) for dt in steps))
+
+
+RANGES: dict[type, Callable[[Any], DecayRange]] = {
+    RGLRUConfig: _rglru_range,
+    MambaConfig: _mamba_range,
+}
+KINDS: dict[type, str] = {
+    AttentionConfig: "attention",
+    RGLRUConfig: "rglru",
+    MambaConfig: "mamba",
+}

@@ -1,0 +1,186 @@
+"""Interventions on recurrences: states edited or held, and edges between positions cut.
+
+To put a state of another run at some positions, `patch(cache, ("ssm_state", layer), positions=...)`
+does it; to go on from one prompt with another's state, `state.replace(other, kinds="ssm")`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from hooked_hybrid.hooked_root import HookSpec
+from hooked_hybrid.hooks import HookFn, HookPoint, per_position, watcher
+from hooked_hybrid.interventions.patching import Positions, read_positions, whole_numbers
+from hooked_hybrid.interventions.rows import entries_of_rows
+from hooked_hybrid.interventions.state_edges import WATCHED, Cut, Edges, is_chosen
+from hooked_hybrid.interventions.where import hook_at
+from hooked_hybrid.names import NameFilter
+
+Indices = int | Iterable[int] | None
+Bound = int | Int[Tensor, " batch"]
+
+
+def edit_state(
+    fn: HookFn, positions: int | Iterable[int] | None = None, *, layers: Indices = None
+) -> list[HookSpec]:
+    """Apply a hook to the states of recurrences; an edit at a position reaches every later one.
+
+    Args:
+        fn: a hook, called with the state after one position, [batch 1 d_rnn] or
+            [batch 1 d_inner d_state].
+        positions: in the document, counted from 0; None means every one. Between those that are
+            named the scan stays fast.
+        layers: with a recurrence; None means all that have one.
+
+    Returns:
+        Hooks on `hook_ssm_state`.
+
+    Raises:
+        ValueError: a position or layer that is no whole number from 0 on.
+        HookNameError: when attached, a layer without a recurrence.
+    """
+    edit = fn if positions is None else hook_at(fn, positions)
+    return [*_checked(layers), (_points(("ssm_state",), layers), edit)]
+
+
+def freeze_state(
+    start: Bound,
+    stop: Bound | None = None,
+    *,
+    layers: Indices = None,
+    channels: Indices = None,
+) -> list[HookSpec]:
+    """Hold the state of recurrences over some positions: nothing is forgotten, nothing written.
+
+    Outputs are still computed from the held state, with each position's own read-out and gate (and
+    D x in Mamba). A state held from position 0 on is zero.
+
+    Args:
+        start: first position held, in the document, counted from 0; one for all rows or for each.
+        stop: first position after it that is not; None holds the state to the end.
+        layers: with a recurrence; None means all that have one.
+        channels: which; None means all.
+
+    Returns:
+        Hooks: a log decay of 0 and an input gate of 0 in the RG-LRU (`hook_log_decay`,
+        `hook_input_gate`), a step of 0 in Mamba (`hook_ssm_dt`). Attach them after others that
+        edit these points.
+
+    Raises:
+        ValueError: positions or indices that are no whole numbers from 0 on; when first run, a
+            channel above those of a layer, or positions for another number of rows.
+        HookNameError: when attached, a layer without a recurrence.
+    """
+    first, last = _read_bound(start, "start"), None if stop is None else _read_bound(stop, "stop")
+    chosen = None if channels is None else whole_numbers(channels, "channels")
+
+    @per_position
+    def hold(value: Tensor, hook: HookPoint) -> Tensor:
+        pos = hook.run.query_pos
+        here = pos >= _of_rows(first, "start", hook)
+        if last is not None:
+            here = here & (pos < _of_rows(last, "stop", hook))
+        return value.masked_fill(here[..., None] & is_chosen(chosen, value, hook), 0)
+
+    return [*_checked(layers), (_points(("log_decay", "input_gate", "ssm_dt"), layers), hold)]
+
+
+def knock_out_state_edges(
+    query_positions: Positions | None,
+    key_positions: Positions | None,
+    *,
+    layers: Indices = None,
+    channels: Indices = None,
+) -> list[HookSpec]:
+    """Cut recurrences from each of some queries to each of some keys.
+
+    What the keys wrote into the state is missing from the layer's output at the queries, and from
+    nothing else: the state itself and outputs at other positions do not change. It is the layer
+    with these entries of its effective attention (through "scan") set to 0, D x on the diagonal
+    of Mamba among them. A recurrence is linear in what is written, so a second scan, of the keys'
+    writes alone, is what the queries have to do without.
+
+    A write mixes the last `d_conv` tokens, by the convolution before it. To cut all that a token
+    writes, name the `d_conv - 1` positions after it as keys too. What it does to later decays and
+    gates stays.
+
+    The hooks follow the state from call to call, in pieces of a prefill and steps of generation,
+    and check at each that it is the one they followed. They make Mamba compute decays, writes and
+    states of each position [batch pos d_inner d_state], in pieces where other hooks allow it.
+
+    Args:
+        query_positions, key_positions: in the document, counted from 0, or True at them
+            [batch pos] where rows differ; None means every one. Single edges are several calls.
+        layers: with a recurrence; None means all that have one.
+        channels: in each of these layers; None means all.
+
+    Returns:
+        A hook on `hook_ssm_y`, and watchers before it. Attach them as they come, after hooks that
+        edit decays or writes of these layers and before those that edit `hook_ssm_y`.
+
+    Raises:
+        ValueError: an index that is no whole number from 0 on; when run, a channel above those of
+            a layer, a mask with another number of rows than the batch, a state that was read
+            without these hooks or edited (`hook_ssm_state`) while a key stands before it, hooks in
+            another order, or an edge that is cut twice.
+        HookNameError: when attached, a layer without a recurrence.
+
+    Source: attention knockout (Geva et al. 2023) for recurrences, as in Endy et al. 2025, "Mamba
+    Knockout for Unraveling Factual Information Flow", who zero entries of the effective attention;
+    here without the matrix.
+    """
+    chosen = None if channels is None else whole_numbers(channels, "channels")
+    cut = Cut(Edges(read_positions(query_positions), read_positions(key_positions), chosen))
+    return [
+        *_checked(layers),
+        (_points(WATCHED, layers), cut.watch),
+        (_points(("ssm_y",), layers), cut.subtract),
+    ]
+
+
+@watcher
+@per_position
+def _look(value: Tensor, hook: HookPoint) -> None:
+    """See nothing: attached by name, so that a layer without a recurrence is an error."""
+
+
+def _checked(layers: Indices) -> list[HookSpec]:
+    if layers is None:
+        return []
+    return [([f"blocks.{i}.mixer.hook_ssm_y" for i in whole_numbers(layers, "layers")], _look)]
+
+
+def _points(leaves: tuple[str, ...], layers: Indices) -> NameFilter:
+    """Return a predicate on the points of recurrences, in some layers or in all."""
+    chosen = None if layers is None else {str(i) for i in whole_numbers(layers, "layers")}
+
+    def selects(name: str) -> bool:
+        parts = name.split(".")
+        is_there = len(parts) == 4 and parts[2] == "mixer" and parts[3][len("hook_") :] in leaves
+        return is_there and (chosen is None or parts[1] in chosen)
+
+    return selects
+
+
+def _read_bound(bound: Any, what: str) -> Int[Tensor, "*batch"]:
+    """Return a position, or that of each row, as a tensor."""
+    per_row = torch.as_tensor(bound)
+    is_whole = not (per_row.is_floating_point() or per_row.dtype == torch.bool)
+    if per_row.ndim > 1 or not is_whole or bool((per_row < 0).any()):
+        raise ValueError(f"{what}={bound}: give a position, counted from 0, or one for each row")
+    return per_row
+
+
+def _of_rows(bound: Int[Tensor, "*batch"], what: str, hook: HookPoint) -> Tensor:
+    """Return the positions of the rows of this forward, as a column."""
+    if bound.ndim == 0:
+        return bound.to(hook.run.rows.device)
+    return entries_of_rows(bound, hook, what)[:, None]
+
+
+__all__ = ["edit_state", "freeze_state", "knock_out_state_edges"]
