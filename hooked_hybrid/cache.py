@@ -9,17 +9,19 @@ import torch
 from torch import Tensor
 
 from hooked_hybrid.names import HookNameError, Shorthand, resolve
+from hooked_hybrid.residual import ResidualStacks
 from hooked_hybrid.slicing import PosSlice, slice_axis
 
 if TYPE_CHECKING:
     from hooked_hybrid.model import HookedHybrid
 
 
-class ActivationCache(Mapping[Any, Tensor]):
+class ActivationCache(ResidualStacks, Mapping[Any, Tensor]):
     """A read-only mapping from hook names to values, in the order they were computed.
 
     `cache["blocks.2.attn.hook_pattern"]`, `cache["pattern", 2]`, `cache["resid_post", -1]`,
     `cache["scale", 0, "ln1"]` and `cache["embed"]` all work; gradients are at name + "_grad".
+    What it says about the residual stream and the logits is in `ResidualStacks`.
 
     Args:
         cache_dict: values by full name.
