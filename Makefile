@@ -4,7 +4,10 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: install test lint niah format clean
+INTEROP := saelens transformerlens
+
+.PHONY: install test lint niah docs interop $(INTEROP:%=interop-%) format clean
+.SECONDARY:
 
 install: $(VENV)/.installed
 
@@ -34,9 +37,32 @@ lint: install
 niah: $(VENV)/.ready
 	$(BIN)/hooked-hybrid niah --out results/niah --resume
 
+# The site, in site/: guide, hook points and reference; a broken link or docstring is an error.
+docs: .venv-docs/.installed
+	.venv-docs/bin/python docs/generate_hooks.py
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict
+
+.venv-docs/.installed: pyproject.toml constraints.txt docs/constraints.txt
+	$(PYTHON) -m venv .venv-docs
+	.venv-docs/bin/python -m pip install --quiet --constraint constraints.txt \
+		--constraint docs/constraints.txt --editable ".[docs]"
+	touch $@
+
+# Tests against other packages, each in an environment of its own: their pins exclude one another.
+interop: $(INTEROP:%=interop-%)
+
+$(INTEROP:%=interop-%): interop-%: .venv-interop-%/.installed
+	.venv-interop-$*/bin/python -m pytest -c interop/pytest.ini interop/$*
+
+.venv-interop-%/.installed: pyproject.toml interop/%/requirements.txt interop/%/constraints.txt
+	$(PYTHON) -m venv .venv-interop-$*
+	.venv-interop-$*/bin/python -m pip install --quiet --constraint interop/$*/constraints.txt \
+		--requirement interop/$*/requirements.txt --editable .
+	touch $@
+
 format: install
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache build *.egg-info
+	rm -rf $(VENV) .venv-docs $(INTEROP:%=.venv-interop-%) site .mypy_cache .pytest_cache .ruff_cache build *.egg-info

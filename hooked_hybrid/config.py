@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
+
+import torch
 
 NormStyle = Literal["one_plus_weight", "weight"]
 Activation = Literal["gelu_tanh", "silu"]
@@ -137,6 +140,7 @@ class HybridConfig:
 
     `scale_embedding` multiplies embeddings by sqrt(d_model) rounded to bfloat16.
     `extra` keeps source settings that do not touch the maths, so that saving returns them.
+    `device` and `dtype` are None but in `model.cfg`, where they are the model's.
     """
 
     d_model: int
@@ -153,6 +157,11 @@ class HybridConfig:
     n_ctx: int | None = None
     model_name: str = "random"
     extra: Mapping[str, Any] = field(default_factory=dict, compare=False, hash=False)
+    device: torch.device | None = field(default=None, init=False, compare=False, repr=False)
+    dtype: torch.dtype | None = field(default=None, init=False, compare=False, repr=False)
+
+    attn_only = False  # this and the next are for TransformerLens's functions, which ask
+    normalization_type = "RMS"
 
     def __post_init__(self) -> None:
         _require_positive(self, "d_model", "d_vocab")
@@ -198,6 +207,16 @@ class HybridConfig:
         return self._of_all_attention("d_head")
 
     @property
+    def n_key_value_heads(self) -> int:
+        """Key-value heads of an attention layer; an error where layers differ or none has heads."""
+        return self._of_all_attention("n_kv_heads")
+
+    @property
+    def d_mlp(self) -> int:
+        """Width of an MLP or expert; an error where layers differ."""
+        return _one_value("d_mlp", "layers", {layer.mlp.d_mlp for layer in self.layers})
+
+    @property
     def eos_token_ids(self) -> tuple[int, ...]:
         """End-of-sequence tokens, as a tuple that may be empty."""
         if self.eos_token_id is None:
@@ -231,11 +250,16 @@ class HybridConfig:
             )
         return dataclasses.replace(config, **overrides) if overrides else config
 
+    def on(self, device: torch.device, dtype: torch.dtype) -> HybridConfig:
+        """Return this config as that of a model with these parameters."""
+        config = copy.copy(self)
+        object.__setattr__(config, "device", device)
+        object.__setattr__(config, "dtype", dtype)
+        return config
+
     def _of_all_attention(self, name: str) -> int:
         values = {getattr(self.layers[i].mixer, name) for i in self.attention_layers}
-        if len(values) != 1:
-            raise AttributeError(f"attention layers have {name} in {sorted(values)}: not one value")
-        return int(values.pop())
+        return _one_value(name, "attention layers", values)
 
 
 _SETTABLE = (
@@ -254,6 +278,12 @@ def _with_n_keys(layer: LayerConfig, n_keys: int | None) -> LayerConfig:
     if not isinstance(layer.mixer, AttentionConfig):
         return layer
     return dataclasses.replace(layer, mixer=dataclasses.replace(layer.mixer, n_keys=n_keys))
+
+
+def _one_value(name: str, where: str, values: set[int]) -> int:
+    if len(values) != 1:
+        raise AttributeError(f"{where} have {name} in {sorted(values)}: not one value")
+    return int(next(iter(values)))
 
 
 def _require_positive(config: object, *names: str) -> None:

@@ -58,7 +58,7 @@ class HookedHybrid(TextMethods, HookedRootModule):
     ) -> None:
         super().__init__()
         keep_freed_memory()
-        self.cfg = cfg
+        self._cfg = cfg
         self.tokenizer = tokenizer
         self.why_no_tokenizer: str | None = None
         with torch.device("meta"):
@@ -151,6 +151,18 @@ class HookedHybrid(TextMethods, HookedRootModule):
                 reset()
 
     # --- what there is --------------------------------------------------------------------------
+
+    @property
+    def cfg(self) -> HybridConfig:
+        """What the model is, and the device and dtype it has now."""
+        config, weight = self._cfg, self.embed.W_E
+        if config.dtype is not weight.dtype or config.device != weight.device:
+            self._cfg = config = config.on(weight.device, weight.dtype)
+        return config
+
+    @cfg.setter
+    def cfg(self, cfg: HybridConfig) -> None:
+        self._cfg = cfg
 
     @property
     def device(self) -> torch.device:
@@ -298,7 +310,7 @@ class HookedHybrid(TextMethods, HookedRootModule):
         piece = piece_length(layout.length, self.hook_points())
         require_memory(self, layout, state, n_logits, piece)
         first = layout.length - n_logits
-        blocks: Sequence[BlockState | None] = (None,) * self.cfg.n_layers
+        blocks: Sequence[BlockState | None] = (None,) * self._cfg.n_layers
         blocks = blocks if state is None else state.blocks
         kept = []
         with self._running(layout), dispatch(layout.length, self.hook_points()):
@@ -306,7 +318,7 @@ class HookedHybrid(TextMethods, HookedRootModule):
                 part = layout.piece(start, start + piece)
                 self.run_holder.run = part.run
                 resid = self.hook_embed(self.embed(tokens[:, start : start + piece]))
-                resid, blocks = self._run_blocks(resid, blocks, part, range(self.cfg.n_layers))
+                resid, blocks = self._run_blocks(resid, blocks, part, range(self._cfg.n_layers))
                 if return_type is not None:
                     kept.append(self._normalized(resid, max(first - start, 0)))
             self.run_holder.run = layout.run

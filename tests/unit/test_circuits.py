@@ -32,7 +32,7 @@ from hooked_hybrid.analysis.token_circuits import (
     token_directions,
     written_tokens,
 )
-from hooked_hybrid.fold_ln import fold_ln
+from hooked_hybrid.folding import fold_ln
 from hooked_hybrid.planted import BOS, N_SPECIAL, N_SYMBOLS, Planted, planted_retrieval
 from tests.models import (
     CONFIGS,

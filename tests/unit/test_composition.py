@@ -21,7 +21,7 @@ from hooked_hybrid.analysis.composition import (
 )
 from hooked_hybrid.analysis.pair_scores import PairScores, Part
 from hooked_hybrid.analysis.token_circuits import matching_scores
-from hooked_hybrid.fold_ln import fold_ln
+from hooked_hybrid.folding import fold_ln
 from hooked_hybrid.planted import N_SPECIAL, N_SYMBOLS, Planted, planted_retrieval
 from tests.models import (
     CONFIGS,

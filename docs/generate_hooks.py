@@ -1,0 +1,281 @@
+"""Write `docs/hooks.md`: every hook point of every model, with its shape and its meaning.
+
+    python docs/generate_hooks.py
+
+What a hook point means stands in `MEANINGS`, by the class it belongs to; everything else on the
+page is read off models without weights. A hook point without a meaning, or a meaning without a hook
+point, is an error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from itertools import groupby
+from pathlib import Path
+from typing import NamedTuple
+
+from torch import nn
+
+from hooked_hybrid import HookedHybrid, HookPoint, HybridConfig, presets
+
+PAGE = Path(__file__).parent / "hooks.md"
+
+MEANINGS: dict[str, dict[str, str]] = {
+    "HookedHybrid": {
+        "hook_embed": "the embeddings, after their scale: what the residual stream starts from",
+    },
+    "Block": {
+        "hook_resid_pre": "the residual stream entering the block",
+        "hook_mixer_in": "what `ln1` reads; an edit leaves the residual stream itself alone",
+        "hook_mixer_out": "what the mixer writes to the residual stream, its output bias included",
+        "hook_attn_out": "the same in attention layers, after the hooks on `hook_mixer_out`",
+        "hook_resid_mid": "the residual stream between mixer and MLP",
+        "hook_mlp_in": "what `ln2` reads; an edit leaves the residual stream itself alone",
+        "hook_mlp_out": "what the MLP or the experts write to the residual stream",
+        "hook_resid_post": "the residual stream leaving the block",
+    },
+    "RMSNorm": {
+        "hook_scale": "the root mean square that the norm divides by",
+        "hook_normalized": "the values divided by it, before the norm's weight",
+    },
+    "Unembed": {
+        "hook_logits": "the logits asked for, before the soft cap",
+    },
+    "Attention": {
+        "hook_q_input": "each query head's own copy of what the layer reads, after `ln1`",
+        "hook_k_input": "each key-value head's own copy of it, for its keys",
+        "hook_v_input": "each key-value head's own copy of it, for its values",
+        "hook_q": "queries, before rotation",
+        "hook_k": "keys, before rotation",
+        "hook_v": "values",
+        "hook_rot_q": "queries, rotated by their positions",
+        "hook_rot_k": "keys, rotated by their positions: what the state remembers",
+        "hook_attn_scores": "scaled and masked scores, before the softmax",
+        "hook_pattern": "attention weights: the softmax of the scores over keys",
+        "hook_z": "the values each head reads, weighted by its pattern",
+        "hook_result": "what each head writes to the residual stream; the output bias is apart",
+    },
+    "RGLRU": {
+        "hook_in_proj": "the recurrent branch, before the convolution",
+        "hook_gate": "the gate branch, after its gelu",
+        "hook_conv": "the convolution's output: what the gates and the recurrence read",
+        "hook_input_gate": "the input gate i, in 0 to 1",
+        "hook_rec_gate": "the recurrence gate r, in 0 to 1",
+        "hook_log_decay": "the log of the decay a: -8 r softplus(a_param), before any reset",
+        "hook_ssm_write": "what is added to the state: sqrt(1 - a^2) i u",
+        "hook_ssm_state": "the state h after each position, fp32; an edit reaches all later ones",
+        "hook_ssm_y": "the state as read, in the model's dtype",
+        "hook_gated": "the product of state and gate branch: what the output map reads",
+    },
+    "Mamba": {
+        "hook_in_proj": "the recurrent branch, before the convolution",
+        "hook_gate": "the gate branch z, after its silu",
+        "hook_conv": "the convolution's output, before its silu",
+        "hook_ssm_input": "the scan's input u: the convolution after its silu",
+        "hook_dt_low": "the low-rank step sizes, after their norm",
+        "hook_ssm_B": "B, after its norm: how an input is spread over the states",
+        "hook_ssm_C": "C, after its norm: how the states are read",
+        "hook_dt_proj": "the step sizes before the softplus",
+        "hook_ssm_dt": "the step sizes delta, after the softplus, in fp32",
+        "hook_ssm_decay": "the decay exp(delta A) of each state",
+        "hook_ssm_write": "what is added to each state: delta B u",
+        "hook_ssm_state": "the states h after each position, fp32; an edit reaches all later ones",
+        "hook_ssm_y": "the scan's output C h + D u",
+        "hook_gated": "the product of output and gate branch: what the output map reads",
+    },
+    "GatedMLP": {
+        "hook_pre": "the gate, before its nonlinearity",
+        "hook_act": "the gate, after its nonlinearity",
+        "hook_pre_linear": "the linear branch",
+        "hook_post": "the product of the two: what the output map reads",
+    },
+    "MoE": {
+        "hook_router_logits": "the router's logit of every expert",
+        "hook_expert_weights": "the chosen experts' shares of a softmax over all, not renormalised",
+        "hook_expert_indices": "which experts are chosen, the largest share first",
+        "hook_expert_post": "each chosen expert's product of gate and linear branch",
+        "hook_expert_out": "what each chosen expert writes, times its share",
+    },
+}
+"""What each hook point holds, by the class that has it and its last name."""
+
+TITLES = {
+    "HookedHybrid": "The model",
+    "Block": "Every block, `blocks.i.`",
+    "RMSNorm": "Norms, `blocks.i.ln1.`, `blocks.i.ln2.`, `ln_final.`",
+    "Unembed": "Unembedding, `unembed.`",
+    "Attention": "Attention, `blocks.i.attn.`",
+    "RGLRU": "RG-LRU, `blocks.i.mixer.`",
+    "Mamba": "Mamba, `blocks.i.mixer.`",
+    "GatedMLP": "Gated MLP, `blocks.i.mlp.`",
+    "MoE": "Mixture of experts, `blocks.i.mlp.`",
+}
+
+MODELS: dict[str, HybridConfig] = {
+    "tiny-griffin": HybridConfig.from_pretrained("tiny-griffin"),
+    "tiny-jamba": HybridConfig.from_pretrained("tiny-jamba"),
+    "RecurrentGemma-2B": presets.griffin(
+        ("RRA" * 9)[:26],
+        d_model=2560,
+        d_vocab=256_000,
+        n_heads=10,
+        d_head=256,
+        d_mlp=7680,
+        n_keys=2048,
+    ),
+    "Jamba-v0.1 and Mini 1.5": presets.jamba(
+        "MMMMAMMM" * 4,
+        d_model=4096,
+        d_vocab=65_536,
+        n_heads=32,
+        n_kv_heads=8,
+        d_mlp=14_336,
+        n_experts=16,
+        dt_rank=256,
+    ),
+}
+"""The packaged models, and the published ones at their sizes."""
+
+INTRO = """\
+# Hook points
+
+Written by `docs/generate_hooks.py` from the models themselves; a test compares.
+
+A name is the path to the value in the model. `batch` and `pos` are the rows and positions of the
+forward; in attention `query` is `pos`, and `key` also counts the keys remembered from before.
+Three marks:
+
+- **lazy**: computed only when something is attached to it.
+- **large**: `run_with_cache` keeps it only when it is named.
+- **integer**: an index, without a gradient.
+
+`cache["pattern", 2]` is short for `cache["blocks.2.attn.hook_pattern"]`.
+"""
+
+
+class Row(NamedTuple):
+    """One line of a table: a hook point of one layer, or of the model."""
+
+    name: str
+    shape: str
+    marks: str
+
+
+def marks(point: HookPoint) -> str:
+    """Return how a hook point is marked, in words."""
+    flags = {"lazy": point.is_lazy, "large": point.is_large, "integer": point.is_integer}
+    return ", ".join(name for name, is_set in flags.items() if is_set)
+
+
+def owner(model: HookedHybrid, name: str) -> str:
+    """Return the class that a hook point belongs to."""
+    path = name.rpartition(".")[0]
+    module: nn.Module = model.mod_dict[path] if path else model
+    return type(module).__name__
+
+
+def meaning(model: HookedHybrid, name: str) -> str:
+    """Return what a hook point holds.
+
+    Raises:
+        LookupError: `MEANINGS` has no line for it.
+    """
+    try:
+        return MEANINGS[owner(model, name)][name.rpartition(".")[2]]
+    except KeyError:
+        raise LookupError(
+            f"{name!r} has no meaning: add a line for {owner(model, name)} to MEANINGS in "
+            "docs/generate_hooks.py"
+        ) from None
+
+
+def shape(model: HookedHybrid, name: str) -> tuple[str, ...]:
+    """Return the size of each axis of a hook point, `batch`, `pos`, `query` and `key` by name."""
+    sizes = {"d_model": model.cfg.d_model, "d_vocab": model.cfg.d_vocab}
+    point = model.hook_dict[name]
+    if name.startswith("blocks."):
+        layer = model.cfg.layers[point.layer()]
+        sizes |= vars(layer.mixer) | vars(layer.mlp)
+    heads = {"head": "n_heads", "kv_head": "n_kv_heads"}
+    return tuple(str(sizes.get(heads.get(axis, axis), axis)) for axis in point.axes)
+
+
+def rows(model: HookedHybrid, names: Iterable[str]) -> list[Row]:
+    """Return a line for each of these hook points, named as it is called within its block."""
+    found = []
+    for name in names:
+        leaf = name.split(".", 2)[2] if name.startswith("blocks.") else name
+        size = " ".join(shape(model, name))
+        found.append(Row(f"`{leaf}`", size, marks(model.hook_dict[name])))
+    return found
+
+
+def table(head: tuple[str, ...], lines: Iterable[tuple[str, ...]]) -> str:
+    """Return a Markdown table."""
+    rules = ("---",) * len(head)
+    return "\n".join(f"| {' | '.join(line)} |" for line in (head, rules, *lines)) + "\n"
+
+
+def meanings_section(models: Iterable[HookedHybrid]) -> str:
+    """Return a table for each class: what its hook points hold, with their axes.
+
+    Raises:
+        LookupError: a hook point without a meaning, or a meaning without a hook point.
+    """
+    found: dict[str, dict[str, tuple[str, ...]]] = {kind: {} for kind in MEANINGS}
+    for model in models:
+        for name, point in model.hook_dict.items():
+            text, leaf = meaning(model, name), name.rpartition(".")[2]
+            line = (f"`{leaf}`", text, " ".join(point.axes), marks(point))
+            found[owner(model, name)][leaf] = line
+    for kind, texts in MEANINGS.items():
+        if unused := sorted(set(texts) - set(found[kind])):
+            raise LookupError(f"{kind} has no hook points {unused}: remove them from MEANINGS")
+    head = ("name", "holds", "axes", "marks")
+    parts = [f"### {TITLES[kind]}\n\n{table(head, found[kind].values())}" for kind in MEANINGS]
+    return "\n".join(["## What they hold\n", *parts])
+
+
+def model_section(title: str, model: HookedHybrid) -> str:
+    """Return the hook points of one model: its own, then those of each kind of block."""
+    names = list(model.hook_dict)
+    blocks = {
+        i: [n for n in names if n.startswith(f"blocks.{i}.")] for i in range(model.cfg.n_layers)
+    }
+    kinds: dict[tuple[Row, ...], list[int]] = {}
+    for i, block in blocks.items():
+        kinds.setdefault(tuple(rows(model, block)), []).append(i)
+    head = ("name", "shape", "marks")
+    outside = rows(model, (n for n in names if not n.startswith("blocks.")))
+    parts = [f"## {title}\n\n{len(names)} hook points in {len(blocks)} blocks.\n"]
+    parts.append(f"### {title}: outside the blocks\n\n{table(head, outside)}")
+    for lines, layers in kinds.items():
+        block = model.blocks[layers[0]]
+        kind = f"{type(block.any_mixer).__name__} and {type(block.mlp).__name__}"
+        where = "block" if len(layers) == 1 else "blocks"
+        parts.append(
+            f"### {title}: {kind}\n\n{where.capitalize()} {spans(layers)}; each name after "
+            f"`blocks.i.`\n\n{table(head, lines)}"
+        )
+    return "\n".join(parts)
+
+
+def spans(numbers: Iterable[int]) -> str:
+    """Return ascending numbers with runs written as "3 to 6"."""
+    runs = [
+        [n for _, n in run]
+        for _, run in groupby(enumerate(numbers), key=lambda pair: pair[1] - pair[0])
+    ]
+    words = [f"{r[0]} to {r[-1]}" if len(r) > 2 else ", ".join(map(str, r)) for r in runs]
+    return ", ".join(words)
+
+
+def page() -> str:
+    """Return the whole page."""
+    models = {title: HookedHybrid.meta(cfg) for title, cfg in MODELS.items()}
+    parts = [model_section(title, model) for title, model in models.items()]
+    return "\n".join([INTRO, meanings_section(models.values()), *parts])
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(), encoding="utf-8")

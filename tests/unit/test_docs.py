@@ -1,0 +1,159 @@
+"""The page of hook points is what the models are, and its shapes are what a forward leaves."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from docs import generate_hooks, site_pages
+from hooked_hybrid import ActivationCache, HookedHybrid
+from hooked_hybrid.hooks import HookPoint
+from tests.models import CONFIGS, random_tokens, tiny_model
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+def test_the_page_of_hook_points_is_what_the_generator_writes():
+    assert generate_hooks.page() == generate_hooks.PAGE.read_text(encoding="utf-8"), (
+        "run: python docs/generate_hooks.py"
+    )
+
+
+def test_the_page_names_every_hook_point_of_every_model():
+    page = generate_hooks.PAGE.read_text(encoding="utf-8")
+    for title, cfg in generate_hooks.MODELS.items():
+        model = HookedHybrid.meta(cfg)
+        own = page.split(f"\n## {title}\n")[1].split("\n## ")[0]
+        listed = set()
+        for part in own.split("\n### ")[1:]:
+            names = re.findall(r"^\| `(\S+)` \|", part, re.MULTILINE)
+            where = re.search(r"^Blocks? ([\d, to]+);", part, re.MULTILINE)
+            blocks = [f"blocks.{i}." for i in numbers(where[1])] if where else [""]
+            listed |= {block + name for block in blocks for name in names}
+        assert listed == set(model.hook_dict)
+        assert f"{len(listed)} hook points in {cfg.n_layers} blocks" in own
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_shapes_and_marks_are_those_of_a_forward(name):
+    model = tiny_model(name)
+    _, cache = model.run_with_cache(random_tokens(2, 9), names_filter=lambda _: True)
+    _, default = model.run_with_cache(random_tokens(2, 9))
+    sizes = {"batch": 2, "pos": 9, "query": 9, "key": 9}
+    assert set(cache) == set(model.hook_dict)
+    for hook, value in cache.items():
+        stated = generate_hooks.shape(model, hook)
+        assert tuple(sizes[s] if s in sizes else int(s) for s in stated) == value.shape, hook
+        marks = generate_hooks.marks(model.hook_dict[hook])
+        assert ("large" in marks) == (hook not in default)
+        assert ("integer" in marks) == (not value.is_floating_point())
+
+
+def test_the_published_models_have_their_published_sizes():
+    """Parameters, counted on what transformers makes of the published configs."""
+    sizes = {
+        title: sum(p.numel() for p in HookedHybrid.meta(cfg).parameters())
+        for title, cfg in generate_hooks.MODELS.items()
+    }
+    assert sizes["RecurrentGemma-2B"] == 2_682_862_080
+    assert sizes["Jamba-v0.1 and Mini 1.5"] == 51_570_323_328
+
+
+def test_a_hook_point_without_a_meaning_is_an_error():
+    model = HookedHybrid.meta(CONFIGS["griffin"])
+    model.blocks[0].hook_new = HookPoint("batch pos d_model")
+    model.setup()
+    with pytest.raises(LookupError, match=r"'blocks.0.hook_new' has no meaning: add a line for Bl"):
+        generate_hooks.meanings_section([model])
+
+
+def test_a_meaning_without_a_hook_point_is_an_error(monkeypatch):
+    meanings = generate_hooks.MEANINGS["Block"]
+    monkeypatch.setitem(generate_hooks.MEANINGS, "Block", {**meanings, "hook_gone": "nothing"})
+    models = [HookedHybrid.meta(cfg) for cfg in CONFIGS.values()]
+    with pytest.raises(LookupError, match=r"Block has no hook points \['hook_gone'\]"):
+        generate_hooks.meanings_section(models)
+
+
+def test_spans():
+    assert generate_hooks.spans([0, 1, 3, 4, 5, 9]) == "0, 1, 3 to 5, 9"
+    assert numbers("0, 1, 3 to 5, 9") == [0, 1, 3, 4, 5, 9]
+
+
+def numbers(text: str) -> list[int]:
+    """Return what `generate_hooks.spans` was given."""
+    runs = [[int(n) for n in run.split(" to ")] for run in text.split(", ")]
+    return [n for run in runs for n in range(run[0], run[-1] + 1)]
+
+
+def test_names_on_the_page_for_users_of_transformerlens_exist():
+    text = (ROOT / "docs" / "transformerlens.md").read_text(encoding="utf-8")
+    text = text.split("## Circuit analysis")[1].split("## TransformerLens's own")[0]
+    here = [line.split(" | ")[1] for line in text.splitlines() if line.startswith("| ")]
+    names = re.findall(r"`((?:analysis|folding|cache)\.[\w.]+)`", " ".join(here))
+    assert len(names) > 15
+    for name in names:
+        path, _, leaf = f"hooked_hybrid.{name}".rpartition(".")
+        where = ActivationCache if path == "hooked_hybrid.cache" else importlib.import_module(path)
+        assert callable(getattr(where, leaf, None)), name
+    theirs = re.findall(r"`cache\.(\w+)`.*\| the same \|", text)
+    theirs += re.findall(r"^\| `cache\.\w+`, `cache\.(\w+)` \| the same \|", text, re.MULTILINE)
+    assert len(theirs) > 5
+    assert all(callable(getattr(ActivationCache, name)) for name in theirs)
+
+
+# --- the site -----------------------------------------------------------------------------------
+
+
+def test_every_module_has_its_place_in_the_reference():
+    """`make docs` needs no line for a new module, and one for a new package."""
+    listed = re.findall(r"reference/[\w/]+\.md", repr(site_pages.reference_nav()))
+    pages = [site_pages.page_of(module) for module in site_pages.modules()]
+    assert sorted(listed) == sorted(pages)
+    assert "hooked_hybrid.analysis.scores" in site_pages.modules()
+
+
+def test_every_link_between_documents_leads_to_a_page():
+    documents = {page: ROOT / source for source, page in site_pages.documents().items()}
+    documents |= {path.name: path for path in (ROOT / "docs").glob("*.md")}
+    for page, path in documents.items():
+        site_pages.relink(site_pages.markdown_of(path), page)
+
+
+def test_links_are_turned_into_links_between_pages():
+    def relink(link: str, page: str = "index.md") -> str:
+        return site_pages.relink(f"[a]({link})", page)[4:-1]
+
+    assert relink("docs/hooks.md#mamba") == "hooks.md#mamba"
+    assert relink("docs/images/niah.png") == "images/niah.png"
+    assert relink("hooked_hybrid/tiny-jamba/README.md") == "tiny-jamba.md"
+    assert relink("training.png", "tiny-jamba.md") == "tiny-jamba-training.png"
+    assert relink("hooked_hybrid/plan.py") == "reference/hooked_hybrid/plan.md"
+    assert relink("../README.md", "findings.md") == "index.md"
+    assert relink("https://example.org/a.md") == "https://example.org/a.md"
+    with pytest.raises(ValueError, match=r"a link to gone\.md, which is no page"):
+        relink("gone.md")
+
+
+def test_a_notebook_becomes_a_page(tmp_path):
+    text = {"output_type": "stream", "text": ["loss\n", "0.5\n"]}
+    picture = {"output_type": "display_data", "data": {"image/png": "iVBO\nRw0=\n"}}
+    value = {"output_type": "execute_result", "data": {"text/plain": ["[1, 2]"]}}
+    code = {"cell_type": "code", "source": ["x = 1\n", "x"], "outputs": [text, picture, value]}
+    cells = [{"cell_type": "markdown", "source": ["# A tour"]}, code]
+    path = tmp_path / "tour.ipynb"
+    path.write_text(json.dumps({"cells": cells}))
+    assert site_pages.markdown_of(path) == (
+        "# A tour\n\n```python\nx = 1\nx\n```\n\n```text\nloss\n0.5\n```\n\n"
+        "![](data:image/png;base64,iVBORw0=)\n\n```text\n[1, 2]\n```"
+    )
+
+
+def test_a_package_that_exports_names_links_to_them():
+    page = site_pages.reference_page("hooked_hybrid.interventions")
+    assert "- [`keep_top_heads`][hooked_hybrid.interventions.keep_top_heads]" in page
+    assert site_pages.reference_page("hooked_hybrid.scan") == "::: hooked_hybrid.scan\n"
