@@ -1,0 +1,268 @@
+"""Activation patching in sweeps: one clean value at a time in a corrupted run.
+
+`generic_activation_patch` makes one run for each hook point, position and head that is asked for;
+the others are its common uses. Values that the caches lack are named in the error: large ones, as
+Mamba's states, are cached only when named.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from hooked_hybrid.analysis.metrics import Metric, measured
+from hooked_hybrid.analysis.patch_grid import PatchGrid
+from hooked_hybrid.checks import checked_tokens
+from hooked_hybrid.hooked_root import HookSpec
+from hooked_hybrid.interventions.patching import patch
+from hooked_hybrid.layout import lay_out
+from hooked_hybrid.model import HookedHybrid
+from hooked_hybrid.names import NameFilter, matching
+from hooked_hybrid.shapes import Logits, Tokens
+
+Axis = Literal["pos", "head"]
+Cache = Mapping[Any, Tensor]
+
+
+@torch.no_grad()
+def generic_activation_patch(
+    model: HookedHybrid,
+    corrupted_tokens: Tokens,
+    clean_cache: Cache,
+    metric: Metric,
+    names: NameFilter,
+    axes: Sequence[Axis] = (),
+    *,
+    positions: Sequence[int] | None = None,
+    heads: Sequence[int] | None = None,
+    attention_mask: Tensor | None = None,
+    clean_attention_mask: Tensor | None = None,
+    difference: bool = True,
+    verbose: bool = True,
+) -> PatchGrid:
+    """Return the metric of the corrupted run with one clean value after another put into it.
+
+    Values are matched by their position in the document. A cell is begun at its own layer.
+
+    Args:
+        model: any hybrid.
+        corrupted_tokens: what is run.
+        clean_cache: of the other run, with the values of `names`; as many rows, or one for all.
+        metric: of the logits; [] or [batch].
+        names: hook points, one cell (or more, by `axes`) for each.
+        axes: also sweep over "pos", over "head" (key-value heads at keys and values), or both, in
+            this order.
+        positions: in the document; those swept over, or patched together. None means all.
+        heads: the same.
+        attention_mask, clean_attention_mask: of the two runs, where rows are padded; the clean one
+            defaults to the other.
+        difference: subtract the metric of the corrupted run.
+        verbose: show a progress bar.
+
+    Raises:
+        HookNameError: a name that does not exist.
+        ValueError: a value that the cache lacks; heads that a hook point does not have, or has in
+            another number than another one; an unknown axis.
+
+    Source: Meng et al. 2022 (denoising); `generic_activation_patch` of TransformerLens's
+    `patching`. Unlike there the metric may be one for each row, and cells are the difference from
+    the corrupted run unless `difference=False`.
+    """
+    cells = Cells(model, corrupted_tokens, clean_cache, names, attention_mask)
+    labels = [_labels(cells, axis, positions, heads) for axis in _checked_axes(axes)]
+    donor_mask = attention_mask if clean_attention_mask is None else clean_attention_mask
+    found = []
+    bar = tqdm(
+        itertools.product(cells.names, *labels),
+        "activation patching",
+        total=len(cells.names) * torch.Size(map(len, labels)).numel(),
+        unit="run",
+        disable=not verbose,
+    )
+    for name, *index in bar:
+        at = {"pos": positions, "head": heads} | dict(zip(axes, index, strict=True))
+        hooks = patch(
+            clean_cache, name, positions=at["pos"], heads=at["head"], attention_mask=donor_mask
+        )
+        found.append(measured(metric, cells.run(name, hooks)))
+    values = torch.stack(found).unflatten(0, [len(cells.names), *map(len, labels)])
+    if difference:
+        values = values - measured(metric, cells.corrupted)
+    rows = [tuple(range(len(cells.tokens)))] * (values.ndim - 1 - len(axes))
+    names_of_axes = ("name", *axes, *["batch"] * len(rows))
+    return PatchGrid(values, names_of_axes, (tuple(cells.names), *labels, *rows))
+
+
+def patch_layers(
+    model: HookedHybrid,
+    corrupted_tokens: Tokens,
+    clean_cache: Cache,
+    metric: Metric,
+    leaf: str,
+    axes: Sequence[Axis] = ("pos",),
+    **options: Any,
+) -> PatchGrid:
+    """Return `generic_activation_patch` of one hook of every layer that has it, by layer.
+
+    Args:
+        model, corrupted_tokens, clean_cache, metric, axes, options: as there.
+        leaf: what follows `hook_`: "resid_pre", "q", "ssm_state", "gated", ...
+
+    Raises:
+        ValueError, HookNameError: as there; also a leaf that no layer has.
+    """
+    ending = f".hook_{leaf}"
+    where = lambda name: name.startswith("blocks.") and name.endswith(ending)  # noqa: E731
+    grid = generic_activation_patch(
+        model, corrupted_tokens, clean_cache, metric, where, axes, **options
+    )
+    layers = tuple(model.hook_dict[name].layer() for name in grid.labels[0])
+    return PatchGrid(grid.values, ("layer", *grid.axes[1:]), (layers, *grid.labels[1:]))
+
+
+def patch_resid_pre(
+    model: HookedHybrid, tokens: Tokens, clean_cache: Cache, metric: Metric, **options: Any
+) -> PatchGrid:
+    """Return what the clean stream before each layer restores, [layer pos]; see `patch_layers`."""
+    return patch_layers(model, tokens, clean_cache, metric, "resid_pre", **options)
+
+
+def patch_mixer_out(
+    model: HookedHybrid, tokens: Tokens, clean_cache: Cache, metric: Metric, **options: Any
+) -> PatchGrid:
+    """Return what each clean mixer restores, [layer pos]; see `patch_layers`."""
+    return patch_layers(model, tokens, clean_cache, metric, "mixer_out", **options)
+
+
+def patch_mlp_out(
+    model: HookedHybrid, tokens: Tokens, clean_cache: Cache, metric: Metric, **options: Any
+) -> PatchGrid:
+    """Return what each clean MLP restores, [layer pos]; see `patch_layers`."""
+    return patch_layers(model, tokens, clean_cache, metric, "mlp_out", **options)
+
+
+def patch_heads(
+    model: HookedHybrid,
+    tokens: Tokens,
+    clean_cache: Cache,
+    metric: Metric,
+    leaf: str = "z",
+    by_position: bool = False,
+    **options: Any,
+) -> PatchGrid:
+    """Return what each clean head restores, [layer head] of the attention layers, or by position.
+
+    Args:
+        model, tokens, clean_cache, metric, options: as in `patch_layers`.
+        leaf: "z", "q", "k", "v", "pattern", ...
+        by_position: patch each position by itself, [layer head pos].
+
+    Raises:
+        ValueError, HookNameError: as `patch_layers`.
+    """
+    axes: tuple[Axis, ...] = ("head", "pos") if by_position else ("head",)
+    return patch_layers(model, tokens, clean_cache, metric, leaf, axes, **options)
+
+
+def patch_states(
+    model: HookedHybrid, tokens: Tokens, clean_cache: Cache, metric: Metric, **options: Any
+) -> PatchGrid:
+    """Return what a recurrent layer's clean state restores, [layer pos]; see `patch_layers`.
+
+    The state is replaced at one position and then carried on by the corrupted run's decays and
+    writes: an effect at position t is that of all the layer knew of positions up to t. Cache them
+    with `names_filter=lambda name: name.endswith("hook_ssm_state")`.
+    """
+    return patch_layers(model, tokens, clean_cache, metric, "ssm_state", **options)
+
+
+# --- inside -------------------------------------------------------------------------------------
+
+
+class Cells:
+    """The corrupted run, and runs that begin where a patch first acts."""
+
+    def __init__(
+        self,
+        model: HookedHybrid,
+        tokens: Tokens,
+        cache: Cache,
+        names: NameFilter,
+        mask: Tensor | None,
+    ) -> None:
+        self.model, self.mask = model, mask
+        self.tokens = checked_tokens(model, tokens)
+        self.names = matching(names, model.hook_dict)
+        if missing := [name for name in self.names if name not in cache]:
+            raise ValueError(
+                f"the clean cache lacks {', '.join(missing[:3])} ({len(missing)} in all): make it "
+                "with run_with_cache(clean_tokens, names_filter=...)"
+            )
+        self.n_pos = int(lay_out(self.tokens, None, mask, None).pos.max()) + 1
+        self.corrupted, self.streams = model.run_with_cache(
+            self.tokens,
+            names_filter=lambda name: name.endswith(("hook_embed", "hook_resid_post")),
+            attention_mask=mask,
+        )
+
+    def run(self, name: str, hooks: list[HookSpec]) -> Logits:
+        """Return the logits of the corrupted run with hooks on one point."""
+        layer = self._first_layer(name)
+        with self.model.hooks(hooks):
+            if layer is None:
+                return self.model(self.tokens, attention_mask=self.mask)
+            before = f"blocks.{layer - 1}.hook_resid_post" if layer else "hook_embed"
+            stream = self.streams[before]
+            return self.model(stream, start_at_layer=layer, attention_mask=self.mask)
+
+    def n_heads(self) -> int:
+        """Return how many heads every point has."""
+        numbers = {}
+        for name in self.names:
+            point = self.model.hook_dict[name]
+            axis = next((a for a in ("head", "kv_head") if a in point.axes), None)
+            if axis is None:
+                raise ValueError(f"{name!r} has axes {point.axes}, none of them heads")
+            cfg = self.model.blocks[point.layer()].any_mixer.cfg
+            numbers[name] = cfg.n_heads if axis == "head" else cfg.n_kv_heads
+        if len(set(numbers.values())) > 1:
+            raise ValueError(f"numbers of heads differ, {numbers}: give heads=, or fewer names")
+        return next(iter(numbers.values()))
+
+    def _first_layer(self, name: str) -> int | None:
+        """Return the layer of a point; None before the first, the last one after it."""
+        if name.startswith("blocks."):
+            return self.model.hook_dict[name].layer()
+        return None if name == "hook_embed" else len(self.model.blocks) - 1
+
+
+def _checked_axes(axes: Sequence[Axis]) -> Sequence[Axis]:
+    if set(axes) - {"pos", "head"} or len(set(axes)) < len(axes):
+        raise ValueError(f"axes {tuple(axes)}: give 'pos', 'head', both or none")
+    return axes
+
+
+def _labels(
+    cells: Cells, axis: Axis, positions: Sequence[int] | None, heads: Sequence[int] | None
+) -> tuple[int, ...]:
+    """Return the entries of an axis that is swept over."""
+    given = positions if axis == "pos" else heads
+    if given is not None:
+        return tuple(given)
+    return tuple(range(cells.n_pos if axis == "pos" else cells.n_heads()))
+
+
+__all__ = [
+    "generic_activation_patch",
+    "patch_heads",
+    "patch_layers",
+    "patch_mixer_out",
+    "patch_mlp_out",
+    "patch_resid_pre",
+    "patch_states",
+]

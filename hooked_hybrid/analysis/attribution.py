@@ -1,0 +1,256 @@
+"""Attribution patching: the effect of every patch at once, by gradients.
+
+To first order, putting the clean value of a hook point into the corrupted run changes the metric by
+(clean - corrupted) . gradient. One backward pass gives the gradient at every point. That at a
+recurrence's state is total, through later states too, so that it stands for a patch of the state
+at one position, which later positions carry on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from hooked_hybrid.analysis.metrics import Metric, measured
+from hooked_hybrid.analysis.scores import HeadScores
+from hooked_hybrid.analysis.slopes import Slopes, through_softmax
+from hooked_hybrid.checks import checked_tokens
+from hooked_hybrid.hooks import HookPoint, watcher
+from hooked_hybrid.model import HookedHybrid
+from hooked_hybrid.names import NameFilter, Shorthand, matching, resolve
+from hooked_hybrid.shapes import Tokens
+
+Axis = Literal["position", "head", "channel"]
+Reduce = Axis | Literal["hook"] | Sequence[Axis] | None
+PLACES = {"pos": "position", "query": "position", "head": "head", "kv_head": "head"}
+"""What the axes of hook points are to `reduce`; batch and key apart, the others are channels."""
+
+
+@dataclass(frozen=True)
+class Attribution:
+    """What patching each value would change, to first order.
+
+    Attributes:
+        values: by full hook name; with a leading batch axis where the metric is one for each row.
+        axes: of each value.
+        excluded: hook points that were asked for, or skipped, and why.
+        change: metric(clean) - metric(corrupted).
+        n_layers: of the model.
+    """
+
+    values: dict[str, Tensor]
+    axes: dict[str, tuple[str, ...]]
+    excluded: dict[str, str]
+    change: Float[Tensor, "*batch"]
+    n_layers: int
+
+    def __getitem__(self, key: Shorthand) -> Tensor:
+        """Return the value of a full name or a shorthand, such as `("z", 2)`.
+
+        Raises:
+            HookNameError: nothing of this name was attributed to; the nearest names are listed.
+        """
+        return self.values[resolve(key, self.values.keys(), self.n_layers)]
+
+    def top(self, n: int) -> list[tuple[str, tuple[int, ...], float]]:
+        """Return name, index and value of the `n` largest, by magnitude, the largest first."""
+        names = list(self.values)
+        flat = torch.cat([self.values[name].flatten() for name in names])
+        order = flat.abs().argsort(descending=True, stable=True)[:n].tolist()
+        sizes = torch.tensor([self.values[name].numel() for name in names])
+        ends = sizes.cumsum(0)
+        found = []
+        for i in order:
+            which = int(torch.searchsorted(ends, i, right=True))
+            value = self.values[names[which]]
+            at = torch.unravel_index(torch.tensor(i - int(ends[which] - sizes[which])), value.shape)
+            found.append((names[which], tuple(map(int, at)), float(flat[i])))
+        return found
+
+    def head_scores(self, leaf: str = "z") -> HeadScores:
+        """Return what was attributed to each head at one hook of the attention layers.
+
+        A metric of each row is averaged over rows.
+
+        Raises:
+            ValueError: nothing by head is there; give `reduce="head"`.
+        """
+        by_layer = {}
+        for name, value in self.values.items():
+            if name.endswith(f".attn.hook_{leaf}"):
+                axes = self.axes[name]
+                if axes[-1:] not in (("head",), ("kv_head",)) or len(axes) > 1 + ("batch" in axes):
+                    raise ValueError(f"{name!r} was reduced to axes {axes}: use reduce='head'")
+                by_layer[int(name.split(".")[1])] = value.mean(0) if len(axes) > 1 else value
+        return HeadScores.of(by_layer, f"change of the metric attributed to {leaf}")
+
+
+def attribution_patching(
+    model: HookedHybrid,
+    clean_tokens: Tokens,
+    corrupted_tokens: Tokens,
+    metric: Metric,
+    names_filter: NameFilter | None = None,
+    reduce: Reduce = "position",
+    *,
+    at: Literal["corrupted", "clean"] = "corrupted",
+    attention_mask: Tensor | None = None,
+    qk_fix: bool = False,
+    max_bytes: int = 2**30,
+    verbose: bool = True,
+) -> Attribution:
+    """Return (clean - corrupted) . gradient of the metric at every floating-point hook point.
+
+    At "corrupted" it stands for metric(corrupted run with the clean value) - metric(corrupted); at
+    "clean" for metric(clean) - metric(clean run with the corrupted value).
+
+    Args:
+        model: any hybrid.
+        clean_tokens, corrupted_tokens: two runs of the same shape.
+        metric: of the logits, differentiable; [], or [batch] where rows do not mix.
+        names_filter: hook points; None means all but the large ones. Points that hold integers
+            (the choice of experts) have no gradient; they are listed in `excluded`.
+        reduce: which axes to keep, the others are summed over: "position", "head", "channel",
+            several of these, "hook" for none, None for all. Points with none of the axes are
+            excluded.
+        at: the run whose gradients are taken.
+        attention_mask: of both runs, where rows are padded.
+        qk_fix: compute the softmax of patched queries, keys and scores exactly, which is linear
+            only near where it is; two more runs of each attention layer. Not by channel or key.
+        max_bytes: of values and gradients kept at a time; with more, points are taken in groups,
+            with a run of each kind for each group.
+        verbose: show a progress bar.
+
+    Raises:
+        HookNameError: the filter matches nothing.
+        ValueError: runs of different shapes; nothing left to attribute to; a metric of another
+            shape, or without a gradient; an unknown `reduce` or `at`; `qk_fix` by channel.
+
+    Source: Nanda 2023, "Attribution patching"; Syed et al. 2023; `qk_fix` and no other correction
+    of AtP* (Kramár et al. 2024).
+    """
+    clean_tokens, corrupted_tokens = checked_pair(model, clean_tokens, corrupted_tokens)
+    if at not in ("corrupted", "clean"):
+        raise ValueError(f"at={at!r}: give 'corrupted' or 'clean'")
+    kept = _kept_axes(reduce)
+    if qk_fix and "channel" in kept:
+        raise ValueError(f"qk_fix with reduce={reduce!r}: it knows no channels, give 'position'")
+    names, excluded = _chosen(model, names_filter, reduce, kept)
+    here, other = (clean_tokens, corrupted_tokens)[:: 1 if at == "clean" else -1]
+    sign = -1 if at == "clean" else 1
+    values: dict[str, Tensor] = {}
+    axes: dict[str, tuple[str, ...]] = {}
+    for group in _groups(model, here, names, attention_mask, max_bytes, verbose):
+        slopes = Slopes(model, here, metric, group, attention_mask)
+        with torch.no_grad():
+            logits, donor = model.run_with_cache(
+                other, names_filter=group, attention_mask=attention_mask
+            )
+            change = sign * (measured(metric, logits) - slopes.metric)
+        for name in group:
+            by_row = ("batch",) if slopes.metric.ndim else ()
+            product = sign * slopes.times(name, donor[name])
+            axes[name], values[name] = _reduced(product, model.hook_dict[name], kept, by_row)
+    if qk_fix:
+        for name, effect in through_softmax(model, here, other, metric, names, attention_mask):
+            by_row = ("batch",) if change.ndim else ()
+            _, values[name] = _reduced(sign * effect, model.hook_dict[name], kept, by_row)
+    return Attribution(values, axes, excluded, change, model.cfg.n_layers)
+
+
+def checked_pair(model: HookedHybrid, clean: Tokens, corrupted: Tokens) -> tuple[Tokens, Tokens]:
+    """Return two runs' tokens [batch pos].
+
+    Raises:
+        ValueError: of different shapes, or no tokens.
+    """
+    clean, corrupted = checked_tokens(model, clean), checked_tokens(model, corrupted)
+    if clean.shape != corrupted.shape:
+        raise ValueError(
+            f"clean tokens have shape {tuple(clean.shape)}, corrupted ones "
+            f"{tuple(corrupted.shape)}: values are compared position by position"
+        )
+    return clean, corrupted
+
+
+def _kept_axes(reduce: Reduce) -> set[str]:
+    kept = {reduce} if isinstance(reduce, str) else set(reduce or ())
+    if unknown := kept - {"hook", "position", "head", "channel"}:
+        raise ValueError(
+            f"reduce={reduce!r}: {sorted(unknown)} is none of 'position', 'head', 'channel', "
+            "'hook' and None"
+        )
+    kept.discard("hook")
+    return {"position", "head", "channel", "key"} if reduce is None else kept  # type: ignore[return-value]
+
+
+def _place(axis: str) -> str:
+    """Return what an axis is to `reduce`."""
+    return axis if axis in ("batch", "key") else PLACES.get(axis, "channel")
+
+
+def _chosen(
+    model: HookedHybrid, names_filter: NameFilter | None, reduce: Reduce, kept: set[str]
+) -> tuple[list[str], dict[str, str]]:
+    """Return the hook points to attribute to, and why others are not."""
+    points, excluded = model.hook_dict, {}
+    for name in points if names_filter is None else matching(names_filter, points):
+        places = {_place(axis) for axis in points[name].axes}
+        if points[name].is_integer:
+            excluded[name] = "holds integers, which have no gradient"
+        elif names_filter is None and points[name].is_large:
+            excluded[name] = "large: attributed to only when named"
+        elif kept and not kept & places:
+            excluded[name] = f"has axes {points[name].axes}, none kept by reduce={reduce!r}"
+    asked = points if names_filter is None else matching(names_filter, points)
+    if not (names := [name for name in asked if name not in excluded]):
+        raise ValueError(f"nothing to attribute to: {excluded}")
+    return names, excluded
+
+
+@torch.no_grad()
+def _groups(
+    model: HookedHybrid,
+    tokens: Tokens,
+    names: list[str],
+    mask: Tensor | None,
+    max_bytes: int,
+    verbose: bool,
+) -> Iterator[list[str]]:
+    """Return hook points in groups whose values, of two runs, and gradients fit into memory."""
+    sizes: dict[str, int] = {}
+
+    @watcher
+    def weigh(value: Tensor, hook: HookPoint) -> None:
+        sizes[str(hook.name)] = 3 * value.numel() * value.element_size()
+
+    with model.hooks([(names, weigh)]):
+        model(tokens, return_type="logits", attention_mask=mask)
+    groups: list[list[str]] = []
+    room = 0
+    for name in names:
+        if not groups or sizes[name] > room:
+            groups.append([])
+            room = max_bytes
+        groups[-1].append(name)
+        room -= sizes[name]
+    return iter(tqdm(groups, "attribution patching", unit="group", disable=not verbose))
+
+
+def _reduced(
+    product: Tensor, point: HookPoint, kept: set[str], by_row: tuple[str, ...]
+) -> tuple[tuple[str, ...], Tensor]:
+    """Return the axes that are kept, and the sum over the others."""
+    keeps = [_place(axis) in kept or axis in by_row for axis in point.axes]
+    summed = [i for i, keep in enumerate(keeps) if not keep]
+    axes = tuple(axis for axis, keep in zip(point.axes, keeps, strict=True) if keep)
+    return axes, product.sum(dim=summed) if summed else product
+
+
+__all__ = ["Attribution", "attribution_patching"]

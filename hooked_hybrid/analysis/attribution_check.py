@@ -1,0 +1,220 @@
+"""Attribution patching against true patching, by kind of hook point."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from hooked_hybrid.analysis.activation_patching import Cells
+from hooked_hybrid.analysis.attribution import Attribution, attribution_patching, checked_pair
+from hooked_hybrid.analysis.metrics import Metric, measured
+from hooked_hybrid.interventions.patching import patch
+from hooked_hybrid.model import HookedHybrid
+from hooked_hybrid.names import NameFilter
+from hooked_hybrid.shapes import Tokens
+
+Points = Float[Tensor, " cell"]
+
+
+@dataclass(frozen=True)
+class KindAgreement:
+    """How attribution and patching agree at the hook points of one kind.
+
+    Attributes:
+        kind: the hook's name without its block: "attn.z", "mixer.ssm_state", "resid_pre", ...
+        attributed, patched: what the metric changes by, by gradient and truly, at each cell.
+    """
+
+    kind: str
+    attributed: Points
+    patched: Points
+
+    @property
+    def n_cells(self) -> int:
+        """How many cells were compared."""
+        return len(self.patched)
+
+    @property
+    def spearman(self) -> float:
+        """The rank correlation; not a number where either is the same everywhere."""
+        return rank_correlation(self.attributed, self.patched)
+
+    @property
+    def error(self) -> float:
+        """The mean distance of the two, as a fraction of the mean size of the true effects."""
+        size = self.patched.abs().mean()
+        return float((self.attributed - self.patched).abs().mean() / size)
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """Attribution against true patching, a row for each kind of hook point.
+
+    Attributes:
+        rows: by kind, in the order of the model.
+        excluded: hook points that were not compared, and why.
+    """
+
+    rows: tuple[KindAgreement, ...]
+    excluded: dict[str, str]
+
+    def __getitem__(self, kind: str) -> KindAgreement:
+        """Return the row of a kind.
+
+        Raises:
+            KeyError: no hook point of this kind was compared.
+        """
+        found = {row.kind: row for row in self.rows}
+        if kind not in found:
+            raise KeyError(f"no row {kind!r}: there are {', '.join(found)}")
+        return found[kind]
+
+    def __str__(self) -> str:
+        """Return the table in Markdown."""
+        lines = ["| kind | cells | Spearman | mean size | error |", "|---|--:|--:|--:|--:|"]
+        for row in self.rows:
+            numbers = f"{row.spearman:.3f} | {row.patched.abs().mean():.2g} | {row.error:.2g}"
+            lines.append(f"| {row.kind} | {row.n_cells} | {numbers} |")
+        return "\n".join(lines)
+
+
+def compare_with_patching(
+    model: HookedHybrid,
+    clean_tokens: Tokens,
+    corrupted_tokens: Tokens,
+    metric: Metric,
+    names_filter: NameFilter | None = None,
+    *,
+    n_cells: int = 50,
+    seed: int = 0,
+    qk_fix: bool = False,
+    max_bytes: int = 2**30,
+    verbose: bool = True,
+) -> Agreement:
+    """Return attributions beside what patching truly changes, by kind of hook point.
+
+    A cell is a position, or a position of one head, of one layer; at patterns, of one query. Of
+    each kind those with the largest attributions are taken and as many others drawn at random, and
+    the clean value is put there into the corrupted run. A metric of each row makes one cell for
+    each row. Where both runs have the same value there is nothing to compare: positions before the
+    tokens part, and cells to which exactly 0 is attributed, are left out. Most effects are tiny: in
+    fp32 the random half of some kinds is rounding, so that a model in float64 is compared better.
+
+    Args:
+        model, clean_tokens, corrupted_tokens, metric, names_filter, qk_fix, max_bytes: as
+            in `attribution_patching`.
+        n_cells: runs for each kind, at most: half the largest, half random.
+        seed: of the draw.
+        verbose: show progress bars.
+
+    Raises:
+        ValueError, HookNameError: as `attribution_patching`; also tokens that do not differ.
+
+    Source: the comparison of Nanda 2023 and of Kramár et al. 2024, by ranks.
+    """
+    clean_tokens, corrupted_tokens = checked_pair(model, clean_tokens, corrupted_tokens)
+    pair = (clean_tokens, corrupted_tokens)
+    if not (parted := (clean_tokens != corrupted_tokens).any(0).nonzero()).numel():
+        raise ValueError("clean and corrupted tokens are the same: there is nothing to compare")
+    found = attribution_patching(
+        model,
+        *pair,
+        metric,
+        names_filter,
+        reduce=("position", "head"),
+        qk_fix=qk_fix,
+        max_bytes=max_bytes,
+        verbose=verbose,
+    )
+    drawn = _drawn(found, int(parted[0]), n_cells, random.Random(seed))
+    rows = []
+    with tqdm(total=sum(map(len, drawn.values())), unit="run", disable=not verbose) as bar:
+        for kind, cells in drawn.items():
+            bar.set_description(kind)
+            patched = _patched(model, *pair, metric, cells, bar)
+            rows.append(
+                KindAgreement(kind, torch.cat([cell.attributed for cell in cells]), patched)
+            )
+    return Agreement(tuple(rows), found.excluded)
+
+
+def rank_correlation(x: Points, y: Points) -> float:
+    """Return Spearman's rank correlation, ties at their mean rank; nan for a constant."""
+    x, y = _ranks(x), _ranks(y)
+    x, y = x - x.mean(), y - y.mean()
+    return float((x * y).sum() / (x.square().sum() * y.square().sum()).sqrt())
+
+
+def _ranks(x: Points) -> Points:
+    _, which, counts = x.double().unique(return_inverse=True, return_counts=True)
+    return (counts.cumsum(0) - (counts - 1) / 2)[which]
+
+
+@dataclass(frozen=True)
+class _Cell:
+    """One patch: where, and what is attributed to it, in each row."""
+
+    name: str
+    position: int
+    head: int | None
+    attributed: Points
+
+
+def kind_of(name: str) -> str:
+    """Return a hook's name without its block and `hook_`: "attn.z", "resid_pre", "embed"."""
+    parts = name.split(".")[2:] if name.startswith("blocks.") else name.split(".")
+    return ".".join(part.removeprefix("hook_") for part in parts)
+
+
+def _drawn(
+    attribution: Attribution, first: int, n: int, rng: random.Random
+) -> dict[str, list[_Cell]]:
+    """Return cells of each kind from a position on: the largest, and others drawn at random."""
+    found: dict[str, list[_Cell]] = {}
+    for name, value in attribution.values.items():
+        axes = attribution.axes[name]
+        has_rows = axes[0] == "batch"
+        by_cell = value.movedim(0, -1) if has_rows else value[..., None]
+        for index in by_cell.abs().amax(-1).nonzero().tolist():
+            at = dict(zip(axes[has_rows:], index, strict=True))
+            position = at["query"] if "query" in at else at["pos"]
+            if position < first:
+                continue
+            head = at.get("head", at.get("kv_head"))
+            cell = _Cell(name, position, head, by_cell[tuple(index)])
+            found.setdefault(kind_of(name), []).append(cell)
+    for kind, cells in found.items():
+        cells.sort(key=lambda cell: float(cell.attributed.abs().sum()), reverse=True)
+        largest, rest = cells[: n - n // 2], cells[n - n // 2 :]
+        found[kind] = largest + rng.sample(rest, min(n // 2, len(rest)))
+    return found
+
+
+@torch.no_grad()
+def _patched(
+    model: HookedHybrid,
+    clean: Tokens,
+    corrupted: Tokens,
+    metric: Metric,
+    cells: list[_Cell],
+    bar: Any,
+) -> Points:
+    """Return what the metric changes by under each patch."""
+    names = sorted({cell.name for cell in cells})
+    _, cache = model.run_with_cache(clean, names_filter=names)
+    runs, found = Cells(model, corrupted, cache, names, None), []
+    before = measured(metric, runs.corrupted)
+    for cell in cells:
+        hooks = patch(cache, cell.name, positions=cell.position, heads=cell.head)
+        found.append((measured(metric, runs.run(cell.name, hooks)) - before).view(-1))
+        bar.update()
+    return torch.cat(found)
+
+
+__all__ = ["Agreement", "KindAgreement", "compare_with_patching", "rank_correlation"]

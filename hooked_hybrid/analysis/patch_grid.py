@@ -1,0 +1,60 @@
+"""What patching changed, one number for each place that was patched, with their labels."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from typing import Any
+
+from jaxtyping import Float
+from torch import Tensor
+
+from hooked_hybrid.analysis.scores import HeadScores
+
+
+@dataclass(frozen=True)
+class PatchGrid:
+    """What patching changed, in a grid.
+
+    Attributes:
+        values: metric(patched) - metric(corrupted), or the metric itself where that was asked for.
+        axes: of `values`: "name" or "layer", then "pos", "head"; "batch" last where the metric is
+            one for each row.
+        labels: for each axis, what its entries stand for.
+    """
+
+    values: Float[Tensor, "*axes"]
+    axes: tuple[str, ...]
+    labels: tuple[tuple[Any, ...], ...]
+
+    def __getitem__(self, labels: Any) -> Tensor:
+        """Return the entry of some labels, in the order of the axes; later axes may be left out.
+
+        Raises:
+            KeyError: a label that an axis does not have.
+        """
+        found = self.values
+        labels = labels if isinstance(labels, tuple) else (labels,)
+        for axis, label, known in zip(self.axes, labels, self.labels, strict=False):
+            if label not in known:
+                raise KeyError(f"{axis} {label!r}: there are {known}")
+            found = found[known.index(label)]
+        return found
+
+    def top(self, n: int) -> list[tuple[tuple[Any, ...], float]]:
+        """Return the labels and values of the `n` entries furthest from 0, the furthest first."""
+        flat = self.values.flatten()
+        order = flat.abs().argsort(descending=True, stable=True)[:n].tolist()
+        labels = list(itertools.product(*self.labels))
+        return [(labels[i], float(flat[i])) for i in order]
+
+    def head_scores(self, name: str = "change of the metric by patching") -> HeadScores:
+        """Return a grid of layers and heads, averaged over rows, as scores of heads.
+
+        Raises:
+            ValueError: a grid of other axes.
+        """
+        if self.axes[:2] != ("layer", "head") or self.axes[2:] not in ((), ("batch",)):
+            raise ValueError(f"scores of heads need axes ('layer', 'head'), not {self.axes}")
+        values = self.values if self.axes[2:] == () else self.values.mean(-1)
+        return HeadScores(tuple(self.labels[0]), values, name)

@@ -1,0 +1,244 @@
+"""Senders and receivers of paths: who writes to the residual stream, and who reads it.
+
+========================================  =====================================================
+sender                                    what it writes
+========================================  =====================================================
+`("z", layer, head)`, or "result"         an attention head's output; without `head`, all heads'
+`("gated", layer, part)`                  channels of a recurrent layer: one of the RG-LRU's gate
+                                          blocks by its number, or any by a slice or a list;
+                                          without `part`, all
+`("mixer_out", layer)`, or "attn_out"     a whole mixer
+`("mlp_out", layer)`                      an MLP or a mixture of experts
+`("embed",)`                              the embedding
+========================================  =====================================================
+
+========================================  =====================================================
+receiver                                  what it reads
+========================================  =====================================================
+`("q_input", layer, head)`                a query head's queries; without `head`, all heads'
+`("k_input", layer, kv_head)`, "v_input"  a key-value head's keys, or its values
+`("mixer_in", layer)`                     a whole mixer, of any kind
+`("mlp_in", layer)`                       an MLP
+`("final",)`                              the final norm: the direct effect on the logits
+========================================  =====================================================
+
+A negative layer counts from the last.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from jaxtyping import Float
+from torch import Tensor
+
+from hooked_hybrid.config import AttentionConfig, MambaConfig, RGLRUConfig
+from hooked_hybrid.interventions.patching import whole_numbers
+from hooked_hybrid.layers import at_least_fp32
+from hooked_hybrid.model import HookedHybrid
+from hooked_hybrid.names import resolve
+from hooked_hybrid.shapes import Resid
+
+End = tuple[Any, ...]
+"""A sender or a receiver: a name, then a layer, then a head or channels."""
+Through = Literal["mlps", "mixers", "all"] | Iterable[tuple[str, int]]
+Component = tuple[str, int]
+"""("mixer" | "mlp", layer)."""
+
+WRITES = ("z", "result", "gated", "mixer_out", "attn_out", "mlp_out", "embed")
+READS = ("q_input", "k_input", "v_input", "mixer_in", "mlp_in", "final")
+ALIASES = {"result": "z", "attn_out": "mixer_out"}
+OUT_PROJECTIONS: dict[type, str] = {
+    AttentionConfig: "o",
+    RGLRUConfig: "linear_out",
+    MambaConfig: "out_proj",
+}
+"""Which part of a mixer writes to the stream."""
+
+
+@dataclass(frozen=True)
+class Sender:
+    """A hook point that holds what is written, and which channels of it are meant.
+
+    Attributes:
+        name: of the hook point.
+        depth: how many components write up to this one: 0 the embedding, 2 layer + 1 a mixer,
+            2 layer + 2 an MLP.
+        channels: of the flattened heads, or of a recurrence; None means all.
+        weight: from these channels to the stream; None where the value is the write itself.
+    """
+
+    name: str
+    depth: int
+    channels: tuple[int, ...] | None = None
+    weight: Float[Tensor, "channel d_model"] | None = None
+
+    @classmethod
+    def of(cls, model: HookedHybrid, end: End) -> Sender:
+        """Return the sender of an entry of the module's table.
+
+        Raises:
+            ValueError: an entry of another form, or a head or channels that are not there.
+            HookNameError: a layer without such a hook point.
+        """
+        leaf, layer, which = _parsed(end, WRITES, "sender", n_indices={"embed": 0})
+        if leaf == "embed":
+            return cls("hook_embed", 0)
+        name = resolve((ALIASES.get(leaf, leaf), layer), model.hook_dict, model.cfg.n_layers)
+        layer = model.hook_dict[name].layer()
+        if leaf == "mlp_out":
+            return cls(name, 2 * layer + 2)
+        if leaf in ("mixer_out", "attn_out"):
+            return cls(name, 2 * layer + 1)
+        mixer = model.blocks[layer].any_mixer
+        weight = getattr(mixer, OUT_PROJECTIONS[type(mixer.cfg)]).W
+        return cls(name, 2 * layer + 1, _channels(mixer.cfg, len(weight), which, end), weight)
+
+    @property
+    def component(self) -> Component:
+        """What it is a part of; the embedding counts as ("mlp", -1)."""
+        return ("mixer" if self.depth % 2 else "mlp", (self.depth - 1) // 2)
+
+    def write(self, value: Float[Tensor, "batch pos ..."]) -> Resid:
+        """Return what a value, or a difference of values, at the hook point writes."""
+        value = at_least_fp32(value)
+        if self.weight is None:
+            return value
+        value, weight = value.flatten(2), at_least_fp32(self.weight)
+        if self.channels is None:
+            return value @ weight
+        return value[..., list(self.channels)] @ weight[list(self.channels)]
+
+
+@dataclass(frozen=True)
+class Receiver:
+    """A hook point that is set to what its component reads.
+
+    Attributes:
+        name: of the hook point, before the norm, or after it where each head has a copy.
+        source: the hook point that holds the stream that is read; `name` itself before the norm.
+        norm: path of the norm between the stream and the component.
+        depth: it reads what components up to this depth have written.
+        heads: which copies are set; None means all there are.
+    """
+
+    name: str
+    source: str
+    norm: str
+    depth: int
+    heads: tuple[int, ...] | None = None
+
+    @classmethod
+    def of(cls, model: HookedHybrid, end: End) -> Receiver:
+        """Return the receiver of an entry of the module's table.
+
+        Raises:
+            ValueError: an entry of another form, or a head that is not there.
+            HookNameError: a layer without such a hook point.
+        """
+        n_layers, counts = model.cfg.n_layers, {"final": 0, "mixer_in": 1, "mlp_in": 1}
+        leaf, layer, head = _parsed(end, READS, "receiver", counts)
+        if leaf == "final":
+            name = f"blocks.{n_layers - 1}.hook_resid_post"
+            return cls(name, name, "ln_final", 2 * n_layers)
+        name = resolve((leaf, layer), model.hook_dict, n_layers)
+        layer = model.hook_dict[name].layer()
+        if leaf == "mlp_in":
+            return cls(name, name, f"blocks.{layer}.ln2", 2 * layer + 1)
+        heads = None
+        if head is not None:
+            cfg = model.blocks[layer].any_mixer.cfg
+            heads = _among(head, cfg.n_heads if leaf == "q_input" else cfg.n_kv_heads, end)
+        source = f"blocks.{layer}.hook_mixer_in"
+        return cls(name, source, f"blocks.{layer}.ln1", 2 * layer, heads)
+
+    @property
+    def component(self) -> Component:
+        """What it is an input of; the final norm counts as ("mixer", n_layers)."""
+        return ("mlp" if self.depth % 2 else "mixer", self.depth // 2)
+
+    def hears(self, sender: Sender) -> bool:
+        """Whether the sender writes before this receiver reads."""
+        return sender.depth <= self.depth
+
+
+def several(ends: Any, what: str) -> list[End]:
+    """Return one or several senders or receivers as a list.
+
+    Raises:
+        ValueError: none.
+    """
+    ends = [ends] if ends and isinstance(ends[0], str) else list(ends)
+    if not ends:
+        raise ValueError(f"no {what}: give one or more, such as {('mixer_out', 0)}")
+    return ends
+
+
+def components(model: HookedHybrid, through: Through) -> frozenset[Component]:
+    """Return the components that `through` stands for.
+
+    Raises:
+        ValueError: it stands for none, or names a layer that is not there.
+    """
+    n = model.cfg.n_layers
+    if isinstance(through, str):
+        kinds = {"mlps": ("mlp",), "mixers": ("mixer",), "all": ("mixer", "mlp")}
+        if through not in kinds:
+            raise ValueError(f"through={through!r}: give 'mlps', 'mixers', 'all' or a list")
+        return frozenset((kind, i) for kind in kinds[through] for i in range(n))
+    found = frozenset(tuple(component) for component in through)
+    for component in found:
+        is_pair = len(component) == 2 and component[0] in ("mixer", "mlp")
+        if not is_pair or component[1] not in range(n):
+            raise ValueError(
+                f"through has {component!r}: give pairs ('mixer' | 'mlp', layer), layers from 0 "
+                f"to {n - 1}"
+            )
+    return found  # type: ignore[return-value]
+
+
+def _parsed(
+    end: End, leaves: tuple[str, ...], what: str, n_indices: dict[str, int]
+) -> tuple[str, int, Any]:
+    """Return name, layer and head or channels; 0 and None where there are none."""
+    named = isinstance(end, tuple) and bool(end) and end[0] in leaves
+    if not named:
+        raise ValueError(f"the {what} {end!r}: give a tuple that begins with one of {leaves}")
+    no_part = {"mixer_out": 1, "attn_out": 1, "mlp_out": 1}
+    most = {**no_part, **n_indices}.get(end[0], 2)
+    if not min(most, 1) < len(end) <= most + 1:
+        raise ValueError(
+            f"the {what} {end!r}: after {end[0]!r} give "
+            + ("nothing", "a layer", "a layer, and a head or channels if not all")[most]
+        )
+    layer, which = (*end[1:], None, None)[:2]
+    if layer is not None and (isinstance(layer, bool) or not hasattr(layer, "__index__")):
+        raise ValueError(f"the {what} {end!r}: the layer must be a whole number")
+    return end[0], 0 if layer is None else operator.index(layer), which
+
+
+def _channels(cfg: Any, width: int, which: Any, end: End) -> tuple[int, ...] | None:
+    """Return the channels of heads, of a gate block, or those that are listed."""
+    if which is None:
+        return None
+    is_attention, is_one = isinstance(cfg, AttentionConfig), hasattr(which, "__index__")
+    if not (is_attention or is_one):
+        return _among(which, width, end)
+    n_groups = cfg.n_heads if is_attention else getattr(cfg, "n_gate_blocks", None)
+    if n_groups is None:
+        raise ValueError(f"{end!r}: this layer has no gate blocks, give channels in a slice")
+    size = width // n_groups
+    return tuple(g * size + i for g in _among(which, n_groups, end) for i in range(size))
+
+
+def _among(which: Any, n: int, end: End) -> tuple[int, ...]:
+    """Return indices, refusing what is outside `n`, or nothing."""
+    if isinstance(which, slice):
+        which = range(n)[which]
+    chosen = whole_numbers(which, f"{end!r}:")
+    if max(chosen) >= n:
+        raise ValueError(f"{end!r}: there are {n} here, counted from 0")
+    return chosen

@@ -1,0 +1,128 @@
+"""Path patching: what one component tells another directly, or through chosen components.
+
+A *sender* writes to the residual stream and a *receiver* reads it; `path_ends` lists what can be
+either. The receiver is given the clean stream in which the sender's write is the corrupted run's;
+all else that it reads is clean, and what comes after it runs on. The change of the metric is what
+this path carries.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Unpack
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from hooked_hybrid.analysis.metrics import Metric
+from hooked_hybrid.analysis.path_ends import End
+from hooked_hybrid.analysis.path_runs import PathOptions, Paths
+from hooked_hybrid.analysis.scores import HeadScores
+from hooked_hybrid.analysis.watching import attention_of
+from hooked_hybrid.model import HookedHybrid
+from hooked_hybrid.shapes import Tokens
+
+
+@torch.no_grad()
+def path_patch(
+    model: HookedHybrid,
+    clean_tokens: Tokens,
+    corrupted_cache: Mapping[Any, Tensor],
+    senders: End | Sequence[End],
+    receivers: End | Sequence[End],
+    metric: Metric,
+    **options: Unpack[PathOptions],
+) -> Float[Tensor, "*batch"]:
+    """Return the metric of the clean run in which receivers hear corrupted senders.
+
+    Each receiver reads the clean stream plus the difference, corrupted minus clean, of what every
+    sender before it writes. All are set at once, so that none hears what another does.
+
+    Args:
+        model: any hybrid.
+        clean_tokens: what is run.
+        corrupted_cache: of another run, of the same shape, with the senders' hook points.
+        senders, receivers: one or several entries of the tables of `path_ends`.
+        metric: of the logits; [] or [batch].
+        options: see `PathOptions`.
+
+    Raises:
+        ValueError: an unknown sender, receiver, head or option; senders that write after every
+            receiver has read; a corrupted run of another shape; a metric of another shape.
+        HookNameError: a layer without such a hook point, or a value that the cache lacks.
+
+    Source: Goldowsky-Dill et al. 2023, "Localizing model behavior with path patching"; Wang et
+    al. 2022, "Interpretability in the wild", section 3.1, whose MLPs are not held clean: give
+    `through="mlps"`.
+    """
+    paths = Paths(model, clean_tokens, corrupted_cache, senders, receivers, metric, options)
+    if not any(paths.is_heard(sender) for sender in paths.senders):
+        raise ValueError(f"{senders!r} write after {receivers!r} have read: there is no path")
+    return paths.value(paths.senders)
+
+
+@torch.no_grad()
+def path_patch_each(
+    model: HookedHybrid,
+    clean_tokens: Tokens,
+    corrupted_cache: Mapping[Any, Tensor],
+    senders: Sequence[End],
+    receivers: End | Sequence[End],
+    metric: Metric,
+    verbose: bool = True,
+    **options: Unpack[PathOptions],
+) -> list[Float[Tensor, "*batch"]]:
+    """Return metric(receivers hear this sender) - metric(clean), for one sender after another.
+
+    A sender that writes after every receiver has read has an effect of 0.
+
+    Args:
+        model, clean_tokens, corrupted_cache, senders, receivers, metric: as in `path_patch`.
+        verbose: show a progress bar.
+        options: see `PathOptions`.
+
+    Raises:
+        ValueError, HookNameError: as `path_patch`.
+    """
+    paths = Paths(model, clean_tokens, corrupted_cache, senders, receivers, metric, options)
+    clean, effects = paths.clean_value(), []
+    for sender in tqdm(paths.senders, "path patching", unit="sender", disable=not verbose):
+        value = paths.value([sender]) if paths.is_heard(sender) else clean
+        effects.append(value - clean)
+    return effects
+
+
+def path_patch_heads(
+    model: HookedHybrid,
+    clean_tokens: Tokens,
+    corrupted_cache: Mapping[Any, Tensor],
+    receivers: End | Sequence[End],
+    metric: Metric,
+    verbose: bool = True,
+    **options: Unpack[PathOptions],
+) -> HeadScores:
+    """Return metric(receivers hear this head) - metric(clean), for every attention head.
+
+    A metric of each row is averaged over rows. The effect of a head that writes after every
+    receiver has read is 0.
+
+    Args:
+        model, clean_tokens, corrupted_cache, receivers, metric, verbose, options: as in
+            `path_patch_each`.
+
+    Raises:
+        ValueError, HookNameError: as `path_patch`.
+    """
+    n_heads = {i: mixer.n_heads for i, mixer in attention_of(model).items()}
+    heads = [("z", i, head) for i, n in n_heads.items() for head in range(n)]
+    effects = path_patch_each(
+        model, clean_tokens, corrupted_cache, heads, receivers, metric, verbose, **options
+    )
+    means = torch.stack([effect.mean() for effect in effects])
+    by_layer = dict(zip(n_heads, means.split(list(n_heads.values())), strict=True))
+    return HeadScores.of(by_layer, "change of the metric by path patching")
+
+
+__all__ = ["path_patch", "path_patch_each", "path_patch_heads"]

@@ -1,0 +1,67 @@
+"""What every score of heads needs: which layers have them, and a look at each pattern of a run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from hooked_hybrid.analysis.scores import HeadScores
+from hooked_hybrid.config import AttentionConfig
+from hooked_hybrid.hooks import HookFn
+from hooked_hybrid.model import HookedHybrid
+from hooked_hybrid.shapes import Tokens
+
+
+def attention_of(model: HookedHybrid) -> dict[int, AttentionConfig]:
+    """Return the attention layers, in order.
+
+    Raises:
+        ValueError: there is none.
+    """
+    mixers = {i: model.cfg.layers[i].mixer for i in model.cfg.attention_layers}
+    found = {i: m for i, m in mixers.items() if isinstance(m, AttentionConfig)}
+    if not found:
+        raise ValueError("this model has no attention layer: there are no heads to score")
+    return found
+
+
+def no_totals(model: HookedHybrid) -> dict[int, torch.Tensor]:
+    """Return zeros [head], in float64, for each attention layer.
+
+    Raises:
+        ValueError: no attention, or layers with different numbers of heads.
+    """
+    layers = attention_of(model).items()
+    totals = {i: torch.zeros(mixer.n_heads, dtype=torch.float64) for i, mixer in layers}
+    return dict(zip(totals, HeadScores.of(totals).values, strict=True))
+
+
+def watch_patterns(
+    model: HookedHybrid, tokens: Tokens, fn: HookFn, start: int = 0, **kwargs: Any
+) -> None:
+    """Run tokens with a hook on the patterns of queries from `start` on.
+
+    What stands before is run without it, and only its state is kept: of long prompts, the patterns
+    of the last queries alone are made.
+
+    Args:
+        model: any.
+        tokens: of the whole run.
+        fn: called with the pattern, or pieces of it where it is marked `per_position`.
+        start: index of the first query looked at.
+        kwargs: of the forward.
+    """
+    state = None
+    with torch.no_grad():
+        if start:
+            _, state = model(tokens[:, :start], return_type=None, return_state=True)
+        with model.hooks([(_is_pattern, fn)]):
+            model(tokens[:, start:], return_type=None, state=state, **kwargs)
+
+
+def _is_pattern(name: str) -> bool:
+    return name.endswith(".attn.hook_pattern")
+
+
+__all__ = ["attention_of", "no_totals", "watch_patterns"]
