@@ -1,9 +1,10 @@
 """Hybrid language models with a named, editable hook point on everything they compute."""
 
-from hooked_hybrid import interventions, presets
+from hooked_hybrid import analysis, interventions, presets
 from hooked_hybrid.cache import ActivationCache
 from hooked_hybrid.config import HybridConfig
 from hooked_hybrid.factored_matrix import FactoredMatrix
+from hooked_hybrid.folding import FoldRecord, fold_ln, unfold_ln
 from hooked_hybrid.generate import GenerationOutput
 from hooked_hybrid.hooked_root import HookedRootModule
 from hooked_hybrid.hooks import HookPoint
@@ -14,6 +15,7 @@ from hooked_hybrid.state import HybridState
 __all__ = [
     "ActivationCache",
     "FactoredMatrix",
+    "FoldRecord",
     "GenerationOutput",
     "HookNameError",
     "HookPoint",
@@ -21,7 +23,10 @@ __all__ = [
     "HookedRootModule",
     "HybridConfig",
     "HybridState",
+    "analysis",
+    "fold_ln",
     "get_act_name",
     "interventions",
     "presets",
+    "unfold_ln",
 ]

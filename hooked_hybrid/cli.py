@@ -21,6 +21,7 @@ COMMANDS = {
     "layers": _EXPERIMENTS,
     "heads": _EXPERIMENTS,
     "controls": _EXPERIMENTS,
+    "static": _EXPERIMENTS,
 }
 """Commands, and the module whose function of the same name (- for _) each one is."""
 NEEDED = ("typer", "rich", "pandas", "matplotlib")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from inspect import Parameter, Signature, signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
@@ -30,8 +31,13 @@ from hooked_hybrid.niah.plots import replacing
 from hooked_hybrid.niah.prompts import Haystack, Prompt, default_depths, grid
 from hooked_hybrid.niah.published import READ_TWICE, WEIGHTS, Published
 from hooked_hybrid.niah.report import write_report
-from hooked_hybrid.niah.setting_plots import accuracy_by_setting, weight_matrix_picture
+from hooked_hybrid.niah.setting_plots import (
+    accuracy_by_heads_kept,
+    accuracy_by_setting,
+    weight_matrix_picture,
+)
 from hooked_hybrid.niah.settings import Setting, top_k_settings
+from hooked_hybrid.niah.static import check_sizes, rankings_of, sizes_of, static_settings
 from hooked_hybrid.niah.sweep import niah as run_sweep
 
 if TYPE_CHECKING:
@@ -51,6 +57,14 @@ FewKs = Annotated[
 HalfKs = Annotated[
     list[int] | None,
     typer.Option("--k", help="Heads kept: --k 2 --k 4.", show_default="half the heads"),
+]
+EveryK = Annotated[
+    list[int] | None,
+    typer.Option("--k", help="Heads kept in each layer: --k 2 --k 4.", show_default="each"),
+]
+FewDraws = Annotated[int, typer.Option(help="Random sets of each size: --draws 20.", min=0)]
+ScoredOn = Annotated[
+    int, typer.Option(help="Needles that heads are chosen by: --scored-on 16.", min=1)
 ]
 Draws = Annotated[int, typer.Option(help="Random sets of heads, and of layers: --draws 50.", min=1)]
 
@@ -172,6 +186,26 @@ def controls(model: HookedHybrid, k: HalfKs = None, draws: Draws = 20) -> Plan:
     return Plan(control_settings(model.cfg, list(dict.fromkeys(k or [(most + 1) // 2])), draws))
 
 
+@experiment
+def static(
+    model: HookedHybrid, k: EveryK = None, draws: FewDraws = 5, scored_on: ScoredOn = 8
+) -> Plan:
+    """Keep heads chosen once, by retrieval score or by weights, beside the choice at run time.
+
+    Retrieval scores are taken on other prompts: needles, cities and haystack that no sweep has.
+
+    Example: hooked-hybrid static --model tiny-griffin --k 2 --k 4 --out results/static
+    """
+    ks = list(k or range(1, _all_heads(model)[0]))
+    check_sizes(model.cfg, ks, draws)  # before the scores are taken
+    settings = static_settings(model.cfg, rankings_of(model, scored_on), ks, draws)
+    return Plan(
+        settings,
+        picture=partial(accuracy_by_heads_kept, sizes=sizes_of(settings)),
+        title="Accuracy by heads kept",
+    )
+
+
 def _all_heads(model: HookedHybrid) -> list[int]:
     return [max(niah_command.heads_to_keep(None, model.cfg))]
 
@@ -267,4 +301,4 @@ def _joined(tables: Sequence[pd.DataFrame]) -> pd.DataFrame:
     return pd.concat(tables, ignore_index=True)
 
 
-__all__ = ["Plan", "controls", "experiment", "heads", "layers", "read_twice", "weights"]
+__all__ = ["Plan", "controls", "experiment", "heads", "layers", "read_twice", "static", "weights"]

@@ -76,7 +76,7 @@ def layer_settings(cfg: HybridConfig) -> list[Setting]:
 
 def head_settings(cfg: HybridConfig) -> list[Setting]:
     """Return the whole model, and each attention head silenced alone, in both stages."""
-    heads = [(layer, head) for layer, n in _heads_of(cfg).items() for head in range(n)]
+    heads = [(layer, head) for layer, n in heads_of(cfg).items() for head in range(n)]
     sets = [{layer: [head]} for layer, head in heads]
     names = [f"no head {layer}.{head}" for layer, head in heads]
     return [WHOLE, *cut_settings(cfg, names, sets)]
@@ -88,7 +88,7 @@ def cut_settings(
     """Return a setting for each set of heads, silenced in both stages; they run as one batch."""
     masks = {
         layer: torch.tensor([[h in cut.get(layer, ()) for h in range(n)] for cut in sets])
-        for layer, n in _heads_of(cfg).items()
+        for layer, n in heads_of(cfg).items()
     }
 
     def make(index: Tensor) -> list[HookSpec]:
@@ -114,7 +114,7 @@ def control_settings(
     Raises:
         ValueError: a k out of range, or fewer than one draw.
     """
-    counts = _heads_of(cfg)
+    counts = heads_of(cfg)
     if n_draws < 1 or any(not 0 < k < min(counts.values()) for k in ks):
         raise ValueError(
             f"--k {list(ks)}, --draws {n_draws}: give 1 to {min(counts.values()) - 1} heads and "
@@ -181,7 +181,8 @@ def _silenced(name: str, layers: Sequence[int] | range, kind: Any) -> Setting:
     return Setting(name, hooks, hooks, {"kind": name, "layers": list(layers), "stage": "both"})
 
 
-def _heads_of(cfg: HybridConfig) -> dict[int, int]:
+def heads_of(cfg: HybridConfig) -> dict[int, int]:
+    """Return how many heads each attention layer has; none at all is an error."""
     mixers = {i: cfg.layers[i].mixer for i in cfg.attention_layers}
     found = {i: m.n_heads for i, m in mixers.items() if isinstance(m, AttentionConfig)}
     if not found:
@@ -196,6 +197,7 @@ __all__ = [
     "control_settings",
     "cut_settings",
     "head_settings",
+    "heads_of",
     "layer_settings",
     "weight_matrix",
 ]

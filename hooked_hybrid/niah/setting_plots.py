@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 INSIDE, BEYOND, LOSS = "#0072B2", "#D55E00", "#444444"
+WAYS = ("#0072B2", "#56B4E9", "#D55E00", "#E69F00", "#009E73", "#999999")
+MARKERS = "osD^vx"
 
 
 def accuracy_by_setting(table: pd.DataFrame, losses: pd.DataFrame | None = None) -> Figure:
@@ -119,4 +122,58 @@ def weight_matrix_picture(table: pd.DataFrame) -> Figure:
     return figure
 
 
-__all__ = ["accuracy_by_setting", "weight_matrix_picture"]
+def accuracy_by_heads_kept(table: pd.DataFrame, sizes: Mapping[str, tuple[str, int]]) -> Figure:
+    """Return accuracy against the number of heads kept in all, a line for each way to choose them.
+
+    Several settings of one way and number (sets drawn by lot) are a mean, with the range of their
+    accuracies as a band. Settings without a number are level dotted lines. One panel for needles
+    inside the attention window of the last prompt token, one beyond it, where there are any.
+
+    Args:
+        table: of `niah`.
+        sizes: how each setting chooses, and how many heads it keeps, by its name.
+
+    Raises:
+        ValueError: no cell has a score.
+    """
+    from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+    cells = scored(table)
+    is_inside = cells["in_window"].astype(bool)
+    halves = (("needle inside the window", is_inside), ("needle beyond the window", ~is_inside))
+    panels = [(title, mask) for title, mask in halves if mask.any()]
+    figure = new_figure(1.5 + 4.2 * len(panels), 4.6)
+    grid = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
+    for axes, (title, mask) in zip(grid, panels, strict=True):
+        means = cells[mask].groupby("setting")["accuracy"].mean()
+        _draw_ways(axes, means.to_dict(), sizes)
+        axes.set(title=title, xlabel="heads kept, in all attention layers", ylim=(-0.02, 1.02))
+        axes.yaxis.set_major_formatter(PercentFormatter(1))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.grid(alpha=0.3)
+    grid[0].set_ylabel("accuracy (mean score / 5)")
+    labels = grid[0].get_legend_handles_labels()
+    figure.legend(*labels, loc="outside lower center", ncols=3, frameon=False, fontsize=8)
+    return figure
+
+
+def _draw_ways(
+    axes: Axes, means: Mapping[str, float], sizes: Mapping[str, tuple[str, int]]
+) -> None:
+    ways: dict[str, dict[int, list[float]]] = {}
+    for name, (way, n) in sizes.items():
+        if name in means:
+            ways.setdefault(way, {}).setdefault(n, []).append(means[name])
+    for i, (way, by_n) in enumerate(ways.items()):
+        ns = sorted(by_n)
+        y = [np.mean(by_n[n]) for n in ns]
+        style: Any = {"color": WAYS[i % len(WAYS)], "marker": MARKERS[i % len(MARKERS)], "ms": 4}
+        axes.plot(ns, y, linestyle="--" if i % 2 else "-", label=way, **style)
+        if any(len(values) > 1 for values in by_n.values()):
+            low, high = [min(by_n[n]) for n in ns], [max(by_n[n]) for n in ns]
+            axes.fill_between(ns, low, high, color=style["color"], alpha=0.15, linewidth=0)
+    for i, (name, mean) in enumerate((n, m) for n, m in means.items() if n not in sizes):
+        axes.axhline(mean, color=LOSS, linestyle=":" if i else "-.", linewidth=1, label=name)
+
+
+__all__ = ["accuracy_by_heads_kept", "accuracy_by_setting", "weight_matrix_picture"]
