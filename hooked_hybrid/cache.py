@@ -27,14 +27,20 @@ class ActivationCache(ResidualStacks, Mapping[Any, Tensor]):
         cache_dict: values by full name.
         model: the model they come from.
         has_batch_dim: whether the first axis of each value is the batch.
+        pos_slice: the positions of the run that were kept; None means all.
     """
 
     def __init__(
-        self, cache_dict: dict[str, Tensor], model: HookedHybrid, has_batch_dim: bool = True
+        self,
+        cache_dict: dict[str, Tensor],
+        model: HookedHybrid,
+        has_batch_dim: bool = True,
+        pos_slice: PosSlice = None,
     ) -> None:
         self.cache_dict = cache_dict
         self.model = model
         self.has_batch_dim = has_batch_dim
+        self.pos_slice = pos_slice
 
     @property
     def has_embed(self) -> bool:
@@ -114,7 +120,23 @@ class ActivationCache(ResidualStacks, Mapping[Any, Tensor]):
         if not self.has_batch_dim:
             raise ValueError("this cache has no batch axis any more")
         rows = {name: slice_axis(t, batch_slice, 0) for name, t in self.items()}
-        return ActivationCache(rows, self.model, not isinstance(batch_slice, int))
+        has_batch_dim = not isinstance(batch_slice, int)
+        return ActivationCache(rows, self.model, has_batch_dim, self.pos_slice)
+
+    def require_first_positions(self, purpose: str) -> None:
+        """Refuse a cache whose values are not those of the run's first positions, one by one.
+
+        Raises:
+            ValueError: it was made with another `pos_slice`, so that an index means another place.
+        """
+        kept = self.pos_slice
+        if isinstance(kept, slice):
+            kept = None if kept.start in (None, 0) and kept.step in (None, 1) else kept
+        if kept is not None:
+            raise ValueError(
+                f"{purpose} needs values from the run's first position on, and this cache was made "
+                f"with pos_slice={self.pos_slice}: make it without, or with slice(n)"
+            )
 
     def to(self, device: torch.device | str, move_model: bool = False) -> ActivationCache:
         """Move every value to a device, in place, and return the cache."""

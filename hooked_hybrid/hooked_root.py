@@ -237,7 +237,7 @@ class HookedRootModule(nn.Module):
                 f"names_filter={names_filter!r} keeps nothing of what ran: start_at_layer or "
                 "stop_at_layer leaves those points out"
             )
-        return out, self._wrap_cache(cache, has_batch_dim=not remove_batch_dim)
+        return out, self._wrap_cache(cache, not remove_batch_dim, pos_slice)
 
     def add_caching_hooks(
         self,
@@ -310,6 +310,7 @@ class HookedRootModule(nn.Module):
         self,
         cache: dict[str, Tensor],
         has_batch_dim: bool,  # noqa: ARG002  (a plain dict does not say)
+        pos_slice: PosSlice = None,  # noqa: ARG002
     ) -> Any:
         """Return the cache in the form the model hands out."""
         return cache

@@ -24,6 +24,7 @@ from hooked_hybrid.loss import next_token_loss
 from hooked_hybrid.memory import keep_freed_memory, require_memory
 from hooked_hybrid.plan import dispatch, piece_length
 from hooked_hybrid.shapes import Resid, Tokens
+from hooked_hybrid.slicing import PosSlice
 from hooked_hybrid.state import BlockState, HybridState
 from hooked_hybrid.text import PaddingSide
 from hooked_hybrid.text_methods import Input, TextMethods, is_texts
@@ -427,8 +428,10 @@ class HookedHybrid(TextMethods, HookedRootModule):
         several = is_texts(input) and not isinstance(input, str)
         return not several and all(kwargs.get(name) is None for name in uneven)
 
-    def _wrap_cache(self, cache: dict[str, Tensor], has_batch_dim: bool) -> ActivationCache:
-        return ActivationCache(cache, self, has_batch_dim)
+    def _wrap_cache(
+        self, cache: dict[str, Tensor], has_batch_dim: bool, pos_slice: PosSlice = None
+    ) -> ActivationCache:
+        return ActivationCache(cache, self, has_batch_dim, pos_slice)
 
 
 def _reach(block: nn.Module, path: str) -> Tensor | None:

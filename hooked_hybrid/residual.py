@@ -246,8 +246,9 @@ class ResidualStacks(ResidualNorms):
     ) -> Stacked:
         """Stack the finest parts there are; they sum to the stream.
 
-        In this order: heads and recurrent layers, MLPs, the embedding, and under "bias" the output
-        biases of all that is split, at every position.
+        In this order: heads and recurrent layers, MLPs, the embedding, and under "bias" what the
+        layers that are split wrote beside these parts: output biases, and, where the cache holds
+        their writes (`hook_mixer_out` or `hook_attn_out`, `hook_mlp_out`), edits of these.
 
         Args:
             expand_neurons: split dense MLPs into neurons.

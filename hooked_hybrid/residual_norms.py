@@ -113,6 +113,9 @@ class ResidualNorms(PartReader):
         if through_soft_cap not in (None, "slope", "share"):
             raise ValueError(f"through_soft_cap={through_soft_cap!r}: give None, 'slope', 'share'")
         slices = (pos_slice, batch_slice, has_batch_dim)
+        capped = through_soft_cap is not None and self.model.cfg.logits_soft_cap is not None
+        read = ["ln_final.hook_scale", *(["ln_final.hook_normalized"] if capped else [])]
+        self._require("logit_attrs", [], read)
         stack = at_least_fp32(self._rows(residual_stack, batch_slice, has_batch_dim, dim=1))
         factor = inverse(self._for(stack, "ln_final.hook_scale", *slices))
         has_batch = has_batch_dim and self.has_batch_dim and not isinstance(batch_slice, int)

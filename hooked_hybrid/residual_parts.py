@@ -52,12 +52,14 @@ class Way:
 class Parts:
     """Parts of one write, with all ways to them: the first that the cache holds is taken.
 
-    `bias` is what the layer writes beside these parts, the same at every position.
+    `bias` is what the layer writes beside these parts, the same at every position; `written` is the
+    whole write, which hooks may have edited after these parts.
     """
 
     labels: tuple[str, ...]
     ways: tuple[Way, ...]
     bias: Float[Tensor, " d_model"] | None = None
+    written: Parts | None = None
 
 
 def whole(label: str, *names: str) -> Parts:
@@ -102,7 +104,7 @@ def heads(model: HookedHybrid, layer: int) -> Parts:
     path = f"blocks.{layer}.attn"
     results = Way((f"{path}.hook_result",), _as_they_are)
     z = Way((f"{path}.hook_z",), _as_they_are, lambda: attention.W_O)
-    return Parts(labels, (results, z), attention.b_O)
+    return Parts(labels, (results, z), attention.b_O, mixer(model, layer))
 
 
 def gate_blocks(model: HookedHybrid, layer: int) -> Parts:
@@ -118,7 +120,7 @@ def gate_blocks(model: HookedHybrid, layer: int) -> Parts:
         lambda x: x.unflatten(-1, (n_blocks, -1)),
         lambda: rglru.linear_out.W.unflatten(0, (n_blocks, -1)),
     )
-    return Parts(labels, (gated,), rglru.linear_out.bias)
+    return Parts(labels, (gated,), rglru.linear_out.bias, mixer(model, layer))
 
 
 RECURRENT_PARTS: dict[type, Callable[[HookedHybrid, int], Parts]] = {
@@ -138,7 +140,8 @@ def neurons(model: HookedHybrid, layer: int, neuron_slice: PosSlice = None) -> P
         lambda x: x[..., index.to(x.device), None],
         lambda: dense.W_out[index.to(dense.W_out.device), None],
     )
-    return Parts(tuple(f"L{layer}N{n}" for n in index.tolist()), (post,), dense.down.bias)
+    labels = tuple(f"L{layer}N{n}" for n in index.tolist())
+    return Parts(labels, (post,), dense.down.bias, mlp(model, layer))
 
 
 def experts(model: HookedHybrid, layer: int) -> Parts:
@@ -150,7 +153,8 @@ def experts(model: HookedHybrid, layer: int) -> Parts:
         Way((f"{path}.hook_expert_post", *chosen), partial(_from_post, block.mlp)),
         Way((f"blocks.{layer}.ln2.hook_normalized", *chosen), partial(_run, block.mlp, block.ln2)),
     )
-    return Parts(tuple(f"L{layer}E{e}" for e in range(block.mlp.cfg.n_experts)), ways)
+    labels = tuple(f"L{layer}E{e}" for e in range(block.mlp.cfg.n_experts))
+    return Parts(labels, ways, written=mlp(model, layer))
 
 
 def weigh(norm: RMSNorm, normalized: Tensor, dtype: torch.dtype) -> Tensor:

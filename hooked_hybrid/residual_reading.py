@@ -92,7 +92,8 @@ class PartReader:
         if apply_ln and onto is not None:
             onto = at_least_fp32(onto)
             onto = torch.einsum("d...,d->d...", onto, norm.w.to(onto))
-        stack = self._write(parts or whole, pos_slice, onto, n_more=bool(parts) * incl_remainder)
+        n_more = bool(parts) * incl_remainder + incl_bias
+        stack = self._write(parts or whole, pos_slice, onto, n_more)
         if incl_remainder:
             labels.append("remainder")
             if parts:
@@ -100,19 +101,31 @@ class PartReader:
                 stack[-1] = self._read(whole[0], pos_slice, onto)[0] - known
         if incl_bias:
             labels.append("bias")
-            stack = torch.cat([stack, self._bias(parts, onto, stack)])
+            stack[-1] = self._bias(parts, pos_slice, onto, stack)
         if apply_ln:
             factor = inverse(self._at(scale_name[0], pos_slice))
+            stack = at_least_fp32(stack)
             if onto is None:
-                return at_least_fp32(stack) * factor * norm.w.to(stack.device), labels
-            stack = stack * (factor[..., 0] if onto.ndim == 1 else factor)
+                stack = _scaled(_scaled(stack, factor), norm.w.to(stack.device))
+            else:
+                stack = _scaled(stack, factor[..., 0] if onto.ndim == 1 else factor)
         return stack, labels
 
-    def _bias(self, parts: Sequence[Parts], onto: Onto | None, stack: Tensor) -> Tensor:
-        """Return what layers wrote beside their parts, as one more row of a stack."""
-        bias = torch.zeros(self.model.cfg.d_model, dtype=stack.dtype, device=stack.device)
-        bias = sum((p.bias.to(bias) for p in parts if p.bias is not None), start=bias)
-        return (bias if onto is None else bias @ onto.to(bias)).expand_as(stack[:1])
+    def _bias(
+        self, parts: Sequence[Parts], pos_slice: PosSlice, onto: Onto | None, stack: Tensor
+    ) -> Float[Tensor, ...]:
+        """Return what layers wrote beside their parts: biases, and edits of what they wrote."""
+        rest, done = at_least_fp32(torch.zeros_like(stack[0])), 0
+        for part in parts:
+            mine = stack[done : done + len(part.labels)]
+            done += len(part.labels)
+            if part.written is not None and self._way(part.written) is not None:
+                whole = self._read(part.written, pos_slice, onto)[0]
+                rest = rest + (at_least_fp32(whole) - mine.sum(0, dtype=rest.dtype))
+            elif part.bias is not None:
+                bias = part.bias.to(rest)
+                rest = rest + (bias if onto is None else bias @ onto.to(bias))
+        return rest
 
     def _require(self, purpose: str, parts: Sequence[Parts], names: Sequence[str] = ()) -> None:
         """Refuse a cache that holds too little, with a filter that would have kept enough."""
@@ -169,19 +182,41 @@ class PartReader:
         """Return parts one after another, with room for `n_more` after them."""
         parts, done = list(parts), 0
         n = sum(len(part.labels) for part in parts) + n_more
+        self._require_room(parts, n, pos_slice, onto)
         stack: Tensor | None = None
         for part in parts:
             piece = self._read(part, pos_slice, onto)
             if stack is None:
-                what = f"a stack of {n} parts of shape {tuple(piece.shape[1:])}"
-                remedy = "give pos_slice, or project_output_onto where there is one, or split less"
-                size = n * piece[0].numel() * piece.element_size()
-                require_room(size, piece.device, what, remedy)
                 stack = piece.new_empty(n, *piece.shape[1:])
             stack[done : done + len(part.labels)] = piece
             done += len(part.labels)
         assert stack is not None  # callers give one part or more
         return stack
+
+    def _require_room(
+        self, parts: Sequence[Parts], n: int, pos_slice: PosSlice, onto: Onto | None
+    ) -> None:
+        """Refuse a stack that would not fit, with the largest of the pieces it is made from."""
+        way = self._way(parts[0])
+        assert way is not None  # _require said so
+        value, axes = self._at(way.names[0], pos_slice), self.model.hook_dict[way.names[0]].axes
+        lead = value.shape[: value.ndim - len(axes) + 2]
+        width = [self.model.cfg.d_model] if onto is None else list(onto.shape[1:])
+        numbers = lead.numel() * torch.Size(width).numel()
+        largest = max(len(part.labels) for part in parts)
+        require_room(
+            (n + largest) * numbers * value.element_size(),
+            value.device,
+            f"a stack of {n} parts of shape {(*lead, *width)}",
+            "give pos_slice, or project_output_onto where there is one, or split less",
+        )
+
+
+def _scaled(
+    stack: Float[Tensor, "component ..."], factor: Float[Tensor, ...]
+) -> Float[Tensor, "component ..."]:
+    """Return a stack times a factor, in its own memory where nobody else needs it."""
+    return stack * factor if stack.requires_grad or factor.requires_grad else stack.mul_(factor)
 
 
 def inverse(scale: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:

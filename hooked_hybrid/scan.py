@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from hooked_hybrid.hooks import HookPoint, LensHandle, positions_of
 from hooked_hybrid.kernels import linear_scan, need_gradients
@@ -108,11 +107,13 @@ class _Scan(torch.autograd.Function):
         return states
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         a, h0, states = ctx.saved_tensors
-        later = torch.cat([a[:, 1:], torch.zeros_like(a[:, :1])], dim=1)
-        total = _scan_fast(later, grad, torch.zeros_like(h0), reverse=True)
+        later, zero = torch.cat([a[:, 1:], torch.zeros_like(a[:, :1])], dim=1), torch.zeros_like(h0)
+        if torch.is_grad_enabled():  # a second derivative is wanted
+            total = _Scan.apply(later.flip(1), grad.flip(1), zero).flip(1)
+        else:
+            total = _scan_fast(later, grad, zero, reverse=True)
         before = torch.cat([h0[:, None], states[:, :-1]], dim=1)
         return total * before, total, total[:, 0] * a[:, 0]
 

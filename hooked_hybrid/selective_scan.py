@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from hooked_hybrid.kernels import mamba_ssm, need_gradients
 from hooked_hybrid.kernels import selective_scan as triton_scan
@@ -137,23 +136,40 @@ class _SelectiveScan(torch.autograd.Function):
         x = _Inputs(*inputs)
         chunks = _cut(x, CHUNK)
         starts = x.h0.new_empty(len(chunks), *x.h0.mT.shape)
-        ctx.save_for_backward(*inputs[:5], starts, x.resets)
+        ctx.save_for_backward(*inputs, starts)
         return _scan_chunks(x, chunks, starts)
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor, grad_last: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():  # else a second derivative by what is saved would pass as zero
-            grad_y = grad_y.detach().requires_grad_()
-        return _gradients(ctx, grad_y, grad_last)
+        *inputs, starts = ctx.saved_tensors
+        if torch.is_grad_enabled():  # a second derivative is wanted
+            return _differentiable_gradients(inputs, grad_y, grad_last)
+        return _gradients(_Inputs(*inputs), starts, grad_y, grad_last)
 
 
-@once_differentiable
-def _gradients(ctx: Any, grad_y: Tensor, grad_last: Tensor) -> tuple[Tensor | None, ...]:
+def _differentiable_gradients(
+    inputs: list[Tensor], grad_y: Tensor, grad_last: Tensor
+) -> tuple[Tensor | None, ...]:
+    """Return gradients that have a graph, by way of the definition, which keeps all states."""
+    *numbers, resets = inputs
+    here = u, dt, A, B, C, h0 = tuple(t.view_as(t) for t in numbers)  # dt may depend on u: that
+    wanted = [t for t in here if t.requires_grad]  # path is not the scan's
+    outputs = selective_scan_loop(u, dt, A, B, C, h0, resets)
+    found = iter(
+        torch.autograd.grad(
+            outputs, wanted, (grad_y, grad_last), create_graph=True, allow_unused=True
+        )
+    )
+    return (*(next(found) if t.requires_grad else None for t in numbers), None)
+
+
+def _gradients(
+    x: _Inputs, starts: Tensor, grad_y: Tensor, grad_last: Tensor
+) -> tuple[Tensor | None, ...]:
     """Return gradients by what `selective_scan` reads, chunk by chunk from the last one."""
-    u, dt, A, B, C, starts, resets = ctx.saved_tensors
-    chunks = _cut(_Inputs(u, dt, A, B, C, starts[0], resets), CHUNK)
+    chunks = _cut(x, CHUNK)
     rooms, pieces, by_rates = _rooms(chunks[0], 3), [], torch.zeros_like(chunks[0].rates)
-    by_h, stop = grad_last.mT, u.shape[1]
+    by_h, stop = grad_last.mT, x.u.shape[1]
     for chunk, h in zip(reversed(chunks), reversed(starts.unbind()), strict=True):
         start = stop - chunk.u.shape[1]
         *piece, by_rates_here, by_h = _chunk_gradients(chunk, h, grad_y[:, start:stop], by_h, rooms)

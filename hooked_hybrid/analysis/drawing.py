@@ -46,12 +46,18 @@ def new_figure(width: float, height: float) -> Figure:
 
 def as_array(values: Any) -> np.ndarray:
     """Return values of a tensor on any device, an array or a list, in fp32."""
-    return torch.as_tensor(values).detach().float().cpu().numpy()
+    return _as_tensor(values).detach().float().cpu().numpy()
 
 
 def is_integer(values: Any) -> bool:
     """Whether values are whole numbers by their type."""
-    return not torch.as_tensor(values).is_floating_point()
+    return not _as_tensor(values).is_floating_point()
+
+
+def _as_tensor(values: Any) -> torch.Tensor:
+    if isinstance(values, list | tuple) and values and isinstance(values[0], torch.Tensor):
+        return torch.stack(list(values))
+    return torch.as_tensor(values)
 
 
 def scale_of(maps: Iterable[np.ndarray], signed: bool | None = None, log: bool = False) -> Scale:

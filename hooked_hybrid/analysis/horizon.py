@@ -178,6 +178,8 @@ def _by_channel(
 ) -> Tokens:
     """Return what a function of log decays, and of where they act, gives for every channel."""
     at = r.layout.pos > 0
+    if "ssm_dt" in r:  # a step of 0 lets no time pass: padding, whether or not its mask was given
+        at = at & (r["ssm_dt"] != 0).any(-1)
     if not bool(at.any()):
         raise ValueError("no token of this cache follows another in its document: nothing decays")
     every = torch.arange(r.n_channels, device=at.device)

@@ -81,6 +81,7 @@ class Recurrence:
         segment_ids: Int[Tensor, "batch pos"] | None = None,
         state: HybridState | None = None,
     ) -> None:
+        cache.require_first_positions("following a recurrence")
         cfg = cache.model.cfg
         recurrent = cfg.recurrent_layers
         index = layer + cfg.n_layers if layer < 0 else layer

@@ -31,10 +31,12 @@ class PatchGrid:
         """Return the entry of some labels, in the order of the axes; later axes may be left out.
 
         Raises:
-            KeyError: a label that an axis does not have.
+            KeyError: a label that an axis does not have, or more labels than axes.
         """
         found = self.values
         labels = labels if isinstance(labels, tuple) else (labels,)
+        if len(labels) > len(self.axes):
+            raise KeyError(f"{labels}: the axes are {self.axes}")
         for axis, label, known in zip(self.axes, labels, self.labels, strict=False):
             if label not in known:
                 raise KeyError(f"{axis} {label!r}: there are {known}")

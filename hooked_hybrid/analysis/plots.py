@@ -1,8 +1,8 @@
 """Pictures of what analyses give: each one call that returns a matplotlib figure.
 
-The figures belong to no window and no `pyplot`: a notebook shows them, `figure.savefig` writes
-them. Maps that may be signed have a diverging scale with white at 0; the colours can be told apart
-by the colour-blind. Values may be tensors on any device, arrays or lists.
+The figures belong to no window and no `pyplot`: a notebook shows them after `%matplotlib inline`,
+`figure.savefig` writes them. Maps that may be signed have a diverging scale with white at 0; the
+colours can be told apart by the colour-blind. Values may be tensors on any device, arrays or lists.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from math import ceil
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from hooked_hybrid.analysis.drawing import (
     DOWN,
@@ -205,6 +207,8 @@ def residual_curves(
         title: above the curves.
     """
     array = as_array(values)
+    if is_integer(values):  # ranks: -1 where a row of a generation had ended
+        array = np.where(array < 0, np.nan, array)
     lines = array.reshape(len(array), -1).T
     if len(labels) != len(array) or len(names) not in (0, len(lines)):
         raise ValueError(
@@ -216,7 +220,9 @@ def residual_curves(
     x = range(len(labels))
     if not names and len(lines) > len(LINES):
         axes.plot(x, lines.T, color=LINES[0], alpha=0.25, linewidth=0.8)
-        axes.plot(x, lines.mean(0), color=LINES[1], linewidth=2, label=f"mean of {len(lines)}")
+        axes.plot(
+            x, np.nanmean(lines, axis=0), color=LINES[1], linewidth=2, label=f"mean of {len(lines)}"
+        )
     else:
         for i, line in enumerate(lines):
             style = ("-", "--", ":")[i // len(LINES) % 3]

@@ -55,7 +55,8 @@ def patch(
 
     Raises:
         HookNameError: the donor, or the model, has no such name.
-        ValueError: an index that is no whole number from 0 on; a bad mask. When first run: the
+        ValueError: an index that is no whole number from 0 on; a bad mask; a cache without the
+            run's first positions (`pos_slice`). When first run: the
             donor's shape differs in more than batch and positions, or it lacks a position, row or
             head that is asked for; `heads` where there are none.
 
@@ -312,6 +313,7 @@ def _named(cache: Cache, names: Names) -> dict[str, Tensor]:
     known = [n for n in cache if isinstance(n, str) and not n.endswith("_grad")]
     n_layers, has_batch = 0, True
     if isinstance(cache, ActivationCache):
+        cache.require_first_positions("patching")
         n_layers, has_batch = cache.model.cfg.n_layers, cache.has_batch_dim
     several = names if isinstance(names, list) else [names]
     selector: NameFilter = (

@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn.functional import softplus
 
 from hooked_hybrid.config import RGLRUConfig
@@ -136,7 +135,6 @@ class _SqrtBounded(torch.autograd.Function):
         return torch.sqrt(x)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         (x,) = ctx.saved_tensors
         return grad / torch.sqrt(torch.clamp_min(4 * x, MAX_SQRT_GRADIENT**-2))

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from hooked_hybrid.analysis import plots
 from hooked_hybrid.analysis.drawing import MOST_NAMED, visible
 from hooked_hybrid.analysis.plots import (
     attribution_bars,
@@ -179,3 +180,15 @@ def test_errors_name_the_value_and_the_remedy():
     }.items():
         with pytest.raises(ValueError, match=message):
             draw()
+
+
+def test_a_mean_of_curves_leaves_out_what_is_not_there():
+    values = torch.rand(7, 9)
+    values[:, 0] = torch.nan
+    ranks = torch.randint(0, 50, (7, 9))
+    ranks[:, 0] = -1
+    for given, known in ((values, values[:, 1:]), (ranks, ranks[:, 1:].float())):
+        figure = plots.residual_curves(given, [str(i) for i in range(7)])
+        drawn = torch.as_tensor(figure.axes[0].lines[-1].get_ydata(), dtype=torch.float)
+        assert torch.allclose(drawn, known.mean(1), rtol=1e-4)
+    assert plots.pattern_map([torch.rand(3, 3), torch.rand(3, 3)])

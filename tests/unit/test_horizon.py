@@ -222,3 +222,12 @@ def test_bad_arguments_are_refused():
         )
     with pytest.raises(ValueError, match="above 1 or below 0"):
         half_life(wrong, 0)
+
+
+def test_padding_whose_mask_was_not_given_lets_no_time_pass_in_mamba():
+    model, tokens = tiny_model("jamba"), random_tokens(2, 20)
+    mask = torch.ones_like(tokens)
+    mask[1, :10] = 0
+    _, cache = model.run_with_cache(tokens, attention_mask=mask)
+    with_mask = half_life(cache, 0, attention_mask=mask)
+    assert relative(half_life(cache, 0), with_mask) < 0.1

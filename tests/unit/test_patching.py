@@ -557,3 +557,12 @@ def test_edges_that_do_not_exist_are_refused():
     with pytest.raises(ValueError, match="4 entries, the batch has 3 rows"):
         model.run_with_hooks(tokens, fwd_hooks=knock_out_edges(mask, 0))
     assert not model.list_hooks()
+
+
+def test_a_cache_without_the_first_positions_is_refused():
+    model, tokens = random_model(griffin_config()), random_tokens(1, 12)
+    _, tail = model.run_with_cache(tokens, pos_slice=slice(-5, None))
+    with pytest.raises(ValueError, match="pos_slice=slice\\(-5, None"):
+        patch(tail, "blocks.0.hook_resid_pre", positions=[3])
+    _, head = model.run_with_cache(tokens, pos_slice=slice(5))
+    assert patch(head, "blocks.0.hook_resid_pre", positions=[3])

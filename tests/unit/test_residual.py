@@ -572,3 +572,23 @@ def test_a_stack_that_would_not_fit_is_refused(monkeypatch):
 def test_every_kind_of_layer_has_a_label_and_parts():
     assert MIXER_KINDS.keys() == MIXERS.keys() and MLP_KINDS.keys() == MLPS.keys()
     assert RECURRENT_PARTS.keys() == MIXERS.keys() - {AttentionConfig}
+
+
+# --- edits of what layers wrote -------------------------------------------------------------------
+
+
+@every_config
+def test_the_finest_parts_sum_to_the_stream_of_a_run_whose_writes_were_edited(config):
+    model = MODELS[config]
+    halve = lambda x, hook: 0.5 * x + 0.1  # noqa: E731
+    points = ("hook_mixer_out", "hook_attn_out", "hook_mlp_out", "hook_result", "hook_expert_out")
+    with model.hooks(fwd_hooks=[(lambda name: name.endswith(points), halve)]):
+        _, cache = model.run_with_cache(TOKENS)
+    for options in ({}, {"apply_ln": True}, {"recurrent": "layer"}, {"pos_slice": -1}):
+        stack = cache.get_full_resid_decomposition(**options)
+        whole = (read_by if "apply_ln" in options else stream)(cache, model.cfg.n_layers, False)
+        whole = whole[:, -1] if "pos_slice" in options else whole
+        assert relative(stack.sum(0), whole) < FP32_PARITY, options
+    attributions = cache.logit_attrs(cache.get_full_resid_decomposition(), TOKENS)
+    before_cap = cache["unembed.hook_logits"].gather(-1, TOKENS[..., None])[..., 0]
+    assert relative(attributions.sum(0), before_cap) < FP32_PARITY

@@ -5,8 +5,8 @@ import torch
 from torch import Tensor
 
 from hooked_hybrid.scan import scan, scan_chunked, scan_loop
-from tests.models import relative
-from tests.tolerances import FAST_SCAN, SLOW_SCAN_NEAR_ONE
+from tests.models import griffin_config, jamba_config, random_model, random_tokens, relative
+from tests.tolerances import FAST_SCAN, FINITE_DIFFERENCE, SLOW_SCAN_NEAR_ONE
 
 LENGTHS = [1, 2, 31, 64, 65, 96, 333, 2000]
 DECAYS = ["mixed", "near one", "resets", "strong"]
@@ -92,3 +92,41 @@ def test_products_of_decays_do_not_drift_over_long_sequences(n_pos: int):
     a = 1 - torch.exp(torch.rand(1, n_pos, 16, generator=g) * -3.4 - 8.1)  # 0.9997 to 0.99999
     x, h0 = torch.randn(1, n_pos, 16, generator=g), torch.randn(1, 16, generator=g)
     assert relative(scan(a, x, h0).double(), exact(a, x, h0)) < FAST_SCAN
+
+
+def test_second_derivatives_are_the_loops():
+    """Also where there is another way to what they are by, which an error there would not stop."""
+    found = []
+    for fn in (scan, scan_loop):
+        generator = torch.Generator().manual_seed(0)
+        a, x, h0 = (
+            torch.randn(shape, generator=generator, dtype=torch.float64)
+            for shape in ((2, 150, 3), (2, 150, 3), (2, 3))
+        )
+        w = torch.tensor(0.9, dtype=torch.float64, requires_grad=True)
+        total = fn(a.sigmoid() * w, x * w, h0 * w).pow(2).sum() + w**3
+        [grad] = torch.autograd.grad(total, w, create_graph=True)
+        found.append((grad.detach(), torch.autograd.grad(grad, w)[0]))
+    (first, second), (exact_first, exact_second) = found
+    assert relative(first, exact_first) < 1e-10
+    assert relative(second, exact_second) < 1e-10
+
+
+@pytest.mark.parametrize("family", ["griffin", "jamba"])
+def test_a_product_with_the_hessian_is_what_differences_of_gradients_give(family: str):
+    """Through whole layers: the norm of a decay, inputs of a scan that depend on each other."""
+    cfg = griffin_config("RR") if family == "griffin" else jamba_config("MM")
+    model, tokens = random_model(cfg, dtype=torch.float64), random_tokens(1, 70)
+    embedded = model.embed(tokens)
+    v = torch.randn(embedded.shape, generator=torch.Generator().manual_seed(1)).to(embedded)
+
+    def gradient(x: Tensor, create_graph: bool = False) -> Tensor:
+        put = [("hook_embed", lambda _, hook: x)]
+        loss = model.run_with_hooks(tokens, fwd_hooks=put, return_type="loss")
+        return torch.autograd.grad(loss, x, create_graph=create_graph)[0]
+
+    x = embedded.clone().requires_grad_()
+    [product] = torch.autograd.grad((gradient(x, create_graph=True) * v).sum(), x)
+    step = 1e-6
+    ahead, behind = (gradient((embedded + sign * step * v).requires_grad_()) for sign in (1, -1))
+    assert relative(product, (ahead - behind) / (2 * step)) < FINITE_DIFFERENCE
