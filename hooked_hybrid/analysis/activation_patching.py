@@ -8,7 +8,7 @@ Mamba's states, are cached only when named.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -19,7 +19,7 @@ from hooked_hybrid.analysis.metrics import Metric, measured
 from hooked_hybrid.analysis.patch_grid import PatchGrid
 from hooked_hybrid.checks import checked_tokens
 from hooked_hybrid.hooked_root import HookSpec
-from hooked_hybrid.interventions.patching import patch
+from hooked_hybrid.interventions.patching import patch, whole_numbers
 from hooked_hybrid.layout import lay_out
 from hooked_hybrid.model import HookedHybrid
 from hooked_hybrid.names import NameFilter, matching
@@ -38,8 +38,8 @@ def generic_activation_patch(
     names: NameFilter,
     axes: Sequence[Axis] = (),
     *,
-    positions: Sequence[int] | None = None,
-    heads: Sequence[int] | None = None,
+    positions: int | Iterable[int] | None = None,
+    heads: int | Iterable[int] | None = None,
     attention_mask: Tensor | None = None,
     clean_attention_mask: Tensor | None = None,
     difference: bool = True,
@@ -248,12 +248,15 @@ def _checked_axes(axes: Sequence[Axis]) -> Sequence[Axis]:
 
 
 def _labels(
-    cells: Cells, axis: Axis, positions: Sequence[int] | None, heads: Sequence[int] | None
+    cells: Cells,
+    axis: Axis,
+    positions: int | Iterable[int] | None,
+    heads: int | Iterable[int] | None,
 ) -> tuple[int, ...]:
     """Return the entries of an axis that is swept over."""
     given = positions if axis == "pos" else heads
     if given is not None:
-        return tuple(given)
+        return whole_numbers(given, "positions" if axis == "pos" else "heads")
     return tuple(range(cells.n_pos if axis == "pos" else cells.n_heads()))
 
 

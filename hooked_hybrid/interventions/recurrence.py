@@ -72,11 +72,14 @@ def freeze_state(
         edit these points.
 
     Raises:
-        ValueError: positions or indices that are no whole numbers from 0 on; when first run, a
-            channel above those of a layer, or positions for another number of rows.
+        ValueError: positions or indices that are no whole numbers from 0 on; a stop before the
+            start; when first run, a channel above those of a layer, or positions for another number
+            of rows.
         HookNameError: when attached, a layer without a recurrence.
     """
     first, last = _read_bound(start, "start"), None if stop is None else _read_bound(stop, "stop")
+    if isinstance(start, int) and isinstance(stop, int) and stop < start:
+        raise ValueError(f"start={start}, stop={stop}: nothing lies between them")
     chosen = None if channels is None else whole_numbers(channels, "channels")
 
     @per_position

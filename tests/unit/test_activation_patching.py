@@ -224,7 +224,7 @@ def test_mistakes_are_refused(unchecked: None):
         patch_layers(model, CORRUPTED, cache, metric, "z", ["layer"], **options)  # type: ignore[list-item]
     with pytest.raises(HookNameError):
         patch_layers(model, CORRUPTED, cache, metric, "none", **options)
-    grid = patch_mlp_out(model, CORRUPTED, cache, metric, positions=[1], **options)
+    grid = patch_mlp_out(model, CORRUPTED, cache, metric, positions=1, **options)
     with pytest.raises(KeyError, match="layer 7"):
         grid[7]
     with pytest.raises(ValueError, match="axes"):

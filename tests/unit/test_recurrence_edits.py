@@ -476,3 +476,8 @@ def test_errors_when_first_run():
     ):
         with pytest.raises(ValueError, match=message):
             model.run_with_hooks(tokens, fwd_hooks=hooks)
+
+
+def test_a_state_cannot_be_held_from_a_start_to_a_stop_before_it():
+    with pytest.raises(ValueError, match="start=30, stop=20"):
+        freeze_state(30, 20)
