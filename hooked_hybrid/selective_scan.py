@@ -143,15 +143,15 @@ class _SelectiveScan(torch.autograd.Function):
     def backward(ctx: Any, grad_y: Tensor, grad_last: Tensor) -> tuple[Tensor | None, ...]:
         *inputs, starts = ctx.saved_tensors
         if torch.is_grad_enabled():  # a second derivative is wanted
-            return _differentiable_gradients(inputs, grad_y, grad_last)
+            return _differentiable_gradients(_Inputs(*inputs), grad_y, grad_last)
         return _gradients(_Inputs(*inputs), starts, grad_y, grad_last)
 
 
 def _differentiable_gradients(
-    inputs: list[Tensor], grad_y: Tensor, grad_last: Tensor
+    x: _Inputs, grad_y: Tensor, grad_last: Tensor
 ) -> tuple[Tensor | None, ...]:
     """Return gradients that have a graph, by way of the definition, which keeps all states."""
-    *numbers, resets = inputs
+    *numbers, resets = x
     here = u, dt, A, B, C, h0 = tuple(t.view_as(t) for t in numbers)  # dt may depend on u: that
     wanted = [t for t in here if t.requires_grad]  # path is not the scan's
     outputs = selective_scan_loop(u, dt, A, B, C, h0, resets)
