@@ -146,7 +146,7 @@ class Run(Sampler[tuple[int, int]]):
         self.out.mkdir(parents=True, exist_ok=True)
         torch.manual_seed(args.seed)
         self.model = HookedHybrid(config(args.kind, args.d_model))
-        _start(self.model)
+        start_calm(self.model)
         self.model.to(args.device)
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(), lr=args.rate, betas=(0.9, 0.98), weight_decay=0.02
@@ -223,7 +223,7 @@ class Run(Sampler[tuple[int, int]]):
         return found
 
 
-def _start(model: HookedHybrid) -> None:
+def start_calm(model: HookedHybrid) -> None:
     """Make each layer's write small, so that the residual stream starts calm; spread Mamba's dt."""
     scale = (2 * model.cfg.n_layers) ** -0.5
     writes = ("o.weight", "linear_out.weight", "out_proj.weight", "down", "down.weight")

@@ -1,0 +1,55 @@
+"""Where a model keeps what it recalls: accuracy whole, without attention, without memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import sqrt
+
+import torch
+from jaxtyping import Bool
+from torch import Tensor
+
+from experiments.recall.task import Batch, Task, draw
+from experiments.train_tiny import CUTS, cut
+from hooked_hybrid import HookedHybrid
+from hooked_hybrid.hooked_root import HookSpec
+
+HELD_OUT = 10**9
+"""Added to the seed of sequences to score on; no training goes so far."""
+
+
+@dataclass(frozen=True)
+class Score:
+    """Share of questions answered right, and its 95% half-width over sequences."""
+
+    accuracy: float
+    half_width: float
+
+
+@torch.no_grad()
+def answered(
+    model: HookedHybrid, batch: Batch, hooks: Sequence[HookSpec] = ()
+) -> Bool[Tensor, "batch question"]:
+    """Return which questions a model answers right, under hooks."""
+    logits = model.run_with_hooks(batch.tokens, fwd_hooks=list(hooks))[:, batch.questions]
+    return logits.argmax(-1) == batch.answers
+
+
+def score(right: Bool[Tensor, "batch question"]) -> Score:
+    """Return the accuracy; sequences are independent, questions of one are not."""
+    each = right.float().mean(dim=1)
+    return Score(float(each.mean()), float(1.96 * each.std() / sqrt(len(each))))
+
+
+def scores(model: HookedHybrid, task: Task, n: int = 256, seed: int = 0) -> dict[str, Score]:
+    """Return accuracy on `n` new sequences: "whole", "no attention", "no memory".
+
+    Without attention its heads write zeros; without memory every recurrence forgets all before the
+    current token, while its convolution still reads the last few.
+    """
+    batch = draw(task, n, HELD_OUT + seed)
+    return {name: score(answered(model, batch, cut(model, name))) for name in CUTS}
+
+
+__all__ = ["HELD_OUT", "Score", "answered", "score", "scores"]

@@ -1,0 +1,150 @@
+"""Key-value recall: facts among filler, then questions; the same seed gives the same sequences.
+
+A sequence is `BOS filler.. KEY VALUE filler.. KEY VALUE filler.. ASK KEY VALUE KEY VALUE`: facts
+stand at random places, each question repeats the key of another fact, and its value is what a model
+has to say. Source: multi-query associative recall (Arora et al. 2023, arXiv 2312.04927); here
+with filler between facts, and all questions after the last of it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+BOS, ASK, N_SPECIAL = 0, 1, 2
+
+
+@dataclass(frozen=True)
+class Task:
+    """How long a sequence is, and how much it holds.
+
+    Args:
+        length: tokens in all.
+        n_facts: pairs of key and value.
+        n_questions: facts asked for at the end; None for all, 8 at most.
+        n_keys, n_values, n_filler: words of each sort.
+
+    Raises:
+        ValueError: more facts than keys or questions than facts, or no room for them.
+    """
+
+    length: int
+    n_facts: int
+    n_questions: int | None = None
+    n_keys: int = 32
+    n_values: int = 16
+    n_filler: int = 16
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.n_facts <= self.n_keys or not 1 <= self.asked <= self.n_facts:
+            raise ValueError(
+                f"n_facts={self.n_facts}, n_questions={self.asked}: give 1 to {self.n_keys} facts "
+                "and at most as many questions"
+            )
+        if self.room < 2 * self.n_facts:
+            raise ValueError(
+                f"length={self.length} has no room for {self.n_facts} facts and {self.asked} "
+                f"questions: give at least {2 + 2 * self.n_facts + 2 * self.asked}"
+            )
+
+    @property
+    def asked(self) -> int:
+        """How many questions a sequence ends with."""
+        return min(self.n_facts, 8) if self.n_questions is None else self.n_questions
+
+    @property
+    def room(self) -> int:
+        """Tokens between BOS and ASK."""
+        return self.length - 2 - 2 * self.asked
+
+    @property
+    def d_vocab(self) -> int:
+        """Tokens of the vocabulary."""
+        return N_SPECIAL + self.n_keys + self.n_values + self.n_filler
+
+    @property
+    def first_value(self) -> int:
+        """The token id of value 0; values follow one another."""
+        return N_SPECIAL + self.n_keys
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Sequences, and where their facts and questions are.
+
+    `keys` says at which positions facts have their keys (the value is one further), in the order of
+    the sequence; `questions` at which positions questions do; `asks` which fact each asks for.
+    """
+
+    tokens: Int[Tensor, "batch pos"]
+    keys: Int[Tensor, "batch fact"]
+    questions: Int[Tensor, " question"]
+    asks: Int[Tensor, "batch question"]
+
+    @property
+    def answers(self) -> Int[Tensor, "batch question"]:
+        """The values that the questions ask for, as token ids."""
+        return self.tokens[:, self.questions + 1]
+
+    @property
+    def distances(self) -> Int[Tensor, "batch question"]:
+        """Tokens from the value of a fact to the question's key, which has to reach it."""
+        return self.questions - (self.keys + 1).gather(1, self.asks)
+
+
+def draw(task: Task, batch: int, seed: int) -> Batch:
+    """Return a batch of the task; all of it follows from the seed."""
+    rng = torch.Generator().manual_seed(seed)
+    filler = task.first_value + task.n_values
+    tokens = torch.randint(filler, filler + task.n_filler, (batch, task.length), generator=rng)
+    tokens[:, 0], tokens[:, 1 + task.room] = BOS, ASK
+    keys = 1 + _places(task, batch, rng)
+    names = N_SPECIAL + _some(batch, task.n_keys, task.n_facts, rng)
+    values = task.first_value + torch.randint(task.n_values, (batch, task.n_facts), generator=rng)
+    tokens.scatter_(1, keys, names).scatter_(1, keys + 1, values)
+    asks = _some(batch, task.n_facts, task.asked, rng)
+    questions = torch.arange(2 + task.room, task.length, 2)
+    tokens[:, questions] = names.gather(1, asks)
+    tokens[:, questions + 1] = values.gather(1, asks)
+    return Batch(tokens, keys, questions, asks)
+
+
+@dataclass(frozen=True)
+class Drill:
+    """Nothing but pairs, each fact many times; `asked` marks keys that stood there before."""
+
+    tokens: Int[Tensor, "batch two_pairs"]
+    asked: Bool[Tensor, "batch pair"]
+
+
+def drill(task: Task, batch: int, n_pairs: int, seed: int) -> Drill:
+    """Return `KEY VALUE KEY VALUE ..`, the facts of a sequence by lot, again and again.
+
+    It teaches to bind value to key within some hundred steps; from `draw` alone, with one question
+    a fact, small models learn that the answer is a value of the sequence and stay there.
+    """
+    rng = torch.Generator().manual_seed(seed)
+    names = N_SPECIAL + _some(batch, task.n_keys, task.n_facts, rng)
+    values = task.first_value + torch.randint(task.n_values, (batch, task.n_facts), generator=rng)
+    which = torch.randint(task.n_facts, (batch, n_pairs), generator=rng)
+    tokens = torch.stack([names.gather(1, which), values.gather(1, which)], dim=-1).flatten(1)
+    same = which[:, :, None] == which[:, None, :]
+    return Drill(tokens, same.tril(-1).any(dim=-1))
+
+
+def _places(task: Task, batch: int, rng: torch.Generator) -> Int[Tensor, "batch fact"]:
+    """Return where pairs begin, none over another: any arrangement is equally likely."""
+    free = task.room - task.n_facts  # as if each pair took one token
+    first, _ = _some(batch, free, task.n_facts, rng).sort(dim=1)
+    return first + torch.arange(task.n_facts)
+
+
+def _some(batch: int, n: int, chosen: int, rng: torch.Generator) -> Int[Tensor, "batch chosen"]:
+    """Return different numbers below n for each row, in an order by lot."""
+    return torch.rand(batch, n, generator=rng).argsort(dim=1)[:, :chosen]
+
+
+__all__ = ["ASK", "BOS", "Batch", "Drill", "Task", "draw", "drill"]
