@@ -1,0 +1,246 @@
+"""Floating-point operations by kind of layer, for prefill and for one generated token.
+
+Attention's cost depends on which pairs of a query and a key are computed:
+
+- "useful": those the mask lets through. Up to the window they grow as the square of the length,
+  beyond it linearly; without a window always as the square.
+- "executed": those of a forward of this library on a CPU, without autograd or editing hooks: blocks
+  of 64 queries with the range of keys that any of them sees. What it has more than "useful" are the
+  corners of the blocks.
+- "dense": every pair, as by a kernel that skips nothing (`attend.attend_whole`).
+
+A generated token has one query, and the three are alike: the keys that are still remembered.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable
+from functools import cache
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+from hooked_hybrid.accounting.operations import OF_LAYER, OF_PAIR, Flops, norm, read_out
+from hooked_hybrid.accounting.parameters import KINDS
+from hooked_hybrid.attend import BLOCK
+from hooked_hybrid.config import HybridConfig
+from hooked_hybrid.plan import PIECE
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+Pairs = Literal["useful", "executed", "dense"]
+ByKind = dict[str, Flops]
+
+
+def prefill_flops(
+    cfg: HybridConfig,
+    length: int,
+    batch: int = 1,
+    n_logits: int | None = 1,
+    pairs: Pairs = "useful",
+) -> ByKind:
+    """Return the operations of running a prompt, by kind of layer.
+
+    Args:
+        cfg: the model.
+        length: tokens of each row, from the beginning of a document and without padding.
+        batch: rows.
+        n_logits: logits of the last so many positions; 1 as before generating, None for all.
+        pairs: which queries and keys of attention are counted.
+
+    Raises:
+        ValueError: a length, batch or number of logits that cannot be.
+
+    Source: Zani et al. 2025, Figure 2, also by kind of layer.
+    """
+    kept = length if n_logits is None else n_logits
+    _require(1, length=length, batch=batch)
+    _require(0, n_logits=kept)
+    return _flops(
+        cfg, length, min(kept, length), batch, lambda n_keys: count_pairs(length, n_keys, pairs)
+    )
+
+
+def step_flops(cfg: HybridConfig, n_before: int, batch: int = 1) -> ByKind:
+    """Return the operations of one more token after `n_before`, by kind of layer.
+
+    Raises:
+        ValueError: a number of tokens or a batch that cannot be.
+    """
+    _require(0, n_before=n_before)
+    _require(1, batch=batch)
+    seen = n_before + 1
+    return _flops(cfg, 1, 1, batch, lambda n_keys: seen if n_keys is None else min(seen, n_keys))
+
+
+def count_pairs(length: int, n_keys: int | None, pairs: Pairs = "useful") -> int:
+    """Return the queries times keys of one row that attention computes in a prefill.
+
+    Args:
+        length: tokens of the row.
+        n_keys: keys of the window, the query itself included; None for all.
+        pairs: "useful", "executed" or "dense", see the module.
+    """
+    if pairs == "dense":
+        return length * length
+    if pairs == "executed":
+        return _executed_pairs(length, n_keys)
+    window = length if n_keys is None else min(n_keys, length)
+    return window * (window + 1) // 2 + (length - window) * window
+
+
+@cache
+def _executed_pairs(length: int, n_keys: int | None) -> int:
+    """Return the pairs of `attend.attend_blocks`, called on one piece after another."""
+    total = 0
+    for piece in range(0, length, PIECE):
+        end = min(piece + PIECE, length)
+        for start in range(piece, end, BLOCK):
+            stop = min(start + BLOCK, end)
+            first = 0 if n_keys is None else max(0, start - (n_keys - 1))
+            total += (stop - start) * (stop - first)
+    return total
+
+
+def _flops(
+    cfg: HybridConfig,
+    n_tokens: int,
+    n_logits: int,
+    batch: int,
+    pairs_of: Callable[[int | None], int],
+) -> ByKind:
+    """Return the operations of a forward; `pairs_of` gives the pairs of a row from its window."""
+    found: defaultdict[str, Flops] = defaultdict(Flops)
+    for layer, n_layers in Counter(cfg.layers).items():
+        for part in (layer.mixer, layer.mlp):
+            for kind, cost in OF_LAYER[type(part)].items():
+                found[kind] += cost(part, cfg.d_model) * (n_layers * n_tokens)
+                if type(part) in OF_PAIR:
+                    n_pairs = pairs_of(getattr(part, "n_keys", None))
+                    found[kind] += OF_PAIR[type(part)](part) * (n_layers * n_pairs)
+    n_norms = 2 * cfg.n_layers * n_tokens + n_logits
+    found["norms"] = Flops(elementwise=n_norms * norm(cfg.d_model))
+    if cfg.scale_embedding:
+        found["embedding"] = Flops(elementwise=n_tokens * cfg.d_model)
+    found["read-out"] = read_out(cfg) * n_logits
+    return {kind: flops * batch for kind, flops in sorted(found.items(), key=_order)}
+
+
+def _order(item: tuple[str, Flops]) -> int:
+    order = list(KINDS.values())
+    return order.index(item[0]) if item[0] in order else order.index("experts")
+
+
+class Ratio(NamedTuple):
+    """Operations of the recurrent blocks over those of the attention blocks."""
+
+    length: int
+    all_layers: float
+    """Of all blocks of one kind over all of the other."""
+    a_layer: float
+    """Of one block over one block, each kind by its mean."""
+
+
+def recurrence_over_attention(
+    cfg: HybridConfig, length: int, pairs: Pairs = "useful", stage: str = "prefill"
+) -> Ratio:
+    """Return how much more recurrent blocks cost than attention blocks.
+
+    Args:
+        cfg: a model that has both.
+        length: tokens of the prompt.
+        pairs: which queries and keys are counted in prefill.
+        stage: "prefill", or "step" for one token after the prompt.
+
+    Raises:
+        ValueError: one of the two kinds is missing, or another stage.
+
+    Source: Zani et al. 2025, Figure 2: a recurrent block of RecurrentGemma-2B costs more than three
+    times an attention block. That is the ratio over all layers (18 to 8) of prompts up to some
+    500 tokens, and of the parameters; block by block it never is, see the tests.
+    """
+    if not cfg.attention_layers or not cfg.recurrent_layers:
+        raise ValueError("this model has not both attention and recurrent layers to compare")
+    if stage not in ("prefill", "step"):
+        raise ValueError(f"stage={stage!r}: give 'prefill' or 'step'")
+    by_kind = (
+        prefill_flops(cfg, length, pairs=pairs) if stage == "prefill" else step_flops(cfg, length)
+    )
+    recurrent, attention = (
+        sum(by_kind[kind].total for kind in {k for i in layers for k in _mixer_kinds(cfg, i)})
+        for layers in (cfg.recurrent_layers, cfg.attention_layers)
+    )
+    ratio = recurrent / attention
+    return Ratio(length, ratio, ratio * len(cfg.attention_layers) / len(cfg.recurrent_layers))
+
+
+def _mixer_kinds(cfg: HybridConfig, layer: int) -> Iterable[str]:
+    return OF_LAYER[type(cfg.layers[layer].mixer)]
+
+
+def flops_table(
+    cfg: HybridConfig, lengths: Iterable[int], batch: int = 1, n_logits: int | None = 1
+) -> pd.DataFrame:
+    """Return a line for each stage, length and kind of layer.
+
+    Returns:
+        Columns `stage` ("prefill" of so many tokens, "step": one token after them), `length`,
+        `kind`, `layers` (how many there are of the kind), `products`, `scan`, `elementwise` and
+        their `total` (useful pairs), `executed_products` and `dense_products`.
+    """
+    import pandas as pd
+
+    layers = _layers(cfg)
+    lines = []
+    for length in sorted(set(lengths)):
+        ways = [
+            prefill_flops(cfg, length, batch, n_logits, pairs)
+            for pairs in ("useful", "executed", "dense")
+        ]
+        for stage, (useful, executed, dense) in (
+            ("prefill", ways),
+            ("step", 3 * [step_flops(cfg, length, batch)]),
+        ):
+            lines += [
+                {
+                    "stage": stage,
+                    "length": length,
+                    "kind": kind,
+                    "layers": layers.get(kind, 1),
+                    **vars(flops),
+                    "total": flops.total,
+                    "executed_products": executed[kind].products,
+                    "dense_products": dense[kind].products,
+                }
+                for kind, flops in useful.items()
+            ]
+    return pd.DataFrame(lines)
+
+
+def _layers(cfg: HybridConfig) -> dict[str, int]:
+    """Return how many layers there are of each kind."""
+    counts = Counter(
+        kind
+        for layer in cfg.layers
+        for part in (layer.mixer, layer.mlp)
+        for kind in OF_LAYER[type(part)]
+    )
+    return {**counts, "norms": 2 * cfg.n_layers + 1}
+
+
+def _require(least: int, **values: int) -> None:
+    for name, value in values.items():
+        if value < least:
+            raise ValueError(f"{name}={value}: give {least} or more")
+
+
+__all__ = [
+    "ByKind",
+    "Pairs",
+    "Ratio",
+    "count_pairs",
+    "flops_table",
+    "prefill_flops",
+    "recurrence_over_attention",
+    "step_flops",
+]

@@ -1,0 +1,158 @@
+"""Bytes of a model's state by the number of tokens it has seen: attention beside recurrence."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Callable, Iterable
+from dataclasses import astuple, dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from hooked_hybrid.config import AttentionConfig, HybridConfig, MambaConfig, RGLRUConfig
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+POSITION = torch.int64.itemsize
+"""Bytes of the position of a key, of a row's next position and of its document."""
+_FAR = 2**40
+"""Tokens at which a layer without a window is taken to have outgrown any recurrence."""
+
+
+@dataclass(frozen=True)
+class StateBytes:
+    """Bytes of a state. Together they are `HybridState.n_bytes`."""
+
+    keys_values: int = 0
+    """Of attention: keys and values of the tokens that a later one may still see."""
+    key_positions: int = 0
+    """Of attention: where these tokens stand."""
+    convolution: int = 0
+    """Of recurrences: the last inputs of the short convolutions."""
+    recurrence: int = 0
+    """Of recurrences: the states, which are fp32 in every narrower dtype."""
+    counters: int = 0
+    """Of the rows: next position and document."""
+
+    @property
+    def of_attention(self) -> int:
+        """Keys, values and their positions."""
+        return self.keys_values + self.key_positions
+
+    @property
+    def of_recurrence(self) -> int:
+        """States and convolution inputs."""
+        return self.convolution + self.recurrence
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.of_attention + self.of_recurrence + self.counters
+
+    def __add__(self, other: StateBytes) -> StateBytes:
+        """Return the sum of each part."""
+        return StateBytes(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
+
+    def __mul__(self, n: int) -> StateBytes:
+        """Return `n` times as many."""
+        return StateBytes(*(part * n for part in astuple(self)))
+
+
+def state_bytes(
+    cfg: HybridConfig, n_tokens: int, dtype: torch.dtype = torch.bfloat16, batch: int = 1
+) -> StateBytes:
+    """Return the size of the state after `n_tokens` tokens of each row, without padding.
+
+    A window of `n_keys` keys, the query itself included, leaves `n_keys - 1` to remember. Room that
+    a buffer holds for keys to come is not counted.
+
+    Raises:
+        ValueError: a number of tokens or a batch that cannot be.
+    """
+    if n_tokens < 1 or batch < 1:
+        raise ValueError(f"n_tokens={n_tokens}, batch={batch}: give 1 or more of each")
+    row = StateBytes(counters=2 * POSITION)
+    for layer in cfg.layers:
+        row += OF_MIXER[type(layer.mixer)](layer.mixer, n_tokens, dtype)
+    return row * batch
+
+
+def memory_table(
+    cfg: HybridConfig,
+    lengths: Iterable[int],
+    dtypes: Iterable[torch.dtype] = (torch.bfloat16, torch.float32),
+    batch: int = 1,
+) -> pd.DataFrame:
+    """Return a line for each dtype and length, in bytes.
+
+    Returns:
+        Columns `dtype`, `length`, those of `StateBytes`, `of_attention`, `of_recurrence`, `total`.
+    """
+    import pandas as pd
+
+    lines = []
+    for dtype in dtypes:
+        for length in sorted(set(lengths)):
+            size = state_bytes(cfg, length, dtype, batch)
+            sums = {
+                name: getattr(size, name) for name in ("of_attention", "of_recurrence", "total")
+            }
+            name = str(dtype).removeprefix("torch.")
+            lines.append({"dtype": name, "length": length, **vars(size), **sums})
+    return pd.DataFrame(lines)
+
+
+def tokens_where_attention_is_larger(
+    cfg: HybridConfig, dtype: torch.dtype = torch.bfloat16
+) -> int | None:
+    """Return from how many tokens on keys and values take more bytes than the recurrences' states.
+
+    None where they never do: a short window, or no attention layer.
+    """
+    windows = [cfg.layers[i].mixer.n_keys for i in cfg.attention_layers]  # type: ignore[union-attr]
+    last = _FAR if None in windows else max((w for w in windows if w is not None), default=1)
+
+    def is_larger(n_tokens: int) -> bool:
+        size = state_bytes(cfg, n_tokens, dtype)
+        return size.of_attention > size.of_recurrence
+
+    return bisect_left(range(last + 1), True, lo=1, key=is_larger) if is_larger(last) else None
+
+
+def _attention(cfg: AttentionConfig, n_tokens: int, dtype: torch.dtype) -> StateBytes:
+    kept = n_tokens if cfg.n_keys is None else min(n_tokens, cfg.n_keys - 1)
+    a_key = 2 * cfg.n_kv_heads * cfg.d_head * dtype.itemsize
+    return StateBytes(keys_values=kept * a_key, key_positions=kept * POSITION)
+
+
+def _recurrent(d_conv: int, channels: int, states: int, dtype: torch.dtype) -> StateBytes:
+    wide = torch.promote_types(dtype, torch.float32)
+    return StateBytes(
+        convolution=(d_conv - 1) * channels * dtype.itemsize, recurrence=states * wide.itemsize
+    )
+
+
+def _rglru(cfg: RGLRUConfig, n_tokens: int, dtype: torch.dtype) -> StateBytes:  # noqa: ARG001
+    return _recurrent(cfg.d_conv, cfg.d_rnn, cfg.d_rnn, dtype)
+
+
+def _mamba(cfg: MambaConfig, n_tokens: int, dtype: torch.dtype) -> StateBytes:  # noqa: ARG001
+    return _recurrent(cfg.d_conv, cfg.d_inner, cfg.d_inner * cfg.d_state, dtype)
+
+
+OF_MIXER: dict[type, Callable[[Any, int, torch.dtype], StateBytes]] = {
+    AttentionConfig: _attention,
+    RGLRUConfig: _rglru,
+    MambaConfig: _mamba,
+}
+"""What one row of a layer's state takes, by the class of its mixer's config."""
+
+
+__all__ = [
+    "OF_MIXER",
+    "StateBytes",
+    "memory_table",
+    "state_bytes",
+    "tokens_where_attention_is_larger",
+]
