@@ -5,9 +5,10 @@
 
 Each cell is a hybrid of one attention layer between two Mamba layers, trained from scratch on
 key-value recall, and scored whole, with attention cut, and with the recurrences' memory cut. Cells
-differ in the state's size, the facts of a sequence and its length. One seed everywhere first, then
-two more wherever retrieval is neither all in attention nor all in the recurrences, or a neighbour
-lies on the other side. A cell that is done is not run again.
+differ in the state's size, the facts of a sequence, its length, and in how many steps the
+recurrences learn before attention does. One seed everywhere first, then two more wherever retrieval
+is neither all in attention nor all in the recurrences, or a neighbour lies on the other side. A
+cell that is done is not run again.
 """
 
 from __future__ import annotations
@@ -31,13 +32,15 @@ from experiments.recall.train import Recipe, small_config, train
 from hooked_hybrid.niah.plots import replacing
 
 PATTERN = "MAM"
-D_INNER = (16, 64, 256)
-D_STATE = 8
+D_INNER = 64
+D_STATES = (1, 4, 16)
 FACTS = (2, 4, 8)
 LENGTHS = (64, 256)
+HEAD_STARTS = (0, 200, 400)
 SEEDS = (0, 1, 2)
-Place = tuple[int, int, int]
+Place = tuple[int, int, int, int]
 STEPS = 800
+"""After the head start: as many in every cell with attention at work."""
 LEARNED = 0.8
 """Accuracy from which a cell says something of where retrieval lives."""
 CLEAR = 0.9
@@ -46,22 +49,24 @@ CLEAR = 0.9
 
 @dataclass(frozen=True)
 class Cell:
-    """One training: width of the recurrences, facts and tokens of a sequence, seed."""
+    """One training: states of a channel, facts and tokens of a sequence, head start, seed."""
 
-    d_inner: int
+    d_state: int
     n_facts: int
     length: int
+    head_start: int
     seed: int
 
     @property
     def name(self) -> str:
-        """The name of its folder."""
-        return f"inner{self.d_inner}-facts{self.n_facts}-length{self.length}-seed{self.seed}"
+        """The name of its files."""
+        sizes = f"state{self.d_state}-facts{self.n_facts}-length{self.length}"
+        return f"{sizes}-start{self.head_start}-seed{self.seed}"
 
     @property
     def place(self) -> Place:
         """The cell but for its seed."""
-        return self.d_inner, self.n_facts, self.length
+        return self.d_state, self.n_facts, self.length, self.head_start
 
 
 @dataclass(frozen=True)
@@ -100,9 +105,11 @@ def run_cell(cell: Cell, out: Path) -> Found:
     if file.exists():
         return _read(cell, file)
     began, task = time.process_time(), task_of(cell)
-    cfg = small_config(PATTERN, task, d_inner=cell.d_inner, d_state=D_STATE)
+    cfg = small_config(PATTERN, task, d_inner=D_INNER, d_state=cell.d_state)
     folder = out / cell.name
-    model = train(cfg, task, Recipe(steps=STEPS, seed=cell.seed), folder)
+    steps = cell.head_start + STEPS
+    recipe = Recipe(steps=steps, head_start=cell.head_start, seed=cell.seed)
+    model = train(cfg, task, recipe, folder)
     found = Found(cell, scores(model, task), time.process_time() - began)
     with replacing(file) as temporary:
         kept = {"scores": {name: asdict(s) for name, s in found.scores.items()}}
@@ -119,7 +126,7 @@ def _read(cell: Cell, file: Path) -> Found:
 def read_all(out: Path) -> list[Found]:
     """Return every cell that is done."""
     found = []
-    for file in sorted(out.glob("inner*.json")):
+    for file in sorted(out.glob("state*.json")):
         kept = json.loads(file.read_text())
         cell = Cell(*(kept[name] for name in Cell.__dataclass_fields__))
         found.append(_read(cell, file))
@@ -127,10 +134,12 @@ def read_all(out: Path) -> list[Found]:
 
 
 def grid() -> list[Place]:
-    """Return the places of the map; the corners of it first, so that a stopped map says most."""
-    places = list(itertools.product(D_INNER, FACTS, LENGTHS))
-    corners = [p for p in places if p[0] in (D_INNER[0], D_INNER[-1])]
-    return [*corners, *(p for p in places if p not in corners)]
+    """Return the places of the map, without and with the longest head start first.
+
+    A stopped map then says most.
+    """
+    places = list(itertools.product(D_STATES, FACTS, LENGTHS, HEAD_STARTS))
+    return sorted(places, key=lambda p: (p[3] not in (HEAD_STARTS[0], HEAD_STARTS[-1]), p[2]))
 
 
 def boundary(found: list[Found]) -> list[Place]:
@@ -149,10 +158,11 @@ def boundary(found: list[Found]) -> list[Place]:
 
 def _neighbours(place: Place) -> Iterator[Place]:
     """Yield the places one step away along one axis."""
-    d_inner, n_facts, length = place
-    yield from ((d, n_facts, length) for d in _beside(d_inner, D_INNER))
-    yield from ((d_inner, n, length) for n in _beside(n_facts, FACTS))
-    yield from ((d_inner, n_facts, n) for n in _beside(length, LENGTHS))
+    d_state, n_facts, length, start = place
+    yield from ((d, n_facts, length, start) for d in _beside(d_state, D_STATES))
+    yield from ((d_state, n, length, start) for n in _beside(n_facts, FACTS))
+    yield from ((d_state, n_facts, n, start) for n in _beside(length, LENGTHS))
+    yield from ((d_state, n_facts, length, s) for s in _beside(start, HEAD_STARTS))
 
 
 def _beside(value: int, values: Sequence[int]) -> list[int]:

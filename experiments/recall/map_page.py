@@ -8,41 +8,49 @@ from statistics import mean
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from experiments.recall.map import D_INNER, D_STATE, FACTS, LEARNED, LENGTHS, Found
+from experiments.recall.map import D_INNER, D_STATES, FACTS, HEAD_STARTS, LEARNED, LENGTHS, Found
 from hooked_hybrid.niah.plots import new_figure, replacing
 
 BEGIN, END = "<!-- measured: written by experiments.recall.map -->", "<!-- end -->"
 
 
 def picture(found: list[Found]) -> Figure:
-    """Return the map: a panel a length, facts against state size, coloured by where retrieval is.
+    """Return the map: a panel a length and head start, facts against state size.
 
-    Each cell says, in percent, accuracy without attention and without memory, means over seeds; a
-    grey one did not learn the task, and says its accuracy.
+    Colour is where retrieval is. Each cell says, in percent, accuracy without attention and without
+    memory, means over seeds; a grey one did not learn the task, and says its accuracy.
     """
-    figure = new_figure(4.2 * len(LENGTHS) + 1, 3.6)
-    axes = figure.subplots(1, len(LENGTHS), squeeze=False, sharey=True)[0]
-    for ax, length in zip(axes, LENGTHS, strict=True):
-        _panel(ax, [f for f in found if f.cell.length == length])
-        ax.set(title=f"{length} tokens", xlabel="numbers in the state of a Mamba layer")
-    axes[0].set_ylabel("facts in a sequence")
-    bar = figure.colorbar(axes[0].images[0], ax=axes, ticks=[-1, 0, 1])
+    figure = new_figure(3.6 * len(HEAD_STARTS) + 1.2, 3.0 * len(LENGTHS) + 0.4)
+    axes = figure.subplots(len(LENGTHS), len(HEAD_STARTS), squeeze=False, sharex=True, sharey=True)
+    for row, length in zip(axes, LENGTHS, strict=True):
+        for ax, start in zip(row, HEAD_STARTS, strict=True):
+            here = [f for f in found if (f.cell.length, f.cell.head_start) == (length, start)]
+            _panel(ax, here)
+            ax.set_title(f"{length} tokens, {_start(start)}", fontsize=10)
+        row[0].set_ylabel("facts in a sequence")
+    for ax in axes[-1]:
+        ax.set_xlabel("numbers in a Mamba layer's state")
+    bar = figure.colorbar(axes[0][0].images[0], ax=axes, ticks=[-1, 0, 1], shrink=0.7)
     bar.ax.set_yticklabels(["all in the\nrecurrences", "both", "all in\nattention"])
     return figure
 
 
+def _start(steps: int) -> str:
+    return f"attention {steps} steps late" if steps else "attention from the start"
+
+
 def _panel(ax: Axes, found: list[Found]) -> None:
-    lean = [[float("nan")] * len(D_INNER) for _ in FACTS]
+    lean = [[float("nan")] * len(D_STATES) for _ in FACTS]
     for row, n_facts in enumerate(FACTS):
-        for column, d_inner in enumerate(D_INNER):
-            here = [f for f in found if (f.cell.d_inner, f.cell.n_facts) == (d_inner, n_facts)]
+        for column, d_state in enumerate(D_STATES):
+            here = [f for f in found if (f.cell.d_state, f.cell.n_facts) == (d_state, n_facts)]
             if good := [f for f in here if f.learned]:
                 lean[row][column] = mean(f.lean for f in good)
             if here:
-                ax.text(column, row, _words(here), ha="center", va="center", fontsize=8)
-    ax.imshow(lean, cmap="PuOr", vmin=-1.3, vmax=1.3, origin="lower", aspect="auto")
+                ax.text(column, row, _words(here), ha="center", va="center", fontsize=7.5)
+    ax.imshow(lean, cmap="PuOr_r", vmin=-1.5, vmax=1.5, origin="lower", aspect="auto")
     ax.set_facecolor("0.85")
-    ax.set_xticks(range(len(D_INNER)), [str(d * D_STATE) for d in D_INNER])
+    ax.set_xticks(range(len(D_STATES)), [str(d * D_INNER) for d in D_STATES])
     ax.set_yticks(range(len(FACTS)), [str(n) for n in FACTS])
 
 
@@ -59,21 +67,22 @@ def _words(here: list[Found]) -> str:
 def table(found: list[Found]) -> str:
     """Return every cell as a line of a table."""
     lines = [
-        "| state | facts | tokens | seed | whole | no attention | no memory | lean |",
-        "|---|---|---|---|---|---|---|---|",
+        "| tokens | head start | facts | state | seed | whole | no attention | no memory | lean |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
-    for f in sorted(found, key=lambda f: (f.cell.length, f.cell.n_facts, f.cell.d_inner)):
+    for f in sorted(found, key=_order):
         three = (f.scores[n] for n in ("whole", "no attention", "no memory"))
         cells = " | ".join(f"{s.accuracy:.1%} ± {s.half_width:.1%}" for s in three)
         lean = f"{f.lean:+.2f}" if f.learned else "not learned"
-        cell = f.cell
-        size = cell.d_inner * D_STATE
-        lines.append(
-            f"| {size} | {cell.n_facts} | {cell.length} | {cell.seed} | {cells} | {lean} |"
-        )
+        at = (*_order(f)[:3], f.cell.d_state * D_INNER, f.cell.seed)
+        lines.append(f"| {' | '.join(map(str, at))} | {cells} | {lean} |")
     minutes = sum(f.seconds for f in found) / 60
     note = f"{len(found)} cells, {minutes:.0f} minutes of one core; learned: {LEARNED:.0%} or more."
     return "\n".join([*lines, "", note])
+
+
+def _order(f: Found) -> tuple[int, ...]:
+    return f.cell.length, f.cell.head_start, f.cell.n_facts, f.cell.d_state, f.cell.seed
 
 
 def write(found: list[Found], page: Path) -> None:

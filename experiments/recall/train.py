@@ -22,7 +22,7 @@ from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
 from experiments.recall.task import Task, draw, drill
-from experiments.train_tiny import start_calm
+from experiments.train_tiny import cut, start_calm
 from hooked_hybrid import HookedHybrid, HybridConfig, presets
 
 PASS = 0.9
@@ -41,6 +41,9 @@ class Recipe:
         tokens: of a step.
         rate: learning rate after 100 steps of warming up; it falls over the last third.
         patience: steps after which the next level comes, right or wrong.
+        head_start: first steps, in which attention writes zeros, so that the recurrences learn
+            alone.
+        drills: whether drills come first; without, small models may not learn to bind at all.
         seed: of weights and sequences. Sequences depend on seed and step alone, not on the model.
     """
 
@@ -48,6 +51,8 @@ class Recipe:
     tokens: int = 2048
     rate: float = 5e-3
     patience: int = 250
+    head_start: int = 0
+    drills: bool = True
     seed: int = 0
 
 
@@ -97,7 +102,8 @@ class Training:
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(), lr=recipe.rate, betas=(0.9, 0.98), weight_decay=0.01
         )
-        self.step, self.level, self.since, self.recent = 0, -1, 0, 0.0
+        self.step, self.level = 0, -1 if recipe.drills else 0
+        self.since, self.recent = 0, 0.0
         out.mkdir(parents=True, exist_ok=True)
         self._check_recipe(cfg)
         if (out / "checkpoint.pt").exists():
@@ -150,7 +156,9 @@ class Training:
         """Take one step; return the loss in nats an answer."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.rate()
-        logits, answers = self.answers()
+        alone = self.step < self.recipe.head_start
+        with self.model.hooks(cut(self.model, "no attention") if alone else []):
+            logits, answers = self.answers()
         loss = cross_entropy(logits, answers)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()

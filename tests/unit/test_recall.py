@@ -151,10 +151,10 @@ def test_lean_tells_the_sides_apart():
 
 def test_more_seeds_go_to_the_boundary_only():
     places = sorted(grid())
-    widths = sorted({p[0] for p in places})
-    found = [found_at(p, -0.9 if p[0] == widths[-1] else 0.9) for p in places]
+    states = sorted({p[0] for p in places})
+    found = [found_at(p, -0.9 if p[0] == states[-1] else 0.9) for p in places]
     at = boundary(found)
-    assert {p[0] for p in at} == set(widths[-2:])  # the widest lie opposite to the next
+    assert {p[0] for p in at} == set(states[-2:])  # the largest lie opposite to the next
     assert {c.place for c in todo(found)} == set(at)
     assert {c.seed for c in todo(found)} == {1, 2}
     assert [c.place for c in todo(found[:-1])] == [places[-1]]  # one seed everywhere comes first
@@ -163,8 +163,7 @@ def test_more_seeds_go_to_the_boundary_only():
 
 def test_a_cell_is_run_once_and_the_page_shows_it(tmp_path, monkeypatch):
     monkeypatch.setattr(recall_map, "STEPS", 2)
-    monkeypatch.setattr(recall_map, "LENGTHS", (64,))
-    cell = Cell(16, 2, 64, 0)
+    cell = Cell(4, 2, 64, 0, 0)
     found = recall_map.run_cell(cell, tmp_path)
     assert read_all(tmp_path) == [found]
     assert not (tmp_path / cell.name).exists()
@@ -176,10 +175,10 @@ def test_a_cell_is_run_once_and_the_page_shows_it(tmp_path, monkeypatch):
     assert recall_map.run_cell(cell, tmp_path) == found
     page = tmp_path / "page.md"
     page.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
-    write([found, found_at((16, 4, 64), 0.9), found_at((256, 4, 64), -0.9)], page)
+    write([found, found_at((1, 4, 64, 0), 0.9), found_at((16, 4, 64, 0), -0.9)], page)
     text = page.read_text()
     assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
-    assert "| 128 | 4 | 64 | 0 | 100.0% ± 1.0% |" in text
+    assert "| 64 | 0 | 4 | 1024 | 0 | 100.0% ± 1.0% |" in text
     assert (tmp_path / "images" / "recall_map.png").stat().st_size > 5000
     page.write_text("no marks")
     with pytest.raises(ValueError, match="lacks the lines"):
@@ -187,7 +186,7 @@ def test_a_cell_is_run_once_and_the_page_shows_it(tmp_path, monkeypatch):
 
 
 def test_the_picture_says_what_each_cell_scores():
-    figure = picture([found_at((16, 4, 64), 0.9), found_at((64, 4, 64), 0.1, whole=0.5)])
+    figure = picture([found_at((1, 4, 64, 0), 0.9), found_at((4, 4, 64, 0), 0.1, whole=0.5)])
     words = [text.get_text() for text in figure.axes[0].texts]
     assert any("no attention 10%" in w for w in words)
     assert any("not learned\n(50%)" in w for w in words)
