@@ -1,0 +1,18 @@
+"""Language benchmarks with interventions on: any hooked model in EleutherAI's lm-eval.
+
+`benchmarks` lists what the papers ran; `lm.HookedHybridLM` is the model class (it needs lm-eval:
+`pip install 'hooked-hybrid[eval]'`); `running.evaluate` runs tasks in several forms, and
+`hooked-hybrid eval` is its command. lm-eval's own program runs with the model in it as
+`python -m hooked_hybrid.evaluation`, or as it is, with the path `PLUGIN` among its tasks:
+
+    lm_eval --model hooked_hybrid --model_args pretrained=tiny-griffin,k=2 --tasks $PLUGIN,glue
+"""
+
+from pathlib import Path
+
+PLUGIN = Path(__file__).parent / "lm_eval.yaml"
+"""A task file that makes `--model hooked_hybrid` known to lm-eval's own program."""
+OWN_TASKS = Path(__file__).parent / "own_tasks"
+"""Tasks that come with this library, for `--include_path`: small, and there without a network."""
+
+__all__ = ["OWN_TASKS", "PLUGIN"]

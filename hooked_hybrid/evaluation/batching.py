@@ -1,0 +1,88 @@
+"""Batches by length, as many rows as asked for or as there is room for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, Literal, TypeVar
+
+import torch
+
+from hooked_hybrid.hooks import HookPoint
+
+MOST_ROWS = 64
+"""Rows that `batch_size="auto"` begins with; a memory error halves it."""
+
+BatchSize = int | Literal["auto"]
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+class Batching:
+    """How many rows a forward has.
+
+    Args:
+        batch_size: rows; "auto" takes `most`, and half as many whenever memory has no room.
+        may_pad: whether rows of several lengths may stand together.
+        most: see above.
+
+    Raises:
+        ValueError: a size below 1.
+    """
+
+    def __init__(self, batch_size: BatchSize, may_pad: bool, most: int = MOST_ROWS) -> None:
+        if batch_size != "auto" and batch_size < 1:
+            raise ValueError(f"batch_size={batch_size}: give 1 or more, or 'auto'")
+        self.may_halve, self.may_pad = batch_size == "auto", may_pad
+        self.n_rows = most if batch_size == "auto" else batch_size
+
+    def run(
+        self,
+        items: Sequence[T],
+        length: Callable[[T], int],
+        forward: Callable[[Sequence[T]], R],
+    ) -> Iterator[tuple[Sequence[T], R]]:
+        """Yield each batch with what `forward` gives for it, the longest items first.
+
+        Raises:
+            MemoryError, torch.OutOfMemoryError: as `forward`, where batches may not be halved.
+        """
+        left = sorted(items, key=lambda item: -length(item))
+        while left:
+            size = self.n_rows
+            if not self.may_pad:
+                size = min(size, sum(length(item) == length(left[0]) for item in left))
+            batch = left[:size]
+            try:
+                result = forward(batch)
+            except (MemoryError, torch.OutOfMemoryError):
+                if not self.may_halve or len(batch) == 1:
+                    raise
+                self.n_rows = len(batch) // 2
+                continue
+            yield batch, result
+            left = left[len(batch) :]
+
+
+def read_batch_size(value: Any) -> BatchSize:
+    """Return a batch size given as text or number: 8, "8", "auto" or lm-eval's "auto:4".
+
+    Raises:
+        ValueError: something else.
+    """
+    if str(value).split(":")[0] == "auto":
+        return "auto"
+    try:
+        return int(value)
+    except ValueError:
+        raise ValueError(f"batch_size={value!r}: give a number or 'auto'") from None
+
+
+def may_cut(points: Iterable[HookPoint]) -> bool:
+    """Whether everything attached acts at each position by itself.
+
+    Then a sequence may be cut in pieces, and rows may be padded.
+    """
+    return all(point.takes_pieces for point in points)
+
+
+__all__ = ["MOST_ROWS", "BatchSize", "Batching", "may_cut", "read_batch_size"]

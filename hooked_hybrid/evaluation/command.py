@@ -1,0 +1,187 @@
+"""`hooked-hybrid eval`: language benchmarks with few heads, without any, and whole."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from enum import StrEnum
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+import typer
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from hooked_hybrid.cli import command_line, explained
+from hooked_hybrid.evaluation.benchmarks import BENCHMARKS
+from hooked_hybrid.evaluation.conversation import has_template
+from hooked_hybrid.evaluation.forms import FORMS, Form, form_of
+from hooked_hybrid.evaluation.lines import lines
+from hooked_hybrid.evaluation.report import Written, write
+from hooked_hybrid.evaluation.running import Evaluation, Options, evaluate
+from hooked_hybrid.niah import command as niah_command
+
+
+class FormName(StrEnum):
+    """A form in `forms.FORMS`."""
+
+    base = "base"
+    sparse = "sparse"
+    ablated = "ablated"
+    random = "random"
+
+
+Tasks = Annotated[
+    list[str],
+    typer.Option(
+        help="Tasks, groups or tags of lm-eval: --tasks glue --tasks mmlu. needle_choice comes "
+        "with this program and needs no network."
+    ),
+]
+FormNames = Annotated[
+    list[FormName] | None,
+    typer.Option(
+        "--form",
+        help="base: all heads; sparse: the 5 most peaked; ablated: none; random: 5 by lot, a "
+        "control.",
+        show_default="base, sparse, ablated",
+    ),
+]
+Ks = Annotated[
+    list[int] | None,
+    typer.Option("--k", help="A form that keeps so many heads, besides --form: --k 2.", min=0),
+]
+StageOption = Annotated[
+    Literal["both", "generation"],
+    typer.Option(help="Where heads are silenced; log-likelihoods are scored in prefill."),
+]
+Shots = Annotated[
+    int | None,
+    typer.Option(
+        help="Examples before each question.",
+        show_default="the thesis's for glue and mmlu, else each task's own",
+        min=0,
+    ),
+]
+Limit = Annotated[
+    float | None,
+    typer.Option(help="First documents of each task, a share if below 1.", show_default="all"),
+]
+Chat = Annotated[
+    bool | None,
+    typer.Option(
+        "--chat/--no-chat",
+        help="Put prompts in the model's chat template, each example a turn.",
+        show_default="where the checkpoint has a template",
+    ),
+]
+BatchSize = Annotated[str, typer.Option(help="Rows of a forward, or auto: --batch-size 8.")]
+MaxLength = Annotated[
+    int | None,
+    typer.Option(help="Tokens read at most.", min=2, show_default="what the checkpoint says"),
+]
+IncludePath = Annotated[
+    Path | None, typer.Option(help="Folder of further tasks, in lm-eval's own format.")
+]
+
+
+def eval(
+    tasks: Tasks,
+    model: niah_command.Model = "tiny-griffin",
+    form: FormNames = None,
+    k: Ks = None,
+    stage: StageOption = "both",
+    num_fewshot: Shots = None,
+    limit: Limit = None,
+    chat: Chat = None,
+    batch_size: BatchSize = "auto",
+    max_length: MaxLength = None,
+    include_path: IncludePath = None,
+    device: niah_command.Device = "cpu",
+    dtype: niah_command.Dtype = "float32",
+    out: niah_command.Out = Path("results/eval"),
+    resume: niah_command.Resume = False,
+    threads: niah_command.Threads = None,
+) -> None:
+    """Language benchmarks (lm-eval) of a model whole, with few attention heads, and without any.
+
+    Writes scores with standard errors, the gaps with intervals beside the thesis's, a picture and a
+    report. Data sets that cannot be had are left out, and said so. It may be stopped at any time;
+    the same command with --resume goes on.
+
+    Example: hooked-hybrid eval --model tiny-jamba --tasks needle_choice --out results/eval
+    """
+    with explained(kept=str(out)):
+        if find_spec("lm_eval") is None:
+            raise ValueError("this needs lm-eval: pip install 'hooked-hybrid[eval]'")
+        forms = forms_of(form or (() if k else ("base", "sparse", "ablated")), k or ())
+        hybrid = niah_command.loaded(model, device, dtype)
+        torch.set_num_threads(threads or niah_command.default_threads(hybrid))
+        options = Options(
+            num_fewshot=shots_of(tasks, num_fewshot),
+            limit=limit if limit is None or limit < 1 else int(limit),
+            chat=has_template(hybrid.text.tokenizer) if chat is None else chat,
+            multiturn=True,
+            stage=stage,
+            batch_size=batch_size,
+            max_length=max_length,
+        )
+        console = Console(stderr=True)
+        evaluation = evaluate(
+            hybrid, model, tasks, forms, options, out, resume, include_path, console.print
+        )
+        written = write(
+            evaluation, niah_command.model_card(hybrid, model), options, out, command_line()
+        )
+        if not evaluation.cells:
+            raise ValueError(f"no task could be run: {written.report} says why")
+        show(evaluation, written)
+
+
+def forms_of(names: Sequence[str], ks: Sequence[int]) -> list[Form]:
+    """Return the forms to run, each once; with a `k`, the base form comes with it."""
+    found = [FORMS[name] for name in names] + [form_of(k) for k in ks]
+    return list(dict.fromkeys([FORMS["base"], *found] if ks else found))
+
+
+def shots_of(tasks: Sequence[str], given: int | None) -> int | None:
+    """Return the number of examples: the given one, or the thesis's for its benchmarks.
+
+    Raises:
+        ValueError: benchmarks with different numbers, and none is given.
+    """
+    if given is not None:
+        return given
+    wanted = {BENCHMARKS[t].num_fewshot if t in BENCHMARKS else None for t in tasks}
+    if len(wanted) > 1:
+        raise ValueError(
+            f"--tasks {', '.join(tasks)}: the thesis gave them different numbers of examples; run "
+            "them one by one, or give --num-fewshot"
+        )
+    return wanted.pop()
+
+
+def show(evaluation: Evaluation, written: Written) -> None:
+    """Print the scores, and where the files are."""
+    console = Console()
+    shown = Table(title="score ± standard error", box=SIMPLE_HEAD, collapse_padding=True)
+    for heading in ("task", "metric", *(form.name for form in evaluation.forms)):
+        is_text = heading in ("task", "metric")
+        shown.add_column(heading, justify="left" if is_text else "right", no_wrap=not is_text)
+    for row in lines(evaluation):
+        scores = (row.scores.get(form.name) for form in evaluation.forms)
+        cells = (
+            ""
+            if e is None
+            else f"{e.value:.1f}" + ("" if e.stderr is None else f" ± {e.stderr:.1f}")
+            for e in scores
+        )
+        shown.add_row(row.name, row.metric, *cells)
+    console.print(shown)
+    for what, path in (("report", written.report), ("table", written.table)):
+        console.print(f"{what:>8}  {path}", markup=False, highlight=False, soft_wrap=True)
+
+
+__all__ = ["eval", "forms_of", "shots_of", "show"]

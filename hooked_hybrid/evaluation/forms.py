@@ -1,0 +1,76 @@
+"""Forms in which a model is evaluated: whole, with few heads, without any, and a control."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from hooked_hybrid.config import AttentionConfig, HybridConfig
+from hooked_hybrid.hooked_root import HookSpec
+from hooked_hybrid.interventions import keep_top_heads, random_score
+
+HeadChoice = Literal["entropy", "l2", "random"]
+Stage = Literal["both", "generation"]
+SPARSE_K = 5
+"""Heads kept in the thesis's sparse form."""
+
+
+@dataclass(frozen=True)
+class Form:
+    """A model with `k` heads kept in each attention layer and position; None keeps all.
+
+    `by` says which heads: the most peaked ones ("entropy", "l2"), or some by lot ("random").
+    """
+
+    name: str
+    k: int | None = None
+    by: HeadChoice = "entropy"
+
+    def hooks(self, cfg: HybridConfig) -> list[HookSpec]:
+        """Return the hooks that make it.
+
+        Raises:
+            ValueError: another choice of heads, no attention layer, or a `k` that is below 0 or
+                above the heads of a layer.
+        """
+        if self.by not in ("entropy", "l2", "random"):
+            raise ValueError(f"score={self.by!r}: give 'entropy', 'l2' or 'random'")
+        if self.k is None:
+            return []
+        counts = [m.n_heads for m in _mixers(cfg) if isinstance(m, AttentionConfig)]
+        if not counts:
+            raise ValueError("this model has no attention layer: there are no heads to silence")
+        if not 0 <= self.k <= min(counts):
+            raise ValueError(
+                f"k={self.k}: an attention layer has {min(counts)} heads; give 0 to {min(counts)}"
+            )
+        return keep_top_heads(self.k, random_score() if self.by == "random" else self.by)
+
+
+FORMS: dict[str, Form] = {
+    "base": Form("base"),
+    "sparse": Form("sparse", SPARSE_K),
+    "ablated": Form("ablated", 0),
+    "random": Form("random", SPARSE_K, "random"),
+}
+"""The thesis's three forms, and as many heads as in the sparse one, by lot: a control."""
+
+
+def form_of(k: int) -> Form:
+    """Return the form with `k` heads, under the thesis's name where it has one."""
+    named = (form for form in FORMS.values() if form.k == k and form.by == "entropy")
+    return next(named, Form(f"k={k}", k))
+
+
+def title(form: Form) -> str:
+    """Return a form's name and how many heads it keeps."""
+    if form.k is None or form.name == f"k={form.k}":
+        return form.name
+    return f"{form.name} (k={form.k}{', by lot' if form.by == 'random' else ''})"
+
+
+def _mixers(cfg: HybridConfig) -> list[object]:
+    return [layer.mixer for layer in cfg.layers]
+
+
+__all__ = ["FORMS", "SPARSE_K", "Form", "HeadChoice", "Stage", "form_of", "title"]

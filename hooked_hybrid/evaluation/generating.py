@@ -1,0 +1,115 @@
+"""Texts that a model writes after prompts, as lm-eval's tasks ask for them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lm_eval.models.utils import (
+    handle_stop_sequences,
+    normalize_gen_kwargs,
+    postprocess_generated_text,
+)
+
+from hooked_hybrid.evaluation.batching import Batching
+from hooked_hybrid.model import HookedHybrid
+from hooked_hybrid.text import pad_rows
+
+SAMPLING = ("do_sample", "temperature", "top_k", "top_p")
+"""Arguments of `generate` that a task may set, beside stop strings and the number of tokens."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a task wants texts: where they stop, how long they may be, and how tokens are drawn."""
+
+    stop_strings: tuple[str, ...]
+    max_new_tokens: int
+    sampling: tuple[tuple[str, Any], ...]
+
+
+def read_plan(arguments: Mapping[str, Any], eos: str, max_new_tokens: int) -> Plan:
+    """Return what a task's generation arguments ask for.
+
+    Args:
+        arguments: lm-eval's `generation_kwargs`; a temperature of 0 is the most likely token.
+        eos: text of the end-of-sequence token: one more stop string.
+        max_new_tokens: where the task does not say.
+
+    Raises:
+        ValueError: an argument that `HookedHybrid.generate` has no counterpart of.
+    """
+    given: dict[str, Any] = dict(normalize_gen_kwargs(dict(arguments), max_new_tokens))
+    stops = handle_stop_sequences(given.pop("until"), eos)
+    n_new = given.pop("max_gen_toks")
+    if unknown := sorted(set(given) - set(SAMPLING)):
+        raise ValueError(
+            f"the task asks for {', '.join(unknown)} in generation; this model takes until, "
+            f"max_gen_toks, {', '.join(SAMPLING)}"
+        )
+    if not given.get("do_sample"):
+        given = {}
+    sampling = tuple(sorted((name, value) for name, value in given.items() if value is not None))
+    return Plan(tuple(s for s in stops if s), n_new, sampling)
+
+
+def texts_after(
+    model: HookedHybrid,
+    prompts: Sequence[Sequence[int]],
+    plan: Plan,
+    batching: Batching,
+    on_written: Callable[[int], Any],
+    **hooks: Any,
+) -> list[str]:
+    """Return what the model writes after each prompt, in the order asked.
+
+    A text ends before the first stop string or end-of-sequence token, the config's or the
+    tokenizer's, and holds no special token.
+
+    Args:
+        model: runs the forwards.
+        prompts: tokens, one or more each.
+        plan: how to write.
+        batching: rows of a forward.
+        on_written: called with the number of prompts done since it was called last.
+        hooks: `fwd_hooks`, `prefill_hooks`, `generation_hooks`, `first_token_stage` of `generate`.
+    """
+
+    def forward(members: Sequence[int]) -> list[str]:
+        return _write(model, [prompts[i] for i in members], plan, hooks)
+
+    texts = [""] * len(prompts)
+    for batch, written in batching.run(range(len(prompts)), lambda i: len(prompts[i]), forward):
+        for i, text in zip(batch, written, strict=True):
+            texts[i] = text
+        on_written(len(batch))
+    return texts
+
+
+def _write(
+    model: HookedHybrid, prompts: Sequence[Sequence[int]], plan: Plan, hooks: Mapping[str, Any]
+) -> list[str]:
+    own = getattr(model.tokenizer, "eos_token_id", None)
+    ends = [*model.text.eos, *(() if own is None else (own,))]
+    tokens, mask = pad_rows(prompts, pad=model.text.pad, padding_side="left")
+    out = model.generate(
+        tokens,
+        plan.max_new_tokens,
+        attention_mask=mask,
+        stop_strings=plan.stop_strings,
+        eos_token_id=ends,
+        return_type="output",
+        verbose=False,
+        **dict(plan.sampling),
+        **hooks,
+    )
+    texts = []
+    for new in out.new_tokens.tolist():
+        stop = next((at for at, token in enumerate(new) if token in ends), len(new))
+        text = model.text.decode(new[:stop], skip_special_tokens=True)
+        texts.append(postprocess_generated_text(text, list(plan.stop_strings), None))
+    return texts
+
+
+__all__ = ["Plan", "read_plan", "texts_after"]

@@ -1,0 +1,45 @@
+"""The model that an evaluation runs, from what its arguments say."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hooked_hybrid.model import HookedHybrid
+from hooked_hybrid.tokenizer import read_tokenizer
+
+
+def loaded(
+    pretrained: str | Path | HookedHybrid, tokenizer: Any, overrides: dict[str, Any], **loading: Any
+) -> HookedHybrid:
+    """Return a model that has a tokenizer.
+
+    Args:
+        pretrained: a model, or what `HookedHybrid.from_pretrained` loads.
+        tokenizer: a tokenizer, or a folder that holds one, instead of the checkpoint's own.
+        overrides, loading: further arguments of `from_pretrained`; device None is the GPU, and the
+            CPU stands in for a GPU that is not there.
+
+    Raises:
+        ValueError: a folder without a tokenizer, or a model in memory that is to be changed.
+    """
+    if isinstance(tokenizer, str | Path):
+        found = read_tokenizer(Path(tokenizer))
+        if found is None:
+            raise ValueError(f"tokenizer={str(tokenizer)!r}: no tokenizer in this folder")
+        tokenizer = found
+    if isinstance(pretrained, HookedHybrid):
+        if tokenizer is not None or overrides:
+            raise ValueError("a model in memory has its tokenizer and config: set them there")
+        return pretrained
+    device = loading.pop("device") or "cuda"
+    if str(device).startswith("cuda") and not torch.cuda.is_available():
+        device = "cpu"  # lm-eval's program asks for cuda:0 where nobody says anything
+    return HookedHybrid.from_pretrained(
+        pretrained, tokenizer=tokenizer, device=device, **loading, **overrides
+    )
+
+
+__all__ = ["loaded"]

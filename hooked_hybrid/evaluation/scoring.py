@@ -1,0 +1,271 @@
+"""Log-likelihoods of continuations: many at a time, what they share computed once.
+
+Three things are shared. Requests that differ in their last token only are one row of a forward (the
+letters of a multiple choice). Continuations of one context are read from the context's state, each
+from a copy of it. Contexts that begin alike (the examples before each question) are read from the
+state after the beginning. The second and third cut a sequence in pieces, which is exact as long as
+every hook is marked `per_position`; else each input is run whole, beside rows of its own length.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from hooked_hybrid.evaluation.batching import Batching, BatchSize, may_cut
+from hooked_hybrid.hooked_root import HookSpec
+from hooked_hybrid.model import HookedHybrid
+from hooked_hybrid.state import HybridState
+from hooked_hybrid.text import pad_rows
+
+LONG_BEGINNING = 64
+"""Tokens that contexts must share for their beginning to be a forward of its own."""
+FAMILY = 4
+"""Contexts that must share them."""
+POSITIONS = 256
+"""Positions whose probabilities are normalised at a time: it bounds what a large vocabulary takes.
+"""
+
+Tokens = tuple[int, ...]
+
+
+class Request(NamedTuple):
+    """A continuation to be scored, and what stands before it: at least one token each."""
+
+    context: Tokens
+    continuation: Tokens
+
+
+class Score(NamedTuple):
+    """The log-probability of a continuation (nats); whether each of its tokens is the likeliest."""
+
+    logprob: float
+    is_greedy: bool
+
+
+class _Answer(NamedTuple):
+    """Tokens that a row's last logits are asked about, for a request."""
+
+    request: int
+    tokens: Tokens
+
+
+@dataclass
+class _Row:
+    """Tokens to run: `answers` are read off the last `n_scored` logits, `after` follows them."""
+
+    tokens: Tokens
+    n_scored: int
+    answers: list[_Answer]
+    after: list[_Row] = field(default_factory=list)
+
+    @property
+    def beginning(self) -> Tokens:
+        """The tokens whose logits are not asked for."""
+        return self.tokens[: len(self.tokens) - self.n_scored]
+
+
+def score(
+    model: HookedHybrid,
+    requests: Sequence[Request],
+    hooks: Iterable[HookSpec] = (),
+    batch_size: BatchSize = 1,
+    shares: bool = True,
+    on_scored: Callable[[int], Any] | None = None,
+) -> list[Score]:
+    """Return the score of each request, in the order asked.
+
+    Args:
+        model: runs the forwards, in the stage "prefill".
+        requests: may repeat.
+        hooks: attached throughout. They must treat rows alike: batches are made here.
+        batch_size: rows of a forward; "auto" takes as many as memory has room for, up to 64.
+        shares: compute what requests share once. Without, and where a hook is not marked
+            `per_position`, each distinct input is run whole; the scores are the same to rounding.
+        on_scored: called with the number of requests scored since it was called last.
+
+    Raises:
+        ValueError: a request without a context or a continuation, or a batch size below 1.
+        HookNameError: a hook that matches nothing; then nothing has run.
+        MemoryError, torch.OutOfMemoryError: a forward of so many rows has no room.
+    """
+    for i, request in enumerate(requests):
+        if not request.context or not request.continuation:
+            raise ValueError(f"request {i} has no context or no continuation: give a token of each")
+    with torch.no_grad(), model.hooks(fwd_hooks=hooks):
+        batching = Batching(batch_size, may_cut(model.hook_points()))
+        run = _Scoring(model, batching, on_scored or (lambda _: None))
+        if batching.may_pad and shares:
+            run.family(_rows_by_context(requests), None, 0)
+        else:
+            run.batches(_rows_by_input(requests), None, 0)
+    return [run.scores[i] for i in range(len(requests))]
+
+
+def truncated(context: Sequence[int], continuation: Sequence[int], max_length: int) -> Request:
+    """Return a request of which at most `max_length` tokens are read: the context's end is kept.
+
+    The last token of the continuation is not read, so that context and continuation may have one
+    token more; as in lm-eval's `hf` model.
+
+    Raises:
+        ValueError: the continuation alone is longer.
+    """
+    if len(continuation) > max_length:
+        raise ValueError(
+            f"a continuation of {len(continuation)} tokens does not fit in max_length={max_length}"
+        )
+    n_context = min(len(context), max_length + 1 - len(continuation))
+    return Request(tuple(context[len(context) - n_context :]), tuple(continuation))
+
+
+def _rows_by_input(requests: Sequence[Request]) -> list[_Row]:
+    """Return a row for each distinct input."""
+    rows: dict[tuple[Tokens, int], _Row] = {}
+    for i, (context, continuation) in enumerate(requests):
+        tokens, n_scored = context + continuation[:-1], len(continuation)
+        row = rows.setdefault((tokens, n_scored), _Row(tokens, n_scored, []))
+        row.answers.append(_Answer(i, continuation))
+    return list(rows.values())
+
+
+def _rows_by_context(requests: Sequence[Request]) -> list[_Row]:
+    """Return a row for each distinct context; several continuations are run after it."""
+    contexts: dict[Tokens, list[int]] = {}
+    for i, request in enumerate(requests):
+        contexts.setdefault(request.context, []).append(i)
+    rows = []
+    for context, members in contexts.items():
+        wholes = _rows_by_input([requests[i] for i in members])
+        if len(wholes) == 1:
+            [row] = wholes
+            row.answers = [_Answer(members[a.request], a.tokens) for a in row.answers]
+        else:
+            row = _Row(context, 1, [_Answer(i, requests[i].continuation[:1]) for i in members])
+            row.after = [
+                _rest(whole, len(context), members) for whole in wholes if whole.n_scored > 1
+            ]
+        rows.append(row)
+    return rows
+
+
+def _rest(whole: _Row, n_context: int, members: Sequence[int]) -> _Row:
+    """Return what follows the context in a row; the context's own logits tell the first token."""
+    answers = [_Answer(members[a.request], a.tokens[1:]) for a in whole.answers]
+    return _Row(whole.tokens[n_context:], whole.n_scored - 1, answers)
+
+
+class _Scoring:
+    """One call of `score`."""
+
+    def __init__(
+        self, model: HookedHybrid, batching: Batching, on_scored: Callable[[int], Any]
+    ) -> None:
+        self.model, self.batching, self.on_scored = model, batching, on_scored
+        self.scores: dict[int, Score] = {}
+
+    def family(self, rows: list[_Row], state: HybridState | None, n_read: int) -> None:
+        """Score rows that begin alike; `state`, of one row, stands after their first `n_read`."""
+        loose: list[_Row] = []
+        for members in _alike(rows, n_read + LONG_BEGINNING):
+            if len(members) < FAMILY:
+                loose += members
+                continue
+            shared = _common_start(members[0].beginning, members[-1].beginning)
+            tokens = torch.tensor([shared[n_read:]], device=self.model.device)
+            _, after = self.model(
+                tokens, return_type=None, state=state, return_state=True, stage="prefill"
+            )
+            self.family(members, after, len(shared))
+        self.batches(loose, state, n_read)
+
+    def batches(self, rows: list[_Row], state: HybridState | None, n_read: int) -> None:
+        """Score rows from a state of one row, those of a length together."""
+        for _, found in self.batching.run(
+            rows, lambda row: len(row.tokens), lambda batch: self._batch(batch, state, n_read)
+        ):
+            self.scores.update(found)
+            self.on_scored(len(found))
+
+    def _batch(
+        self, rows: Sequence[_Row], state: HybridState | None, n_read: int
+    ) -> dict[int, Score]:
+        """Return the scores of the requests that one forward, and those from its state, answer."""
+        start = None if state is None else state.fork(len(rows))
+        wants_state = any(row.after for row in rows)
+        inputs = [row.tokens[n_read:] for row in rows]
+        found, after = self._forward(rows, inputs, start, wants_state)
+        rest = [(i, row) for i, first in enumerate(rows) for row in first.after]
+        for part in _parts(rest, self.batching.n_rows):
+            assert after is not None
+            states = after[[i for i, _ in part]]
+            tails = [row for _, row in part]
+            more, _ = self._forward(tails, [row.tokens for row in tails], states, False)
+            for i, (logprob, is_greedy) in more.items():
+                found[i] = Score(found[i].logprob + logprob, found[i].is_greedy and is_greedy)
+        return found
+
+    def _forward(
+        self,
+        rows: Sequence[_Row],
+        inputs: Sequence[Tokens],
+        state: HybridState | None,
+        wants_state: bool,
+    ) -> tuple[dict[int, Score], HybridState | None]:
+        tokens, mask = pad_rows(inputs, pad=0, padding_side="left")
+        out = self.model(
+            tokens.to(self.model.device),
+            attention_mask=mask,
+            state=state,
+            return_state=wants_state,
+            stage="prefill",
+            # A hook that wants the whole input is given all of its logits too.
+            logits_to_keep=max(row.n_scored for row in rows) if self.batching.may_pad else None,
+        )
+        logits, after = out if wants_state else (out, None)
+        found: dict[int, Score] = {}
+        for row, its_logits in zip(rows, logits, strict=True):
+            found.update(_read_off(its_logits[-row.n_scored :], row.answers))
+        return found, after
+
+
+def _read_off(logits: Float[Tensor, "pos d_vocab"], answers: Sequence[_Answer]) -> dict[int, Score]:
+    """Return the scores of several continuations under the same logits, in fp32."""
+    parts = [part.float() for part in logits.split(POSITIONS)]
+    norm = torch.cat([part.logsumexp(-1) for part in parts])
+    best = torch.cat([part.argmax(-1) for part in parts])
+    found = {}
+    for request, tokens in answers:
+        ids = torch.tensor(tokens, device=logits.device)
+        own = logits.gather(-1, ids[:, None])[:, 0].float() - norm
+        found[request] = Score(float(own.double().sum()), bool((best == ids).all()))
+    return found
+
+
+def _alike(rows: Sequence[_Row], n: int) -> Iterator[list[_Row]]:
+    """Yield rows in families whose first `n` tokens are the same and not asked about."""
+    families: dict[Any, list[_Row]] = {}
+    for row in sorted(rows, key=lambda row: row.beginning):
+        start = row.beginning[:n]
+        key = start if len(start) == n else ("alone", len(families))
+        families.setdefault(key, []).append(row)
+    yield from families.values()
+
+
+def _common_start(a: Tokens, b: Tokens) -> Tokens:
+    """Return what two rows begin with; of sorted rows, the first and last share it with all."""
+    n = min(len(a), len(b))
+    return a[: next((i for i in range(n) if a[i] != b[i]), n)]
+
+
+def _parts(values: Sequence[Any], n: int) -> Iterator[Sequence[Any]]:
+    for start in range(0, len(values), n):
+        yield values[start : start + n]
+
+
+__all__ = ["Request", "Score", "score", "truncated"]
