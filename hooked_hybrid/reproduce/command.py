@@ -1,0 +1,241 @@
+"""`hooked-hybrid reproduce`: a paper's tables and figures, one after the other, on a model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+import typer
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+from tqdm.auto import tqdm
+
+from hooked_hybrid.cli import command_line, explained
+from hooked_hybrid.model import HookedHybrid
+from hooked_hybrid.niah import command as niah_command
+from hooked_hybrid.niah.prompts import Haystack
+from hooked_hybrid.packaged import packaged_models
+from hooked_hybrid.reproduce.catalogue import items_of, runs_of
+from hooked_hybrid.reproduce.claims import TITLES, Item, Paper, subject_of
+from hooked_hybrid.reproduce.evidence import Evidence
+from hooked_hybrid.reproduce.language import measured
+from hooked_hybrid.reproduce.recipe import (
+    PACKAGED,
+    PAPERS,
+    QUICK,
+    Recipe,
+    Size,
+    recipe_for,
+)
+from hooked_hybrid.reproduce.report import Judged, counted, verdict_of, write_item, write_report
+from hooked_hybrid.reproduce.runs import check, perform
+
+
+def _option(text: str, *names: str, **settings: Any) -> Any:
+    return typer.Option(*names, help=text, **settings)
+
+
+PaperName = Annotated[Paper, _option("Which one: --paper thesis2025.")]
+Only = Annotated[
+    list[str] | None,
+    _option("Some tables or figures: --only 'Table 6.1'.", show_default="all of the paper"),
+]
+ListItems = Annotated[
+    bool, _option("List the paper's tables and figures, run nothing: --list.", "--list")
+]
+Quick = Annotated[
+    bool, _option("So few prompts that it only shows that all runs: --quick.", "--quick")
+]
+HeldOut = Annotated[
+    int | None,
+    _option(
+        "Needles of each seed beside the paper's: --held-out 5.",
+        min=1,
+        show_default="3 for a packaged model, else 2",
+    ),
+]
+Seeds = Annotated[
+    int | None, _option("Haystacks and sets of needles: --seeds 3.", min=2, show_default="2")
+]
+FirstTokenStage = Annotated[
+    Literal["prefill", "generation"] | None,
+    _option(
+        "Stage that chooses the first new token: --first-token prefill.",
+        "--first-token",
+        show_default="as the papers' programs for this kind of model",
+    ),
+]
+Lengths = Annotated[
+    list[int] | None,
+    _option(
+        "Tokens of a prompt: --lengths 256 --lengths 512.",
+        show_default="up to twice the window: 10, or 6 for a packaged model",
+    ),
+]
+Depths = Annotated[
+    list[float] | None,
+    _option(
+        "Share of the haystack before the needle: --depths 0 --depths 0.5.",
+        show_default="from 0 to 1: 10, or 5 for a packaged model",
+    ),
+]
+ThesisDepth = Annotated[
+    bool | None,
+    _option(
+        "Whether maps count depth from the end.",
+        "--thesis-depth/--no-thesis-depth",
+        show_default="as the paper does",
+    ),
+]
+IncludePath = Annotated[
+    Path | None,
+    _option(
+        "Folder of tasks in lm-eval's format; a group glue or mmlu there is read in place of "
+        "lm-eval's: --include-path tasks/."
+    ),
+]
+Out = Annotated[Path, _option("Folder of the results, new or empty: --out results/thesis.")]
+
+
+def reproduce(
+    paper: PaperName,
+    model: niah_command.Model = "tiny-griffin",
+    only: Only = None,
+    list_items: ListItems = False,
+    quick: Quick = False,
+    lengths: Lengths = None,
+    depths: Depths = None,
+    held_out: HeldOut = None,
+    seeds: Seeds = None,
+    haystack: niah_command.HaystackPath = None,
+    template: niah_command.Template = "base",
+    first_token: FirstTokenStage = None,
+    include_path: IncludePath = None,
+    thesis_depth: ThesisDepth = None,
+    device: niah_command.Device = "cpu",
+    dtype: niah_command.Dtype = "float32",
+    out: Out = Path("results/reproduce"),
+    resume: niah_command.Resume = False,
+    threads: niah_command.Threads = None,
+) -> None:
+    """Run a paper's tables and figures on a model, and say of each whether the model shows it.
+
+    Writes report.md, with the published value, ours and one of three verdicts for every claim, a
+    picture and a table for each item, and claims.csv. It may be stopped at any time; the same
+    command with --resume goes on.
+
+    Example: hooked-hybrid reproduce --paper thesis2025 --model tiny-jamba --out results/thesis
+    """
+    with explained(kept=str(out)):
+        items = items_of(paper, only or [])
+        if list_items:
+            _list(paper, items)
+            return
+        hybrid = niah_command.loaded(model, device, dtype)
+        torch.set_num_threads(threads or niah_command.default_threads(hybrid))
+        documents = () if haystack is None else Haystack.read(haystack).documents
+        recipe = recipe_for(
+            hybrid,
+            _size(model, quick),
+            lengths=lengths,
+            depths=depths,
+            n_held_out=held_out,
+            n_seeds=seeds,
+            template=template,
+            first_token=first_token,
+            documents=documents,
+        )
+        check([run for item in items for run in runs_of(item)], hybrid, recipe, documents)
+        recipe.save(out, paper, resume)
+        evidence = Evidence(
+            name=model,
+            subject=subject_of(model, hybrid.cfg),
+            cfg=hybrid.cfg,
+            recipe=recipe,
+            tables={},
+            losses={},
+            thesis_depth=paper == "thesis2025" if thesis_depth is None else thesis_depth,
+        )
+        done = walk(items, hybrid, recipe, evidence, out, documents, include_path)
+        card = niah_command.model_card(hybrid, model)
+        page = write_report(paper, done, evidence, card, out, command_line())
+        _show(done, evidence, page)
+
+
+def walk(
+    items: Sequence[Item],
+    model: HookedHybrid,
+    recipe: Recipe,
+    evidence: Evidence,
+    folder: Path,
+    documents: Sequence[str] = (),
+    include_path: Path | None = None,
+    *,
+    verbose: bool = True,
+) -> list[Judged]:
+    """Run what each item needs, once for all of them, and write the item; return what was found.
+
+    Args:
+        items: tables and figures, in order.
+        model: with a tokenizer.
+        recipe: what the runs depend on.
+        evidence: gets the cells of every run.
+        folder: gets a folder "runs", and each item's files.
+        documents: what the haystack is made of.
+        include_path: see `language.measured`.
+        verbose: show progress bars.
+
+    Raises:
+        ValueError: the folder holds another experiment.
+        OSError: the results cannot be written.
+    """
+    runs = folder / "runs"
+    done = []
+    with tqdm(items, unit="item", disable=not verbose, position=0) as bar:
+        for item in bar:
+            bar.set_description(item.name)
+            for run in runs_of(item):
+                if run not in evidence.tables:
+                    bar.set_postfix_str(run)
+                    table, text = perform(run, model, recipe, runs, documents, verbose=verbose)
+                    evidence.tables[run] = table
+                    if text is not None:
+                        evidence.losses[run] = text
+            for suite in item.suites:
+                if suite not in evidence.language:
+                    bar.set_postfix_str(suite)
+                    about = (suite, model, evidence.name, runs, recipe.n_documents)
+                    evidence.language[suite] = measured(*about, include_path, bar.write)
+            done.append(write_item(item, evidence, folder))
+    return done
+
+
+def _size(name: str, quick: bool) -> Size:
+    return QUICK if quick else PACKAGED if name in packaged_models() else PAPERS
+
+
+def _list(paper: Paper, items: Sequence[Item]) -> None:
+    shown = Table(title=TITLES[paper], box=SIMPLE_HEAD)
+    for heading in ("item", "what it shows", "claims", "runs"):
+        shown.add_column(heading, no_wrap=heading == "item")
+    for item in items:
+        runs = ", ".join(runs_of(item)) or "none"
+        shown.add_row(item.name, item.shows, str(len(item.claims)), runs)
+    Console().print(shown)
+
+
+def _show(done: Sequence[Judged], evidence: Evidence, page: Path) -> None:
+    console = Console()
+    shown = Table(box=SIMPLE_HEAD)
+    for heading in ("item", "verdict", "claims"):
+        shown.add_column(heading)
+    for entry in done:
+        shown.add_row(entry.item.name, verdict_of(entry, evidence), counted(entry))
+    console.print(shown)
+    console.print(f"report  {page}", markup=False, highlight=False, soft_wrap=True)
+
+
+__all__ = ["reproduce", "walk"]

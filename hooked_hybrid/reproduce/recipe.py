@@ -1,0 +1,250 @@
+"""What a reproduction runs on: prompts, needles and seeds, the same for every table and figure."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from hooked_hybrid.config import MambaConfig, RGLRUConfig
+from hooked_hybrid.model import HookedHybrid
+from hooked_hybrid.niah.command import ROOM, longest_prompt
+from hooked_hybrid.niah.needles import PAPER, Needle, held_out_needles
+from hooked_hybrid.niah.plots import replacing
+from hooked_hybrid.niah.prompts import (
+    Haystack,
+    Prompt,
+    default_depths,
+    default_lengths,
+    grid,
+    shortest_length,
+)
+from hooked_hybrid.niah.sweep import FirstToken, fingerprint
+
+FILE = "recipe.json"
+_FIRST_TOKEN: dict[type, FirstToken] = {RGLRUConfig: "generation", MambaConfig: "prefill"}
+"""As the papers ran each: Google's sampler makes the last prompt token a step, transformers not."""
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much is run: lengths and depths, and a seed's held-out needles beside the paper's.
+
+    Every seed has a haystack and held-out needles of its own. `n_draws` is how many sets of heads
+    are drawn as controls, `n_texts` on how many texts the loss of language is measured,
+    `n_documents` how many documents of a benchmark's task are read (None is all).
+    """
+
+    n_lengths: int
+    n_depths: int
+    n_held_out: int
+    n_seeds: int
+    n_draws: int
+    n_texts: int
+    max_new_tokens: int
+    n_documents: int | None
+
+
+PAPERS = Size(10, 10, 2, 2, 10, 12, 60, None)
+"""The papers' ten lengths and ten depths, with more needles and seeds than they had."""
+PACKAGED = Size(6, 5, 3, 2, 8, 12, 40, 20)
+"""For the models that come with the package: some twenty minutes on one core."""
+QUICK = Size(2, 2, 1, 2, 2, 2, 24, 2)
+"""To see that everything runs; too little to conclude from."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """All that the numbers depend on; `prompts` and the runs follow from it.
+
+    Args:
+        model: `niah.sweep.fingerprint` of it.
+        dtype: of its weights.
+        lengths: tokens of the prompts.
+        depths: shares of the haystack before the needle.
+        n_held_out: needles beside the paper's, other ones for each seed.
+        seeds: of haystacks and needles; two or more.
+        n_draws, n_texts, max_new_tokens, n_documents: see `Size`.
+        template: of `niah.prompts`.
+        first_token: stage that chooses the first new token.
+        haystack: hash of the documents, "generated" where there are none.
+    """
+
+    model: str
+    dtype: str
+    lengths: tuple[int, ...]
+    depths: tuple[float, ...]
+    n_held_out: int
+    seeds: tuple[int, ...]
+    n_draws: int
+    n_texts: int
+    max_new_tokens: int
+    n_documents: int | None
+    template: str
+    first_token: FirstToken
+    haystack: str
+
+    def needles(self, seed: int) -> list[Needle]:
+        """Return the paper's needle and the held-out ones of a seed.
+
+        Raises:
+            ValueError: there are not so many.
+        """
+        known, start = held_out_needles(), self.seeds.index(seed) * self.n_held_out
+        if start + self.n_held_out > len(known):
+            raise ValueError(
+                f"{len(self.seeds)} seeds of {self.n_held_out} held-out needles each: there are "
+                f"{len(known)} in all, give fewer"
+            )
+        return [PAPER, *known[start : start + self.n_held_out]]
+
+    def save(self, folder: Path, paper: str, resume: bool) -> None:
+        """Write recipe and paper into a new folder, or check that those there are the same.
+
+        Raises:
+            FileExistsError: the folder is not empty and `resume` is false.
+            ValueError: the folder holds another recipe, or none.
+        """
+        path, now = folder / FILE, json.loads(json.dumps({"paper": paper, **asdict(self)}))
+        if folder.is_dir() and any(folder.iterdir()):
+            if not resume:
+                raise FileExistsError(
+                    f"{folder} is not empty: go on with --resume, or give another --out"
+                )
+            before = _read(path)
+            changed = [key for key in {**before, **now} if before.get(key) != now.get(key)]
+            if changed:
+                raise ValueError(
+                    f"{folder} was made by another recipe: {', '.join(changed)} differ; give "
+                    "another --out, nothing is overwritten"
+                )
+            return
+        with replacing(path) as temporary:
+            temporary.write_text(json.dumps(now, indent=1) + "\n", encoding="utf-8")
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{path.parent} holds files of something else ({path.name} cannot be read): give "
+            "another --out"
+        ) from error
+    return found
+
+
+def recipe_for(
+    model: HookedHybrid,
+    size: Size,
+    *,
+    lengths: Sequence[int] | None = None,
+    depths: Sequence[float] | None = None,
+    n_held_out: int | None = None,
+    n_seeds: int | None = None,
+    template: str = "base",
+    first_token: FirstToken | None = None,
+    documents: Sequence[str] = (),
+) -> Recipe:
+    """Return the recipe of a size for a model, with what is given in place of the size's own.
+
+    Lengths are evenly spaced up to `niah.command.longest_prompt`; the first one has room for a
+    context given twice. The first token is chosen as the papers' programs for this kind of model
+    did.
+
+    Raises:
+        ValueError: one seed, or lengths that cannot hold a needle twice.
+    """
+    n_seeds = size.n_seeds if n_seeds is None else n_seeds
+    n_held_out = size.n_held_out if n_held_out is None else n_held_out
+    if n_seeds < 2 or n_held_out < 1:
+        raise ValueError(
+            f"--seeds {n_seeds}, --held-out {n_held_out}: give two seeds and one held-out needle "
+            "or more, an interval needs them"
+        )
+    kinds = {type(layer.mixer) for layer in model.cfg.layers}
+    as_theirs: list[FirstToken] = [s for kind, s in _FIRST_TOKEN.items() if kind in kinds]
+    return Recipe(
+        model=fingerprint(model),
+        dtype=str(model.dtype),
+        lengths=tuple(lengths or _lengths(model, size.n_lengths, template)),
+        depths=tuple(depths or default_depths(size.n_depths)),
+        n_held_out=n_held_out,
+        seeds=tuple(range(n_seeds)),
+        n_draws=size.n_draws,
+        n_texts=size.n_texts,
+        max_new_tokens=size.max_new_tokens,
+        n_documents=size.n_documents,
+        template=template,
+        first_token=first_token or (as_theirs[0] if as_theirs else "prefill"),
+        haystack=_hash(documents),
+    )
+
+
+def _lengths(model: HookedHybrid, n: int, template: str) -> list[int]:
+    longest = longest_prompt(model.cfg)
+    needles = [PAPER, *held_out_needles()]
+    needed = max(shortest_length(model, needle, template, True) for needle in needles) + ROOM
+    usual = default_lengths(longest, n)
+    if needed > longest:
+        raise ValueError(
+            f"a context given twice takes {needed} tokens, the longest prompt by default is "
+            f"{longest}: give --lengths"
+        )
+    return usual if usual[0] >= needed else default_lengths(longest, n, shortest=needed)
+
+
+def prompts_of(
+    model: HookedHybrid,
+    recipe: Recipe,
+    documents: Sequence[str] = (),
+    *,
+    read_twice: bool = False,
+    thinned: bool = False,
+) -> dict[int, list[Prompt]]:
+    """Return the prompts of each seed.
+
+    Args:
+        model: gives the tokenizer.
+        recipe: lengths, depths, needles and seeds.
+        documents: what the haystack is made of; each seed begins at another paragraph.
+        read_twice: give the context twice.
+        thinned: every second length, from the longest down, and every second depth, where there
+            are more than three.
+
+    Raises:
+        ValueError: documents too short to begin elsewhere, or see `niah.prompts.grid`.
+    """
+    lengths, depths = recipe.lengths, recipe.depths
+    if thinned:
+        lengths, depths = _every_second(lengths[::-1])[::-1], _every_second(depths)
+    pieces = [p.strip() for text in documents for p in re.split(r"\n\s*\n", text) if p.strip()]
+    if pieces and len(pieces) < len(recipe.seeds):
+        raise ValueError(
+            f"--haystack: {len(pieces)} paragraphs for {len(recipe.seeds)} seeds; give a longer "
+            "text, in paragraphs"
+        )
+    found = {}
+    for i, seed in enumerate(recipe.seeds):
+        at = i * len(pieces) // len(recipe.seeds)
+        hay = Haystack(seed, (*pieces[at:], *pieces[:at]))
+        needles = recipe.needles(seed)
+        found[seed] = grid(model, needles, lengths, depths, hay, recipe.template, read_twice)
+    return found
+
+
+def _every_second(values: tuple[Any, ...]) -> tuple[Any, ...]:
+    return values[::2] if len(values) > 3 else values
+
+
+def _hash(documents: Sequence[str]) -> str:
+    if not documents:
+        return "generated"
+    return hashlib.sha256("\n\n".join(documents).encode()).hexdigest()[:16]
+
+
+__all__ = ["PACKAGED", "PAPERS", "QUICK", "Recipe", "Size", "prompts_of", "recipe_for"]

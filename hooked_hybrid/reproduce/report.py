@@ -1,0 +1,257 @@
+"""One page with every table and figure: published, ours, and one of three verdicts."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+
+from hooked_hybrid.niah.plots import replacing, save_figure
+from hooked_hybrid.niah.report import CAUTION, SMALL_MARGIN, versions
+from hooked_hybrid.reproduce.claims import (
+    TITLES,
+    Finding,
+    Item,
+    Paper,
+    Verdict,
+    judged,
+    said,
+    together,
+)
+from hooked_hybrid.reproduce.controls import CONTROLS
+from hooked_hybrid.reproduce.evidence import Evidence
+from hooked_hybrid.reproduce.figures import value_rows
+
+PAGE = "report.md"
+_HOW_TO_READ = """\
+- **Verdicts.** "{subject} shows it" or "does not show it" is said of this model and these prompts
+  and of nothing else. A claim is shown only where its whole 95% interval is on the claimed side, so
+  that "does not show it" may mean undecided; then the table says so. An item shows it where each of
+  its tested claims is shown. "Untested on real weights": nothing here could test it. {caution}
+- **Accuracy** is the mean graded score / 5 (thesis, Table 2.1). **Intervals** are bootstraps
+  clustered by needle; one of no width means that all needles were alike. "By seed": each seed has a
+  haystack and held-out needles of its own, and the paper's needle too.
+- **Heads.** A claim about k of a published model's heads is asked of as large a share here.
+- **Predictions** are for the published weights run with this code, written before anyone ran them.
+"""
+
+
+@dataclass(frozen=True)
+class Judged:
+    """An item with the verdict and finding of each claim, and its files."""
+
+    item: Item
+    verdicts: tuple[Verdict, ...]
+    findings: tuple[Finding, ...]
+    picture: Path | None
+    table: Path | None
+
+    @property
+    def verdict(self) -> Verdict:
+        """The one verdict on the item."""
+        return together(self.verdicts)
+
+
+def write_item(item: Item, evidence: Evidence, folder: Path) -> Judged:
+    """Judge an item and write its picture (PNG and PDF) and its table (CSV).
+
+    Raises:
+        OSError: a file cannot be written.
+    """
+    found = [judged(claim, evidence) for claim in item.claims]
+    base, picture, table = folder / _slug(item.name), None, None
+    if item.draw is not None and (figure := item.draw(evidence)) is not None:
+        picture = save_figure(figure, base)[0]
+    if rows := _values(item, evidence):
+        headings, lines = rows
+        table = base.with_suffix(".csv")
+        with replacing(table) as temporary:
+            pd.DataFrame(lines, columns=headings).to_csv(temporary, index=False)
+    verdicts, findings = zip(*found, strict=True)
+    return Judged(item, verdicts, findings, picture, table)
+
+
+def write_report(
+    paper: Paper,
+    done: Sequence[Judged],
+    evidence: Evidence,
+    card: Mapping[str, str],
+    folder: Path,
+    command: str,
+) -> Path:
+    """Write `report.md` and `claims.csv`, each whole or not at all; return the page.
+
+    Args:
+        paper: whose items these are.
+        done: items, in order.
+        evidence: what they were judged by.
+        card: facts about the model, by name.
+        folder: gets the files.
+        command: the command line.
+
+    Raises:
+        OSError: a file cannot be written.
+    """
+    with replacing(folder / "claims.csv") as temporary:
+        _claims(done, evidence).to_csv(temporary, index=False)
+    parts = [
+        f"# {TITLES[paper]}: tables and figures, run on {evidence.name}",
+        _HOW_TO_READ.format(subject=_upper(evidence.subject), caution=CAUTION),
+        "## All items\n\n" + _overview(done, evidence),
+        *(_section(entry, evidence) for entry in done),
+        *_controls(done, evidence),
+        "## What was run\n\n" + _what_was_run(evidence, card, command),
+    ]
+    page = folder / PAGE
+    with replacing(page) as temporary:
+        temporary.write_text("\n\n".join(part.strip() for part in parts) + "\n", encoding="utf-8")
+    return page
+
+
+def verdict_of(entry: Judged, evidence: Evidence) -> str:
+    """Return an item's verdict in words, with how many of its claims are of which kind."""
+    subjects = {claim.subject or evidence.subject for claim in entry.item.claims}
+    return said(entry.verdict, subjects.pop() if len(subjects) == 1 else evidence.subject)
+
+
+def counted(entry: Judged) -> str:
+    """Return how many claims of an item were shown, of those tested, and how many were not."""
+    of = Counter(entry.verdicts)
+    tested = of[Verdict.SHOWN] + of[Verdict.NOT_SHOWN]
+    parts = [f"{of[Verdict.SHOWN]} of {tested} shown"] if tested else []
+    parts += [f"{of[Verdict.UNTESTED]} untested"] if of[Verdict.UNTESTED] else []
+    return ", ".join(parts)
+
+
+def markdown(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a Markdown table."""
+    lines = [headings, ["---"] * len(headings), *rows]
+    return "\n".join(
+        "| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines
+    )
+
+
+def _values(item: Item, evidence: Evidence) -> tuple[list[str], list[list[str]]] | None:
+    """Return the item's own table, or the figures of every setting of its runs."""
+    if item.rows is not None:
+        return item.rows(evidence)
+    rows = [
+        [run, *line]
+        for run in item.runs
+        for line in value_rows(evidence, run, list(evidence.tables[run]["setting"].unique()))
+    ]
+    return (
+        (["run", "setting", "accuracy", "inside the window", "beyond it"], rows) if rows else None
+    )
+
+
+def _claims(done: Sequence[Judged], evidence: Evidence) -> pd.DataFrame:
+    return pd.DataFrame(
+        {
+            "item": entry.item.name,
+            "claim": claim.text,
+            "about": claim.about,
+            "published": claim.published,
+            "ours": finding.ours,
+            "note": finding.note,
+            "verdict": said(verdict, claim.subject or evidence.subject),
+            "prediction": claim.prediction,
+        }
+        for entry in done
+        for claim, verdict, finding in zip(
+            entry.item.claims, entry.verdicts, entry.findings, strict=True
+        )
+    )
+
+
+def _overview(done: Sequence[Judged], evidence: Evidence) -> str:
+    rows = [
+        [
+            f"[{entry.item.name}](#{entry.item.name.lower().replace(' ', '-').replace('.', '')})",
+            entry.item.shows,
+            f"**{verdict_of(entry, evidence)}**",
+            counted(entry),
+        ]
+        for entry in done
+    ]
+    return markdown(["item", "what it shows", "verdict", "claims"], rows)
+
+
+def _section(entry: Judged, evidence: Evidence) -> str:
+    item, table = entry.item, _claims([entry], evidence)
+    rows = [
+        [
+            line["claim"],
+            line["about"],
+            line["published"],
+            "<br>".join(filter(None, (line["ours"], line["note"]))),
+            line["verdict"],
+        ]
+        for line in table.to_dict("records")
+    ]
+    head = f"{item.shows} **Verdict: {verdict_of(entry, evidence)}** ({counted(entry)})."
+    parts = [f"## {item.name}", f"{head} {item.note}".strip()]
+    parts.append(markdown(["claim", "about", "published", "ours", "verdict"], rows))
+    if entry.picture is not None:
+        parts.append(f"![{item.name}]({entry.picture.name})")
+    parts.append(
+        "Prediction for the published weights, claim by claim:\n\n"
+        + "\n".join(f"{i}. {claim.prediction}" for i, claim in enumerate(item.claims, 1))
+    )
+    if item.controls:
+        lines = (CONTROLS[name].line(evidence) for name in item.controls)
+        parts.append("Controls:\n\n" + "\n".join(f"- {line}." for line in lines))
+    if values := _values(item, evidence):
+        parts.append(_folded(f"{len(values[1])} values", markdown(*values)))
+    return "\n\n".join(parts)
+
+
+def _controls(done: Sequence[Judged], evidence: Evidence) -> list[str]:
+    names = dict.fromkeys(name for entry in done for name in entry.item.controls)
+    tables = [
+        f"### {control.title}\n\n{_folded('values', markdown(*control.rows(evidence)))}"
+        for control in (CONTROLS[name] for name in names)
+    ]
+    return ["## Controls", *tables] if tables else []
+
+
+def _what_was_run(evidence: Evidence, card: Mapping[str, str], command: str) -> str:
+    recipe = evidence.recipe
+    close = sum(int((t["min_margin"] < SMALL_MARGIN).sum()) for t in evidence.tables.values())
+    facts = {
+        **card,
+        "prompts": f"{len(recipe.lengths)} lengths ({_listed(recipe.lengths)} tokens) x "
+        f"{len(recipe.depths)} depths ({_listed(round(100 * d) for d in recipe.depths)}%) x "
+        f"{1 + recipe.n_held_out} needles (the paper's and {recipe.n_held_out} held-out ones) x "
+        f"{len(recipe.seeds)} seeds; for controls every second length and depth, of four or more",
+        "template, haystack": f"{recipe.template}, {recipe.haystack}",
+        "first new token": f"chosen in the {recipe.first_token} stage",
+        "cells": "; ".join(f"{run} {len(table):,}" for run, table in evidence.tables.items()),
+        "close calls": f"{close:,} cells chose a token by less than {SMALL_MARGIN:g} in its logit: "
+        "there a rounding may decide",
+        "versions": ", ".join(f"{name} {version}" for name, version in versions().items()),
+    }
+    shown = f"```\n{command}\n```\n\n" if command else ""
+    return shown + markdown(["", ""], [[name, value] for name, value in facts.items()])
+
+
+def _folded(title: str, text: str) -> str:
+    return f"<details><summary>{title}</summary>\n\n{text}\n\n</details>"
+
+
+def _listed(values: Iterable[int]) -> str:
+    return ", ".join(f"{value:,}" for value in values)
+
+
+def _upper(text: str) -> str:
+    return text[:1].upper() + text[1:]
+
+
+def _slug(name: str) -> str:
+    return "-".join("".join(c if c.isalnum() else " " for c in name.lower()).split())
+
+
+__all__ = ["PAGE", "Judged", "counted", "markdown", "verdict_of", "write_item", "write_report"]

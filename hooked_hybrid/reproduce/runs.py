@@ -1,0 +1,202 @@
+"""The sweeps that the papers' tables and figures share: each is run once, in its own folder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hooked_hybrid.hooked_root import HookSpec
+from hooked_hybrid.interventions import manipulate_span
+from hooked_hybrid.model import HookedHybrid
+from hooked_hybrid.niah.experiments import (
+    WHOLE,
+    control_settings,
+    heads_of,
+    layer_settings,
+    weight_matrix,
+)
+from hooked_hybrid.niah.language import text_loss, texts_of
+from hooked_hybrid.niah.plots import replacing
+from hooked_hybrid.niah.prompts import Prompt
+from hooked_hybrid.niah.settings import Hooks, Setting, top_k_settings
+from hooked_hybrid.niah.sweep import niah
+from hooked_hybrid.reproduce.recipe import Recipe, prompts_of
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+FEW = (0, 1, 2)
+"""Heads kept where the context is given twice, beside all of them: the papers' maps."""
+_CLEAR = 8
+"""Tokens of the template before the haystack, at most, which no control acts on."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """A sweep: which settings, on which of the recipe's prompts, and whether text is read too."""
+
+    settings: Callable[[HookedHybrid, Recipe], list[Setting]]
+    read_twice: bool = False
+    thinned: bool = False
+    text: bool = False
+
+
+def _top_k(model: HookedHybrid, recipe: Recipe) -> list[Setting]:  # noqa: ARG001
+    most = min(heads_of(model.cfg).values())
+    return top_k_settings(range(most, -1, -1))  # all first: the loss of text is set against it
+
+
+def _top_k_twice(model: HookedHybrid, recipe: Recipe) -> list[Setting]:  # noqa: ARG001
+    most = min(heads_of(model.cfg).values())
+    return top_k_settings([most, *(k for k in FEW if k < most)])
+
+
+def _controls(model: HookedHybrid, recipe: Recipe) -> list[Setting]:
+    most = min(heads_of(model.cfg).values())
+    ks = sorted({k for k in (round(0.2 * most), (most + 1) // 2) if 0 < k < most})
+    return control_settings(model.cfg, ks, recipe.n_draws)
+
+
+def _elsewhere(model: HookedHybrid, recipe: Recipe) -> list[Setting]:  # noqa: ARG001
+    return [WHOLE, *elsewhere_settings()]
+
+
+RUNS: dict[str, Run] = {
+    "top-k": Run(_top_k, text=True),
+    "top-k-twice": Run(_top_k_twice, read_twice=True),
+    "weights": Run(lambda *_: weight_matrix()),
+    "layers": Run(lambda model, _: layer_settings(model.cfg), thinned=True, text=True),
+    "controls": Run(_controls, thinned=True),
+    "elsewhere": Run(_elsewhere, thinned=True),
+}
+"""Every sweep by its name, which is that of its folder."""
+
+
+def elsewhere_settings() -> list[Setting]:
+    """Return omissions of weights as in `weight_matrix`, of other tokens than the needle's.
+
+    As many tokens of haystack, beside the needle: what an effect of the needle has to stand beside.
+    "Only" and "binary" silence all other tokens, so that they have no such control.
+    """
+    pairs = [("keep", "omit"), ("omit", "keep"), ("omit", "omit")]
+    return [
+        Setting(
+            f"{prefill}-{generation}",
+            _beside_needle(prefill),
+            _beside_needle(generation),
+            {
+                "kind": "weights beside the needle",
+                "prefill": prefill,
+                "generation": generation,
+                "stage": "generation" if prefill == "keep" else "both",
+            },
+        )
+        for prefill, generation in pairs
+    ]
+
+
+def span_beside(prompt: Prompt) -> tuple[int, int]:
+    """Return [start, stop) of haystack beside the needle, as long: before it, or after it.
+
+    Raises:
+        ValueError: the prompt holds no needle.
+    """
+    if not prompt.needle_spans:
+        raise ValueError(f"prompt {prompt.id} holds no needle, so that nothing is beside it")
+    start, stop = prompt.needle_spans[0]
+    n = stop - start
+    return (start - n, start) if start - n >= _CLEAR else (stop, stop + n)
+
+
+def _beside_needle(mode: str) -> Hooks:
+    if mode == "keep":
+        return ()
+
+    def hooks(prompt: Prompt) -> Sequence[HookSpec]:
+        return manipulate_span(mode, [span_beside(prompt)])  # type: ignore[arg-type]
+
+    return hooks
+
+
+def check(
+    names: Sequence[str], model: HookedHybrid, recipe: Recipe, documents: Sequence[str] = ()
+) -> None:
+    """Raise what would stop a run for want of heads, of room in prompts or of text; run nothing.
+
+    Raises:
+        ValueError: a model without attention, prompts that cannot be made, texts too short.
+    """
+    for run in (RUNS[name] for name in dict.fromkeys(names)):
+        run.settings(model, recipe)
+        prompts_of(model, recipe, documents, read_twice=run.read_twice, thinned=run.thinned)
+        if run.text:
+            texts_of(model, max(recipe.lengths), recipe.n_texts, documents)
+
+
+def perform(
+    name: str,
+    model: HookedHybrid,
+    recipe: Recipe,
+    folder: Path,
+    documents: Sequence[str] = (),
+    *,
+    verbose: bool = True,
+) -> tuple[pd.DataFrame, pd.DataFrame | None]:
+    """Return the cells of a run with their `seed`, and its losses of text where it has them.
+
+    What the folder holds of it is not run again; a stopped run goes on.
+
+    Args:
+        name: in `RUNS`.
+        model: with a tokenizer.
+        recipe: prompts, needles, seeds.
+        folder: gets a folder of the run's name.
+        documents: what haystack and texts are made of; none means generated.
+        verbose: show progress bars.
+
+    Raises:
+        ValueError: the folder holds another experiment, or prompts that cannot be made.
+        OSError: the results cannot be written.
+    """
+    run, own = RUNS[name], folder / name
+    by_seed = prompts_of(model, recipe, documents, read_twice=run.read_twice, thinned=run.thinned)
+    settings = run.settings(model, recipe)
+    table = niah(
+        model,
+        [prompt for prompts in by_seed.values() for prompt in prompts],
+        settings,
+        out=own,
+        resume=True,
+        max_new_tokens=recipe.max_new_tokens,
+        first_token_stage=recipe.first_token,
+        verbose=verbose,
+    )
+    seed_of = {p.id: seed for seed, prompts in by_seed.items() for p in prompts}
+    table["seed"] = table["prompt_id"].map(seed_of)
+    losses = None
+    if run.text:
+        losses = _losses(model, settings, recipe, own, documents, verbose)
+    return table, losses
+
+
+def _losses(
+    model: HookedHybrid,
+    settings: Sequence[Setting],
+    recipe: Recipe,
+    folder: Path,
+    documents: Sequence[str],
+    verbose: bool,
+) -> pd.DataFrame:
+    import pandas as pd
+
+    path, length = folder / "text_loss.csv", max(recipe.lengths)
+    if not path.exists():
+        losses = text_loss(model, settings, length, recipe.n_texts, documents, verbose=verbose)
+        with replacing(path) as temporary:
+            losses.to_csv(temporary, index=False)
+    return pd.read_csv(path)
+
+
+__all__ = ["FEW", "RUNS", "Run", "check", "elsewhere_settings", "perform", "span_beside"]
