@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     import typer
 
 _EXPERIMENTS = "hooked_hybrid.niah.experiment_commands"
+_ACCOUNTING = "hooked_hybrid.accounting.commands"
 COMMANDS = {
     "niah": "hooked_hybrid.niah.command",
     "read-twice": _EXPERIMENTS,
@@ -22,6 +23,11 @@ COMMANDS = {
     "heads": _EXPERIMENTS,
     "controls": _EXPERIMENTS,
     "static": _EXPERIMENTS,
+    "eval": "hooked_hybrid.evaluation.command",
+    "cached-state": "hooked_hybrid.niah.cached_state_command",
+    "parameters": _ACCOUNTING,
+    "compute": _ACCOUNTING,
+    "reproduce": "hooked_hybrid.reproduce.command",
 }
 """Commands, and the module whose function of the same name (- for _) each one is."""
 NEEDED = ("typer", "rich", "pandas", "matplotlib")
@@ -58,11 +64,12 @@ def _keep_commands_named() -> None:
 
 
 @contextmanager
-def explained(kept: str) -> Iterator[None]:
+def explained(kept: str | None) -> Iterator[None]:
     """Turn what can go wrong in a command into one red line and an exit code.
 
     Args:
         kept: where the results so far are, told to who interrupts a command; it takes `--resume`.
+            None where nothing is kept.
 
     Raises:
         typer.Exit: 1 after an error of input, memory or disk, 130 after Ctrl-C.
@@ -76,6 +83,9 @@ def explained(kept: str) -> Iterator[None]:
         _say(f"error: {' '.join(str(error).split()) or type(error).__name__}", "bold red")
         raise typer.Exit(1) from None
     except KeyboardInterrupt:
+        if kept is None:
+            _say("stopped", "yellow")
+            raise typer.Exit(INTERRUPTED) from None
         resumed = command_line() + ("" if "--resume" in sys.argv else " --resume")
         _say(f"stopped; what is done is in {kept}. To go on: {resumed}", "yellow")
         raise typer.Exit(INTERRUPTED) from None

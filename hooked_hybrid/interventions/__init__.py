@@ -11,6 +11,7 @@ from hooked_hybrid.interventions.ablation import (
     masks_of_rows,
     mean_over_tokens,
 )
+from hooked_hybrid.interventions.following import follow_span
 from hooked_hybrid.interventions.heads import (
     attention_to,
     best_heads,
@@ -29,6 +30,7 @@ from hooked_hybrid.interventions.recurrence import (
 from hooked_hybrid.interventions.rows import check_spans
 from hooked_hybrid.interventions.weights import boost_span, manipulate_span
 from hooked_hybrid.interventions.where import hook_at, on_rows
+from hooked_hybrid.interventions.window import knock_out_crossings, limit_window
 
 __all__ = [
     "ablate_heads",
@@ -40,15 +42,18 @@ __all__ = [
     "check_spans",
     "cut_heads",
     "edit_state",
+    "follow_span",
     "freeze",
     "freeze_state",
     "hook_at",
     "keep_heads",
     "keep_top_heads",
+    "knock_out_crossings",
     "knock_out_edges",
     "knock_out_state_edges",
     "l2_norm",
     "layers_of",
+    "limit_window",
     "manipulate_span",
     "masks_of_rows",
     "mean_over_tokens",

@@ -21,6 +21,8 @@ from hooked_hybrid.cli import command_line, explained
 from hooked_hybrid.model import HookedHybrid
 from hooked_hybrid.niah import command as niah_command
 from hooked_hybrid.niah.experiments import (
+    FOLLOW_MODES,
+    GENERATION_MODES,
     control_settings,
     head_settings,
     layer_settings,
@@ -61,6 +63,10 @@ HalfKs = Annotated[
 EveryK = Annotated[
     list[int] | None,
     typer.Option("--k", help="Heads kept in each layer: --k 2 --k 4.", show_default="each"),
+]
+Follow = Annotated[
+    bool,
+    typer.Option("--follow", help="Weights that move with the token being written, too: --follow."),
 ]
 FewDraws = Annotated[int, typer.Option(help="Random sets of each size: --draws 20.", min=0)]
 ScoredOn = Annotated[
@@ -150,12 +156,15 @@ def read_twice(model: HookedHybrid, k: FewKs = None) -> Plan:
 
 
 @experiment
-def weights(model: HookedHybrid) -> Plan:  # noqa: ARG001
+def weights(model: HookedHybrid, follow: Follow = False) -> Plan:  # noqa: ARG001
     """Change the attention weights on the needle, in prefill and in generation: the 5 x 4 matrix.
+
+    With --follow, generation also has weights on one token at a time, the one being written.
 
     Example: hooked-hybrid weights --model tiny-griffin --out results/weights
     """
-    return Plan(weight_matrix(), WEIGHTS, picture=weight_matrix_picture, title="Weights by stage")
+    settings = weight_matrix(generation=(*GENERATION_MODES, *(FOLLOW_MODES if follow else ())))
+    return Plan(settings, WEIGHTS, picture=weight_matrix_picture, title="Weights by stage")
 
 
 @experiment

@@ -17,6 +17,7 @@ from hooked_hybrid.interventions import (
     ablate_layers,
     attention_to,
     cut_heads,
+    follow_span,
     keep_top_heads,
     layers_of,
     manipulate_span,
@@ -28,6 +29,16 @@ from hooked_hybrid.niah.settings import Hooks, PerRow, Setting
 
 PREFILL_MODES = ("keep", "omit", "only", "binary", "null")
 GENERATION_MODES = ("keep", "omit", "only", "binary")
+FOLLOW_MODES: dict[str, dict[str, Any]] = {
+    f"follow {token}{name}": {"token": token, **options}
+    for token in ("next", "last")
+    for name, options in {
+        "": {},
+        ", mean": {"weight": "mean"},
+        ", rest": {"weight": "sum", "outside": "keep"},
+    }.items()
+}
+"""Manipulations that move with the token being written, and their options of `follow_span`."""
 WHOLE = Setting("whole", spec={"kind": "whole"})
 _MIXERS = {"attention": "attention", "rglru": "RG-LRU", "mamba": "Mamba"}
 
@@ -39,6 +50,8 @@ def weight_matrix(
 
     Settings with the same prefill share its run. Source: Michalak 2025, Table 6.1; there as here
     weights are not renormalised. (The thesis names them "generation-prefill".)
+
+    `FOLLOW_MODES` may stand in generation too; ours.
 
     Raises:
         ValueError: an unknown mode (when the sweep checks its hooks).
@@ -156,6 +169,10 @@ def _on_needle(mode: str) -> Hooks:
     """Return hooks that depend on where the needle is; the same object for every prompt."""
     if mode == "keep":
         return ()
+    if mode in FOLLOW_MODES:
+        options = FOLLOW_MODES[mode]
+        # The last token of the prompt writes the first of the answer.
+        return lambda prompt: follow_span(list(_spans(prompt)), prompt.length - 1, **options)
     return lambda prompt: manipulate_span(mode, list(_spans(prompt)))  # type: ignore[arg-type]
 
 
@@ -191,6 +208,7 @@ def heads_of(cfg: HybridConfig) -> dict[int, int]:
 
 
 __all__ = [
+    "FOLLOW_MODES",
     "GENERATION_MODES",
     "PREFILL_MODES",
     "WHOLE",

@@ -104,7 +104,8 @@ def weight_matrix_picture(table: pd.DataFrame) -> Figure:
     modes = [name.split("-") for name in cells["setting"].unique()]
     down, across = (list(dict.fromkeys(pair)) for pair in zip(*modes, strict=True))
     colors = LinearSegmentedColormap.from_list("accuracy", COLORS)
-    figure = new_figure(1.5 + 3.6 * len(panels), 4.2)
+    is_wide = len(across) > 5
+    figure = new_figure(1.5 + max(3.6, 0.62 * len(across)) * len(panels), 5.0 if is_wide else 4.2)
     image = None
     for axes, (title, mask) in zip(
         figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True
@@ -114,11 +115,13 @@ def weight_matrix_picture(table: pd.DataFrame) -> Figure:
         image = axes.imshow(values, vmin=0, vmax=1, cmap=colors)
         for (i, j), value in np.ndenumerate(values):
             axes.text(j, i, f"{100 * value:.1f}", ha="center", va="center", fontsize=9)
-        axes.set_xticks(range(len(across)), across)
+        turned: Any = {"rotation": 45, "ha": "right"} if is_wide else {}
+        axes.set_xticks(range(len(across)), across, **turned)
         axes.set_yticks(range(len(down)), down)
         axes.set(title=title, xlabel="in generation", ylabel="in prefill")
     assert image is not None  # there is a panel
-    figure.colorbar(image, ax=figure.axes, label="accuracy (mean score / 5)")
+    shrink = 0.6 if is_wide else 1.0
+    figure.colorbar(image, ax=figure.axes, label="accuracy (mean score / 5)", shrink=shrink)
     return figure
 
 

@@ -28,8 +28,8 @@ from hooked_hybrid.config import AttentionConfig
 from hooked_hybrid.hooked_root import HookSpec
 from hooked_hybrid.hooks import is_per_position
 from hooked_hybrid.model import HookedHybrid
+from hooked_hybrid.niah.cells import cell_of
 from hooked_hybrid.niah.prompts import Prompt
-from hooked_hybrid.niah.scores import binary, graded, released
 from hooked_hybrid.niah.settings import (
     Setting,
     depends_on_prompt,
@@ -229,10 +229,10 @@ class _Group:
             found: dict[tuple[str, str], tuple[str, int, float]] = {}
             for batch, run in zip(batches, prefilled, strict=True):
                 found |= self._decode(batch, list(islice(run, len(part))))
-            n_cells = len(part) * len(self.settings)
+            n_cells, window = len(part) * len(self.settings), shortest_window(self.model)
             seconds = (time.perf_counter() - start) / n_cells
             yield [
-                self._cell(prompt, s, *found[prompt.id, s.name], seconds)
+                cell_of(prompt, s, *found[prompt.id, s.name], seconds, window)
                 for prompt in part
                 for s in self.settings
             ]
@@ -318,44 +318,6 @@ class _Group:
         return {
             (prompt.id, setting.name): (out.text[i], n_new[i], margins[i])
             for i, (setting, prompt) in enumerate(rows)
-        }
-
-    def _cell(
-        self,
-        prompt: Prompt,
-        setting: Setting,
-        output: str,
-        n_new: int,
-        margin: float,
-        seconds: float,
-    ) -> dict[str, Any]:
-        needle, spans = prompt.needle, prompt.needle_spans
-        window = shortest_window(self.model)
-        seen = window is None or (bool(spans) and spans[-1][0] >= prompt.length - window)
-        score = graded(output, needle) if needle else None
-        return {
-            "prompt_id": prompt.id,
-            "setting": setting.name,
-            "stage": setting.spec.get("stage", "both" if setting.prefill else "generation"),
-            "k": setting.spec.get("k"),
-            "needle_id": prompt.needle_id,
-            "city": needle.city if needle else None,
-            "template": prompt.template,
-            "read_twice": prompt.read_twice,
-            "n_distractors": prompt.n_distractors,
-            "length": prompt.length,
-            "depth": prompt.depth,
-            "needle_start": spans[0][0] if spans else None,
-            "needle_stop": spans[0][1] if spans else None,
-            "in_window": seen if needle else None,
-            "output": output,
-            "graded": score,
-            "accuracy": None if score is None else score / 5,
-            "binary": binary(output, needle) if needle else None,
-            "released": released(output, needle) if needle else None,
-            "n_new_tokens": n_new,
-            "min_margin": margin,
-            "seconds": seconds,
         }
 
 

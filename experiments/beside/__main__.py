@@ -1,0 +1,90 @@
+"""Run an experiment, or all of them, on a model, and put the findings together.
+
+    python -m experiments.beside NAME --model tiny-griffin --out results/beside
+    python -m experiments.beside all --model tiny-griffin --model tiny-jamba --out results/beside
+
+What is done is not run again, and an experiment that was stopped goes on from where it was.
+`findings.md` in the folder has one line a finding.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from importlib import import_module
+from pathlib import Path
+
+import torch
+
+from experiments.beside.frame import Bench, Experiment, save
+from hooked_hybrid import HookedHybrid
+from hooked_hybrid.niah.plots import replacing
+
+NAMES = (
+    "gather_aggregate",
+    "few_heads",
+    "channels",
+    "convolution",
+    "removal",
+    "window",
+    "share",
+)
+MODEL_FREE = ("window", "share")
+"""Experiments that the packaged models have no part in: their folder is that of all models."""
+HEAD = "| experiment | published | model | ours | the packaged model |\n|---|---|---|---|---|"
+
+
+def experiment_of(name: str) -> Experiment:
+    """Return an experiment by its name."""
+    return import_module(f"experiments.beside.{name}").EXPERIMENT
+
+
+def run_one(name: str, model: str, out: Path) -> None:
+    """Run an experiment on a model, if it has not been; write its finding, table and picture."""
+    folder = folder_of(name, model, out)
+    if (folder / "finding.json").exists():
+        print(f"{folder}: done")
+        return
+    hybrid = HookedHybrid.from_pretrained(model).requires_grad_(False)
+    experiment = experiment_of(name)
+    finding = experiment.run(Bench(hybrid, folder))
+    save(finding, experiment, folder.parent.name, folder)
+    print(f"{folder}: {finding.verdict}: {finding.ours}")
+
+
+def folder_of(name: str, model: str, out: Path) -> Path:
+    """Return where the finding of an experiment on a model lies."""
+    return out / ("trained" if name in MODEL_FREE else Path(model).name) / name
+
+
+def report(out: Path) -> str:
+    """Return the findings in a folder as a table."""
+    lines = [HEAD]
+    for name in NAMES:
+        for path in sorted(out.glob(f"*/{name}/finding.json")):
+            found = json.loads(path.read_text(encoding="utf-8"))
+            published = f"{found['claim']} ({found['source']})"
+            cells = (name, published, found["model"], found["ours"], found["verdict"])
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Run what the command line names."""
+    parser = argparse.ArgumentParser(
+        "experiments.beside", description=(__doc__ or "").splitlines()[0]
+    )
+    parser.add_argument("name", choices=[*NAMES, "all"])
+    parser.add_argument("--model", action="append", help="tiny-griffin; may be given again")
+    parser.add_argument("--out", type=Path, default=Path("results/beside"))
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    for model in args.model or ["tiny-griffin"]:
+        for name in NAMES if args.name == "all" else [args.name]:
+            run_one(name, model, args.out)
+    with replacing(args.out / "findings.md") as temporary:
+        temporary.write_text(report(args.out), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,160 @@
+"""What the experiments have in common: prompts, measures, and what one of them comes to."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import pandas as pd
+
+from hooked_hybrid.hooked_root import HookSpec
+from hooked_hybrid.model import HookedHybrid
+from hooked_hybrid.niah.language import text_loss
+from hooked_hybrid.niah.needles import PAPER, held_out_needles
+from hooked_hybrid.niah.plots import new_figure, replacing
+from hooked_hybrid.niah.prompts import Haystack, Prompt, grid
+from hooked_hybrid.niah.settings import Setting
+from hooked_hybrid.niah.statistics import summary
+from hooked_hybrid.niah.sweep import niah
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+Verdict = Literal["shows it", "does not show it", "cannot say"]
+LENGTH, DEPTHS = 160, (0.0, 0.5)
+"""Of the prompts: in every packaged model the needle is within the window to the answer's end."""
+HARMLESS, HARMFUL = 0.9, 0.5
+"""Shares of the whole model's accuracy: a cut that keeps 90% does no harm, one below half does."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What an experiment came to on one model.
+
+    Attributes:
+        verdict: whether the packaged model shows what was claimed of another one; it says nothing
+            about that one.
+        ours: our figures, in words, to stand beside the published ones.
+        table: one row a setting, with its figures; see `Bench.measure`.
+    """
+
+    verdict: Verdict
+    ours: str
+    table: pd.DataFrame
+
+
+@dataclass(frozen=True)
+class Bench:
+    """A model with its prompts, and a folder in which unfinished sweeps are kept.
+
+    Args:
+        model: packaged, or any with a tokenizer that answers the prompts.
+        folder: of the experiment.
+        n_needles: the paper's needle and so many less one held-out ones, two or more: intervals
+            are of needles.
+        n_texts: texts on which the loss is taken.
+    """
+
+    model: HookedHybrid
+    folder: Path
+    n_needles: int = 6
+    n_texts: int = 6
+
+    def prompts(self) -> list[Prompt]:
+        """Return the prompts that every setting answers."""
+        needles = [PAPER, *held_out_needles()][: self.n_needles]
+        return grid(self.model, needles, [LENGTH], list(DEPTHS), Haystack(0))
+
+    def measure(self, settings: Sequence[Setting]) -> pd.DataFrame:
+        """Return accuracy and loss of text under each setting, the first being the whole model.
+
+        Columns: `setting`; `accuracy` (mean graded score / 5) with its 95% interval `low`, `high`
+        (bootstrap clustered by needle); `more`, the loss of text above the first setting's, in nats
+        a token, with `more_low`, `more_high` (clustered by text). A stopped sweep is gone on with.
+        """
+        cells = niah(self.model, self.prompts(), settings, out=self.folder / "cells", resume=True)
+        texts = text_loss(self.model, settings, LENGTH, self.n_texts)
+        return summary(cells)[["setting", "accuracy", "low", "high"]].merge(
+            texts[["setting", "more", "more_low", "more_high"]], on="setting", sort=False
+        )
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """One claim of others, and how it is tried here.
+
+    `run` measures on a bench; `column` is what its picture shows, with its interval in the columns
+    `low` and `high`, or in those named after it.
+    """
+
+    claim: str
+    source: str
+    run: Callable[[Bench], Finding]
+    column: str = "accuracy"
+    unit: str = "accuracy (mean score / 5)"
+
+
+def both(name: str, hooks: Iterable[HookSpec], **spec: Any) -> Setting:
+    """Return a setting whose hooks act in prefill and in generation."""
+    made = tuple(hooks)
+    return Setting(name, made, made, {"stage": "both", **spec})
+
+
+def accuracies(table: pd.DataFrame, prefix: str) -> pd.Series:
+    """Return the accuracies of settings whose name begins so, relative to the first setting's."""
+    chosen = table["setting"].str.startswith(prefix)
+    return table.loc[chosen].set_index("setting")["accuracy"] / table["accuracy"].iloc[0]
+
+
+def interval(row: pd.Series) -> str:
+    """Return an accuracy with its interval, in percent."""
+    return f"{100 * row['accuracy']:.1f}% [{100 * row['low']:.1f}, {100 * row['high']:.1f}]"
+
+
+def picture(finding: Finding, experiment: Experiment, title: str) -> Figure:
+    """Return one line a setting: the measure with its 95% interval."""
+    column, table = experiment.column, finding.table
+    ends = ("low", "high") if column == "accuracy" else (f"{column}_low", f"{column}_high")
+    figure = new_figure(7.0, 1.4 + 0.19 * len(table))
+    axes = figure.subplots()
+    places = range(len(table))
+    if set(ends) <= set(table):
+        widths = [
+            (table[column] - table[ends[0]]).clip(lower=0),
+            (table[ends[1]] - table[column]).clip(lower=0),
+        ]
+        axes.errorbar(table[column], places, xerr=widths, fmt="o", ms=4, color="#0072B2")
+    else:
+        axes.plot(table[column], places, "o", ms=4, color="#0072B2")
+    axes.set_yticks(places, table["setting"], fontsize=7)
+    axes.invert_yaxis()
+    axes.set_xlabel(experiment.unit)
+    axes.set_title(title, fontsize=9)
+    axes.grid(alpha=0.3)
+    if column == "accuracy":
+        axes.set_xlim(-0.03, 1.03)
+    elif table[column].min() > 0 and table[column].max() > 30 * table[column].min():
+        axes.set_xscale("log")
+    return figure
+
+
+def save(finding: Finding, experiment: Experiment, model: str, folder: Path) -> None:
+    """Write `table.csv`, the picture and, when all is there, `finding.json`."""
+    with replacing(folder / "table.csv") as temporary:
+        finding.table.to_csv(temporary, index=False)
+    with replacing(folder / "picture.png") as temporary:
+        drawn = picture(finding, experiment, f"{model}, beside {experiment.source}")
+        drawn.savefig(temporary, format="png", dpi=130)
+    said = {k: v for k, v in asdict(finding).items() if k != "table"}
+    with replacing(folder / "finding.json") as temporary:
+        said = {"model": model, "claim": experiment.claim, "source": experiment.source, **said}
+        temporary.write_text(json.dumps(said, indent=2), encoding="utf-8")
+
+
+__all__ = [
+    "HARMFUL", "HARMLESS", "Bench", "Experiment", "Finding", "accuracies", "both", "interval",
+    "picture", "save",
+]  # fmt: skip

@@ -1,0 +1,152 @@
+"""Does the cache carry the damage? Heads silenced in prefill, with and without a state kept.
+
+A prompt's tokens but the last are its prefill; every new token is chosen in a step of one token
+(Google's sampler, `first_token_stage="generation"`). So prefill does nothing but make a state, and
+what it did to later steps is in that state alone. Per position, hooks in a forward over everything
+do what they do in prefill and steps, so that two pairs of cases must come out alike: without a
+cache everywhere, and prompt and steps; without a cache at the last position, and steps that carry
+nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from tqdm.auto import tqdm
+
+from hooked_hybrid.model import HookedHybrid
+from hooked_hybrid.niah.cached_ways import CASES, WAYS, Answer, Case, way_of
+from hooked_hybrid.niah.cells import cell_of
+from hooked_hybrid.niah.prompts import Prompt
+from hooked_hybrid.niah.settings import Setting
+from hooked_hybrid.niah.store import Store
+from hooked_hybrid.niah.sweep import MOST_ROWS, fingerprint, shortest_window
+
+if TYPE_CHECKING:
+    import pandas
+
+
+def cached_state(
+    model: HookedHybrid,
+    prompts: Sequence[Prompt],
+    ks: Sequence[int],
+    cases: Sequence[Case] = CASES,
+    *,
+    out: str | PathLike[str] | None = None,
+    resume: bool = False,
+    max_new_tokens: int = 40,
+    verbose: bool = True,
+) -> pandas.DataFrame:
+    """Run every prompt in every case, with the `k` most peaked heads of each layer kept.
+
+    Args:
+        model: with a tokenizer.
+        prompts: of `hooked_hybrid.niah.prompts`.
+        ks: heads kept in each attention layer where heads are silenced.
+        cases: what is silenced, and what a state carries on.
+        out, resume, max_new_tokens, verbose: as in `hooked_hybrid.niah.sweep.niah`.
+
+    Returns:
+        One row a prompt, case and k, as `niah` returns them; the settings are named
+        "CASE k=K". A case that silences nothing is one setting, without a k.
+
+    Raises:
+        ValueError: no prompts, cases or ks, or one given twice; a k that a layer does not have; a
+            folder of another experiment.
+        FileExistsError: the folder is not empty and `resume` is false.
+    """
+    settings = settings_of(cases, ks)
+    if not prompts or len({prompt.id for prompt in prompts}) < len(prompts):
+        raise ValueError("give at least one prompt, and each once")
+    experiment = {
+        "model": fingerprint(model),
+        "settings": {name: dict(setting.spec) for name, (_, _, setting) in settings.items()},
+        "prompts": hashlib.sha256(" ".join(p.id for p in prompts).encode()).hexdigest(),
+        "max_new_tokens": max_new_tokens,
+        "dtype": str(model.dtype),
+    }
+    store = Store(None if out is None else Path(out), experiment, resume)
+    try:
+        done, window = store.done(), shortest_window(model)
+        total = len(prompts) * len(settings)
+        bar = tqdm(total=total, initial=len(done) * len(settings), unit="cell", disable=not verbose)
+        with bar, torch.no_grad():
+            for part in _parts(prompts, len(settings)):
+                if all(prompt.id in done for prompt in part):
+                    continue
+                start = time.perf_counter()
+                answers = _answers(model, part, settings, max_new_tokens)
+                seconds = (time.perf_counter() - start) / len(answers)
+                store.add(
+                    [
+                        cell_of(p, settings[name][2], *answers[p.id, name], seconds, window)
+                        for p in part
+                        for name in settings
+                    ]
+                )
+                bar.update(len(answers))
+        return store.table()
+    finally:
+        store.close()
+
+
+def settings_of(
+    cases: Sequence[Case], ks: Sequence[int]
+) -> dict[str, tuple[Case, int | None, Setting]]:
+    """Return each case with each k, None where it needs none, by its name in the results.
+
+    Raises:
+        ValueError: no case or k, or one given twice.
+    """
+    found: dict[str, tuple[Case, int | None, Setting]] = {}
+    for case in cases:
+        is_damaged = case.damaged or case.steps is not None or case.recomputed
+        for k in ks if is_damaged else [None]:
+            name = case.name if k is None else f"{case.name} k={k}"
+            spec: dict[str, Any] = {"kind": "cached state", "stage": case.name, "kept": k}
+            spec |= {"damaged": case.damaged, "steps": case.steps, "recomputed": case.recomputed}
+            if name in found:
+                raise ValueError(f"{name!r} is asked for twice: give each case and k once")
+            found[name] = (case, k, Setting(name, spec=spec))
+    if not cases or not ks:
+        raise ValueError("give at least one case, and one number of heads to keep")
+    return found
+
+
+def _parts(prompts: Sequence[Prompt], n_settings: int) -> Iterator[list[Prompt]]:
+    """Yield a few prompts of one length at a time."""
+    n = max(1, 2 * MOST_ROWS // n_settings)
+    for _, group in groupby(sorted(prompts, key=lambda p: p.length), key=lambda p: p.length):
+        same = list(group)
+        yield from (same[i : i + n] for i in range(0, len(same), n))
+
+
+def _answers(
+    model: HookedHybrid,
+    prompts: Sequence[Prompt],
+    settings: dict[str, tuple[Case, int | None, Setting]],
+    max_new_tokens: int,
+) -> dict[tuple[str, str], Answer]:
+    """Return what each prompt (all of one length) is answered in each setting."""
+    tokens = torch.tensor([prompt.tokens for prompt in prompts], device=model.device)
+    found: dict[tuple[str, str], Answer] = {}
+    for way in WAYS:
+        mine = [(name, c, k) for name, (c, k, _) in settings.items() if way_of(c) == way]
+        rows = [(i, name) for i in range(len(prompts)) for name, _, _ in mine]
+        if not rows:
+            continue
+        of_prompt = torch.tensor([i for i, _ in rows], device=model.device)
+        cases = [(case, k) for _ in prompts for _, case, k in mine]
+        answers = WAYS[way](model, tokens, of_prompt, cases, max_new_tokens)
+        found |= {(prompts[i].id, name): a for (i, name), a in zip(rows, answers, strict=True)}
+    return found
+
+
+__all__ = ["CASES", "Case", "cached_state", "settings_of"]

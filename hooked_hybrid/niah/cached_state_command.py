@@ -1,0 +1,128 @@
+"""`hooked-hybrid cached-state`: what a state carries of heads that were silenced."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import torch
+import typer
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from hooked_hybrid.cli import explained
+from hooked_hybrid.niah import command as niah_command
+from hooked_hybrid.niah.cached_state import cached_state as run_cases
+from hooked_hybrid.niah.plots import new_figure, replacing, save_figure
+from hooked_hybrid.niah.prompts import Haystack, default_depths, grid
+from hooked_hybrid.niah.report import summary_rows
+from hooked_hybrid.niah.setting_plots import MARKERS, WAYS
+from hooked_hybrid.niah.statistics import cluster_column, interval_of, scored
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.figure import Figure
+
+Ks = Annotated[
+    list[int] | None,
+    typer.Option("--k", help="Heads kept where some are silenced: --k 2 --k 4.", show_default="4"),
+]
+
+
+def cached_state(
+    model: niah_command.Model = "tiny-griffin",
+    k: Ks = None,
+    lengths: niah_command.Lengths = None,
+    depths: niah_command.Depths = None,
+    needle: niah_command.Needles = None,
+    n_needles: niah_command.NNeedles = None,
+    max_new_tokens: niah_command.MaxNewTokens = 40,
+    device: niah_command.Device = "cpu",
+    dtype: niah_command.Dtype = "float32",
+    out: niah_command.Out = Path("results/cached-state"),
+    resume: niah_command.Resume = False,
+    seed: niah_command.Seed = 0,
+    threads: niah_command.Threads = None,
+) -> None:
+    """Does the cache carry the damage? Heads silenced in prefill or in steps, states kept or not.
+
+    Parts of the prompt's state, and of what each step adds to it, are taken from a run with heads
+    silenced and the others from a whole one; and everything is run again for every token.
+
+    Example: hooked-hybrid cached-state --model tiny-griffin --k 3 --k 4 --out results/cached
+    """
+    with explained(kept=str(out)):
+        hybrid = niah_command.loaded(model, device, dtype)
+        torch.set_num_threads(threads or niah_command.default_threads(hybrid))
+        ks = niah_command.heads_to_keep(k or [4], hybrid.cfg)
+        needles = niah_command.needles_of(needle or ["paper"])[:n_needles]
+        if None in needles:
+            raise ValueError("--needle none: this experiment scores answers, give a needle")
+        lengths = lengths or niah_command.lengths_for(hybrid, needles, "base", False, 0, seed)
+        prompts = grid(hybrid, needles, lengths, depths or default_depths(), Haystack(seed))
+        table = run_cases(
+            hybrid, prompts, ks, out=out, resume=resume, max_new_tokens=max_new_tokens
+        )
+        with replacing(out / "table.csv") as temporary:
+            table.to_csv(temporary, index=False)
+        paths = save_figure(accuracy_by_case(table), out / "accuracy_by_case")
+        _show(table, [out / "table.csv", *paths])
+
+
+def _show(table: pd.DataFrame, paths: Sequence[Path]) -> None:
+    """Print the accuracies, and where the files are."""
+    headings, rows = summary_rows(table)
+    shown = Table(title="accuracy: mean graded score / 5", box=SIMPLE_HEAD, collapse_padding=True)
+    for heading in headings:
+        shown.add_column(heading, justify="left" if heading == "setting" else "right", no_wrap=True)
+    for row in rows:
+        shown.add_row(*row)
+    console = Console()
+    console.print(shown)
+    for path in paths:
+        console.print(str(path), markup=False, highlight=False, soft_wrap=True)
+
+
+def accuracy_by_case(table: pd.DataFrame) -> Figure:
+    """Return accuracy against k, a line a case, one panel for each kind of case.
+
+    Bands are 95% intervals (bootstrap clustered by needle); the case without a k is a dotted line.
+
+    Args:
+        table: of `hooked_hybrid.niah.cached_state.cached_state`.
+
+    Raises:
+        ValueError: no cell has a score.
+    """
+    from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+    cells = scored(table)
+    by, names = cluster_column(cells), list(cells["stage"].unique())
+    kinds = {name.split(":")[0]: "" for name in names if ":" in name}
+    figure = new_figure(1.0 + 3.6 * len(kinds), 4.6)
+    for axes, kind in zip(
+        figure.subplots(1, len(kinds), sharey=True, squeeze=False)[0], kinds, strict=True
+    ):
+        for i, name in enumerate(n for n in names if n.startswith(f"{kind}:")):
+            own = cells[cells["stage"] == name]
+            groups = own.groupby(own["setting"].str.extract(r"k=(\d+)$")[0].astype(int))
+            ks, means = list(groups.groups), groups["accuracy"].mean()
+            low, high = zip(*(interval_of(rows, by) for _, rows in groups), strict=True)
+            style = {"color": WAYS[i], "marker": MARKERS[i], "linestyle": "--" if i % 2 else "-"}
+            axes.plot(ks, means, label=name.split(": ")[1], ms=4, **style)
+            axes.fill_between(ks, low, high, color=WAYS[i], alpha=0.15, linewidth=0)
+        for name in (n for n in names if ":" not in n):
+            mean = cells.loc[cells["stage"] == name, "accuracy"].mean()
+            axes.axhline(mean, color="#444444", linestyle=":", linewidth=1, label=name)
+        axes.set(title=kind, xlabel="k, heads kept in each layer", ylim=(-0.02, 1.02))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.yaxis.set_major_formatter(PercentFormatter(1))
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=7, loc="best")
+    figure.axes[0].set_ylabel("accuracy (mean score / 5)")
+    return figure
+
+
+__all__ = ["accuracy_by_case", "cached_state"]

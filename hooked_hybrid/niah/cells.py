@@ -1,0 +1,59 @@
+"""One cell of a sweep: a prompt under a setting, and what came out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hooked_hybrid.niah.prompts import Prompt
+from hooked_hybrid.niah.scores import FULL, binary, graded, released
+from hooked_hybrid.niah.settings import Setting
+
+
+def cell_of(
+    prompt: Prompt,
+    setting: Setting,
+    output: str,
+    n_new: int,
+    margin: float,
+    seconds: float,
+    window: int | None,
+) -> dict[str, Any]:
+    """Return a row of `hooked_hybrid.niah.store.COLUMNS`.
+
+    Args:
+        prompt, setting: what was run.
+        output: the text that was generated, of `n_new` tokens.
+        margin: smallest difference of the two largest logits on the way.
+        seconds: what the cell took.
+        window: keys that the last prompt token sees; None for all.
+    """
+    needle, spans = prompt.needle, prompt.needle_spans
+    seen = window is None or (bool(spans) and spans[-1][0] >= prompt.length - window)
+    score = graded(output, needle) if needle else None
+    return {
+        "prompt_id": prompt.id,
+        "setting": setting.name,
+        "stage": setting.spec.get("stage", "both" if setting.prefill else "generation"),
+        "k": setting.spec.get("k"),
+        "needle_id": prompt.needle_id,
+        "city": needle.city if needle else None,
+        "template": prompt.template,
+        "read_twice": prompt.read_twice,
+        "n_distractors": prompt.n_distractors,
+        "length": prompt.length,
+        "depth": prompt.depth,
+        "needle_start": spans[0][0] if spans else None,
+        "needle_stop": spans[0][1] if spans else None,
+        "in_window": seen if needle else None,
+        "output": output,
+        "graded": score,
+        "accuracy": None if score is None else score / FULL,
+        "binary": binary(output, needle) if needle else None,
+        "released": released(output, needle) if needle else None,
+        "n_new_tokens": n_new,
+        "min_margin": margin,
+        "seconds": seconds,
+    }
+
+
+__all__ = ["cell_of"]

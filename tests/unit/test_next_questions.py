@@ -1,0 +1,284 @@
+"""Weights that follow the token being written, and what a state carries from stage to stage."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import torch
+from torch import Tensor
+from typer.testing import CliRunner
+
+from experiments.next_questions import table_of
+from hooked_hybrid import HookedHybrid, cli
+from hooked_hybrid.interventions import follow_span, keep_top_heads
+from hooked_hybrid.niah.cached_state import cached_state, settings_of
+from hooked_hybrid.niah.cached_state_command import accuracy_by_case
+from hooked_hybrid.niah.cached_ways import CASES, Case
+from hooked_hybrid.niah.experiments import FOLLOW_MODES, weight_matrix
+from hooked_hybrid.niah.needles import PAPER
+from hooked_hybrid.niah.prompts import Prompt, grid
+from hooked_hybrid.niah.settings import hooks_for
+from hooked_hybrid.niah.sweep import niah, top_k_settings
+from tests.models import griffin_config, jamba_config, random_model, random_tokens, relative
+from tests.tolerances import FP32_PARITY
+
+N_POS, N_KEYS = 23, 9
+SPANS, BEGIN = [(8, 12), (6, 9)], [13, 17]  # tokens of the first leave the window while written
+CONFIGS = {"griffin": griffin_config("RRAR", n_keys=N_KEYS), "jamba": jamba_config("MMAM")}
+N_NEW = 12
+"""Tokens of an answer: with three heads the twelfth is wrong, if what steps do is carried on."""
+PATTERN = "blocks.2.attn.hook_pattern"
+OPTIONS: list[dict[str, Any]] = [
+    {"token": token, "weight": weight, "outside": outside}
+    for token in ("next", "last")
+    for weight in ("one", "mean", "sum")
+    for outside in ("zero", "keep")
+]
+models = pytest.mark.parametrize("name", list(CONFIGS))
+
+
+@cache
+def shared_model(name: str) -> HookedHybrid:
+    return random_model(CONFIGS[name], seed=3)
+
+
+# --- weights that follow, against loops -----------------------------------------------------------
+
+
+def followed(pattern: Tensor, n_keys: int, token: str, weight: str, outside: str) -> Tensor:
+    """Return a whole pattern [batch head query key] as the docstring of `follow_span` says."""
+    new = torch.zeros_like(pattern)
+    for row, ((start, stop), begin) in enumerate(zip(SPANS, BEGIN, strict=True)):
+        for head in range(pattern.shape[1]):
+            for query in range(pattern.shape[2]):
+                old = pattern[row, head, query].tolist()
+                seen = [k for k in range(query + 1) if query - k < n_keys]
+                mine = [old[k] for k in seen if start <= k < stop]
+                given = {"one": 1.0, "mean": sum(mine) / max(len(mine), 1), "sum": sum(mine)}
+                written = query - begin  # tokens of the span that stand before this query's
+                for key in seen:
+                    in_span = start <= key < stop
+                    place = key - start + (token == "last")
+                    if in_span and 0 <= written < stop - start and place == written:
+                        new[row, head, query, key] = given[weight]
+                    elif not in_span and outside == "keep":
+                        new[row, head, query, key] = old[key]
+    return new
+
+
+def hooks_of(options: dict[str, Any]) -> list[Any]:
+    return follow_span(torch.tensor(SPANS), torch.tensor(BEGIN), **options)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [*(("griffin", options) for options in OPTIONS), ("jamba", OPTIONS[3])],
+    ids=lambda given: given if isinstance(given, str) else "-".join(given.values()),
+)
+def test_weights_follow_as_the_loops_say(name: str, options: dict[str, Any]):
+    model, tokens = shared_model(name), random_tokens(2, N_POS)
+    _, plain = model.run_with_cache(tokens, names_filter=PATTERN)
+    with model.hooks(hooks_of(options)):
+        _, edited = model.run_with_cache(tokens, names_filter=PATTERN)
+    n_keys = N_KEYS if name == "griffin" else N_POS
+    expected = followed(plain[PATTERN], n_keys, **options)
+    assert relative(edited[PATTERN], expected) < FP32_PARITY
+    assert relative(edited[PATTERN], plain[PATTERN]) > 0.1
+
+
+@models
+@pytest.mark.parametrize("cut", [1, 5, 14])
+def test_weights_follow_alike_however_the_sequence_is_cut(name: str, cut: int):
+    model, tokens = shared_model(name), random_tokens(2, N_POS)
+    with model.hooks(hooks_of({"weight": "mean", "outside": "keep"})):
+        whole = model(tokens)
+        parts, state = [], None
+        for start in range(0, N_POS, cut):
+            part, state = model(tokens[:, start : start + cut], state=state, return_state=True)
+            parts.append(part)
+    assert relative(torch.cat(parts, dim=1), whole) < FP32_PARITY
+
+
+def test_a_row_may_have_left_the_batch():
+    model, tokens = shared_model("jamba"), random_tokens(2, N_POS)
+    alone = model.generate(
+        tokens[1:], 4, generation_hooks=follow_span(SPANS[1], BEGIN[1]), stop_at_eos=False,
+        return_type="output", verbose=False,
+    )  # fmt: skip
+    # The first row ends with its first new token.
+    first = model.generate(tokens[:1], 1, stop_at_eos=False, return_type="tokens", verbose=False)
+    ends = int(first[0, -1])
+    assert ends not in alone.new_tokens
+    both = model.generate(
+        tokens, 4, generation_hooks=hooks_of({}), eos_token_id=ends, return_type="output",
+        verbose=False,
+    )  # fmt: skip
+    assert both.finished.tolist() == [True, False]
+    assert torch.equal(both.new_tokens[1:], alone.new_tokens)
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"begin": -1}, "begin=-1"),
+        ({"begin": 1.5}, "begin=1.5"),
+        ({"token": "first"}, "give one of next, last"),
+        ({"weight": "two"}, "give one of one, mean, sum"),
+        ({"outside": "omit"}, "give one of zero, keep"),
+        ({"spans": (5, 5)}, "start < stop"),
+    ],
+)
+def test_what_cannot_be_followed_is_an_error(given: dict[str, Any], said: str):
+    with pytest.raises(ValueError, match=said):
+        follow_span(**{"spans": (3, 5), "begin": 7, **given})
+
+
+def test_the_matrix_follows_from_the_last_token_of_the_prompt_on():
+    names = [s.name for s in weight_matrix(("keep",), ("binary", *FOLLOW_MODES))]
+    assert names == [f"keep-{mode}" for mode in ("binary", *FOLLOW_MODES)]
+    (setting,) = weight_matrix(("keep",), ("follow last, mean",))
+    (prompt,) = prompts_of("tiny-jamba")[:1]
+    (start, _), last = prompt.needle_spans[0], prompt.length - 1
+    model = packaged("tiny-jamba")
+    tokens = torch.tensor([[*prompt.tokens, *prompt.tokens[start : start + 3]]])
+    with model.hooks(hooks_for(setting.generation, prompt)):
+        _, cache = model.run_with_cache(tokens, names_filter=PATTERN)
+    read = cache[PATTERN][0].sum(0).nonzero().tolist()  # [query, key]
+    assert read == [[last + j, start + j - 1] for j in (1, 2, 3)]
+
+
+# --- what a state carries -------------------------------------------------------------------------
+
+
+@cache
+def packaged(name: str) -> HookedHybrid:
+    return HookedHybrid.from_pretrained(name).requires_grad_(False)
+
+
+@cache
+def prompts_of(name: str) -> list[Prompt]:
+    return grid(packaged(name), [PAPER], [96], [0.0])
+
+
+@cache
+def carried() -> pd.DataFrame:
+    model, prompts = packaged("tiny-griffin"), prompts_of("tiny-griffin")
+    return cached_state(model, prompts, [3], max_new_tokens=N_NEW, verbose=False)
+
+
+def outputs(table: pd.DataFrame, setting: str) -> list[str]:
+    found = table.loc[table["setting"] == setting, "output"].tolist()
+    assert len(found) == len(prompts_of("tiny-griffin"))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("no cache: everywhere k=3", "prompt and steps: all k=3"),
+        ("no cache: last position k=3", "steps: carry nothing k=3"),
+    ],
+)
+def test_cases_that_are_one_by_definition_come_out_alike(one: str, other: str):
+    assert outputs(carried(), one) == outputs(carried(), other)
+
+
+def test_the_cases_tell_parts_of_the_state_apart():
+    table = carried()
+    assert outputs(table, "steps: carry nothing k=3") != outputs(table, "steps: carry all k=3")
+    assert outputs(table, "steps: carry nothing k=3") == outputs(table, "whole model")
+
+
+def test_what_is_kept_whole_is_what_a_sweep_keeps():
+    model, prompts = packaged("tiny-griffin"), prompts_of("tiny-griffin")
+    settings = top_k_settings([3, 8])
+    table = niah(
+        model,
+        prompts,
+        settings,
+        max_new_tokens=N_NEW,
+        first_token_stage="generation",
+        verbose=False,
+    )
+    for mine, theirs in {
+        "steps: carry all k=3": "generation k=3",
+        "prompt and steps: all k=3": "both k=3",
+        "whole model": "generation k=8",
+    }.items():
+        assert outputs(carried(), mine) == outputs(table, theirs)
+
+
+@pytest.mark.parametrize("part", ["kv", "conv", "ssm"])
+def test_a_prompt_gives_only_the_parts_that_are_named(part: str):
+    model, (prompt, *_) = packaged("tiny-griffin"), prompts_of("tiny-griffin")
+    tokens = torch.tensor([prompt.tokens])
+    _, clean = model(tokens[:, :-1], return_type=None, return_state=True)
+    with model.hooks(keep_top_heads(0)):
+        _, damaged = model(tokens[:, :-1], return_type=None, return_state=True)
+    state = clean.replace(damaged, kinds=[part])
+    expected = model.generate(tokens[:, -1:], 5, state=state, return_type="output", verbose=False)
+    cases = [Case("part", (part,))]
+    table = cached_state(model, [prompt], [0], cases, max_new_tokens=5, verbose=False)
+    assert table["output"].tolist() == expected.text
+    assert table["min_margin"][0] == pytest.approx(float(expected.margins.min()), rel=1e-4)
+    assert state != clean and state != damaged
+
+
+def test_a_run_goes_on_where_it_stopped(tmp_path: Path):
+    model, prompts = packaged("tiny-griffin"), prompts_of("tiny-griffin")
+    cases, few = CASES[:2], prompts[:1]
+    first = cached_state(model, few, [4], cases, out=tmp_path / "a", verbose=False)
+    again = cached_state(model, few, [4], cases, out=tmp_path / "a", resume=True, verbose=False)
+    pd.testing.assert_frame_equal(first, again)  # seconds too: nothing was run
+    with pytest.raises(FileExistsError, match="--resume"):
+        cached_state(model, few, [4], cases, out=tmp_path / "a", verbose=False)
+    with pytest.raises(ValueError, match="another experiment: settings"):
+        cached_state(model, few, [3], cases, out=tmp_path / "a", resume=True, verbose=False)
+
+
+@pytest.mark.parametrize(
+    ("cases", "ks", "said"),
+    [([], [1], "at least one case"), (CASES, [], "at least one"), (CASES, [1, 1], "twice")],
+)
+def test_nothing_to_run_is_an_error(cases: list[Case], ks: list[int], said: str):
+    with pytest.raises(ValueError, match=said):
+        settings_of(cases, ks)
+
+
+def test_the_picture_has_a_line_for_every_case():
+    figure = accuracy_by_case(carried())
+    assert [axes.get_title() for axes in figure.axes] == [
+        "prompt", "steps", "prompt and steps", "no cache",
+    ]  # fmt: skip
+    labels = [{line.get_label() for line in axes.lines} for axes in figure.axes]
+    assert labels[1] == {c.name.split(": ")[1] for c in CASES if c.name.startswith("steps:")} | {
+        "whole model"
+    }
+
+
+def test_the_tables_of_the_page_are_means_of_the_cells(tmp_path: Path):
+    cells = [("keep-follow next", 1.0), ("keep-follow next", 0.2), ("omit-keep", 0.5), ("x k=3", 0)]
+    made = pd.concat([carried().iloc[:1]] * 4, ignore_index=True).assign(
+        setting=[name for name, _ in cells],
+        accuracy=[value for _, value in cells],
+        needle_id=["a", "b", "a", "b"],
+        in_window=[True, True, True, False],
+    )
+    made.to_csv(tmp_path / "table.csv", index=False)
+    text = table_of(tmp_path)
+    assert "| | follow next | keep |" in text
+    assert "| keep | 60.0 [20.0, 100.0] | - |" in text
+    assert "| omit | - | 50.0 |" in text  # one needle has no interval
+    assert "k = 3" not in text  # beyond the window
+
+
+def test_the_command_is_there_and_refuses_a_prompt_without_a_needle(tmp_path: Path):
+    options = ["cached-state", "--needle", "none", "--out", str(tmp_path / "x")]
+    result = CliRunner().invoke(cli.build_app(), options)
+    assert result.exit_code == 1 and "give a needle" in result.output
+    assert not (tmp_path / "x").exists()
