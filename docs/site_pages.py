@@ -37,6 +37,8 @@ GUIDE = {
     "interop.md": "With other packages",
     "findings.md": "What the packaged models show",
     "findings_tables.md": "Every setting of every experiment",
+    "reproduced/thesis2025-tiny-griffin/report.md": "The thesis, tiny-griffin",
+    "reproduced/thesis2025-tiny-jamba/report.md": "The thesis, tiny-jamba",
     "outside_window.md": "A needle outside the window",
     "where_recall_lives.md": "When retrieval moves into attention",
     "twins.md": "Twins with and without attention",
