@@ -87,7 +87,7 @@ class Found:
         """1 where attention alone carries retrieval, -1 where the recurrences' memory alone does.
 
         The loss without attention less the loss without memory, over the larger of the two, each at
-        least 0. Near 0 both are needed, or either suffices.
+        least 0. Near 0 both are needed, or either suffices: the two scores tell which.
         """
         whole = self.scores["whole"].accuracy
         lost = [max(whole - self.scores[f"no {x}"].accuracy, 0) for x in ("attention", "memory")]
@@ -99,6 +99,27 @@ def task_of(cell: Cell) -> Task:
     return Task(cell.length, cell.n_facts)
 
 
+def recipe_of(cell: Cell) -> Recipe:
+    """Return how a cell is trained."""
+    return Recipe(steps=cell.head_start + STEPS, head_start=cell.head_start, seed=cell.seed)
+
+
+def check_folder(out: Path) -> None:
+    """Write down what all cells of a folder share; one that holds cells of another map is an error.
+
+    Raises:
+        ValueError: the folder's cells were trained in another way.
+    """
+    every = recipe_of(Cell(D_STATES[0], FACTS[0], LENGTHS[0], 0, 0))
+    mine = {"pattern": PATTERN, "d_inner": D_INNER, "after the head start": asdict(every)}
+    kept = out / "map.json"
+    if not kept.exists():
+        with replacing(kept) as temporary:
+            temporary.write_text(json.dumps(mine, indent=2))
+    elif json.loads(kept.read_text()) != mine:
+        raise ValueError(f"{out} holds cells that were trained otherwise: give another folder")
+
+
 def run_cell(cell: Cell, out: Path) -> Found:
     """Train and score a cell, or return what was found before."""
     file = out / f"{cell.name}.json"
@@ -107,9 +128,7 @@ def run_cell(cell: Cell, out: Path) -> Found:
     began, task = time.process_time(), task_of(cell)
     cfg = small_config(PATTERN, task, d_inner=D_INNER, d_state=cell.d_state)
     folder = out / cell.name
-    steps = cell.head_start + STEPS
-    recipe = Recipe(steps=steps, head_start=cell.head_start, seed=cell.seed)
-    model = train(cfg, task, recipe, folder)
+    model = train(cfg, task, recipe_of(cell), folder)
     found = Found(cell, scores(model, task), time.process_time() - began)
     with replacing(file) as temporary:
         kept = {"scores": {name: asdict(s) for name, s in found.scores.items()}}
@@ -183,7 +202,7 @@ def todo(found: list[Found]) -> list[Cell]:
 
 def run(out: Path, hours: float, jobs: int) -> None:
     """Run cells until none is left or time is over; those begun are finished."""
-    out.mkdir(parents=True, exist_ok=True)
+    check_folder(out)
     stop = time.monotonic() + 3600 * hours
     with ProcessPoolExecutor(jobs, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         running: dict[Future[Found], Cell] = {}

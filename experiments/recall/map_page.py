@@ -17,8 +17,8 @@ BEGIN, END = "<!-- measured: written by experiments.recall.map -->", "<!-- end -
 def picture(found: list[Found]) -> Figure:
     """Return the map: a panel a length and head start, facts against state size.
 
-    Colour is where retrieval is. Each cell says, in percent, accuracy without attention and without
-    memory, means over seeds; a grey one did not learn the task, and says its accuracy.
+    Colour is where retrieval is. Each cell says accuracy without attention and without memory, means
+    over the seeds that learned the task; a grey one learned it in none, and says its accuracy.
     """
     figure = new_figure(3.6 * len(HEAD_STARTS) + 1.2, 3.0 * len(LENGTHS) + 0.4)
     axes = figure.subplots(len(LENGTHS), len(HEAD_STARTS), squeeze=False, sharex=True, sharey=True)
@@ -31,7 +31,7 @@ def picture(found: list[Found]) -> Figure:
     for ax in axes[-1]:
         ax.set_xlabel("numbers in a Mamba layer's state")
     bar = figure.colorbar(axes[0][0].images[0], ax=axes, ticks=[-1, 0, 1], shrink=0.7)
-    bar.ax.set_yticklabels(["all in the\nrecurrences", "both", "all in\nattention"])
+    bar.ax.set_yticklabels(["all in the\nrecurrences", "both, or\neither", "all in\nattention"])
     return figure
 
 
@@ -55,12 +55,14 @@ def _panel(ax: Axes, found: list[Found]) -> None:
 
 
 def _words(here: list[Found]) -> str:
-    def of(name: str) -> str:
-        return f"{mean(f.scores[name].accuracy for f in here):.0%}"
+    learned = [f for f in here if f.learned]
 
-    if not any(f.learned for f in here):
+    def of(name: str) -> str:
+        return f"{mean(f.scores[name].accuracy for f in learned or here):.0%}"
+
+    if not learned:
         return f"not learned\n({of('whole')})"
-    seeds = f"\n{len(here)} seeds" if len(here) > 1 else ""
+    seeds = f"\n{len(learned)} of {len(here)} seeds" if len(here) > 1 else ""
     return f"no attention {of('no attention')}\nno memory {of('no memory')}{seeds}"
 
 

@@ -24,6 +24,7 @@ from tqdm import tqdm
 from experiments.recall.task import Task, draw, drill
 from experiments.train_tiny import cut, start_calm
 from hooked_hybrid import HookedHybrid, HybridConfig, presets
+from hooked_hybrid.niah.plots import replacing
 
 PASS = 0.9
 SHORTEST = 32
@@ -115,7 +116,8 @@ class Training:
         kept = self.out / "recipe.json"
         if kept.exists() and json.loads(kept.read_text()) != mine:
             raise ValueError(f"{self.out} holds a training of another recipe: give another folder")
-        kept.write_text(json.dumps(mine, indent=2))
+        with replacing(kept) as temporary:
+            temporary.write_text(json.dumps(mine, indent=2))
 
     def _resume(self) -> None:
         found = torch.load(self.out / "checkpoint.pt", weights_only=True)

@@ -185,8 +185,21 @@ def test_a_cell_is_run_once_and_the_page_shows_it(tmp_path, monkeypatch):
         write([found], page)
 
 
+def test_cells_trained_otherwise_are_refused(tmp_path, monkeypatch):
+    recall_map.check_folder(tmp_path)
+    recall_map.check_folder(tmp_path)
+    for name, value in (("D_INNER", 32), ("STEPS", 900), ("PATTERN", "MA")):
+        with monkeypatch.context() as patch:
+            patch.setattr(recall_map, name, value)
+            with pytest.raises(ValueError, match="trained otherwise"):
+                recall_map.check_folder(tmp_path)
+
+
 def test_the_picture_says_what_each_cell_scores():
-    figure = picture([found_at((1, 4, 64, 0), 0.9), found_at((4, 4, 64, 0), 0.1, whole=0.5)])
+    place = (16, 8, 64, 0)
+    seeds = [found_at(place, 0.8), found_at(place, 0.3, whole=0.5, seed=1)]
+    figure = picture([found_at((1, 4, 64, 0), 0.9), found_at((4, 4, 64, 0), 0.1, 0.5), *seeds])
     words = [text.get_text() for text in figure.axes[0].texts]
     assert any("no attention 10%" in w for w in words)
     assert any("not learned\n(50%)" in w for w in words)
+    assert any("no attention 20%" in w and "1 of 2 seeds" in w for w in words)
