@@ -17,8 +17,9 @@ BEGIN, END = "<!-- measured: written by experiments.recall.map -->", "<!-- end -
 def picture(found: list[Found]) -> Figure:
     """Return the map: a panel a length and head start, facts against state size.
 
-    Colour is where retrieval is. Each cell says accuracy without attention and without memory, means
-    over the seeds that learned the task; a grey one learned it in none, and says its accuracy.
+    Colour is where retrieval is. Each cell says accuracy without attention and without memory,
+    means over the seeds that learned the task; a grey one learned it in none, and says its
+    accuracy.
     """
     figure = new_figure(3.6 * len(HEAD_STARTS) + 1.2, 3.0 * len(LENGTHS) + 0.4)
     axes = figure.subplots(len(LENGTHS), len(HEAD_STARTS), squeeze=False, sharex=True, sharey=True)
