@@ -67,14 +67,17 @@ def read_batch_size(value: Any) -> BatchSize:
     """Return a batch size given as text or number: 8, "8", "auto" or lm-eval's "auto:4".
 
     Raises:
-        ValueError: something else.
+        ValueError: something else, or a number below 1.
     """
     if str(value).split(":")[0] == "auto":
         return "auto"
     try:
-        return int(value)
+        size = int(str(value))
     except ValueError:
-        raise ValueError(f"batch_size={value!r}: give a number or 'auto'") from None
+        size = 0
+    if size < 1:
+        raise ValueError(f"batch_size={value!r}: give a whole number from 1, or 'auto'")
+    return size
 
 
 def may_cut(points: Iterable[HookPoint]) -> bool:

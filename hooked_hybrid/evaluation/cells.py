@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from hooked_hybrid.evaluation.forms import HeadChoice, Stage
 from hooked_hybrid.niah.plots import replacing
 
-EXPERIMENT = "evaluation.json"
+EXPERIMENT, CALLS = "evaluation.json", "calls.json"
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,9 @@ class Cell:
     `metrics` are lm-eval's, named as it names them ("acc,none", "acc_stderr,none"). `main` is the
     task's first metric, `value` and `stderr` its figures, `documents` its value on each document
     where it is a mean over documents, by the document's index. `chance` is what choosing by lot
-    among the answers would give, None where there are none to choose among.
+    among the answers would give, None where there are none to choose among. `by` and `stage` say
+    which heads the form keeps, and where the others are silenced; `asked` is a hash of the task, as
+    `tasks.Loaded.hash` makes it.
     """
 
     task: str
@@ -37,51 +40,92 @@ class Cell:
     chance: float | None
     metrics: dict[str, float]
     seconds: float
+    by: HeadChoice = "entropy"
+    stage: Stage = "both"
+    asked: str = ""
 
 
 class Cells:
     """The cells of one experiment in a folder.
 
     Args:
-        folder: new, empty, or that of the same experiment.
+        folder: new, empty, or that of the same experiment; one without a cell may change it.
         experiment: what the cells depend on, as JSON-able values.
         resume: go on with what the folder holds.
 
     Raises:
-        FileExistsError: the folder is not empty and `resume` is false.
+        FileExistsError: the folder is not empty and `resume` is false, or it is no evaluation's.
         ValueError: it holds another experiment.
     """
 
     def __init__(self, folder: Path, experiment: Mapping[str, Any], resume: bool = False) -> None:
         self.folder, path = folder, folder / EXPERIMENT
-        if folder.is_dir() and any(folder.iterdir()) and not resume:
+        is_used = folder.is_dir() and any(folder.iterdir())
+        if is_used and not resume:
             raise FileExistsError(
                 f"{folder} is not empty: go on with --resume (resume=True), or give another folder"
             )
+        if is_used and not path.exists():
+            raise FileExistsError(
+                f"{folder} is not empty and holds no evaluation: give another folder, nothing is "
+                "overwritten"
+            )
         now = json.loads(json.dumps(experiment))
-        if not path.exists():
+        before = _read(path) if is_used else None
+        if before == now:
+            return
+        if before is None or not any(_files(folder)):
+            (folder / CALLS).unlink(missing_ok=True)
             _write(path, now)
             return
-        before = json.loads(path.read_text(encoding="utf-8"))
         changed = [key for key in {*before, *now} if before.get(key) != now.get(key)]
-        if changed:
-            raise ValueError(
-                f"{folder} holds another evaluation: {', '.join(sorted(changed))} differ; give "
-                "another folder, nothing is overwritten"
-            )
+        raise ValueError(
+            f"{folder} holds another evaluation: {', '.join(sorted(changed))} differ; give another "
+            "folder, nothing is overwritten"
+        )
 
     def get(self, task: str, form: str) -> Cell | None:
         """Return a cell, or None where it has not been run."""
         path = self._path(task, form)
-        return Cell(**json.loads(path.read_text(encoding="utf-8"))) if path.exists() else None
+        return Cell(**_read(path)) if path.exists() else None
 
     def add(self, cell: Cell) -> None:
         """Write a cell, whole or not at all."""
         _write(self._path(cell.task, cell.form), asdict(cell))
 
+    def note(self, call: Mapping[str, Any]) -> None:
+        """Keep what a call asked for, besides what earlier ones did."""
+        now = json.loads(json.dumps(call))
+        before = [other for other in calls_of(self.folder) if other != now]
+        _write(self.folder / CALLS, [*before, now])
+
     def _path(self, task: str, form: str) -> Path:
-        name = re.sub(r"[^\w.-]+", "_", f"{task}--{form}")
-        return self.folder / "cells" / f"{name}.json"
+        return self.folder / "cells" / f"{file_name(task, form)}.json"
+
+
+def file_name(task: str, form: str) -> str:
+    """Return the name of a cell's file, without its ending."""
+    return re.sub(r"[^\w.-]+", "_", f"{task}--{form}")
+
+
+def cells_of(folder: Path) -> list[Cell]:
+    """Return every cell in the folder of an evaluation, the oldest first."""
+    ordered = sorted(_files(folder), key=lambda path: (path.stat().st_mtime_ns, path.name))
+    return [Cell(**_read(path)) for path in ordered]
+
+
+def calls_of(folder: Path) -> list[dict[str, Any]]:
+    """Return what the calls that ran to their end asked for, as `Cells.note` was given it."""
+    path = folder / CALLS
+    return list(_read(path)) if path.exists() else []
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    return (folder / "cells").glob("[!.]*.json")
+
+
+def _read(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def _write(path: Path, value: Any) -> None:
@@ -89,4 +133,4 @@ def _write(path: Path, value: Any) -> None:
         temporary.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
 
 
-__all__ = ["Cell", "Cells"]
+__all__ = ["Cell", "Cells", "calls_of", "cells_of", "file_name"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from enum import StrEnum
 from importlib.util import find_spec
 from pathlib import Path
@@ -117,17 +118,18 @@ def eval(
         if find_spec("lm_eval") is None:
             raise ValueError("this needs lm-eval: pip install 'hooked-hybrid[eval]'")
         forms = forms_of(form or (() if k else ("base", "sparse", "ablated")), k or ())
-        hybrid = niah_command.loaded(model, device, dtype)
-        torch.set_num_threads(threads or niah_command.default_threads(hybrid))
         options = Options(
             num_fewshot=shots_of(tasks, num_fewshot),
-            limit=limit if limit is None or limit < 1 else int(limit),
-            chat=has_template(hybrid.text.tokenizer) if chat is None else chat,
+            limit=int(limit) if limit is not None and limit.is_integer() else limit,
             multiturn=True,
             stage=stage,
             batch_size=batch_size,
             max_length=max_length,
         )
+        hybrid = niah_command.loaded(model, device, dtype)
+        torch.set_num_threads(threads or niah_command.default_threads(hybrid))
+        has_chat = has_template(hybrid.text.tokenizer)
+        options = replace(options, chat=has_chat if chat is None else chat)
         console = Console(stderr=True)
         evaluation = evaluate(
             hybrid, model, tasks, forms, options, out, resume, include_path, console.print

@@ -33,16 +33,20 @@ class Line:
 def lines(evaluation: Evaluation) -> list[Line]:
     """Return a line for each task that ran, and for the mean of each group, which comes first.
 
-    A mean takes the tasks that ran in every form, where all are in points; see
-    `benchmarks.Benchmark.mean` for the weights. Groups that no paper ran weigh tasks equally.
+    A mean takes the tasks that ran in every form that the group was run in, where all are in
+    points; see `benchmarks.Benchmark.mean` for the weights. Groups that no paper ran weigh tasks
+    equally. A task of several groups has one line.
     """
-    found = []
+    found: list[Line] = []
+    every = tuple(form.name for form in evaluation.forms)
     for name, leaves in evaluation.groups.items():
         own = [_task_line(evaluation, leaf) for leaf in leaves if _cells(evaluation, leaf)]
-        whole = [line for line in own if len(line.scores) == len(evaluation.forms)]
+        forms = evaluation.forms_of.get(name, every)
+        whole = [line for line in own if all(form in line.scores for form in forms)]
         if len(whole) > 1 and all(line.is_share for line in whole):
-            found.append(_mean_line(name, len(leaves), whole))
-        found += own
+            found.append(_mean_line(name, len(leaves), whole, forms))
+        shown = {line.name for line in found}
+        found += [line for line in own if line.name not in shown]
     return found
 
 
@@ -61,12 +65,13 @@ def _task_line(evaluation: Evaluation, task: str) -> Line:
     return Line(task, metric, some.n_documents, chance, scores, gaps)
 
 
-def _mean_line(name: str, n_leaves: int, parts: Sequence[Line]) -> Line:
-    """Return the mean over tasks of which each ran in every form."""
+def _mean_line(name: str, n_leaves: int, parts: Sequence[Line], forms: Sequence[str]) -> Line:
+    """Return the mean over tasks of which each ran in every one of some forms."""
     sizes = [part.n_documents for part in parts]
     by: Literal["documents", "tasks"] = BENCHMARKS[name].mean if name in BENCHMARKS else "tasks"
-    scores = {n: mean([part.scores[n] for part in parts], sizes, by) for n in parts[0].scores}
-    gaps = {n: mean([part.gaps[n] for part in parts], sizes, by) for n in parts[0].gaps}
+    scores = {n: mean([part.scores[n] for part in parts], sizes, by) for n in forms}
+    compared = [n for n in forms if all(n in part.gaps for part in parts)]
+    gaps = {n: mean([part.gaps[n] for part in parts], sizes, by) for n in compared}
     lots = [Estimate(part.chance, None) for part in parts if part.chance is not None]
     lot = mean(lots, sizes, by).value if len(lots) == len(parts) else None
     count = f"{len(parts)} tasks" + ("" if len(parts) == n_leaves else f" of {n_leaves}")

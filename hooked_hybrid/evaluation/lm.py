@@ -49,8 +49,8 @@ class HookedHybridLM(TemplateLM):
         fwd_hooks, prefill_hooks, generation_hooks: further hooks, as `generate` takes them.
         first_token_stage: of `generate`.
         tokenizer: a tokenizer, or a folder that holds one, instead of the checkpoint's own.
-        dtype, device, revision, config_overrides: of loading; device None is the GPU, and the CPU
-            stands in for a GPU that is not there.
+        dtype, device, revision, config_overrides: of loading, not for a model in memory; dtype
+            None is float32, device None the GPU, and the CPU stands in for a GPU that is not there.
         batch_size: rows of a forward, or "auto": as many as there is room for, up to
             `max_batch_size` (64) in generation.
         max_batch_size: see there.
@@ -78,7 +78,7 @@ class HookedHybridLM(TemplateLM):
         generation_hooks: Iterable[HookSpec] = (),
         first_token_stage: Literal["prefill", "generation"] = "prefill",
         tokenizer: Any = None,
-        dtype: str | torch.dtype = torch.float32,
+        dtype: str | torch.dtype | None = None,
         device: str | None = None,
         revision: str | None = None,
         batch_size: int | str = 1,
@@ -93,6 +93,13 @@ class HookedHybridLM(TemplateLM):
         super().__init__()
         if stage not in ("both", "generation"):
             raise ValueError(f"stage={stage!r}: give 'both' or 'generation'")
+        for what, size in (
+            ("max_batch_size", max_batch_size),
+            ("max_length", max_length),
+            ("max_gen_toks", max_gen_toks),
+        ):
+            if size is not None and size < 1:
+                raise ValueError(f"{what}={size}: give 1 or more")
         self.rows = read_batch_size(batch_size)
         self.max_rows = max_batch_size or MOST_ROWS
         loading = {"dtype": dtype, "device": device, "revision": revision}

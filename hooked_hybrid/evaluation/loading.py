@@ -19,8 +19,8 @@ def loaded(
     Args:
         pretrained: a model, or what `HookedHybrid.from_pretrained` loads.
         tokenizer: a tokenizer, or a folder that holds one, instead of the checkpoint's own.
-        overrides, loading: further arguments of `from_pretrained`; device None is the GPU, and the
-            CPU stands in for a GPU that is not there.
+        overrides, loading: further arguments of `from_pretrained`; dtype None is float32, device
+            None the GPU, and the CPU stands in for a GPU that is not there.
 
     Raises:
         ValueError: a folder without a tokenizer, or a model in memory that is to be changed.
@@ -31,14 +31,23 @@ def loaded(
             raise ValueError(f"tokenizer={str(tokenizer)!r}: no tokenizer in this folder")
         tokenizer = found
     if isinstance(pretrained, HookedHybrid):
-        if tokenizer is not None or overrides:
-            raise ValueError("a model in memory has its tokenizer and config: set them there")
+        given = {"tokenizer": tokenizer, **loading}
+        names = [name for name, value in given.items() if value is not None]
+        if names := [f"{name}=" for name in (*names, *overrides)]:  # None may override
+            raise ValueError(
+                f"{', '.join(names)} with a model in memory, which is taken as it is: set it there"
+            )
         return pretrained
-    device = loading.pop("device") or "cuda"
+    device, dtype = loading.pop("device", None) or "cuda", loading.pop("dtype", None)
     if str(device).startswith("cuda") and not torch.cuda.is_available():
         device = "cpu"  # lm-eval's program asks for cuda:0 where nobody says anything
     return HookedHybrid.from_pretrained(
-        pretrained, tokenizer=tokenizer, device=device, **loading, **overrides
+        pretrained,
+        tokenizer=tokenizer,
+        device=device,
+        dtype=torch.float32 if dtype is None else dtype,
+        **loading,
+        **overrides,
     )
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from hooked_hybrid.evaluation.benchmarks import BENCHMARKS
 from hooked_hybrid.evaluation.forms import Form, title
 from hooked_hybrid.evaluation.gaps import Estimate
+from hooked_hybrid.evaluation.gathered import gathered
 from hooked_hybrid.evaluation.lines import Line, lines
 from hooked_hybrid.evaluation.picture import score_picture
 from hooked_hybrid.evaluation.running import Evaluation, Options
@@ -35,6 +36,8 @@ def write(
 ) -> Written:
     """Write results.json, results.csv, report.md and scores.png, each whole or not at all.
 
+    What earlier calls left in the folder is in them, too; see `gathered.gathered`.
+
     Args:
         evaluation: what came out.
         card: facts about the model.
@@ -43,6 +46,7 @@ def write(
         command: what to type to run it again.
     """
     written = Written(out / "report.md", out / "results.csv", out / "results.json")
+    n_new, evaluation = len(evaluation.cells), gathered(evaluation, out)
     rows = lines(evaluation)
     with replacing(written.table) as temporary:
         results_table(evaluation).to_csv(temporary, index=False)
@@ -60,7 +64,9 @@ def write(
         picture = out / "scores.png"
         with replacing(picture) as temporary:
             score_picture(drawn, evaluation.forms).savefig(temporary, format="png", dpi=150)
-    text = _report(evaluation, rows, card, options, command, picture)
+    parts = [f"```\n{command}\n```"] if command else []
+    parts += [_EARLIER] if n_new < len(evaluation.cells) else []
+    text = _report(evaluation, rows, card, options, parts, picture)
     with replacing(written.report) as temporary:
         temporary.write_text(text, encoding="utf-8")
     return replace(written, picture=picture)
@@ -91,16 +97,14 @@ def _report(
     rows: Sequence[Line],
     card: Mapping[str, str],
     options: Options,
-    command: str,
+    commands: Sequence[str],
     picture: Path | None,
 ) -> str:
     forms = evaluation.forms
     others = [form for form in forms if form.name != "base"]
     parts = [f"# Language benchmarks: {card.get('model', 'a model')}"]
     parts.append(_table(["", ""], [[name, value] for name, value in card.items()]))
-    if command:
-        parts.append(f"```\n{command}\n```")
-    parts.append(_how(options, forms))
+    parts += [*commands, _how(options, forms)]
     if rows:
         head = ["task", "metric", "documents", *map(title, forms), "by lot"]
         body = [
@@ -124,6 +128,10 @@ def _report(
     return "\n\n".join(parts) + "\n"
 
 
+_EARLIER = (
+    "Tasks and forms that earlier commands left in this folder are shown, too; the model and how "
+    "the tasks were run are the same."
+)
 _GAPS = (
     "In points (of perplexities and the like, as they are), with a 95% interval. Where the score "
     "is a mean over documents the difference is taken document by document, as both forms saw the "

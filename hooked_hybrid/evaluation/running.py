@@ -6,18 +6,24 @@ import logging
 import random
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from numbers import Real
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from hooked_hybrid.evaluation.cells import Cell, Cells
+from hooked_hybrid.evaluation.batching import read_batch_size
+from hooked_hybrid.evaluation.cells import Cell, Cells, cells_of, file_name
+from hooked_hybrid.evaluation.conversation import has_template
 from hooked_hybrid.evaluation.forms import FORMS, Form, Stage
+from hooked_hybrid.evaluation.identity import identity
 from hooked_hybrid.evaluation.tasks import Loaded, TaskSource
 from hooked_hybrid.model import HookedHybrid
+
+if TYPE_CHECKING:
+    from hooked_hybrid.evaluation.lm import HookedHybridLM
 
 BOOTSTRAPS = 1000
 """Draws of lm-eval's bootstrap, for the metrics that have no standard error in closed form."""
@@ -36,6 +42,9 @@ class Options:
         multiturn: make each example a turn of its own.
         stage: where heads are silenced.
         batch_size, max_length, max_gen_toks: of `HookedHybridLM`.
+
+    Raises:
+        ValueError: a limit or batch size that is none, or fewer than 0 examples.
     """
 
     num_fewshot: int | None = None
@@ -47,15 +56,29 @@ class Options:
     max_length: int | None = None
     max_gen_toks: int = 256
 
+    def __post_init__(self) -> None:
+        read_batch_size(self.batch_size)
+        limit = self.limit
+        if limit is not None and not (0 < limit < 1 or (limit >= 1 and float(limit).is_integer())):
+            raise ValueError(
+                f"limit={limit}: give a number of documents from 1, or a share between 0 and 1"
+            )
+        if self.num_fewshot is not None and self.num_fewshot < 0:
+            raise ValueError(f"num_fewshot={self.num_fewshot}: give 0 or more")
+
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What came out: cells in the order of tasks and forms, and why tasks are missing."""
+    """What came out: cells in the order of tasks and forms, and why tasks are missing.
+
+    `forms_of` names the forms that a group was run in, where these are not all.
+    """
 
     groups: Mapping[str, tuple[str, ...]]
     forms: tuple[Form, ...]
     cells: Sequence[Cell]
     missing: Mapping[str, str] = field(default_factory=dict)
+    forms_of: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def cell(self, task: str, form: str) -> Cell | None:
         """Return one cell, or None where it could not be run."""
@@ -81,27 +104,27 @@ def evaluate(
 
     Args:
         model: with a tokenizer.
-        name: of the model, which tells evaluations apart.
+        name: of the model.
         tasks: lm-eval's names of tasks, groups or tags.
         forms: what is silenced.
         options: how tasks are run.
         out: folder of the results, new or empty unless resumed.
-        resume: go on with what it holds.
+        resume: go on with what it holds: other tasks and forms may be added, the rest is the same.
         include_path: folder of further tasks, in lm-eval's format.
         say: is told of each cell before it runs.
 
     Raises:
-        ValueError: an unknown task, a form that the model has no heads for, another evaluation in
-            the folder; then nothing has run.
-        FileExistsError: the folder is not empty, and `resume` is false.
+        ValueError: an unknown task, a form that the model has no heads for, options that the model
+            cannot be run with, another evaluation in the folder, or a task or form that has changed
+            since its cells were run; then nothing has run.
+        FileExistsError: the folder is not empty, and `resume` is false; or it is no evaluation's.
     """
     options = options or Options()
-    for form in forms:
-        form.hooks(model.cfg)
+    _check(model, name, forms, options)
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of defaults, task by task
     source = TaskSource(tasks, include_path)
-    # Tasks and forms may be added when resuming; the rest must be the same.
-    cells = Cells(out, {"model": name, **_weights(model), **asdict(options)}, resume)
+    cells = Cells(out, {"model": name, **identity(model), **asdict(options)}, resume)
+    _check_kept(out, source, forms, options, say)
     found: list[Cell] = []
     missing: dict[str, str] = {}
     for i, task in enumerate(source.leaves):
@@ -111,31 +134,64 @@ def evaluate(
             missing[task] = loaded
             say(f"{task} is left out: {loaded}")
         elif loaded is not None:
+            asked = loaded.hash(options.num_fewshot, FEWSHOT_SEED, options.limit)
             for form in todo:
                 say(f"task {i + 1} of {len(source.leaves)}: {task}, {form.name}")
-                cells.add(_run(model, name, loaded, form, options))
+                cell = _run(model, name, loaded, form, options)
+                cells.add(replace(cell, by=form.by, stage=options.stage, asked=asked))
         found += [c for form in forms if (c := cells.get(task, form.name)) is not None]
+    said = {"groups": source.groups, "forms": [asdict(form) for form in forms]}
+    cells.note({**said, "missing": missing})
     return Evaluation(source.groups, tuple(forms), found, missing)
 
 
-def _weights(model: HookedHybrid) -> dict[str, Any]:
-    """Return what tells models of one name apart, cheaply."""
-    some = model.W_E.detach().flatten()[:: max(1, model.W_E.numel() // 1000)].double()
-    n_parameters = sum(p.numel() for p in model.parameters())
-    return {"n_parameters": n_parameters, "dtype": str(model.dtype), "sum": float(some.sum())}
+def _check(model: HookedHybrid, name: str, forms: Sequence[Form], options: Options) -> None:
+    """Raise an error where forms or options do not fit the model, or forms one another."""
+    files = [file_name("", form.name) for form in forms]
+    if len(set(files)) < len(files):
+        raise ValueError(f"forms {[f.name for f in forms]}: give each a name of its own, once")
+    for form in forms:
+        _as_lm(model, name, form, options)
+    if options.chat and not has_template(model.text.tokenizer):
+        raise ValueError(f"{name} has no chat template: leave it out with --no-chat (chat=False)")
 
 
-def _run(model: HookedHybrid, name: str, loaded: Loaded, form: Form, options: Options) -> Cell:
-    """Run one task under one form."""
-    import numpy as np
-    from lm_eval import evaluate as run_lm_eval
+def _check_kept(
+    folder: Path,
+    source: TaskSource,
+    forms: Sequence[Form],
+    options: Options,
+    say: Callable[[str], Any],
+) -> None:
+    """Raise an error where a task or form is not what the folder's cells were run with."""
+    named = {file_name("", form.name): form for form in forms}
+    kept: dict[str, list[Cell]] = {}
+    for cell in cells_of(folder):
+        kept.setdefault(cell.task, []).append(cell)
+        theirs, form = Form(cell.form, cell.k, cell.by), named.get(file_name("", cell.form))
+        if form is not None and (form, options.stage) != (theirs, cell.stage):
+            raise ValueError(
+                f"{folder} holds {cell.task} in the form {cell.form!r} with k={cell.k}, {cell.by}, "
+                f"{cell.stage}, and not {form.name!r} with k={form.k}, {form.by}, {options.stage}: "
+                "give another folder, or the form another name; nothing is overwritten"
+            )
+    for task in filter(kept.__contains__, source.leaves):
+        loaded = source.load(task)
+        if isinstance(loaded, str):
+            say(f"{task} cannot be compared with its results in {folder}, kept: {loaded}")
+            continue
+        now = loaded.hash(options.num_fewshot, FEWSHOT_SEED, options.limit)
+        if changed := [cell.form for cell in kept[task] if cell.asked != now]:
+            raise ValueError(
+                f"{task} has changed since {folder} was written (its config, prompt or documents; "
+                f"forms {', '.join(changed)}): give another folder, nothing is overwritten"
+            )
 
+
+def _as_lm(model: HookedHybrid, name: str, form: Form, options: Options) -> HookedHybridLM:
+    """Return the model in a form."""
     from hooked_hybrid.evaluation.lm import HookedHybridLM
 
-    task = loaded.prepared(options.num_fewshot, FEWSHOT_SEED)
-    random.seed(SEED)
-    np.random.seed(SEED)
-    torch.manual_seed(SEED)
     lm = HookedHybridLM(
         model,
         form.k,
@@ -146,6 +202,19 @@ def _run(model: HookedHybrid, name: str, loaded: Loaded, form: Form, options: Op
         max_gen_toks=options.max_gen_toks,
     )
     lm.name = name
+    return lm
+
+
+def _run(model: HookedHybrid, name: str, loaded: Loaded, form: Form, options: Options) -> Cell:
+    """Run one task under one form."""
+    import numpy as np
+    from lm_eval import evaluate as run_lm_eval
+
+    task = loaded.prepared(options.num_fewshot, FEWSHOT_SEED)
+    random.seed(SEED)
+    np.random.seed(SEED)
+    torch.manual_seed(SEED)
+    lm = _as_lm(model, name, form, options)
     began = time.monotonic()
     results = run_lm_eval(
         lm,

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+import inspect
+import json
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from hooked_hybrid.evaluation import OWN_TASKS
+
+DOCUMENTS_READ = 50_000
+"""Documents of a split that a task's hash looks at: a few seconds."""
+Source = tuple[str, str, str]
 
 
 @dataclass(frozen=True)
@@ -28,6 +37,35 @@ class Loaded:
             self.task.set_config(key="num_fewshot", value=num_fewshot or 0)
         self.task.set_fewshot_seed(seed=seed)
         return self.task
+
+    def hash(self, num_fewshot: int | None, seed: int, limit: int | float | None) -> str:
+        """Return a short hash of what is asked: config, documents, and those of the examples.
+
+        Functions count by their source. Of documents the first `DOCUMENTS_READ` count, and none
+        beyond `limit` where it is a number.
+        """
+        task = self.prepared(num_fewshot, seed)
+        most = limit if isinstance(limit, int) else None
+        digest = hashlib.sha256(_as_text(task.dump_config()).encode())
+        splits = [(task.eval_docs, most)]
+        splits += [(task.fewshot_docs(), None)] if task.get_config("num_fewshot") else []
+        for documents, wanted in splits:
+            n_documents = len(documents) if hasattr(documents, "__len__") else "?"
+            digest.update(f"\n{n_documents}".encode())
+            for document in islice(documents, min(wanted or DOCUMENTS_READ, DOCUMENTS_READ)):
+                digest.update(_as_text(document).encode())
+        return digest.hexdigest()[:16]
+
+
+def source_of(cfg: Mapping[str, Any]) -> Source:
+    """Return what tells whether two tasks read the same data set, from their configs.
+
+    The subsets of a repository lie together: where one is in the cache, `datasets` says of the
+    others that they are not, and not that the repository cannot be reached.
+    """
+    files = json.dumps(cfg.get("dataset_kwargs"), sort_keys=True, default=str)
+    own = str(cfg.get("task")) if cfg.get("dataset_path") is None else ""
+    return str(cfg.get("dataset_path")), files, own
 
 
 class TaskSource:
@@ -60,7 +98,7 @@ class TaskSource:
             raise ValueError(f"no task, group or tag is called {unknown[0]!r}{hint}")
         self.groups: dict[str, tuple[str, ...]] = {n: tuple(self._leaves(n)) for n in names}
         self.leaves = list(dict.fromkeys(leaf for found in self.groups.values() for leaf in found))
-        self._unreachable: dict[str, str] = {}
+        self._unreachable: dict[Source, str] = {}
 
     def load(self, name: str) -> Loaded | str:
         """Return a task with its data, or why it cannot be had.
@@ -68,8 +106,8 @@ class TaskSource:
         Where a data set cannot be reached, no other task asks for it again: each try takes half a
         minute.
         """
-        path = str((self.manager.task_index[name].cfg or {}).get("dataset_path"))
-        if path not in self._unreachable:
+        source = source_of(self.manager.task_index[name].cfg or {})
+        if source not in self._unreachable:
             try:
                 return Loaded(name, self.manager.load([name])["tasks"][name])
             except Exception as error:  # whatever a loader raises, the other tasks go on
@@ -77,8 +115,8 @@ class TaskSource:
                 reason = f"{type(error).__name__}: {text}"[:300]
                 if not isinstance(error, ConnectionError):
                     return reason
-                self._unreachable[path] = reason
-        return self._unreachable[path]
+                self._unreachable[source] = reason
+        return self._unreachable[source]
 
     def _leaves(self, name: str) -> list[str]:
         """Return the single tasks of a name; a group that brings configs of its own stays whole."""
@@ -94,4 +132,19 @@ class TaskSource:
         return list(dict.fromkeys(leaf for member in members for leaf in self._leaves(member)))
 
 
-__all__ = ["Loaded", "TaskSource"]
+def _as_text(value: Any) -> str:
+    """Return a config or document as text that is the same in every process."""
+    text = json.dumps(value, sort_keys=True, default=_unknown_as_text)
+    return re.sub(r" at 0x[0-9a-f]+", "", text)
+
+
+def _unknown_as_text(value: Any) -> str:
+    if isinstance(value, set | frozenset):
+        return repr(sorted(map(repr, value)))
+    try:
+        return inspect.getsource(value)
+    except (TypeError, OSError):
+        return repr(value)
+
+
+__all__ = ["Loaded", "TaskSource", "source_of"]

@@ -39,11 +39,17 @@ def limit_window(n_keys: int, *, layers: int | Iterable[int] | None = None) -> l
         infinity.
 
     Raises:
-        ValueError: `n_keys` below 1; a layer that is no whole number from 0 on.
+        ValueError: `n_keys` below 1 or a fraction; a layer that is no whole number from 0 on.
         HookNameError: when attached, a layer without attention.
     """
-    if isinstance(n_keys, bool) or operator.index(n_keys) < 1:
-        raise ValueError(f"n_keys={n_keys!r}: a token sees at least itself, so 1 or more")
+    try:
+        is_window = not isinstance(n_keys, bool) and operator.index(n_keys) >= 1
+    except TypeError:
+        is_window = False
+    if not is_window:
+        raise ValueError(
+            f"n_keys={n_keys!r}: give a whole number from 1, as a token sees at least itself"
+        )
 
     @per_position
     def hide(scores: Pattern, hook: HookPoint) -> Pattern:

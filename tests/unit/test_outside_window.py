@@ -104,8 +104,8 @@ def test_one_layer_left_open_lets_earlier_tokens_through(name: str) -> None:
         assert relative(*both) > FP32_PARITY
 
 
-@pytest.mark.parametrize("n_keys", [0, -1, True])
-def test_a_window_of_no_key_is_an_error(n_keys: int) -> None:
+@pytest.mark.parametrize("n_keys", [0, -1, True, 2.5])
+def test_a_window_of_no_key_is_an_error(n_keys: int, unchecked: None) -> None:
     with pytest.raises(ValueError, match="itself"):
         limit_window(n_keys)
 
