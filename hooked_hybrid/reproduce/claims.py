@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from hooked_hybrid.config import HybridConfig, MambaConfig, RGLRUConfig
 from hooked_hybrid.packaged import packaged_models
+from hooked_hybrid.reproduce.evidence import Untested
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -24,7 +26,14 @@ RG_2B, RG_9B, JAMBA = "RecurrentGemma-2B", "RecurrentGemma-9B", "Jamba-Mini-1.6"
 ALL = "all three models"
 _KIND = {RG_2B: RGLRUConfig, RG_9B: RGLRUConfig, JAMBA: MambaConfig}
 _SHAPE = {RG_2B: (26, 2560), RG_9B: (38, 4096), JAMBA: (32, 4096)}
-"""Layers and width of the published models, by which a checkpoint is known."""
+"""Layers and width of the published models."""
+_HUB = {
+    "google/recurrentgemma-2b": RG_2B,
+    "google/recurrentgemma-9b": RG_9B,
+    "ai21labs/AI21-Jamba-Mini-1.6": JAMBA,
+}
+"""Names under which their makers publish them; no other checkpoint is called by theirs."""
+TOO_LITTLE = "run with --quick: too little to conclude from"
 
 
 class Verdict(Enum):
@@ -101,35 +110,61 @@ class Item:
     note: str = ""
 
 
-def subject_of(name: str, cfg: HybridConfig) -> str:
-    """Return what a verdict calls a model: a published one by its name, which its shape tells."""
-    if name in packaged_models():
-        return "the packaged model"
+def shape_of(cfg: HybridConfig) -> str | None:
+    """Return the published model that has this shape: its recurrence, layers and width."""
     mixers = {type(layer.mixer) for layer in cfg.layers}
     for published, shape in _SHAPE.items():
         if shape == (cfg.n_layers, cfg.d_model) and _KIND[published] in mixers:
             return published
-    return "this model"
+    return None
 
 
-def applies(claim: Claim, subject: str, cfg: HybridConfig) -> bool:
+def subject_of(name: str, cfg: HybridConfig) -> str:
+    """Return what a verdict calls a model: a published one by its name where it is that one.
+
+    It is by its name on the hub. Shape alone tells nothing of the weights: another checkpoint, a
+    folder or a finetuned one, is "a model of RecurrentGemma-2B's shape".
+    """
+    if name in packaged_models():
+        return "the packaged model"
+    published = shape_of(cfg)
+    if published is None:
+        return "this model"
+    is_theirs = _HUB.get(name) == published and not Path(name).exists()
+    return published if is_theirs else f"a model of {published}'s shape"
+
+
+def applies(claim: Claim, cfg: HybridConfig) -> bool:
     """Whether a claim can be tested on a model.
 
-    A published model is held against its own claims alone; any other against those about models
-    with recurrences of its kind, and those that ask any.
+    A model of a published one's shape is held against that one's claims alone; any other against
+    those about models with recurrences of its kind, and those that ask any.
     """
     if claim.about == ALL or claim.subject:
         return True
-    if subject in _SHAPE:
-        return claim.about == subject
+    if published := shape_of(cfg):
+        return claim.about == published
     return claim.any_model or _KIND[claim.about] in {type(layer.mixer) for layer in cfg.layers}
 
 
+def found_by(check: Check, evidence: Evidence) -> Finding:
+    """Return what a check finds; nothing tested, and why, where what it reads was not run."""
+    try:
+        return check(evidence)
+    except Untested as reason:
+        return Finding(None, str(reason))
+
+
 def judged(claim: Claim, evidence: Evidence) -> tuple[Verdict, Finding]:
-    """Return the verdict on a claim, and what it rests on."""
-    if not applies(claim, evidence.subject, evidence.cfg):
+    """Return the verdict on a claim, and what it rests on.
+
+    Of prompts as few as `recipe.QUICK`'s no claim is judged, but those that rest on none.
+    """
+    if not applies(claim, evidence.cfg):
         return Verdict.UNTESTED, Finding(None, f"a claim about {claim.about} alone")
-    finding = claim.check(evidence)
+    finding = found_by(claim.check, evidence)
+    if evidence.recipe.is_quick and not claim.subject:
+        return Verdict.UNTESTED, Finding(None, finding.ours, TOO_LITTLE)
     if finding.holds is None:
         return Verdict.UNTESTED, finding
     return (Verdict.SHOWN if finding.holds else Verdict.NOT_SHOWN), finding
@@ -154,6 +189,7 @@ __all__ = [
     "RG_2B",
     "RG_9B",
     "TITLES",
+    "TOO_LITTLE",
     "Check",
     "Claim",
     "Finding",
@@ -161,8 +197,10 @@ __all__ = [
     "Paper",
     "Verdict",
     "applies",
+    "found_by",
     "judged",
     "said",
+    "shape_of",
     "subject_of",
     "together",
 ]

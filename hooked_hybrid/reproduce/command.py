@@ -29,8 +29,17 @@ from hooked_hybrid.reproduce.recipe import (
     Recipe,
     Size,
     recipe_for,
+    recorded_include_path,
 )
-from hooked_hybrid.reproduce.report import Judged, counted, verdict_of, write_item, write_report
+from hooked_hybrid.reproduce.report import (
+    Judged,
+    counted,
+    items_in,
+    not_run,
+    verdict_of,
+    write_item,
+    write_report,
+)
 from hooked_hybrid.reproduce.runs import check, perform
 
 
@@ -125,7 +134,8 @@ def reproduce(
 
     Writes report.md, with the published value, ours and one of three verdicts for every claim, a
     picture and a table for each item, and claims.csv. It may be stopped at any time; the same
-    command with --resume goes on.
+    command with --resume goes on. An item that cannot be run is said to be so, and the others go
+    on; what a report holds already stays in it.
 
     Example: hooked-hybrid reproduce --paper thesis2025 --model tiny-jamba --out results/thesis
     """
@@ -134,6 +144,10 @@ def reproduce(
         if list_items:
             _list(paper, items)
             return
+        if resume:
+            items = _with_those_before(paper, items, out)
+            include_path = include_path or recorded_include_path(out)
+        _check_folder(include_path)
         hybrid = niah_command.loaded(model, device, dtype)
         torch.set_num_threads(threads or niah_command.default_threads(hybrid))
         documents = () if haystack is None else Haystack.read(haystack).documents
@@ -147,6 +161,7 @@ def reproduce(
             template=template,
             first_token=first_token,
             documents=documents,
+            include_path=include_path,
         )
         check([run for item in items for run in runs_of(item)], hybrid, recipe, documents)
         recipe.save(out, paper, resume)
@@ -163,6 +178,7 @@ def reproduce(
         card = niah_command.model_card(hybrid, model)
         page = write_report(paper, done, evidence, card, out, command_line())
         _show(done, evidence, page)
+        _complain(done)
 
 
 def walk(
@@ -188,8 +204,9 @@ def walk(
         include_path: see `language.measured`.
         verbose: show progress bars.
 
+    What stops one item, but for disk and memory, is its reason not to be run; the others go on.
+
     Raises:
-        ValueError: the folder holds another experiment.
         OSError: the results cannot be written.
     """
     runs = folder / "runs"
@@ -197,20 +214,32 @@ def walk(
     with tqdm(items, unit="item", disable=not verbose, position=0) as bar:
         for item in bar:
             bar.set_description(item.name)
-            for run in runs_of(item):
-                if run not in evidence.tables:
-                    bar.set_postfix_str(run)
-                    table, text = perform(run, model, recipe, runs, documents, verbose=verbose)
-                    evidence.tables[run] = table
-                    if text is not None:
-                        evidence.losses[run] = text
-            for suite in item.suites:
-                if suite not in evidence.language:
-                    bar.set_postfix_str(suite)
-                    about = (suite, model, evidence.name, runs, recipe.n_documents)
-                    evidence.language[suite] = measured(*about, include_path, bar.write)
-            done.append(write_item(item, evidence, folder))
+            try:
+                for run in runs_of(item):
+                    if run not in evidence.tables:
+                        bar.set_postfix_str(run)
+                        table, text = perform(run, model, recipe, runs, documents, verbose=verbose)
+                        evidence.tables[run] = table
+                        if text is not None:
+                            evidence.losses[run] = text
+                for suite in item.suites:
+                    if suite not in evidence.language:
+                        bar.set_postfix_str(suite)
+                        about = (suite, model, evidence.name, runs, recipe.n_documents)
+                        evidence.language[suite] = measured(*about, include_path, bar.write)
+                done.append(write_item(item, evidence, folder))
+            except (LookupError, ValueError, ArithmeticError, ImportError) as error:
+                done.append(not_run(item, error))
     return done
+
+
+def _with_those_before(paper: Paper, items: Sequence[Item], folder: Path) -> list[Item]:
+    """Return items and those of the folder's report, which is written anew, in the paper's order.
+
+    Their runs are there, so that they are judged again and nothing is run again for them.
+    """
+    wanted = {*items_in(folder), *(item.name for item in items)}
+    return [item for item in items_of(paper) if item.name in wanted]
 
 
 def _size(name: str, quick: bool) -> Size:
@@ -236,6 +265,18 @@ def _show(done: Sequence[Judged], evidence: Evidence, page: Path) -> None:
         shown.add_row(entry.item.name, verdict_of(entry, evidence), counted(entry))
     console.print(shown)
     console.print(f"report  {page}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _check_folder(include_path: Path | None) -> None:
+    if include_path is not None and not include_path.is_dir():
+        raise ValueError(f"--include-path {include_path}: there is no such folder")
+
+
+def _complain(done: Sequence[Judged]) -> None:
+    """Raise ValueError, which ends the command with 1, where an item was not run."""
+    if stopped := [entry for entry in done if entry.why_not]:
+        names = "; ".join(f"{entry.item.name} {entry.why_not}" for entry in stopped)
+        raise ValueError(f"{names} (the others are in the report)")
 
 
 __all__ = ["reproduce", "walk"]

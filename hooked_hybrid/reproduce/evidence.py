@@ -9,22 +9,29 @@ import numpy as np
 
 from hooked_hybrid.config import HybridConfig
 from hooked_hybrid.niah.experiments import heads_of
-from hooked_hybrid.niah.statistics import cluster_column, clustered_interval
+from hooked_hybrid.niah.statistics import cluster_column
+from hooked_hybrid.reproduce import shares
+from hooked_hybrid.reproduce.intervals import RESAMPLES, widened_interval
 from hooked_hybrid.reproduce.recipe import Recipe
 
 if TYPE_CHECKING:
     import pandas as pd
 
-_RESAMPLES = 1000
 _PLACE = ["needle_id", "seed", "length", "depth"]
 """What two cells must share to be compared one to one."""
+_WHOLE = {"weights": "keep-keep", "layers": "whole", "controls": "whole", "elsewhere": "whole"}
+"""The setting with everything as it is, of runs where that is not all heads kept."""
+
+
+class Untested(LookupError):
+    """What a claim asks about cannot be read from what was run; the message says why."""
 
 
 class Estimate(NamedTuple):
     """A mean of fractions (or of differences of these) with its 95% interval.
 
-    The interval is a bootstrap clustered by needle, NaN at both ends for a single one; `by_seed` is
-    the mean of each seed's cells.
+    The interval is `intervals.widened_interval` over needles, NaN at both ends for a single one;
+    `by_seed` is the mean of each seed's cells.
     """
 
     mean: float
@@ -69,23 +76,22 @@ class Evidence:
         """Heads of an attention layer, the fewest of any."""
         return min(heads_of(self.cfg).values())
 
-    def whole(self) -> Estimate:
-        """Return the accuracy with all heads and weights as they are, of the first run with it."""
-        for run, setting in (("top-k", self.k_setting(self.n_heads)), ("weights", "keep-keep")):
-            if run in self.tables:
-                return self.accuracy(run, setting)
-        raise LookupError("neither heads nor weights were run")
+    def whole(self, run: str) -> Estimate:
+        """Return the accuracy of a run with all heads and weights as they are."""
+        return self.accuracy(run, _WHOLE.get(run, self.k_setting(self.n_heads)))
 
     def cells(self, run: str, setting: str, in_window: bool | None = None) -> pd.DataFrame:
         """Return the cells of a setting, of needles inside the window or beyond it alone.
 
         Raises:
-            LookupError: the run has no such setting.
+            Untested: the run was not made, or has no such setting.
         """
+        if run not in self.tables:
+            raise Untested(f"run {run} was not made")
         table = self.tables[run]
         chosen = table[table["setting"] == setting]
         if chosen.empty:
-            raise LookupError(f"run {run} has no setting {setting!r}")
+            raise Untested(f"run {run} has no setting {setting!r}")
         if in_window is None:
             return chosen
         return chosen[chosen["in_window"].astype(bool) == in_window]
@@ -99,16 +105,41 @@ class Evidence:
         return f"{stage} k={k}"
 
     def scaled(self, k: int, of: int) -> int:
-        """Return as large a share of this model's heads as `k` is of `of`: 1 or more, unless 0."""
-        return 0 if k == 0 else max(1, round(k * self.n_heads / of))
+        """Return as large a share of this model's heads as `k` is of `of`.
+
+        Raises:
+            Untested: the share is more than `shares.TOLERANCE` from a whole number of heads, or
+                none.
+        """
+        found = shares.share(k, of, self.n_heads)
+        if found is None:
+            raise Untested(f"this model has no k for {k} of {of}: its heads are {self.n_heads}")
+        return found
+
+    def scaled_range(self, first: int, last: int, of: int) -> list[int]:
+        """Return the k of this model that are a share from `first` to `last` of `of`.
+
+        Raises:
+            Untested: there is none.
+        """
+        found = shares.between(first, last, of, self.n_heads)
+        if not found:
+            raise Untested(f"no k of {self.n_heads} heads is from {first} to {last} of {of}")
+        return found
 
 
-def estimate(cells: pd.DataFrame, values: str = "accuracy") -> Estimate:
-    """Return the mean of a column of cells; NaN throughout where there is no cell."""
+def estimate(cells: pd.DataFrame, values: str = "accuracy", least: float = 0.0) -> Estimate:
+    """Return the mean of a column of cells; NaN throughout where there is no cell.
+
+    Args:
+        cells: of a run.
+        values: column of numbers from `least` to 1.
+        least: lowest possible value.
+    """
     if cells.empty:
         nan = float("nan")
         return Estimate(nan, nan, nan, 0, 0, ())
-    low, high = clustered_interval(cells[values], cells[cluster_column(cells)], _RESAMPLES)
+    low, high = widened_interval(cells[values], cells[cluster_column(cells)], least, 1.0)
     by_seed = cells.groupby("seed")[values].mean()
     n_needles = cells["needle_id"].nunique()
     mean = float(cells[values].mean())
@@ -121,7 +152,7 @@ def difference(more: pd.DataFrame, less: pd.DataFrame) -> Estimate:
     Pairs share needle, seed, length and depth; cells without a partner are left out.
     """
     paired = more.merge(less, on=_PLACE, suffixes=("", "_less"))
-    return estimate(paired.assign(gap=paired["accuracy"] - paired["accuracy_less"]), "gap")
+    return estimate(paired.assign(gap=paired["accuracy"] - paired["accuracy_less"]), "gap", -1.0)
 
 
 class Tipping(NamedTuple):
@@ -136,23 +167,25 @@ def tipping(cells: pd.DataFrame, floor: float = 0.05) -> Tipping:
     """Return where accuracy tips, with the 95% interval of a bootstrap over needles.
 
     Below `floor` at every k there is no tipping point: in a resample it then counts as one beyond
-    the most heads.
+    the most heads. Every cell weighs the same, as in `estimate`; the interval is not widened.
 
     Args:
         cells: of one stage of a top-k sweep.
         floor: the least accuracy to speak of retrieval.
     """
-    sums = cells.pivot_table(index="needle_id", columns="k", values="accuracy", aggfunc="mean")
-    ks, rates = [int(k) for k in sums.columns], sums.to_numpy(dtype=float)
-    rng = np.random.default_rng(0)
-    drawn = rng.integers(len(rates), size=(_RESAMPLES, len(rates)))
-    found = [_tips(rates[rows].mean(axis=0), ks, floor) for rows in drawn]
+    by = {"index": "needle_id", "columns": "k", "values": "accuracy", "fill_value": 0}
+    sums, counts = (cells.pivot_table(**by, aggfunc=how) for how in ("sum", "count"))
+    ks, total, n = [int(k) for k in sums.columns], sums.to_numpy(float), counts.to_numpy(float)
+    drawn = np.random.default_rng(0).integers(len(total), size=(RESAMPLES, len(total)))
+    drawn = drawn[(n[drawn].sum(axis=1) > 0).all(axis=1)]  # every k has cells
+    rates = total[drawn].sum(axis=1) / n[drawn].sum(axis=1)
+    found = [_tips(each, ks, floor) for each in rates]
     beyond = max(ks) + 1
     ends = np.quantile(
         [beyond if k is None else k for k in found], [0.025, 0.975], method="nearest"
     )
     low, high = (None if end == beyond else int(end) for end in ends)
-    return Tipping(_tips(rates.mean(axis=0), ks, floor), low, high)
+    return Tipping(_tips(total.sum(axis=0) / n.sum(axis=0), ks, floor), low, high)
 
 
 def _tips(rates: np.ndarray, ks: list[int], floor: float) -> int | None:
@@ -164,4 +197,4 @@ def _range(low: float, high: float) -> str:
     return f"95% {100 * low:.1f} to {100 * high:.1f}"
 
 
-__all__ = ["Estimate", "Evidence", "Tipping", "difference", "estimate", "tipping"]
+__all__ = ["Estimate", "Evidence", "Tipping", "Untested", "difference", "estimate", "tipping"]

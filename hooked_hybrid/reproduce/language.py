@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
-from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from hooked_hybrid.evaluation import gaps
@@ -100,7 +99,9 @@ def gap(suite: str, form: str, least: float, most: float, under: str = "base") -
     """Return a check that a form lies by `least` to `most` points below another, on average.
 
     Of tasks that ran in both forms; the 95% interval is that of the documents, paired where both
-    forms saw the same.
+    forms saw the same. Where all documents are alike in their difference it has no width and bounds
+    nothing: the claim is then untested. So it is of a base form at chance, which has nothing to
+    lose.
     """
 
     def check(evidence: Evidence) -> Finding:
@@ -109,6 +110,8 @@ def gap(suite: str, form: str, least: float, most: float, under: str = "base") -
         tasks = [task for task in above if task in below]
         if not tasks:
             return Finding(None, scores.why_not or f"not run: {form}")
+        if at_chance := _at_chance(suite, scores, tasks):
+            return Finding(None, at_chance, _how(scores, tasks))
         parts = [gaps.gap(above[task], below[task]) for task in tasks]
         found = gaps.mean(parts, [above[t].n_documents for t in tasks], BENCHMARKS[suite].mean)
         means = [_mean(suite, cells, tasks).value for cells in (above, below)]
@@ -117,21 +120,27 @@ def gap(suite: str, form: str, least: float, most: float, under: str = "base") -
             return Finding(None, f"{said}, without an interval", _how(scores, tasks))
         low, high = found.interval
         ours = f"{said} (95% {low:+.1f} to {high:+.1f})"
+        if low == high:
+            return Finding(None, f"{ours}: all documents alike", _how(scores, tasks))
         return Finding(least <= low and high <= most, ours, _how(scores, tasks))
 
     return check
 
 
 def near_chance(suite: str, form: str, within: float) -> Check:
-    """Return a check that a form's mean is within so many points of choosing by lot."""
+    """Return a check that a form's mean is within so many points of choosing by lot.
+
+    Untested where the base form is at chance too, which then says nothing of the heads.
+    """
 
     def check(evidence: Evidence) -> Finding:
         scores = evidence.language.get(suite, Scores(why_not=NO_DATA))
         cells = scores.cells.get(form, {})
-        lots = [cell.chance for cell in cells.values() if cell.chance is not None]
-        if not lots or len(lots) < len(cells):
+        if not cells or any(cell.chance is None for cell in cells.values()):
             return Finding(None, scores.why_not or f"not run, or without choices: {form}")
-        mean, by_lot = _mean(suite, cells, list(cells)), 100 * fmean(lots)
+        if at_chance := _at_chance(suite, scores, list(cells)):
+            return Finding(None, at_chance, _how(scores, list(cells)))
+        mean, by_lot = _mean(suite, cells, list(cells)), _by_lot(suite, cells, list(cells)).value
         if mean.interval is None:
             return Finding(None, f"{mean.value:.1f}, without an interval")
         low, high = mean.interval
@@ -145,6 +154,27 @@ def near_chance(suite: str, form: str, within: float) -> Check:
 def _mean(suite: str, cells: Mapping[str, Cell], tasks: Sequence[str]) -> gaps.Estimate:
     parts = [gaps.score_of(cells[task]) for task in tasks]
     return gaps.mean(parts, [cells[task].n_documents for task in tasks], BENCHMARKS[suite].mean)
+
+
+def _by_lot(suite: str, cells: Mapping[str, Cell], tasks: Sequence[str]) -> gaps.Estimate:
+    """Return what choosing by lot gives, averaged as the scores are; 0 of a correlation."""
+    parts = [gaps.Estimate((cells[t].chance or 0) * gaps.scale(cells[t]), 0.0) for t in tasks]
+    return gaps.mean(parts, [cells[task].n_documents for task in tasks], BENCHMARKS[suite].mean)
+
+
+def _at_chance(suite: str, scores: Scores, tasks: Sequence[str]) -> str:
+    """Return why the base form is not known to be above chance, or nothing where it is."""
+    base = scores.cells.get("base", {})
+    tasks = [task for task in tasks if task in base]
+    if not tasks:
+        return "not run: base"
+    mean, by_lot = _mean(suite, base, tasks), _by_lot(suite, base, tasks).value
+    said = f"base {mean.value:.1f}, by lot {by_lot:.1f}"
+    if mean.interval is None:
+        return f"{said}, without an interval"
+    low, high = mean.interval
+    above = f"base is at chance: {said} (95% {low:.1f} to {high:.1f})"
+    return "" if low > by_lot else above
 
 
 def _how(scores: Scores, tasks: Sequence[str]) -> str:

@@ -72,6 +72,8 @@ class Recipe:
         template: of `niah.prompts`.
         first_token: stage that chooses the first new token.
         haystack: hash of the documents, "generated" where there are none.
+        include_path: folder of benchmarks given in place of lm-eval's. No cell depends on it but
+            those of benchmarks that could not be run without.
     """
 
     model: str
@@ -87,6 +89,18 @@ class Recipe:
     template: str
     first_token: FirstToken
     haystack: str
+    include_path: str | None = None
+
+    @property
+    def is_quick(self) -> bool:
+        """Whether this is as little as `QUICK`: too little to conclude from."""
+        least = (QUICK.n_draws, QUICK.n_texts, QUICK.max_new_tokens, QUICK.n_documents)
+        return (self.n_draws, self.n_texts, self.max_new_tokens, self.n_documents) == least
+
+    @property
+    def n_needles(self) -> int:
+        """Needles in all: the paper's, and those of every seed."""
+        return 1 + self.n_held_out * len(self.seeds)
 
     def needles(self, seed: int) -> list[Needle]:
         """Return the paper's needle and the held-out ones of a seed.
@@ -105,6 +119,8 @@ class Recipe:
     def save(self, folder: Path, paper: str, resume: bool) -> None:
         """Write recipe and paper into a new folder, or check that those there are the same.
 
+        A folder of benchmarks may be added to a recipe that had none.
+
         Raises:
             FileExistsError: the folder is not empty and `resume` is false.
             ValueError: the folder holds another recipe, or none.
@@ -116,15 +132,25 @@ class Recipe:
                     f"{folder} is not empty: go on with --resume, or give another --out"
                 )
             before = _read(path)
-            changed = [key for key in {**before, **now} if before.get(key) != now.get(key)]
+            added = {"include_path"} if before.get("include_path") is None else set()
+            keys = [key for key in {**before, **now} if key not in added]
+            changed = [key for key in keys if before.get(key) != now.get(key)]
             if changed:
                 raise ValueError(
                     f"{folder} was made by another recipe: {', '.join(changed)} differ; give "
                     "another --out, nothing is overwritten"
                 )
-            return
+            if before == {k: v for k, v in now.items() if v is not None or k in before}:
+                return
         with replacing(path) as temporary:
             temporary.write_text(json.dumps(now, indent=1) + "\n", encoding="utf-8")
+
+
+def recorded_include_path(folder: Path) -> Path | None:
+    """Return the folder of benchmarks that the recipe in a folder names, None where none is."""
+    path = folder / FILE
+    found = _read(path).get("include_path") if path.exists() else None
+    return None if found is None else Path(found)
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -149,6 +175,7 @@ def recipe_for(
     template: str = "base",
     first_token: FirstToken | None = None,
     documents: Sequence[str] = (),
+    include_path: Path | None = None,
 ) -> Recipe:
     """Return the recipe of a size for a model, with what is given in place of the size's own.
 
@@ -182,6 +209,7 @@ def recipe_for(
         template=template,
         first_token=first_token or (as_theirs[0] if as_theirs else "prefill"),
         haystack=_hash(documents),
+        include_path=None if include_path is None else str(include_path),
     )
 
 
@@ -247,4 +275,13 @@ def _hash(documents: Sequence[str]) -> str:
     return hashlib.sha256("\n\n".join(documents).encode()).hexdigest()[:16]
 
 
-__all__ = ["PACKAGED", "PAPERS", "QUICK", "Recipe", "Size", "prompts_of", "recipe_for"]
+__all__ = [
+    "PACKAGED",
+    "PAPERS",
+    "QUICK",
+    "Recipe",
+    "Size",
+    "prompts_of",
+    "recipe_for",
+    "recorded_include_path",
+]

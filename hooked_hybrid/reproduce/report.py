@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
 
 from hooked_hybrid.niah.plots import replacing, save_figure
-from hooked_hybrid.niah.report import CAUTION, SMALL_MARGIN, versions
+from hooked_hybrid.reproduce.checks import UNDECIDED
 from hooked_hybrid.reproduce.claims import (
     TITLES,
     Finding,
@@ -22,32 +22,28 @@ from hooked_hybrid.reproduce.claims import (
     together,
 )
 from hooked_hybrid.reproduce.controls import CONTROLS
-from hooked_hybrid.reproduce.evidence import Evidence
+from hooked_hybrid.reproduce.evidence import Evidence, Untested
 from hooked_hybrid.reproduce.figures import value_rows
+from hooked_hybrid.reproduce.reading import facts_of, how_to_read
 
-PAGE = "report.md"
-_HOW_TO_READ = """\
-- **Verdicts.** "{subject} shows it" or "does not show it" is said of this model and these prompts
-  and of nothing else. A claim is shown only where its whole 95% interval is on the claimed side, so
-  that "does not show it" may mean undecided; then the table says so. An item shows it where each of
-  its tested claims is shown. "Untested on real weights": nothing here could test it. {caution}
-- **Accuracy** is the mean graded score / 5 (thesis, Table 2.1). **Intervals** are bootstraps
-  clustered by needle; one of no width means that all needles were alike. "By seed": each seed has a
-  haystack and held-out needles of its own, and the paper's needle too.
-- **Heads.** A claim about k of a published model's heads is asked of as large a share here.
-- **Predictions** are for the published weights run with this code, written before anyone ran them.
-"""
+PAGE, CLAIMS = "report.md", "claims.csv"
 
 
 @dataclass(frozen=True)
 class Judged:
-    """An item with the verdict and finding of each claim, and its files."""
+    """An item with the verdict and finding of each claim, its values, controls and files.
+
+    `why_not` says what stopped an item that was not run; then every claim is untested.
+    """
 
     item: Item
     verdicts: tuple[Verdict, ...]
     findings: tuple[Finding, ...]
     picture: Path | None
     table: Path | None
+    values: tuple[list[str], list[list[str]]] | None = None
+    controls: tuple[str, ...] = ()
+    why_not: str = ""
 
     @property
     def verdict(self) -> Verdict:
@@ -62,16 +58,46 @@ def write_item(item: Item, evidence: Evidence, folder: Path) -> Judged:
         OSError: a file cannot be written.
     """
     found = [judged(claim, evidence) for claim in item.claims]
+    values = _values(item, evidence)
+    controls = tuple(CONTROLS[name].line(evidence) for name in item.controls)
     base, picture, table = folder / _slug(item.name), None, None
     if item.draw is not None and (figure := item.draw(evidence)) is not None:
         picture = save_figure(figure, base)[0]
-    if rows := _values(item, evidence):
-        headings, lines = rows
+    if values:
+        headings, lines = values
         table = base.with_suffix(".csv")
         with replacing(table) as temporary:
             pd.DataFrame(lines, columns=headings).to_csv(temporary, index=False)
     verdicts, findings = zip(*found, strict=True)
-    return Judged(item, verdicts, findings, picture, table)
+    return Judged(item, verdicts, findings, picture, table, values, controls)
+
+
+def not_run(item: Item, error: Exception) -> Judged:
+    """Return an item that an error stopped: every claim untested, for that reason."""
+    said = str(error.args[0]) if error.args else ""
+    known = isinstance(error, Untested | ValueError)
+    why = f"not run: {said if known else ': '.join(filter(None, (type(error).__name__, said)))}"
+    n = len(item.claims)
+    findings = (Finding(None, why),) * n
+    return Judged(item, (Verdict.UNTESTED,) * n, findings, None, None, why_not=why)
+
+
+def items_in(folder: Path) -> list[str]:
+    """Return the names of the items that a folder's report holds; none where there is no report.
+
+    Raises:
+        ValueError: its claims cannot be read.
+    """
+    path = folder / CLAIMS
+    if not path.exists():
+        return []
+    try:
+        return list(map(str, pd.read_csv(path)["item"].unique()))
+    except (KeyError, ValueError) as error:
+        raise ValueError(
+            f"{path} cannot be read, so that the items of the report are not known: remove it, "
+            "and run all items again with --resume"
+        ) from error
 
 
 def write_report(
@@ -95,15 +121,15 @@ def write_report(
     Raises:
         OSError: a file cannot be written.
     """
-    with replacing(folder / "claims.csv") as temporary:
+    with replacing(folder / CLAIMS) as temporary:
         _claims(done, evidence).to_csv(temporary, index=False)
     parts = [
         f"# {TITLES[paper]}: tables and figures, run on {evidence.name}",
-        _HOW_TO_READ.format(subject=_upper(evidence.subject), caution=CAUTION),
+        how_to_read(evidence),
         "## All items\n\n" + _overview(done, evidence),
         *(_section(entry, evidence) for entry in done),
         *_controls(done, evidence),
-        "## What was run\n\n" + _what_was_run(evidence, card, command),
+        "## What was run\n\n" + _what_was_run(facts_of(evidence, card), command),
     ]
     page = folder / PAGE
     with replacing(page) as temporary:
@@ -121,7 +147,10 @@ def counted(entry: Judged) -> str:
     """Return how many claims of an item were shown, of those tested, and how many were not."""
     of = Counter(entry.verdicts)
     tested = of[Verdict.SHOWN] + of[Verdict.NOT_SHOWN]
+    found = zip(entry.verdicts, entry.findings, strict=True)
+    n_open = sum(v is Verdict.NOT_SHOWN and UNDECIDED in f.note for v, f in found)
     parts = [f"{of[Verdict.SHOWN]} of {tested} shown"] if tested else []
+    parts += [f"{n_open} undecided"] if n_open else []
     parts += [f"{of[Verdict.UNTESTED]} untested"] if of[Verdict.UNTESTED] else []
     return ", ".join(parts)
 
@@ -201,16 +230,16 @@ def _section(entry: Judged, evidence: Evidence) -> str:
         "Prediction for the published weights, claim by claim:\n\n"
         + "\n".join(f"{i}. {claim.prediction}" for i, claim in enumerate(item.claims, 1))
     )
-    if item.controls:
-        lines = (CONTROLS[name].line(evidence) for name in item.controls)
-        parts.append("Controls:\n\n" + "\n".join(f"- {line}." for line in lines))
-    if values := _values(item, evidence):
-        parts.append(_folded(f"{len(values[1])} values", markdown(*values)))
+    if entry.controls:
+        parts.append("Controls:\n\n" + "\n".join(f"- {line}." for line in entry.controls))
+    if entry.values:
+        parts.append(_folded(f"{len(entry.values[1])} values", markdown(*entry.values)))
     return "\n\n".join(parts)
 
 
 def _controls(done: Sequence[Judged], evidence: Evidence) -> list[str]:
-    names = dict.fromkeys(name for entry in done for name in entry.item.controls)
+    ran = (entry for entry in done if not entry.why_not)
+    names = dict.fromkeys(name for entry in ran for name in entry.item.controls)
     tables = [
         f"### {control.title}\n\n{_folded('values', markdown(*control.rows(evidence)))}"
         for control in (CONTROLS[name] for name in names)
@@ -218,22 +247,7 @@ def _controls(done: Sequence[Judged], evidence: Evidence) -> list[str]:
     return ["## Controls", *tables] if tables else []
 
 
-def _what_was_run(evidence: Evidence, card: Mapping[str, str], command: str) -> str:
-    recipe = evidence.recipe
-    close = sum(int((t["min_margin"] < SMALL_MARGIN).sum()) for t in evidence.tables.values())
-    facts = {
-        **card,
-        "prompts": f"{len(recipe.lengths)} lengths ({_listed(recipe.lengths)} tokens) x "
-        f"{len(recipe.depths)} depths ({_listed(round(100 * d) for d in recipe.depths)}%) x "
-        f"{1 + recipe.n_held_out} needles (the paper's and {recipe.n_held_out} held-out ones) x "
-        f"{len(recipe.seeds)} seeds; for controls every second length and depth, of four or more",
-        "template, haystack": f"{recipe.template}, {recipe.haystack}",
-        "first new token": f"chosen in the {recipe.first_token} stage",
-        "cells": "; ".join(f"{run} {len(table):,}" for run, table in evidence.tables.items()),
-        "close calls": f"{close:,} cells chose a token by less than {SMALL_MARGIN:g} in its logit: "
-        "there a rounding may decide",
-        "versions": ", ".join(f"{name} {version}" for name, version in versions().items()),
-    }
+def _what_was_run(facts: Mapping[str, str], command: str) -> str:
     shown = f"```\n{command}\n```\n\n" if command else ""
     return shown + markdown(["", ""], [[name, value] for name, value in facts.items()])
 
@@ -242,16 +256,18 @@ def _folded(title: str, text: str) -> str:
     return f"<details><summary>{title}</summary>\n\n{text}\n\n</details>"
 
 
-def _listed(values: Iterable[int]) -> str:
-    return ", ".join(f"{value:,}" for value in values)
-
-
-def _upper(text: str) -> str:
-    return text[:1].upper() + text[1:]
-
-
 def _slug(name: str) -> str:
     return "-".join("".join(c if c.isalnum() else " " for c in name.lower()).split())
 
 
-__all__ = ["PAGE", "Judged", "counted", "markdown", "verdict_of", "write_item", "write_report"]
+__all__ = [
+    "PAGE",
+    "Judged",
+    "counted",
+    "items_in",
+    "markdown",
+    "not_run",
+    "verdict_of",
+    "write_item",
+    "write_report",
+]

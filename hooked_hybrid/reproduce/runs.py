@@ -23,12 +23,11 @@ from hooked_hybrid.niah.prompts import Prompt
 from hooked_hybrid.niah.settings import Hooks, Setting, top_k_settings
 from hooked_hybrid.niah.sweep import niah
 from hooked_hybrid.reproduce.recipe import Recipe, prompts_of
+from hooked_hybrid.reproduce.shares import few_heads
 
 if TYPE_CHECKING:
     import pandas as pd
 
-FEW = (0, 1, 2)
-"""Heads kept where the context is given twice, beside all of them: the papers' maps."""
 _CLEAR = 8
 """Tokens of the template before the haystack, at most, which no control acts on."""
 
@@ -50,7 +49,7 @@ def _top_k(model: HookedHybrid, recipe: Recipe) -> list[Setting]:  # noqa: ARG00
 
 def _top_k_twice(model: HookedHybrid, recipe: Recipe) -> list[Setting]:  # noqa: ARG001
     most = min(heads_of(model.cfg).values())
-    return top_k_settings([most, *(k for k in FEW if k < most)])
+    return top_k_settings([most, *few_heads(most)])
 
 
 def _controls(model: HookedHybrid, recipe: Recipe) -> list[Setting]:
@@ -199,4 +198,4 @@ def _losses(
     return pd.read_csv(path)
 
 
-__all__ = ["FEW", "RUNS", "Run", "check", "elsewhere_settings", "perform", "span_beside"]
+__all__ = ["RUNS", "Run", "check", "elsewhere_settings", "perform", "span_beside"]

@@ -7,6 +7,7 @@ from hooked_hybrid.reproduce.checks import as_good, every_k_from, without_heads
 from hooked_hybrid.reproduce.claims import RG_2B, Claim, Item
 from hooked_hybrid.reproduce.evidence import Evidence
 from hooked_hybrid.reproduce.figures import maps_by_k, rows_of_k
+from hooked_hybrid.reproduce.shares import nearest
 
 _EXACT = (
     "Holds of the published weights as of the config: the counts follow from shapes, and the "
@@ -15,7 +16,7 @@ _EXACT = (
 
 
 def _three_ks(evidence: Evidence) -> list[int]:
-    return [0, evidence.scaled(2, 10), evidence.n_heads]
+    return [0, nearest(2, 10, evidence.n_heads), evidence.n_heads]
 
 
 def _every_k(evidence: Evidence) -> range:

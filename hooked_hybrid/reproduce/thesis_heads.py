@@ -10,13 +10,13 @@ from hooked_hybrid.reproduce.checks import (
     below,
     both_hold,
     cells_at,
-    empty_maps,
     tips_at,
     without_heads,
 )
 from hooked_hybrid.reproduce.claims import ALL, JAMBA, RG_2B, RG_9B, Claim, Item
 from hooked_hybrid.reproduce.evidence import Evidence
-from hooked_hybrid.reproduce.runs import FEW
+from hooked_hybrid.reproduce.needle_checks import empty_maps
+from hooked_hybrid.reproduce.shares import FEW, few_heads
 
 _NO_HEAD = (
     "RecurrentGemma 0 to 2% with Google's convention for the first token; Jamba 0 to 5%, for there "
@@ -83,7 +83,7 @@ BY_K = Item(
             "rises steadily",
             "Rises, from about a half: the published 50% with all heads is a failure of the whole "
             "model that fewer heads lessen.",
-            above(cells_at([1], 10), cells_at([10], 10), what="k = 1 against 10 of 10: "),
+            above(cells_at(1, 10), cells_at(10, 10), what="k = 1 against 10 of 10: "),
         ),
         Claim(
             "With prefill too, accuracy is below 20% almost at once (at k = 8 and 6 of 10).",
@@ -99,8 +99,8 @@ BY_K = Item(
             "dips",
             "Dips, by less than where prefill is sparsified as well.",
             both_hold(
-                above(cells_at([16], 16), cells_at(range(5, 13), 16), what="16 against 5 to 12: "),
-                above(cells_at([3], 16), cells_at(range(5, 13), 16), what="3 against 5 to 12: "),
+                above(cells_at(16, 16), cells_at(range(5, 13), 16), what="16 against 5 to 12: "),
+                above(cells_at(3, 16), cells_at(range(5, 13), 16), what="3 against 5 to 12: "),
             ),
         ),
         Claim(
@@ -109,7 +109,7 @@ BY_K = Item(
             "deeper",
             _BOTH,
             both_hold(
-                above(cells_at([3], 16, "both"), cells_at(range(5, 13), 16, "both")),
+                above(cells_at(3, 16, "both"), cells_at(range(5, 13), 16, "both")),
                 above(cells_at(range(5, 13), 16), cells_at(range(5, 13), 16, "both")),
             ),
         ),
@@ -121,8 +121,8 @@ BY_K = Item(
             "Holds.",
             both_hold(
                 as_good(27, 32, lacking=0.05),
-                above(cells_at([27], 32), cells_at([6], 32), what="27 against 6: "),
-                above(cells_at([6], 32), cells_at([3], 32), what="6 against 3: "),
+                above(cells_at(27, 32), cells_at(6, 32), what="27 against 6: "),
+                above(cells_at(6, 32), cells_at(3, 32), what="6 against 3: "),
             ),
         ),
         Claim(
@@ -160,7 +160,7 @@ TWICE = Item(
             RG_9B,
             "a little",
             "Recovers some where the second copy of the needle is inside the window.",
-            above(cells_at([2], 16, run="top-k-twice"), cells_at([2], 16)),
+            above(cells_at(2, 16, run="top-k-twice"), cells_at(2, 16)),
         ),
         Claim(
             "At k = 2 of 32 a second reading recovers a little, generation only.",
@@ -168,7 +168,7 @@ TWICE = Item(
             "a little",
             "Recovers a little: below the tipping point a second copy gives the few heads left "
             "another chance.",
-            above(cells_at([2], 32, run="top-k-twice"), cells_at([2], 32)),
+            above(cells_at(2, 32, run="top-k-twice"), cells_at(2, 32)),
         ),
         Claim(
             "At k = 2 of 10 a second reading makes it worse, generation only.",
@@ -176,12 +176,12 @@ TWICE = Item(
             "worse",
             "Worse at equal length of the prompt in all, by an amount that depends on whether "
             "prompts of equal length or of equal context are compared; here of equal length.",
-            above(cells_at([2], 10), cells_at([2], 10, run="top-k-twice")),
+            above(cells_at(2, 10), cells_at(2, 10, run="top-k-twice")),
         ),
     ),
     runs=("top-k", "top-k-twice"),
     draw=figures.once_and_twice,
-    rows=figures.rows_of_k(lambda e: [*FEW, e.n_heads], ("top-k", "top-k-twice")),
+    rows=figures.rows_of_k(lambda e: [*few_heads(e.n_heads), e.n_heads], ("top-k", "top-k-twice")),
     controls=("text",),
     note="A prompt's length counts both copies, so that the context of a prompt read twice is half "
     "as long.",
@@ -218,7 +218,7 @@ MAPS = Item(
             RG_9B,
             "k = 2 retrieves, k = 1 less",
             f"Holds. {_TIES}",
-            above(cells_at([2], 16), cells_at([1], 16), by=0.1),
+            above(cells_at(2, 16), cells_at(1, 16), by=0.1),
         ),
         Claim(
             "Two heads of thirty-two retrieve less than half of the score.",

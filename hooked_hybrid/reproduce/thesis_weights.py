@@ -9,13 +9,15 @@ from hooked_hybrid.reproduce.checks import (
     at_most,
     both_hold,
     cells_of,
+)
+from hooked_hybrid.reproduce.claims import RG_2B, Claim, Item
+from hooked_hybrid.reproduce.evidence import Evidence
+from hooked_hybrid.reproduce.needle_checks import (
     complement,
     empty_maps,
     left_beyond_window,
     setting_values,
 )
-from hooked_hybrid.reproduce.claims import RG_2B, Claim, Item
-from hooked_hybrid.reproduce.evidence import Evidence
 
 PUBLISHED_WEIGHTS = {entry.setting: entry.value for entry in WEIGHTS}
 """Table 6.1, accuracies of RecurrentGemma-2B by "prefill-generation"."""

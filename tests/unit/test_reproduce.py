@@ -18,7 +18,7 @@ from hooked_hybrid.evaluation.cells import Cell
 from hooked_hybrid.niah.experiments import weight_matrix
 from hooked_hybrid.niah.needles import PAPER
 from hooked_hybrid.niah.prompts import build_prompt
-from hooked_hybrid.reproduce import checks, command, exact, language
+from hooked_hybrid.reproduce import checks, command, exact, language, needle_checks
 from hooked_hybrid.reproduce.catalogue import CATALOGUE, items_of, runs_of
 from hooked_hybrid.reproduce.claims import (
     ALL,
@@ -35,6 +35,7 @@ from hooked_hybrid.reproduce.claims import (
     together,
 )
 from hooked_hybrid.reproduce.evidence import Evidence, difference, estimate, tipping
+from hooked_hybrid.reproduce.intervals import others_at_most
 from hooked_hybrid.reproduce.recipe import QUICK, Recipe, prompts_of, recipe_for
 from hooked_hybrid.reproduce.report import markdown
 from hooked_hybrid.reproduce.runs import RUNS, Run, span_beside
@@ -47,7 +48,8 @@ LISTED = {
         *("Figures B.1 to B.3", "Figure C.1", "Figure C.2", "Figure D.1"),
     ],
 }
-NEEDLES = ("paper", "held-out-00", "held-out-01", "held-out-02")
+NEEDLES = ("paper", *(f"held-out-{i:02}" for i in range(59)))  # enough to bound what is alike
+FOUR = NEEDLES[:4]
 SMALL = ["--lengths", "150", "--depths", "1", "--held-out", "1", "--quick"]
 EVERY = [(paper, item) for paper, items in CATALOGUE.items() for item in items]
 
@@ -146,6 +148,9 @@ def test_verdicts_name_the_published_model_only_where_it_is_the_one_given():
     assert subject_of("folder", small) == "this model"
     large = presets.griffin(("RRA" * 9)[:26], d_model=2560, n_heads=10, d_head=256)
     assert subject_of("google/recurrentgemma-2b", large) == RG_2B
+    for other in ("google/recurrentgemma-2b-it", "someone/finetuned", "folder"):
+        assert subject_of(other, large) == "a model of RecurrentGemma-2B's shape"
+    assert subject_of("google/recurrentgemma-2b", small) == "this model"
     assert said(Verdict.NOT_SHOWN, RG_2B) == "RecurrentGemma-2B does not show it"
     assert said(Verdict.SHOWN, "the packaged model") == "the packaged model shows it"
     assert said(Verdict.UNTESTED, "the packaged model") == "untested on real weights"
@@ -153,11 +158,11 @@ def test_verdicts_name_the_published_model_only_where_it_is_the_one_given():
     def claim(about: str, any_model: bool = False) -> Claim:
         return Claim("It is.", about, "1", "Holds.", lambda _: Finding(True, "1"), any_model)
 
-    assert applies(claim(RG_9B), "the packaged model", small)
-    assert not applies(claim(JAMBA), "the packaged model", small)
-    assert applies(claim(JAMBA, any_model=True), "the packaged model", small)
-    assert not applies(claim(RG_9B, any_model=True), RG_2B, large)
-    assert applies(claim(RG_2B), RG_2B, large)
+    assert applies(claim(RG_9B), small)
+    assert not applies(claim(JAMBA), small)
+    assert applies(claim(JAMBA, any_model=True), small)
+    assert not applies(claim(RG_9B, any_model=True), large)
+    assert applies(claim(RG_2B), large)
     verdict, finding = judged(claim(JAMBA), evidence_of(top_k=by_k({8: 1.0})))
     assert verdict is Verdict.UNTESTED and JAMBA in finding.ours
 
@@ -170,13 +175,14 @@ def test_an_item_is_shown_where_every_tested_claim_is():
 
 
 def test_figures_are_means_with_intervals_over_needles_and_seeds():
-    cells = cells_of("a", dict(zip(NEEDLES, (0.0, 0.5, 0.5, 1.0), strict=True)))
+    cells = cells_of("a", dict(zip(FOUR, (0.0, 0.5, 0.5, 1.0), strict=True)))
     found = estimate(cells)
     assert found.mean == 0.5 and found.low < 0.5 < found.high
     assert (found.n, found.n_needles, found.by_seed) == (16, 4, (0.5, 0.5))
     more = cells.assign(accuracy=cells["accuracy"] + 0.25)
     gap = difference(more, cells)  # in pairs, so that what differs by needle does not count
-    assert gap.mean == gap.low == gap.high == 0.25
+    others = others_at_most(4)
+    assert gap.mean == 0.25 and gap.low == pytest.approx(0.25 - 1.25 * others)
 
 
 def test_tipping_points_are_where_half_of_the_best_is_left():
@@ -185,29 +191,30 @@ def test_tipping_points_are_where_half_of_the_best_is_left():
 
     assert tipping(cells({0: 0.0, 1: 0.3, 2: 0.5, 8: 1.0})) == (2, 2, 2)
     assert tipping(cells({0: 0.0, 8: 0.01})) == (None, None, None)
-    mixed = dict(zip(NEEDLES, (0.0, 0.0, 1.0, 1.0), strict=True))
-    evidence = evidence_of(top_k={"generation k=1": mixed, "generation k=8": alike(1.0)})
+    mixed, few = dict(zip(FOUR, (0.0, 0.0, 1.0, 1.0), strict=True)), dict.fromkeys(FOUR, 1.0)
+    evidence = evidence_of(top_k={"generation k=1": mixed, "generation k=8": few})
     found = tipping(evidence.tables["top-k"])
     assert (found.k, found.low, found.high) == (1, 1, 8)
 
 
+NO_MAP = needle_checks.empty_maps("top-k", lambda _: ["generation k=0"])
 CASES: dict[str, tuple[Any, dict[str, Any], bool | None]] = {
-    "fails at 0": (checks.without_heads(), by_k({0: 0.02, 8: 1.0}), True),
+    "fails at 0": (checks.without_heads(), by_k({0: 0.0, 8: 1.0}), True),
     "does not fail at 0": (checks.without_heads(), by_k({0: 0.3, 8: 1.0}), False),
     "nothing to lose": (checks.without_heads(), by_k({0: 0.0, 8: 0.1}), None),
     "tips at 1": (checks.tips_at(1, 10), by_k({0: 0.0, 1: 0.6, 8: 1.0}), True),
     "tips later": (checks.tips_at(1, 10), by_k({0: 0.0, 1: 0.2, 2: 0.9, 8: 1.0}), False),
-    "two as good": (checks.as_good(2, 10), by_k({2: 0.95, 8: 1.0}), True),
-    "two worse": (checks.as_good(2, 10), by_k({2: 0.85, 8: 1.0}), False),
+    "two as good": (checks.as_good(4, 16), by_k({2: 0.95, 8: 1.0}), True),
+    "two worse": (checks.as_good(4, 16), by_k({2: 0.85, 8: 1.0}), False),
     "every k": (checks.every_k_from(6, 8), by_k({6: 1.0, 7: 0.95, 8: 1.0}), True),
     "a hole": (checks.every_k_from(6, 8), by_k({6: 1.0, 7: 0.5, 8: 1.0}), False),
     "rises": (
-        checks.above(checks.cells_at([1], 10), checks.cells_at([10], 10)),
+        checks.above(checks.cells_at(1, 10), checks.cells_at(10, 10)),
         by_k({1: 0.9, 8: 0.5}),
         True,
     ),
     "falls": (
-        checks.above(checks.cells_at([1], 10), checks.cells_at([10], 10)),
+        checks.above(checks.cells_at(1, 10), checks.cells_at(10, 10)),
         by_k({1: 0.4, 8: 0.5}),
         False,
     ),
@@ -216,8 +223,16 @@ CASES: dict[str, tuple[Any, dict[str, Any], bool | None]] = {
         {**by_k({8: 0.1, 4: 0.0}, "both"), **by_k({8: 1.0})},
         True,
     ),
-    "empty": (checks.empty_maps("top-k", lambda _: ["generation k=0"]), by_k({0: 0, 8: 1}), True),
-    "full": (checks.empty_maps("top-k", lambda _: ["generation k=0"]), by_k({0: 1, 8: 1}), False),
+    "empty": (
+        needle_checks.empty_maps("top-k", lambda _: ["generation k=0"]),
+        by_k({0: 0, 8: 1}),
+        True,
+    ),
+    "full": (
+        needle_checks.empty_maps("top-k", lambda _: ["generation k=0"]),
+        by_k({0: 1, 8: 1}),
+        False,
+    ),
 }
 
 
@@ -229,7 +244,7 @@ def test_checks_find_what_is_planted(case: str):
 
 
 def test_a_claim_whose_interval_holds_the_border_is_not_shown_and_said_to_be_undecided():
-    mixed = dict(zip(NEEDLES, (0.0, 0.0, 0.0, 0.12), strict=True))
+    mixed = dict.fromkeys(NEEDLES, 0.0) | dict.fromkeys(NEEDLES[:20], 0.12)
     evidence = evidence_of(top_k={"generation k=0": mixed, "generation k=8": alike(1.0)})
     finding = checks.without_heads()(evidence)
     assert evidence.accuracy("top-k", "generation k=0").mean < checks.NOTHING
@@ -248,10 +263,10 @@ def test_what_is_left_beyond_the_window_and_complements():
                 table.loc[rows, "accuracy"] = value
         return evidence
 
-    left = checks.left_beyond_window("keep-omit")
+    left = needle_checks.left_beyond_window("keep-omit")
     assert left(weights(0, 1, (1, 0))).holds and not left(weights(0, 0, (1, 1))).holds
     assert not left(weights(1, 1, (1, 0))).holds
-    both = checks.complement("omit-keep", "keep-omit", "keep-keep")
+    both = needle_checks.complement("omit-keep", "keep-omit", "keep-keep")
     assert both(weights(0, 1, (1, 0))).holds
     assert not both(weights(0, 0, (1, 0))).holds and not both(weights(1, 1, (1, 0))).holds
     nothing = both(weights(0, 0, (1, 1)))  # one alone is no complement
@@ -380,7 +395,7 @@ def test_a_report_is_stopped_resumed_and_never_run_twice(tmp_path: Path, monkeyp
     resumed = invoke(*arguments, "--resume")
     assert resumed.exit_code == 0, resumed.output
     page = (out / "report.md").read_text()
-    assert "the score shows it" in page and "the packaged model" in page
+    assert "the score shows it" in page and "untested on real weights" in page
     assert "RecurrentGemma-2B shows it" not in page and "![Figure 6.2](figure-6-2.png)" in page
     assert (out / "figure-6-2.png").stat().st_size > 1000
     claims = pd.read_csv(out / "claims.csv")

@@ -1,0 +1,90 @@
+"""What a report's reader must know: the rules of verdicts and intervals, and what was run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from hooked_hybrid.niah.report import CAUTION, SMALL_MARGIN, versions
+from hooked_hybrid.reproduce.evidence import Evidence
+from hooked_hybrid.reproduce.intervals import others_at_most
+from hooked_hybrid.reproduce.shares import TOLERANCE
+
+_HOW_TO_READ = """\
+- **Verdicts.** "{subject} shows it" or "does not show it" is said of this model and these prompts
+  and of nothing else. A claim is shown only where its whole 95% interval is on the claimed side, so
+  that "does not show it" may mean undecided; then the table says so. An item shows it where each of
+  its tested claims is shown. "Untested on real weights": nothing here could test it. {caution}
+- **Accuracy** is the mean graded score / 5 (thesis, Table 2.1), here over {n_needles} needles. "By
+  seed": each seed has a haystack and held-out needles of its own, and the paper's needle too.
+- **Intervals** are bootstraps clustered by needle, stretched about the mean by t(n - 1) / 1.96 x
+  sqrt(n / (n - 1)) for n needles, since of few needles the plain one is too narrow, and clipped to
+  what is possible. Where all needles are alike the bootstrap has no width and bounds nothing: then
+  up to 1 - 0.05^(1/n) of all needles ({others} here) may be anything possible. An accuracy of 0
+  can so be called at most 5% from 59 needles up (--held-out 29), and is undecided before.
+- **Without such an interval** are: maps called empty, by the mean of each length and depth; whether
+  the whole model retrieves at all, by its mean accuracy (20%), without which a claim about losses
+  is untested; tipping points, whose interval is the plain bootstrap's; the bands in pictures of
+  accuracy by k, plain too; losses of text, resampled by text; and language benchmarks, whose
+  documents are independent (a gap that is the same on all of them is untested).
+- **Heads.** A claim about k of a published model's heads is asked of as large a share here, where
+  that is within {tolerance} of a whole number of heads, 1 or more; else it is untested. A range of
+  k is every k here within it.
+- **Predictions** are for the published weights run with this code, written before anyone ran them.
+"""
+_QUICK = (
+    "**Run with --quick: so few prompts that it only shows that all runs. Nothing can be concluded "
+    "from it, and every claim that rests on prompts is untested.**"
+)
+
+
+def how_to_read(evidence: Evidence) -> str:
+    """Return the rules of verdicts and intervals, with a warning on top of a quick run."""
+    n = evidence.recipe.n_needles
+    rules = _HOW_TO_READ.format(
+        subject=_upper(evidence.subject),
+        caution=CAUTION,
+        n_needles=n,
+        others=f"{100 * others_at_most(n):.0f}%",
+        tolerance=TOLERANCE,
+    )
+    return f"{_QUICK}\n\n{rules}" if evidence.recipe.is_quick else rules
+
+
+def facts_of(evidence: Evidence, card: Mapping[str, str]) -> dict[str, str]:
+    """Return what was run, by name: the model's card, prompts, needles, cells and versions."""
+    recipe = evidence.recipe
+    close = sum(int((t["min_margin"] < SMALL_MARGIN).sum()) for t in evidence.tables.values())
+    return {
+        **card,
+        "prompts": f"{len(recipe.lengths)} lengths ({_listed(recipe.lengths)} tokens) x "
+        f"{len(recipe.depths)} depths ({_listed(round(100 * d) for d in recipe.depths)}%) x "
+        f"{1 + recipe.n_held_out} needles (the paper's and {recipe.n_held_out} held-out ones) x "
+        f"{len(recipe.seeds)} seeds; for controls every second length and depth, of four or more",
+        "needles in all": str(recipe.n_needles),
+        **({"documents of each task": _documents(evidence)} if evidence.language else {}),
+        "template, haystack": f"{recipe.template}, {recipe.haystack}",
+        "first new token": f"chosen in the {recipe.first_token} stage",
+        "cells": "; ".join(f"{run} {len(table):,}" for run, table in evidence.tables.items()),
+        "close calls": f"{close:,} cells chose a token by less than {SMALL_MARGIN:g} in its logit: "
+        "there a rounding may decide",
+        "versions": ", ".join(f"{name} {version}" for name, version in versions().items()),
+    }
+
+
+def _documents(evidence: Evidence) -> str:
+    n = evidence.recipe.n_documents
+    forms = (cells for scores in evidence.language.values() for cells in scores.cells.values())
+    read = [cell.n_documents for cells in forms for cell in cells.values()]
+    said = f"{min(read):,} to {max(read):,} read" if read else "none could be read"
+    return f"{'all' if n is None else f'the first {n}'}; {said}"
+
+
+def _listed(values: Iterable[int]) -> str:
+    return ", ".join(f"{value:,}" for value in values)
+
+
+def _upper(text: str) -> str:
+    return text[:1].upper() + text[1:]
+
+
+__all__ = ["facts_of", "how_to_read"]
