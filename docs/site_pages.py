@@ -199,7 +199,8 @@ def relink(markdown: str, page: str) -> str:
 
     def replaced(link: re.Match[str]) -> str:
         path = os.path.normpath(os.path.join(os.path.dirname(source), link[1]))
-        return f"]({page_at(path)}{link[2] or ''})"
+        there = os.path.relpath(page_at(path), os.path.dirname(page) or ".")
+        return f"]({there}{link[2] or ''})"
 
     return re.sub(r"\]\((?!\w+:|#)([^)#\s]+)(#[^)\s]*)?\)", replaced, markdown)
 

@@ -134,6 +134,8 @@ def test_links_are_turned_into_links_between_pages():
     assert relink("training.png", "tiny-jamba.md") == "tiny-jamba-training.png"
     assert relink("hooked_hybrid/plan.py") == "reference/hooked_hybrid/plan.md"
     assert relink("../README.md", "findings.md") == "index.md"
+    assert relink("figure.png", "reproduced/thesis/report.md") == "figure.png"
+    assert relink("../../findings.md", "reproduced/thesis/report.md") == "../../findings.md"
     assert relink("https://example.org/a.md") == "https://example.org/a.md"
     with pytest.raises(ValueError, match=r"a link to gone\.md, which is no page"):
         relink("gone.md")
