@@ -16,7 +16,8 @@ from typing import NamedTuple
 
 from torch import nn
 
-from hooked_hybrid import HookedHybrid, HookPoint, HybridConfig, presets
+from hooked_hybrid import HookedHybrid, HookPoint, HybridConfig
+from hooked_hybrid.accounting.configs import PUBLISHED
 
 PAGE = Path(__file__).parent / "hooks.md"
 
@@ -114,25 +115,8 @@ TITLES = {
 MODELS: dict[str, HybridConfig] = {
     "tiny-griffin": HybridConfig.from_pretrained("tiny-griffin"),
     "tiny-jamba": HybridConfig.from_pretrained("tiny-jamba"),
-    "RecurrentGemma-2B": presets.griffin(
-        ("RRA" * 9)[:26],
-        d_model=2560,
-        d_vocab=256_000,
-        n_heads=10,
-        d_head=256,
-        d_mlp=7680,
-        n_keys=2048,
-    ),
-    "Jamba-v0.1 and Mini 1.5": presets.jamba(
-        "MMMMAMMM" * 4,
-        d_model=4096,
-        d_vocab=65_536,
-        n_heads=32,
-        n_kv_heads=8,
-        d_mlp=14_336,
-        n_experts=16,
-        dt_rank=256,
-    ),
+    "RecurrentGemma-2B": PUBLISHED["recurrentgemma-2b"],
+    "Jamba-v0.1 and Mini 1.5": PUBLISHED["jamba-mini"],
 }
 """The packaged models, and the published ones at their sizes."""
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -220,9 +219,8 @@ def train(
 
 
 def _write(path: Path, what: Any) -> None:
-    partial = path.with_suffix(".partial")
-    torch.save(what, partial)
-    os.replace(partial, path)
+    with replacing(path) as temporary:
+        torch.save(what, temporary)
 
 
 def main() -> None:
