@@ -7,8 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-
-import pandas as pd
+from typing import TYPE_CHECKING
 
 from hooked_hybrid.reproduce.claims import Check, Finding, found_by
 from hooked_hybrid.reproduce.evidence import (
@@ -19,6 +18,9 @@ from hooked_hybrid.reproduce.evidence import (
     estimate,
     tipping,
 )
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 NOTHING = 0.05
 """Accuracy up to which nothing is retrieved: a twentieth of the score."""
@@ -153,6 +155,8 @@ class Side:
 
     def cells(self, evidence: Evidence) -> pd.DataFrame:
         """Return the cells, one a prompt."""
+        import pandas as pd
+
         joined = pd.concat([evidence.cells(self.run, name) for name in self.settings(evidence)])
         by = ["prompt_id", "needle_id", "seed", "length", "depth"]
         return joined.groupby(by, as_index=False)["accuracy"].mean()

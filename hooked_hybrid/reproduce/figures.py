@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pandas as pd
 
 from hooked_hybrid.niah.plots import STAGES, accuracy_by_k, new_figure, retrieval_maps
 from hooked_hybrid.niah.setting_plots import weight_matrix_picture
@@ -73,6 +72,8 @@ def matrix(evidence: Evidence) -> Figure:
 
 def _maps(evidence: Evidence, rows: Sequence[tuple[str, Mapping[str, tuple[str, str]]]]) -> Figure:
     """Draw the maps of settings by run: each is given the row it is in and its title."""
+    import pandas as pd
+
     parts = []
     for run, names in rows:
         for setting, (row, title) in names.items():

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-
-import pandas as pd
+from typing import TYPE_CHECKING
 
 from hooked_hybrid.reproduce.checks import NOTHING, POINT, UNDECIDED, needs_retrieval
 from hooked_hybrid.reproduce.claims import Check, Finding
 from hooked_hybrid.reproduce.evidence import Evidence, Untested, estimate
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 SPOT = 0.20
 """Accuracy of a length and depth, over its needles and seeds, up to which it counts as empty."""

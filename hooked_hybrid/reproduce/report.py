@@ -6,8 +6,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-
-import pandas as pd
+from typing import TYPE_CHECKING
 
 from hooked_hybrid.niah.plots import replacing, save_figure
 from hooked_hybrid.reproduce.checks import UNDECIDED
@@ -25,6 +24,9 @@ from hooked_hybrid.reproduce.controls import CONTROLS
 from hooked_hybrid.reproduce.evidence import Evidence, Untested
 from hooked_hybrid.reproduce.figures import value_rows
 from hooked_hybrid.reproduce.reading import facts_of, how_to_read
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 PAGE, CLAIMS = "report.md", "claims.csv"
 
@@ -57,6 +59,8 @@ def write_item(item: Item, evidence: Evidence, folder: Path) -> Judged:
     Raises:
         OSError: a file cannot be written.
     """
+    import pandas as pd
+
     found = [judged(claim, evidence) for claim in item.claims]
     values = _values(item, evidence)
     controls = tuple(CONTROLS[name].line(evidence) for name in item.controls)
@@ -88,6 +92,8 @@ def items_in(folder: Path) -> list[str]:
     Raises:
         ValueError: its claims cannot be read.
     """
+    import pandas as pd
+
     path = folder / CLAIMS
     if not path.exists():
         return []
@@ -178,6 +184,8 @@ def _values(item: Item, evidence: Evidence) -> tuple[list[str], list[list[str]]]
 
 
 def _claims(done: Sequence[Judged], evidence: Evidence) -> pd.DataFrame:
+    import pandas as pd
+
     return pd.DataFrame(
         {
             "item": entry.item.name,
