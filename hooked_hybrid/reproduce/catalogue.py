@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from hooked_hybrid.reproduce import sllm2025
 from hooked_hybrid.reproduce.claims import Item, Paper
 from hooked_hybrid.reproduce.controls import CONTROLS
+from hooked_hybrid.reproduce.evidence import MANY
 from hooked_hybrid.reproduce.thesis_heads import BY_K, MAPS, SCORE, TWICE
 from hooked_hybrid.reproduce.thesis_language import GLUE, LANGUAGE, MMLU
 from hooked_hybrid.reproduce.thesis_weights import ALL_MAPS, COMPLEMENT, WEIGHT_TABLE
@@ -49,9 +50,10 @@ def items_of(paper: Paper, only: Sequence[str] = ()) -> list[Item]:
 
 
 def runs_of(item: Item) -> list[str]:
-    """Return the sweeps that an item needs, those of its controls among them."""
+    """Return the sweeps that an item needs, those over every needle and of its controls too."""
+    many = (MANY[run] for run in item.runs if run in MANY)
     controls = (run for name in item.controls for run in CONTROLS[name].runs)
-    return list(dict.fromkeys([*item.runs, *controls]))
+    return list(dict.fromkeys([*item.runs, *many, *controls]))
 
 
 def _plain(name: str) -> str:

@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING
 
 from hooked_hybrid.reproduce.claims import Check, Finding, found_by
 from hooked_hybrid.reproduce.evidence import (
+    MANY,
     Estimate,
     Evidence,
     Untested,
+    bounds,
     difference,
     estimate,
     tipping,
@@ -42,7 +44,8 @@ def needs_retrieval(*runs: str) -> Callable[[Check], Check]:
 
     def guarded(check: Check) -> Check:
         def asked(evidence: Evidence) -> Finding:
-            for run in dict.fromkeys(runs):
+            many = [MANY[run] for run in runs if MANY.get(run) in evidence.tables]
+            for run in dict.fromkeys([*runs, *many]):
                 whole = evidence.whole(run)
                 if not whole.mean >= LEAST:
                     where = f"run {run}, nothing left out"
@@ -70,14 +73,27 @@ def at_most(run: str, settings: Callable[[Evidence], Sequence[str]], most: float
 
     @needs_retrieval(run)
     def check(evidence: Evidence) -> Finding:
-        found = {name: evidence.accuracy(run, name) for name in settings(evidence)}
-        worst = max(found, key=lambda name: found[name].high)
+        found = {}
+        for name in settings(evidence):
+            few, many = evidence.accuracy(run, name), evidence.of_many(run, name)
+            wide = None if many is None else estimate(many)
+            found[name] = (*bounds(few, wide), f"{few}{_at_one_place(many, wide)}")
+        worst = max(found, key=lambda name: found[name][1])
         highest = "" if len(found) == 1 else f"highest of {len(found)}, {worst}: "
-        own = found[worst]
-        note = "" if own.high <= most else undecided(own.low, most, own.high)
-        return Finding(own.high <= most, f"{highest}{own}", note)
+        low, high, ours = found[worst]
+        note = "" if high <= most else undecided(low, most, high)
+        return Finding(high <= most, f"{highest}{ours}", note)
 
     return check
+
+
+def _at_one_place(cells: pd.DataFrame | None, mean: Estimate | None) -> str:
+    """Return what a run over every needle adds in words; nothing where there is none."""
+    if cells is None or mean is None:
+        return ""
+    low, high = 100 * mean.low, 100 * mean.high
+    of = f"{mean.n_needles} needles at {int(cells['length'].iloc[0])} tokens"
+    return f"; of {of} {100 * mean.mean:.1f}% (95% {low:.1f} to {high:.1f})"
 
 
 def without_heads(run: str = "top-k") -> Check:
@@ -155,11 +171,20 @@ class Side:
 
     def cells(self, evidence: Evidence) -> pd.DataFrame:
         """Return the cells, one a prompt."""
-        import pandas as pd
+        return _by_prompt([evidence.cells(self.run, name) for name in self.settings(evidence)])
 
-        joined = pd.concat([evidence.cells(self.run, name) for name in self.settings(evidence)])
-        by = ["prompt_id", "needle_id", "seed", "length", "depth"]
-        return joined.groupby(by, as_index=False)["accuracy"].mean()
+    def of_many(self, evidence: Evidence) -> pd.DataFrame | None:
+        """Return such cells over every needle, None where a setting was not run over these."""
+        found = [evidence.of_many(self.run, name) for name in self.settings(evidence)]
+        run = [cells for cells in found if cells is not None]
+        return _by_prompt(run) if run and len(run) == len(found) else None
+
+
+def _by_prompt(parts: Sequence[pd.DataFrame]) -> pd.DataFrame:
+    import pandas as pd
+
+    by = ["prompt_id", "needle_id", "seed", "length", "depth"]
+    return pd.concat(parts).groupby(by, as_index=False)["accuracy"].mean()
 
 
 def above(more: Side, less: Side, by: float = POINT, what: str = "") -> Check:
@@ -174,8 +199,12 @@ def above(more: Side, less: Side, by: float = POINT, what: str = "") -> Check:
         first, second = more.cells(evidence), less.cells(evidence)
         gap = difference(first, second)
         means = f"{100 * estimate(first).mean:.1f}% against {100 * estimate(second).mean:.1f}%"
-        note = "" if gap.low > by else undecided(gap.low, by, gap.high)
-        return Finding(gap.low > by, f"{what}{means}: {_points(gap)}", note)
+        many = [side.of_many(evidence) for side in (more, less)]
+        wide = None if many[0] is None or many[1] is None else difference(many[0], many[1])
+        low, high = bounds(gap, wide)
+        note = "" if low > by else undecided(low, by, high)
+        ours = f"{what}{means}: {_points(gap)}{_at_one_place(many[0], wide)}"
+        return Finding(low > by, ours, note)
 
     return check
 

@@ -19,7 +19,15 @@ if TYPE_CHECKING:
 
 _PLACE = ["needle_id", "seed", "length", "depth"]
 """What two cells must share to be compared one to one."""
-_WHOLE = {"weights": "keep-keep", "layers": "whole", "controls": "whole", "elsewhere": "whole"}
+MANY = {name: f"{name}-many" for name in ("top-k", "top-k-twice", "weights")}
+"""The run over every needle, at one place, of runs over few needles at many places."""
+_WHOLE = {
+    "weights": "keep-keep",
+    "weights-many": "keep-keep",
+    "layers": "whole",
+    "controls": "whole",
+    "elsewhere": "whole",
+}
 """The setting with everything as it is, of runs where that is not all heads kept."""
 
 
@@ -31,7 +39,8 @@ class Estimate(NamedTuple):
     """A mean of fractions (or of differences of these) with its 95% interval.
 
     The interval is `intervals.widened_interval` over needles, NaN at both ends for a single one;
-    `by_seed` is the mean of each seed's cells.
+    `by_seed` is the mean of each seed's cells; `alike` says that no needle's mean differs from
+    another's, so that the interval rests on the number of needles alone.
     """
 
     mean: float
@@ -40,6 +49,7 @@ class Estimate(NamedTuple):
     n: int
     n_needles: int
     by_seed: tuple[float, ...]
+    alike: bool = False
 
     def __str__(self) -> str:
         interval = "" if np.isnan(self.low) else f" ({_range(self.low, self.high)})"
@@ -100,6 +110,12 @@ class Evidence:
         """Return the accuracy of a setting: mean graded score / 5."""
         return estimate(self.cells(run, setting, in_window))
 
+    def of_many(self, run: str, setting: str) -> pd.DataFrame | None:
+        """Return the cells of a setting over every needle, None where that was not run."""
+        table = self.tables.get(MANY.get(run, ""))
+        chosen = None if table is None else table[table["setting"] == setting]
+        return None if chosen is None or chosen.empty else chosen
+
     def k_setting(self, k: int, stage: str = "generation") -> str:
         """Return the name of a setting of the top-k sweeps."""
         return f"{stage} k={k}"
@@ -141,9 +157,9 @@ def estimate(cells: pd.DataFrame, values: str = "accuracy", least: float = 0.0) 
         return Estimate(nan, nan, nan, 0, 0, ())
     low, high = widened_interval(cells[values], cells[cluster_column(cells)], least, 1.0)
     by_seed = cells.groupby("seed")[values].mean()
-    n_needles = cells["needle_id"].nunique()
-    mean = float(cells[values].mean())
-    return Estimate(mean, low, high, len(cells), n_needles, tuple(map(float, by_seed)))
+    by_needle = cells.groupby("needle_id")[values].mean()
+    mean, alike = float(cells[values].mean()), float(by_needle.max() - by_needle.min()) < 1e-9
+    return Estimate(mean, low, high, len(cells), len(by_needle), tuple(map(float, by_seed)), alike)
 
 
 def difference(more: pd.DataFrame, less: pd.DataFrame) -> Estimate:
@@ -153,6 +169,18 @@ def difference(more: pd.DataFrame, less: pd.DataFrame) -> Estimate:
     """
     paired = more.merge(less, on=_PLACE, suffixes=("", "_less"))
     return estimate(paired.assign(gap=paired["accuracy"] - paired["accuracy_less"]), "gap", -1.0)
+
+
+def bounds(few: Estimate, many: Estimate | None) -> tuple[float, float]:
+    """Return the interval that a mean over few needles and one over many leave open together.
+
+    It holds the intervals of both. Where the few are alike theirs says only how few they are: then
+    it holds their mean and the interval of the many.
+    """
+    if many is None:
+        return few.low, few.high
+    low, high = (few.mean, few.mean) if few.alike else (few.low, few.high)
+    return min(low, many.low), max(high, many.high)
 
 
 class Tipping(NamedTuple):
@@ -197,4 +225,14 @@ def _range(low: float, high: float) -> str:
     return f"95% {100 * low:.1f} to {100 * high:.1f}"
 
 
-__all__ = ["Estimate", "Evidence", "Tipping", "Untested", "difference", "estimate", "tipping"]
+__all__ = [
+    "MANY",
+    "Estimate",
+    "Evidence",
+    "Tipping",
+    "Untested",
+    "bounds",
+    "difference",
+    "estimate",
+    "tipping",
+]

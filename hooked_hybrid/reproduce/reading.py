@@ -19,8 +19,11 @@ _HOW_TO_READ = """\
 - **Intervals** are bootstraps clustered by needle, stretched about the mean by t(n - 1) / 1.96 x
   sqrt(n / (n - 1)) for n needles, since of few needles the plain one is too narrow, and clipped to
   what is possible. Where all needles are alike the bootstrap has no width and bounds nothing: then
-  up to 1 - 0.05^(1/n) of all needles ({others} here) may be anything possible. An accuracy of 0
-  can so be called at most 5% from 59 needles up (--held-out 29), and is undecided before.
+  up to 1 - 0.05^(1/n) of all needles ({others} here) may be anything possible.
+- **Every needle once.** So few needles cannot bound a rare success. Settings without any head, and
+  those of weights, are therefore run over {n_many} needles too, at the shortest length and the
+  middle depth ("of {n_many} needles at ..."). A claim must then hold of both intervals; where the
+  few needles are all alike, of their mean and the interval of the many (at 0%, {others_many}).
 - **Without such an interval** are: maps called empty, by the mean of each length and depth; whether
   the whole model retrieves at all, by its mean accuracy (20%), without which a claim about losses
   is untested; tipping points, whose interval is the plain bootstrap's; the bands in pictures of
@@ -39,15 +42,18 @@ _QUICK = (
 
 def how_to_read(evidence: Evidence) -> str:
     """Return the rules of verdicts and intervals, with a warning on top of a quick run."""
-    n = evidence.recipe.n_needles
+    recipe = evidence.recipe
+    n, n_many = recipe.n_needles, recipe.n_many
     rules = _HOW_TO_READ.format(
         subject=_upper(evidence.subject),
         caution=CAUTION,
         n_needles=n,
         others=f"{100 * others_at_most(n):.0f}%",
+        n_many=n_many,
+        others_many=f"{100 * others_at_most(n_many):.1f}%",
         tolerance=TOLERANCE,
     )
-    return f"{_QUICK}\n\n{rules}" if evidence.recipe.is_quick else rules
+    return f"{_QUICK}\n\n{rules}" if recipe.is_quick else rules
 
 
 def facts_of(evidence: Evidence, card: Mapping[str, str]) -> dict[str, str]:
@@ -60,7 +66,7 @@ def facts_of(evidence: Evidence, card: Mapping[str, str]) -> dict[str, str]:
         f"{len(recipe.depths)} depths ({_listed(round(100 * d) for d in recipe.depths)}%) x "
         f"{1 + recipe.n_held_out} needles (the paper's and {recipe.n_held_out} held-out ones) x "
         f"{len(recipe.seeds)} seeds; for controls every second length and depth, of four or more",
-        "needles in all": str(recipe.n_needles),
+        "needles in all": f"{recipe.n_needles}; {recipe.n_many} in runs named -many",
         **({"documents of each task": _documents(evidence)} if evidence.language else {}),
         "template, haystack": f"{recipe.template}, {recipe.haystack}",
         "first new token": f"chosen in the {recipe.first_token} stage",

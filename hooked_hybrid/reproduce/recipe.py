@@ -102,6 +102,11 @@ class Recipe:
         """Needles in all: the paper's, and those of every seed."""
         return 1 + self.n_held_out * len(self.seeds)
 
+    @property
+    def n_many(self) -> int:
+        """Needles of the runs over many: the paper's and every held-out one, of a few if quick."""
+        return self.n_needles if self.is_quick else 1 + len(held_out_needles())
+
     def needles(self, seed: int) -> list[Needle]:
         """Return the paper's needle and the held-out ones of a seed.
 
@@ -115,6 +120,11 @@ class Recipe:
                 f"{len(known)} in all, give fewer"
             )
         return [PAPER, *known[start : start + self.n_held_out]]
+
+    def many_needles(self, seed: int) -> list[Needle]:
+        """Return a seed's part of the `n_many` needles."""
+        known = [PAPER, *held_out_needles()][: self.n_many]
+        return known[self.seeds.index(seed) :: len(self.seeds)]
 
     def save(self, folder: Path, paper: str, resume: bool) -> None:
         """Write recipe and paper into a new folder, or check that those there are the same.
@@ -233,6 +243,7 @@ def prompts_of(
     *,
     read_twice: bool = False,
     thinned: bool = False,
+    many: bool = False,
 ) -> dict[int, list[Prompt]]:
     """Return the prompts of each seed.
 
@@ -243,6 +254,7 @@ def prompts_of(
         read_twice: give the context twice.
         thinned: every second length, from the longest down, and every second depth, where there
             are more than three.
+        many: every needle there is, once, at the shortest length and the middle depth.
 
     Raises:
         ValueError: documents too short to begin elsewhere, or see `niah.prompts.grid`.
@@ -250,6 +262,8 @@ def prompts_of(
     lengths, depths = recipe.lengths, recipe.depths
     if thinned:
         lengths, depths = _every_second(lengths[::-1])[::-1], _every_second(depths)
+    if many:
+        lengths, depths = (min(lengths),), (sorted(depths)[len(depths) // 2],)
     pieces = [p.strip() for text in documents for p in re.split(r"\n\s*\n", text) if p.strip()]
     if pieces and len(pieces) < len(recipe.seeds):
         raise ValueError(
@@ -260,7 +274,7 @@ def prompts_of(
     for i, seed in enumerate(recipe.seeds):
         at = i * len(pieces) // len(recipe.seeds)
         hay = Haystack(seed, (*pieces[at:], *pieces[:at]))
-        needles = recipe.needles(seed)
+        needles = recipe.many_needles(seed) if many else recipe.needles(seed)
         found[seed] = grid(model, needles, lengths, depths, hay, recipe.template, read_twice)
     return found
 

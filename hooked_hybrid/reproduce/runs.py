@@ -34,12 +34,29 @@ _CLEAR = 8
 
 @dataclass(frozen=True)
 class Run:
-    """A sweep: which settings, on which of the recipe's prompts, and whether text is read too."""
+    """A sweep: which settings, on which of the recipe's prompts, and whether text is read too.
+
+    `read_twice`, `thinned` and `many` are those of `recipe.prompts_of`.
+    """
 
     settings: Callable[[HookedHybrid, Recipe], list[Setting]]
     read_twice: bool = False
     thinned: bool = False
+    many: bool = False
     text: bool = False
+
+    def prompts(
+        self, model: HookedHybrid, recipe: Recipe, documents: Sequence[str]
+    ) -> dict[int, list[Prompt]]:
+        """Return the prompts of each seed; see `recipe.prompts_of`."""
+        return prompts_of(
+            model,
+            recipe,
+            documents,
+            read_twice=self.read_twice,
+            thinned=self.thinned,
+            many=self.many,
+        )
 
 
 def _top_k(model: HookedHybrid, recipe: Recipe) -> list[Setting]:  # noqa: ARG001
@@ -62,6 +79,10 @@ def _elsewhere(model: HookedHybrid, recipe: Recipe) -> list[Setting]:  # noqa: A
     return [WHOLE, *elsewhere_settings()]
 
 
+def _none(model: HookedHybrid, recipe: Recipe) -> list[Setting]:  # noqa: ARG001
+    return top_k_settings([min(heads_of(model.cfg).values()), 0], ["generation"])
+
+
 RUNS: dict[str, Run] = {
     "top-k": Run(_top_k, text=True),
     "top-k-twice": Run(_top_k_twice, read_twice=True),
@@ -69,6 +90,9 @@ RUNS: dict[str, Run] = {
     "layers": Run(lambda model, _: layer_settings(model.cfg), thinned=True, text=True),
     "controls": Run(_controls, thinned=True),
     "elsewhere": Run(_elsewhere, thinned=True),
+    "top-k-many": Run(_none, many=True),
+    "top-k-twice-many": Run(_none, read_twice=True, many=True),
+    "weights-many": Run(lambda *_: weight_matrix(), many=True),
 }
 """Every sweep by its name, which is that of its folder."""
 
@@ -129,7 +153,7 @@ def check(
     """
     for run in (RUNS[name] for name in dict.fromkeys(names)):
         run.settings(model, recipe)
-        prompts_of(model, recipe, documents, read_twice=run.read_twice, thinned=run.thinned)
+        run.prompts(model, recipe, documents)
         if run.text:
             texts_of(model, max(recipe.lengths), recipe.n_texts, documents)
 
@@ -160,7 +184,7 @@ def perform(
         OSError: the results cannot be written.
     """
     run, own = RUNS[name], folder / name
-    by_seed = prompts_of(model, recipe, documents, read_twice=run.read_twice, thinned=run.thinned)
+    by_seed = run.prompts(model, recipe, documents)
     settings = run.settings(model, recipe)
     table = niah(
         model,

@@ -19,7 +19,7 @@ from hooked_hybrid.reproduce.claims import Finding, Verdict, found_by, judged
 from hooked_hybrid.reproduce.evidence import Evidence, Untested, estimate, tipping
 from hooked_hybrid.reproduce.intervals import others_at_most, t_quantile, widened_interval
 from hooked_hybrid.reproduce.reading import how_to_read
-from hooked_hybrid.reproduce.recipe import PACKAGED, recipe_for
+from hooked_hybrid.reproduce.recipe import PACKAGED, prompts_of, recipe_for
 from hooked_hybrid.reproduce.report import items_in, not_run
 from tests.unit.test_reproduce import (
     FOUR,
@@ -153,6 +153,45 @@ def test_a_quick_run_and_a_full_one_are_told_apart():
     assert judged(figure.claims[0], full)[0] is Verdict.SHOWN
     assert "--quick" in how_to_read(quick) and "--quick" not in how_to_read(full)
     assert "over 59 needles" in how_to_read(full) and "5% here" in how_to_read(full)
+    assert "run over 61 needles too" in how_to_read(full) and "at 0%, 4.8%" in how_to_read(full)
+
+
+def some(accuracy: float) -> dict[str, float]:
+    return dict.fromkeys([*FOUR, "a", "b", "c"], accuracy)
+
+
+def test_few_needles_alike_are_bounded_by_the_many():
+    few = {"generation k=0": some(0.0), "generation k=8": some(1.0)}
+    zero, third = by_k({0: 0.0, 8: 1.0}), by_k({8: 1.0})
+    third |= {"generation k=0": alike(0.0) | dict.fromkeys(NEEDLES[:20], 1.0)}
+    held = checks.without_heads()(evidence_of(top_k=few, top_k_many=zero))
+    assert held.holds and "of 60 needles at 100 tokens 0.0% (95% 0.0 to 4.9)" in held.ours
+    assert checks.without_heads()(evidence_of(top_k=few, top_k_many=third)).holds is False
+    lost = evidence_of(top_k=few, top_k_many=by_k({0: 0.0, 8: 0.1}))
+    assert found_by(checks.without_heads(), lost).holds is None  # nothing to lose in the many
+    some_left = {"generation k=0": some(0.0) | {"a": 1.0}, "generation k=8": some(1.0)}
+    mixed = checks.without_heads()(evidence_of(top_k=some_left, top_k_many=zero))
+    assert mixed.holds is False and "undecided" in mixed.note  # the many do not outvote the few
+
+
+def test_differences_of_few_needles_alike_are_bounded_by_the_many():
+    check = checks.above(checks.cells_of("omit-keep"), checks.cells_of("keep-keep"), by=-0.05)
+    few = {"keep-keep": some(0.7), "omit-keep": some(0.7)}
+    same = {"keep-keep": alike(1.0), "omit-keep": alike(1.0)}
+    assert check(evidence_of(weights=few)).holds is False
+    assert check(evidence_of(weights=few, weights_many=same)).holds
+    lacking = same | {"omit-keep": alike(1.0) | dict.fromkeys(NEEDLES[:20], 0.0)}
+    assert check(evidence_of(weights=few, weights_many=lacking)).holds is False
+    one_side = evidence_of(weights=few, weights_many={"keep-keep": alike(1.0)})
+    assert check(one_side).holds is False
+
+
+def test_the_many_are_every_needle_once():
+    recipe = recipe_for(model_of("tiny-griffin"), PACKAGED)
+    by_seed = prompts_of(model_of("tiny-griffin"), recipe, many=True)
+    prompts = [prompt for found in by_seed.values() for prompt in found]
+    assert len({prompt.needle_id for prompt in prompts}) == len(prompts) == recipe.n_many == 61
+    assert {(prompt.length, prompt.depth) for prompt in prompts} == {(min(recipe.lengths), 0.5)}
 
 
 def scores_of(**rights: list[int]) -> language.Scores:
