@@ -16,7 +16,7 @@ from experiments.train_tiny import cut
 TASK = Task(length=64, n_facts=4)
 WINDOWS, SEEDS = (8, 24, 64), (0, 1, 2)
 """Keys a query sees in training and after it; the last is the whole sequence."""
-PATTERN, STEPS, SCORED = "RAR", 400, 512
+PATTERN, STEPS, SCORED = "RAR", 1500, 512
 LEARNED = 0.9
 """Share of right answers, whole, from which a model counts as having learned the task."""
 
