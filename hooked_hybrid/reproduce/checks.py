@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from hooked_hybrid.reproduce.claims import Check, Finding, found_by
 from hooked_hybrid.reproduce.evidence import (
@@ -87,13 +87,15 @@ def at_most(run: str, settings: Callable[[Evidence], Sequence[str]], most: float
     return check
 
 
-def _at_one_place(cells: pd.DataFrame | None, mean: Estimate | None) -> str:
+def _at_one_place(cells: pd.DataFrame | None, mean: Estimate | None, unit: Literal["%", "points"] = "%") -> str:
     """Return what a run over every needle adds in words; nothing where there is none."""
     if cells is None or mean is None:
         return ""
-    low, high = 100 * mean.low, 100 * mean.high
-    of = f"{mean.n_needles} needles at {int(cells['length'].iloc[0])} tokens"
-    return f"; of {of} {100 * mean.mean:.1f}% (95% {low:.1f} to {high:.1f})"
+    place = f"{mean.n_needles} needles at {int(cells['length'].iloc[0])} tokens"
+    middle, low, high = (100 * value for value in mean[:3])
+    if unit == "%":
+        return f"; of {place} {middle:.1f}% (95% {low:.1f} to {high:.1f})"
+    return f"; of {place} {middle:+.1f} points (95% {low:+.1f} to {high:+.1f})"
 
 
 def without_heads(run: str = "top-k") -> Check:
@@ -203,7 +205,7 @@ def above(more: Side, less: Side, by: float = POINT, what: str = "") -> Check:
         wide = None if many[0] is None or many[1] is None else difference(many[0], many[1])
         low, high = bounds(gap, wide)
         note = "" if low > by else undecided(low, by, high)
-        ours = f"{what}{means}: {_points(gap)}{_at_one_place(many[0], wide)}"
+        ours = f"{what}{means}: {_points(gap)}{_at_one_place(many[0], wide, 'points')}"
         return Finding(low > by, ours, note)
 
     return check
