@@ -45,7 +45,7 @@ def entropy(pattern: Float[Tensor, "*rest key"]) -> Float[Tensor, "*rest"]:
 
 def entropy_profile(
     source: HookedHybrid | ActivationCache,
-    tokens: Tokens | None = None,
+    tokens: Tokens | Int[Tensor, " pos"] | None = None,
     attention_mask: Int[Tensor, "batch pos"] | None = None,
 ) -> EntropyProfile:
     """Return how spread every head's attention is, position by position.
@@ -53,7 +53,7 @@ def entropy_profile(
     Args:
         source: a model, which is run on `tokens`, or a cache that holds every pattern, of a forward
             or of a generation.
-        tokens, attention_mask: for a model; padding does not count.
+        tokens, attention_mask: for a model, [batch pos] or [pos]; padding does not count.
 
     Raises:
         ValueError: a model without tokens, or tokens with a cache.
@@ -67,7 +67,7 @@ def entropy_profile(
     else:
         if tokens is None:
             raise ValueError("a model needs tokens to be run on")
-        bits = _of_run(source, tokens, attention_mask)
+        bits = _of_run(source, tokens if tokens.ndim > 1 else tokens[None], attention_mask)
     values = torch.stack([b.nanmean(dim=0) for b in bits.values()])
     return EntropyProfile(tuple(bits), values)
 

@@ -7,7 +7,7 @@ memory than its factors, and nothing here multiplies one out whole.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
@@ -26,6 +26,9 @@ TokenSource = Literal["embedding", "alone"] | Tensor
 ComponentAt = tuple[int, int]
 """(layer, head) of attention; (layer, gate block) of an RG-LRU; (layer, 0) of a Mamba block."""
 
+Vocab = Int[Tensor, " token"] | Sequence[int]
+"""Some tokens."""
+
 ALONE_AT_ONCE = 1024
 """Tokens in a batch of one-token texts."""
 NO_ATTENTION = "this model has no attention layer"
@@ -35,7 +38,7 @@ def token_directions(
     model: HookedHybrid,
     layer: int,
     tokens: TokenSource = "embedding",
-    vocab: Int[Tensor, " token"] | None = None,
+    vocab: Vocab | None = None,
 ) -> Float[Tensor, "token d_model"]:
     """Return what stands for each token in the residual stream that enters a layer.
 
@@ -45,22 +48,31 @@ def token_directions(
         tokens: "embedding", the embedding with its scale (`hook_embed`), exact for layer 0;
             "alone", what has become of it when the model reads that token and nothing else,
             layers below and hooks included; or directions [d_vocab d_model] of the caller's own.
-        vocab: the tokens; None means all.
+        vocab: the tokens, in a tensor or a list; None means all.
 
     Raises:
-        ValueError: another source, or directions of another shape.
+        ValueError: another source, directions of another shape, or a token that is not there.
     """
+    ids = _ids(model, vocab)
     if isinstance(tokens, Tensor):
         if tokens.shape != model.W_E.shape:
             raise ValueError(f"tokens has shape {list(tokens.shape)}, not {list(model.W_E.shape)}")
-        return at_least_fp32(tokens if vocab is None else tokens[vocab])
+        return at_least_fp32(tokens if vocab is None else tokens[ids.to(tokens.device)])
     if tokens not in ("embedding", "alone"):
         raise ValueError(f"tokens={tokens!r}: give 'embedding', 'alone' or directions")
     stop = layer if tokens == "alone" else 0
-    ids = torch.arange(model.cfg.d_vocab) if vocab is None else vocab
-    parts = ids.to(model.device)[:, None].split(ALONE_AT_ONCE)
+    parts = ids[:, None].split(ALONE_AT_ONCE)
     with torch.no_grad():
         return at_least_fp32(torch.cat([model(part, stop_at_layer=stop)[:, 0] for part in parts]))
+
+
+def _ids(model: HookedHybrid, vocab: Vocab | None) -> Int[Tensor, " token"]:
+    """Return the tokens asked for, on the model's device."""
+    n = model.cfg.d_vocab
+    ids = torch.arange(n) if vocab is None else torch.as_tensor(vocab)
+    if ids.is_floating_point() or ids.ndim != 1 or not bool(((ids >= 0) & (ids < n)).all()):
+        raise ValueError(f"vocab={vocab}: give a list of tokens from 0 to {n - 1}")
+    return ids.to(model.device, torch.long)
 
 
 def full_qk_circuit(
@@ -72,7 +84,7 @@ def full_qk_circuit(
     tokens: TokenSource = "embedding",
     through: ComponentAt | None = None,
     lag: int | None = None,
-    vocab: Int[Tensor, " token"] | None = None,
+    vocab: Vocab | None = None,
 ) -> FactoredMatrix:
     """Return the score of every query token for every key token, by each head.
 
@@ -113,7 +125,7 @@ def full_ov_circuit(
     layer: int,
     *,
     tokens: TokenSource = "embedding",
-    vocab: Int[Tensor, " token"] | None = None,
+    vocab: Vocab | None = None,
 ) -> FactoredMatrix:
     """Return what attending to each token adds to every token's logit, by each head.
 
@@ -128,7 +140,7 @@ def full_ov_circuit(
 
     Source: Elhage et al. 2021.
     """
-    W_U = at_least_fp32(model.W_U if vocab is None else model.W_U[:, vocab.to(model.device)])
+    W_U = at_least_fp32(model.W_U if vocab is None else model.W_U[:, _ids(model, vocab)])
     W_U = W_U * at_least_fp32(model.ln_final.w)[:, None]
     return _as_read(model, layer, tokens, vocab) @ ov_circuit(model, layer) @ W_U
 
@@ -137,7 +149,7 @@ def written_tokens(
     model: HookedHybrid,
     component: ComponentAt,
     tokens: TokenSource = "embedding",
-    vocab: Int[Tensor, " token"] | None = None,
+    vocab: Vocab | None = None,
     lag: int | None = None,
 ) -> Float[Tensor, "token d_model"]:
     """Return what a head, or the linear path of a gate block, writes of each token it reads.
@@ -166,7 +178,7 @@ def copying_scores(
     *,
     centred: bool = True,
     tokens: TokenSource = "embedding",
-    vocab: Int[Tensor, " token"] | None = None,
+    vocab: Vocab | None = None,
 ) -> HeadScores:
     """Return how much each head, attending to a token, raises that token's own logit.
 
@@ -202,7 +214,7 @@ def matching_scores(
     tokens: TokenSource = "embedding",
     through: ComponentAt | None = None,
     lag: int | None = None,
-    vocab: Int[Tensor, " token"] | None = None,
+    vocab: Vocab | None = None,
 ) -> HeadScores:
     """Return how much each head prefers keys of the query's own token.
 
@@ -250,7 +262,7 @@ def _scores(
 
 
 def _as_read(
-    model: HookedHybrid, layer: int, tokens: TokenSource, vocab: Int[Tensor, " token"] | None
+    model: HookedHybrid, layer: int, tokens: TokenSource, vocab: Vocab | None
 ) -> Float[Tensor, "token d_model"]:
     """Return the tokens' directions after `ln1`, each as if it were alone in the stream."""
     x = token_directions(model, layer, tokens, vocab)

@@ -356,6 +356,9 @@ def test_scores_over_some_tokens_only() -> None:
     block = full_ov_circuit(model, 2).AB[:, ids][:, :, ids]
     assert relative(full_ov_circuit(model, 2, vocab=ids).AB, block) < FP32_PARITY
     assert copying_scores(model, "top1", vocab=ids, centred=False)[2, 1] == _slow_top1(block[1])
+    assert relative(full_ov_circuit(model, 2, vocab=ids.tolist()).AB, block) < FP32_PARITY
+    with pytest.raises(ValueError, match="give a list of tokens from 0 to"):
+        copying_scores(model, vocab=[0, model.cfg.d_vocab])
     keys = full_qk_circuit(model, 2, 2).AB[:, ids][:, :, ids]
     assert relative(full_qk_circuit(model, 2, 2, vocab=ids).AB, keys) < FP32_PARITY
 

@@ -207,6 +207,9 @@ def test_entropy_profile_is_that_of_the_cached_patterns(name: str):
     model, tokens = model_of(name), random_tokens(3, 20)
     _, cache = model.run_with_cache(tokens)
     found = entropy_profile(model, tokens)
+    assert torch.equal(
+        entropy_profile(model, tokens[0]).values, entropy_profile(model, tokens[:1]).values
+    )
     for i, layer in enumerate(model.cfg.attention_layers):
         p = cache["pattern", layer].double()
         expected = -(p * p.clamp_min(1e-300).log2()).sum(-1).mean(0).float()
