@@ -1,6 +1,11 @@
 """Hybrid language models with a named, editable hook point on everything they compute."""
 
-from hooked_hybrid import analysis, interventions, presets
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from hooked_hybrid import presets
 from hooked_hybrid.cache import ActivationCache
 from hooked_hybrid.config import HybridConfig
 from hooked_hybrid.factored_matrix import FactoredMatrix
@@ -11,6 +16,9 @@ from hooked_hybrid.hooks import HookPoint
 from hooked_hybrid.model import HookedHybrid
 from hooked_hybrid.names import HookNameError, get_act_name
 from hooked_hybrid.state import HybridState
+
+if TYPE_CHECKING:
+    from hooked_hybrid import analysis, interventions
 
 __all__ = [
     "ActivationCache",
@@ -30,3 +38,10 @@ __all__ = [
     "presets",
     "unfold_ln",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Import the two large parts, half of all modules, when they are first asked for."""
+    if name in ("analysis", "interventions"):
+        return importlib.import_module(f"hooked_hybrid.{name}")
+    raise AttributeError(f"module 'hooked_hybrid' has no attribute {name!r}")

@@ -106,6 +106,7 @@ def checked_state(model: HookedHybrid, state: HybridState | None, batch: int) ->
             f"the state has {len(state.blocks)} blocks, this model {model.cfg.n_layers}: it is "
             "another model's"
         )
+    devices = model.layer_devices
     for i, (block, kept) in enumerate(zip(model.blocks, state.blocks, strict=True)):
         parameter = block.ln1.weight
         wanted = block.any_mixer.state_shapes()
@@ -117,10 +118,11 @@ def checked_state(model: HookedHybrid, state: HybridState | None, batch: int) ->
                 "model's"
             )
         for name, t in vars(kept).items():
-            if t.device != parameter.device:
+            if t.device != devices[i]:
+                remedy = "device" if model.placement is None else "model.layer_devices"
                 raise ValueError(
-                    f"block {i} of the state lies on {t.device}, the model on {parameter.device}: "
-                    "use state.to(device)"
+                    f"block {i} of the state lies on {t.device}, the model's on {devices[i]}: use "
+                    f"state.to({remedy})"
                 )
             if name in ("k", "v", "conv") and t.dtype != parameter.dtype:
                 raise ValueError(

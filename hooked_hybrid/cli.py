@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
 from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -27,6 +28,8 @@ COMMANDS = {
     "cached-state": "hooked_hybrid.niah.cached_state_command",
     "parameters": _ACCOUNTING,
     "compute": _ACCOUNTING,
+    "plan": "hooked_hybrid.placement.command",
+    "harvest": "hooked_hybrid.harvest.command",
     "reproduce": "hooked_hybrid.reproduce.command",
 }
 """Commands, and the module whose function of the same name (- for _) each one is."""
@@ -91,6 +94,19 @@ def explained(kept: str | None) -> Iterator[None]:
         raise typer.Exit(INTERRUPTED) from None
 
 
+def folder(given: str | Path) -> Path:
+    """Return a folder's path as an option gives it.
+
+    Raises:
+        typer.BadParameter: it is blank, as an unset variable of a shell is.
+    """
+    import typer
+
+    if not str(given).strip():
+        raise typer.BadParameter("is blank: give the name of a folder")
+    return Path(given)
+
+
 def command_line() -> str:
     """Return the command as it was given, to be run again."""
     return shlex.join(["hooked-hybrid", *sys.argv[1:]])
@@ -102,7 +118,7 @@ def _say(text: str, style: str) -> None:
     Console(stderr=True).print(text, style=style, markup=False, highlight=False, soft_wrap=True)
 
 
-__all__ = ["COMMANDS", "build_app", "command_line", "explained", "main"]
+__all__ = ["COMMANDS", "build_app", "command_line", "explained", "folder", "main"]
 
 if __name__ == "__main__":
     main()

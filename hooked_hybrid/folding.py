@@ -31,6 +31,7 @@ from hooked_hybrid.config import (
 )
 from hooked_hybrid.layers import InnerNorm, RMSNorm, at_least_fp32
 from hooked_hybrid.model import HookedHybrid
+from hooked_hybrid.weights import require_plain_weights
 
 UNEMBEDDING = "unembed.weight"
 WIDE = torch.float32, torch.float64
@@ -124,13 +125,19 @@ def fold_ln(
             again. Load or convert the model to float32 to fold it exactly.
 
     Raises:
-        ValueError: a model without weights.
+        ValueError: a model without weights, or with quantised ones; or not in place, one that a
+            device map spread over several devices.
 
     Source: TransformerLens's `fold_ln`, which folds on loading and for good; a norm without mean
     or bias needs no centring.
     """
+    require_plain_weights(
+        model, "fold_ln", "fold before quantising, or call quantized.dequantize_weights first"
+    )
     if model.device.type == "meta":
         raise ValueError("this model has no weights (it is on the meta device): nothing to fold")
+    if not (inplace or model.placement is None or model.placement.is_on_one_device):
+        raise ValueError("this model lies on several devices, and is not copied: inplace=True")
     folds = tuple(_folds(model, inner_norms))
     parameters = dict(model.named_parameters())
     new = dict(_folded_tensors(model, folds, parameters))
@@ -158,6 +165,9 @@ def unfold_ln(folded: HookedHybrid, record: FoldRecord, inplace: bool = False) -
         ValueError: the model is not the one of this record, or a folded weight has changed since:
             an edit would be lost.
     """
+    require_plain_weights(
+        folded, "unfold_ln", "fold before quantising, or call quantized.dequantize_weights first"
+    )
     parameters = dict(folded.named_parameters())
     problem = "the record is of another model, or the weight was edited or converted since"
     if missing := sorted(record.originals.keys() - parameters.keys()):

@@ -99,6 +99,9 @@ class HookedRootModule(nn.Module):
     ) -> Iterator[HookedRootModule]:
         """Attach hooks for the length of a `with` block, then remove these and no others.
 
+        Hooks belong to the model: a forward of it in another thread meets them too. Threads that
+        want hooks of their own take a model each (`copy.deepcopy`).
+
         Args:
             fwd_hooks: pairs (name | names | predicate, fn), called in this order.
             bwd_hooks: the same, for gradients.

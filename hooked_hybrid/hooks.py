@@ -8,6 +8,7 @@ on it (`per_position`, `positions`); the forward reads the marks to choose how i
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -60,16 +61,29 @@ class Run:
             self, query_pos=self.query_pos[index], rows=self.rows[index], key_pos=key_pos
         )
 
+    def on(self, device: torch.device) -> Run:
+        """Return the run as layers on another device see it."""
+        key_pos = None if self.key_pos is None else self.key_pos.to(device)
+        return replace(
+            self,
+            query_pos=self.query_pos.to(device),
+            rows=self.rows.to(device),
+            key_pos=key_pos,
+        )
+
     def with_keys(self, key_pos: Int[Tensor, "batch key"]) -> Run:
         """Return the run as attention's score and pattern points see it."""
         return replace(self, key_pos=key_pos)
 
 
-class RunHolder:
-    """The current `Run`, shared by all hook points of one model."""
+class RunHolder(threading.local):
+    """The current `Run` of each thread, shared by all hook points of one model."""
 
-    def __init__(self) -> None:
-        self.run: Run | None = None
+    run: Run | None = None
+
+    def __reduce__(self) -> tuple[type[RunHolder], tuple[()]]:
+        """Copy and pickle as one that holds none: a run is not a part of a model."""
+        return RunHolder, ()
 
 
 def per_position(fn: F) -> F:
@@ -195,7 +209,7 @@ class HookPoint(nn.Module):
         """Return `x` after the given handles of this point; see `__call__`."""
         with nullcontext() if run is None else self.seeing(run):
             for handle in tuple(fwd):
-                result = handle.hook(x, hook=self)
+                result = self._called(handle, x)
                 if result is not None and not handle.is_watcher:
                     x = self._checked(result, x, handle.hook)
                 if constrain is not None and not handle.is_watcher:
@@ -360,9 +374,17 @@ class HookPoint(nn.Module):
             raise ValueError(f"direction {direction!r}: give 'fwd' or 'bwd'")
         return self.fwd_hooks if direction == "fwd" else self.bwd_hooks
 
+    def _called(self, handle: LensHandle, value: Tensor) -> Any:
+        """Return what a hook returns; an error of its own gets a note that says where it was."""
+        try:
+            return handle.hook(value, hook=self)
+        except BaseException as error:
+            error.add_note(f"in the hook {_name_of(handle.hook)} on {self.name!r}")
+            raise
+
     def _checked(self, result: object, x: Tensor, hook: HookFn) -> Tensor:
         """Refuse a replacement that the rest of the forward could not use."""
-        name = getattr(hook, "__qualname__", repr(hook))
+        name = _name_of(hook)
         if not isinstance(result, Tensor):
             raise TypeError(
                 f"the hook {name} on {self.name!r} returned {type(result).__name__}; "
@@ -390,7 +412,7 @@ class HookPoint(nn.Module):
         def backward(grad: Tensor) -> Tensor:
             with nullcontext() if run is None else self.seeing(run):
                 for handle in handles:
-                    result = handle.hook(grad, hook=self)
+                    result = self._called(handle, grad)
                     result = result[0] if isinstance(result, tuple) else result
                     if result is not None and not handle.is_watcher:
                         grad = self._checked(result, grad, handle.hook)
@@ -398,6 +420,10 @@ class HookPoint(nn.Module):
 
         x.register_hook(backward)
         return x
+
+
+def _name_of(hook: HookFn) -> str:
+    return getattr(hook, "__qualname__", None) or repr(hook)
 
 
 def _directions(dir: str) -> Iterable[str]:

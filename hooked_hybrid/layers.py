@@ -18,6 +18,7 @@ from hooked_hybrid.kernels import causal_conv1d
 from hooked_hybrid.layout import Layout
 from hooked_hybrid.plan import may_overwrite
 from hooked_hybrid.shapes import Logits, Resid, Tokens
+from hooked_hybrid.weights import as_matrix
 
 INIT_STD = 0.02
 WORTH_SPLITTING = 2**16
@@ -64,7 +65,7 @@ class Linear(Component):
     @property
     def W(self) -> Float[Tensor, "d_in d_out"]:
         """The matrix as used: `x @ W`."""
-        return self.weight.T
+        return as_matrix(self.weight).T
 
     def forward(self, x: Float[Tensor, "... d_in"]) -> Float[Tensor, "... d_out"]:
         """Return `x @ W + b`."""

@@ -75,6 +75,21 @@ class Layout:
         """
         return None if self.doc is None else self.is_start
 
+    def on(self, device: torch.device) -> Layout:
+        """Return the layout as layers on another device need it, made once for all of them."""
+        if self.pos.device == device:
+            return self
+
+        def make() -> Layout:
+            moved: dict[str, Any] = {
+                name: value.to(device)
+                for name, value in vars(self).items()
+                if isinstance(value, Tensor)
+            }
+            return dataclasses.replace(self, **moved, run=self.run.on(device), memo={})
+
+        return self.once(("on", device), make)
+
     def piece(self, start: int, stop: int) -> Layout:
         """Return the layout of positions `start` to `stop`, to be run from the state at `start`."""
         whole = self.length

@@ -6,6 +6,7 @@ import ctypes
 import functools
 import os
 from collections.abc import Iterable
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 import psutil
@@ -44,6 +45,12 @@ def keep_freed_memory() -> None:
         return
     mallopt(M_MMAP_THRESHOLD, 2**25)
     mallopt(M_TRIM_THRESHOLD, KEPT_FREE)
+
+
+def give_back_freed_memory() -> None:
+    """Let glibc's allocator give what it keeps (see `keep_freed_memory`) back to the system."""
+    with suppress(AttributeError, OSError, TypeError):  # another allocator
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def available_bytes(device: torch.device) -> int:
@@ -108,20 +115,30 @@ def require_memory(
     """Refuse a forward whose largest tensors would not fit.
 
     Counts logits, and the scores, patterns and Mamba states that hooks ask for: those that are
-    cached all together, others two at a time. Everything else is small beside them.
+    cached all together, others two at a time, each on its layer's device. Everything else is small
+    beside them.
 
     Raises:
         MemoryError: says what it would need, what there is, and which option avoids it.
     """
     if layout.length == 1:  # a step is small beside the state it goes on from
         return
-    logits = logits_bytes(model, layout, n_logits)
     sizes = large_bytes(model, layout, state, piece, layers)
+    for device in dict.fromkeys((model.device, *model.layer_devices)):
+        here = {n: s for n, s in sizes.items() if model.layer_devices[_layer(n)] == device}
+        n_here = n_logits if device == model.device else 0
+        _require_on(device, model, here, logits_bytes(model, layout, n_here), n_here)
+
+
+def _require_on(
+    device: torch.device, model: HookedHybrid, sizes: dict[str, int], logits: int, n_logits: int
+) -> None:
+    """Refuse what would not fit on one of the model's devices."""
     kept = sum(n for name, n in sizes.items() if _is_kept(model.hook_dict[name]))
     needed = logits + kept + 2 * max(sizes.values(), default=0)
-    if needed < WORTH_CHECKING or model.device.type == "meta":
+    if needed < WORTH_CHECKING or device.type == "meta":
         return
-    free = available_bytes(model.device)
+    free = available_bytes(device)
     if needed <= free:
         return
     if logits >= needed - logits:
@@ -132,12 +149,16 @@ def require_memory(
         remedy = "name fewer with names_filter, or mark your hooks @interventions.per_position"
     raise MemoryError(
         f"this forward needs about {needed / 1e9:.1f} GB, most of it for {what}, and "
-        f"{free / 1e9:.1f} GB are free on {model.device}: {remedy}"
+        f"{free / 1e9:.1f} GB are free on {device}: {remedy}"
     )
 
 
 def _is_kept(point: HookPoint) -> bool:
     return any(handle.is_watcher for handle in point.fwd_hooks)
+
+
+def _layer(name: str) -> int:
+    return int(name.split(".")[1])
 
 
 def _n_keys(state: HybridState, layer: int) -> int:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal, NamedTuple
+from copy import deepcopy
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -28,6 +29,13 @@ from hooked_hybrid.slicing import PosSlice
 from hooked_hybrid.state import BlockState, HybridState
 from hooked_hybrid.text import PaddingSide
 from hooked_hybrid.text_methods import Input, TextMethods, is_texts
+from hooked_hybrid.weights import as_matrix, exact_copy, is_quantized
+
+if TYPE_CHECKING:
+    from hooked_hybrid.placement.places import DeviceMap
+    from hooked_hybrid.placement.placing import MaxMemory
+    from hooked_hybrid.placement.running import Placement
+    from hooked_hybrid.quantized import Only, Quantization
 
 ReturnType = Literal["logits", "loss", "both"]
 
@@ -49,6 +57,11 @@ class HookedHybrid(TextMethods, HookedRootModule):
         tokenizer: a Hugging Face tokenizer; None for a model that takes tokens only.
         device, dtype: of the parameters.
     """
+
+    placement: Placement | None = None
+    """Where the parts of the model are; None for a model on one device."""
+    quantization: Quantization | None = None
+    """How the weights are quantised; None for plain ones."""
 
     def __init__(
         self,
@@ -87,6 +100,11 @@ class HookedHybrid(TextMethods, HookedRootModule):
         device: torch.device | str = "cpu",
         tokenizer: Any = None,
         revision: str | None = None,
+        device_map: DeviceMap | Literal["auto"] | None = None,
+        max_memory: MaxMemory | None = None,
+        offload_folder: str | os.PathLike[str] | None = None,
+        quantize: str | Any | None = None,
+        quantize_only: Only | None = None,
         **config_overrides: Any,
     ) -> HookedHybrid:
         """Load a checkpoint.
@@ -98,10 +116,23 @@ class HookedHybrid(TextMethods, HookedRootModule):
             device: where the parameters go.
             tokenizer: used instead of the checkpoint's own.
             revision: branch, tag or commit on the hub.
+            device_map: for a model larger than a device: where each part goes, by name (`"embed"`,
+                `"blocks.3"`, ...; `"blocks"` means all blocks, `""` everything), on a device,
+                "cpu" or "disk"; or "auto". See `placement.resolve`; instead of `device`.
+            max_memory: for "auto": bytes, or such as "20GB", by number of a GPU and for "cpu";
+                None takes what is free.
+            offload_folder: of what goes to the disk. It is kept, and used again for the same
+                checkpoint and dtype.
+            quantize: "int8", "nf4" (4 bits) or a weight-only config of torchao: large weights are
+                quantised as they are read, see `quantized`.
+            quantize_only: names of weights (`quantized.quantizable`), or a predicate on them.
             config_overrides: `n_keys`, `logits_soft_cap`, ...; see `HybridConfig.with_overrides`.
 
         Raises:
             weights_conversion.CheckpointError: what is wrong with the checkpoint, by name.
+            ValueError: a device map that cannot be, or weights that cannot be quantised so.
+            MemoryError: "auto", and no room; it says what is missing.
+            OSError: `offload_folder` cannot be written, or its disk is full.
         """
         from weights_conversion import load
 
@@ -111,6 +142,11 @@ class HookedHybrid(TextMethods, HookedRootModule):
             device=device,
             tokenizer=tokenizer,
             revision=revision,
+            device_map=device_map,
+            max_memory=max_memory,
+            offload_folder=offload_folder,
+            quantize=quantize,
+            quantize_only=quantize_only,
             **config_overrides,
         )
 
@@ -185,6 +221,13 @@ class HookedHybrid(TextMethods, HookedRootModule):
         """The unembedding, after the final norm."""
         return (self.W_E if self.unembed.weight is None else self.unembed.weight).T
 
+    @property
+    def layer_devices(self) -> tuple[torch.device, ...]:
+        """Where each block runs, and its state is."""
+        if self.placement is not None:
+            return self.placement.layer_devices
+        return (self.device,) * self._cfg.n_layers
+
     def stack(self, name: str) -> LayerStack:
         """Return one weight of every layer that has it, stacked, with the list of these layers.
 
@@ -199,7 +242,8 @@ class HookedHybrid(TextMethods, HookedRootModule):
             raise LookupError(
                 f"no layer has {name!r}" if not shapes else f"{name!r} has shapes {sorted(shapes)}"
             )
-        return LayerStack(tuple(found), torch.stack(list(found.values())))
+        weights = list(found.values())
+        return LayerStack(tuple(found), torch.stack([w.to(weights[0].device) for w in weights]))
 
     @property
     def W_Q(self) -> LayerStack:
@@ -286,7 +330,7 @@ class HookedHybrid(TextMethods, HookedRootModule):
                 resid = x if tokens is None else self.hook_embed(self.embed(tokens))
                 resid, _ = self._run_blocks(resid, (None,) * self.cfg.n_layers, layout, layers)
                 if stop_at_layer is not None:
-                    return resid
+                    return resid.to(self.device)
                 first = layout.length - (logits_to_keep or layout.length)
                 kept = [] if return_type is None else [self._normalized(resid, first)]
                 return self._read_out(kept, tokens, layout, return_type, loss_per_token, first)
@@ -313,13 +357,18 @@ class HookedHybrid(TextMethods, HookedRootModule):
         first = layout.length - n_logits
         blocks: Sequence[BlockState | None] = (None,) * self._cfg.n_layers
         blocks = blocks if state is None else state.blocks
-        kept = []
+        kept, streams = [], None
         with self._running(layout), dispatch(layout.length, self.hook_points()):
+            if self.placement is not None and self.placement.brings_weights:
+                streams, blocks = self.placement.run_pieces(self, tokens, layout, blocks, piece)
             for start in range(0, layout.length, piece):
                 part = layout.piece(start, start + piece)
                 self.run_holder.run = part.run
-                resid = self.hook_embed(self.embed(tokens[:, start : start + piece]))
-                resid, blocks = self._run_blocks(resid, blocks, part, range(self._cfg.n_layers))
+                if streams is not None:
+                    resid = next(streams)
+                else:
+                    resid = self.hook_embed(self.embed(tokens[:, start : start + piece]))
+                    resid, blocks = self._run_blocks(resid, blocks, part, range(self._cfg.n_layers))
                 if return_type is not None:
                     kept.append(self._normalized(resid, max(first - start, 0)))
             self.run_holder.run = layout.run
@@ -350,12 +399,17 @@ class HookedHybrid(TextMethods, HookedRootModule):
         """Return the residual stream after some blocks, and their new states."""
         after = []
         for i in layers:
-            resid, state = self.blocks[i](resid, states[i], layout)
+            if self.placement is None:
+                resid, state = self.blocks[i](resid, states[i], layout)
+            else:
+                resid, state = self.placement.run_block(self, i, resid, states[i], layout)
             after.append(state)
         return resid, tuple(after)
 
     def _normalized(self, resid: Resid, first: int) -> Float[Tensor, "batch kept d_model"]:
         """Return the final norm from position `first` on; hooks on it see every position."""
+        if self.placement is not None:
+            resid = resid.to(self.device)
         if self.ln_final.is_hooked:
             return self.ln_final(resid)[:, first:]
         return self.ln_final(resid[:, first:])
@@ -394,6 +448,27 @@ class HookedHybrid(TextMethods, HookedRootModule):
         return next_token_loss(logits, tokens, layout, per_token)
 
     # --- inside ---------------------------------------------------------------------------------
+
+    def _apply(self, fn: Any, recurse: bool = True) -> HookedHybrid:
+        """Refuse to move or convert a placed model, or to convert quantised weights."""
+        if self.placement is not None:
+            raise RuntimeError(
+                "this model is placed by a device_map, and is not moved or converted as one: load "
+                "it with another device_map, device or dtype"
+            )
+        if self.quantization is not None and fn(self.W_E[:0]).dtype != self.dtype:
+            raise RuntimeError(
+                "this model is quantised, and is not converted to another dtype: load it with that "
+                "dtype, or call quantized.dequantize_weights first"
+            )
+        return super()._apply(fn, recurse)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> HookedHybrid:
+        """Return a copy that shares nothing; quantised weights are the same numbers."""
+        memo |= {id(p): exact_copy(p) for p in self.parameters() if is_quantized(p)}
+        memo[id(self)] = copy = type(self).__new__(type(self))
+        copy.__dict__.update(deepcopy(self.__dict__, memo))
+        return copy
 
     def _target(
         self,
@@ -439,7 +514,7 @@ def _reach(block: nn.Module, path: str) -> Tensor | None:
     found: Any = block
     for part in path.split("."):
         found = getattr(found, part, None)
-    return found if isinstance(found, Tensor) else None
+    return as_matrix(found) if isinstance(found, Tensor | nn.ParameterList) else None
 
 
 __all__ = ["HookedHybrid", "LayerStack"]

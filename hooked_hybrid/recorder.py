@@ -84,6 +84,7 @@ class Recorder:
     def _place_keys(self, hook: HookPoint, pieces: list[tuple[Tensor, Run]]) -> Tensor:
         """Return scores or patterns over all keys: those of the state, then this generation's."""
         n_old, is_real = self._real_keys(hook)
+        is_real = is_real.to(pieces[0][0].device)
         n_queries = sum(value.shape[2] for value, _ in pieces)
         first = pieces[0][0]
         is_scores = str(hook.name).endswith("hook_attn_scores")
@@ -108,7 +109,7 @@ class Recorder:
         if self.state is not None:
             block = self.state.blocks[hook.layer()]
             assert isinstance(block, AttentionState)
-            parts = [(block.pos >= 0).to(self.is_real)]
+            parts = [(block.pos >= 0).to(self.is_real.device, self.is_real.dtype)]
         n_new = sum(value.shape[2] for value, _ in self.pieces[str(hook.name)])
         more = self.is_real.new_ones(self.batch, n_new - self.is_real.shape[1])
         return parts[0].shape[1], torch.cat([*parts, self.is_real, more], dim=1)

@@ -21,6 +21,7 @@ from hooked_hybrid.config import (
 )
 from hooked_hybrid.layers import RMSNorm, at_least_fp32
 from hooked_hybrid.slicing import PosSlice, slice_axis
+from hooked_hybrid.weights import as_matrix
 
 if TYPE_CHECKING:
     from hooked_hybrid.mlps.moe import MoE
@@ -190,10 +191,11 @@ def _from_post(
     indices: Int[Tensor, "*batch_pos n_chosen"],
 ) -> Float[Tensor, "*batch_pos n_experts d_model"]:
     """Return each expert's write from its values after the nonlinearity."""
-    written = post.new_zeros(*indices.shape, moe.down.shape[1])
+    down = as_matrix(moe.down)
+    written = post.new_zeros(*indices.shape, down.shape[1])
     for expert in indices.unique().tolist():
         at = (indices == expert).nonzero(as_tuple=True)
-        written[at] = linear(post[at], moe.down[expert].to(post.device)) * weights[at][:, None]
+        written[at] = linear(post[at], down[expert].to(post.device)) * weights[at][:, None]
     return _by_expert(moe, written, indices)
 
 
@@ -205,8 +207,9 @@ def _run(
     indices: Int[Tensor, "*batch_pos n_chosen"],
 ) -> Float[Tensor, "*batch_pos n_experts d_model"]:
     """Return each expert's write by running the chosen ones again on what the mixture read."""
-    device = moe.down.device
-    x = weigh(norm, normalized.to(device), moe.down.dtype)
+    down = as_matrix(moe.down)
+    device = down.device
+    x = weigh(norm, normalized.to(device), down.dtype)
     post = x.new_zeros(*indices.shape, moe.cfg.d_mlp)
     for expert in indices.unique().tolist():
         at = (indices == expert).to(device).nonzero(as_tuple=True)

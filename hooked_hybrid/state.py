@@ -113,22 +113,40 @@ class HybridState:
         return self._map(lambda t: t[rows.to(t.device) if isinstance(rows, Tensor) else rows])
 
     def to(
-        self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+        self,
+        device: torch.device | str | Sequence[torch.device] | None = None,
+        dtype: torch.dtype | None = None,
     ) -> HybridState:
-        """Return the state on a device, with keys, values and convolution inputs in a dtype."""
+        """Return the state on a device, with keys, values and convolution inputs in a dtype.
 
-        def moved(name: str, t: Tensor) -> Tensor:
+        Args:
+            device: for everything; or a device for each block (`model.layer_devices`).
+            dtype: None leaves each part its own.
+
+        Raises:
+            ValueError: another number of devices than of blocks.
+        """
+        n, counters, devices = len(self.blocks), None, []
+        if device is None or isinstance(device, (torch.device, str)):
+            counters, devices = device, [device] * n
+        else:
+            devices = [*device]  # the counters stay: a forward takes them to its layers
+        if len(devices) != n:
+            raise ValueError(f"{len(devices)} devices for a state of {n} blocks")
+
+        def moved(name: str, t: Tensor, to: Any) -> Tensor:
             keeps_dtype = name in ("ssm", "pos") or not t.is_floating_point()
-            return t.to(device=device, dtype=None if keeps_dtype else dtype)
+            return t.to(device=to, dtype=None if keeps_dtype else dtype)
 
         blocks = tuple(
-            _rebuilt(b, {n: moved(n, t) for n, t in vars(b).items()}) for b in self.blocks
+            _rebuilt(b, {name: moved(name, t, to) for name, t in vars(b).items()})
+            for b, to in zip(self.blocks, devices, strict=True)
         )
         return dataclasses.replace(
             self,
             blocks=blocks,
-            next_pos=self.next_pos.to(device=device),
-            segment=self.segment.to(device=device),
+            next_pos=self.next_pos.to(device=counters),
+            segment=self.segment.to(device=counters),
         )
 
     def replace(

@@ -82,6 +82,7 @@ def usable(model: HookedHybrid, state: HybridState) -> bool:
     device = model.device
     return (
         device.type in CAPTURES
+        and model.placement is None  # weights that come and go would outlive no capture
         and 0 < state.batch_size <= MAX_BATCH
         and not torch.is_grad_enabled()
         and not torch.is_autocast_enabled(device.type)  # its cached weights would not outlive it
@@ -103,7 +104,7 @@ def _asks_for_counts(model: HookedHybrid) -> bool:
     """Return whether a mixture of experts has the host read how many tokens each expert got."""
     mlps = (block.mlp for block in model.blocks)
     return any(
-        isinstance(m, MoE) and not grouped_experts.usable(model.W_E[:1], m.gate, m.up, m.down)
+        isinstance(m, MoE) and not (m.stacks and grouped_experts.usable(model.W_E[:1], *m.stacks))
         for m in mlps
     )
 

@@ -138,11 +138,22 @@ def read_tokenizer(folder: Path) -> CheckpointTokenizer | None:
 def _settings(files: dict[str, bytes], folder: Path) -> dict[str, Any]:
     try:
         content = json.loads(files.get("tokenizer_config.json", b"{}"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{folder / 'tokenizer_config.json'} is not JSON ({error})") from error
     if not isinstance(content, dict):
         raise ValueError(f"{folder / 'tokenizer_config.json'} does not hold an object")
+    for key, value in content.items():
+        text = value.get("content") if isinstance(value, dict) else value
+        is_used = key in ("add_bos_token", "bos_token", "eos_token", "pad_token")
+        is_right = isinstance(text, bool) if key == "add_bos_token" else _is_text(text)
+        if is_used and text is not None and not is_right:
+            raise ValueError(f"{folder / 'tokenizer_config.json'}: {key} is {str(value)[:80]!a}")
     return content
+
+
+def _is_text(value: Any) -> bool:
+    """Whether a value is text that can be encoded: half a surrogate pair cannot."""
+    return isinstance(value, str) and value.encode(errors="replace").decode() == value
 
 
 def _template(files: dict[str, bytes], folder: Path) -> str | None:
@@ -166,6 +177,8 @@ def _from_json(
         tokenizer = Tokenizer.from_buffer(files["tokenizer.json"])
     except Exception as error:  # the library raises a bare Exception
         raise ValueError(f"{folder / 'tokenizer.json'} is not a tokenizer ({error})") from error
+    tokenizer.no_padding()  # texts are padded here, to the longest of a batch, and never cut
+    tokenizer.no_truncation()
     return CheckpointTokenizer(
         encode=lambda text: tokenizer.encode(text, add_special_tokens=False).ids,
         decode=lambda ids, skip: tokenizer.decode(ids, skip_special_tokens=skip),

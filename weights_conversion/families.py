@@ -58,7 +58,7 @@ def family_of_config(config: dict[str, Any]) -> Family:
         CheckpointError: another architecture.
     """
     model_type = config.get("model_type")
-    if model_type not in FAMILIES:
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise CheckpointError(
             f"config.json is of a model_type {model_type!r}; this library loads "
             f"{', '.join(FAMILIES)}"

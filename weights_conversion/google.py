@@ -100,8 +100,20 @@ def config_from_shapes(
         n_heads: needed only for a model without a recurrent layer.
 
     Raises:
-        CheckpointError: not a Griffin, or nothing tells the number of heads.
+        CheckpointError: not a Griffin, shapes that do not go together, or nothing tells the number
+            of heads.
     """
+    try:
+        return _config(shapes, n_keys, logits_soft_cap, n_heads)
+    except CheckpointError:
+        raise
+    except ValueError as error:
+        raise CheckpointError(f"the shapes in the .pt do not go together: {error}") from error
+
+
+def _config(
+    shapes: Shapes, n_keys: int, logits_soft_cap: float, n_heads: int | None
+) -> HybridConfig:
     shape = _Shapes(shapes)
     d_vocab, d_model = shape.of("embedder.input_embedding", 2)
     n_layers = sum(name.endswith(".temporal_pre_norm.scale") for name in shapes)
@@ -154,6 +166,6 @@ class _Shapes:
         shape = self.shapes.get(name)
         if shape is None:
             raise CheckpointError(f"no tensor {name!r}: the .pt is not one of Google's Griffins")
-        if len(shape) != n_axes:
+        if len(shape) != n_axes or 0 in shape:
             raise CheckpointError(f"{name} has shape {shape}; it should have {n_axes} axes")
         return shape

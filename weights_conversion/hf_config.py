@@ -21,6 +21,18 @@ NULLABLE = frozenset({"head_dim", "hidden_act", "lru_width", "num_key_value_head
 
 SAVED_EXTRAS = frozenset({"attention_dropout", "initializer_range", "use_cache"})
 
+LARGEST = {"num_hidden_layers": 10_000, "num_experts": 10_000}
+"""Far beyond what exists; more would be built before the tensors show that it is wrong."""
+LARGEST_OTHER = 2**31 - 1
+
+RANGES = {
+    "rms_norm_eps": (1e-30, 1.0),
+    "logits_soft_cap": (1e-3, 1e6),
+    "rope_theta": (1.0, 1e15),
+    "partial_rotary_factor": (1e-6, 1.0),
+}
+"""Where a forward has finite numbers; published values lie well inside."""
+
 
 THEIR_WORDS = {
     "d_head": "head_dim",
@@ -84,23 +96,22 @@ class ConfigReader:
         """Return a whole positive number.
 
         Raises:
-            CheckpointError: absent without a default, or anything else.
+            CheckpointError: absent without a default, larger than any model's, or anything else.
         """
         value = self.need(key) if default is None else self.get(key, default)
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise CheckpointError(f"config.json: {key}={value!r} is not a positive integer")
+            raise CheckpointError(f"config.json: {key}={_shown(value)} is not a positive integer")
+        if value > (most := LARGEST.get(key, LARGEST_OTHER)):
+            raise CheckpointError(f"config.json: {key}={_shown(value)} is more than {most}")
         return value
 
     def number(self, key: str, default: float) -> float:
-        """Return a positive number.
+        """Return a number of the range that `RANGES` gives the setting.
 
         Raises:
             CheckpointError: anything else.
         """
-        value = self.get(key, default)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e30:
-            raise CheckpointError(f"config.json: {key}={value!r} is not a positive number")
-        return float(value)
+        return in_range(key, self.get(key, default))
 
     def flag(self, key: str, default: bool) -> bool:
         """Return true or false.
@@ -110,7 +121,7 @@ class ConfigReader:
         """
         value = self.get(key, default)
         if not isinstance(value, bool):
-            raise CheckpointError(f"config.json: {key}={value!r} is neither true nor false")
+            raise CheckpointError(f"config.json: {key}={_shown(value)} is neither true nor false")
         return value
 
     def only(self, key: str, *supported: Any) -> Any:
@@ -122,7 +133,9 @@ class ConfigReader:
         value = self.get(key, supported[0])
         if value not in supported:
             choices = ", ".join(repr(v) for v in supported)
-            raise CheckpointError(f"config.json: {key}={value!r} is not supported; {choices} is")
+            raise CheckpointError(
+                f"config.json: {key}={_shown(value)} is not supported; {choices} is"
+            )
         return value
 
     def special_tokens(self) -> dict[str, Any]:
@@ -132,8 +145,8 @@ class ConfigReader:
             ids["eos_token_id"] = tuple(ids["eos_token_id"])
         for key, value in ids.items():
             for token in value if isinstance(value, tuple) else (value,):
-                if token is not None and (isinstance(token, bool) or not isinstance(token, int)):
-                    raise CheckpointError(f"config.json: {key}={value!r} is not a token id")
+                if token is not None and not _is_token(token):
+                    raise CheckpointError(f"config.json: {key}={_shown(value)} is not a token id")
         return ids
 
     def extra(self) -> dict[str, Any]:
@@ -152,27 +165,55 @@ class ConfigReader:
         return {key: self.config[key] for key in sorted(left) if key in kept}
 
 
+def in_range(key: str, value: Any) -> float:
+    """Return a number of the range that `RANGES` gives a setting.
+
+    Raises:
+        CheckpointError: anything else.
+    """
+    least, most = RANGES[key]
+    if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value <= most:
+        raise CheckpointError(
+            f"config.json: {key}={_shown(value)} is not a positive number from {least:g} to "
+            f"{most:g}"
+        )
+    return float(value)
+
+
+def _is_token(value: Any) -> bool:
+    """Whether a value could be a token id; some configs mark the lack of one by -1."""
+    return isinstance(value, int) and not isinstance(value, bool) and -1 <= value <= LARGEST_OTHER
+
+
+def _shown(value: Any) -> str:
+    """Return a value as an error shows it: not more than a line of it."""
+    try:
+        text = repr(value)
+    except ValueError:  # an integer of too many digits to be written
+        return "an integer of thousands of digits"
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
 def rope_settings(reader: ConfigReader) -> tuple[float, float]:
     """Return (theta, share of channels that rotate), from 4.x and 5.x configs alike.
 
     Raises:
         CheckpointError: another kind of rotary position than the default.
     """
-    nested = reader.get("rope_parameters") or reader.get("rope_scaling") or {}
-    reader.get("rope_scaling")
+    given = (reader.get("rope_parameters"), reader.get("rope_scaling"))
+    nested: Any = next((value for value in given if value is not None), {})
     if not isinstance(nested, dict):
-        raise CheckpointError(f"config.json: rope_parameters={nested!r} is not an object")
+        raise CheckpointError(f"config.json: rope_parameters={_shown(nested)} is not an object")
     known = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
     kind = nested.get("rope_type", nested.get("type", "default"))
     if kind != "default" or nested.keys() - known:
         raise CheckpointError(
-            f"config.json: rotary positions {nested!r} are not supported; rope_type 'default' is"
+            f"config.json: rotary positions {_shown(nested)} are not supported; rope_type "
+            "'default' is"
         )
-    theta, share = (
-        nested.get(key, reader.get(key, default))
+    flat = {
+        key: reader.number(key, default)
         for key, default in (("rope_theta", 10_000.0), ("partial_rotary_factor", 0.5))
-    )
-    for key, value in (("rope_theta", theta), ("partial_rotary_factor", share)):
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e30:
-            raise CheckpointError(f"config.json: {key}={value!r} is not a positive number")
-    return float(theta), float(share)
+    }
+    theta, share = (in_range(key, nested.get(key, value)) for key, value in flat.items())
+    return theta, share

@@ -170,7 +170,9 @@ def config_from_dict(config: dict[str, Any]) -> HybridConfig:
         ),
         norm=NormConfig(eps=eps, style="weight"),
         tied_embedding=reader.flag("tie_word_embeddings", False),
-        n_ctx=reader.get("max_position_embeddings"),
+        n_ctx=None
+        if reader.get("max_position_embeddings") is None
+        else reader.integer("max_position_embeddings"),
         **reader.special_tokens(),
         model_name=str(config.get("_name_or_path") or MODEL_TYPE),
         extra=reader.extra(),
@@ -249,7 +251,7 @@ def _periodic(
     """Return a test of layer indices: `i % period == offset`."""
     every = reader.integer(period, default_period)
     first = reader.get(offset, default_offset)
-    if not isinstance(first, int) or first < 0:
+    if isinstance(first, bool) or not isinstance(first, int) or first < 0:
         raise CheckpointError(f"config.json: {offset}={first!r} is not a layer index")
     return lambda i: i % every == first
 

@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import inspect
 import os
-from typing import Any
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from hooked_hybrid.config import HybridConfig
 from hooked_hybrid.model import HookedHybrid
+from hooked_hybrid.placement.files import identity_of
+from hooked_hybrid.placement.places import DeviceMap
+from hooked_hybrid.placement.placing import Homes, MaxMemory, homes_of
+from hooked_hybrid.quantized import Only, Quantizer
 from hooked_hybrid.tokenizer import read_tokenizer
 from weights_conversion import google
 from weights_conversion.errors import CheckpointError
 from weights_conversion.families import family_of_config
-from weights_conversion.rules import Rule, Shapes, account, convert
+from weights_conversion.rules import Rule, Shapes, account, convert, require_layers
 from weights_conversion.sources import Checkpoint, MemorySource, TensorSource, open_checkpoint
 
 GOOGLE_SETTINGS = set(inspect.signature(google.config_from_shapes).parameters) - {"shapes"}
@@ -27,16 +33,30 @@ def load(
     device: torch.device | str = "cpu",
     tokenizer: Any = None,
     revision: str | None = None,
+    device_map: DeviceMap | Literal["auto"] | None = None,
+    max_memory: MaxMemory | None = None,
+    offload_folder: str | os.PathLike[str] | None = None,
+    quantize: str | Any | None = None,
+    quantize_only: Only | None = None,
     **overrides: Any,
 ) -> HookedHybrid:
     """Load a checkpoint; see `HookedHybrid.from_pretrained`.
 
     The model is made without memory and never drawn at random; each tensor is read from its
-    mapped file, converted and let go before the next.
+    mapped file, converted, put in its place and let go before the next.
     """
+    _refuse_mixed_places(device, device_map, max_memory, offload_folder)
+    if quantize is not None and device_map is not None:
+        raise ValueError("quantize and a device_map: give one of them")
+    if quantize is None and quantize_only is not None:
+        raise ValueError("quantize_only goes with quantize: give quantize='int8'")
     checkpoint = open_checkpoint(name_or_path, revision)
     source = checkpoint.tensors()
     cfg, rules, ignored = _read_plan(checkpoint, source, overrides)
+    dtype, homes = as_dtype(dtype), None
+    if device_map is not None:
+        identity = identity_of(_files(checkpoint), dtype)
+        homes = homes_of(cfg, dtype, device_map, max_memory, offload_folder, identity)
     why_not = None
     if tokenizer is None:
         try:
@@ -45,7 +65,8 @@ def load(
             why_not = str(error)
         except ValueError as error:
             raise CheckpointError(str(error)) from error
-    model = _filled(cfg, source, rules, ignored, as_dtype(dtype), device)
+    scheme = None if quantize is None else (quantize, quantize_only)
+    model = _filled(cfg, source, rules, ignored, dtype, device, homes, scheme)
     model.tokenizer, model.why_no_tokenizer = tokenizer, why_not
     return model
 
@@ -104,7 +125,7 @@ def check(
     checkpoint = open_checkpoint(name_or_path, revision)
     source = checkpoint.tensors()
     cfg, rules, ignored = _read_plan(checkpoint, source, overrides)
-    target = shapes_of(HookedHybrid.meta(cfg))
+    target = shapes_of(_without_memory(cfg))
     account(rules, source.shapes, target, ignored)
     used = {name for rule in rules for name in rule.sources}
     n_parameters = sum(torch.Size(shape).numel() for shape in target.values())
@@ -113,6 +134,16 @@ def check(
         f"{len(used)} tensors become {len(target)}, {n_parameters:,} parameters, "
         f"{cfg.n_layers} layers; not needed: {', '.join(left) or 'none'}"
     )
+
+
+def _without_memory(cfg: HybridConfig, dtype: torch.dtype = torch.float32) -> HookedHybrid:
+    """Return the model on the meta device, or refuse a config whose weights have no size there."""
+    try:
+        return HookedHybrid.meta(cfg, dtype)
+    except (RuntimeError, TypeError) as error:  # more than 2^63 bytes
+        raise CheckpointError(
+            f"config.json asks for weights of no possible size: {error}"
+        ) from error
 
 
 def shapes_of(model: nn.Module) -> dict[str, tuple[int, ...]]:
@@ -127,6 +158,7 @@ def _read_plan(
     if checkpoint.config is not None:
         family = family_of_config(checkpoint.config)
         cfg = family.read(checkpoint.config, overrides)
+        require_layers(cfg.n_layers, source.shapes)
         return cfg, family.rules(cfg, source.shapes), family.ignored(cfg)
     cfg = _google_config(source, overrides)
     return cfg, google.rules(cfg), google.ignored(cfg)
@@ -145,26 +177,80 @@ def _filled(
     ignored: tuple[str, ...],
     dtype: torch.dtype,
     device: torch.device | str,
+    homes: Homes | None = None,
+    scheme: tuple[str | Any, Only | None] | None = None,
 ) -> HookedHybrid:
     """Return the model with every parameter set, after all of them are accounted for."""
-    model = HookedHybrid.meta(cfg, dtype)
+    model = _without_memory(cfg, dtype)
     shapes: Shapes = shapes_of(model)
     account(rules, source.shapes, shapes, ignored)
     _refuse_untied_head(cfg, source)
     parameters = dict(model.named_parameters())
-    for name, tensor in convert(rules, source):
+    if homes is not None:
+        for name, tensor in _placed(parameters, homes, source, rules):
+            _set_parameter(model, name, tensor)
+        return homes.finish(model)
+    quantizer = None if scheme is None else Quantizer(model, *scheme, device=device)
+    for name, tensor in convert(rules, source, dtype):
         _set_parameter(model, name, _copied(name, tensor, parameters[name], device))
+        if quantizer is not None:
+            quantizer.take(name)
+    if quantizer is not None:
+        quantizer.finish()
     return model
+
+
+def _placed(
+    parameters: dict[str, nn.Parameter], homes: Homes, source: TensorSource, rules: list[Rule]
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield each parameter in its place; what is on the disk already is not read again."""
+    homes.require_room(parameters)
+    for rule in rules:
+        found = {name: homes.found(name, parameters[name]) for name in rule.targets}
+        if all(tensor is not None for tensor in found.values()):
+            yield from ((name, tensor) for name, tensor in found.items() if tensor is not None)
+            continue
+        for name, tensor in convert([rule], source, parameters[rule.targets[0]].dtype):
+            like = parameters[name]
+            if homes.on_disk(name):
+                yield name, homes.on_disk_now(name, _floating(name, tensor), like)
+            else:
+                yield name, _copied(name, tensor, like, homes.device_of(name))
+
+
+def _files(checkpoint: Checkpoint) -> list[Path]:
+    """Return the files that a checkpoint's weights come from."""
+    folder = checkpoint.folder
+    found = checkpoint.tensor_files or (folder / "config.json", *folder.glob("model*.safetensors"))
+    return [path for path in found if path.is_file()]
+
+
+def _refuse_mixed_places(
+    device: torch.device | str,
+    device_map: DeviceMap | Literal["auto"] | None,
+    max_memory: MaxMemory | None,
+    offload_folder: str | os.PathLike[str] | None,
+) -> None:
+    """Refuse places that a device map should have said."""
+    if device_map is None and (max_memory is not None or offload_folder is not None):
+        raise ValueError("max_memory and offload_folder go with device_map: give device_map='auto'")
+    if device_map is not None and torch.device(device).type != "cpu":
+        raise ValueError(f"device={str(device)!r} and a device_map: give one of them")
 
 
 def _copied(name: str, tensor: Tensor, like: Tensor, device: torch.device | str) -> Tensor:
     """Return a copy in the memory layout of a parameter, that no longer needs the file."""
-    if not tensor.is_floating_point():
-        raise CheckpointError(f"{name} is stored as {tensor.dtype}, not as floating point")
+    tensor = _floating(name, tensor)
     if like.is_contiguous():
         return torch.empty(like.shape, dtype=like.dtype, device=device).copy_(tensor.detach())
     # The other way round in memory, see `layers.empty_weight`; torch transposes fastest like this.
     return tensor.detach().mT.clone(memory_format=torch.contiguous_format).to(device, like.dtype).mT
+
+
+def _floating(name: str, tensor: Tensor) -> Tensor:
+    if not tensor.is_floating_point():
+        raise CheckpointError(f"{name} is stored as {tensor.dtype}, not as floating point")
+    return tensor
 
 
 def _set_parameter(model: nn.Module, name: str, tensor: Tensor) -> None:

@@ -115,9 +115,9 @@ def config_from_dict(config: dict[str, Any]) -> HybridConfig:
     )
     kinds: dict[str, MixerConfig] = {"attention": attention, "recurrent": recurrent}
     cycle = reader.get("block_types", ["recurrent", "recurrent", "attention"])
-    if not isinstance(cycle, list) or not cycle or set(cycle) - kinds.keys():
+    if not isinstance(cycle, list) or not cycle or any(kind not in tuple(kinds) for kind in cycle):
         raise CheckpointError(
-            f"config.json: block_types={cycle!r}; 'recurrent' and 'attention' are known"
+            f"config.json: block_types={str(cycle)[:80]!r}; 'recurrent' and 'attention' are known"
         )
     n_layers = reader.integer("num_hidden_layers")
     return HybridConfig(

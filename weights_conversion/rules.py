@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,6 +12,10 @@ from torch import Tensor
 
 from weights_conversion.errors import CheckpointError
 from weights_conversion.sources import TensorSource
+
+LARGEST_WEIGHT = 1e12
+"""A gated MLP multiplies three weights, and float32 must hold their product. One bit flipped at the
+top of an exponent gives 1e30 and more."""
 
 Tensors = tuple[Tensor, ...]
 Shapes = Mapping[str, tuple[int, ...]]
@@ -101,11 +106,51 @@ def account(rules: Iterable[Rule], source: Shapes, target: Shapes, ignored: Sequ
         )
 
 
-def convert(rules: Iterable[Rule], source: TensorSource) -> Iterator[tuple[str, Tensor]]:
-    """Yield each of our tensors, reading one rule's sources at a time."""
+def require_layers(n_layers: int, source: Shapes) -> None:
+    """Refuse a config of more layers than there are tensors, before any layer is made.
+
+    Raises:
+        CheckpointError: it is one.
+    """
+    if n_layers > len(source):
+        raise CheckpointError(
+            f"config.json: num_hidden_layers={n_layers}, but there are {len(source)} tensors"
+        )
+
+
+def convert(
+    rules: Iterable[Rule], source: TensorSource, dtype: torch.dtype = torch.float32
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield each of our tensors, reading one rule's sources at a time.
+
+    Args:
+        rules: with layers filled in.
+        source: what is read.
+        dtype: what the tensors will be turned into; they are yielded as they are stored.
+
+    Raises:
+        CheckpointError: a tensor with an entry that is NaN, above `LARGEST_WEIGHT`, or beyond what
+            that dtype holds.
+    """
     for r in rules:
-        tensors = r.transform.convert(tuple(source.read(name) for name in r.sources))
-        yield from zip(r.targets, tensors, strict=True)
+        read = tuple(_finite(name, source.read(name), dtype) for name in r.sources)
+        yield from zip(r.targets, r.transform.convert(read), strict=True)
+
+
+def _finite(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a tensor whose entries a dtype can hold; one pass at the speed of memory."""
+    if not tensor.is_floating_point():
+        raise CheckpointError(f"{name} is stored as {tensor.dtype}, not as floating point")
+    least, most = (float(bound) for bound in tensor.detach().aminmax())  # NaN, where there is one
+    largest = math.nan if math.isnan(least) else max(-least, most)
+    if not largest <= LARGEST_WEIGHT:
+        raise CheckpointError(
+            f"{name} holds {'NaN' if math.isnan(largest) else f'{largest:g}'}, as no trained model "
+            "does: its data are damaged, download the checkpoint again"
+        )
+    if largest > torch.finfo(dtype).max:
+        raise CheckpointError(f"{name} holds {largest:g}, which {dtype} cannot: give a wider dtype")
+    return tensor
 
 
 def revert(rules: Iterable[Rule], tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
@@ -120,9 +165,14 @@ def _shape_problems(r: Rule, source: Shapes, target: Shapes) -> list[str]:
     empty = tuple(torch.empty(source[name], device="meta") for name in r.sources)
     shown = ", ".join(f"{name} {source[name]}" for name in r.sources)
     try:
-        got = [tuple(t.shape) for t in r.transform.convert(empty)]
+        converted = tuple(r.transform.convert(empty))
+        back = r.transform.revert(converted)
     except (IndexError, RuntimeError, ValueError):
+        converted, back = (), ()
+    is_whole = [t.shape for t in back] == [t.shape for t in empty]  # else a part would be dropped
+    if not is_whole or len(converted) != len(r.targets):
         return [f"{shown} has not the axes it should have"]
+    got = [tuple(t.shape) for t in converted]
     return [
         f"{shown} gives {name} the shape {shape}, the config asks for {target[name]}"
         for name, shape in zip(r.targets, got, strict=True)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from safetensors.torch import save_file
 from torch import Tensor
 
+from hooked_hybrid.weights import require_plain_weights
 from weights_conversion.families import family_that_writes
 from weights_conversion.rules import Rule, revert
 
@@ -25,6 +26,12 @@ def save(
     """Write a model as transformers would; see `HookedHybrid.save_pretrained`."""
     if max_shard_size < 1:
         raise ValueError(f"max_shard_size={max_shard_size}: give bytes, 1 or more")
+    require_plain_weights(
+        model,
+        "save_pretrained",
+        "quantise when loading instead (from_pretrained(..., quantize=...)), or save the values "
+        "that they stand for, after quantized.dequantize_weights(model)",
+    )
     if model.device.type == "meta":
         raise ValueError("this model has no weights (it is on the meta device): nothing to save")
     target = Path(directory)

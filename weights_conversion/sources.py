@@ -22,6 +22,9 @@ from hooked_hybrid.packaged import packaged_models
 from weights_conversion.errors import CheckpointError
 
 HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.jinja", "*.pt")
+LARGEST_CONFIG, LARGEST_INDEX = 2**20, 2**23
+"""Bytes; published ones are a hundredth of it, and a file of JSON takes 20 times its size to read.
+"""
 
 
 class TensorSource(Protocol):
@@ -38,27 +41,34 @@ class TensorSource(Protocol):
 
 
 class MemorySource:
-    """Tensors that are in memory, or mapped already."""
+    """Tensors that are in memory, or mapped already.
 
-    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
-        self.tensors = tensors
+    Args:
+        tensors: by name.
+        lets_go: whether a tensor is given once, so that its memory is free for the next.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor], lets_go: bool = False) -> None:
+        self.tensors, self.lets_go = dict(tensors), lets_go
         self.shapes = {name: tuple(t.shape) for name, t in tensors.items()}
 
     def read(self, name: str) -> Tensor:
         """Return one tensor."""
-        return self.tensors[name]
+        return self.tensors.pop(name) if self.lets_go else self.tensors[name]
 
 
 class SafetensorsSource:
     """One safetensors file, or the shards of one model.
 
     Raises:
-        CheckpointError: a file is missing, cut short or damaged, or a name stands in two of them.
+        CheckpointError: a file is missing, cut short or damaged, a name stands in two of them, or
+            the tensors are in both kinds of 16-bit numbers, one of which must be misread.
     """
 
     def __init__(self, files: Mapping[Path, frozenset[str] | None]) -> None:
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.handles: dict[str, Any] = {}
+        halves: dict[str, str] = {}
         for path, promised in files.items():
             if not path.is_file():
                 raise CheckpointError(
@@ -67,7 +77,9 @@ class SafetensorsSource:
             try:
                 handle = safe_open(path, "pt", device="cpu")
                 names = list(handle.keys())
-                shapes = {name: tuple(handle.get_slice(name).get_shape()) for name in names}
+                slices = {name: handle.get_slice(name) for name in names}
+                shapes = {name: tuple(part.get_shape()) for name, part in slices.items()}
+                halves |= {part.get_dtype(): name for name, part in slices.items()}
             except SafetensorError as error:
                 raise CheckpointError(
                     f"{path} is not a whole safetensors file ({error}): download it again"
@@ -78,6 +90,11 @@ class SafetensorsSource:
                 raise CheckpointError(f"{path} lacks {min(lost)}, which the index promises")
             self.shapes.update(shapes)
             self.handles.update(dict.fromkeys(names, handle))
+        if {"F16", "BF16"} <= halves.keys():
+            raise CheckpointError(
+                f"{halves['F16']} is stored as float16 and {halves['BF16']} as bfloat16: a header "
+                "is damaged, download the checkpoint again"
+            )
 
     def read(self, name: str) -> Tensor:
         """Return one tensor, mapped from its file."""
@@ -85,17 +102,20 @@ class SafetensorsSource:
 
 
 def open_torch_file(path: Path) -> MemorySource:
-    """Return the tensors of a `torch.save` file, mapped, read as data only.
+    """Return the tensors of a `torch.save` file, mapped where it is a zip, read as data only.
 
     Raises:
-        CheckpointError: damaged, or holding anything but tensors by name.
+        CheckpointError: damaged, holding anything but tensors by name, or more than the file does.
     """
+    is_zip = zipfile.is_zipfile(path)
     try:
+        if is_zip:
+            _refuse_compressed(path)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what torch says of old formats is no one's concern
-            content = torch.load(
-                path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
-            )
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+    except CheckpointError:
+        raise
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             f"{path} holds more than tensors, and code in checkpoints is never run: convert it to "
@@ -109,7 +129,35 @@ def open_torch_file(path: Path) -> MemorySource:
         isinstance(name, str) and isinstance(t, Tensor) for name, t in content.items()
     ):
         raise CheckpointError(f"{path} is not a mapping of names to tensors")
-    return MemorySource(content)
+    _refuse_hollow(path, content)
+    return MemorySource(content, lets_go=not is_zip)
+
+
+def _refuse_compressed(path: Path) -> None:
+    """Refuse a zip that unpacks to more than it holds: torch stores, and maps what is stored."""
+    with zipfile.ZipFile(path) as archive:
+        for info in archive.infolist():
+            if info.compress_type != zipfile.ZIP_STORED:
+                raise CheckpointError(
+                    f"{path} is compressed at {info.filename!r}, which torch.save never does: "
+                    "unpack it where you trust it and save it again"
+                )
+
+
+def _refuse_hollow(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Refuse tensors without memory of their own, which could be larger than any memory."""
+    for name, t in tensors.items():
+        if type(t) not in (Tensor, torch.nn.Parameter) or t.layout != torch.strided:
+            raise CheckpointError(f"{path}: {name} is no plain tensor: save its dense values")
+        if t.device.type != "cpu" or t.is_quantized:
+            raise CheckpointError(f"{path}: {name} holds no numbers (it is meta or quantised)")
+        if t.nbytes > t.untyped_storage().nbytes():
+            raise CheckpointError(f"{path}: {name} repeats fewer numbers than it has entries")
+    held, size = sum(t.nbytes for t in tensors.values()), path.stat().st_size
+    if held > size:
+        raise CheckpointError(
+            f"{path} of {size:,} bytes names tensors of {held:,}: they share their numbers"
+        )
 
 
 @dataclass(frozen=True)
@@ -150,6 +198,8 @@ def open_checkpoint(
             packaged model, or no network.
     """
     path = Path(name_or_path)
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise CheckpointError(f"{path} is neither a file nor a directory")
     if path.is_file():
         if path.suffix != ".pt":
             raise CheckpointError(f"{path} is a file: give its directory, or a .pt file")
@@ -158,8 +208,8 @@ def open_checkpoint(
         path = _packaged_or_downloaded(os.fspath(name_or_path), revision)
     config = path / "config.json"
     if config.is_file():
-        return Checkpoint(path, _read_json(config))
-    pt_files = sorted(path.glob("*.pt"))
+        return Checkpoint(path, _read_json(config, LARGEST_CONFIG))
+    pt_files = sorted(p for p in path.glob("*.pt") if p.is_file())  # no pipe
     if len(pt_files) == 1:
         return Checkpoint(path, None, (pt_files[0],))
     if pt_files:
@@ -198,7 +248,7 @@ def _download(repo: str, revision: str | None) -> Path:
 
 
 def _shards(index: Path) -> dict[Path, frozenset[str]]:
-    weight_map = _read_json(index).get("weight_map")
+    weight_map = _read_json(index, LARGEST_INDEX).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index} has no weight_map: it is not an index")
     if outside := [f for f in weight_map.values() if Path(str(f)).name != f]:
@@ -209,10 +259,14 @@ def _shards(index: Path) -> dict[Path, frozenset[str]]:
     return {index.parent / file: frozenset(names) for file, names in sorted(files.items())}
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _read_json(path: Path, largest: int) -> dict[str, Any]:
+    if (size := path.stat().st_size) > largest:
+        raise CheckpointError(
+            f"{path} has {size:,} bytes, more than {largest:,}: it is another file"
+        )
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # no UTF-8, no JSON, too deep, too long a number
         raise CheckpointError(f"{path} is not JSON ({error})") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} holds a {type(content).__name__}, not an object")

@@ -16,7 +16,7 @@ from hooked_hybrid.accounting.flops import flops_table, recurrence_over_attentio
 from hooked_hybrid.accounting.memory import memory_table, tokens_where_attention_is_larger
 from hooked_hybrid.accounting.parameters import ParameterCount, count_parameters
 from hooked_hybrid.accounting.plots import compute_figure
-from hooked_hybrid.cli import explained
+from hooked_hybrid.cli import explained, folder
 from hooked_hybrid.config import AttentionConfig, HybridConfig
 from hooked_hybrid.niah.plots import replacing, save_figure
 
@@ -32,9 +32,16 @@ Model = Annotated[
 ]
 OptionalOut = Annotated[
     Path | None,
-    typer.Option(help="Folder for parameters.csv: --out results/2b.", show_default="none written"),
+    typer.Option(
+        help="Folder for parameters.csv: --out results/2b.",
+        show_default="none written",
+        parser=folder,
+    ),
 ]
-Out = Annotated[Path, typer.Option(help="Folder for tables and picture: --out results/compute.")]
+Out = Annotated[
+    Path,
+    typer.Option(help="Folder for tables and picture: --out results/compute.", parser=folder),
+]
 MaxLength = Annotated[
     int, typer.Option(help="Longest prompt, in tokens: --max-length 65536.", min=1, max=2**24)
 ]

@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from hooked_hybrid.evaluation.forms import HeadChoice, Stage
-from hooked_hybrid.niah.plots import replacing
+from hooked_hybrid.results_folder import holds_results, remove_unfinished, replacing
 
 EXPERIMENT, CALLS = "evaluation.json", "calls.json"
+FORMAT = 1
+_CALL = {"groups", "forms", "missing"}
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,7 @@ class Cell:
 
 
 class Cells:
-    """The cells of one experiment in a folder.
+    """The cells of one experiment in a folder, for who has claimed it (`results_folder.claimed`).
 
     Args:
         folder: new, empty, or that of the same experiment; one without a cell may change it.
@@ -55,12 +57,13 @@ class Cells:
 
     Raises:
         FileExistsError: the folder is not empty and `resume` is false, or it is no evaluation's.
-        ValueError: it holds another experiment.
+        ValueError: it holds another experiment, or files that are damaged or of a newer version.
+        OSError: it cannot be written.
     """
 
     def __init__(self, folder: Path, experiment: Mapping[str, Any], resume: bool = False) -> None:
         self.folder, path = folder, folder / EXPERIMENT
-        is_used = folder.is_dir() and any(folder.iterdir())
+        is_used = holds_results(folder)
         if is_used and not resume:
             raise FileExistsError(
                 f"{folder} is not empty: go on with --resume (resume=True), or give another folder"
@@ -71,23 +74,25 @@ class Cells:
                 "overwritten"
             )
         now = json.loads(json.dumps(experiment))
-        before = _read(path) if is_used else None
-        if before == now:
-            return
-        if before is None or not any(_files(folder)):
+        before = _experiment_in(path) if is_used else None
+        has_cells = any([_cell_in(file) for file in _files(folder)])  # and each can be read
+        calls_of(folder)
+        if before is not None and before != now and has_cells:
+            changed = [key for key in {*before, *now} if before.get(key) != now.get(key)]
+            raise ValueError(
+                f"{folder} holds another evaluation: {', '.join(sorted(changed))} differ; give "
+                "another folder, nothing is overwritten"
+            )
+        if folder.is_dir():
+            remove_unfinished(folder)
+        if before != now:
             (folder / CALLS).unlink(missing_ok=True)
-            _write(path, now)
-            return
-        changed = [key for key in {*before, *now} if before.get(key) != now.get(key)]
-        raise ValueError(
-            f"{folder} holds another evaluation: {', '.join(sorted(changed))} differ; give another "
-            "folder, nothing is overwritten"
-        )
+            _write(path, {"format": FORMAT, **now})
 
     def get(self, task: str, form: str) -> Cell | None:
         """Return a cell, or None where it has not been run."""
         path = self._path(task, form)
-        return Cell(**_read(path)) if path.exists() else None
+        return _cell_in(path) if path.exists() else None
 
     def add(self, cell: Cell) -> None:
         """Write a cell, whole or not at all."""
@@ -111,21 +116,60 @@ def file_name(task: str, form: str) -> str:
 def cells_of(folder: Path) -> list[Cell]:
     """Return every cell in the folder of an evaluation, the oldest first."""
     ordered = sorted(_files(folder), key=lambda path: (path.stat().st_mtime_ns, path.name))
-    return [Cell(**_read(path)) for path in ordered]
+    return [_cell_in(path) for path in ordered]
 
 
 def calls_of(folder: Path) -> list[dict[str, Any]]:
     """Return what the calls that ran to their end asked for, as `Cells.note` was given it."""
     path = folder / CALLS
-    return list(_read(path)) if path.exists() else []
+    if not path.exists():
+        return []
+    found = _read(path)
+    if not isinstance(found, list) or not all(
+        isinstance(call, dict) and call.keys() >= _CALL for call in found
+    ):
+        raise _damaged(path, "no list of calls")
+    return found
 
 
 def _files(folder: Path) -> Iterator[Path]:
     return (folder / "cells").glob("[!.]*.json")
 
 
+def _experiment_in(path: Path) -> dict[str, Any]:
+    """Return what the folder's cells depend on; raise an error where it cannot be known."""
+    found = _read(path)
+    if not isinstance(found, dict):
+        raise _damaged(path, "no experiment")
+    version = found.pop("format", FORMAT)
+    if not isinstance(version, int) or version > FORMAT:
+        raise ValueError(
+            f"{path} was written by a newer version of this library (format {version}, this one "
+            f"reads {FORMAT}): update the library, or give another folder; nothing was changed"
+        )
+    return found
+
+
+def _cell_in(path: Path) -> Cell:
+    found = _read(path)
+    try:
+        return Cell(**found)
+    except TypeError as error:
+        raise _damaged(path, f"no cell of this version: {error}") from error
+
+
 def _read(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise _damaged(path, str(error)) from error
+
+
+def _damaged(path: Path, why: str) -> ValueError:
+    other = "give another folder" if path.name == EXPERIMENT else "remove it, to have it made anew"
+    return ValueError(
+        f"{path} is damaged ({why}): bring it back from a copy, or {other}; nothing was changed"
+    )
 
 
 def _write(path: Path, value: Any) -> None:

@@ -23,6 +23,8 @@ from hooked_hybrid.evaluation.lines import lines
 from hooked_hybrid.evaluation.report import Written, write
 from hooked_hybrid.evaluation.running import Evaluation, Options, evaluate
 from hooked_hybrid.niah import command as niah_command
+from hooked_hybrid.niah.ray_options import GpusPerWorker, Ray, Workers
+from hooked_hybrid.results_folder import claimed
 
 
 class FormName(StrEnum):
@@ -105,6 +107,9 @@ def eval(
     out: niah_command.Out = Path("results/eval"),
     resume: niah_command.Resume = False,
     threads: niah_command.Threads = None,
+    ray: Ray = None,
+    workers: Workers = None,
+    gpus_per_worker: GpusPerWorker = 0.0,
 ) -> None:
     """Language benchmarks (lm-eval) of a model whole, with few attention heads, and without any.
 
@@ -114,7 +119,12 @@ def eval(
 
     Example: hooked-hybrid eval --model tiny-jamba --tasks needle_choice --out results/eval
     """
-    with explained(kept=str(out)):
+    placed = (ray, workers, gpus_per_worker, threads, model, device, dtype)
+    with (
+        explained(kept=str(out)),
+        claimed(out, resume),
+        niah_command.pool(*placed) as on,
+    ):
         if find_spec("lm_eval") is None:
             raise ValueError("this needs lm-eval: pip install 'hooked-hybrid[eval]'")
         forms = forms_of(form or (() if k else ("base", "sparse", "ablated")), k or ())
@@ -132,7 +142,7 @@ def eval(
         options = replace(options, chat=has_chat if chat is None else chat)
         console = Console(stderr=True)
         evaluation = evaluate(
-            hybrid, model, tasks, forms, options, out, resume, include_path, console.print
+            hybrid, model, tasks, forms, options, out, resume, include_path, console.print, on
         )
         written = write(
             evaluation, niah_command.model_card(hybrid, model), options, out, command_line()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -63,7 +64,9 @@ def write(
     if drawn := [row for row in rows if row.is_share]:
         picture = out / "scores.png"
         with replacing(picture) as temporary:
-            score_picture(drawn, evaluation.forms).savefig(temporary, format="png", dpi=150)
+            image = BytesIO()  # on a full disk matplotlib hides the error behind one of its own
+            score_picture(drawn, evaluation.forms).savefig(image, format="png", dpi=150)
+            temporary.write_bytes(image.getvalue())
     parts = [f"```\n{command}\n```"] if command else []
     parts += [_EARLIER] if n_new < len(evaluation.cells) else []
     text = _report(evaluation, rows, card, options, parts, picture)

@@ -3,68 +3,24 @@
 from __future__ import annotations
 
 import logging
-import random
-import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from numbers import Real
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-import torch
-
-from hooked_hybrid.evaluation.batching import read_batch_size
 from hooked_hybrid.evaluation.cells import Cell, Cells, cells_of, file_name
 from hooked_hybrid.evaluation.conversation import has_template
-from hooked_hybrid.evaluation.forms import FORMS, Form, Stage
+from hooked_hybrid.evaluation.forms import FORMS, Form
 from hooked_hybrid.evaluation.identity import identity
-from hooked_hybrid.evaluation.tasks import Loaded, TaskSource
+from hooked_hybrid.evaluation.tasks import TaskSource
+from hooked_hybrid.evaluation.work import FEWSHOT_SEED, EvaluationJob, Options, as_lm
 from hooked_hybrid.model import HookedHybrid
+from hooked_hybrid.niah.work import results
+from hooked_hybrid.results_folder import claimed
 
 if TYPE_CHECKING:
-    from hooked_hybrid.evaluation.lm import HookedHybridLM
-
-BOOTSTRAPS = 1000
-"""Draws of lm-eval's bootstrap, for the metrics that have no standard error in closed form."""
-SEED, FEWSHOT_SEED = 0, 1234
-"""Of everything drawn while a cell runs, and of its few-shot examples: lm-eval's own."""
-
-
-@dataclass(frozen=True)
-class Options:
-    """How the tasks are run.
-
-    Args:
-        num_fewshot: examples before each question; None is each task's own number.
-        limit: documents of a task, a share if below 1; None is all.
-        chat: put prompts in the model's chat template.
-        multiturn: make each example a turn of its own.
-        stage: where heads are silenced.
-        batch_size, max_length, max_gen_toks: of `HookedHybridLM`.
-
-    Raises:
-        ValueError: a limit or batch size that is none, or fewer than 0 examples.
-    """
-
-    num_fewshot: int | None = None
-    limit: int | float | None = None
-    chat: bool = False
-    multiturn: bool = False
-    stage: Stage = "both"
-    batch_size: int | str = "auto"
-    max_length: int | None = None
-    max_gen_toks: int = 256
-
-    def __post_init__(self) -> None:
-        read_batch_size(self.batch_size)
-        limit = self.limit
-        if limit is not None and not (0 < limit < 1 or (limit >= 1 and float(limit).is_integer())):
-            raise ValueError(
-                f"limit={limit}: give a number of documents from 1, or a share between 0 and 1"
-            )
-        if self.num_fewshot is not None and self.num_fewshot < 0:
-            raise ValueError(f"num_fewshot={self.num_fewshot}: give 0 or more")
+    from hooked_hybrid.niah.ray_workers import RayWorkers
 
 
 @dataclass(frozen=True)
@@ -96,6 +52,7 @@ def evaluate(
     resume: bool = False,
     include_path: Path | None = None,
     say: Callable[[str], Any] = print,
+    workers: RayWorkers | None = None,
 ) -> Evaluation:
     """Run tasks of lm-eval on a model in several forms.
 
@@ -111,35 +68,66 @@ def evaluate(
         out: folder of the results, new or empty unless resumed.
         resume: go on with what it holds: other tasks and forms may be added, the rest is the same.
         include_path: folder of further tasks, in lm-eval's format.
-        say: is told of each cell before it runs.
+        say: is told of each cell before it runs, or when a worker has done it.
+        workers: run the cells there, not in this process; they read the tasks themselves.
 
     Raises:
         ValueError: an unknown task, a form that the model has no heads for, options that the model
             cannot be run with, another evaluation in the folder, or a task or form that has changed
             since its cells were run; then nothing has run.
         FileExistsError: the folder is not empty, and `resume` is false; or it is no evaluation's.
+        OSError: the results cannot be written, or another run writes there.
     """
-    options = options or Options()
+    with claimed(out, resume):
+        return _evaluated(
+            model, name, tasks, forms, options or Options(), out, resume, include_path, say, workers
+        )
+
+
+def _evaluated(
+    model: HookedHybrid,
+    name: str,
+    tasks: Sequence[str],
+    forms: Sequence[Form],
+    options: Options,
+    out: Path,
+    resume: bool,
+    include_path: Path | None,
+    say: Callable[[str], Any],
+    workers: RayWorkers | None,
+) -> Evaluation:
+    """Run an evaluation in a folder that is held for it."""
     _check(model, name, forms, options)
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of defaults, task by task
     source = TaskSource(tasks, include_path)
     cells = Cells(out, {"model": name, **identity(model), **asdict(options)}, resume)
     _check_kept(out, source, forms, options, say)
-    found: list[Cell] = []
+    job = EvaluationJob(source, tasks, include_path, name, forms, options)
     missing: dict[str, str] = {}
-    for i, task in enumerate(source.leaves):
-        todo = [form for form in forms if cells.get(task, form.name) is None]
-        loaded = source.load(task) if todo else None
-        if isinstance(loaded, str):
-            missing[task] = loaded
-            say(f"{task} is left out: {loaded}")
-        elif loaded is not None:
-            asked = loaded.hash(options.num_fewshot, FEWSHOT_SEED, options.limit)
-            for form in todo:
-                say(f"task {i + 1} of {len(source.leaves)}: {task}, {form.name}")
-                cell = _run(model, name, loaded, form, options)
-                cells.add(replace(cell, by=form.by, stage=options.stage, asked=asked))
-        found += [c for form in forms if (c := cells.get(task, form.name)) is not None]
+    asked: dict[str, str] = {}
+
+    def units() -> Iterator[list[tuple[str, str]]]:
+        for i, task in enumerate(source.leaves):
+            todo = [form.name for form in forms if cells.get(task, form.name) is None]
+            read = job.read(task) if todo else "done"
+            if todo and isinstance(read, str):
+                missing[task] = read
+                say(f"{task} is left out: {read}")
+            elif not isinstance(read, str):
+                asked[task] = read[1]
+                for form in todo:
+                    if workers is None:
+                        say(f"task {i + 1} of {len(source.leaves)}: {task}, {form}")
+                    yield [(task, form)]
+
+    with closing(results(model, job, units(), workers)) as run:
+        for (task, form), cell in run:
+            if cell.asked != asked[task]:
+                raise ValueError(f"a worker has another {task} than this process: give it the same")
+            if workers is not None:
+                say(f"{task}, {form}: done")
+            cells.add(cell)
+    found = [c for t in source.leaves for f in forms if (c := cells.get(t, f.name)) is not None]
     said = {"groups": source.groups, "forms": [asdict(form) for form in forms]}
     cells.note({**said, "missing": missing})
     return Evaluation(source.groups, tuple(forms), found, missing)
@@ -151,7 +139,7 @@ def _check(model: HookedHybrid, name: str, forms: Sequence[Form], options: Optio
     if len(set(files)) < len(files):
         raise ValueError(f"forms {[f.name for f in forms]}: give each a name of its own, once")
     for form in forms:
-        _as_lm(model, name, form, options)
+        as_lm(model, name, form, options)
     if options.chat and not has_template(model.text.tokenizer):
         raise ValueError(f"{name} has no chat template: leave it out with --no-chat (chat=False)")
 
@@ -186,79 +174,6 @@ def _check_kept(
                 f"{task} has changed since {folder} was written (its config, prompt or documents; "
                 f"forms {', '.join(changed)}): give another folder, nothing is overwritten"
             )
-
-
-def _as_lm(model: HookedHybrid, name: str, form: Form, options: Options) -> HookedHybridLM:
-    """Return the model in a form."""
-    from hooked_hybrid.evaluation.lm import HookedHybridLM
-
-    lm = HookedHybridLM(
-        model,
-        form.k,
-        options.stage,
-        form.by,
-        batch_size=options.batch_size,
-        max_length=options.max_length,
-        max_gen_toks=options.max_gen_toks,
-    )
-    lm.name = name
-    return lm
-
-
-def _run(model: HookedHybrid, name: str, loaded: Loaded, form: Form, options: Options) -> Cell:
-    """Run one task under one form."""
-    import numpy as np
-    from lm_eval import evaluate as run_lm_eval
-
-    task = loaded.prepared(options.num_fewshot, FEWSHOT_SEED)
-    random.seed(SEED)
-    np.random.seed(SEED)
-    torch.manual_seed(SEED)
-    lm = _as_lm(model, name, form, options)
-    began = time.monotonic()
-    results = run_lm_eval(
-        lm,
-        {"tasks": {loaded.name: task}, "groups": {}, "group_map": {}},
-        limit=options.limit,
-        bootstrap_iters=BOOTSTRAPS,
-        apply_chat_template=options.chat,
-        fewshot_as_multiturn=options.chat and options.multiturn,
-    )
-    return _cell(loaded.name, form, results, time.monotonic() - began)
-
-
-def _cell(task: str, form: Form, results: Mapping[str, Any], seconds: float) -> Cell:
-    """Return what lm-eval's results say of a task."""
-    numbers = {
-        key: float(value)
-        for key, value in results["results"][task].items()
-        if "," in key and isinstance(value, Real)
-    }
-    main = next(key for key in numbers if "_stderr," not in key)
-    metric, kept = main.split(",")
-    samples = [s for s in results["samples"][task] if s["filter"] == kept]
-    values = {str(s["doc_id"]): s[metric] for s in samples if metric in s}
-    is_mean = all(isinstance(v, Real) for v in values.values())
-    documents = {i: float(v) for i, v in values.items()} if is_mean else {}
-    if not documents or abs(fmean(documents.values()) - numbers[main]) > 1e-9:
-        documents = {}  # the metric is no mean over documents
-    choices = [len(s["arguments"]) for s in samples]
-    is_choice = results["configs"][task].get("output_type") == "multiple_choice"
-    return Cell(
-        task=task,
-        form=form.name,
-        k=form.k,
-        main=main,
-        value=numbers[main],
-        stderr=numbers.get(f"{metric}_stderr,{kept}"),
-        higher_is_better=results["higher_is_better"][task].get(metric) is not False,
-        n_documents=len(samples),
-        n_fewshot=int(results["n-shot"][task]),
-        documents=documents,
-        chance=fmean(1 / n for n in choices) if is_choice and metric == "acc" else None,
-        metrics=numbers,
-        seconds=seconds,
-    )
 
 
 __all__ = ["Evaluation", "Options", "evaluate"]

@@ -26,6 +26,7 @@ from hooked_hybrid.layout import Layout
 from hooked_hybrid.mixers.base import Mixer
 from hooked_hybrid.shapes import Queries, Resid
 from hooked_hybrid.state import AttentionState
+from hooked_hybrid.weights import as_matrix
 
 
 class Attention(Mixer[AttentionState]):
@@ -81,22 +82,22 @@ class Attention(Mixer[AttentionState]):
     @property
     def W_Q(self) -> Float[Tensor, "head d_model d_head"]:
         """Query weights of each head: `q = x @ W_Q`."""
-        return rearrange(self.q.weight, "(h e) d -> h d e", h=self.cfg.n_heads)
+        return rearrange(as_matrix(self.q.weight), "(h e) d -> h d e", h=self.cfg.n_heads)
 
     @property
     def W_K(self) -> Float[Tensor, "kv_head d_model d_head"]:
         """Key weights of each key-value head."""
-        return rearrange(self.k.weight, "(h e) d -> h d e", h=self.cfg.n_kv_heads)
+        return rearrange(as_matrix(self.k.weight), "(h e) d -> h d e", h=self.cfg.n_kv_heads)
 
     @property
     def W_V(self) -> Float[Tensor, "kv_head d_model d_head"]:
         """Value weights of each key-value head."""
-        return rearrange(self.v.weight, "(h e) d -> h d e", h=self.cfg.n_kv_heads)
+        return rearrange(as_matrix(self.v.weight), "(h e) d -> h d e", h=self.cfg.n_kv_heads)
 
     @property
     def W_O(self) -> Float[Tensor, "head d_head d_model"]:
         """Output weights of each head: what it writes is `z @ W_O`."""
-        return rearrange(self.o.weight, "d (h e) -> h e d", h=self.cfg.n_heads)
+        return rearrange(as_matrix(self.o.weight), "d (h e) -> h e d", h=self.cfg.n_heads)
 
     @property
     def b_O(self) -> Float[Tensor, " d_model"] | None:
@@ -122,7 +123,7 @@ class Attention(Mixer[AttentionState]):
         if not hook_input.is_hooked:
             return linear(x).unflatten(-1, (n_heads, self.cfg.d_head))
         copies = hook_input(x[:, :, None].repeat(1, 1, n_heads, 1))
-        weight = rearrange(linear.weight, "(h e) d -> h e d", h=n_heads)
+        weight = rearrange(as_matrix(linear.weight), "(h e) d -> h e d", h=n_heads)
         out = torch.einsum("bshd,hed->bshe", copies, weight)
         return out if linear.bias is None else out + linear.bias.view(n_heads, -1)
 

@@ -20,6 +20,7 @@ from hooked_hybrid.layers import Linear, activate, draw_normal, empty_weight, ti
 from hooked_hybrid.layout import Layout
 from hooked_hybrid.plan import may_overwrite
 from hooked_hybrid.shapes import Resid
+from hooked_hybrid.weights import Stored, as_matrix
 
 Weights = Float[Tensor, "batch pos n_chosen"]
 Indices = Int[Tensor, "batch pos n_chosen"]
@@ -32,9 +33,9 @@ class MoE(Component):
         super().__init__()
         self.cfg = cfg
         self.router = Linear(d_model, cfg.n_experts, bias=False)
-        self.gate = nn.Parameter(empty_weight(cfg.n_experts, cfg.d_mlp, d_model))
-        self.up = nn.Parameter(empty_weight(cfg.n_experts, cfg.d_mlp, d_model))
-        self.down = nn.Parameter(empty_weight(cfg.n_experts, d_model, cfg.d_mlp))
+        self.gate: Stored = nn.Parameter(empty_weight(cfg.n_experts, cfg.d_mlp, d_model))
+        self.up: Stored = nn.Parameter(empty_weight(cfg.n_experts, cfg.d_mlp, d_model))
+        self.down: Stored = nn.Parameter(empty_weight(cfg.n_experts, d_model, cfg.d_mlp))
         self.hook_router_logits = HookPoint("batch pos n_experts")
         self.hook_expert_weights = HookPoint("batch pos n_chosen")
         self.hook_expert_indices = HookPoint("batch pos n_chosen", integer=True)
@@ -43,32 +44,37 @@ class MoE(Component):
 
     def reset_parameters(self) -> None:
         """Draw experts from N(0, 1 / d_in)."""
-        for weight in (self.gate, self.up, self.down):
+        for weight in self.stacks or ():
             draw_normal(weight, std=weight.shape[-1] ** -0.5)
 
     @property
     def W_gate(self) -> Float[Tensor, "expert d_model d_mlp"]:
         """Gate weights of each expert."""
-        return self.gate.mT
+        return as_matrix(self.gate).mT
 
     @property
     def W_in(self) -> Float[Tensor, "expert d_model d_mlp"]:
         """Weights of each expert's linear branch."""
-        return self.up.mT
+        return as_matrix(self.up).mT
 
     @property
     def W_out(self) -> Float[Tensor, "expert d_mlp d_model"]:
         """Output weights of each expert."""
-        return self.down.mT
+        return as_matrix(self.down).mT
+
+    @property
+    def stacks(self) -> tuple[Tensor, Tensor, Tensor] | None:
+        """Gate, up and down as they are stored; None where quantised matrices stand one by one."""
+        stored = [w for w in (self.gate, self.up, self.down) if isinstance(w, Tensor)]
+        return (stored[0], stored[1], stored[2]) if len(stored) == 3 else None
 
     def forward(self, x: Resid, layout: Layout) -> Resid:  # noqa: ARG002  (one signature for MLPs)
         """Return the weighted sum of what the chosen experts write."""
         weights, indices = self._route(x)
         if self.hook_expert_post.is_hooked or self.hook_expert_out.is_hooked:
             return self._run_hooked(x, weights, indices)
-        experts = (self.gate, self.up, self.down)
-        if x.is_cuda and grouped_experts.usable(x, *experts):
-            return grouped_experts.run_experts(x, weights, indices, *experts, self.cfg.act)
+        if x.is_cuda and (stacks := self.stacks) and grouped_experts.usable(x, *stacks):
+            return grouped_experts.run_experts(x, weights, indices, *stacks, self.cfg.act)
         run = self._run_one if x.shape[:2].numel() == 1 else self._run_sorted
         return run(x, weights, indices)
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from itertools import groupby
 from os import PathLike
 from pathlib import Path
@@ -24,13 +25,17 @@ from tqdm.auto import tqdm
 from hooked_hybrid.model import HookedHybrid
 from hooked_hybrid.niah.cached_ways import CASES, WAYS, Answer, Case, way_of
 from hooked_hybrid.niah.cells import cell_of
+from hooked_hybrid.niah.groups import MOST_ROWS, Cells, shortest_window
 from hooked_hybrid.niah.prompts import Prompt
 from hooked_hybrid.niah.settings import Setting
 from hooked_hybrid.niah.store import Store
-from hooked_hybrid.niah.sweep import MOST_ROWS, fingerprint, shortest_window
+from hooked_hybrid.niah.sweep import fingerprint
+from hooked_hybrid.niah.work import Job, ordered, results
 
 if TYPE_CHECKING:
     import pandas
+
+    from hooked_hybrid.niah.ray_workers import RayWorkers
 
 
 def cached_state(
@@ -42,6 +47,7 @@ def cached_state(
     out: str | PathLike[str] | None = None,
     resume: bool = False,
     max_new_tokens: int = 40,
+    workers: RayWorkers | None = None,
     verbose: bool = True,
 ) -> pandas.DataFrame:
     """Run every prompt in every case, with the `k` most peaked heads of each layer kept.
@@ -51,7 +57,7 @@ def cached_state(
         prompts: of `hooked_hybrid.niah.prompts`.
         ks: heads kept in each attention layer where heads are silenced.
         cases: what is silenced, and what a state carries on.
-        out, resume, max_new_tokens, verbose: as in `hooked_hybrid.niah.sweep.niah`.
+        out, resume, max_new_tokens, workers, verbose: as in `hooked_hybrid.niah.sweep.niah`.
 
     Returns:
         One row a prompt, case and k, as `niah` returns them; the settings are named
@@ -72,29 +78,59 @@ def cached_state(
         "max_new_tokens": max_new_tokens,
         "dtype": str(model.dtype),
     }
+    job = CachedStateJob(prompts, settings, max_new_tokens)
     store = Store(None if out is None else Path(out), experiment, resume)
     try:
-        done, window = store.done(), shortest_window(model)
+        done = store.done()
         total = len(prompts) * len(settings)
         bar = tqdm(total=total, initial=len(done) * len(settings), unit="cell", disable=not verbose)
-        with bar, torch.no_grad():
-            for part in _parts(prompts, len(settings)):
-                if all(prompt.id in done for prompt in part):
-                    continue
-                start = time.perf_counter()
-                answers = _answers(model, part, settings, max_new_tokens)
-                seconds = (time.perf_counter() - start) / len(answers)
-                store.add(
-                    [
-                        cell_of(p, settings[name][2], *answers[p.id, name], seconds, window)
-                        for p in part
-                        for name in settings
-                    ]
-                )
-                bar.update(len(answers))
-        return store.table()
+        found = results(model, job, job.units(done), workers)
+        with bar, torch.no_grad(), closing(found):
+            for _, cells in found:
+                store.add(cells)
+                bar.update(len(cells))
+        ids = [prompt.id for part in job.parts for prompt in part]
+        return ordered(store.table(), ids, list(settings))
     finally:
         store.close()
+
+
+class CachedStateJob(Job[int, Cells]):
+    """The work of `cached_state`: an item is a few prompts, its result their cells."""
+
+    def __init__(
+        self,
+        prompts: Sequence[Prompt],
+        settings: dict[str, tuple[Case, int | None, Setting]],
+        max_new_tokens: int,
+    ) -> None:
+        self.parts = list(_parts(prompts, len(settings)))
+        self.settings, self.max_new_tokens = settings, max_new_tokens
+
+    def units(self, done: set[str]) -> list[list[int]]:
+        """Return each part with a prompt that is not done: parts have nothing in common."""
+        return [[i] for i, part in enumerate(self.parts) if any(p.id not in done for p in part)]
+
+    def __call__(self, model: HookedHybrid, items: Sequence[int]) -> Iterator[Cells]:
+        """Yield the cells of each part."""
+        window = shortest_window(model)
+        for part in (self.parts[i] for i in items):
+            start = time.perf_counter()
+            answers = _answers(model, part, self.settings, self.max_new_tokens)
+            seconds = (time.perf_counter() - start) / len(answers)
+            yield [
+                cell_of(p, self.settings[name][2], *answers[p.id, name], seconds, window)
+                for p in part
+                for name in self.settings
+            ]
+
+    def cost(self, item: int) -> float:
+        """Return the tokens of a part's prompts."""
+        return float(sum(prompt.length for prompt in self.parts[item]))
+
+    def describe(self, items: Sequence[int]) -> str:
+        """Return which prompts these are."""
+        return f"prompts {', '.join(p.id for i in items for p in self.parts[i])}"
 
 
 def settings_of(

@@ -17,9 +17,11 @@ from hooked_hybrid.niah import command as niah_command
 from hooked_hybrid.niah.cached_state import cached_state as run_cases
 from hooked_hybrid.niah.plots import new_figure, replacing, save_figure
 from hooked_hybrid.niah.prompts import Haystack, default_depths, grid
+from hooked_hybrid.niah.ray_options import GpusPerWorker, Ray, Workers
 from hooked_hybrid.niah.report import summary_rows
 from hooked_hybrid.niah.setting_plots import MARKERS, WAYS
 from hooked_hybrid.niah.statistics import cluster_column, interval_of, scored
+from hooked_hybrid.results_folder import claimed
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -45,6 +47,9 @@ def cached_state(
     resume: niah_command.Resume = False,
     seed: niah_command.Seed = 0,
     threads: niah_command.Threads = None,
+    ray: Ray = None,
+    workers: Workers = None,
+    gpus_per_worker: GpusPerWorker = 0.0,
 ) -> None:
     """Does the cache carry the damage? Heads silenced in prefill or in steps, states kept or not.
 
@@ -53,7 +58,12 @@ def cached_state(
 
     Example: hooked-hybrid cached-state --model tiny-griffin --k 3 --k 4 --out results/cached
     """
-    with explained(kept=str(out)):
+    options = (ray, workers, gpus_per_worker, threads, model, device, dtype)
+    with (
+        explained(kept=str(out)),
+        claimed(out, resume),
+        niah_command.pool(*options) as on,
+    ):
         hybrid = niah_command.loaded(model, device, dtype)
         torch.set_num_threads(threads or niah_command.default_threads(hybrid))
         ks = niah_command.heads_to_keep(k or [4], hybrid.cfg)
@@ -63,7 +73,13 @@ def cached_state(
         lengths = lengths or niah_command.lengths_for(hybrid, needles, "base", False, 0, seed)
         prompts = grid(hybrid, needles, lengths, depths or default_depths(), Haystack(seed))
         table = run_cases(
-            hybrid, prompts, ks, out=out, resume=resume, max_new_tokens=max_new_tokens
+            hybrid,
+            prompts,
+            ks,
+            out=out,
+            resume=resume,
+            max_new_tokens=max_new_tokens,
+            workers=on,
         )
         with replacing(out / "table.csv") as temporary:
             table.to_csv(temporary, index=False)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -14,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from hooked_hybrid.cli import command_line, explained
+from hooked_hybrid.cli import command_line, explained, folder
 from hooked_hybrid.config import AttentionConfig, HybridConfig
 from hooked_hybrid.model import HookedHybrid
 from hooked_hybrid.niah.needles import PAPER, AnyNeedle, held_out_needles, load_needles
@@ -26,12 +28,16 @@ from hooked_hybrid.niah.prompts import (
     grid,
     shortest_length,
 )
+from hooked_hybrid.niah.ray_options import GpusPerWorker, Ray, Workers, located, workers_of
 from hooked_hybrid.niah.report import Written, summary_rows, write_report
 from hooked_hybrid.niah.sweep import niah as run_sweep
 from hooked_hybrid.niah.sweep import top_k_settings
+from hooked_hybrid.results_folder import claimed
 
 if TYPE_CHECKING:
     import pandas as pd
+
+    from hooked_hybrid.niah.ray_workers import RayWorkers
 
 LONGEST = 4096
 """Tokens of the papers' longest prompt: no default is longer."""
@@ -116,7 +122,9 @@ Device = Annotated[str, _option("Where the model runs: --device cuda.")]
 Dtype = Annotated[
     Literal["float32", "bfloat16", "float16"], _option("Of the weights: --dtype bfloat16.")
 ]
-Out = Annotated[Path, _option("Folder of the results, new or empty: --out results/mine.")]
+Out = Annotated[
+    Path, _option("Folder of the results, new or empty: --out results/mine.", parser=folder)
+]
 Resume = Annotated[
     bool, _option("Go on with what --out holds: --out results/mine --resume.", "--resume")
 ]
@@ -152,6 +160,9 @@ def niah(
     thesis_depth: ThesisDepth = False,
     seed: Seed = 0,
     threads: Threads = None,
+    ray: Ray = None,
+    workers: Workers = None,
+    gpus_per_worker: GpusPerWorker = 0.0,
 ) -> None:
     """Needle in a haystack, with all but the k most peaked attention heads silenced.
 
@@ -160,7 +171,11 @@ def niah(
 
     Example: hooked-hybrid niah --model tiny-jamba --k 0 --k 2 --stages generation --out results/j
     """
-    with explained(kept=str(out)):
+    with (
+        explained(kept=str(out)),
+        claimed(out, resume),
+        pool(ray, workers, gpus_per_worker, threads, model, device, dtype) as on,
+    ):
         hybrid = loaded(model, device, dtype)
         torch.set_num_threads(threads or default_threads(hybrid))
         wanted = [stage.value for stage in dict.fromkeys(stages or Stage)]
@@ -178,6 +193,7 @@ def niah(
             resume=resume,
             max_new_tokens=max_new_tokens,
             first_token_stage=first_token,
+            workers=on,
         )
         if not table["accuracy"].notna().any():
             _show_outputs(table, out)
@@ -230,6 +246,20 @@ def loaded(name: str, device: str, dtype: str) -> HookedHybrid:
         reason = str(error).splitlines()[0]
         raise ValueError(f"--device {device} cannot be used here: {reason}") from None
     return HookedHybrid.from_pretrained(name, dtype=DTYPES[dtype], device=device)
+
+
+def pool(
+    ray: str | None,
+    workers: int | None,
+    gpus_per_worker: int | float,
+    threads: int | None,
+    model: str,
+    device: str,
+    dtype: str,
+) -> AbstractContextManager[RayWorkers | None]:
+    """Return the workers that a command's options ask for; see `ray_options.workers_of`."""
+    load = partial(loaded, located(model), dtype=dtype)
+    return workers_of(ray, workers, gpus_per_worker, threads, device, load)
 
 
 def default_threads(model: HookedHybrid) -> int:
@@ -339,5 +369,6 @@ __all__ = [
     "model_card",
     "needles_of",
     "niah",
+    "pool",
     "show",
 ]

@@ -7,6 +7,7 @@ options for these are common to all.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
 from inspect import Parameter, Signature, signature
@@ -32,6 +33,7 @@ from hooked_hybrid.niah.language import text_loss, texts_of
 from hooked_hybrid.niah.plots import replacing
 from hooked_hybrid.niah.prompts import Haystack, Prompt, default_depths, grid
 from hooked_hybrid.niah.published import READ_TWICE, WEIGHTS, Published
+from hooked_hybrid.niah.ray_options import GpusPerWorker, Ray, Workers
 from hooked_hybrid.niah.report import write_report
 from hooked_hybrid.niah.setting_plots import (
     accuracy_by_heads_kept,
@@ -41,10 +43,13 @@ from hooked_hybrid.niah.setting_plots import (
 from hooked_hybrid.niah.settings import Setting, top_k_settings
 from hooked_hybrid.niah.static import check_sizes, rankings_of, sizes_of, static_settings
 from hooked_hybrid.niah.sweep import niah as run_sweep
+from hooked_hybrid.results_folder import claimed
 
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
+
+    from hooked_hybrid.niah.ray_workers import RayWorkers
 
 Texts = Annotated[
     int,
@@ -108,6 +113,9 @@ class Common:
     thesis_depth: niah_command.ThesisDepth = False
     seed: niah_command.Seed = 0
     threads: niah_command.Threads = None
+    ray: Ray = None
+    workers: Workers = None
+    gpus_per_worker: GpusPerWorker = 0.0
 
 
 def experiment(plan: Callable[..., Plan]) -> Callable[..., None]:
@@ -132,8 +140,12 @@ def experiment(plan: Callable[..., Plan]) -> Callable[..., None]:
 
     def run(**given: Any) -> None:
         options = Common(**{name: given.pop(name) for name in hints})
-        with explained(kept=str(options.out)):
-            _run(plan, options, given)
+        with (
+            explained(kept=str(options.out)),
+            claimed(options.out, options.resume),
+            _pool(options) as on,
+        ):
+            _run(plan, options, given, on)
 
     made: Any = run
     made.__signature__ = Signature([*mine, *common], return_annotation=None)
@@ -219,7 +231,21 @@ def _all_heads(model: HookedHybrid) -> list[int]:
     return [max(niah_command.heads_to_keep(None, model.cfg))]
 
 
-def _run(plan: Callable[..., Plan], options: Common, own: Mapping[str, Any]) -> None:
+def _pool(options: Common) -> AbstractContextManager[RayWorkers | None]:
+    return niah_command.pool(
+        options.ray,
+        options.workers,
+        options.gpus_per_worker,
+        options.threads,
+        options.model,
+        options.device,
+        options.dtype,
+    )
+
+
+def _run(
+    plan: Callable[..., Plan], options: Common, own: Mapping[str, Any], workers: RayWorkers | None
+) -> None:
     hybrid = niah_command.loaded(options.model, options.device, options.dtype)
     torch.set_num_threads(options.threads or niah_command.default_threads(hybrid))
     planned = plan(hybrid, **own)
@@ -238,10 +264,13 @@ def _run(plan: Callable[..., Plan], options: Common, own: Mapping[str, Any]) -> 
         resume=options.resume,
         max_new_tokens=options.max_new_tokens,
         first_token_stage=options.first_token,
+        workers=workers,
     )
     losses = None
     if options.texts:
-        losses = text_loss(hybrid, planned.settings, longest, options.texts, documents)
+        losses = text_loss(
+            hybrid, planned.settings, longest, options.texts, documents, workers=workers
+        )
     _report(table, losses, planned, hybrid, options)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,9 +17,12 @@ from hooked_hybrid.niah.needles import PAPER
 from hooked_hybrid.niah.prompts import Haystack, Prompt, build_prompt
 from hooked_hybrid.niah.settings import Setting, hooks_of_rows
 from hooked_hybrid.niah.statistics import clustered_interval
+from hooked_hybrid.niah.work import Job, results
 
 if TYPE_CHECKING:
     import pandas as pd
+
+    from hooked_hybrid.niah.ray_workers import RayWorkers
 
 FIRST_SEED = 1000
 """Seeds of the texts: haystacks that no prompt of a sweep has by default."""
@@ -34,6 +37,7 @@ def text_loss(
     n_texts: int = 12,
     documents: Sequence[str] = (),
     *,
+    workers: RayWorkers | None = None,
     verbose: bool = True,
 ) -> pd.DataFrame:
     """Return the loss of haystack text under each setting, in nats a token.
@@ -48,6 +52,7 @@ def text_loss(
         length: tokens of a text, the question after it included.
         n_texts: texts that begin elsewhere, which are the rows of one batch.
         documents: what to take them from, as in `Haystack`; none means generated text.
+        workers: run the settings there, not in this process; the losses are the same.
         verbose: show a progress bar.
 
     Returns:
@@ -62,10 +67,15 @@ def text_loss(
 
     prompts, half, stop = texts_of(model, length, n_texts, documents)
     tokens = torch.tensor([prompt.tokens for prompt in prompts])
-    rows, first = [], None
-    for setting in tqdm(settings, unit="setting", desc="text loss", disable=not verbose):
-        losses = _losses(model, setting, prompts, tokens[:, :stop], half)
-        first = losses if first is None else first
+    job = _TextLossJob(list(settings), prompts, tokens[:, :stop], half)
+    units, found = [[i] for i in range(len(settings))], {}
+    with tqdm(total=len(units), unit="setting", desc="text loss", disable=not verbose) as bar:
+        for i, losses in results(model, job, units, workers):
+            found[i] = losses
+            bar.update()
+    rows = []
+    for i, setting in enumerate(settings):
+        losses, first = found[i], found[0]
         low, high = clustered_interval(losses.tolist(), range(n_texts))
         more = losses - first
         more_low, more_high = clustered_interval(more.tolist(), range(n_texts))
@@ -104,6 +114,28 @@ def texts_of(
     if stop - half < 8:
         raise ValueError(f"length={length}: too few tokens of text after the needle, give more")
     return prompts, half, stop
+
+
+class _TextLossJob(Job[int, Tensor]):
+    """An item is a setting, its result the loss of each text."""
+
+    def __init__(
+        self,
+        settings: Sequence[Setting],
+        prompts: Sequence[Prompt],
+        tokens: Int[Tensor, "text pos"],
+        half: int,
+    ) -> None:
+        self.settings, self.prompts, self.tokens, self.half = settings, prompts, tokens, half
+
+    def __call__(self, model: HookedHybrid, items: Sequence[int]) -> Iterator[Tensor]:
+        """Yield the losses of each setting."""
+        for i in items:
+            yield _losses(model, self.settings[i], self.prompts, self.tokens, self.half)
+
+    def describe(self, items: Sequence[int]) -> str:
+        """Return which settings these are."""
+        return f"the loss of text under {', '.join(repr(self.settings[i].name) for i in items)}"
 
 
 @torch.no_grad()

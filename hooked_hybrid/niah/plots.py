@@ -7,10 +7,8 @@ matplotlib is imported when the first one is drawn.
 from __future__ import annotations
 
 import io
-import os
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from math import ceil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from hooked_hybrid.niah.statistics import cluster_column, interval_of, scored
+from hooked_hybrid.results_folder import replacing
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -149,18 +148,6 @@ def save_figure(figure: Figure, path_without_suffix: str | Path) -> list[Path]:
         with replacing(paths[-1]) as temporary:
             temporary.write_bytes(drawn.getvalue())
     return paths
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Give a name to write to that becomes `path` when all went well, and is removed otherwise."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def file_name(setting: str) -> str:

@@ -1,18 +1,33 @@
-"""Cells of a sweep in one SQLite file: written whole prompts at a time, or not at all."""
+"""Cells of a sweep in one SQLite file: written whole prompts at a time, or not at all.
+
+The file holds a digest of its cells, so that one that was cut short or changed is not taken for
+whole. Version 1 of the format had none; its cells are read, and the next ones make it version 2.
+"""
 
 from __future__ import annotations
 
+import errno
 import json
 import sqlite3
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager
+from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from hooked_hybrid.results_folder import (
+    claimed,
+    holds_results,
+    remove_unfinished,
+    replacing,
+    unwritten,
+)
 
 if TYPE_CHECKING:
     import pandas
 
 FILE = "cells.sqlite"
-FORMAT = 1
+FORMAT = 2
 
 COLUMNS: dict[str, str] = {
     "prompt_id": "TEXT NOT NULL",
@@ -38,10 +53,27 @@ COLUMNS: dict[str, str] = {
     "min_margin": "REAL",
     "seconds": "REAL",
 }
+_NAMES = ", ".join(COLUMNS)
+_MARKS = ", ".join(f":{name}" for name in COLUMNS)
+_SCHEMA = (
+    "CREATE TABLE meta (key PRIMARY KEY, value)",
+    f"CREATE TABLE cells ({', '.join(f'{n} {kind}' for n, kind in COLUMNS.items())}, "
+    "PRIMARY KEY (prompt_id, setting))",
+)
+_SYSTEM_ERRORS = {
+    sqlite3.SQLITE_FULL: errno.ENOSPC,
+    sqlite3.SQLITE_READONLY: errno.EROFS,
+    sqlite3.SQLITE_PERM: errno.EACCES,
+    sqlite3.SQLITE_CANTOPEN: errno.EACCES,
+    sqlite3.SQLITE_IOERR: errno.EIO,
+    sqlite3.SQLITE_BUSY: errno.EBUSY,
+    sqlite3.SQLITE_LOCKED: errno.EBUSY,
+}
+"""Errors of the disk, not of the file, and the system's nearest name for them."""
 
 
 class Store:
-    """The results of one experiment.
+    """The results of one experiment; it holds its folder until it is closed.
 
     Args:
         folder: where the file lies; None keeps the cells in memory.
@@ -49,87 +81,191 @@ class Store:
         resume: go on with what the folder holds; else it must be empty or new.
 
     Raises:
-        FileExistsError: the folder is not empty and `resume` is false.
-        ValueError: the folder holds another experiment, or a file of a newer version.
-        OSError: the file cannot be written.
+        FileExistsError: the folder is not empty, and `resume` is false or it holds no store.
+        ValueError: the folder holds another experiment, a file of a newer version, or one that is
+            damaged; nothing in it is changed.
+        OSError: the file cannot be written, or another run writes there.
     """
 
     def __init__(
         self, folder: Path | None, experiment: Mapping[str, Any], resume: bool = False
     ) -> None:
-        if folder is None:
-            self.path = None
-        else:
-            if folder.is_dir() and any(folder.iterdir()) and not resume:
-                raise FileExistsError(
-                    f"{folder} is not empty: go on with --resume (resume=True), or give another "
-                    "folder"
-                )
-            folder.mkdir(parents=True, exist_ok=True)
-            self.path = folder / FILE
-        try:
-            self.connection = sqlite3.connect(self.path or ":memory:")
-            self.connection.execute("PRAGMA synchronous = FULL")
-            self._prepare(dict(experiment))
-        except sqlite3.Error as error:
-            raise OSError(f"{self.path} cannot be used ({error})") from error
+        self.path = None if folder is None else folder / FILE
+        with ExitStack() as stack:
+            if folder is not None:
+                stack.enter_context(claimed(folder, resume))
+            with _explained(self.path):
+                self.connection = stack.enter_context(closing(_opened(self.path, experiment)))
+                self.connection.execute("PRAGMA synchronous = EXTRA")
+                self._digest = 0
+                if self.path is not None:
+                    self._digest = _check(self.connection, self.path)
+                    _compare(self.connection, self.path, experiment)
+            if folder is not None:
+                remove_unfinished(folder)
+            self._held = stack.pop_all()
 
     def done(self) -> set[str]:
         """Return the ids of the prompts whose cells are all there."""
-        rows = self.connection.execute("SELECT DISTINCT prompt_id FROM cells")
-        return {prompt_id for (prompt_id,) in rows}
+        with _explained(self.path):
+            rows = self.connection.execute("SELECT DISTINCT prompt_id FROM cells")
+            return {prompt_id for (prompt_id,) in rows}
 
     def add(self, cells: Sequence[Mapping[str, Any]]) -> None:
-        """Write all cells of one prompt in one transaction.
+        """Write all cells of one prompt, or of some, in one transaction.
 
         Raises:
+            ValueError: one of them is there already; then none is written.
             OSError: the disk is full or the file cannot be written; then none is.
         """
-        names = ", ".join(COLUMNS)
-        marks = ", ".join(f":{name}" for name in COLUMNS)
+        connection = self.connection
         try:
-            with self.connection:
-                self.connection.executemany(f"INSERT INTO cells ({names}) VALUES ({marks})", cells)
-        except sqlite3.OperationalError as error:
-            raise OSError(
-                f"{self.path} cannot take more cells ({error}); those written are whole, and "
-                "the run can be resumed"
+            with _explained(self.path), connection:
+                (last,) = connection.execute("SELECT coalesce(max(rowid), 0) FROM cells").fetchone()
+                connection.executemany(f"INSERT INTO cells ({_NAMES}) VALUES ({_MARKS})", cells)
+                added = f"SELECT {_NAMES} FROM cells WHERE rowid > {last}"
+                digest = _digest_of(connection.execute(added), self._digest)
+                kept = [("format", FORMAT), ("digest", f"{digest:x}")]
+                connection.executemany("REPLACE INTO meta VALUES (?, ?)", kept)
+        except sqlite3.IntegrityError as error:
+            raise ValueError(
+                f"{self.path} holds some of these cells already ({error}): give another folder, "
+                "nothing is overwritten"
             ) from error
+        self._digest = digest
 
     def table(self) -> pandas.DataFrame:
-        """Return every cell, in the order of prompts and settings."""
+        """Return every cell, in the order in which they were added."""
         import pandas
 
-        table = pandas.read_sql("SELECT * FROM cells ORDER BY rowid", self.connection)
+        with _explained(self.path):
+            table = pandas.read_sql("SELECT * FROM cells ORDER BY rowid", self.connection)
         table["k"] = table["k"].astype("Int64")
         for name in ("read_twice", "in_window"):
             table[name] = table[name].astype("boolean")
         return table
 
     def close(self) -> None:
-        """Close the file."""
-        self.connection.close()
+        """Close the file and let go of its folder."""
+        self._held.close()
 
-    def _prepare(self, experiment: dict[str, Any]) -> None:
-        """Make the tables, or check that those there are of this experiment."""
-        columns = ", ".join(f"{name} {kind}" for name, kind in COLUMNS.items())
-        with self.connection:
-            self.connection.execute("CREATE TABLE IF NOT EXISTS meta (key PRIMARY KEY, value)")
-            self.connection.execute(
-                f"CREATE TABLE IF NOT EXISTS cells ({columns}, PRIMARY KEY (prompt_id, setting))"
-            )
-            kept = dict(self.connection.execute("SELECT key, value FROM meta"))
-            if not kept:
-                rows = [("format", FORMAT), ("experiment", json.dumps(experiment, sort_keys=True))]
-                self.connection.executemany("INSERT INTO meta VALUES (?, ?)", rows)
-                return
-        if int(kept["format"]) > FORMAT:
-            raise ValueError(f"{self.path} was written by a newer version of this library")
-        before = json.loads(kept["experiment"])
-        now = json.loads(json.dumps(experiment))
-        changed = [key for key in {*before, *now} if before.get(key) != now.get(key)]
-        if changed:
-            raise ValueError(
-                f"{self.path} holds another experiment: {', '.join(sorted(changed))} differ; give "
-                "another folder, nothing is overwritten"
-            )
+
+def _opened(path: Path | None, experiment: Mapping[str, Any]) -> sqlite3.Connection:
+    """Return a connection to the file, which is made where there is none; None is in memory."""
+    if path is None:
+        connection = sqlite3.connect(":memory:")
+        _make(connection, experiment)
+        return connection
+    if not path.exists():
+        _create(path, experiment)
+    return sqlite3.connect(f"{path.resolve().as_uri()}?mode=rw", timeout=1, uri=True)
+
+
+def _make(connection: sqlite3.Connection, experiment: Mapping[str, Any]) -> None:
+    """Make the tables, and say what the cells will be of."""
+    said = [
+        ("format", FORMAT),
+        ("experiment", json.dumps(dict(experiment), sort_keys=True)),
+        ("digest", "0"),
+    ]
+    with connection:
+        for statement in _SCHEMA:
+            connection.execute(statement)
+        connection.executemany("INSERT INTO meta VALUES (?, ?)", said)
+
+
+def _create(path: Path, experiment: Mapping[str, Any]) -> None:
+    """Write a file without cells, whole or not at all."""
+    if holds_results(path.parent):
+        raise FileExistsError(
+            f"{path.parent} holds other files and no {FILE}: give another folder, nothing is "
+            "overwritten"
+        )
+    remove_unfinished(
+        path.parent
+    )  # one may have our number, and its journal would be undone in ours
+    with replacing(path) as temporary, closing(sqlite3.connect(temporary)) as connection:
+        _make(connection, experiment)
+
+
+def _check(connection: sqlite3.Connection, path: Path) -> int:
+    """Return the digest of the cells; raise an error where the file is not whole or not ours."""
+    (n_bytes,) = connection.execute(  # reading undoes what a killed run had half written
+        "SELECT page_count * page_size FROM pragma_page_count, pragma_page_size"
+    ).fetchone()
+    tables = {name for (name,) in connection.execute("SELECT name FROM sqlite_master")}
+    if n_bytes == 0:
+        raise _damaged(path, "it is empty")
+    if "meta" not in tables:
+        raise _refused(path, "holds no sweep", "give another folder")
+    kept = dict(connection.execute("SELECT key, value FROM meta"))
+    if isinstance(kept.get("format"), int) and kept["format"] > FORMAT:
+        raise _refused(
+            path,
+            f"was written by a newer version of this library (format {kept['format']}, this one "
+            f"reads {FORMAT})",
+            "update the library, or give another folder",
+        )
+    found = {name: kind for _, name, kind, *_ in connection.execute("PRAGMA table_info(cells)")}
+    if not {"format", "experiment"} <= set(kept) or not isinstance(kept["format"], int):
+        raise _damaged(path, "it does not say of which experiment it is")
+    if found != {name: kind.split()[0] for name, kind in COLUMNS.items()}:
+        raise _damaged(path, "it has other columns")
+    if n_bytes != path.stat().st_size:
+        raise _damaged(path, f"of {n_bytes} bytes it has {path.stat().st_size}")
+    ((said,),) = connection.execute("PRAGMA integrity_check(1)")
+    if said != "ok":
+        raise _damaged(path, said)
+    digest = _digest_of(connection.execute(f"SELECT {_NAMES} FROM cells"))
+    if kept["format"] > 1 and kept.get("digest") != f"{digest:x}":
+        raise _damaged(path, "its cells are not those that were written")
+    connection.execute("BEGIN IMMEDIATE")  # can it be written?
+    connection.rollback()
+    return digest
+
+
+def _compare(connection: sqlite3.Connection, path: Path, experiment: Mapping[str, Any]) -> None:
+    """Raise an error where the file is of another experiment."""
+    (kept,) = connection.execute("SELECT value FROM meta WHERE key = 'experiment'").fetchone()
+    try:
+        before = dict(json.loads(kept))
+    except (TypeError, ValueError):
+        raise _damaged(path, "it does not say of which experiment it is") from None
+    now = json.loads(json.dumps(dict(experiment)))
+    changed = [key for key in {*before, *now} if before.get(key) != now.get(key)]
+    if changed:
+        raise ValueError(
+            f"{path} holds another experiment: {', '.join(sorted(changed))} differ; give another "
+            "folder, nothing is overwritten"
+        )
+
+
+def _digest_of(rows: Iterable[tuple[Any, ...]], before: int = 0) -> int:
+    """Return the digest of cells, whatever their order, put to that of others."""
+    hashes = (sha256(repr(row).encode("utf-8", "surrogatepass")).digest()[:16] for row in rows)
+    return (before + sum(int.from_bytes(found) for found in hashes)) % 2**128
+
+
+def _refused(path: Path, why: str, remedy: str) -> ValueError:
+    return ValueError(f"{path} {why}: {remedy}; nothing in it was changed")
+
+
+def _damaged(path: Path, why: str) -> ValueError:
+    return _refused(
+        path, f"is damaged ({why})", "bring it back from a copy, or run anew in another folder"
+    )
+
+
+@contextmanager
+def _explained(path: Path | None) -> Iterator[None]:
+    """Say of an error of SQLite whether the disk is at fault or the file, and what to do."""
+    try:
+        yield
+    except sqlite3.IntegrityError:  # of what was asked, not of the file
+        raise
+    except sqlite3.Error as error:
+        place, code = path or Path("memory"), getattr(error, "sqlite_errorcode", 0) & 0xFF
+        if code in _SYSTEM_ERRORS:
+            said = OSError(_SYSTEM_ERRORS[code], str(error))
+            raise unwritten(place, said, "the cells that it holds are whole") from error
+        raise _damaged(place, str(error)) from error

@@ -87,7 +87,9 @@ def at_most(run: str, settings: Callable[[Evidence], Sequence[str]], most: float
     return check
 
 
-def _at_one_place(cells: pd.DataFrame | None, mean: Estimate | None, unit: Literal["%", "points"] = "%") -> str:
+def _at_one_place(
+    cells: pd.DataFrame | None, mean: Estimate | None, unit: Literal["%", "points"] = "%"
+) -> str:
     """Return what a run over every needle adds in words; nothing where there is none."""
     if cells is None or mean is None:
         return ""

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
 import typer
@@ -13,10 +14,11 @@ from rich.console import Console
 from rich.table import Table
 from tqdm.auto import tqdm
 
-from hooked_hybrid.cli import command_line, explained
+from hooked_hybrid.cli import command_line, explained, folder
 from hooked_hybrid.model import HookedHybrid
 from hooked_hybrid.niah import command as niah_command
 from hooked_hybrid.niah.prompts import Haystack
+from hooked_hybrid.niah.ray_options import GpusPerWorker, Ray, Workers
 from hooked_hybrid.packaged import packaged_models
 from hooked_hybrid.reproduce.catalogue import items_of, runs_of
 from hooked_hybrid.reproduce.claims import TITLES, Item, Paper, subject_of
@@ -41,6 +43,10 @@ from hooked_hybrid.reproduce.report import (
     write_report,
 )
 from hooked_hybrid.reproduce.runs import check, perform
+from hooked_hybrid.results_folder import claimed
+
+if TYPE_CHECKING:
+    from hooked_hybrid.niah.ray_workers import RayWorkers
 
 
 def _option(text: str, *names: str, **settings: Any) -> Any:
@@ -106,7 +112,9 @@ IncludePath = Annotated[
         "lm-eval's: --include-path tasks/."
     ),
 ]
-Out = Annotated[Path, _option("Folder of the results, new or empty: --out results/thesis.")]
+Out = Annotated[
+    Path, _option("Folder of the results, new or empty: --out results/thesis.", parser=folder)
+]
 
 
 def reproduce(
@@ -129,6 +137,9 @@ def reproduce(
     out: Out = Path("results/reproduce"),
     resume: niah_command.Resume = False,
     threads: niah_command.Threads = None,
+    ray: Ray = None,
+    workers: Workers = None,
+    gpus_per_worker: GpusPerWorker = 0.0,
 ) -> None:
     """Run a paper's tables and figures on a model, and say of each whether the model shows it.
 
@@ -139,7 +150,12 @@ def reproduce(
 
     Example: hooked-hybrid reproduce --paper thesis2025 --model tiny-jamba --out results/thesis
     """
-    with explained(kept=str(out)):
+    options = (ray, workers, gpus_per_worker, threads, model, device, dtype)
+    with (
+        explained(kept=str(out)),
+        nullcontext() if list_items else claimed(out, resume),
+        niah_command.pool(*options) as on,
+    ):
         items = items_of(paper, only or [])
         if list_items:
             _list(paper, items)
@@ -174,7 +190,7 @@ def reproduce(
             losses={},
             thesis_depth=paper == "thesis2025" if thesis_depth is None else thesis_depth,
         )
-        done = walk(items, hybrid, recipe, evidence, out, documents, include_path)
+        done = walk(items, hybrid, recipe, evidence, out, documents, include_path, workers=on)
         card = niah_command.model_card(hybrid, model)
         page = write_report(paper, done, evidence, card, out, command_line())
         _show(done, evidence, page)
@@ -190,6 +206,7 @@ def walk(
     documents: Sequence[str] = (),
     include_path: Path | None = None,
     *,
+    workers: RayWorkers | None = None,
     verbose: bool = True,
 ) -> list[Judged]:
     """Run what each item needs, once for all of them, and write the item; return what was found.
@@ -202,6 +219,7 @@ def walk(
         folder: gets a folder "runs", and each item's files.
         documents: what the haystack is made of.
         include_path: see `language.measured`.
+        workers: run sweeps, texts and benchmarks there, not in this process.
         verbose: show progress bars.
 
     What stops one item, but for disk and memory, is its reason not to be run; the others go on.
@@ -218,15 +236,17 @@ def walk(
                 for run in runs_of(item):
                     if run not in evidence.tables:
                         bar.set_postfix_str(run)
-                        table, text = perform(run, model, recipe, runs, documents, verbose=verbose)
+                        about = (run, model, recipe, runs, documents)
+                        table, text = perform(*about, workers=workers, verbose=verbose)
                         evidence.tables[run] = table
                         if text is not None:
                             evidence.losses[run] = text
                 for suite in item.suites:
                     if suite not in evidence.language:
                         bar.set_postfix_str(suite)
-                        about = (suite, model, evidence.name, runs, recipe.n_documents)
-                        evidence.language[suite] = measured(*about, include_path, bar.write)
+                        of = (suite, model, evidence.name, runs, recipe.n_documents)
+                        scores = measured(*of, include_path, bar.write, workers)
+                        evidence.language[suite] = scores
                 done.append(write_item(item, evidence, folder))
             except (LookupError, ValueError, ArithmeticError, ImportError) as error:
                 done.append(not_run(item, error))

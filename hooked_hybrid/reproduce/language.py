@@ -20,6 +20,8 @@ from hooked_hybrid.reproduce.evidence import Evidence
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+    from hooked_hybrid.niah.ray_workers import RayWorkers
+
 NO_DATA = "data set not available"
 _COLOURS = ("#0072B2", "#E69F00", "#D55E00")
 
@@ -46,6 +48,7 @@ def measured(
     n_documents: int | None,
     include_path: Path | None = None,
     say: Callable[[str], Any] = print,
+    workers: RayWorkers | None = None,
 ) -> Scores:
     """Run a benchmark of `evaluation.benchmarks` in its forms; what is there is not run again.
 
@@ -57,7 +60,8 @@ def measured(
         n_documents: first documents of each task; None is all.
         include_path: folder of tasks in lm-eval's format; a group of the benchmark's name there is
             taken in place of lm-eval's.
-        say: is told of each task before it runs.
+        say: is told of each task.
+        workers: run the tasks there, not in this process.
 
     Returns:
         What could be run; with no task at all, why.
@@ -85,9 +89,8 @@ def measured(
             form.hooks(model.cfg)
     except ValueError as error:  # too few heads for the sparse form
         return Scores(why_not=str(error))
-    found = evaluate(
-        model, name, benchmark.tasks, forms, options, folder / suite, True, include_path, say
-    )
+    where = (folder / suite, True, include_path, say, workers)
+    found = evaluate(model, name, benchmark.tasks, forms, options, *where)
     cells: dict[str, dict[str, Cell]] = {}
     for cell in found.cells:
         cells.setdefault(cell.form, {})[cell.task] = cell

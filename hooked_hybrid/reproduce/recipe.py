@@ -14,7 +14,6 @@ from hooked_hybrid.config import MambaConfig, RGLRUConfig
 from hooked_hybrid.model import HookedHybrid
 from hooked_hybrid.niah.command import ROOM, longest_prompt
 from hooked_hybrid.niah.needles import PAPER, Needle, held_out_needles
-from hooked_hybrid.niah.plots import replacing
 from hooked_hybrid.niah.prompts import (
     Haystack,
     Prompt,
@@ -24,6 +23,7 @@ from hooked_hybrid.niah.prompts import (
     shortest_length,
 )
 from hooked_hybrid.niah.sweep import FirstToken, fingerprint
+from hooked_hybrid.results_folder import holds_results, remove_unfinished, replacing
 
 FILE = "recipe.json"
 _FIRST_TOKEN: dict[type, FirstToken] = {RGLRUConfig: "generation", MambaConfig: "prefill"}
@@ -136,7 +136,7 @@ class Recipe:
             ValueError: the folder holds another recipe, or none.
         """
         path, now = folder / FILE, json.loads(json.dumps({"paper": paper, **asdict(self)}))
-        if folder.is_dir() and any(folder.iterdir()):
+        if holds_results(folder):
             if not resume:
                 raise FileExistsError(
                     f"{folder} is not empty: go on with --resume, or give another --out"
@@ -150,6 +150,7 @@ class Recipe:
                     f"{folder} was made by another recipe: {', '.join(changed)} differ; give "
                     "another --out, nothing is overwritten"
                 )
+            remove_unfinished(folder)
             if before == {k: v for k, v in now.items() if v is not None or k in before}:
                 return
         with replacing(path) as temporary:
@@ -165,12 +166,14 @@ def recorded_include_path(folder: Path) -> Path | None:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ValueError(
             f"{path.parent} holds files of something else ({path.name} cannot be read): give "
             "another --out"
         ) from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} holds no recipe: give another --out")
     return found
 
 

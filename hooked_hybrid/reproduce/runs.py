@@ -28,6 +28,8 @@ from hooked_hybrid.reproduce.shares import few_heads
 if TYPE_CHECKING:
     import pandas as pd
 
+    from hooked_hybrid.niah.ray_workers import RayWorkers
+
 _CLEAR = 8
 """Tokens of the template before the haystack, at most, which no control acts on."""
 
@@ -165,6 +167,7 @@ def perform(
     folder: Path,
     documents: Sequence[str] = (),
     *,
+    workers: RayWorkers | None = None,
     verbose: bool = True,
 ) -> tuple[pd.DataFrame, pd.DataFrame | None]:
     """Return the cells of a run with their `seed`, and its losses of text where it has them.
@@ -177,6 +180,7 @@ def perform(
         recipe: prompts, needles, seeds.
         folder: gets a folder of the run's name.
         documents: what haystack and texts are made of; none means generated.
+        workers: run sweep and texts there, not in this process.
         verbose: show progress bars.
 
     Raises:
@@ -194,13 +198,14 @@ def perform(
         resume=True,
         max_new_tokens=recipe.max_new_tokens,
         first_token_stage=recipe.first_token,
+        workers=workers,
         verbose=verbose,
     )
     seed_of = {p.id: seed for seed, prompts in by_seed.items() for p in prompts}
     table["seed"] = table["prompt_id"].map(seed_of)
     losses = None
     if run.text:
-        losses = _losses(model, settings, recipe, own, documents, verbose)
+        losses = _losses(model, settings, recipe, own, documents, workers, verbose)
     return table, losses
 
 
@@ -210,16 +215,26 @@ def _losses(
     recipe: Recipe,
     folder: Path,
     documents: Sequence[str],
+    workers: RayWorkers | None,
     verbose: bool,
 ) -> pd.DataFrame:
     import pandas as pd
 
     path, length = folder / "text_loss.csv", max(recipe.lengths)
     if not path.exists():
-        losses = text_loss(model, settings, length, recipe.n_texts, documents, verbose=verbose)
+        losses = text_loss(
+            model, settings, length, recipe.n_texts, documents, workers=workers, verbose=verbose
+        )
         with replacing(path) as temporary:
             losses.to_csv(temporary, index=False)
-    return pd.read_csv(path)
+    try:
+        losses = pd.read_csv(path)
+        is_whole = list(losses["setting"]) == [setting.name for setting in settings]
+    except (KeyError, ValueError):
+        is_whole = False
+    if not is_whole:
+        raise ValueError(f"{path} is damaged: remove it, to have it made anew")
+    return losses
 
 
 __all__ = ["RUNS", "Run", "check", "elsewhere_settings", "perform", "span_beside"]

@@ -59,9 +59,10 @@ class Sweep:
 
 
 @pytest.fixture
-def sweep(monkeypatch: pytest.MonkeyPatch) -> Sweep:
-    """Replace the model, the sweep and the drawing."""
+def sweep(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Sweep:
+    """Replace the model, the sweep and the drawing, in a folder of its own."""
     fake = Sweep()
+    monkeypatch.chdir(tmp_path)
 
     def load(name: str, dtype: torch.dtype, device: str) -> HookedHybrid:
         if name == "no-such-model":

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from hooked_hybrid import HookedHybrid
 from hooked_hybrid.cli import build_app
-from hooked_hybrid.evaluation import running
+from hooked_hybrid.evaluation import work
 from hooked_hybrid.evaluation.cells import Cell, Cells
 from hooked_hybrid.evaluation.forms import FORMS, Form, form_of
 from hooked_hybrid.evaluation.identity import identity
@@ -86,7 +86,7 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
         numbers = (value, 0.1, True, 4, 0, right, 0.5, {"acc,none": value}, 0.1)
         return Cell(loaded.name, form.name, form.k, "acc,none", *numbers)
 
-    monkeypatch.setattr(running, "_run", run)
+    monkeypatch.setattr(work, "_run", run)
     return found
 
 
@@ -225,7 +225,7 @@ def test_a_folder_of_other_things_is_refused_and_one_without_cells_is_not(tmp_pa
     Cells(tmp_path / "a", {"model": "m"})
     Cells(tmp_path / "a", {"model": "n"}, resume=True)
     said = json.loads((tmp_path / "a" / "evaluation.json").read_text())
-    assert said == {"model": "n"}
+    assert said == {"format": 1, "model": "n"}
 
 
 # --- what is checked before anything is written ---------------------------------------------------

@@ -1,0 +1,200 @@
+"""Documents on disk as tokens: written once, one after the other, and read as a memory map."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from jaxtyping import Int
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from hooked_hybrid.harvest.shards import save
+from hooked_hybrid.results_folder import replacing
+
+FILE = "tokens.safetensors"
+Document = str | Sequence[int] | Tensor
+"""A text, or its tokens [pos]."""
+
+
+@dataclass(frozen=True)
+class Documents:
+    """The tokens of every document, one after the other.
+
+    `starts` holds where each begins, and where the last ends. `digest` is a hash of what was read,
+    `encoding` of how texts were made tokens.
+    """
+
+    tokens: Int[Tensor, " token"]
+    starts: Int[Tensor, " bound"]
+    digest: str
+    encoding: str
+
+    @classmethod
+    def open(cls, folder: Path) -> Documents:
+        """Return those that `write_documents` left in a folder, mapped: no memory is taken.
+
+        Raises:
+            ValueError: the file is damaged.
+        """
+        path = folder / FILE
+        try:
+            with safe_open(path, "pt") as file:
+                said = json.loads(file.metadata()["documents"])
+                return cls(file.get_tensor("tokens"), file.get_tensor("starts"), **said)
+        except (SafetensorError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path} is damaged ({error}): harvest into another folder") from error
+
+
+def write_documents(
+    documents: Iterable[Document],
+    encode: Callable[[Document], Sequence[int]],
+    encoding: str,
+    d_vocab: int,
+    folder: Path,
+) -> None:
+    """Write the tokens of all documents to a folder; no more than one document is held.
+
+    Raises:
+        ValueError: there is no token, or one that is not in the vocabulary.
+        OSError: the disk is full.
+    """
+    digest, starts = hashlib.sha256(), array("q", [0])
+    with replacing(folder / FILE) as temporary, _raw_file(folder) as raw:
+        for i, document in enumerate(documents):
+            _feed(digest, document)
+            ids = array("i", encode(document))
+            if ids and not 0 <= min(ids) <= max(ids) < d_vocab:
+                raise ValueError(
+                    f"document {i} has tokens from {min(ids)} to {max(ids)}; the model's go from 0 "
+                    f"to {d_vocab - 1}"
+                )
+            ids.tofile(raw)
+            starts.append(starts[-1] + len(ids))
+        if not starts[-1]:
+            raise ValueError(f"there is no token in the {len(starts) - 1} documents")
+        raw.flush()
+        tensors = {
+            "tokens": torch.from_file(raw.name, size=starts[-1], dtype=torch.int32),
+            "starts": torch.frombuffer(starts, dtype=torch.int64),
+        }
+        said = {"digest": digest.hexdigest(), "encoding": encoding}
+        save(tensors, temporary, {"documents": json.dumps(said)})
+
+
+def digest_of(documents: Iterable[Document]) -> str:
+    """Return the hash of documents that `write_documents` keeps, without tokenizing them."""
+    digest = hashlib.sha256()
+    for document in documents:
+        _feed(digest, document)
+    return digest.hexdigest()
+
+
+@contextmanager
+def _raw_file(folder: Path) -> Iterator[BinaryIO]:
+    path = folder / f".tokens.raw.{os.getpid()}.tmp"
+    try:
+        with path.open("wb") as file:
+            yield file
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def _feed(digest: Any, document: Document) -> None:
+    if isinstance(document, str):
+        content = document.encode("utf-8", "surrogatepass")
+    else:
+        content = array("i", ids_of(document)).tobytes()
+    digest.update(f"{type(document) is str} {len(content)} ".encode() + content)
+
+
+def ids_of(document: Sequence[int] | Tensor) -> list[int]:
+    """Return tokens as a list.
+
+    Raises:
+        ValueError: they are not one row of integers.
+    """
+    ids = torch.as_tensor(document)
+    if ids.ndim != 1 or ids.is_floating_point():
+        raise ValueError(f"a document is a text or a row of tokens, not {ids.dtype} {[*ids.shape]}")
+    return ids.tolist()
+
+
+# --- sources --------------------------------------------------------------------------------------
+
+
+def read_texts(source: str | Path, field: str = "text") -> Iterator[str]:
+    """Yield the documents of a file or a folder, in the order of names and lines.
+
+    Args:
+        source: a .txt file (one document), a .jsonl file (one a line), a folder of such files at
+            any depth, or a folder that `datasets.Dataset.save_to_disk` wrote.
+        field: of a line or a row, where the text is.
+
+    Raises:
+        ValueError: nothing is there, a file is neither, not UTF-8 or not JSON, or the field is
+            missing: before the first document where that can be seen, else at it.
+    """
+    source = Path(source)
+    if not source.exists():
+        raise ValueError(f"texts {source}: there is no such file or folder")
+    if (source / "dataset_info.json").exists():
+        return _rows_of(source, field)
+    files = [source]
+    if source.is_dir():
+        found = (f for f in source.rglob("*") if f.suffix in _READERS and f.is_file())
+        files = sorted(found, key=lambda file: file.relative_to(source).parts)
+    if not files or files[0].suffix not in _READERS:
+        raise ValueError(f"texts {source}: give a .txt or .jsonl file, or a folder of such files")
+    return (text for file in files for text in _read(file, field))
+
+
+def _read(file: Path, field: str) -> Iterator[str]:
+    try:
+        yield from _READERS[file.suffix](file, field)
+    except OSError as error:
+        raise ValueError(f"texts {file} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"texts {file} is not UTF-8 ({error})") from error
+
+
+def _whole(file: Path, field: str) -> Iterator[str]:  # noqa: ARG001  (a text has no fields)
+    yield file.read_text(encoding="utf-8")
+
+
+def _lines(file: Path, field: str) -> Iterator[str]:
+    with file.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"texts {file}, line {number}: no JSON ({error})") from None
+            yield _text_of(row, field, f"{file}, line {number}")
+
+
+def _rows_of(folder: Path, field: str) -> Iterator[str]:
+    from datasets import load_from_disk
+
+    for number, row in enumerate(load_from_disk(str(folder))):
+        yield _text_of(row, field, f"{folder}, row {number}")
+
+
+def _text_of(row: Any, field: str, where: str) -> str:
+    text = row.get(field) if isinstance(row, dict) else None
+    if not isinstance(text, str):
+        has = f"; it has {', '.join(map(str, row))}" if isinstance(row, dict) else ""
+        raise ValueError(f"texts {where}: no text in the field {field!r}{has}: give another field")
+    return text
+
+
+_READERS: dict[str, Callable[[Path, str], Iterator[str]]] = {".txt": _whole, ".jsonl": _lines}

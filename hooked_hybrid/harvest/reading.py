@@ -1,0 +1,293 @@
+"""Reading a harvest: batches of tokens' activations, shuffled over all shards."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache
+from itertools import count
+from os import PathLike
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+from torch.utils.data import IterableDataset, get_worker_info
+
+from hooked_hybrid.harvest.shards import (
+    BESIDE,
+    FORMAT,
+    INDEX,
+    RECIPE,
+    read_header,
+    sha256_of,
+    shard_paths,
+)
+from hooked_hybrid.names import Shorthand, resolve
+
+BLOCK = 256
+"""Neighbouring tokens that are read together."""
+MOST_OPEN = 64
+"""Shards that stay open."""
+
+
+class HarvestedActivations:
+    """The activations that `harvest` left in a folder.
+
+    `len` is the number of tokens. `index` is `index.json`: `hooks` has dtype, shape, mean norm and
+    mean squared norm of each hook point, `recipe` what was asked for.
+
+    Args:
+        folder: of a finished harvest.
+
+    Raises:
+        ValueError: there is none, or it is not finished, damaged, or of a newer version.
+    """
+
+    def __init__(self, folder: str | PathLike[str]) -> None:
+        self.folder = Path(folder)
+        path = self.folder / INDEX
+        if not path.exists():
+            raise ValueError(_unfinished(self.folder))
+        try:
+            self.index: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            is_newer = self.index["format"] > FORMAT
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path} is damaged: go on with --resume, it is made again") from error
+        if is_newer:
+            raise ValueError(f"{path} was written by a newer version of this library")
+        self.paths = [self.folder / shard["file"] for shard in self.index["shards"]]
+        for path, shard in zip(self.paths, self.index["shards"], strict=True):
+            n_bytes = path.stat().st_size if path.exists() else 0
+            if n_bytes != shard["bytes"]:
+                raise ValueError(
+                    f"{path} has {n_bytes} bytes, and {INDEX} says {shard['bytes']}: go on with "
+                    "--resume, it is made again"
+                )
+
+    def __len__(self) -> int:
+        return int(self.index["tokens"])
+
+    def __repr__(self) -> str:
+        return (
+            f"{type(self).__name__}({str(self.folder)!r}: {len(self):,} tokens, "
+            f"{len(self.paths)} shards, {', '.join(self.names)})"
+        )
+
+    @property
+    def names(self) -> list[str]:
+        """The hook points."""
+        return list(self.index["hooks"])
+
+    def shape(self, name: Shorthand) -> tuple[int, ...]:
+        """Return the shape of one token's value at a hook point."""
+        return tuple(self.index["hooks"][self.resolve(name)]["shape"])
+
+    def mean_norm(self, name: Shorthand) -> float:
+        """Return the mean L2 norm of a hook point's values.
+
+        Raises:
+            ValueError: they are integers.
+        """
+        found = self.index["hooks"][self.resolve(name)]["mean_norm"]
+        if found is None:
+            raise ValueError(f"{name} holds integers, which have no norm")
+        return float(found)
+
+    def load(self, shard: int, name: Shorthand) -> Tensor:
+        """Return one tensor of a shard, [token ...], as a memory map: what is read is loaded.
+
+        Args:
+            shard: its number.
+            name: a hook point, or one of "token", "document" and "position".
+        """
+        with safe_open(self.paths[shard], "pt") as file:
+            return file.get_tensor(self.resolve(name))
+
+    def batches(
+        self,
+        name: Shorthand | list[str],
+        batch_size: int,
+        *,
+        seed: int | None = 0,
+        epochs: int | None = 1,
+        pool_tokens: int = 2**16,
+        drop_last: bool = False,
+        dtype: torch.dtype | None = None,
+    ) -> ActivationBatches:
+        """Return batches to iterate over, or to give a `DataLoader` with `batch_size=None`.
+
+        Args:
+            name: a hook point, for tensors [token d] (what follows the token axis is flattened); or
+                a list of hook points and of "token", "document", "position", for dicts of tensors
+                [token ...] as they are.
+            batch_size: tokens of a batch.
+            seed: of the order, another in each epoch; None keeps that of the documents.
+            epochs: how often all is read; None is without end.
+            pool_tokens: tokens that are held and drawn from.
+            drop_last: leave out a last batch that is not full.
+            dtype: of floating-point values; None is that of the files.
+        """
+        return ActivationBatches(
+            self, name, batch_size, seed, epochs, pool_tokens, drop_last, dtype
+        )
+
+    def verify(self) -> None:
+        """Compare every tensor with the hash of what was written.
+
+        Raises:
+            ValueError: one differs.
+        """
+        for path, shard in zip(self.paths, self.index["shards"], strict=True):
+            hashes = read_header(path).sha256
+            if hashes != shard["sha256"]:
+                raise ValueError(f"{path} is not the shard that {INDEX} lists")
+            with safe_open(path, "pt") as file:
+                for name, wanted in hashes.items():
+                    if sha256_of(file.get_tensor(name)) != wanted:
+                        raise ValueError(
+                            f"{path} is damaged at {name}: remove it and go on with --resume, it "
+                            "is made again"
+                        )
+
+    def resolve(self, name: Shorthand) -> str:
+        """Return the full name of a hook point or a column.
+
+        Raises:
+            HookNameError: it was not harvested; the message lists the nearest.
+        """
+        if isinstance(name, str) and name in BESIDE:
+            return name
+        layers = [int(n.split(".")[1]) for n in self.names if n.startswith("blocks.")]
+        return resolve(name, self.names, max(layers, default=0) + 1)
+
+
+class ActivationBatches(IterableDataset[Any]):
+    """Batches of a harvest; see `HarvestedActivations.batches`.
+
+    Blocks of neighbouring tokens are read in random order over all shards, into a pool from which
+    batches are drawn until half of it is left. In a `DataLoader`, each worker reads shards of its
+    own, and no token is read twice in an epoch. Each iteration begins with the first epoch.
+    """
+
+    def __init__(
+        self,
+        harvest: HarvestedActivations,
+        name: Shorthand | list[str],
+        batch_size: int,
+        seed: int | None = 0,
+        epochs: int | None = 1,
+        pool_tokens: int = 2**16,
+        drop_last: bool = False,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        for what, value in (("batch_size", batch_size), ("epochs", epochs)):
+            if value is not None and value < 1:
+                raise ValueError(f"{what}={value}: give 1 or more")
+        if pool_tokens < batch_size:
+            raise ValueError(
+                f"pool_tokens={pool_tokens}: give {batch_size}, the size of a batch, or more"
+            )
+        self.harvest, self.batch_size, self.seed, self.epochs = harvest, batch_size, seed, epochs
+        self.pool_tokens, self.drop_last, self.dtype = pool_tokens, drop_last, dtype
+        self.is_single = not isinstance(name, list)
+        chosen = name if isinstance(name, list) else [name]
+        self.names = [harvest.resolve(one) for one in chosen]
+
+    def __iter__(self) -> Iterator[Any]:
+        for epoch in count() if self.epochs is None else range(self.epochs):
+            is_empty = True
+            for batch in self._epoch(epoch):
+                is_empty = False
+                yield batch
+            if is_empty:  # a worker without a shard: nothing will come without end
+                return
+
+    def _epoch(self, epoch: int) -> Iterator[Any]:
+        worker = get_worker_info()
+        of, n = (0, 1) if worker is None else (worker.id, worker.num_workers)
+        generator = None
+        if self.seed is not None:
+            # Workers and epochs draw from streams of their own, whatever their number.
+            stream = Random(f"{self.seed} {epoch} {of}")
+            generator = torch.Generator().manual_seed(stream.getrandbits(63))
+        pool: dict[str, Tensor] = {}
+        blocks = self._blocks(range(of, len(self.harvest.paths), n), generator)
+        opened = lru_cache(MOST_OPEN)(lambda path: safe_open(path, "pt"))
+        while True:
+            is_last = not self._fill(pool, blocks, opened, generator)
+            n_pool = len(pool[self.names[0]]) if pool else 0
+            n_left = 0 if is_last or generator is None else n_pool // 2
+            at = 0
+            while n_pool - at >= max(self.batch_size, n_left + 1):
+                yield self._batch(pool, at, at + self.batch_size)
+                at += self.batch_size
+            if is_last:
+                if at < n_pool and not self.drop_last:
+                    yield self._batch(pool, at, n_pool)
+                return
+            pool = {name: value[at:].clone() for name, value in pool.items()}
+
+    def _blocks(
+        self, shards: Sequence[int], generator: torch.Generator | None
+    ) -> Iterator[tuple[int, int]]:
+        """Yield every block of some shards: the shard, and its first token there."""
+        sizes = [self.harvest.index["shards"][shard]["tokens"] for shard in shards]
+        if not sizes:
+            return
+        starts = [torch.arange(0, size, BLOCK) for size in sizes]
+        of = torch.tensor(shards).repeat_interleave(torch.tensor([len(s) for s in starts]))
+        start = torch.cat(starts)
+        n = len(start)
+        order = torch.arange(n) if generator is None else torch.randperm(n, generator=generator)
+        for i in order:
+            yield int(of[i]), int(start[i])
+
+    def _fill(
+        self,
+        pool: dict[str, Tensor],
+        blocks: Iterator[tuple[int, int]],
+        opened: Callable[[Path], Any],
+        generator: torch.Generator | None,
+    ) -> bool:
+        """Add blocks to the pool until it is full, and mix it; False where there are no more."""
+        parts = {name: [pool[name]] if pool else [] for name in self.names}
+        n_held, is_full = (len(pool[self.names[0]]) if pool else 0), False
+        for shard, start in blocks:
+            file = opened(self.harvest.paths[shard])
+            for name in self.names:
+                parts[name].append(file.get_slice(name)[start : start + BLOCK])
+            n_held += len(parts[self.names[0]][-1])
+            if is_full := n_held >= self.pool_tokens:
+                break
+        if not n_held:
+            return False
+        order = None if generator is None else torch.randperm(n_held, generator=generator)
+        for name, found in parts.items():
+            whole = torch.cat(found)
+            pool[name] = whole if order is None else whole[order]
+        return is_full
+
+    def _batch(self, pool: dict[str, Tensor], start: int, stop: int) -> Any:
+        """Return some of the pool, as tensors of their own."""
+        batch = {}
+        for name, value in pool.items():
+            part = value[start:stop].clone()
+            if self.dtype is not None and part.is_floating_point():
+                part = part.to(self.dtype)
+            batch[name] = part
+        return batch[self.names[0]].flatten(1) if self.is_single else batch
+
+
+def _unfinished(folder: Path) -> str:
+    if not (folder / RECIPE).exists():
+        return f"{folder} holds no harvest"
+    return (
+        f"the harvest in {folder} is not finished ({len(shard_paths(folder))} shards are there): "
+        "go on with --resume"
+    )
+
+
+__all__ = ["ActivationBatches", "HarvestedActivations"]

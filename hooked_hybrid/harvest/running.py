@@ -1,0 +1,202 @@
+"""Making one shard: the forwards, and the rows that their hooks leave."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from fnmatch import fnmatchcase
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from hooked_hybrid.harvest.contexts import Batch, Plan
+from hooked_hybrid.harvest.shards import Header, shard_name, write_shard
+from hooked_hybrid.hooked_root import HookSpec
+from hooked_hybrid.hooks import HookPoint, is_per_position, watcher
+from hooked_hybrid.model import HookedHybrid
+from hooked_hybrid.names import HookNameError, NameFilter, matching
+
+WILD = frozenset("*?[")
+
+
+def hooks_to_keep(model: HookedHybrid, names_filter: NameFilter) -> list[str]:
+    """Return the hook points to harvest, in the order of the model.
+
+    Args:
+        model: has them.
+        names_filter: a name, several, or a predicate. A name may be a pattern of the shell
+            ("blocks.*.hook_resid_post"); of these and of predicates, only points with a row for
+            each token count.
+
+    Raises:
+        HookNameError: a name or a pattern that matches nothing.
+        ValueError: a named point without a row for each token: scores and patterns.
+    """
+    has_rows = [n for n, point in model.hook_dict.items() if point.axes[:2] == ("batch", "pos")]
+    if callable(names_filter):
+        return matching(names_filter, has_rows)
+    given = [names_filter] if isinstance(names_filter, str) else names_filter
+    found: set[str] = set()
+    for name in given:
+        if isinstance(name, str) and WILD & set(name):
+            fitting = {n for n in has_rows if fnmatchcase(n, name)}
+            if not fitting:
+                raise HookNameError(
+                    f"no hook point with a row for each token fits {name!r}; they look like "
+                    f"{', '.join(has_rows[:4])}"
+                )
+            found |= fitting
+        else:
+            found |= set(matching([name], model.hook_dict))
+    if wrong := [name for name in found if name not in has_rows]:
+        axes = " ".join(model.hook_dict[wrong[0]].axes)
+        raise ValueError(f"{wrong[0]} has axes [{axes}], no row for each token: name other points")
+    return matching(sorted(found), has_rows)
+
+
+class Runner:
+    """Forwards that end after the last layer that is needed, and keep what was asked for.
+
+    Args:
+        model: runs.
+        names: hook points to keep.
+        dtype: floating-point values are written in it.
+        interventions: hooks that act meanwhile; what is kept is the value after them.
+    """
+
+    def __init__(
+        self,
+        model: HookedHybrid,
+        names: Sequence[str],
+        dtype: torch.dtype,
+        interventions: Sequence[HookSpec] = (),
+    ) -> None:
+        self.model, self.names, self.dtype = model, list(names), dtype
+        self.interventions = list(interventions)
+        layers = [_layers_before(model.hook_dict[name], model.cfg.n_layers) for name in names]
+        self.n_layers = max(layers)
+        self.logits_to_keep = None if "unembed.hook_logits" in names else 1
+
+    @cached_property
+    def shapes(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Return the shape after the token axis and the dtype in which each is written.
+
+        Runs the model on one token, without the interventions.
+        """
+        found = {}
+
+        @watcher
+        def look(value: Tensor, hook: HookPoint) -> None:
+            found[str(hook.name)] = (tuple(value.shape[2:]), self._written(value.dtype))
+
+        token = torch.zeros(1, 1, dtype=torch.long, device=self.model.device)
+        with torch.no_grad(), self.model.hooks([(self.names, look)]):
+            self._forward(token, None)
+        return {name: found[name] for name in self.names}
+
+    def run(self, batch: Batch, into: Mapping[str, Tensor]) -> None:
+        """Put the rows of a batch where they belong.
+
+        Args:
+            batch: contexts that run together.
+            into: tensors of the whole shard by hook name, [token ...].
+
+        Raises:
+            ValueError: a value that is not finite, as computed or in the dtype it is written in.
+        """
+        device = self.model.device
+        source = batch.is_kept.flatten().nonzero()[:, 0]
+
+        @watcher
+        def keep(value: Tensor, hook: HookPoint) -> None:
+            rows = value.detach().flatten(0, 1).index_select(0, source.to(value.device))
+            written = rows.to(self._written(value.dtype))
+            if written.is_floating_point() and not bool(written.isfinite().all()):
+                raise ValueError(_not_finite(str(hook.name), rows, written))
+            into[str(hook.name)].index_copy_(0, batch.rows, written.cpu())
+
+        mask = None if self._ignores_padding() else batch.is_token.long().to(device)
+        with torch.no_grad(), self.model.hooks([*self.interventions, (self.names, keep)]):
+            self._forward(batch.tokens.to(device), mask)
+
+    def _forward(
+        self, tokens: Int[Tensor, "batch pos"], mask: Int[Tensor, "batch pos"] | None
+    ) -> None:
+        if self.n_layers <= self.model.cfg.n_layers:
+            self.model(tokens, None, attention_mask=mask, stop_at_layer=self.n_layers)
+        else:
+            self.model(tokens, attention_mask=mask, logits_to_keep=self.logits_to_keep)
+
+    def _ignores_padding(self) -> bool:
+        """Whether all hooks treat positions by themselves: then padding on the right is nothing."""
+        attached = [handle.hook for handle in self.model.list_hooks()]
+        return all(is_per_position(fn) for fn in (*attached, *(fn for _, fn in self.interventions)))
+
+    def _written(self, dtype: torch.dtype) -> torch.dtype:
+        return self.dtype if dtype.is_floating_point else dtype
+
+
+class ShardMaker:
+    """What makes any shard of a harvest by its number, here or in another process.
+
+    Args:
+        runner, plan: what runs, and on what.
+        folder: of the harvest.
+        recipe: its hash, for the shards' headers.
+    """
+
+    def __init__(self, runner: Runner, plan: Plan, folder: Path, recipe: str) -> None:
+        self.runner, self.plan, self.folder, self.recipe = runner, plan, folder, recipe
+        self.shapes = runner.shapes
+
+    def make(self, shard: int, done: Callable[[int], Any] = lambda _: None) -> Header:
+        """Write a shard and return its header; the same number gives the same bytes.
+
+        Args:
+            shard: its number.
+            done: told of each batch how many rows it gave.
+
+        Raises:
+            ValueError: a value that is not finite.
+            OSError: the disk is full, or the file cannot be written.
+        """
+        n_rows = self.plan.n_rows(shard)
+        tensors = {
+            name: torch.empty(n_rows, *shape, dtype=dtype)
+            for name, (shape, dtype) in self.shapes.items()
+        }
+        for batch in self.plan.batches(shard):
+            self.runner.run(batch, tensors)
+            done(len(batch.rows))
+        path = self.folder / shard_name(shard, self.plan.n_shards)
+        return write_shard(path, tensors, asdict(self.plan.beside(shard)), self.recipe, shard)
+
+
+def _layers_before(point: HookPoint, n_layers: int) -> int:
+    """Return how many blocks must run for a point; one more than there are where all must."""
+    name = str(point.name)
+    if name.startswith("blocks."):
+        return point.layer() + 1
+    return 0 if name == "hook_embed" else n_layers + 1
+
+
+def _not_finite(name: str, rows: Tensor, written: Tensor) -> str:
+    if not bool(rows.isfinite().all()):
+        return f"{name} has values that are not finite: look at the model and the interventions"
+    return (
+        f"{name} has values up to {float(rows.abs().max()):.3g}, too large for {written.dtype}: "
+        "write float32 or bfloat16"
+    )
+
+
+def bytes_of_row(shapes: Mapping[str, tuple[tuple[int, ...], torch.dtype]]) -> int:
+    """Return the bytes that one token takes in a shard, with what stands beside it."""
+    beside = 3 * torch.int32.itemsize
+    return beside + sum(torch.Size(s).numel() * dtype.itemsize for s, dtype in shapes.values())
+
+
+__all__ = ["Runner", "ShardMaker", "bytes_of_row", "hooks_to_keep"]

@@ -1,0 +1,252 @@
+"""Prompts of one length under all settings of a sweep: what is run once, and what together.
+
+The tokens that prompts begin with form a tree, whose trunk and branches are run once each. Leaves
+that are neighbours are decoded together, a few prompts at a time: a part. Which prompts make a part
+and where the tree is cut follows from the whole group, so that a part's numbers are the same
+whatever else is run, and in whatever process.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import groupby, islice
+from typing import Any, Literal
+
+import torch
+
+from hooked_hybrid.config import AttentionConfig
+from hooked_hybrid.hooks import is_per_position
+from hooked_hybrid.model import HookedHybrid
+from hooked_hybrid.niah.cells import cell_of
+from hooked_hybrid.niah.prompts import Prompt
+from hooked_hybrid.niah.settings import Setting, hooks_for, hooks_of_rows
+from hooked_hybrid.state import HybridState
+
+FirstToken = Literal["prefill", "generation"]
+Cells = list[dict[str, Any]]
+"""Rows of `hooked_hybrid.niah.store.COLUMNS`."""
+MOST_ROWS = 32
+"""Cells that are decoded as one batch, at most; so are few settings of several prompts."""
+
+
+def groups_of(prompts: Sequence[Prompt]) -> list[list[Prompt]]:
+    """Return prompts of one length together, the shortest first: these may share a prefix."""
+    ordered = sorted(prompts, key=lambda p: p.length)
+    return [list(group) for _, group in groupby(ordered, key=lambda p: p.length)]
+
+
+def shortest_window(model: HookedHybrid) -> int | None:
+    """Return how many keys the last prompt token sees in every attention layer; None for all."""
+    mixers = [layer.mixer for layer in model.cfg.layers if isinstance(layer.mixer, AttentionConfig)]
+    windows = [mixer.n_keys for mixer in mixers if mixer.n_keys is not None]
+    return min(windows, default=None)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Settings that run together: a row for each prefill, then a row for each setting."""
+
+    settings: tuple[Setting, ...]
+
+    @cached_property
+    def prefills(self) -> list[Setting]:
+        """One setting of each prefill."""
+        found: list[Setting] = []
+        for setting in self.settings:
+            if all(setting.prefill != other.prefill for other in found):
+                found.append(setting)
+        return found
+
+    @cached_property
+    def row_of(self) -> list[int]:
+        """The prefill's row of each setting."""
+        known = [setting.prefill for setting in self.prefills]
+        return [known.index(setting.prefill) for setting in self.settings]
+
+    shares_prompts: bool
+    """Whether what two prompts begin with may be run once."""
+    is_whole: bool
+    """Whether a prompt is run in one piece, as its hooks may look at all of it."""
+
+
+def batches_of(settings: Sequence[Setting], prompt: Prompt) -> list[Batch]:
+    """Put together what has a plain prefill, a hooked one, and one that depends on the prompt."""
+    kinds: dict[tuple[bool, bool, bool], list[Setting]] = {}
+    for setting in settings:
+        hooks = hooks_for(setting.prefill, prompt)
+        is_whole = not all(is_per_position(fn) for _, fn in hooks)
+        shares = not callable(setting.prefill) and not is_whole
+        kinds.setdefault((bool(hooks), shares, is_whole), []).append(setting)
+    return [
+        Batch(tuple(same[start : start + MOST_ROWS]), shares, is_whole)
+        for (_, shares, is_whole), same in kinds.items()
+        for start in range(0, len(same), MOST_ROWS)
+    ]
+
+
+class Group:
+    """The prompts of one length, under all settings."""
+
+    def __init__(self, prompts: Sequence[Prompt], settings: Sequence[Setting]) -> None:
+        self.prompts, self.settings = prompts, settings
+
+    @cached_property
+    def batches(self) -> list[Batch]:
+        """What runs together."""
+        return batches_of(self.settings, self.prompts[0])
+
+    @cached_property
+    def parts(self) -> list[list[Prompt]]:
+        """A few prompts at a time, in the order of the tree: neighbours share most."""
+        n_together = max(1, MOST_ROWS // max(len(batch.settings) for batch in self.batches))
+        ordered = list(in_order(self.prompts))
+        return [ordered[i : i + n_together] for i in range(0, len(ordered), n_together)]
+
+    def cells(
+        self,
+        model: HookedHybrid,
+        wanted: Sequence[int],
+        max_new_tokens: int,
+        first_token_stage: FirstToken,
+    ) -> Iterator[Cells]:
+        """Yield the cells of each wanted part; `wanted` are indices into `parts`, ascending."""
+        parts, window = [self.parts[i] for i in wanted], shortest_window(model)
+        taken = {prompt.id for part in parts for prompt in part}
+        run = _GroupRun(model, max_new_tokens, first_token_stage)
+        prefilled = [run.prefilled(self.prompts, batch, taken) for batch in self.batches]
+        for part in parts:
+            start = time.perf_counter()
+            found: dict[tuple[str, str], tuple[str, int, float]] = {}
+            for batch, states in zip(self.batches, prefilled, strict=True):
+                found |= run.decode(batch, list(islice(states, len(part))))
+            seconds = (time.perf_counter() - start) / (len(part) * len(self.settings))
+            yield [
+                cell_of(prompt, s, *found[prompt.id, s.name], seconds, window)
+                for prompt in part
+                for s in self.settings
+            ]
+
+
+@dataclass(frozen=True)
+class _GroupRun:
+    """How a model runs a group."""
+
+    model: HookedHybrid
+    max_new_tokens: int
+    first_token_stage: FirstToken
+
+    def prefilled(
+        self, prompts: Sequence[Prompt], batch: Batch, wanted: set[str]
+    ) -> Iterator[tuple[Prompt, HybridState | None]]:
+        """Yield each wanted prompt with the state after all its tokens but the last."""
+        if batch.shares_prompts:
+            yield from self._share(prompts, batch, None, 0, wanted)
+            return
+        for prompt in in_order(prompts):
+            if prompt.id in wanted:
+                last = 0 if batch.is_whole else prompt.length - 1
+                yield prompt, self.run(prompt, batch, None, 0, last)
+
+    def _share(
+        self,
+        prompts: Sequence[Prompt],
+        batch: Batch,
+        state: HybridState | None,
+        start: int,
+        wanted: set[str],
+    ) -> Iterator[tuple[Prompt, HybridState | None]]:
+        """Yield prompts that begin alike; what they begin with is run once."""
+        if not any(p.id in wanted for p in prompts):
+            return
+        if len(prompts) == 1:
+            (prompt,) = prompts
+            yield prompt, self.run(prompt, batch, state, start, prompt.length - 1)
+            return
+        shared = min(common_prefix(prompts), prompts[0].length - 1)
+        state = self.run(prompts[0], batch, state, start, shared)
+        if shared == prompts[0].length - 1:  # alike up to the last token
+            yield from ((prompt, state) for prompt in prompts if prompt.id in wanted)
+            return
+        for part in _parted(prompts, shared):
+            yield from self._share(part, batch, state, shared, wanted)
+
+    def run(
+        self, prompt: Prompt, batch: Batch, state: HybridState | None, start: int, stop: int
+    ) -> HybridState | None:
+        """Return the state after tokens `start` to `stop`, run as prefill."""
+        if start >= stop:
+            return state
+        tokens = torch.tensor([prompt.tokens[start:stop]]).expand(len(batch.prefills), -1)
+        rows = [(setting, prompt) for setting in batch.prefills]
+        with self.model.hooks(hooks_of_rows(rows, "prefill")):
+            _, state = self.model(
+                tokens, return_type=None, state=state, return_state=True, stage="prefill"
+            )
+        return state
+
+    def decode(
+        self, batch: Batch, prefilled: Sequence[tuple[Prompt, HybridState | None]]
+    ) -> dict[tuple[str, str], tuple[str, int, float]]:
+        """Return output, new tokens and smallest margin of each prompt and setting."""
+        prompts, states = zip(*prefilled, strict=True)
+        rows = [(setting, prompt) for prompt in prompts for setting in batch.settings]
+        of_settings = torch.tensor(batch.row_of)
+        forked = [state[of_settings] for state in states if state is not None]
+        out = self.model.generate(
+            torch.tensor([p.tokens if batch.is_whole else p.tokens[-1:] for _, p in rows]),
+            self.max_new_tokens,
+            prefill_hooks=hooks_of_rows(rows, "prefill"),
+            generation_hooks=hooks_of_rows(rows, "generation"),
+            first_token_stage=self.first_token_stage,
+            state=HybridState.cat(forked) if forked else None,
+            return_type="output",
+            verbose=False,
+        )
+        margins = out.margins.amin(dim=1).tolist()
+        n_new = torch.isfinite(out.margins).sum(1).tolist()
+        return {
+            (prompt.id, setting.name): (out.text[i], n_new[i], margins[i])
+            for i, (setting, prompt) in enumerate(rows)
+        }
+
+
+def in_order(prompts: Sequence[Prompt]) -> Iterator[Prompt]:
+    """Yield prompts of one length in the order in which their tree is walked."""
+    shared = min(common_prefix(prompts), prompts[0].length - 1)
+    if len(prompts) == 1 or shared == prompts[0].length - 1:
+        yield from prompts
+        return
+    for part in _parted(prompts, shared):
+        yield from in_order(part)
+
+
+def common_prefix(prompts: Sequence[Prompt]) -> int:
+    """Return how many tokens all prompts begin with."""
+    low, high = min(p.tokens for p in prompts), max(p.tokens for p in prompts)
+    for i, (a, b) in enumerate(zip(low, high, strict=False)):
+        if a != b:
+            return i
+    return min(len(low), len(high))
+
+
+def _parted(prompts: Sequence[Prompt], at: int) -> list[list[Prompt]]:
+    """Return prompts by their token at a place, in the order in which these come up."""
+    parts: dict[int, list[Prompt]] = {}
+    for prompt in prompts:
+        parts.setdefault(prompt.tokens[at], []).append(prompt)
+    return list(parts.values())
+
+
+__all__ = [
+    "MOST_ROWS",
+    "Batch",
+    "Cells",
+    "FirstToken",
+    "Group",
+    "batches_of",
+    "groups_of",
+    "shortest_window",
+]

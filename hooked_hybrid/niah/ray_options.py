@@ -1,0 +1,74 @@
+"""Options of a command that may run on a Ray cluster."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from hooked_hybrid.model import HookedHybrid
+from hooked_hybrid.niah.ray_workers import RayWorkers
+
+Ray = Annotated[
+    str | None,
+    typer.Option(
+        "--ray",
+        help="Run on a Ray cluster: --ray local starts one here, --ray HOST:PORT or auto uses one.",
+        show_default="in this process",
+    ),
+]
+Workers = Annotated[
+    int | None,
+    typer.Option(
+        help="Processes that load the model, of --threads cores each: --ray auto --workers 8.",
+        min=1,
+        show_default="as many as the cluster holds",
+    ),
+]
+GpusPerWorker = Annotated[
+    float,
+    typer.Option(help="GPUs of each, 0.5 for two on one: --ray auto --gpus-per-worker 1.", min=0),
+]
+
+
+def workers_of(
+    ray: str | None,
+    workers: int | None,
+    gpus_per_worker: int | float,
+    threads: int | None,
+    device: str,
+    load: Callable[..., HookedHybrid],
+) -> AbstractContextManager[RayWorkers | None]:
+    """Return the workers that these options ask for, to be entered; None for this process.
+
+    Args:
+        ray, workers, gpus_per_worker: the options above.
+        threads: cores of each worker, 1 where it is None.
+        device: the option; with GPUs, the workers' device is "cuda" whatever it says.
+        load: called with `device=` in each worker, and pickled for it.
+
+    Raises:
+        ValueError: options of Ray without `--ray`, a GPU for this process alone, or no Ray.
+    """
+    if ray is None:
+        if workers is not None or gpus_per_worker:
+            raise ValueError("--workers, --gpus-per-worker: give --ray too, --ray local for one")
+        return nullcontext()
+    if device != "cpu" and not gpus_per_worker:
+        raise ValueError(
+            f"--device {device} with --ray: give --gpus-per-worker 1, or workers have no GPU"
+        )
+    on = "cuda" if gpus_per_worker else device
+    return RayWorkers(ray, workers, gpus_per_worker, threads or 1, partial(load, device=on))
+
+
+def located(model: str) -> str:
+    """Return a model's name, absolute where it is a folder: a worker may run in another one."""
+    return str(Path(model).resolve()) if Path(model).is_dir() else model
+
+
+__all__ = ["GpusPerWorker", "Ray", "Workers", "located", "workers_of"]

@@ -1,0 +1,137 @@
+"""Where the parts of a model lie and run: a device map, checked before anything is loaded.
+
+The parts are the blocks, each of them whole, and the ends: embedding, final norm and read-out,
+which run together on the model's device, where tokens go in and logits come out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from hooked_hybrid.config import HybridConfig
+
+DISK = "disk"
+ENDS = ("embed", "ln_final", "unembed")
+DeviceMap = Mapping[str, str | int | torch.device]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the weights of a part are kept, and where it runs.
+
+    Kept on the disk, they are mapped into the CPU's memory, a page when it is read.
+    """
+
+    device: torch.device
+    runs_on: torch.device
+    on_disk: bool = False
+
+    @property
+    def is_streamed(self) -> bool:
+        """Whether the weights are brought elsewhere for each forward of the part."""
+        return self.device != self.runs_on
+
+    @property
+    def name(self) -> str:
+        """Return the place as a device map says it."""
+        return DISK if self.on_disk else str(self.device)
+
+
+def parts_of(cfg: HybridConfig) -> list[str]:
+    """Return the names of what a device map places, in the order in which they run."""
+    return ["embed", *(f"blocks.{i}" for i in range(cfg.n_layers)), "ln_final", "unembed"]
+
+
+def part_of(parameter: str) -> str:
+    """Return the part that a parameter belongs to, by its name."""
+    path = parameter.split(".")
+    return ".".join(path[:2]) if path[0] == "blocks" else path[0]
+
+
+def resolve(cfg: HybridConfig, device_map: DeviceMap) -> dict[str, Place]:
+    """Return the place of every part.
+
+    A block that is kept on the CPU or on the disk runs on the accelerator of the part before it,
+    or of the next one that has one; where there is none, on the CPU. The ends run where they are.
+
+    Args:
+        cfg: what the model is.
+        device_map: device by name of a part, or of what several names begin with: `""` means
+            everything, `"blocks"` all blocks; the longest name that fits counts. A device is a
+            torch device, the number of a GPU, "cpu" or "disk".
+
+    Raises:
+        ValueError: a name that is no part, a part without a place, a device that is not there, or
+            ends that run on different devices.
+    """
+    parts = parts_of(cfg)
+    allowed = {"", "blocks", *parts}
+    if unknown := [name for name in device_map if name not in allowed]:
+        raise ValueError(
+            f"device_map names {unknown[0]!r}; its names are {', '.join(ENDS)}, blocks.0 to "
+            f"blocks.{cfg.n_layers - 1}, 'blocks' and '' (everything): a block stays whole"
+        )
+    given = {part: _given(part, device_map) for part in parts}
+    if missing := [part for part, device in given.items() if device is None]:
+        raise ValueError(
+            f"device_map gives {missing[0]} no place: name it, or give the rest with '': 'cpu'"
+        )
+    rest = {part: _device(device) for part, device in given.items()}
+    runs = {part: _runs_on(i, parts, rest) for i, part in enumerate(parts)}
+    if cfg.tied_embedding:
+        rest["unembed"] = rest["embed"]  # it has no weights of its own
+        runs["unembed"] = runs["embed"]
+    if len(devices := {runs[part] for part in ENDS}) > 1:
+        raise ValueError(
+            f"embed, ln_final and unembed run on {', '.join(sorted(map(str, devices)))}: give them "
+            "one device, where tokens go in and logits come out"
+        )
+    return {part: Place(rest[part][0], runs[part], rest[part][1]) for part in parts}
+
+
+def _given(part: str, device_map: DeviceMap) -> str | int | torch.device | None:
+    """Return what the longest name that fits a part says of it."""
+    for name in (part, part.split(".")[0], ""):
+        if name in device_map:
+            return device_map[name]
+    return None
+
+
+def _device(given: str | int | torch.device | None) -> tuple[torch.device, bool]:
+    """Return the device that holds the weights, and whether it maps them from the disk.
+
+    Raises:
+        ValueError: no device, or none that this machine has.
+    """
+    if given == DISK:
+        return torch.device("cpu"), True
+    try:
+        device = torch.device("cuda", given) if isinstance(given, int) else torch.device(given)  # type: ignore[arg-type]
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(
+            f"device_map says {given!r}: give a device such as 'cuda:0', a GPU's number, 'cpu' or "
+            "'disk'"
+        ) from error
+    if device.type == "cuda":
+        n_gpus, index = torch.cuda.device_count(), device.index or 0
+        if index >= n_gpus:
+            raise ValueError(f"device_map says {given!r}: this machine has {n_gpus} GPUs")
+        device = torch.device("cuda", index)
+    return device, False
+
+
+def _runs_on(
+    i: int, parts: Sequence[str], rest: Mapping[str, tuple[torch.device, bool]]
+) -> torch.device:
+    """Return where part number `i` runs."""
+    here = rest[parts[i]][0]
+    if here.type != "cpu" or parts[i] in ENDS:
+        return here
+    near = [rest[part][0] for part in (*reversed(parts[:i]), *parts[i + 1 :])]
+    return next((device for device in near if device.type != "cpu"), here)
+
+
+__all__ = ["DISK", "ENDS", "DeviceMap", "Place", "part_of", "parts_of", "resolve"]

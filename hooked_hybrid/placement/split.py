@@ -1,0 +1,50 @@
+"""A split of a model over devices, and what a device then holds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Bytes that a device holds while prompts of one length are read and continued."""
+
+    weights: int
+    brought: int
+    """Room for the largest block that is kept elsewhere and runs here."""
+    state: int
+    working: int
+    """Values of a forward at their most, the state before it among them."""
+    context: int
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.weights + self.brought + self.state + self.working + self.context
+
+
+@dataclass(frozen=True)
+class Split:
+    """How many blocks each device holds, in order, and where the blocks after them are kept."""
+
+    held: tuple[int, ...]
+    on_cpu: int = 0
+    on_disk: int = 0
+
+    @property
+    def last(self) -> int:
+        """The device that runs the blocks which no device holds."""
+        return max((i for i, n in enumerate(self.held) if n), default=0)
+
+    def blocks(self, device: int) -> range:
+        """Return the blocks that a device holds."""
+        start = sum(self.held[:device])
+        return range(start, start + self.held[device])
+
+    @property
+    def kept_elsewhere(self) -> range:
+        """The blocks that no device holds."""
+        return range(sum(self.held), sum(self.held) + self.on_cpu + self.on_disk)
+
+
+__all__ = ["Split", "Usage"]

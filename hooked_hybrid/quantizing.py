@@ -1,0 +1,61 @@
+"""How torchao stores one matrix in fewer bits; see `quantized`."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+from jaxtyping import Float
+from torch import Tensor, nn
+
+Matrix = Float[Tensor, "d_out d_in"]
+
+NF4_BLOCK = 64
+NF4_SCALES = 256
+INSTALL = "pip install 'hooked-hybrid[quantized]'"
+
+
+def quantizer_of(scheme: str | Any) -> Callable[[Matrix], Tensor]:
+    """Return what quantises one matrix by "int8", "nf4" or a weight-only config of torchao.
+
+    torchao's configs may set options of the compiler and the precision of all float32 products of
+    the process; they are kept from it.
+
+    Raises:
+        ImportError: torchao is not installed, or too old.
+        ValueError: another scheme.
+    """
+    try:
+        from torchao.core.config import AOBaseConfig
+        from torchao.quantization import Int8WeightOnlyConfig, quantize_, to_nf4
+    except ImportError as error:
+        raise ImportError(f"quantised weights need torchao 0.18 or later: {INSTALL}") from error
+
+    def as_nf4(weight: Matrix) -> Tensor:
+        n_blocks, rest = divmod(weight.numel(), NF4_BLOCK)
+        if rest:
+            raise ValueError(f"its {weight.numel()} numbers are no multiple of {NF4_BLOCK}")
+        return to_nf4(weight, NF4_BLOCK, math.gcd(n_blocks, NF4_SCALES))
+
+    if scheme == "nf4":
+        return as_nf4
+    config = Int8WeightOnlyConfig() if scheme == "int8" else scheme
+    if not isinstance(config, AOBaseConfig):
+        raise ValueError(
+            f"quantize={scheme!r}: give 'int8', 'nf4' (4 bits), or a weight-only config of torchao"
+        )
+    if hasattr(config, "set_inductor_config"):
+        config = dataclasses.replace(config, set_inductor_config=False)
+
+    def by_config(weight: Matrix) -> Tensor:
+        holder = nn.Linear(1, 1, bias=False, device="meta")
+        holder.weight = nn.Parameter(weight, requires_grad=False)
+        quantize_(holder, config, filter_fn=lambda *_: True)
+        return holder.weight.detach()
+
+    return by_config
+
+
+__all__ = ["Matrix", "quantizer_of"]
