@@ -69,7 +69,8 @@ def main() -> None:
             niah(model, prompts[:n], settings[:1], workers=workers, verbose=False)
             print(f"{n} workers ready in {time.perf_counter() - began:.1f} s")
             works[f"{n} workers"] = partial(sweep, workers)
-        seconds = interleaved(works, args.rounds, "ray-scaling", _check)
+        wall = time.perf_counter  # the workers are other processes
+        seconds = interleaved(works, args.rounds, "ray-scaling", _check, read=wall)
     alone = median(seconds["one process"])
     for name, them in seconds.items():
         rates = sorted(n_cells / s for s in them)

@@ -33,6 +33,7 @@ def interleaved(
     what: str = "",
     check: Callable[[dict[str, Any]], None] | None = None,
     shortest: float = SHORTEST,
+    read: Callable[[], float] | None = None,
 ) -> dict[str, list[float]]:
     """Return the seconds of each work in each round.
 
@@ -45,12 +46,13 @@ def interleaved(
         what: shown beside the progress.
         check: given what the works returned in the first round; raises where they disagree.
         shortest: seconds of a timed stretch at least.
+        read: the seconds so far; None for `clock`, which sees this process alone.
     """
     names = list(works)
     results, times = {}, {}
     with no_collector():
         for name in names:
-            results[name], times[name] = timed(works[name])
+            results[name], times[name] = timed(works[name], read=read)
         if check is not None:
             check(results)
         results.clear()
@@ -59,17 +61,20 @@ def interleaved(
         for i in progress(range(rounds), what):
             for name in names[i % len(names) :] + names[: i % len(names)]:
                 gc.collect()
-                kept[name].append(timed(works[name], repeats[name])[1])
+                kept[name].append(timed(works[name], repeats[name], read)[1])
     return kept
 
 
-def timed(work: Work, repeats: int = 1) -> tuple[Any, float]:
-    """Return what some work returns and the seconds it takes."""
-    start = clock()
+def timed(
+    work: Work, repeats: int = 1, read: Callable[[], float] | None = None
+) -> tuple[Any, float]:
+    """Return what some work returns and the seconds it takes by `read`, else by `clock`."""
+    read = read or clock
+    start = read()
     for _ in range(repeats - 1):
         work()
     result = work()
-    return result, (clock() - start) / repeats
+    return result, (read() - start) / repeats
 
 
 def clock() -> float:
