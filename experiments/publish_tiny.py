@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 import hooked_hybrid
 from experiments.train_tiny import LEVELS, cut
 from hooked_hybrid import HookedHybrid
-from hooked_hybrid.niah.command import longest_prompt
+from hooked_hybrid.niah.lengths import longest_prompt
 from hooked_hybrid.niah.needles import PAPER, held_out_needles
 from hooked_hybrid.niah.plots import save_figure
 from hooked_hybrid.niah.prompts import default_depths, default_lengths, grid, shortest_length

@@ -22,8 +22,8 @@ import torch
 
 from experiments.benchmarks.timing import interleaved
 from hooked_hybrid import HookedHybrid
-from hooked_hybrid.niah.command import longest_prompt
 from hooked_hybrid.niah.experiments import heads_of
+from hooked_hybrid.niah.lengths import longest_prompt
 from hooked_hybrid.niah.needles import PAPER
 from hooked_hybrid.niah.prompts import default_depths, default_lengths, grid
 from hooked_hybrid.niah.ray_calls import connect

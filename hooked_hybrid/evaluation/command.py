@@ -9,22 +9,21 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Literal
 
-import torch
 import typer
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from hooked_hybrid.cli import command_line, explained
+from hooked_hybrid.cli import command_line
 from hooked_hybrid.evaluation.benchmarks import BENCHMARKS
 from hooked_hybrid.evaluation.conversation import has_template
 from hooked_hybrid.evaluation.forms import FORMS, Form, form_of
 from hooked_hybrid.evaluation.lines import lines
 from hooked_hybrid.evaluation.report import Written, write
 from hooked_hybrid.evaluation.running import Evaluation, Options, evaluate
-from hooked_hybrid.niah import command as niah_command
-from hooked_hybrid.niah.ray_options import GpusPerWorker, Ray, Workers
-from hooked_hybrid.results_folder import claimed
+from hooked_hybrid.niah.command import model_card
+from hooked_hybrid.niah.run_options import RunOptions
+from hooked_hybrid.option_groups import grouped
 
 
 class FormName(StrEnum):
@@ -90,9 +89,10 @@ IncludePath = Annotated[
 ]
 
 
+@grouped(out=Path("results/eval"))
 def eval(
     tasks: Tasks,
-    model: niah_command.Model = "tiny-griffin",
+    run: RunOptions,
     form: FormNames = None,
     k: Ks = None,
     stage: StageOption = "both",
@@ -102,14 +102,6 @@ def eval(
     batch_size: BatchSize = "auto",
     max_length: MaxLength = None,
     include_path: IncludePath = None,
-    device: niah_command.Device = "cpu",
-    dtype: niah_command.Dtype = "float32",
-    out: niah_command.Out = Path("results/eval"),
-    resume: niah_command.Resume = False,
-    threads: niah_command.Threads = None,
-    ray: Ray = None,
-    workers: Workers = None,
-    gpus_per_worker: GpusPerWorker = 0.0,
 ) -> None:
     """Language benchmarks (lm-eval) of a model whole, with few attention heads, and without any.
 
@@ -119,12 +111,7 @@ def eval(
 
     Example: hooked-hybrid eval --model tiny-jamba --tasks needle_choice --out results/eval
     """
-    placed = (ray, workers, gpus_per_worker, threads, model, device, dtype)
-    with (
-        explained(kept=str(out)),
-        claimed(out, resume),
-        niah_command.pool(*placed) as on,
-    ):
+    with run.started() as workers:
         if find_spec("lm_eval") is None:
             raise ValueError("this needs lm-eval: pip install 'hooked-hybrid[eval]'")
         forms = forms_of(form or (() if k else ("base", "sparse", "ablated")), k or ())
@@ -136,17 +123,24 @@ def eval(
             batch_size=batch_size,
             max_length=max_length,
         )
-        hybrid = niah_command.loaded(model, device, dtype)
-        torch.set_num_threads(threads or niah_command.default_threads(hybrid))
-        has_chat = has_template(hybrid.text.tokenizer)
+        model = run.load()
+        has_chat = has_template(model.text.tokenizer)
         options = replace(options, chat=has_chat if chat is None else chat)
         console = Console(stderr=True)
         evaluation = evaluate(
-            hybrid, model, tasks, forms, options, out, resume, include_path, console.print, on
+            model,
+            run.model,
+            tasks,
+            forms,
+            options,
+            run.out,
+            run.resume,
+            include_path,
+            console.print,
+            workers,
         )
-        written = write(
-            evaluation, niah_command.model_card(hybrid, model), options, out, command_line()
-        )
+        card = model_card(model, run.model)
+        written = write(evaluation, card, options, run.out, command_line())
         if not evaluation.cells:
             raise ValueError(f"no task could be run: {written.report} says why")
         show(evaluation, written)

@@ -6,13 +6,11 @@ from itertools import islice
 from pathlib import Path
 from typing import Annotated, Literal
 
-import torch
 import typer
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from hooked_hybrid.cli import explained
 from hooked_hybrid.evaluation.forms import form_of
 from hooked_hybrid.harvest.documents import read_texts
 from hooked_hybrid.harvest.harvesting import harvest as run_harvest
@@ -20,9 +18,8 @@ from hooked_hybrid.harvest.reading import HarvestedActivations
 from hooked_hybrid.harvest.running import hooks_to_keep
 from hooked_hybrid.harvest.shards import INDEX
 from hooked_hybrid.names import HookNameError
-from hooked_hybrid.niah import command as niah_command
-from hooked_hybrid.niah.ray_options import GpusPerWorker, Ray, Workers
-from hooked_hybrid.results_folder import claimed
+from hooked_hybrid.niah.run_options import RunOptions
+from hooked_hybrid.option_groups import grouped
 
 Texts = Annotated[
     Path,
@@ -87,10 +84,11 @@ K = Annotated[
 ]
 
 
+@grouped(out=Path("results/harvest"))
 def harvest(
     texts: Texts,
     hook: Hooks,
-    model: niah_command.Model = "tiny-griffin",
+    run: RunOptions,
     field: Field = "text",
     n_documents: NDocuments = None,
     context_length: ContextLength = 512,
@@ -101,14 +99,6 @@ def harvest(
     keep_special: KeepSpecial = False,
     seed: Seed = None,
     k: K = None,
-    device: niah_command.Device = "cpu",
-    dtype: niah_command.Dtype = "float32",
-    out: niah_command.Out = Path("results/harvest"),
-    resume: niah_command.Resume = False,
-    threads: niah_command.Threads = None,
-    ray: Ray = None,
-    workers: Workers = None,
-    gpus_per_worker: GpusPerWorker = 0,
 ) -> None:
     """Activations of a data set, in safetensors shards that trainers of autoencoders read.
 
@@ -119,23 +109,18 @@ def harvest(
     Example: hooked-hybrid harvest --texts wiki.jsonl --hook 'blocks.*.hook_resid_post'
     --out results/wiki
     """
-    with (
-        explained(kept=str(out)),
-        claimed(out, resume),
-        niah_command.pool(ray, workers, gpus_per_worker, threads, model, device, dtype) as on,
-    ):
+    with run.started() as workers:
         documents = islice(read_texts(texts, field), n_documents)
-        hybrid = niah_command.loaded(model, device, dtype)
-        torch.set_num_threads(threads or niah_command.default_threads(hybrid))
+        model = run.load()
         try:
-            names = hooks_to_keep(hybrid, hook)
+            names = hooks_to_keep(model, hook)
         except HookNameError as error:
             raise ValueError(f"--hook: {error}") from None
         harvested = run_harvest(
-            hybrid,
+            model,
             documents,
             names,
-            out,
+            run.out,
             context_length=context_length,
             batch_size=batch_size,
             dtype=write,
@@ -143,9 +128,9 @@ def harvest(
             prepend_bos=prepend_bos,
             drop_special=not keep_special,
             seed=seed,
-            fwd_hooks=form_of(k).hooks(hybrid.cfg) if k is not None else (),
-            resume=resume,
-            workers=on,
+            fwd_hooks=form_of(k).hooks(model.cfg) if k is not None else (),
+            resume=run.resume,
+            workers=workers,
         )
         show(harvested)
 

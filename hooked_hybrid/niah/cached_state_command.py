@@ -6,22 +6,20 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import torch
 import typer
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from hooked_hybrid.cli import explained
-from hooked_hybrid.niah import command as niah_command
 from hooked_hybrid.niah.cached_state import cached_state as run_cases
+from hooked_hybrid.niah.command import heads_to_keep
 from hooked_hybrid.niah.plots import new_figure, replacing, save_figure
-from hooked_hybrid.niah.prompts import Haystack, default_depths, grid
-from hooked_hybrid.niah.ray_options import GpusPerWorker, Ray, Workers
+from hooked_hybrid.niah.prompt_options import PromptOptions
 from hooked_hybrid.niah.report import summary_rows
+from hooked_hybrid.niah.run_options import RunOptions
 from hooked_hybrid.niah.setting_plots import MARKERS, WAYS
 from hooked_hybrid.niah.statistics import cluster_column, interval_of, scored
-from hooked_hybrid.results_folder import claimed
+from hooked_hybrid.option_groups import grouped
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -33,24 +31,8 @@ Ks = Annotated[
 ]
 
 
-def cached_state(
-    model: niah_command.Model = "tiny-griffin",
-    k: Ks = None,
-    lengths: niah_command.Lengths = None,
-    depths: niah_command.Depths = None,
-    needle: niah_command.Needles = None,
-    n_needles: niah_command.NNeedles = None,
-    max_new_tokens: niah_command.MaxNewTokens = 40,
-    device: niah_command.Device = "cpu",
-    dtype: niah_command.Dtype = "float32",
-    out: niah_command.Out = Path("results/cached-state"),
-    resume: niah_command.Resume = False,
-    seed: niah_command.Seed = 0,
-    threads: niah_command.Threads = None,
-    ray: Ray = None,
-    workers: Workers = None,
-    gpus_per_worker: GpusPerWorker = 0.0,
-) -> None:
+@grouped(out=Path("results/cached-state"))
+def cached_state(run: RunOptions, prompts: PromptOptions, k: Ks = None) -> None:
     """Does the cache carry the damage? Heads silenced in prefill or in steps, states kept or not.
 
     Parts of the prompt's state, and of what each step adds to it, are taken from a run with heads
@@ -58,33 +40,24 @@ def cached_state(
 
     Example: hooked-hybrid cached-state --model tiny-griffin --k 3 --k 4 --out results/cached
     """
-    options = (ray, workers, gpus_per_worker, threads, model, device, dtype)
-    with (
-        explained(kept=str(out)),
-        claimed(out, resume),
-        niah_command.pool(*options) as on,
-    ):
-        hybrid = niah_command.loaded(model, device, dtype)
-        torch.set_num_threads(threads or niah_command.default_threads(hybrid))
-        ks = niah_command.heads_to_keep(k or [4], hybrid.cfg)
-        needles = niah_command.needles_of(needle or ["paper"])[:n_needles]
-        if None in needles:
+    with run.started() as workers:
+        model = run.load()
+        ks = heads_to_keep(k or [4], model.cfg)
+        if None in prompts.needles:
             raise ValueError("--needle none: this experiment scores answers, give a needle")
-        lengths = lengths or niah_command.lengths_for(hybrid, needles, "base", False, 0, seed)
-        prompts = grid(hybrid, needles, lengths, depths or default_depths(), Haystack(seed))
         table = run_cases(
-            hybrid,
-            prompts,
+            model,
+            prompts.prompts(model),
             ks,
-            out=out,
-            resume=resume,
-            max_new_tokens=max_new_tokens,
-            workers=on,
+            out=run.out,
+            resume=run.resume,
+            max_new_tokens=prompts.max_new_tokens,
+            workers=workers,
         )
-        with replacing(out / "table.csv") as temporary:
+        with replacing(run.out / "table.csv") as temporary:
             table.to_csv(temporary, index=False)
-        paths = save_figure(accuracy_by_case(table), out / "accuracy_by_case")
-        _show(table, [out / "table.csv", *paths])
+        paths = save_figure(accuracy_by_case(table), run.out / "accuracy_by_case")
+        _show(table, [run.out / "table.csv", *paths])
 
 
 def _show(table: pd.DataFrame, paths: Sequence[Path]) -> None:

@@ -7,20 +7,18 @@ options for these are common to all.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from inspect import Parameter, Signature, signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
-import torch
 import typer
 from rich.console import Console
 
-from hooked_hybrid.cli import command_line, explained
+from hooked_hybrid.cli import command_line
 from hooked_hybrid.model import HookedHybrid
-from hooked_hybrid.niah import command as niah_command
+from hooked_hybrid.niah.command import heads_to_keep, model_card, show
 from hooked_hybrid.niah.experiments import (
     FOLLOW_MODES,
     GENERATION_MODES,
@@ -31,10 +29,10 @@ from hooked_hybrid.niah.experiments import (
 )
 from hooked_hybrid.niah.language import text_loss, texts_of
 from hooked_hybrid.niah.plots import replacing
-from hooked_hybrid.niah.prompts import Haystack, Prompt, default_depths, grid
+from hooked_hybrid.niah.prompt_options import FirstToken, PromptOptions, ThesisDepth
 from hooked_hybrid.niah.published import READ_TWICE, WEIGHTS, Published
-from hooked_hybrid.niah.ray_options import GpusPerWorker, Ray, Workers
 from hooked_hybrid.niah.report import write_report
+from hooked_hybrid.niah.run_options import RunOptions
 from hooked_hybrid.niah.setting_plots import (
     accuracy_by_heads_kept,
     accuracy_by_setting,
@@ -43,7 +41,7 @@ from hooked_hybrid.niah.setting_plots import (
 from hooked_hybrid.niah.settings import Setting, top_k_settings
 from hooked_hybrid.niah.static import check_sizes, rankings_of, sizes_of, static_settings
 from hooked_hybrid.niah.sweep import niah as run_sweep
-from hooked_hybrid.results_folder import claimed
+from hooked_hybrid.option_groups import grouped
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -93,29 +91,11 @@ class Plan:
 
 @dataclass(frozen=True)
 class Common:
-    """The options that every experiment has, as `niah` has them."""
+    """What every one of these commands is told besides."""
 
-    model: niah_command.Model = "tiny-griffin"
-    lengths: niah_command.Lengths = None
-    depths: niah_command.Depths = None
-    haystack: niah_command.HaystackPath = None
-    needle: niah_command.Needles = None
-    n_needles: niah_command.NNeedles = None
-    template: niah_command.Template = "base"
-    distractors: niah_command.Distractors = 0
     texts: Texts = 12
-    first_token: niah_command.FirstToken = "prefill"
-    max_new_tokens: niah_command.MaxNewTokens = 40
-    device: niah_command.Device = "cpu"
-    dtype: niah_command.Dtype = "float32"
-    out: niah_command.Out = field(default=Path("results/experiment"))
-    resume: niah_command.Resume = False
-    thesis_depth: niah_command.ThesisDepth = False
-    seed: niah_command.Seed = 0
-    threads: niah_command.Threads = None
-    ray: Ray = None
-    workers: Workers = None
-    gpus_per_worker: GpusPerWorker = 0.0
+    first_token: FirstToken = "prefill"
+    thesis_depth: ThesisDepth = False
 
 
 def experiment(plan: Callable[..., Plan]) -> Callable[..., None]:
@@ -123,35 +103,23 @@ def experiment(plan: Callable[..., Plan]) -> Callable[..., None]:
 
     The plan's first argument is the model; its name is that of the default folder of results.
     """
-    own = list(signature(plan).parameters.values())[1:]
-    folder = Path("results") / plan.__name__.replace("_", "-")
-    hints = get_type_hints(Common, include_extras=True)
-    common = [
-        Parameter(
-            name,
-            Parameter.KEYWORD_ONLY,
-            default=folder if name == "out" else getattr(Common, name),
-            annotation=hints[name],
-        )
-        for name in hints
+    hints = get_type_hints(plan, include_extras=True)
+    own = [p.replace(annotation=hints[p.name]) for p in signature(plan).parameters.values()][1:]
+    groups = {"run": RunOptions, "prompts": PromptOptions, "common": Common}
+
+    def command(run: RunOptions, prompts: PromptOptions, common: Common, **given: Any) -> None:
+        with run.started() as workers:
+            _run(plan, run, prompts, common, given, workers)
+
+    made: Any = command
+    of_groups = [
+        Parameter(name, Parameter.POSITIONAL_OR_KEYWORD, annotation=group)
+        for name, group in groups.items()
     ]
-    plan_hints = get_type_hints(plan, include_extras=True)
-    mine = [p.replace(kind=Parameter.KEYWORD_ONLY, annotation=plan_hints[p.name]) for p in own]
-
-    def run(**given: Any) -> None:
-        options = Common(**{name: given.pop(name) for name in hints})
-        with (
-            explained(kept=str(options.out)),
-            claimed(options.out, options.resume),
-            _pool(options) as on,
-        ):
-            _run(plan, options, given, on)
-
-    made: Any = run
-    made.__signature__ = Signature([*mine, *common], return_annotation=None)
-    made.__annotations__ = {p.name: p.annotation for p in (*mine, *common)}
+    made.__signature__ = Signature([*of_groups, *own], return_annotation=None)
+    made.__annotations__ = {p.name: p.annotation for p in (*of_groups, *own)}
     made.__name__, made.__doc__ = plan.__name__, plan.__doc__
-    return run
+    return grouped(out=Path("results") / plan.__name__.replace("_", "-"))(command)
 
 
 @experiment
@@ -163,7 +131,7 @@ def read_twice(model: HookedHybrid, k: FewKs = None) -> Plan:
     Example: hooked-hybrid read-twice --model tiny-jamba --k 0 --k 2 --out results/twice
     """
     # All heads first: it is what the others' loss of text is set against.
-    ks = niah_command.heads_to_keep([*_all_heads(model), *(k or [0, 1, 2])], model.cfg)
+    ks = heads_to_keep([*_all_heads(model), *(k or [0, 1, 2])], model.cfg)
     return Plan(top_k_settings(ks), READ_TWICE, (False, True))
 
 
@@ -228,81 +196,57 @@ def static(
 
 
 def _all_heads(model: HookedHybrid) -> list[int]:
-    return [max(niah_command.heads_to_keep(None, model.cfg))]
-
-
-def _pool(options: Common) -> AbstractContextManager[RayWorkers | None]:
-    return niah_command.pool(
-        options.ray,
-        options.workers,
-        options.gpus_per_worker,
-        options.threads,
-        options.model,
-        options.device,
-        options.dtype,
-    )
+    return [max(heads_to_keep(None, model.cfg))]
 
 
 def _run(
-    plan: Callable[..., Plan], options: Common, own: Mapping[str, Any], workers: RayWorkers | None
+    plan: Callable[..., Plan],
+    run: RunOptions,
+    asked: PromptOptions,
+    common: Common,
+    own: Mapping[str, Any],
+    workers: RayWorkers | None,
 ) -> None:
-    hybrid = niah_command.loaded(options.model, options.device, options.dtype)
-    torch.set_num_threads(options.threads or niah_command.default_threads(hybrid))
-    planned = plan(hybrid, **own)
-    documents = () if options.haystack is None else Haystack.read(options.haystack).documents
-    prompts = _prompts(hybrid, planned, options, Haystack(options.seed, documents))
+    model = run.load()
+    planned, documents = plan(model, **own), asked.documents
+    prompts = asked.prompts(model, planned.read_twice)
     if not any(prompt.needle for prompt in prompts):
         raise ValueError("--needle none: this experiment scores answers, give a needle too")
     longest = max(prompt.length for prompt in prompts)
-    if options.texts:  # what cannot be measured is an error before the sweep, not after it
-        _check_texts(hybrid, longest, options.texts, documents)
+    if common.texts:  # what cannot be measured is an error before the sweep, not after it
+        _check_texts(model, longest, common.texts, documents)
     table = run_sweep(
-        hybrid,
+        model,
         prompts,
         planned.settings,
-        out=options.out,
-        resume=options.resume,
-        max_new_tokens=options.max_new_tokens,
-        first_token_stage=options.first_token,
+        out=run.out,
+        resume=run.resume,
+        max_new_tokens=asked.max_new_tokens,
+        first_token_stage=common.first_token,
         workers=workers,
     )
     losses = None
-    if options.texts:
+    if common.texts:
         losses = text_loss(
-            hybrid, planned.settings, longest, options.texts, documents, workers=workers
+            model, planned.settings, longest, common.texts, documents, workers=workers
         )
-    _report(table, losses, planned, hybrid, options)
+    _report(table, losses, planned, model_card(model, run.model), run.out, common.thesis_depth)
 
 
-def _check_texts(hybrid: HookedHybrid, length: int, n: int, documents: Sequence[str]) -> None:
+def _check_texts(model: HookedHybrid, length: int, n: int, documents: Sequence[str]) -> None:
     try:
-        texts_of(hybrid, length, n, documents)
+        texts_of(model, length, n, documents)
     except ValueError as error:
         raise ValueError(f"the loss of text cannot be measured ({error}); or --texts 0") from error
-
-
-def _prompts(hybrid: HookedHybrid, plan: Plan, options: Common, hay: Haystack) -> list[Prompt]:
-    found = niah_command.needles_of(options.needle or ["paper"])[: options.n_needles]
-    longest_form = (options.template, max(plan.read_twice), options.distractors)
-    lengths = options.lengths or niah_command.lengths_for(
-        hybrid, found, *longest_form, options.seed
-    )
-    depths = options.depths or default_depths()
-    return [
-        prompt
-        for twice in plan.read_twice
-        for prompt in grid(
-            hybrid, found, lengths, depths, hay, options.template, twice, options.distractors
-        )
-    ]
 
 
 def _report(
     table: pd.DataFrame,
     losses: pd.DataFrame | None,
     plan: Plan,
-    hybrid: HookedHybrid,
-    options: Common,
+    card: Mapping[str, str],
+    out: Path,
+    thesis_depth: bool,
 ) -> None:
     """Write table, pictures and report, and say where they are."""
     with Console(stderr=True).status("drawing"):
@@ -317,20 +261,20 @@ def _report(
         if plan.picture is not None:
             figures = {plan.title: plan.picture(shown), **figures}
         if losses is not None:
-            with replacing(options.out / "text_loss.csv") as temporary:
+            with replacing(out / "text_loss.csv") as temporary:
                 losses.to_csv(temporary, index=False)
         written = write_report(
             shown,
             plan.settings,
-            niah_command.model_card(hybrid, options.model),
-            options.out,
+            card,
+            out,
             plan.published,
             command=command_line(),
-            thesis_depth=options.thesis_depth,
+            thesis_depth=thesis_depth,
             losses=losses,
             figures=figures,
         )
-    niah_command.show(shown, written, losses)
+    show(shown, written, losses)
 
 
 def _joined(tables: Sequence[pd.DataFrame]) -> pd.DataFrame:

@@ -5,33 +5,38 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from hooked_hybrid.model import HookedHybrid
 from hooked_hybrid.niah.ray_workers import RayWorkers
 
+
+def where(text: str, *names: str, **settings: Any) -> Any:
+    """Return an option of where a model runs; the help shows these together."""
+    return typer.Option(*names, help=text, rich_help_panel="Where the model runs", **settings)
+
+
 Ray = Annotated[
     str | None,
-    typer.Option(
+    where(
+        "Run on a Ray cluster: --ray local starts one here, --ray HOST:PORT or auto uses one.",
         "--ray",
-        help="Run on a Ray cluster: --ray local starts one here, --ray HOST:PORT or auto uses one.",
         show_default="in this process",
     ),
 ]
 Workers = Annotated[
     int | None,
-    typer.Option(
-        help="Processes that load the model, of --threads cores each: --ray auto --workers 8.",
+    where(
+        "Processes that load the model, of --threads cores each: --ray auto --workers 8.",
         min=1,
         show_default="as many as the cluster holds",
     ),
 ]
 GpusPerWorker = Annotated[
     float,
-    typer.Option(help="GPUs of each, 0.5 for two on one: --ray auto --gpus-per-worker 1.", min=0),
+    where("GPUs of each, 0.5 for two on one: --ray auto --gpus-per-worker 1.", min=0),
 ]
 
 
@@ -48,7 +53,8 @@ def workers_of(
     Args:
         ray, workers, gpus_per_worker: the options above.
         threads: cores of each worker, 1 where it is None.
-        device: the option; with GPUs, the workers' device is "cuda" whatever it says.
+        device: the option; with GPUs, the workers' device is "cuda" whatever it says. A device map
+            sees the GPUs of its worker alone.
         load: called with `device=` in each worker, and pickled for it.
 
     Raises:
@@ -66,9 +72,4 @@ def workers_of(
     return RayWorkers(ray, workers, gpus_per_worker, threads or 1, partial(load, device=on))
 
 
-def located(model: str) -> str:
-    """Return a model's name, absolute where it is a folder: a worker may run in another one."""
-    return str(Path(model).resolve()) if Path(model).is_dir() else model
-
-
-__all__ = ["GpusPerWorker", "Ray", "Workers", "located", "workers_of"]
+__all__ = ["GpusPerWorker", "Ray", "Workers", "where", "workers_of"]

@@ -12,8 +12,8 @@ from hooked_hybrid.analysis.scores import HeadScores
 from hooked_hybrid.analysis.token_circuits import copying_scores
 from hooked_hybrid.config import HybridConfig
 from hooked_hybrid.model import HookedHybrid
-from hooked_hybrid.niah.command import longest_prompt
 from hooked_hybrid.niah.experiments import WHOLE, cut_settings, heads_of
+from hooked_hybrid.niah.lengths import longest_prompt
 from hooked_hybrid.niah.needles import draw_needles, training_cities
 from hooked_hybrid.niah.prompts import Haystack, Prompt, grid, shortest_length
 from hooked_hybrid.niah.settings import Setting, top_k_settings

@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import torch
 import typer
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from tqdm.auto import tqdm
 
-from hooked_hybrid.cli import command_line, explained, folder
+from hooked_hybrid.cli import command_line, explained
 from hooked_hybrid.model import HookedHybrid
-from hooked_hybrid.niah import command as niah_command
+from hooked_hybrid.niah.command import model_card
+from hooked_hybrid.niah.prompt_options import HaystackPath, Template
 from hooked_hybrid.niah.prompts import Haystack
-from hooked_hybrid.niah.ray_options import GpusPerWorker, Ray, Workers
+from hooked_hybrid.niah.run_options import RunOptions
+from hooked_hybrid.option_groups import grouped
 from hooked_hybrid.packaged import packaged_models
 from hooked_hybrid.reproduce.catalogue import items_of, runs_of
 from hooked_hybrid.reproduce.claims import TITLES, Item, Paper, subject_of
@@ -43,7 +43,6 @@ from hooked_hybrid.reproduce.report import (
     write_report,
 )
 from hooked_hybrid.reproduce.runs import check, perform
-from hooked_hybrid.results_folder import claimed
 
 if TYPE_CHECKING:
     from hooked_hybrid.niah.ray_workers import RayWorkers
@@ -112,14 +111,12 @@ IncludePath = Annotated[
         "lm-eval's: --include-path tasks/."
     ),
 ]
-Out = Annotated[
-    Path, _option("Folder of the results, new or empty: --out results/thesis.", parser=folder)
-]
 
 
+@grouped(out=Path("results/reproduce"))
 def reproduce(
     paper: PaperName,
-    model: niah_command.Model = "tiny-griffin",
+    run: RunOptions,
     only: Only = None,
     list_items: ListItems = False,
     quick: Quick = False,
@@ -127,19 +124,11 @@ def reproduce(
     depths: Depths = None,
     held_out: HeldOut = None,
     seeds: Seeds = None,
-    haystack: niah_command.HaystackPath = None,
-    template: niah_command.Template = "base",
+    haystack: HaystackPath = None,
+    template: Template = "base",
     first_token: FirstTokenStage = None,
     include_path: IncludePath = None,
     thesis_depth: ThesisDepth = None,
-    device: niah_command.Device = "cpu",
-    dtype: niah_command.Dtype = "float32",
-    out: Out = Path("results/reproduce"),
-    resume: niah_command.Resume = False,
-    threads: niah_command.Threads = None,
-    ray: Ray = None,
-    workers: Workers = None,
-    gpus_per_worker: GpusPerWorker = 0.0,
 ) -> None:
     """Run a paper's tables and figures on a model, and say of each whether the model shows it.
 
@@ -150,26 +139,21 @@ def reproduce(
 
     Example: hooked-hybrid reproduce --paper thesis2025 --model tiny-jamba --out results/thesis
     """
-    options = (ray, workers, gpus_per_worker, threads, model, device, dtype)
-    with (
-        explained(kept=str(out)),
-        nullcontext() if list_items else claimed(out, resume),
-        niah_command.pool(*options) as on,
-    ):
+    if list_items:
+        with explained(kept=None):
+            _list(paper, items_of(paper, only or []))
+        return
+    with run.started() as workers:
         items = items_of(paper, only or [])
-        if list_items:
-            _list(paper, items)
-            return
-        if resume:
-            items = _with_those_before(paper, items, out)
-            include_path = include_path or recorded_include_path(out)
+        if run.resume:
+            items = _with_those_before(paper, items, run.out)
+            include_path = include_path or recorded_include_path(run.out)
         _check_folder(include_path)
-        hybrid = niah_command.loaded(model, device, dtype)
-        torch.set_num_threads(threads or niah_command.default_threads(hybrid))
+        model = run.load()
         documents = () if haystack is None else Haystack.read(haystack).documents
         recipe = recipe_for(
-            hybrid,
-            _size(model, quick),
+            model,
+            _size(run.model, quick),
             lengths=lengths,
             depths=depths,
             n_held_out=held_out,
@@ -179,20 +163,22 @@ def reproduce(
             documents=documents,
             include_path=include_path,
         )
-        check([run for item in items for run in runs_of(item)], hybrid, recipe, documents)
-        recipe.save(out, paper, resume)
+        check([name for item in items for name in runs_of(item)], model, recipe, documents)
+        recipe.save(run.out, paper, run.resume)
         evidence = Evidence(
-            name=model,
-            subject=subject_of(model, hybrid.cfg),
-            cfg=hybrid.cfg,
+            name=run.model,
+            subject=subject_of(run.model, model.cfg),
+            cfg=model.cfg,
             recipe=recipe,
             tables={},
             losses={},
             thesis_depth=paper == "thesis2025" if thesis_depth is None else thesis_depth,
         )
-        done = walk(items, hybrid, recipe, evidence, out, documents, include_path, workers=on)
-        card = niah_command.model_card(hybrid, model)
-        page = write_report(paper, done, evidence, card, out, command_line())
+        done = walk(
+            items, model, recipe, evidence, run.out, documents, include_path, workers=workers
+        )
+        card = model_card(model, run.model)
+        page = write_report(paper, done, evidence, card, run.out, command_line())
         _show(done, evidence, page)
         _complain(done)
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from hooked_hybrid.config import MambaConfig, RGLRUConfig
 from hooked_hybrid.model import HookedHybrid
-from hooked_hybrid.niah.command import ROOM, longest_prompt
+from hooked_hybrid.niah.lengths import ROOM, longest_prompt
 from hooked_hybrid.niah.needles import PAPER, Needle, held_out_needles
 from hooked_hybrid.niah.prompts import (
     Haystack,
@@ -192,7 +192,7 @@ def recipe_for(
 ) -> Recipe:
     """Return the recipe of a size for a model, with what is given in place of the size's own.
 
-    Lengths are evenly spaced up to `niah.command.longest_prompt`; the first one has room for a
+    Lengths are evenly spaced up to `niah.lengths.longest_prompt`; the first one has room for a
     context given twice. The first token is chosen as the papers' programs for this kind of model
     did.
 

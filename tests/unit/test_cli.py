@@ -16,7 +16,8 @@ from typer.testing import CliRunner
 
 from hooked_hybrid import HookedHybrid, cli
 from hooked_hybrid.niah import command
-from hooked_hybrid.niah.command import longest_prompt, model_card
+from hooked_hybrid.niah.command import model_card
+from hooked_hybrid.niah.lengths import longest_prompt
 from hooked_hybrid.niah.needles import PAPER, held_out_needles
 from hooked_hybrid.niah.prompts import Prompt, default_depths, default_lengths, shortest_length
 from hooked_hybrid.niah.report import Written, summary_rows

@@ -14,7 +14,7 @@ from experiments.benchmarks.models import rg_mid
 from experiments.benchmarks.options import Options
 from experiments.benchmarks.timing import interleaved
 from hooked_hybrid import HookedHybrid, interventions
-from hooked_hybrid.niah.command import longest_prompt
+from hooked_hybrid.niah.lengths import longest_prompt
 from hooked_hybrid.niah.needles import PAPER
 from hooked_hybrid.niah.prompts import Prompt, default_depths, grid
 from hooked_hybrid.niah.sweep import Setting, niah, top_k_settings

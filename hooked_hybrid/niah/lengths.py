@@ -1,0 +1,63 @@
+"""How long the prompts of an experiment are where nobody says."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from hooked_hybrid.config import AttentionConfig, HybridConfig
+from hooked_hybrid.model import HookedHybrid
+from hooked_hybrid.niah.needles import AnyNeedle
+from hooked_hybrid.niah.prompts import default_lengths, shortest_length
+
+LONGEST = 4096
+"""Tokens of the papers' longest prompt: no default is longer."""
+ROOM = 32
+"""Tokens of haystack in the shortest prompt, where template and needle take more than usual."""
+
+
+def longest_prompt(cfg: HybridConfig) -> int:
+    """Return the longest prompt of a default sweep.
+
+    As in the papers, twice the window, or what a model without a window was made for; no more than
+    they ran.
+    """
+    windows = [m.n_keys for m in attention_of(cfg) if m.n_keys is not None]
+    own = 2 * min(windows) if windows else cfg.n_ctx
+    return LONGEST if own is None else min(own, LONGEST)
+
+
+def attention_of(cfg: HybridConfig) -> list[AttentionConfig]:
+    """Return the attention of each layer that has it."""
+    mixers = (layer.mixer for layer in cfg.layers)
+    return [mixer for mixer in mixers if isinstance(mixer, AttentionConfig)]
+
+
+def lengths_for(
+    model: HookedHybrid,
+    needles: Sequence[AnyNeedle | None],
+    template: str,
+    read_twice: bool,
+    distractors: int,
+    seed: int,
+) -> list[int]:
+    """Return ten lengths, the first with room for some haystack.
+
+    Raises:
+        ValueError: needle, template and distractors take more than the longest prompt.
+    """
+    longest, form = longest_prompt(model.cfg), (template, read_twice, distractors)
+    needed = max(shortest_length(model, needle, *form, seed=seed) for needle in needles)
+    if needed > longest:
+        raise ValueError(
+            f"needle, template and distractors take {needed} tokens, the longest prompt by default "
+            f"is {longest}: give --lengths, or fewer --distractors"
+        )
+    lengths = default_lengths(longest)
+    return (
+        lengths
+        if lengths[0] >= needed
+        else default_lengths(longest, shortest=min(needed + ROOM, longest))
+    )
+
+
+__all__ = ["ROOM", "attention_of", "lengths_for", "longest_prompt"]
