@@ -8,6 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
+from hooked_hybrid.weight_layout import laid_out
+from hooked_hybrid.weights import is_quantized
+
 
 class Component(nn.Module):
     """A module whose call is its forward, unless torch's own hooks are registered on it.
@@ -15,6 +18,18 @@ class Component(nn.Module):
     A step of decoding calls some hundred modules, and torch's way there costs as much as a small
     operation each time.
     """
+
+    matrices: tuple[str, ...] = ()
+    """Weights [... d_out d_in] that lie in memory as `weight_layout.laid_out` says."""
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Component:
+        """Convert or move parameters, and lay matrices out for the dtype they have then."""
+        super()._apply(fn, recurse)
+        for name in self.matrices:
+            weight = self._parameters.get(name)
+            if weight is not None and not is_quantized(weight):
+                weight.data = laid_out(weight.data)
+        return self
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Return `forward(*args, **kwargs)`, by way of torch's own hooks where there are any."""

@@ -18,6 +18,7 @@ from hooked_hybrid.kernels import causal_conv1d
 from hooked_hybrid.layout import Layout
 from hooked_hybrid.plan import may_overwrite
 from hooked_hybrid.shapes import Logits, Resid, Tokens
+from hooked_hybrid.weight_layout import empty_weight
 from hooked_hybrid.weights import as_matrix
 
 INIT_STD = 0.02
@@ -25,19 +26,6 @@ WORTH_SPLITTING = 2**16
 """Values from which on a function of one argument is computed some rows at a time."""
 GELU_ROWS = 32
 """Rows worked on together: they and a temporary stay in a core's cache."""
-
-
-def empty_weight(*shape: int) -> Tensor:
-    """Return an empty weight [... d_out d_in] whose longer axis lies side by side in memory.
-
-    One token reads a weight once, and how fast depends on which axis is contiguous: a wide output
-    from few inputs is read up to twice as fast along the outputs, a wide input along the inputs
-    (fp32 on a CPU; long inputs do not care). Shapes, names and values are not affected.
-    """
-    *stack, d_out, d_in = shape
-    if d_out > d_in:
-        return torch.empty(*stack, d_in, d_out).mT
-    return torch.empty(shape)
 
 
 def draw_normal(weight: Tensor, std: float) -> None:
@@ -50,6 +38,8 @@ def draw_normal(weight: Tensor, std: float) -> None:
 
 class Linear(Component):
     """`x @ W + b`. `W` is [d_in, d_out]; the parameter, `weight`, is its transpose."""
+
+    matrices = ("weight",)
 
     def __init__(self, d_in: int, d_out: int, bias: bool) -> None:
         super().__init__()
@@ -174,6 +164,7 @@ class Embed(Component):
         tied = cfg.tied_embedding
         shape = (cfg.d_vocab, cfg.d_model)
         self.W_E = nn.Parameter(empty_weight(*shape) if tied else torch.empty(shape))
+        self.matrices = ("W_E",) if tied else ()
         scale = torch.tensor(cfg.d_model**0.5, device="cpu").bfloat16().item()
         self.scale = scale if cfg.scale_embedding else None
 
@@ -191,6 +182,8 @@ class Embed(Component):
 
 class Unembed(Component):
     """`soft_cap(x @ W_U)`; `weight` is None where the embedding is used again."""
+
+    matrices = ("weight",)
 
     def __init__(self, cfg: HybridConfig) -> None:
         super().__init__()

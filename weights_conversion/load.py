@@ -15,7 +15,7 @@ from hooked_hybrid.config import HybridConfig
 from hooked_hybrid.model import HookedHybrid
 from hooked_hybrid.placement.files import identity_of
 from hooked_hybrid.placement.places import DeviceMap
-from hooked_hybrid.placement.placing import Homes, MaxMemory, homes_of
+from hooked_hybrid.placement.placing import Homes, MaxMemory, homes_of, one_home
 from hooked_hybrid.quantized import Only, Quantizer
 from hooked_hybrid.tokenizer import read_tokenizer
 from weights_conversion import google
@@ -46,17 +46,24 @@ def load(
     mapped file, converted, put in its place and let go before the next.
     """
     _refuse_mixed_places(device, device_map, max_memory, offload_folder)
-    if quantize is not None and device_map is not None:
-        raise ValueError("quantize and a device_map: give one of them")
     if quantize is None and quantize_only is not None:
         raise ValueError("quantize_only goes with quantize: give quantize='int8'")
     checkpoint = open_checkpoint(name_or_path, revision)
     source = checkpoint.tensors()
     cfg, rules, ignored = _read_plan(checkpoint, source, overrides)
     dtype, homes = as_dtype(dtype), None
+    scheme = None if quantize is None else (quantize, quantize_only)
     if device_map is not None:
         identity = identity_of(_files(checkpoint), dtype)
-        homes = homes_of(cfg, dtype, device_map, max_memory, offload_folder, identity)
+        homes = homes_of(
+            _without_memory(cfg, dtype),
+            device_map,
+            max_memory,
+            offload_folder,
+            identity,
+            quantize,
+            quantize_only,
+        )
     why_not = None
     if tokenizer is None:
         try:
@@ -65,7 +72,6 @@ def load(
             why_not = str(error)
         except ValueError as error:
             raise CheckpointError(str(error)) from error
-    scheme = None if quantize is None else (quantize, quantize_only)
     model = _filled(cfg, source, rules, ignored, dtype, device, homes, scheme)
     model.tokenizer, model.why_no_tokenizer = tokenizer, why_not
     return model
@@ -186,36 +192,33 @@ def _filled(
     account(rules, source.shapes, shapes, ignored)
     _refuse_untied_head(cfg, source)
     parameters = dict(model.named_parameters())
-    if homes is not None:
-        for name, tensor in _placed(parameters, homes, source, rules):
-            _set_parameter(model, name, tensor)
-        return homes.finish(model)
-    quantizer = None if scheme is None else Quantizer(model, *scheme, device=device)
-    for name, tensor in convert(rules, source, dtype):
-        _set_parameter(model, name, _copied(name, tensor, parameters[name], device))
+    homes = one_home(cfg, torch.device(device)) if homes is None else homes
+    quantizer = None if scheme is None else Quantizer(model, *scheme, device_of=homes.device_of)
+    for name, tensor in _placed(parameters, homes, source, rules):
+        _set_parameter(model, name, tensor)
         if quantizer is not None:
             quantizer.take(name)
     if quantizer is not None:
         quantizer.finish()
-    return model
+    return homes.finish(model)
 
 
 def _placed(
     parameters: dict[str, nn.Parameter], homes: Homes, source: TensorSource, rules: list[Rule]
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield each parameter in its place; what is on the disk already is not read again."""
-    homes.require_room(parameters)
-    for rule in rules:
-        found = {name: homes.found(name, parameters[name]) for name in rule.targets}
-        if all(tensor is not None for tensor in found.values()):
-            yield from ((name, tensor) for name, tensor in found.items() if tensor is not None)
-            continue
-        for name, tensor in convert([rule], source, parameters[rule.targets[0]].dtype):
-            like = parameters[name]
-            if homes.on_disk(name):
-                yield name, homes.on_disk_now(name, _floating(name, tensor), like)
-            else:
-                yield name, _copied(name, tensor, like, homes.device_of(name))
+    with homes.filling(parameters):
+        for rule in rules:
+            found = {name: homes.found(name, parameters[name]) for name in rule.targets}
+            if all(tensor is not None for tensor in found.values()):
+                yield from ((name, tensor) for name, tensor in found.items() if tensor is not None)
+                continue
+            for name, tensor in convert([rule], source, parameters[rule.targets[0]].dtype):
+                like = parameters[name]
+                if homes.on_disk(name):
+                    yield name, homes.on_disk_now(name, _floating(name, tensor), like)
+                else:
+                    yield name, _copied(name, tensor, like, homes.device_of(name))
 
 
 def _files(checkpoint: Checkpoint) -> list[Path]:
@@ -243,7 +246,7 @@ def _copied(name: str, tensor: Tensor, like: Tensor, device: torch.device | str)
     tensor = _floating(name, tensor)
     if like.is_contiguous():
         return torch.empty(like.shape, dtype=like.dtype, device=device).copy_(tensor.detach())
-    # The other way round in memory, see `layers.empty_weight`; torch transposes fastest like this.
+    # The other way round in memory, see `weight_layout`; torch transposes fastest like this.
     return tensor.detach().mT.clone(memory_format=torch.contiguous_format).to(device, like.dtype).mT
 
 

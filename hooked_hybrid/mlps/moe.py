@@ -16,10 +16,11 @@ from hooked_hybrid.component import Component
 from hooked_hybrid.config import MoEConfig
 from hooked_hybrid.hooks import HookPoint
 from hooked_hybrid.kernels import grouped_experts
-from hooked_hybrid.layers import Linear, activate, draw_normal, empty_weight, times
+from hooked_hybrid.layers import Linear, activate, draw_normal, times
 from hooked_hybrid.layout import Layout
 from hooked_hybrid.plan import may_overwrite
 from hooked_hybrid.shapes import Resid
+from hooked_hybrid.weight_layout import empty_weight
 from hooked_hybrid.weights import Stored, as_matrix
 
 Weights = Float[Tensor, "batch pos n_chosen"]
@@ -28,6 +29,8 @@ Indices = Int[Tensor, "batch pos n_chosen"]
 
 class MoE(Component):
     """A router and its experts, whose weights are stacked on a leading axis."""
+
+    matrices = ("gate", "up", "down")
 
     def __init__(self, cfg: MoEConfig, d_model: int) -> None:
         super().__init__()

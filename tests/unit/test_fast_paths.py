@@ -28,13 +28,13 @@ from hooked_hybrid.layers import (
     CausalConv1d,
     Linear,
     activate,
-    empty_weight,
     gelu_tanh_,
     inverse_rms,
 )
 from hooked_hybrid.layout import lay_out
 from hooked_hybrid.plan import may_overwrite, piece_length
-from tests.models import CONFIGS, D_VOCAB, random_tokens, relative, tiny_model
+from hooked_hybrid.weight_layout import empty_weight, laid_out
+from tests.models import CONFIGS, D_VOCAB, layouts, random_tokens, relative, tiny_model
 from tests.tolerances import FP32_PARITY
 
 ROUNDING = 1e-6
@@ -185,6 +185,18 @@ def test_the_longer_axis_of_a_weight_lies_side_by_side(shape: tuple[int, ...]):
     assert weight.shape == shape
     longer = -2 if shape[-2] > shape[-1] else -1
     assert weight.stride(longer) == 1
+    assert laid_out(weight).data_ptr() == weight.data_ptr()
+
+
+@models
+def test_in_16_bits_weights_lie_along_their_inputs_however_they_came_to_it(name: str):
+    model = model_of(name)
+    values = {n: p.bfloat16() for n, p in model.named_parameters()}
+    narrow, fresh = copy.deepcopy(model).bfloat16(), HookedHybrid(model.cfg, dtype=torch.float16)
+    assert wide_weights(model) and not wide_weights(narrow) and not wide_weights(fresh)
+    assert all(torch.equal(p, values[n]) for n, p in narrow.named_parameters())
+    assert layouts(narrow.float()) == layouts(model)
+    assert layouts(HookedHybrid.meta(model.cfg)) == layouts(model)
 
 
 def wide_weights(model: HookedHybrid) -> list[str]:
@@ -268,15 +280,6 @@ def test_copies_of_a_model_keep_every_value_and_layout(name: str, how: str, tmp_
     with torch.no_grad():
         tokens = random_tokens(2, N_POS)
         assert relative(twin(tokens), model(tokens)) < FP32_PARITY
-
-
-@models
-def test_a_model_in_another_dtype_keeps_its_values_and_layout(name: str):
-    model = model_of(name)
-    half = copy.deepcopy(model).to(torch.bfloat16)
-    for (n, p), q in zip(model.named_parameters(), half.parameters(), strict=True):
-        assert torch.equal(p.bfloat16(), q), n
-    assert wide_weights(half) == wide_weights(model)
 
 
 # --- torch's own hooks ----------------------------------------------------------------------------
