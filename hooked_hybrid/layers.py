@@ -9,7 +9,6 @@ from typing import NamedTuple
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.nn.functional import linear
 
 from hooked_hybrid.component import Component
 from hooked_hybrid.config import Activation, HybridConfig, NormConfig, RotaryConfig
@@ -17,6 +16,7 @@ from hooked_hybrid.hooks import HookPoint, Run
 from hooked_hybrid.kernels import causal_conv1d
 from hooked_hybrid.layout import Layout
 from hooked_hybrid.plan import may_overwrite
+from hooked_hybrid.products import linear
 from hooked_hybrid.shapes import Logits, Resid, Tokens
 from hooked_hybrid.weight_layout import empty_weight
 from hooked_hybrid.weights import as_matrix

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.nn.functional import linear
 
 from hooked_hybrid.config import (
     AttentionConfig,
@@ -20,6 +19,7 @@ from hooked_hybrid.config import (
     RGLRUConfig,
 )
 from hooked_hybrid.layers import RMSNorm, at_least_fp32
+from hooked_hybrid.products import linear
 from hooked_hybrid.slicing import PosSlice, slice_axis
 from hooked_hybrid.weights import as_matrix
 

@@ -1,7 +1,7 @@
 """The models that are measured: ours, and the peers' with the same weights.
 
 The peers run as they come: attention and experts by what `transformers` chooses for itself, and
-Google's Griffin without gradient checkpointing. Every one is fp32.
+Google's Griffin without gradient checkpointing. Every one is fp32, but for the case bf16.
 """
 
 from __future__ import annotations

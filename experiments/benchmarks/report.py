@@ -15,7 +15,8 @@ from hooked_hybrid.niah.plots import replacing
 FILE = "table.md"
 HEAD = """# Benchmarks
 
-Each line compares the library with one peer, both measured in one process, round by round, fp32.
+Each line compares the library with one peer, both measured in one process, round by round, in fp32
+(the case bf16 aside).
 Seconds are the processor's where one thread works, so that other programs on it do not count.
 "x faster" is the peer's time over ours; "x the time" is ours over a floor's, the least that the
 work could take. Ratios are medians of the rounds, with the smallest and largest. A bar counts as

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.nn.functional import linear
 
 from hooked_hybrid.layers import at_least_fp32, inverse_rms
+from hooked_hybrid.products import linear
 from hooked_hybrid.residual_norms import TokenChoice, ids_at
 from hooked_hybrid.residual_parts import stream, weigh
 from hooked_hybrid.residual_reading import require_room

@@ -10,7 +10,6 @@ from __future__ import annotations
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.nn.functional import linear
 
 from hooked_hybrid.component import Component
 from hooked_hybrid.config import MoEConfig
@@ -19,6 +18,7 @@ from hooked_hybrid.kernels import grouped_experts
 from hooked_hybrid.layers import Linear, activate, draw_normal, times
 from hooked_hybrid.layout import Layout
 from hooked_hybrid.plan import may_overwrite
+from hooked_hybrid.products import linear
 from hooked_hybrid.shapes import Resid
 from hooked_hybrid.weight_layout import empty_weight
 from hooked_hybrid.weights import Stored, as_matrix

@@ -9,6 +9,7 @@ from experiments.benchmarks.cases.decode import decode
 from experiments.benchmarks.cases.hooks import idle_hooks, run_with_cache, state_edit, top_k
 from experiments.benchmarks.cases.loading import loading
 from experiments.benchmarks.cases.memory import memory
+from experiments.benchmarks.cases.narrow import bf16
 from experiments.benchmarks.cases.prefill import jamba_prefill, rg_prefill
 from experiments.benchmarks.cases.scans import mamba_scan, scan
 from experiments.benchmarks.cases.sweep import niah_sweep
@@ -22,6 +23,7 @@ CASES: Mapping[str, Case] = {
     "rg-prefill": rg_prefill,
     "jamba-prefill": jamba_prefill,
     "decode": decode,
+    "bf16": bf16,
     "scan": scan,
     "mamba-scan": mamba_scan,
     "attention": attention,

@@ -1,0 +1,54 @@
+"""Products with weights, in fp32 where a CPU has none in 16 bits."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional
+
+MANY = 16
+"""Rows from which reading a weight in fp32 costs less than 16-bit products save."""
+_PLAIN = (Tensor, nn.Parameter)
+
+
+def linear(
+    x: Float[Tensor, "*row d_in"],
+    weight: Float[Tensor, "d_out d_in"],
+    bias: Float[Tensor, " d_out"] | None = None,
+) -> Float[Tensor, "*row d_out"]:
+    """Return `x @ weight.T + bias`.
+
+    A product in 16 bits sums in fp32 and rounds once. torch does that number by number on a CPU
+    without instructions for it; there many rows are multiplied in fp32 and rounded once, which is
+    the same but for sums that lie between two numbers. Not where a gradient may be wanted: it would
+    keep each weight in fp32.
+    """
+    if weight.dtype in _slow_dtypes() and _is_widened(x, weight):
+        wide = functional.linear(x.float(), weight.float(), None if bias is None else bias.float())
+        return wide.to(x.dtype)
+    return functional.linear(x, weight, bias)
+
+
+def _is_widened(x: Tensor, weight: Tensor) -> bool:
+    return (
+        x.is_cpu
+        and type(weight) in _PLAIN  # quantised weights have products of their own
+        and x.shape[:-1].numel() >= MANY
+        and not torch.is_grad_enabled()
+    )
+
+
+@cache
+def _slow_dtypes() -> frozenset[torch.dtype]:
+    """Return the dtypes of 16 bits for which this CPU has no fast product."""
+    has = {
+        torch.bfloat16: getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None),
+        torch.float16: getattr(torch.ops.mkldnn, "_is_mkldnn_fp16_supported", None),
+    }
+    return frozenset(dtype for dtype, asked in has.items() if asked is not None and not asked())
+
+
+__all__ = ["linear"]
