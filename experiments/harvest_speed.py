@@ -8,7 +8,6 @@ one of peak memory by the number of shards, each in a process of its own:
 
 from __future__ import annotations
 
-import resource
 import subprocess
 import sys
 import tempfile
@@ -130,10 +129,8 @@ def _transformers(model: HookedHybrid, tokens: Tensor) -> Callable[[Path], None]
         with torch.no_grad():
             for number, rows in enumerate(tokens.split(ROWS)):
                 theirs(rows, use_cache=False)
-                if (
-                    sum(len(part) for part in kept["0"]) * len(kept) * kept["0"][0][0].nbytes
-                    > 2**24
-                ):
+                n_rows = sum(len(part) for part in kept["0"])
+                if n_rows * len(kept) * kept["0"][0][0].nbytes > SHARD:
                     _flush(kept, out / f"{number}.safetensors")
         if kept["0"]:
             _flush(kept, out / "last.safetensors")
@@ -173,7 +170,9 @@ def _memory(name: str, n_shards: int, shard_bytes: int) -> tuple[int, int, int, 
 
 
 def _peak() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    """Return this program's peak; `getrusage` gives its parent's where that was higher."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) * 1024
 
 
 if __name__ == "__main__":

@@ -118,6 +118,7 @@ class EvaluationJob(Job[tuple[str, str], Cell]):
 
         Raises:
             OSError: a worker cannot read a task.
+            ValueError: a task is scored by nothing that is a number.
         """
         for task, name in items:
             found, form = self.read(task), self.forms[name]
@@ -125,6 +126,10 @@ class EvaluationJob(Job[tuple[str, str], Cell]):
                 raise OSError(f"a worker cannot read {task}: {found}")
             cell = _run(model, self.name, found[0], form, self.options)
             yield replace(cell, by=form.by, stage=self.options.stage, asked=found[1])
+
+    def describe(self, items: Sequence[tuple[str, str]]) -> str:
+        """Return which tasks and forms these are."""
+        return ", ".join(f"{task} ({form})" for task, form in items)
 
 
 def as_lm(model: HookedHybrid, name: str, form: Form, options: Options) -> HookedHybridLM:
@@ -173,7 +178,9 @@ def _cell(task: str, form: Form, results: Mapping[str, Any], seconds: float) -> 
         for key, value in results["results"][task].items()
         if "," in key and isinstance(value, Real)
     }
-    main = next(key for key in numbers if "_stderr," not in key)
+    main = next((key for key in numbers if "_stderr," not in key), None)
+    if main is None:
+        raise ValueError(f"{task} has no metric that is a number: leave it out")
     metric, kept = main.split(",")
     samples = [s for s in results["samples"][task] if s["filter"] == kept]
     values = {str(s["doc_id"]): s[metric] for s in samples if metric in s}

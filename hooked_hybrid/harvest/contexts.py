@@ -27,14 +27,15 @@ BLOCK = 2**22
 class Batch:
     """Contexts that run together.
 
-    `is_kept` says of which positions the activations are written, `rows` where in the shard, in the
-    order of rows and positions.
+    `is_kept` says of which positions the activations are written. In the order of rows and
+    positions, `rows` says where in the shard, and `documents` of which documents these are.
     """
 
     tokens: Tokens
     is_token: Bool[Tensor, "batch pos"]
     is_kept: Bool[Tensor, "batch pos"]
     rows: Int[Tensor, " row"]
+    documents: Int[Tensor, " row"]
 
 
 @dataclass(frozen=True)
@@ -139,6 +140,7 @@ class Plan:
                 pad_sequence([torch.ones_like(kept) for _, kept in pairs], batch_first=True),
                 pad_sequence([kept for _, kept in pairs], batch_first=True),
                 torch.cat(rows),
+                self.document[contexts[chosen]].repeat_interleave(n_kept[chosen]),
             )
 
     def _row(self, context: int) -> tuple[Int[Tensor, " pos"], Bool[Tensor, " pos"]]:

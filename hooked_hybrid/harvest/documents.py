@@ -9,6 +9,7 @@ from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -30,13 +31,14 @@ class Documents:
     """The tokens of every document, one after the other.
 
     `starts` holds where each begins, and where the last ends. `digest` is a hash of what was read,
-    `encoding` of how texts were made tokens.
+    `encoding` says how texts were made tokens, and `sha256` is a hash of tokens and starts.
     """
 
     tokens: Int[Tensor, " token"]
     starts: Int[Tensor, " bound"]
     digest: str
     encoding: str
+    sha256: str
 
     @classmethod
     def open(cls, folder: Path) -> Documents:
@@ -53,6 +55,13 @@ class Documents:
         except (SafetensorError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path} is damaged ({error}): harvest into another folder") from error
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether tokens and starts are those that were written; reads them all."""
+        found = hashlib.sha256(self.tokens.numpy().data)
+        found.update(self.starts.numpy().data)
+        return found.hexdigest() == self.sha256
+
 
 def write_documents(
     documents: Iterable[Document],
@@ -64,29 +73,30 @@ def write_documents(
     """Write the tokens of all documents to a folder; no more than one document is held.
 
     Raises:
-        ValueError: there is no token, or one that is not in the vocabulary.
+        ValueError: there is no token, or a document that cannot be read or has a token that is not
+            in the vocabulary; the message gives its number.
         OSError: the disk is full.
     """
-    digest, starts = hashlib.sha256(), array("q", [0])
+    digest, content, starts = hashlib.sha256(), hashlib.sha256(), array("q", [0])
     with replacing(folder / FILE) as temporary, _raw_file(folder) as raw:
         for i, document in enumerate(documents):
-            _feed(digest, document)
-            ids = array("i", encode(document))
-            if ids and not 0 <= min(ids) <= max(ids) < d_vocab:
-                raise ValueError(
-                    f"document {i} has tokens from {min(ids)} to {max(ids)}; the model's go from 0 "
-                    f"to {d_vocab - 1}"
-                )
+            try:
+                _feed(digest, document)
+                ids = array("i", _known(encode(document), d_vocab))
+            except ValueError as error:
+                raise ValueError(f"document {i}: {error}") from error
+            content.update(ids)
             ids.tofile(raw)
             starts.append(starts[-1] + len(ids))
         if not starts[-1]:
             raise ValueError(f"there is no token in the {len(starts) - 1} documents")
         raw.flush()
+        content.update(starts)
         tensors = {
             "tokens": torch.from_file(raw.name, size=starts[-1], dtype=torch.int32),
             "starts": torch.frombuffer(starts, dtype=torch.int64),
         }
-        said = {"digest": digest.hexdigest(), "encoding": encoding}
+        said = {"digest": digest.hexdigest(), "encoding": encoding, "sha256": content.hexdigest()}
         save(tensors, temporary, {"documents": json.dumps(said)})
 
 
@@ -110,10 +120,20 @@ def _raw_file(folder: Path) -> Iterator[BinaryIO]:
 
 def _feed(digest: Any, document: Document) -> None:
     if isinstance(document, str):
-        content = document.encode("utf-8", "surrogatepass")
+        content: Any = document.encode()
     else:
-        content = array("i", ids_of(document)).tobytes()
-    digest.update(f"{type(document) is str} {len(content)} ".encode() + content)
+        content = _row(document).long().contiguous().numpy().data
+    digest.update(f"{isinstance(document, str)} {len(content)} ".encode())
+    digest.update(content)
+
+
+def _known(ids: Sequence[int], d_vocab: int) -> Sequence[int]:
+    """Return tokens that are all in the vocabulary."""
+    if len(ids) and not 0 <= min(ids) <= max(ids) < d_vocab:
+        raise ValueError(
+            f"tokens from {min(ids)} to {max(ids)}, but the model's go from 0 to {d_vocab - 1}"
+        )
+    return ids
 
 
 def ids_of(document: Sequence[int] | Tensor) -> list[int]:
@@ -122,10 +142,21 @@ def ids_of(document: Sequence[int] | Tensor) -> list[int]:
     Raises:
         ValueError: they are not one row of integers.
     """
-    ids = torch.as_tensor(document)
-    if ids.ndim != 1 or ids.is_floating_point():
-        raise ValueError(f"a document is a text or a row of tokens, not {ids.dtype} {[*ids.shape]}")
-    return ids.tolist()
+    return _row(document).tolist()
+
+
+def _row(document: Sequence[int] | Tensor) -> Tensor:
+    try:
+        ids = torch.as_tensor(document)
+    except (TypeError, ValueError, RuntimeError):  # there is no tensor of it
+        ids = torch.empty(0, 0)
+    is_other = ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool
+    if ids.ndim != 1 or (len(ids) and is_other):
+        raise ValueError(
+            f"a document is a text or a row of tokens, not {type(document).__name__} "
+            f"{' '.join(str(document).split())[:60]}"
+        )
+    return ids.cpu()
 
 
 # --- sources --------------------------------------------------------------------------------------
@@ -140,14 +171,19 @@ def read_texts(source: str | Path, field: str = "text") -> Iterator[str]:
         field: of a line or a row, where the text is.
 
     Raises:
-        ValueError: nothing is there, a file is neither, not UTF-8 or not JSON, or the field is
-            missing: before the first document where that can be seen, else at it.
+        ValueError: nothing is there, a file is neither, not UTF-8 or not JSON, the field or
+            `datasets` is missing: before the first document where that can be seen, else at it.
     """
     source = Path(source)
     if not source.exists():
         raise ValueError(f"texts {source}: there is no such file or folder")
     if (source / "dataset_info.json").exists():
+        if find_spec("datasets") is None:
+            raise ValueError(f"texts {source} is a saved data set: pip install datasets to read it")
         return _rows_of(source, field)
+    if (source / "dataset_dict.json").exists():
+        splits = sorted(folder.name for folder in source.iterdir() if folder.is_dir())
+        raise ValueError(f"texts {source} has parts: give the folder of one, {', '.join(splits)}")
     files = [source]
     if source.is_dir():
         found = (f for f in source.rglob("*") if f.suffix in _READERS and f.is_file())
@@ -167,11 +203,11 @@ def _read(file: Path, field: str) -> Iterator[str]:
 
 
 def _whole(file: Path, field: str) -> Iterator[str]:  # noqa: ARG001  (a text has no fields)
-    yield file.read_text(encoding="utf-8")
+    yield file.read_text(encoding="utf-8-sig")
 
 
 def _lines(file: Path, field: str) -> Iterator[str]:
-    with file.open(encoding="utf-8") as lines:
+    with file.open(encoding="utf-8-sig") as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue

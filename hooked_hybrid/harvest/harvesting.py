@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import shutil
-import warnings
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 from itertools import chain
 from os import PathLike
 from pathlib import Path
@@ -14,7 +12,6 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from tqdm.auto import tqdm
 
-from hooked_hybrid.harvest.contexts import Plan
 from hooked_hybrid.harvest.documents import (
     FILE,
     Document,
@@ -23,6 +20,7 @@ from hooked_hybrid.harvest.documents import (
     ids_of,
     write_documents,
 )
+from hooked_hybrid.harvest.making import make_missing
 from hooked_hybrid.harvest.reading import HarvestedActivations
 from hooked_hybrid.harvest.recipe import (
     Recipe,
@@ -31,26 +29,18 @@ from hooked_hybrid.harvest.recipe import (
     model_identity,
     special_tokens,
 )
-from hooked_hybrid.harvest.running import Runner, ShardMaker, bytes_of_row, hooks_to_keep
-from hooked_hybrid.harvest.shards import (
-    INDEX,
-    Header,
-    index_of,
-    read_header,
-    remove_begun,
-    shard_name,
-    write_json,
-)
+from hooked_hybrid.harvest.running import Runner, bytes_of_row, hooks_to_keep
+from hooked_hybrid.harvest.shards import INDEX, index_of, remove_begun, shard_name, write_json
 from hooked_hybrid.hooked_root import HookSpec
 from hooked_hybrid.model import HookedHybrid
 from hooked_hybrid.names import NameFilter
-from hooked_hybrid.niah.work import Job
 from hooked_hybrid.results_folder import claimed, holds_results
 
 if TYPE_CHECKING:
     from hooked_hybrid.niah.ray_workers import RayWorkers
 
 Dtype = Literal["float32", "bfloat16", "float16"]
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def harvest(
@@ -108,24 +98,26 @@ def harvest(
     """
     names = hooks_to_keep(model, names_filter)
     model.check_hooks_to_add(fwd_hooks)
-    _check(model, context_length, batch_size, shard_bytes)
-    first, documents = _peeked(documents)
-    bos = _bos(model, isinstance(first, str), prepend_bos)
+    _check(model, context_length, batch_size, shard_bytes, seed)
+    if workers is not None:
+        workers.check(model, {"fwd_hooks": tuple(fwd_hooks)})
+    is_text, documents = _peeked(documents)
+    bos = _bos(model, is_text, prepend_bos)
     if bos is not None and context_length < 2:
         raise ValueError("context_length=1 has no room beside BOS: give 2 or more")
     runner = Runner(model, names, _dtype(dtype, model), fwd_hooks)
-    shapes, folder = runner.shapes, Path(out)
+    folder = Path(out)
     with claimed(folder, resume):
         remove_begun(folder)
         if holds_results(folder) and not (folder / FILE).exists():
             raise ValueError(f"{folder} holds no harvest: give another folder")
-        read = _read(model, documents, isinstance(first, str), bos, folder, verbose)
+        read = _read(model, documents, is_text, bos, folder, verbose)
         recipe = Recipe(
             names=names,
             dtype=str(runner.dtype).removeprefix("torch."),
             context_length=context_length,
             batch_size=batch_size,
-            shard_tokens=max(1, shard_bytes // bytes_of_row(shapes)),
+            shard_tokens=max(1, shard_bytes // bytes_of_row(runner.shapes)),
             bos=bos,
             left_out=special_tokens(model) if drop_special else [],
             seed=seed,
@@ -136,79 +128,11 @@ def harvest(
         )
         plan = recipe.plan(read)
         recipe.keep(folder)
-        _make(runner, plan, recipe, folder, workers, verbose)
+        make_missing(runner, plan, recipe, folder, workers, verbose)
         remove_begun(folder)  # of workers that died
         paths = [folder / shard_name(i, plan.n_shards) for i in range(plan.n_shards)]
         write_json(folder / INDEX, index_of(folder, asdict(recipe), paths))
     return HarvestedActivations(folder)
-
-
-@dataclass(frozen=True)
-class HarvestJob(Job[int, Header]):
-    """Shards by their numbers, made by a worker that sees the folder."""
-
-    folder: Path
-    recipe: Recipe
-    interventions: tuple[HookSpec, ...]
-
-    def __call__(self, model: HookedHybrid, items: Sequence[int]) -> Iterator[Header]:
-        """Write each shard and yield its header."""
-        dtype = getattr(torch, self.recipe.dtype)
-        runner = Runner(model, self.recipe.names, dtype, self.interventions)
-        plan = self.recipe.plan(Documents.open(self.folder))
-        maker = ShardMaker(runner, plan, self.folder, self.recipe.hash)
-        for shard in items:
-            yield maker.make(shard)
-
-    def describe(self, items: Sequence[int]) -> str:
-        """Return which shards these are."""
-        return f"shards {', '.join(map(str, items))}"
-
-
-def _make(
-    runner: Runner, plan: Plan, recipe: Recipe, folder: Path, workers: RayWorkers | None, show: bool
-) -> None:
-    """Make the shards that are missing."""
-    missing = [i for i in range(plan.n_shards) if not _is_there(folder, i, plan, recipe)]
-    n_missing = sum(plan.n_rows(i) for i in missing)
-    _check_disk(folder, n_missing, n_missing * bytes_of_row(runner.shapes))
-    bar = tqdm(
-        total=plan.n_tokens,
-        initial=plan.n_tokens - n_missing,
-        unit=" tokens",
-        unit_scale=True,
-        desc="harvest",
-        disable=not show,
-    )
-    with bar:
-        if workers is None:
-            maker = ShardMaker(runner, plan, folder, recipe.hash)
-            for shard in missing:
-                maker.make(shard, bar.update)
-            return
-        job = HarvestJob(folder.resolve(), recipe, tuple(runner.interventions))
-        for shard, header in workers.results(runner.model, job, [missing]):
-            if not _is_there(folder, shard, plan, recipe):
-                raise OSError(
-                    f"a worker wrote {shard_name(shard, plan.n_shards)}, which is not in {folder} "
-                    "here: give a folder that all machines of the cluster share"
-                )
-            bar.update(header.n_tokens)
-
-
-def _is_there(folder: Path, shard: int, plan: Plan, recipe: Recipe) -> bool:
-    """Whether a whole shard of this recipe is in the folder; a damaged one is made again."""
-    path = folder / shard_name(shard, plan.n_shards)
-    if not path.exists():
-        return False
-    try:
-        header = read_header(path)
-    except ValueError as error:
-        warnings.warn(f"{error}: it is made again", stacklevel=2)
-        return False
-    if (header.recipe, header.shard) != (recipe.hash, shard):
-        raise ValueError(f"{path} is of another harvest: give another folder")
-    return True
 
 
 def _read(
@@ -224,6 +148,8 @@ def _read(
     counted = iter(tqdm(documents, unit=" documents", desc="tokens", disable=not verbose))
     if (folder / FILE).exists():
         before = Documents.open(folder)
+        if not before.is_whole:
+            raise ValueError(f"{folder / FILE} is damaged: harvest into another folder")
         if before.encoding != encoding or before.digest != digest_of(counted):
             raise ValueError(
                 f"{folder} holds a harvest of other documents, or of documents that were read with "
@@ -245,7 +171,11 @@ def _read(
     return Documents.open(folder)
 
 
-def _check(model: HookedHybrid, context_length: int, batch_size: int, shard_bytes: int) -> None:
+def _check(
+    model: HookedHybrid, context_length: int, batch_size: int, shard_bytes: int, seed: int | None
+) -> None:
+    if not -(2**63) <= (seed or 0) < 2**63:
+        raise ValueError(f"seed={seed}: give one of 64 bits")
     for name, value in (
         ("context_length", context_length),
         ("batch_size", batch_size),
@@ -260,23 +190,13 @@ def _check(model: HookedHybrid, context_length: int, batch_size: int, shard_byte
         )
 
 
-def _check_disk(folder: Path, n_tokens: int, needed: int) -> None:
-    free = shutil.disk_usage(folder).free
-    if needed > free:
-        raise OSError(
-            f"{n_tokens:,} tokens take {needed / 1e9:.3g} GB, and {free / 1e9:.3g} GB are free in "
-            f"{folder}: harvest fewer hook points or documents, write bfloat16, or give a folder "
-            "on a larger disk"
-        )
-
-
-def _peeked(documents: Iterable[Document]) -> tuple[Document, Iterable[Document]]:
-    """Return the first document, and all of them."""
+def _peeked(documents: Iterable[Document]) -> tuple[bool, Iterable[Document]]:
+    """Return whether the first document is a text, and all of them."""
     if isinstance(documents, str):
         raise ValueError("documents is one text: give a list, or read_texts(file)")
     stream = iter(documents)
     for first in stream:
-        return first, chain([first], stream)
+        return isinstance(first, str), chain([first], stream)
     raise ValueError("there are no documents")
 
 
@@ -290,10 +210,10 @@ def _bos(model: HookedHybrid, is_text: bool, prepend_bos: bool | None) -> int | 
 
 
 def _dtype(dtype: torch.dtype | Dtype | None, model: HookedHybrid) -> torch.dtype:
-    found = getattr(torch, dtype) if isinstance(dtype, str) else dtype or model.dtype
-    if found not in (torch.float32, torch.bfloat16, torch.float16):
-        raise ValueError(f"dtype={dtype}: give 'float32', 'bfloat16' or 'float16'")
+    found = DTYPES.get(dtype) if isinstance(dtype, str) else dtype or model.dtype
+    if found is None or found not in DTYPES.values():
+        raise ValueError(f"dtype={dtype or found}: give 'float32', 'bfloat16' or 'float16'")
     return found
 
 
-__all__ = ["HarvestJob", "harvest"]
+__all__ = ["harvest"]

@@ -1,8 +1,7 @@
-"""Reading a harvest: batches of tokens' activations, shuffled over all shards."""
+"""Reading a harvest: its index, its shards, and batches of its activations."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from itertools import count
@@ -17,13 +16,14 @@ from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
 from hooked_hybrid.harvest.shards import (
+    AGAIN,
     BESIDE,
-    FORMAT,
     INDEX,
-    RECIPE,
+    check_shard,
+    index_of,
     read_header,
-    sha256_of,
-    shard_paths,
+    read_index,
+    short_hash,
 )
 from hooked_hybrid.names import Shorthand, resolve
 
@@ -43,29 +43,22 @@ class HarvestedActivations:
         folder: of a finished harvest.
 
     Raises:
-        ValueError: there is none, or it is not finished, damaged, or of a newer version.
+        ValueError: there is none, or it is not finished, of a newer version, or damaged as far as
+            the index and the sizes of files show (`verify` reads all).
     """
 
     def __init__(self, folder: str | PathLike[str]) -> None:
         self.folder = Path(folder)
-        path = self.folder / INDEX
-        if not path.exists():
-            raise ValueError(_unfinished(self.folder))
-        try:
-            self.index: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-            is_newer = self.index["format"] > FORMAT
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path} is damaged: go on with --resume, it is made again") from error
-        if is_newer:
-            raise ValueError(f"{path} was written by a newer version of this library")
+        self.index = read_index(self.folder)
         self.paths = [self.folder / shard["file"] for shard in self.index["shards"]]
         for path, shard in zip(self.paths, self.index["shards"], strict=True):
             n_bytes = path.stat().st_size if path.exists() else 0
             if n_bytes != shard["bytes"]:
                 raise ValueError(
-                    f"{path} has {n_bytes} bytes, and {INDEX} says {shard['bytes']}: go on with "
-                    "--resume, it is made again"
+                    f"{path} has {n_bytes} bytes, and {INDEX} says {shard['bytes']}: {AGAIN}"
                 )
+        if read_header(self.paths[0]).recipe != short_hash(self.index["recipe"]):
+            raise ValueError(f"{self.folder / INDEX} is not of the shards beside it: {AGAIN}")
 
     def __len__(self) -> int:
         return int(self.index["tokens"])
@@ -135,22 +128,15 @@ class HarvestedActivations:
         )
 
     def verify(self) -> None:
-        """Compare every tensor with the hash of what was written.
+        """Compare every tensor with the hash of what was written, and the index with the shards.
 
         Raises:
             ValueError: one differs.
         """
-        for path, shard in zip(self.paths, self.index["shards"], strict=True):
-            hashes = read_header(path).sha256
-            if hashes != shard["sha256"]:
-                raise ValueError(f"{path} is not the shard that {INDEX} lists")
-            with safe_open(path, "pt") as file:
-                for name, wanted in hashes.items():
-                    if sha256_of(file.get_tensor(name)) != wanted:
-                        raise ValueError(
-                            f"{path} is damaged at {name}: remove it and go on with --resume, it "
-                            "is made again"
-                        )
+        for path in self.paths:
+            check_shard(path, self.index["hooks"])
+        if index_of(self.folder, self.index["recipe"], self.paths) != self.index:
+            raise ValueError(f"{self.folder / INDEX} does not fit the shards: {AGAIN}")
 
     def resolve(self, name: Shorthand) -> str:
         """Return the full name of a hook point or a column.
@@ -194,7 +180,9 @@ class ActivationBatches(IterableDataset[Any]):
         self.pool_tokens, self.drop_last, self.dtype = pool_tokens, drop_last, dtype
         self.is_single = not isinstance(name, list)
         chosen = name if isinstance(name, list) else [name]
-        self.names = [harvest.resolve(one) for one in chosen]
+        if not chosen:
+            raise ValueError("name is an empty list: give one hook point or more")
+        self.names = list(dict.fromkeys(harvest.resolve(one) for one in chosen))
 
     def __iter__(self) -> Iterator[Any]:
         for epoch in count() if self.epochs is None else range(self.epochs):
@@ -279,15 +267,6 @@ class ActivationBatches(IterableDataset[Any]):
                 part = part.to(self.dtype)
             batch[name] = part
         return batch[self.names[0]].flatten(1) if self.is_single else batch
-
-
-def _unfinished(folder: Path) -> str:
-    if not (folder / RECIPE).exists():
-        return f"{folder} holds no harvest"
-    return (
-        f"the harvest in {folder} is not finished ({len(shard_paths(folder))} shards are there): "
-        "go on with --resume"
-    )
 
 
 __all__ = ["ActivationBatches", "HarvestedActivations"]

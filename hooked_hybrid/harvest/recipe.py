@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -12,7 +11,7 @@ from typing import Any
 from hooked_hybrid.evaluation.identity import identity
 from hooked_hybrid.harvest.contexts import Plan
 from hooked_hybrid.harvest.documents import Documents
-from hooked_hybrid.harvest.shards import FORMAT, RECIPE, shard_paths, write_json
+from hooked_hybrid.harvest.shards import FORMAT, RECIPE, shard_paths, short_hash, write_json
 from hooked_hybrid.hooked_root import HookSpec
 from hooked_hybrid.model import HookedHybrid
 from hooked_hybrid.niah.settings import described
@@ -44,7 +43,7 @@ class Recipe:
     @property
     def hash(self) -> str:
         """A hash of all of it."""
-        return _short_hash(json.dumps(asdict(self), sort_keys=True))
+        return short_hash(asdict(self))
 
     def plan(self, documents: Documents) -> Plan:
         """Return which tokens are read where."""
@@ -66,17 +65,17 @@ class Recipe:
         """
         path, now = folder / RECIPE, asdict(self)
         try:
-            before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
-        except ValueError as error:
+            before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+            changed = sorted(key for key in {*before, *now} if before.get(key) != now.get(key))
+        except (AttributeError, TypeError, ValueError) as error:
             raise ValueError(f"{path} is damaged ({error}): give another folder") from error
         if before == now:
             return
-        if before is None or not shard_paths(folder):
+        if not before or not shard_paths(folder):
             write_json(path, now)
             return
         if before.get("format", 0) > FORMAT:
             raise ValueError(f"{path} was written by a newer version of this library")
-        changed = sorted(key for key in {*before, *now} if before.get(key) != now.get(key))
         raise ValueError(
             f"{folder} holds another harvest: {', '.join(changed)} differ; give another folder, "
             "nothing is overwritten"
@@ -86,8 +85,8 @@ class Recipe:
 def model_identity(model: HookedHybrid) -> dict[str, Any]:
     """Return what tells models apart: hashes of weights and config, and the hooks on them."""
     return {
-        "weights": fingerprint(model),
-        "config": _short_hash(repr(replace(model.cfg, model_name="", extra={}))),
+        "weights": fingerprint(model, every_weight=True),
+        "config": short_hash(repr(replace(model.cfg, model_name="", extra={}))),
         "hooks": [[str(h.point.name), described(h.user_hook)] for h in model.list_hooks()],
         "dtype": str(model.dtype),
     }
@@ -111,7 +110,3 @@ def special_tokens(model: HookedHybrid) -> list[int]:
     if model.tokenizer is not None:
         found += [model.text.bos, model.text.pad, *model.text.eos]
     return sorted({token for token in found if token is not None})
-
-
-def _short_hash(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:16]

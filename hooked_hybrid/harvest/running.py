@@ -116,7 +116,7 @@ class Runner:
             rows = value.detach().flatten(0, 1).index_select(0, source.to(value.device))
             written = rows.to(self._written(value.dtype))
             if written.is_floating_point() and not bool(written.isfinite().all()):
-                raise ValueError(_not_finite(str(hook.name), rows, written))
+                raise ValueError(_not_finite(str(hook.name), rows, written, batch.documents))
             into[str(hook.name)].index_copy_(0, batch.rows, written.cpu())
 
         mask = None if self._ignores_padding() else batch.is_token.long().to(device)
@@ -184,12 +184,14 @@ def _layers_before(point: HookPoint, n_layers: int) -> int:
     return 0 if name == "hook_embed" else n_layers + 1
 
 
-def _not_finite(name: str, rows: Tensor, written: Tensor) -> str:
+def _not_finite(name: str, rows: Tensor, written: Tensor, documents: Tensor) -> str:
+    first = int(written.flatten(1).isfinite().all(1).logical_not().nonzero()[0])
+    where = f"{name} has values in document {int(documents[first])}"
     if not bool(rows.isfinite().all()):
-        return f"{name} has values that are not finite: look at the model and the interventions"
+        return f"{where} that are not finite: look at the model and the interventions"
     return (
-        f"{name} has values up to {float(rows.abs().max()):.3g}, too large for {written.dtype}: "
-        "write float32 or bfloat16"
+        f"{where} up to {float(rows.abs().max()):.3g}, too large for {written.dtype}: write "
+        "float32 or bfloat16"
     )
 
 

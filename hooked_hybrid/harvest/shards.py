@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 from collections.abc import Iterable, Mapping
@@ -20,6 +21,7 @@ from hooked_hybrid.results_folder import remove_unfinished, replacing
 
 FORMAT = 1
 INDEX, RECIPE = "index.json", "recipe.json"
+AGAIN = "go on with --resume, it is made again"
 BESIDE = ("token", "document", "position")
 """Columns beside the activations, int32 [token]."""
 BLOCK = 2**14
@@ -90,10 +92,38 @@ def read_header(path: Path) -> Header:
     try:
         with safe_open(path, "pt") as file:
             said = json.loads((file.metadata() or {})["harvest"])
-    except (SafetensorError, KeyError, ValueError) as error:
+            said["sums"] = {name: HookSums(**sums) for name, sums in said["sums"].items()}
+            header = Header(**said)
+            rows = {name: file.get_slice(name).get_shape()[0] for name in header.sha256}
+            if set(rows.values()) != {header.n_tokens} or {*rows} != {*header.sums, *BESIDE}:
+                raise ValueError("its header does not fit its tensors")
+    except (SafetensorError, AttributeError, LookupError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is no whole shard of a harvest ({error})") from error
-    said["sums"] = {name: HookSums(**sums) for name, sums in said["sums"].items()}
-    return Header(**said)
+    return header
+
+
+def check_shard(path: Path, hooks: Mapping[str, Mapping[str, Any]]) -> None:
+    """Compare every tensor of a shard with the shard's header, and with the index.
+
+    Args:
+        path: of the shard.
+        hooks: of the index.
+
+    Raises:
+        ValueError: one differs, or the shard is damaged or has other hook points.
+    """
+    header = read_header(path)
+    kinds = {name: (hook["dtype"], hook["shape"]) for name, hook in hooks.items()}
+    kinds |= {name: ("int32", []) for name in BESIDE}
+    if {*kinds} != {*header.sha256}:
+        raise ValueError(f"{path} has other hook points than {INDEX}")
+    with safe_open(path, "pt") as file:
+        for name, wanted in header.sha256.items():
+            tensor = file.get_tensor(name)
+            kind = str(tensor.dtype).removeprefix("torch."), list(tensor.shape[1:])
+            is_same = kind == kinds[name] and sha256_of(tensor) == wanted
+            if not is_same or (name in hooks and not _alike(_sums(tensor), header.sums[name])):
+                raise ValueError(f"{path} is damaged at {name}: remove it and {AGAIN}")
 
 
 def index_of(folder: Path, recipe: Mapping[str, Any], paths: Iterable[Path]) -> dict[str, Any]:
@@ -134,6 +164,44 @@ def index_of(folder: Path, recipe: Mapping[str, Any], paths: Iterable[Path]) -> 
     }
 
 
+def read_index(folder: Path) -> dict[str, Any]:
+    """Return the index of a finished harvest.
+
+    Raises:
+        ValueError: there is none, or it is not whole or of a newer version.
+    """
+    path = folder / INDEX
+    if not path.exists():
+        if not (folder / RECIPE).exists():
+            raise ValueError(f"{folder} holds no harvest")
+        raise ValueError(
+            f"the harvest in {folder} is not finished ({len(shard_paths(folder))} shards are "
+            "there): go on with --resume"
+        )
+    try:
+        index = json.loads(path.read_text(encoding="utf-8"))
+        is_newer = index["format"] > FORMAT
+        is_whole = is_newer or _adds_up(index)
+    except (AttributeError, LookupError, TypeError, ValueError):
+        is_newer = is_whole = False
+    if not is_whole:
+        raise ValueError(f"{path} is damaged: {AGAIN}")
+    if is_newer:
+        raise ValueError(f"{path} was written by a newer version of this library")
+    return index
+
+
+def _adds_up(index: dict[str, Any]) -> bool:
+    """Whether an index has all its parts, and its tokens are those of its shards."""
+    shards, hooks = index["shards"], index["hooks"]
+    return (
+        {"recipe", "beside"} <= {*index}
+        and all({"file", "tokens", "bytes", "sha256"} <= {*shard} for shard in shards)
+        and all({"dtype", "shape", "mean_norm"} <= {*hook} for hook in hooks.values())
+        and sum(shard["tokens"] for shard in shards) == index["tokens"] > 0 < len(hooks)
+    )
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write a file, whole or not at all."""
     with replacing(path) as temporary:
@@ -172,9 +240,20 @@ def _sums(value: Tensor) -> HookSums:
     )
 
 
+def _alike(a: HookSums, b: HookSums) -> bool:
+    """Whether sums differ by rounding alone, as other machines add them up."""
+    pairs = ((a.norm, b.norm), (a.squared_norm, b.squared_norm))
+    return all(x == y or (x and y and math.isclose(x, y, rel_tol=1e-5)) for x, y in pairs)
+
+
 def _mean(sums: list[float | None], n: int) -> float | None:
     found = [value for value in sums if value is not None]
     return sum(found) / n if found else None
+
+
+def short_hash(value: Any) -> str:
+    """Return a hash of what JSON can hold."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def shard_paths(folder: Path) -> list[Path]:

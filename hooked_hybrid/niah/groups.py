@@ -72,11 +72,15 @@ class Batch:
     """Whether a prompt is run in one piece, as its hooks may look at all of it."""
 
 
-def batches_of(settings: Sequence[Setting], prompt: Prompt) -> list[Batch]:
-    """Put together what has a plain prefill, a hooked one, and one that depends on the prompt."""
+def batches_of(settings: Sequence[Setting], prompts: Sequence[Prompt]) -> list[Batch]:
+    """Put together what has a plain prefill, a hooked one, and one that depends on the prompt.
+
+    Hooks that depend on it are asked for with every prompt: one may see all of its own.
+    """
     kinds: dict[tuple[bool, bool, bool], list[Setting]] = {}
     for setting in settings:
-        hooks = hooks_for(setting.prefill, prompt)
+        asked = prompts if callable(setting.prefill) else prompts[:1]
+        hooks = [hook for prompt in asked for hook in hooks_for(setting.prefill, prompt)]
         is_whole = not all(is_per_position(fn) for _, fn in hooks)
         shares = not callable(setting.prefill) and not is_whole
         kinds.setdefault((bool(hooks), shares, is_whole), []).append(setting)
@@ -96,7 +100,7 @@ class Group:
     @cached_property
     def batches(self) -> list[Batch]:
         """What runs together."""
-        return batches_of(self.settings, self.prompts[0])
+        return batches_of(self.settings, self.prompts)
 
     @cached_property
     def parts(self) -> list[list[Prompt]]:

@@ -34,11 +34,15 @@ class Worker:
 
         Raises:
             ValueError: it is another model than the caller's.
+            Exception: whatever its source raised.
         """
         self.threads, self.key, self.job = threads, -1, None
         torch.set_num_threads(threads)
         torch.set_float32_matmul_precision(precision)
-        self.model = source() if callable(source) else unpacked(_got(source))
+        try:
+            self.model = source() if callable(source) else unpacked(_got(source))
+        except Exception as error:
+            raise _sendable(error) from None
         if (found := identity_of(self.model)) != expected:
             raise ValueError(
                 f"a worker loaded another model ({found}) than this process has ({expected}): "
@@ -76,8 +80,8 @@ def versions() -> dict[str, str]:
 
 
 def identity_of(model: HookedHybrid) -> str:
-    """Return a model's fingerprint and dtype: weights that were rounded may look the same."""
-    return f"{fingerprint(model)}, {str(model.dtype).removeprefix('torch.')}"
+    """Return a hash of a model's config and weights, and its dtype."""
+    return f"{fingerprint(model, every_weight=True)}, {str(model.dtype).removeprefix('torch.')}"
 
 
 def packed(model: HookedHybrid) -> bytes:

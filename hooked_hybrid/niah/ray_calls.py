@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -29,13 +30,14 @@ class Slot:
     """The place of one worker: who has it now, and what is waited for.
 
     A worker is `called` until the cluster has room for it, then it is `loading` the model; after
-    that it is `idle` or `busy`.
+    that it is `idle` or `busy`. `lost` workers died here, one after another, before they had it.
     """
 
     actor: Any
     answer: Any
     state: Literal["called", "loading", "idle", "busy"] = "called"
     unit: Unit | None = None
+    lost: int = 0
 
 
 class DiedError(Exception):
@@ -130,7 +132,16 @@ def value_of(answer: Any) -> Any:
         cause = error.cause if isinstance(error.cause, Exception) else RuntimeError(str(error))
         raise cause from error
     except RayError as error:
-        raise DiedError(" ".join(str(error).split())[:600]) from error
+        raise DiedError(what_died(str(error))) from error
+
+
+def what_died(said: str) -> str:
+    """Return who died of what, out of Ray's words, which hold ids and advice too."""
+    said = " ".join(said.split())
+    who = re.search(r" pid: (\d+) .*?ip: (\S+) (.*)", said)
+    detail = re.sub(r".*Worker exit detail: ", "", who[3] if who else said)
+    detail = re.split(r" Some common causes| Node Id:", detail)[0][:200]
+    return f"process {who[1]} on {who[2]}: {detail}" if who else detail
 
 
 def release(slot: Slot) -> None:
@@ -168,4 +179,5 @@ __all__ = [
     "room",
     "taken",
     "value_of",
+    "what_died",
 ]

@@ -1,10 +1,9 @@
 """Work spread over a Ray cluster: workers that load the model once, and may die.
 
-The caller of `RayWorkers.results` cuts work into items, gets every result once, and writes what is
-to be kept: workers write nothing. Results come one by one, so that a worker that dies, or a node,
-costs the item it was at; the rest of its unit goes to another worker, and so does a new worker to
-where the cluster has room. A worker has one unit at a time: whoever died is known to have died on
-it, and the gap to the next one is a few milliseconds.
+The caller of `RayWorkers.results` cuts work into items and gets every result once, one by one, so
+that a worker that dies, or a node, costs the item it was at. The rest of its unit goes to another
+worker, and a new worker to where the cluster has room. A worker has one unit at a time: whoever
+died is known to have died on it, and the gap to the next one is a few milliseconds.
 """
 
 from __future__ import annotations
@@ -12,7 +11,8 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import ExitStack
 from importlib.util import find_spec
 from itertools import count
 from typing import Any, TypeVar
@@ -40,7 +40,7 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 _LOG = logging.getLogger(__name__)
 MOST_DEATHS = 3
-"""Workers that may die at one place: on an item, or while they load the model."""
+"""Workers that may die one after another: on one item, or at one place while they load."""
 PIECES = 4
 """Units for each worker, so that none is left waiting for long at the end."""
 
@@ -51,7 +51,7 @@ class RayWorkers:
     Args:
         address: "local" starts Ray on this machine; else that of a cluster, as `ray.init` takes it
             ("auto", "HOST:PORT"). A Ray that this process is connected to already is used as it is.
-        n: workers; None is as many as the cluster has room for now.
+        n: workers; None is as many as the cluster's machines hold.
         gpus_per_worker: 0 runs models on processors; 0.5 puts two workers on a GPU.
         threads: processor cores of each worker. Numbers are those of a process with as many.
         load: how a worker gets the model, such as `partial(HookedHybrid.from_pretrained, "NAME",
@@ -74,11 +74,11 @@ class RayWorkers:
     ) -> None:
         if find_spec("ray") is None:
             raise ValueError("workers need Ray: pip install 'hooked-hybrid[ray]'")
-        if (n is not None and n < 1) or threads < 1 or gpus_per_worker < 0:
-            raise ValueError(
-                f"{n} workers of {threads} threads and {gpus_per_worker} GPUs: give 1 worker and 1 "
-                "thread or more, and no GPUs below 0"
-            )
+        gpus = float(gpus_per_worker)
+        if (n is not None and n < 1) or threads < 1:
+            raise ValueError(f"{n} workers of {threads} threads: give 1 of each or more")
+        if not (0 <= gpus < 1 or (gpus >= 1 and gpus.is_integer())):
+            raise ValueError(f"{gpus} GPUs for a worker: give a part of one, or a whole number")
         if address.startswith("ray://"):
             raise ValueError(
                 f"{address} is a Ray client's: run this on a machine of the cluster, with the "
@@ -86,10 +86,10 @@ class RayWorkers:
             )
         self.address, self.n, self.load, self.patience = address, n, load, patience
         self.gpus_per_worker, self.threads = gpus_per_worker, threads
-        self._depth, self._owns_ray = 0, False
+        self._depth, self._owns_ray, self._is_working = 0, False, False
         self._slots: list[Slot] = []
         self._source: tuple[str, HookedHybrid | None, Source] = ("", None, [])
-        self._lost_starts, self._keys = 0, count()
+        self._keys = count()
 
     # --- as long as a `with` block ----------------------------------------------------------
 
@@ -99,13 +99,12 @@ class RayWorkers:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Release the workers at the end of the outermost block, and Ray if it was started here."""
+        """Release the workers at the end of the outermost block, and the connection made here."""
         self._depth -= 1
         if self._depth:
             return
-        for slot in self._slots:
-            release(slot)
-        self._slots, self._source = [], ("", None, [])
+        self._release_all()
+        self._source = ("", None, [])
         if self._owns_ray:
             import ray
 
@@ -143,8 +142,8 @@ class RayWorkers:
 
     def results(
         self, model: HookedHybrid, job: Job[Item, Result], units: Sequence[Sequence[Item]]
-    ) -> Iterator[tuple[Item, Result]]:
-        """Yield every item with its result, as they come.
+    ) -> Generator[tuple[Item, Result], None, None]:
+        """Yield every item with its result, as they come; close it where it is not read to its end.
 
         Args:
             model: the caller's, which the workers' are checked against.
@@ -153,42 +152,59 @@ class RayWorkers:
 
         Raises:
             ValueError: as `check`; a worker's model, library or torch that is not the caller's; or
-                no node with the cores and GPUs of a worker.
-            OSError: three workers died on one item, or while they loaded the model; or the
-                cluster has had no room for any worker as long as `patience`.
+                no machine with the cores and GPUs of a worker, where none will come.
+            OSError: three workers died one after another on one item, or at every place while they
+                loaded the model; or there was no room for any worker as long as `patience`.
+            RuntimeError: other results of these workers are being read, or their block has ended.
             Exception: whatever a worker raised, which stops the others too.
         """
         if not any(units):
             return
+        if self._is_working:
+            raise RuntimeError("these workers are at work: read those results to the end, or close")
         import ray
         from ray import cloudpickle
 
         self.check(model, {f"the work ({type(job).__name__})": job})
-        with self:
+        with ExitStack() as block:
+            if not self._depth:
+                block.enter_context(self)
+            self._is_working = True
+            block.callback(self._rest)
             self._prepare(model)
             sent = (next(self._keys), [ray.put(cloudpickle.dumps(job))])
             pieces = spread(job, units, PIECES * len(self._slots))
             todo = deque(Unit(items) for items in pieces)
-            try:
-                yield from self._worked(job, sent, todo)
-            finally:
-                for slot in [slot for slot in self._slots if slot.state == "busy"]:
-                    release(slot)
-                    self._slots.remove(slot)
+            yield from self._worked(job, sent, todo)
+
+    def _release_all(self) -> None:
+        while self._slots:
+            release(self._slots.pop())
+
+    def _rest(self) -> None:
+        """End the workers that are still at work: nobody wants it any more."""
+        for slot in [slot for slot in self._slots if slot.state == "busy"]:
+            release(slot)
+            self._slots.remove(slot)
+        self._is_working = False
 
     def _worked(
         self, job: Job[Item, Result], sent: tuple[int, Any], todo: deque[Unit]
-    ) -> Iterator[tuple[Item, Result]]:
+    ) -> Generator[tuple[Item, Result], None, None]:
         """Give units to who is idle and take what comes, until all is done."""
-        since = time.monotonic()
-        while todo or any(slot.state == "busy" for slot in self._slots):
+        since, n_left = time.monotonic(), sum(len(unit.items) for unit in todo)
+        while n_left or any(slot.state == "busy" for slot in self._slots):
+            if not self._slots:
+                raise RuntimeError("the block of these workers has ended: read results within it")
             for slot in self._slots:
                 if slot.state == "idle" and todo:
                     begin(slot, sent, todo.popleft())
             for slot in self._ready():
                 try:
                     if slot.state == "busy":
-                        yield from taken(slot)
+                        for found in taken(slot):
+                            n_left -= 1
+                            yield found
                     else:
                         self._advance(slot)
                 except DiedError as error:
@@ -201,8 +217,8 @@ class RayWorkers:
                 since = time.monotonic()
             elif time.monotonic() - since > self.patience:
                 raise TimeoutError(
-                    f"for {self.patience:.0f} s the cluster had no room for a worker of "
-                    f"{self._needs}: go on when there is some; what is done is kept"
+                    f"no room for a worker of {self._needs} in {self.patience:.0f} s: go on when "
+                    "the cluster has some; what is done is kept"
                 )
 
     def _ready(self) -> list[Slot]:
@@ -222,7 +238,7 @@ class RayWorkers:
         """
         found = value_of(slot.answer)
         if slot.state == "loading":
-            slot.state, self._lost_starts = "idle", 0
+            slot.state, slot.lost = "idle", 0
             return
         if found != versions():
             raise ValueError(f"a worker has {found}, this process {versions()}: install the same")
@@ -239,15 +255,17 @@ class RayWorkers:
         """
         unit, was_busy = slot.unit, slot.state == "busy"
         release(slot)
+        if not was_busy:
+            slot.lost += 1
+            _LOG.warning("a worker died before it had the model (%s)", error)
+            if slot.lost == MOST_DEATHS:  # such as on a machine with too little memory
+                self._slots.remove(slot)
+                if self._slots:
+                    return
+                raise OSError(f"workers die before they have the model ({error}): is it too large?")
         slot.actor, slot.answer = called(self.threads, self.gpus_per_worker)
         slot.state, slot.unit = "called", None
-        if not was_busy:
-            self._lost_starts += 1
-            if self._lost_starts >= MOST_DEATHS * len(self._slots):
-                raise OSError(
-                    f"{self._lost_starts} workers in a row died before they had the model ({error})"
-                )
-        elif unit is not None and unit.items:
+        if unit is not None and unit.items:
             unit.deaths += 1
             todo.appendleft(unit)
             what = job.describe(unit.items[:1])
@@ -262,15 +280,15 @@ class RayWorkers:
         self._owns_ray |= connect(self.address, self.n and self.n * self.threads)
         identity, own = identity_of(model), model if self.load is None else None
         if self._source[:2] != (identity, own):
-            for slot in self._slots:
-                release(slot)
-            self._slots = []
+            self._release_all()
             source = self.load or [ray.put(packed_model(model))]
             self._source = (identity, own, source)
         held = room(self.threads, self.gpus_per_worker)
-        if not held and (self.n is None or self._owns_ray):
-            raise ValueError(f"no machine of the cluster has {self._needs} for a worker")
-        self._lost_starts = 0
+        if not held:
+            missing = f"no machine of the cluster has {self._needs} for a worker"
+            if self.n is None or (self._owns_ray and self.address == "local"):
+                raise ValueError(missing)
+            _LOG.warning("%s: waiting %.0f s for one that has", missing, self.patience)
         while len(self._slots) < (self.n or held):
             self._slots.append(Slot(*called(self.threads, self.gpus_per_worker)))
 

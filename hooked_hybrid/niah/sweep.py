@@ -163,15 +163,18 @@ class SweepJob(Job[Part, Cells]):
         return f"prompts {', '.join(ids)}"
 
 
-def fingerprint(model: HookedHybrid) -> str:
-    """Return a short hash of the config and of samples of every weight."""
+def fingerprint(model: HookedHybrid, every_weight: bool = False) -> str:
+    """Return a short hash of the config and of a sample of each weight's entries, or of all."""
     digest = hashlib.sha256(repr((model.cfg.layers, model.cfg.d_model, model.cfg.norm)).encode())
     if model.quantization is not None:
         digest.update(model.quantization.scheme.encode())
     for name, parameter in model.named_parameters():
         flat = as_matrix(parameter.detach()).flatten()
-        sample = flat[:: max(flat.numel() // 64, 1)].float().cpu()
-        digest.update(name.encode() + sample.numpy().tobytes())
+        digest.update(name.encode())
+        if every_weight:
+            digest.update(flat.cpu().contiguous().view(torch.uint8).numpy().data)
+        else:
+            digest.update(flat[:: max(flat.numel() // 64, 1)].float().cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
 
 

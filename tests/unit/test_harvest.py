@@ -26,7 +26,7 @@ from tests.harvests import (
     packaged,
     rows_of,
 )
-from tests.models import D_VOCAB, relative
+from tests.models import D_VOCAB, relative, tiny_model
 from tests.tolerances import FP32_PARITY
 
 
@@ -172,7 +172,9 @@ def test_the_dtype_is_that_asked_for_and_too_large_values_are_refused(tmp_path):
     wanted = harvest(model, documents_of(), name, tmp_path / "b", verbose=False)
     assert torch.equal(rows_of(harvested)[name], rows_of(wanted)[name].bfloat16())
     huge = [("blocks.0.hook_resid_post", lambda value, hook: value * 1e6)]
-    with pytest.raises(ValueError, match=r"hook_resid_post has values up to .*too large for"):
+    with pytest.raises(
+        ValueError, match=r"hook_resid_post has values in document 5 up to .*too large"
+    ):
         harvest(
             model, documents_of(), RESID, tmp_path / "c", dtype="float16", fwd_hooks=huge,
             verbose=False,
@@ -180,7 +182,13 @@ def test_the_dtype_is_that_asked_for_and_too_large_values_are_refused(tmp_path):
     nan = [("blocks.0.hook_resid_post", lambda value, hook: value * torch.nan)]
     with pytest.raises(ValueError, match="not finite: look at the model"):
         harvest(model, documents_of(), RESID, tmp_path / "d", fwd_hooks=nan, verbose=False)
-    for folder in ("c", "d"):
+    model = tiny_model(seed=9)
+    with torch.no_grad():
+        model.embed.W_E[5] = torch.nan
+    documents = [[3, 4], [6, 7, 8, 9, 10], [4, 5]]  # the longest are run first
+    with pytest.raises(ValueError, match="hook_embed has values in document 2 that are not finite"):
+        harvest(model, documents, "hook_embed", tmp_path / "e", verbose=False)
+    for folder in ("c", "d", "e"):
         assert not list((tmp_path / folder).glob("shard*"))
 
 
@@ -240,12 +248,37 @@ def test_texts_of_files_and_folders(tmp_path):
         list(read_texts(tmp_path / "b.txt"))
 
 
-def test_texts_of_a_saved_data_set(tmp_path):
+def test_a_mark_of_byte_order_is_no_text(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "one"}')
+    (tmp_path / "b.txt").write_bytes(b"\xef\xbb\xbftwo")
+    assert list(read_texts(tmp_path)) == ["one", "two"]
+
+
+def test_a_text_that_is_no_unicode_is_named_before_work(tmp_path):
+    with pytest.raises(ValueError, match="document 1: .* surrogates not allowed"):
+        harvest(packaged(), ["A cat .", "a \ud800"], "hook_embed", tmp_path / "out", verbose=False)
+    assert not (tmp_path / "out").exists()
+
+
+def test_documents_without_a_token_give_no_rows(tmp_path):
+    documents = [[], [3, 4], [], torch.tensor([], dtype=torch.long), [5]]
+    harvested = harvest(model_named(), documents, "hook_embed", tmp_path / "out", verbose=False)
+    assert rows_of(harvested)["document"].tolist() == [1, 1, 4]
+
+
+def test_texts_of_a_saved_data_set(tmp_path, monkeypatch):
     datasets = pytest.importorskip("datasets")
-    datasets.Dataset.from_dict({"body": ["one", "two"]}).save_to_disk(str(tmp_path / "set"))
+    saved = datasets.Dataset.from_dict({"body": ["one", "two"]})
+    saved.save_to_disk(str(tmp_path / "set"))
     assert list(read_texts(tmp_path / "set", "body")) == ["one", "two"]
     with pytest.raises(ValueError, match="row 0: no text in the field 'text'; it has body"):
         list(read_texts(tmp_path / "set"))
+    datasets.DatasetDict(train=saved, test=saved).save_to_disk(str(tmp_path / "sets"))
+    with pytest.raises(ValueError, match="has parts: give the folder of one, test, train"):
+        read_texts(tmp_path / "sets")
+    monkeypatch.setattr("hooked_hybrid.harvest.documents.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="pip install datasets"):
+        read_texts(tmp_path / "set")
 
 
 @pytest.mark.parametrize(
@@ -254,13 +287,20 @@ def test_texts_of_a_saved_data_set(tmp_path):
         ("a text", {}, "documents is one text: give a list"),
         ([], {}, "there are no documents"),
         ([torch.tensor([], dtype=torch.long)], {}, "there is no token in the 1 documents"),
-        ([[3, D_VOCAB]], {}, f"document 0 has tokens from 3 to {D_VOCAB}; the model's go from 0"),
-        ([[3.5]], {}, "a document is a text or a row of tokens"),
+        ([[3, D_VOCAB]], {}, f"document 0: tokens from 3 to {D_VOCAB}, but the model's go from 0"),
+        ([[3, 2**40]], {}, "document 0: tokens from 3 to 1099511627776, but"),
+        ([[3, 4], [3.5]], {}, r"document 1: .* a text or a row of tokens, not list \[3.5\]"),
+        ([["a", "b"]], {}, r"a row of tokens, not list \['a', 'b'\]"),
+        ([{"text": "a"}], {}, "a row of tokens, not dict {'text': 'a'}"),
+        ([torch.tensor([True, False])], {}, "a row of tokens, not Tensor"),
+        (torch.tensor([3, 4]), {}, "a row of tokens, not Tensor"),
         ([[3, 4], "text"], {}, "texts and rows of tokens are mixed"),
         (["text"], {}, "no tokenizer"),
         ([[3, 4]], {"context_length": 0}, "context_length=0: give 1 or more"),
         ([[3, 4]], {"batch_size": -1}, "batch_size=-1"),
         ([[3, 4]], {"dtype": torch.float64}, "give 'float32', 'bfloat16' or 'float16'"),
+        ([[3, 4]], {"dtype": "fp16"}, "dtype=fp16: give 'float32', 'bfloat16' or 'float16'"),
+        ([[3, 4]], {"seed": 2**70}, "give one of 64 bits"),
         ([[3, 4]], {"prepend_bos": True, "context_length": 1}, "no room beside BOS"),
     ],
 )  # fmt: skip
@@ -282,7 +322,7 @@ def test_a_plan_holds_every_token_once_and_keeps_to_its_sizes():
             continue
         bos, room = draw.choice([None, 10]), draw.randint(2, 30)
         plan = Plan(
-            Documents(tokens, starts, "", ""), 7, room, 20, bos, left_out,
+            Documents(tokens, starts, "", "", ""), 7, room, 20, bos, left_out,
             draw.choice([None, seed]),
         )  # fmt: skip
         found = []

@@ -7,16 +7,20 @@ import pickle
 import random
 import resource
 import signal
+import threading
 import time
 from collections import namedtuple
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from hooked_hybrid import interventions
-from hooked_hybrid.harvest import HarvestedActivations, harvest
+from hooked_hybrid.harvest import HarvestedActivations, harvest, making
+from hooked_hybrid.harvest.documents import FILE
 from hooked_hybrid.harvest.running import Runner
+from hooked_hybrid.harvest.shards import INDEX, RECIPE, read_header
 from hooked_hybrid.results_folder import FolderInUseError, claimed
 from tests.harvests import (
     RESID,
@@ -181,13 +185,13 @@ def test_a_file_that_cannot_grow_is_an_error_and_leaves_whole_shards(tmp_path, m
 def test_memory_does_not_grow_with_the_number_of_shards(tmp_path):
     """Peak of the process's memory, above what it had: one shard's buffer, however many there are.
 
-    A shard is 3 MB; twenty of them are 60.
+    A shard is 3 MB; twenty of them are 60. Their tokens, which are mapped, are 2.
     """
     model = model_named()
-    tokens = torch.randint(3, D_VOCAB, (1, 20 * 28_000))
+    tokens = torch.randint(3, D_VOCAB, (20, 28_000))
 
     def peak(n_shards: int, name: str) -> float:
-        documents = tokens[:, : n_shards * 28_000]
+        documents = tokens[:n_shards]
         start = memory("VmRSS")
         Path("/proc/self/clear_refs").write_text("5")  # forget earlier peaks
         harvested = harvest(
@@ -197,7 +201,7 @@ def test_memory_does_not_grow_with_the_number_of_shards(tmp_path):
         assert len(harvested.paths) == n_shards
         return memory("VmHWM") - start
 
-    peak(2, "warm")
+    peak(20, "warm")
     few, many = peak(2, "few"), peak(20, "many")
     assert many - few < 2 * 3.0
 
@@ -209,17 +213,22 @@ def memory(which: str) -> float:
 
 
 class Elsewhere:
-    """Workers as `RayWorkers`, without Ray: what they are sent is pickled, and the order theirs."""
+    """Workers as `RayWorkers`, without Ray: what they are sent is pickled, and the order theirs.
 
-    def __init__(self, moved: bool = False) -> None:
-        self.moved = moved
+    `change` is done to a job when it has come to them, `written` to each shard's path.
+    """
+
+    def __init__(self, change=lambda job: job, written=lambda path: None) -> None:
+        self.change, self.written = change, written
+
+    def check(self, model, parts) -> None:
+        pickle.dumps(parts)
 
     def results(self, model, job, units):
-        job = pickle.loads(pickle.dumps(job))
+        job = self.change(pickle.loads(pickle.dumps(job)))
         for shard in reversed(units[0]):
             header = next(job(model, [shard]))
-            if self.moved:
-                next(job.folder.glob("shard-*")).unlink()
+            self.written(next(job.folder.glob(f"shard-{shard:05}*")))
             yield shard, header
 
 
@@ -229,6 +238,107 @@ def test_shards_that_workers_make_have_the_same_bytes(tmp_path, made):
     assert contents(many_shards(tmp_path / "out", workers=Elsewhere()).folder) == contents(made)
 
 
-def test_workers_that_write_to_another_disk_are_noticed(tmp_path):
+def test_workers_that_write_to_another_disk_are_noticed(tmp_path, made, monkeypatch):
+    monkeypatch.setattr(making, "SEEN_WITHIN", 0)
     with pytest.raises(OSError, match="a worker wrote shard-.*: give a folder that all machines"):
-        many_shards(tmp_path / "out", workers=Elsewhere(moved=True))
+        many_shards(tmp_path / "out", workers=Elsewhere(written=Path.unlink))
+
+
+@pytest.mark.parametrize(
+    ("folder", "match"),
+    [("none", "does not see the harvest in .*/none: give a"), ("other", "sees another harvest in")],
+)
+def test_a_folder_that_workers_see_otherwise_is_told(tmp_path, folder, match):
+    harvest(model_named(), documents_of(), RESID, tmp_path / "other", verbose=False)
+    there = Elsewhere(change=lambda job: replace(job, folder=tmp_path / folder))
+    with pytest.raises((OSError, ValueError), match=f"a worker on .* {match}"):
+        many_shards(tmp_path / "out", workers=there)
+
+
+def test_a_shard_that_a_disk_shows_late_is_waited_for(tmp_path, made):
+    timers = []
+
+    def hide(path):
+        path.rename(path.with_suffix(".late"))
+        timers.append(threading.Timer(0.2, path.with_suffix(".late").rename, [path]))
+        timers[-1].start()
+
+    harvested = many_shards(tmp_path / "out", workers=Elsewhere(written=hide))
+    assert len(timers) == len(harvested.paths)
+    assert contents(harvested.folder) == contents(made)
+
+
+def test_hooks_that_cannot_be_sent_are_refused_before_the_documents_are_read(tmp_path):
+    lock = threading.Lock()
+    hooks = [("hook_embed", lambda value, hook, lock=lock: None)]
+    with pytest.raises((TypeError, AttributeError, pickle.PicklingError)):
+        many_shards(tmp_path / "out", workers=Elsewhere(), fwd_hooks=hooks)
+    assert not (tmp_path / "out").exists()
+
+
+def test_tokens_that_were_damaged_are_not_gone_on_with(tmp_path):
+    folder = many_shards(tmp_path / "out").folder
+    flipped = bytearray((folder / FILE).read_bytes())
+    flipped[-20 * 12] ^= 1
+    (folder / FILE).write_bytes(flipped)
+    with pytest.raises(ValueError, match="tokens.safetensors is damaged: harvest into another"):
+        many_shards(folder)
+
+
+def test_a_change_of_one_row_of_a_weight_is_another_model(tmp_path):
+    model, settings = tiny_model(seed=5), {"verbose": False, "resume": True}
+    harvest(model, documents_of(), RESID, tmp_path, **settings)
+    with torch.no_grad():
+        model.embed.W_E[7] = 0
+    with pytest.raises(ValueError, match="holds another harvest: model"):
+        harvest(model, documents_of(), RESID, tmp_path, **settings)
+
+
+@pytest.mark.parametrize("said", ["[]", "null", '"x"', "3", "{"])
+def test_a_damaged_recipe_is_refused(tmp_path, said):
+    harvest(model_named(), documents_of(), RESID, tmp_path, verbose=False)
+    (tmp_path / RECIPE).write_text(said)
+    with pytest.raises(ValueError, match="recipe.json is damaged"):
+        harvest(model_named(), documents_of(), RESID, tmp_path, verbose=False, resume=True)
+
+
+def test_whatever_byte_of_a_shards_header_is_flipped_it_is_found(tmp_path):
+    harvested = many_shards(tmp_path / "out")
+    path, draw = harvested.paths[1], random.Random(0)
+    whole = path.read_bytes()
+    sums, found = read_header(path).sums, 0
+    for _ in range(400):
+        flipped = bytearray(whole)
+        flipped[draw.randrange(int.from_bytes(whole[:8], "little") + 8)] ^= 1 << draw.randrange(8)
+        path.write_bytes(flipped)
+        try:
+            harvested.verify()
+        except ValueError:
+            found += 1
+        else:  # a late digit of a sum, or a letter that stands for the same
+            assert all(
+                read_header(path).sums[name].norm == pytest.approx(was.norm, rel=1e-5)
+                for name, was in sums.items()
+            )
+    assert found > 350
+
+
+def test_an_index_that_does_not_fit_its_shards_is_found(tmp_path):
+    harvested = many_shards(tmp_path / "out")
+    path, index = harvested.folder / INDEX, harvested.index
+    for key in index:
+        path.write_text(json.dumps({k: v for k, v in index.items() if k != key}))
+        with pytest.raises(ValueError, match=r"index.json is damaged: go on with --resume"):
+            HarvestedActivations(harvested.folder)
+    path.write_text(json.dumps({**index, "tokens": 5}))
+    with pytest.raises(ValueError, match=r"index.json is damaged"):
+        HarvestedActivations(harvested.folder)
+    path.write_text(json.dumps({**index, "recipe": {**index["recipe"], "seed": 1}}))
+    with pytest.raises(ValueError, match="index.json is not of the shards beside it: go on with"):
+        HarvestedActivations(harvested.folder)
+    changed = json.loads(json.dumps(index))
+    changed["hooks"][harvested.names[0]]["mean_norm"] += 0.1
+    path.write_text(json.dumps(changed))
+    with pytest.raises(ValueError, match="index.json does not fit the shards: go on with"):
+        HarvestedActivations(harvested.folder).verify()
+    many_shards(harvested.folder).verify()

@@ -62,6 +62,10 @@ def test_every_token_is_read_once_an_epoch_in_an_order_of_the_seed(read):
     assert len(one_batch) > 2  # a shard has less than half of one document
 
 
+def test_a_name_given_twice_is_read_once(read):
+    assert sorted(seen(read.batches([*COLUMNS, "document"], 100))) == EVERY_TOKEN
+
+
 def test_batches_are_the_values_of_their_tokens(read):
     batch = next(iter(read.batches(["hook_embed", *COLUMNS], 128)))
     wanted = rows_of(read)["hook_embed"].view(8, 700, -1)
@@ -86,6 +90,8 @@ def test_sizes_of_batches(read):
     ):
         with pytest.raises(ValueError, match=match):
             read.batches("hook_embed", **wrong)
+    with pytest.raises(ValueError, match="empty list"):
+        read.batches([], 10)
     with pytest.raises(HookNameError, match="the nearest are hook_embed"):
         read.batches("hook_embd", 10)
 

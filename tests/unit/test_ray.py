@@ -244,15 +244,14 @@ def test_a_killed_node_costs_nothing_but_time(
     monkeypatch.setattr(Store, "add", add_and_kill)
     with caplog.at_level(logging.WARNING):
         table = niah(model, kill_prompts(), settings, out=tmp_path, workers=workers, **QUIET)
-    assert "a worker died on prompts" in caplog.text
+    said = [record.getMessage() for record in caplog.records]
+    assert any(s.startswith("a worker died on prompts ") and "(process " in s for s in said)
+    assert all(len(s.partition("(")[2]) < 250 for s in said)
     assert same_but_for_times(alone, table)
     nodes.nodes.append(nodes.add())
 
 
-def test_work_that_kills_its_workers_is_named(
-    nodes: Nodes, workers: RayWorkers, monkeypatch: Any, tmp_path: Path
-):
-    monkeypatch.setattr(ray_workers, "MOST_DEATHS", 2)
+def test_work_that_kills_its_workers_is_named(workers: RayWorkers, tmp_path: Path):
     model, prompts, here = model_of("griffin"), prompts_of("griffin"), os.getpid()
     deadly = prompts[-1].id
 
@@ -263,10 +262,22 @@ def test_work_that_kills_its_workers_is_named(
 
         return [("hook_embed", die)]
 
-    with pytest.raises(OSError, match=f"2 workers died one after another on prompts .*{deadly}"):
+    with pytest.raises(OSError, match=f"3 workers died one after another on prompts .*{deadly}"):
         niah(model, prompts, [Setting("dies", (), hooks)], out=tmp_path, workers=workers, **QUIET)
     table = niah(model, prompts, [Setting("dies", (), hooks)], out=tmp_path, resume=True, **QUIET)
     assert len(table) == len(prompts)
+
+
+def test_a_cluster_without_room_is_waited_for_as_long_as_is_asked(nodes: Nodes, caplog: Any):
+    patient = RayWorkers(nodes.cluster.address, n=1, threads=3, patience=1)
+    began = time.monotonic()
+    with pytest.raises(TimeoutError, match="no room for a worker of 3 CPU and 0 GPU in 1 s"):
+        niah(model_of("griffin"), prompts_of("griffin"), [Setting("a")], workers=patient, **QUIET)
+    assert 1 <= time.monotonic() - began < 20
+    assert "no machine of the cluster has 3 CPU and 0 GPU for a worker: waiting 1 s" in caplog.text
+    patient.n = None
+    with pytest.raises(ValueError, match="no machine of the cluster has 3 CPU"):
+        niah(model_of("griffin"), prompts_of("griffin"), [Setting("a")], workers=patient, **QUIET)
 
 
 COMMAND = (

@@ -1,0 +1,149 @@
+"""The shards that a harvest lacks: made here, or by the workers of a Ray cluster."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from tqdm.auto import tqdm
+
+from hooked_hybrid.harvest.contexts import Plan
+from hooked_hybrid.harvest.documents import Documents
+from hooked_hybrid.harvest.recipe import Recipe
+from hooked_hybrid.harvest.running import Runner, ShardMaker, bytes_of_row
+from hooked_hybrid.harvest.shards import Header, read_header, shard_name
+from hooked_hybrid.hooked_root import HookSpec
+from hooked_hybrid.model import HookedHybrid
+from hooked_hybrid.niah.work import Job
+
+if TYPE_CHECKING:
+    from hooked_hybrid.niah.ray_workers import RayWorkers
+
+SEEN_WITHIN = 60
+"""Seconds after which a worker's shard must be seen here: a shared disk may show files late."""
+
+
+@dataclass(frozen=True)
+class HarvestJob(Job[int, Header]):
+    """Shards by their numbers, made by a worker that sees the folder."""
+
+    folder: Path
+    recipe: Recipe
+    interventions: tuple[HookSpec, ...]
+
+    def __call__(self, model: HookedHybrid, items: Sequence[int]) -> Iterator[Header]:
+        """Write each shard and yield its header.
+
+        Raises:
+            OSError: the folder is not there on this machine, or a shard cannot be written.
+            ValueError: the folder is another here, or a value is not finite.
+        """
+        dtype = getattr(torch, self.recipe.dtype)
+        runner = Runner(model, self.recipe.names, dtype, self.interventions)
+        maker = ShardMaker(
+            runner, self.recipe.plan(self._documents()), self.folder, self.recipe.hash
+        )
+        for shard in items:
+            yield maker.make(shard)
+
+    def describe(self, items: Sequence[int]) -> str:
+        """Return which shards these are."""
+        return f"shards {', '.join(map(str, items))}"
+
+    def _documents(self) -> Documents:
+        who = f"a worker on {socket.gethostname()}"
+        remedy = f"{self.folder}: give a folder that all machines of the cluster share"
+        try:
+            found = Documents.open(self.folder)
+        except OSError as error:
+            raise OSError(f"{who} does not see the harvest in {remedy}") from error
+        if found.digest != self.recipe.documents:
+            raise ValueError(f"{who} sees another harvest in {remedy}")
+        return found
+
+
+def make_missing(
+    runner: Runner, plan: Plan, recipe: Recipe, folder: Path, workers: RayWorkers | None, show: bool
+) -> None:
+    """Make the shards that are missing, or damaged.
+
+    Raises:
+        ValueError: a shard of another harvest is there, or a value is not finite.
+        OSError: the shards do not fit on the disk, or are not where this process sees them.
+    """
+    missing = [i for i in range(plan.n_shards) if not _is_there(folder, i, plan, recipe)]
+    n_missing = sum(plan.n_rows(i) for i in missing)
+    _check_disk(folder, n_missing, n_missing * bytes_of_row(runner.shapes))
+    bar = tqdm(
+        total=plan.n_tokens,
+        initial=plan.n_tokens - n_missing,
+        unit=" tokens",
+        unit_scale=True,
+        desc="harvest",
+        disable=not show,
+    )
+    with bar:
+        if workers is None:
+            maker = ShardMaker(runner, plan, folder, recipe.hash)
+            for shard in missing:
+                maker.make(shard, bar.update)
+            return
+        job = HarvestJob(folder.resolve(), recipe, tuple(runner.interventions))
+        with closing(workers.results(runner.model, job, [missing])) as made:
+            for shard, header in made:
+                _wait_for(folder / shard_name(shard, plan.n_shards))
+                bar.update(header.n_tokens)
+
+
+def _is_there(folder: Path, shard: int, plan: Plan, recipe: Recipe) -> bool:
+    """Whether a shard of this recipe is in the folder; one that is not whole is made again."""
+    path = folder / shard_name(shard, plan.n_shards)
+    if not path.exists():
+        return False
+    try:
+        header = read_header(path)
+    except ValueError as error:
+        warnings.warn(f"{error}: it is made again", stacklevel=2)
+        return False
+    if (header.recipe, header.shard) != (recipe.hash, shard):
+        raise ValueError(f"{path} is of another harvest: give another folder")
+    return True
+
+
+def _wait_for(path: Path) -> None:
+    """Wait until a file that a worker wrote is seen here.
+
+    Raises:
+        OSError: it is not.
+    """
+    until = time.monotonic() + SEEN_WITHIN
+    while not path.exists():
+        if time.monotonic() > until:
+            raise OSError(
+                f"a worker wrote {path.name}, which is not in {path.parent} here: give a folder "
+                "that all machines of the cluster share"
+            )
+        time.sleep(0.1)
+        os.listdir(path.parent)  # has a network's file system look anew
+
+
+def _check_disk(folder: Path, n_tokens: int, needed: int) -> None:
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise OSError(
+            f"{n_tokens:,} tokens take {needed / 1e9:.3g} GB, and {free / 1e9:.3g} GB are free in "
+            f"{folder}: harvest fewer hook points or documents, write bfloat16, or give a folder "
+            "on a larger disk"
+        )
+
+
+__all__ = ["HarvestJob", "make_missing"]
