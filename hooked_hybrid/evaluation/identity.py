@@ -15,11 +15,10 @@ _SENTENCE = 'What is the best thing to do in Zürich? 1, 23 or 456: it\'s "tea".
 
 
 def identity(model: HookedHybrid) -> dict[str, Any]:
-    """Return what tells models apart, cheaply: short hashes of what scores depend on.
+    """Return what tells models apart: short hashes of what scores depend on.
 
-    Of weights a sample counts (see `niah.sweep.fingerprint`), of a tokenizer the tokens of a
-    sentence and its chat template; of the config all but the model's name and settings that do not
-    touch the maths.
+    Of a tokenizer the tokens of a sentence and its chat template count; of the config all but the
+    model's name and settings that do not touch the maths.
     """
     cfg = replace(model.cfg, model_name="", extra={})
     text = model.text

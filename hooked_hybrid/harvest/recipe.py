@@ -85,7 +85,7 @@ class Recipe:
 def model_identity(model: HookedHybrid) -> dict[str, Any]:
     """Return what tells models apart: hashes of weights and config, and the hooks on them."""
     return {
-        "weights": fingerprint(model, every_weight=True),
+        "weights": fingerprint(model),
         "config": short_hash(repr(replace(model.cfg, model_name="", extra={}))),
         "hooks": [[str(h.point.name), described(h.user_hook)] for h in model.list_hooks()],
         "dtype": str(model.dtype),

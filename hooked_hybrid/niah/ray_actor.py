@@ -81,7 +81,7 @@ def versions() -> dict[str, str]:
 
 def identity_of(model: HookedHybrid) -> str:
     """Return a hash of a model's config and weights, and its dtype."""
-    return f"{fingerprint(model, every_weight=True)}, {str(model.dtype).removeprefix('torch.')}"
+    return f"{fingerprint(model)}, {str(model.dtype).removeprefix('torch.')}"
 
 
 def packed(model: HookedHybrid) -> bytes:

@@ -163,18 +163,16 @@ class SweepJob(Job[Part, Cells]):
         return f"prompts {', '.join(ids)}"
 
 
-def fingerprint(model: HookedHybrid, every_weight: bool = False) -> str:
-    """Return a short hash of the config and of a sample of each weight's entries, or of all."""
+def fingerprint(model: HookedHybrid) -> str:
+    """Return a short hash of the config and of every weight, some 1 GB a second."""
     digest = hashlib.sha256(repr((model.cfg.layers, model.cfg.d_model, model.cfg.norm)).encode())
     if model.quantization is not None:
         digest.update(model.quantization.scheme.encode())
     for name, parameter in model.named_parameters():
-        flat = as_matrix(parameter.detach()).flatten()
-        digest.update(name.encode())
-        if every_weight:
-            digest.update(flat.cpu().contiguous().view(torch.uint8).numpy().data)
-        else:
-            digest.update(flat[:: max(flat.numel() // 64, 1)].float().cpu().numpy().tobytes())
+        weight = as_matrix(parameter.detach())
+        digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
+        for part in weight.unbind() if weight.ndim > 2 else (weight,):  # a copy of one expert's
+            digest.update(part.cpu().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()[:16]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import sqlite3
 import subprocess
@@ -19,7 +20,7 @@ from hooked_hybrid import HookedHybrid, HookNameError, HookPoint
 from hooked_hybrid.niah.needles import PAPER
 from hooked_hybrid.niah.prompts import Prompt, grid
 from hooked_hybrid.niah.store import FILE
-from hooked_hybrid.niah.sweep import Setting, niah, top_k_settings
+from hooked_hybrid.niah.sweep import Setting, fingerprint, niah, top_k_settings
 from hooked_hybrid.niah.word_tokenizer import word_tokenizer
 from hooked_hybrid.niah.words import vocabulary
 from tests.models import griffin_config, jamba_config, random_model
@@ -142,6 +143,16 @@ def test_a_finished_run_resumes_to_itself_and_another_experiment_is_refused(tmp_
     assert len(list((tmp_path / "r").iterdir())) == 1
     kept = sqlite3.connect(tmp_path / "r" / FILE)
     assert kept.execute("SELECT count(*) FROM cells").fetchone() == (len(first),)
+
+
+def test_one_number_of_one_weight_makes_it_another_model(tmp_path: Path):
+    model, prompts = copy.deepcopy(model_of("griffin")), prompts_of("griffin")[:1]
+    assert fingerprint(model) == fingerprint(model_of("griffin"))
+    niah(model, prompts, [Setting("a")], out=tmp_path / "r", **QUIET)
+    with torch.no_grad():
+        model.blocks[2].attn.o.weight[5, 3] += 1e-6
+    with pytest.raises(ValueError, match="model"):
+        niah(model, prompts, [Setting("a")], out=tmp_path / "r", resume=True, **QUIET)
 
 
 def test_an_empty_folder_may_be_resumed(tmp_path: Path):
