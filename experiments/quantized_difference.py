@@ -26,11 +26,11 @@ from experiments.window_relay import kept
 from hooked_hybrid import HookedHybrid, presets
 from hooked_hybrid.accounting.configs import PUBLISHED
 from hooked_hybrid.niah.needles import Needle, known_needles
-from hooked_hybrid.niah.plots import replacing
 from hooked_hybrid.niah.prompts import grid
 from hooked_hybrid.niah.statistics import clustered_interval
 from hooked_hybrid.niah.sweep import niah
 from hooked_hybrid.quantized import Only, quantizable, quantize_weights
+from hooked_hybrid.results_folder import replacing
 from hooked_hybrid.weights import stored_bytes
 
 PACKAGED = ("tiny-griffin", "tiny-jamba")

@@ -32,13 +32,18 @@ class HookedRootModule(nn.Module):
         self.mod_dict = {name: module for name, module in self.named_modules() if name}
         self.hook_dict = {n: m for n, m in self.mod_dict.items() if isinstance(m, HookPoint)}
         self.run_holder = RunHolder()
-        self.context_level = 0
+        self._contexts: list[object] = []
         for name, point in self.hook_dict.items():
             point.name = name
             point._holder = self.run_holder
         for module in self.modules():
             # Found in the instance's own dict, a part costs a tenth of nn.Module's lookup.
             module.__dict__.update({n: m for n, m in module._modules.items() if n.isidentifier()})
+
+    @property
+    def context_level(self) -> int:
+        """How many `hooks` blocks are open."""
+        return len(self._contexts)
 
     # --- attaching --------------------------------------------------------------------------
 
@@ -100,7 +105,7 @@ class HookedRootModule(nn.Module):
         """Attach hooks for the length of a `with` block, then remove these and no others.
 
         Hooks belong to the model: a forward of it in another thread meets them too. Threads that
-        want hooks of their own take a model each (`copy.deepcopy`).
+        want hooks of their own, or gradients, take a model each (`copy.deepcopy`).
 
         Args:
             fwd_hooks: pairs (name | names | predicate, fn), called in this order.
@@ -113,7 +118,7 @@ class HookedRootModule(nn.Module):
         """
         fwd_hooks, bwd_hooks = tuple(fwd_hooks), tuple(bwd_hooks)  # an iterator is read once
         self.check_hooks_to_add(fwd_hooks, bwd_hooks)
-        self.context_level += 1
+        self._contexts.append(context := object())  # a count would lose some, where threads meet
         added: list[LensHandle] = []
         try:
             for specs, direction in ((fwd_hooks, "fwd"), (bwd_hooks, "bwd")):
@@ -121,7 +126,7 @@ class HookedRootModule(nn.Module):
                     added += self.add_hook(name, hook, direction, level=self.context_level)  # type: ignore[arg-type]
             yield self
         finally:
-            self.context_level -= 1
+            self._contexts.remove(context)
             if reset_hooks_end:
                 for handle in added:
                     handle.remove()

@@ -30,6 +30,7 @@ _UNFINISHED = re.compile(r"\..+\.\d+\.tmp(-journal)?")
 _NO_LOCKS = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK}
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 _CLOSED = {errno.EROFS, errno.EACCES, errno.EPERM}
+_GO_ON = "then go on (--resume, where there is one)"
 _HELD: dict[Path, tuple[int, int]] = {}
 """Folders that this process holds, with the process (a fork has a copy) and thread that do."""
 
@@ -101,7 +102,8 @@ def replacing(path: Path) -> Iterator[Path]:
     the new one.
 
     Raises:
-        OSError: it cannot be written; the message says why and what to do.
+        OSError: it cannot be written; the message says why and what to do. One that names a file
+            elsewhere, such as one that was to be read, passes as it is.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -112,6 +114,8 @@ def replacing(path: Path) -> Iterator[Path]:
         with suppress(OSError):  # not every system can do this with a folder
             _to_disk(path.parent)
     except OSError as error:
+        if _is_elsewhere(error, path):
+            raise
         raise unwritten(path, error, "one that was there is as it was") from error
     finally:
         with suppress(OSError):  # of which the first error said enough
@@ -128,13 +132,16 @@ def unwritten(path: Path, error: OSError, kept: str = "") -> OSError:
     """
     if error.errno is None:
         return error
+    place = path if os.path.isdir(path) else path.parent
     remedy = "give another folder"
     if error.errno in _FULL:
-        remedy = f"free some space on the disk of {path.parent}, then go on (--resume)"
+        remedy = f"free some space on the disk of {place}, {_GO_ON}"
     elif error.errno == errno.EFBIG:
-        remedy = "raise the limit on the size of files (ulimit -f), then go on (--resume)"
+        remedy = f"raise the limit on the size of files (ulimit -f), {_GO_ON}"
+    elif error.errno == errno.EBUSY:
+        remedy = f"close what else has it open, {_GO_ON}"
     elif error.errno in _CLOSED:
-        remedy = f"make {path.parent} writable, or give another folder"
+        remedy = f"make {place} writable, or give another folder"
     return OSError(
         f"{path} cannot be written ({error.strerror or error}){kept and '; '}{kept}: {remedy}"
     )
@@ -154,11 +161,12 @@ def _locked(folder: Path) -> Iterator[None]:
             (place / LOCK).write_text(json.dumps(_holder()), encoding="utf-8")
         yield
     finally:
-        _HELD.pop(place, None)
-        with suppress(OSError):  # before the release: afterwards it may be another run's
-            (place / LOCK).unlink(missing_ok=True)
-        if lock is not None:
-            lock.release()
+        if os.getpid() == me[0]:  # a fork that ends here holds nothing that it could let go
+            _HELD.pop(place, None)
+            with suppress(OSError):  # before the release: afterwards it may be another run's
+                (place / LOCK).unlink(missing_ok=True)
+            if lock is not None:
+                lock.release()
 
 
 def _acquired(path: Path, folder: Path) -> BaseFileLock | None:
@@ -221,6 +229,14 @@ def _exists(path: Path) -> bool:
         return False
 
 
+def _is_elsewhere(error: OSError, path: Path) -> bool:
+    """Return whether an error names a file that lies neither beside a path nor above it."""
+    if not isinstance(error.filename, str | Path):
+        return False
+    named = Path(error.filename)
+    return named.parent != path.parent and named not in path.parents
+
+
 def _remove_empty(folders: list[Path]) -> None:
     """Remove folders from the innermost up, as far as they are empty."""
     with suppress(OSError):
@@ -229,7 +245,8 @@ def _remove_empty(folders: list[Path]) -> None:
 
 
 def _to_disk(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
+    # Windows can do this only with what is open to be written.
+    descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

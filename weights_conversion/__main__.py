@@ -45,7 +45,7 @@ def main(arguments: list[str] | None = None) -> int:
             model = load(args.source, DTYPES[args.dtype], revision=args.revision, **overrides)
             save(model, args.target)
             print(f"wrote {args.target}")
-    except (FileExistsError, TypeError, ValueError) as error:
+    except (OSError, TypeError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0

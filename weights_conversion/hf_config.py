@@ -21,7 +21,7 @@ NULLABLE = frozenset({"head_dim", "hidden_act", "lru_width", "num_key_value_head
 
 SAVED_EXTRAS = frozenset({"attention_dropout", "initializer_range", "use_cache"})
 
-LARGEST = {"num_hidden_layers": 10_000, "num_experts": 10_000}
+LARGEST = {"num_hidden_layers": 1_000, "num_experts": 10_000}
 """Far beyond what exists; more would be built before the tensors show that it is wrong."""
 LARGEST_OTHER = 2**31 - 1
 

@@ -29,8 +29,7 @@ ARCHITECTURE = "JambaForCausalLM"
 NO_EFFECT = frozenset(
     """
     auto_map calc_logits_for_entire_prompt n_ctx num_logits_to_keep output_router_logits
-    router_aux_loss_coef
-    use_associative_scan use_mamba_kernels use_mambapy
+    router_aux_loss_coef use_associative_scan use_mamba_kernels use_mambapy
     """.split()
 )
 
@@ -98,8 +97,16 @@ def rules(cfg: HybridConfig, names: Collection[str] = ()) -> list[Rule]:
     Args:
         cfg: the model.
         names: what the source holds; tells whether its experts are fused.
+
+    Raises:
+        CheckpointError: more experts than names.
     """
     is_fused = any(name.endswith(".experts.gate_up_proj") for name in names)
+    n_experts = sum(x.mlp.n_experts for x in cfg.layers if isinstance(x.mlp, MoEConfig))
+    if names and not is_fused and n_experts > len(names):
+        raise CheckpointError(
+            f"config.json: num_experts gives {n_experts} in all, but there are {len(names)} tensors"
+        )
     table = [*MODEL, *(() if cfg.tied_embedding else UNTIED)]
     for i, layer in enumerate(cfg.layers):
         parts = [*EVERY_LAYER, *_mixer_rules(layer.mixer)]
@@ -186,8 +193,7 @@ def config_to_dict(cfg: HybridConfig) -> dict[str, Any] | None:
     experts = {layer.mlp for layer in cfg.layers if isinstance(layer.mlp, MoEConfig)}
     dense = {layer.mlp for layer in cfg.layers if isinstance(layer.mlp, GatedMLPConfig)}
     widths = {mlp.d_mlp for mlp in experts} | {mlp.d_mlp for mlp in dense}
-    known = (AttentionConfig, MambaConfig)
-    if not all(isinstance(layer.mixer, known) for layer in cfg.layers):
+    if not all(isinstance(layer.mixer, AttentionConfig | MambaConfig) for layer in cfg.layers):
         return None
     if len(mamba) > 1 or len(attention) > 1 or len(experts) > 1 or len(widths) != 1:
         return None
@@ -196,8 +202,7 @@ def config_to_dict(cfg: HybridConfig) -> dict[str, Any] | None:
     )
     att = next(iter(attention), None) or AttentionConfig(1, 1, cfg.d_model)
     moe = next(iter(experts), None) or MoEConfig(1, 1, next(iter(widths)))
-    places = _places(cfg)
-    if places is None or not _expressible(cfg, att, ssm, moe, dense):
+    if (places := _places(cfg)) is None or not _expressible(cfg, att, ssm, moe, dense):
         return None
     eos = cfg.eos_token_id
     return {
@@ -263,12 +268,8 @@ def _places(cfg: HybridConfig) -> dict[str, int] | None:
     experts = _period_of(with_experts, cfg.n_layers)
     if attention is None or experts is None:
         return None
-    return {
-        "attn_layer_period": attention[0],
-        "attn_layer_offset": attention[1],
-        "expert_layer_period": experts[0],
-        "expert_layer_offset": experts[1],
-    }
+    names = [f"{kind}_layer_{what}" for kind in ("attn", "expert") for what in ("period", "offset")]
+    return dict(zip(names, (*attention, *experts), strict=True))
 
 
 def _period_of(layers: list[int], n_layers: int) -> tuple[int, int] | None:
@@ -282,11 +283,7 @@ def _period_of(layers: list[int], n_layers: int) -> tuple[int, int] | None:
 
 
 def _expressible(
-    cfg: HybridConfig,
-    att: AttentionConfig,
-    ssm: MambaConfig,
-    moe: MoEConfig,
-    dense: set[GatedMLPConfig],
+    cfg: HybridConfig, att: AttentionConfig, ssm: MambaConfig, moe: MoEConfig, dense: set[Any]
 ) -> bool:
     return (
         att.rotary is None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -13,6 +14,8 @@ from torch import Tensor
 from weights_conversion.errors import CheckpointError
 from weights_conversion.sources import TensorSource
 
+PLAIN_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+"""In fewer bits a weight means nothing without a scale."""
 LARGEST_WEIGHT = 1e12
 """A gated MLP multiplies three weights, and float32 must hold their product. One bit flipped at the
 top of an exponent gives 1e30 and more."""
@@ -92,9 +95,7 @@ def account(rules: Iterable[Rule], source: Shapes, target: Shapes, ignored: Sequ
     ]
     filled = [name for r in rules for name in r.targets]
     problems += [f"not filled: {name}" for name in sorted(target.keys() - set(filled))]
-    problems += [
-        f"filled twice: {name}" for name in sorted({n for n in filled if filled.count(n) > 1})
-    ]
+    problems += [f"filled twice: {name}" for name, n in sorted(Counter(filled).items()) if n > 1]
     for r in rules:
         if all(name in source for name in r.sources):
             problems += _shape_problems(r, source, target)
@@ -139,8 +140,10 @@ def convert(
 
 def _finite(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """Return a tensor whose entries a dtype can hold; one pass at the speed of memory."""
-    if not tensor.is_floating_point():
-        raise CheckpointError(f"{name} is stored as {tensor.dtype}, not as floating point")
+    if tensor.dtype not in PLAIN_DTYPES:
+        raise CheckpointError(
+            f"{name} is stored as {tensor.dtype}, not as floating point of 16 bits or more"
+        )
     least, most = (float(bound) for bound in tensor.detach().aminmax())  # NaN, where there is one
     largest = math.nan if math.isnan(least) else max(-least, most)
     if not largest <= LARGEST_WEIGHT:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -43,17 +44,20 @@ def save(
         raise FileExistsError(f"{target} is a file: give a new directory")
     family, config = family_that_writes(model.cfg)
     partial = target.with_name(f"{target.name}.partial-{os.getpid()}")
-    partial.mkdir(parents=True)
     try:
-        dtype = str(model.dtype).removeprefix("torch.")
-        _write_json(partial / "config.json", {**config, "dtype": dtype, "torch_dtype": dtype})
-        _write_tensors(partial, model, family.rules(model.cfg), max_shard_size)
-        _write_tokenizer(partial, model.tokenizer)
-        if target.is_dir():
-            target.rmdir()  # empty, see above
-        partial.rename(target)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        try:
+            dtype = str(model.dtype).removeprefix("torch.")
+            _write_json(partial / "config.json", {**config, "dtype": dtype, "torch_dtype": dtype})
+            _write_tensors(partial, model, family.rules(model.cfg), max_shard_size)
+            _write_tokenizer(partial, model.tokenizer)
+            if target.is_dir():
+                target.rmdir()  # empty, see above
+            partial.rename(target)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+    except (OSError, SafetensorError) as error:
+        raise OSError(f"{target} cannot be written ({error}): give another directory") from error
 
 
 def _write_tensors(

@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-import pickle
-import warnings
-import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
@@ -20,11 +16,12 @@ from torch import Tensor
 
 from hooked_hybrid.packaged import packaged_models
 from weights_conversion.errors import CheckpointError
+from weights_conversion.torch_files import read_torch_file
 
 HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.jinja", "*.pt")
 LARGEST_CONFIG, LARGEST_INDEX = 2**20, 2**23
-"""Bytes; published ones are a hundredth of it, and a file of JSON takes 20 times its size to read.
-"""
+"""Bytes, of a header too; published ones are a hundredth of it, and JSON takes 20 times its size to
+read."""
 
 
 class TensorSource(Protocol):
@@ -74,6 +71,7 @@ class SafetensorsSource:
                 raise CheckpointError(
                     f"{path} is missing, though the index names it: download the checkpoint again"
                 )
+            _refuse_long_header(path)
             try:
                 handle = safe_open(path, "pt", device="cpu")
                 names = list(handle.keys())
@@ -107,57 +105,8 @@ def open_torch_file(path: Path) -> MemorySource:
     Raises:
         CheckpointError: damaged, holding anything but tensors by name, or more than the file does.
     """
-    is_zip = zipfile.is_zipfile(path)
-    try:
-        if is_zip:
-            _refuse_compressed(path)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what torch says of old formats is no one's concern
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
-    except CheckpointError:
-        raise
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(
-            f"{path} holds more than tensors, and code in checkpoints is never run: convert it to "
-            "safetensors where you trust it"
-        ) from error
-    except Exception as error:  # damage surfaces as almost anything
-        raise CheckpointError(
-            f"{path} is not a whole torch.save file ({error}): download it again"
-        ) from error
-    if not isinstance(content, Mapping) or not all(
-        isinstance(name, str) and isinstance(t, Tensor) for name, t in content.items()
-    ):
-        raise CheckpointError(f"{path} is not a mapping of names to tensors")
-    _refuse_hollow(path, content)
-    return MemorySource(content, lets_go=not is_zip)
-
-
-def _refuse_compressed(path: Path) -> None:
-    """Refuse a zip that unpacks to more than it holds: torch stores, and maps what is stored."""
-    with zipfile.ZipFile(path) as archive:
-        for info in archive.infolist():
-            if info.compress_type != zipfile.ZIP_STORED:
-                raise CheckpointError(
-                    f"{path} is compressed at {info.filename!r}, which torch.save never does: "
-                    "unpack it where you trust it and save it again"
-                )
-
-
-def _refuse_hollow(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Refuse tensors without memory of their own, which could be larger than any memory."""
-    for name, t in tensors.items():
-        if type(t) not in (Tensor, torch.nn.Parameter) or t.layout != torch.strided:
-            raise CheckpointError(f"{path}: {name} is no plain tensor: save its dense values")
-        if t.device.type != "cpu" or t.is_quantized:
-            raise CheckpointError(f"{path}: {name} holds no numbers (it is meta or quantised)")
-        if t.nbytes > t.untyped_storage().nbytes():
-            raise CheckpointError(f"{path}: {name} repeats fewer numbers than it has entries")
-    held, size = sum(t.nbytes for t in tensors.values()), path.stat().st_size
-    if held > size:
-        raise CheckpointError(
-            f"{path} of {size:,} bytes names tensors of {held:,}: they share their numbers"
-        )
+    tensors, is_mapped = read_torch_file(path)
+    return MemorySource(tensors, lets_go=not is_mapped)
 
 
 @dataclass(frozen=True)
@@ -257,6 +206,16 @@ def _shards(index: Path) -> dict[Path, frozenset[str]]:
     for name, file in weight_map.items():
         files.setdefault(file, set()).add(name)
     return {index.parent / file: frozenset(names) for file, names in sorted(files.items())}
+
+
+def _refuse_long_header(path: Path) -> None:
+    """Refuse a safetensors header that would take much more memory than its file."""
+    with path.open("rb") as file:
+        n_bytes = int.from_bytes(file.read(8), "little")
+    if LARGEST_INDEX < n_bytes < path.stat().st_size:  # a header beyond its end is safetensors' say
+        raise CheckpointError(
+            f"{path} has a header of {n_bytes:,} bytes, more than {LARGEST_INDEX:,}: no model's has"
+        )
 
 
 def _read_json(path: Path, largest: int) -> dict[str, Any]:

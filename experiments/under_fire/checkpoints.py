@@ -28,6 +28,7 @@ from tqdm import tqdm
 
 from experiments.under_fire import damage, damage_headers, damage_pickles, damage_settings
 from experiments.under_fire.bases import Base, make_bases
+from experiments.under_fire.memory import private_bytes
 from hooked_hybrid import HookedHybrid
 from weights_conversion import CheckpointError
 from weights_conversion.sources import open_checkpoint
@@ -52,25 +53,27 @@ class Watched:
     """What became of one load: the child's report, how it ended, and its peak of memory."""
 
     def __init__(self, path: Path, base: Base, reference: dict[str, Any] | None) -> None:
-        read_end, write_end = os.pipe()
-        pid = os.fork()
-        if not pid:  # the child reports and is gone, whatever happens
-            os.close(read_end)
-            report = _loaded(path, base, reference)
-            with os.fdopen(write_end, "wb") as pipe:
-                pickle.dump(report, pipe)
-            os._exit(0)
-        os.close(write_end)
-        self.status, self.peak, self.seconds = _watch(pid)
-        with os.fdopen(read_end, "rb") as pipe:
-            content = pipe.read()
-        self.report: dict[str, Any] = pickle.loads(content) if content else {}
+        self.report: dict[str, Any] = {}
+        with tempfile.TemporaryFile() as file:
+            pid = os.fork()
+            if not pid:  # the child reports and is gone, whatever happens
+                code = 1
+                try:
+                    pickle.dump(_loaded(path, base, reference), file)
+                    file.flush()
+                    code = 0
+                finally:
+                    os._exit(code)
+            self.status, self.peak, self.seconds = _watch(pid)
+            file.seek(0)
+            if os.waitstatus_to_exitcode(self.status) == 0:
+                self.report = pickle.load(file)
 
 
 def _watch(pid: int) -> tuple[int, int, float]:
     """Return exit status, growth of private memory [bytes] and seconds of a child process."""
     start = time.perf_counter()
-    first = peak = _private_bytes(pid)
+    first = peak = private_bytes(pid)
     while True:
         done, status = os.waitpid(pid, os.WNOHANG)
         elapsed = time.perf_counter() - start
@@ -78,18 +81,8 @@ def _watch(pid: int) -> tuple[int, int, float]:
             return status, peak - first, elapsed
         if elapsed > SECONDS:
             os.kill(pid, signal.SIGKILL)
-        peak = max(peak, _private_bytes(pid))
+        peak = max(peak, private_bytes(pid))
         time.sleep(POLL)
-
-
-def _private_bytes(pid: int) -> int:
-    """Return a process's memory that no file stands behind; 0 once it has gone."""
-    try:
-        text = Path(f"/proc/{pid}/status").read_text()
-    except OSError:
-        return 0
-    found = [line for line in text.splitlines() if line.startswith("RssAnon")]
-    return int(found[0].split()[1]) * 1024 if found else 0
 
 
 def _loaded(path: Path, base: Base, reference: dict[str, Any] | None) -> dict[str, Any]:
@@ -101,7 +94,6 @@ def _loaded(path: Path, base: Base, reference: dict[str, Any] | None) -> dict[st
     weights = model.state_dict()
     report: dict[str, Any] = {
         "is_finite": all(bool(torch.isfinite(w).all()) for w in weights.values()),
-        "weights": {name: _digest(w) for name, w in weights.items()} if reference is None else None,
         "is_same": reference is not None
         and {name: _digest(w) for name, w in weights.items()} == reference,
     }

@@ -37,6 +37,13 @@ class Command:
         return open, (self.marker, "w")
 
 
+class Bytes:
+    """A pickle of some bytes that would take `BOMB` of memory."""
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[int]]:
+        return bytearray, (BOMB,)
+
+
 def change_tensors(folder: Path, rng: Random) -> Damage:
     """Rewrite a file of weights, well formed, with one tensor that is wrong."""
     path = rng.choice(tensor_files(folder))
@@ -115,6 +122,9 @@ def _bomb(tensors: dict[str, Any], name: str, folder: Path, rng: Random) -> None
             for _ in range(BOMB // 2**24):
                 file.write(b"\x80" * 2**24)
     packed.unlink()
+    if rng.random() < 0.5:  # a second end begins: Python's zipfile gives up there, torch does not
+        with (folder / "2b.pt").open("ab") as file:
+            file.write(b"PK\5\6")
 
 
 def _unpacked(tensors: dict[str, Any], name: str, folder: Path, rng: Random) -> None:
@@ -151,6 +161,7 @@ def _other(make: Callable[[Tensor], Any]) -> Callable[..., dict[str, Any]]:
 _PT: dict[str, Callable[[dict[str, Any], str, Path, Random], Any]] = {
     "code": _code,
     "a bomb": _bomb_of,
+    "a bomb of one number": _other(lambda t: Bytes()),
     "compressed": _unpacked,
     "a huge tensor of one number": _expanded,
     "one number": _other(lambda t: torch.zeros(()).expand(t.shape)),

@@ -11,14 +11,15 @@ import argparse
 import ctypes
 import gc
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from tqdm import tqdm
 
+from experiments.under_fire.memory import private_bytes
 from hooked_hybrid import HookedHybrid
 from hooked_hybrid.packaged import packaged_models
 
@@ -32,15 +33,17 @@ def soak(name: str, rounds: int, warm_up: int) -> dict[str, Any]:
     """Run rounds of every kind of generation and cache on a packaged model.
 
     Returns:
-        Private memory [bytes] and live tensors after the warm-up and at the end, with the share
-        that the memory grew by.
+        Memory [bytes] and live tensors after the warm-up and at the end, with the share that the
+        memory grew by, and that share at each quarter of the rounds.
     """
     model = HookedHybrid.from_pretrained(name)
     for i in range(warm_up):
         _round(model, i)
-    first = _left()
+    first, grown = _left(), []
     for i in tqdm(range(rounds), desc=name, disable=None):
         _round(model, i)
+        if (i + 1) % -(-rounds // 4) == 0:
+            grown.append(round(_left()[0] / first[0] - 1, 6))
     last = _left()
     return {
         "model": name,
@@ -48,6 +51,7 @@ def soak(name: str, rounds: int, warm_up: int) -> dict[str, Any]:
         "memory after warm-up [bytes]": first[0],
         "memory at the end [bytes]": last[0],
         "growth": last[0] / first[0] - 1,
+        "growth by quarters": grown,
         "tensors after warm-up": first[1],
         "tensors at the end": last[1],
     }
@@ -75,10 +79,14 @@ def _round(model: HookedHybrid, i: int) -> None:
 
 
 def _left() -> tuple[int, int]:
-    """Return private memory [bytes] once all that is free was given back, and live tensors."""
+    """Return memory [bytes] once all that is free was given back, and live tensors.
+
+    The memory that no file stands behind: pages of torch's own files count as this process's or as
+    shared ones, a hundred MB of them, as other programs start and end.
+    """
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
-    memory = psutil.Process().memory_full_info().uss
+    memory = private_bytes(os.getpid())
     return memory, sum(issubclass(type(thing), torch.Tensor) for thing in gc.get_objects())
 
 

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 FILE = "cells.sqlite"
 FORMAT = 2
+PATIENCE = 30.0
+"""Seconds to wait for another program that reads or writes the file."""
 
 COLUMNS: dict[str, str] = {
     "prompt_id": "TEXT NOT NULL",
@@ -70,6 +72,8 @@ _SYSTEM_ERRORS = {
     sqlite3.SQLITE_LOCKED: errno.EBUSY,
 }
 """Errors of the disk, not of the file, and the system's nearest name for them."""
+_MISUSE = (sqlite3.IntegrityError, sqlite3.InterfaceError, sqlite3.ProgrammingError)
+"""Errors of what was asked, not of the file."""
 
 
 class Store:
@@ -121,10 +125,11 @@ class Store:
         connection = self.connection
         try:
             with _explained(self.path), connection:
+                connection.execute("BEGIN IMMEDIATE")
                 (last,) = connection.execute("SELECT coalesce(max(rowid), 0) FROM cells").fetchone()
                 connection.executemany(f"INSERT INTO cells ({_NAMES}) VALUES ({_MARKS})", cells)
                 added = f"SELECT {_NAMES} FROM cells WHERE rowid > {last}"
-                digest = _digest_of(connection.execute(added), self._digest)
+                digest = _digest_of(connection.execute(added), self._digest_before())
                 kept = [("format", FORMAT), ("digest", f"{digest:x}")]
                 connection.executemany("REPLACE INTO meta VALUES (?, ?)", kept)
         except sqlite3.IntegrityError as error:
@@ -132,7 +137,6 @@ class Store:
                 f"{self.path} holds some of these cells already ({error}): give another folder, "
                 "nothing is overwritten"
             ) from error
-        self._digest = digest
 
     def table(self) -> pandas.DataFrame:
         """Return every cell, in the order in which they were added."""
@@ -149,6 +153,12 @@ class Store:
         """Close the file and let go of its folder."""
         self._held.close()
 
+    def _digest_before(self) -> int:
+        """Return the digest that the file holds: where locks fail, another run may have added."""
+        query = "SELECT value FROM meta WHERE key = 'digest'"
+        found = self.connection.execute(query).fetchone()
+        return self._digest if found is None else int(found[0], 16)
+
 
 def _opened(path: Path | None, experiment: Mapping[str, Any]) -> sqlite3.Connection:
     """Return a connection to the file, which is made where there is none; None is in memory."""
@@ -158,7 +168,7 @@ def _opened(path: Path | None, experiment: Mapping[str, Any]) -> sqlite3.Connect
         return connection
     if not path.exists():
         _create(path, experiment)
-    return sqlite3.connect(f"{path.resolve().as_uri()}?mode=rw", timeout=1, uri=True)
+    return sqlite3.connect(f"{path.resolve().as_uri()}?mode=rw", timeout=PATIENCE, uri=True)
 
 
 def _make(connection: sqlite3.Connection, experiment: Mapping[str, Any]) -> None:
@@ -181,9 +191,8 @@ def _create(path: Path, experiment: Mapping[str, Any]) -> None:
             f"{path.parent} holds other files and no {FILE}: give another folder, nothing is "
             "overwritten"
         )
-    remove_unfinished(
-        path.parent
-    )  # one may have our number, and its journal would be undone in ours
+    # A dead run may have had our number: the journal that it left would be undone in our file.
+    remove_unfinished(path.parent)
     with replacing(path) as temporary, closing(sqlite3.connect(temporary)) as connection:
         _make(connection, experiment)
 
@@ -261,11 +270,16 @@ def _explained(path: Path | None) -> Iterator[None]:
     """Say of an error of SQLite whether the disk is at fault or the file, and what to do."""
     try:
         yield
-    except sqlite3.IntegrityError:  # of what was asked, not of the file
+    except _MISUSE:
         raise
     except sqlite3.Error as error:
-        place, code = path or Path("memory"), getattr(error, "sqlite_errorcode", 0) & 0xFF
-        if code in _SYSTEM_ERRORS:
-            said = OSError(_SYSTEM_ERRORS[code], str(error))
+        place, code = path or Path("memory"), getattr(error, "sqlite_errorcode", 0)
+        if code == sqlite3.SQLITE_READONLY_DBMOVED:
+            raise OSError(
+                f"{place} was moved or removed while it was written: bring it back, then go on "
+                "(--resume), or give another folder"
+            ) from error
+        if code & 0xFF in _SYSTEM_ERRORS:
+            said = OSError(_SYSTEM_ERRORS[code & 0xFF], str(error))
             raise unwritten(place, said, "the cells that it holds are whole") from error
         raise _damaged(place, str(error)) from error

@@ -431,6 +431,18 @@ def test_one_model_in_two_threads_shares_its_hooks_and_nothing_else():
     assert_as_before("griffin")
 
 
+def test_blocks_of_two_threads_are_all_counted_and_all_forgotten():
+    model = model_of("griffin")
+
+    def work() -> None:
+        for _ in range(20 * N_FORWARDS):
+            with model.hooks([(POINT, doubled_in_place)]):
+                assert model.context_level in (1, 2)
+
+    in_threads(work, work)
+    assert_as_before("griffin")
+
+
 def test_a_copy_has_hooks_and_a_run_of_its_own():
     model = model_of("griffin")
     other = copy.deepcopy(model)

@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
+import pickletools
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -72,6 +75,10 @@ def misname(path: Path, dtype: torch.dtype) -> None:
     raise TypeError("config.json")
 
 
+def raise_what_has_no_name(path: Path, dtype: torch.dtype) -> None:
+    raise type("Panic", (BaseException,), {"__module__": "nowhere"})("config.json")
+
+
 def mumble(path: Path, dtype: torch.dtype) -> None:
     raise CheckpointError("something is wrong")
 
@@ -83,6 +90,7 @@ def mumble(path: Path, dtype: torch.dtype) -> None:
         (hang, "hang"),
         (swell, "memory"),
         (misname, "error of type TypeError"),
+        (raise_what_has_no_name, "crash: no report"),
         (mumble, "names neither"),
     ],
 )
@@ -94,6 +102,17 @@ def test_what_goes_wrong_is_seen(load: Callable[..., Any], said: str, monkeypatc
     watched = checkpoints.Watched(tmp_path, Base("", tmp_path, torch.float32), None)
     (wrong,) = checkpoints.verdict(watched, "finite", 1000, False, {"config.json"})
     assert said in wrong
+
+
+@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
+def test_a_long_error_is_no_hang(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    def ramble(path: Path, dtype: torch.dtype) -> None:
+        raise CheckpointError("config.json" + "x" * 2**20)
+
+    monkeypatch.setattr(HookedHybrid, "from_pretrained", ramble)
+    monkeypatch.setattr(checkpoints, "SECONDS", 2)
+    watched = checkpoints.Watched(tmp_path, Base("", tmp_path, torch.float32), None)
+    assert checkpoints.verdict(watched, "refused", 1000, False, {"config.json"}) == []
 
 
 @pytest.mark.parametrize(
@@ -248,6 +267,108 @@ def test_a_compressed_pt_is_refused_before_it_is_unpacked(pt: Path):
             new.writestr(name, content)
     message = refusal(pt)
     assert str(pt) in message and "compressed" in message
+
+
+class Bomb:
+    """A pickle that takes much memory by calling what torch lets checkpoints call."""
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[int]]:
+        return bytearray, (2**28,)
+
+
+def memory_of_loading(path: Path) -> int:
+    """Return the memory [bytes] that a refused load takes, beside what stands in files."""
+    watched = checkpoints.Watched(path, Base("", path, torch.float32), {})
+    assert watched.report["error"] is CheckpointError, watched.report
+    return watched.peak
+
+
+@pytest.mark.parametrize("is_zip", [True, False])
+@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")  # of fork, from 3.12 on
+def test_a_pickle_that_would_fill_the_memory_is_refused(pt: Path, is_zip: bool):
+    tensors = torch.load(pt, weights_only=True)
+    torch.save({**tensors, "x": Bomb()}, pt, _use_new_zipfile_serialization=is_zip)
+    assert memory_of_loading(pt) < 2**25
+    assert "holds more than tensors" in refusal(pt)
+
+
+@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
+def test_a_bomb_in_the_list_of_storages_is_refused(pt: Path):
+    torch.save(torch.load(pt, weights_only=True), pt, _use_new_zipfile_serialization=False)
+    content = pt.read_bytes()
+    with pt.open("rb") as file:
+        for _ in range(4):
+            for _operation in pickletools.genops(file):
+                pass
+        start = file.tell()
+    pt.write_bytes(content[:start] + pickle.dumps([Bomb()], protocol=2) + content[start:])
+    assert memory_of_loading(pt) < 2**25
+
+
+@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
+def test_a_zip_that_only_torch_takes_for_one_is_refused_unpacked(pt: Path):
+    with zipfile.ZipFile(pt) as old:
+        records = {info.filename: old.read(info) for info in old.infolist()}
+    with zipfile.ZipFile(pt, "w", zipfile.ZIP_DEFLATED) as new:
+        for name, content in records.items():
+            new.writestr(name, bytes(2**28) if name.endswith("data/0") else content)
+    with pt.open("ab") as file:
+        file.write(b"PK\5\6")  # the beginning of another end, at which zipfile gives up
+    assert memory_of_loading(pt) < 2**25
+    assert "not a whole torch.save file" in refusal(pt)
+
+
+def test_a_zip_with_two_lists_of_contents_is_refused(tmp_path: Path):
+    """zipfile would see one pickle in it and torch run another."""
+    halves, lists = [], []
+    for number in (1, 2):
+        torch.save(number, tmp_path / "half.pt")
+        raw = (tmp_path / "half.pt").read_bytes()
+        end = raw.rindex(b"PK\5\6")
+        n_bytes, start = struct.unpack("<2L", raw[end + 12 : end + 20])
+        halves.append(raw[:start])
+        lists.append(bytearray(raw[start : start + n_bytes]))
+    for i in range(n_bytes):  # zipfile takes the second list, and adds to its places
+        if lists[1].startswith(b"PK\1\2", i):
+            place = int.from_bytes(lists[1][i + 42 : i + 46], "little")
+            new = place + len(halves[0]) - n_bytes
+            lists[1][i + 42 : i + 46] = new.to_bytes(4, "little", signed=True)
+    tail = raw[end : end + 12] + struct.pack("<2LH", n_bytes, sum(map(len, halves)), 0)
+    path = tmp_path / "2b.pt"
+    path.write_bytes(b"".join([*halves, *lists, tail]))
+    assert torch.load(path, weights_only=True) == 1
+    with zipfile.ZipFile(path) as archive:
+        assert pickle.loads(archive.read("half/data.pkl")) == 2
+    assert "not laid out as torch.save does it" in refusal(path)
+
+
+@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
+def test_a_header_of_a_million_tensors_is_refused_unread(griffin: Path):
+    path = griffin / "model.safetensors"
+    content = path.read_bytes()
+    end = 8 + int.from_bytes(content[:8], "little")
+    empty = {"dtype": "F32", "shape": [0], "data_offsets": [len(content) - end] * 2}
+    header = {**json.loads(content[8:end]), **{f"x{i}": empty for i in range(120_000)}}
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + content[end:])
+    assert memory_of_loading(griffin) < 2**25
+    message = refusal(griffin)
+    assert str(path) in message and f"header of {len(text):,} bytes" in message
+
+
+def test_more_experts_than_tensors_are_refused_at_once(tmp_path: Path):
+    folder = Path(shutil.copytree(packaged_models()["tiny-jamba"], tmp_path / "jamba"))
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"num_experts": 10_000, "expert_layer_period": 1, "expert_layer_offset": 0}
+    (folder / "config.json").write_text(json.dumps(config))
+    start = time.process_time()
+    assert "num_experts gives 40000 in all" in refusal(folder)
+    assert time.process_time() - start < 1
+
+
+def test_a_weight_of_eight_bits_is_refused_by_its_tensor(griffin: Path):
+    message = refusal(with_entry(griffin, 0.0, torch.float8_e4m3fn))
+    assert BIAS in message and "float8_e4m3fn" in message
 
 
 HOLLOW: dict[str, Callable[[Tensor], Tensor]] = {
