@@ -81,10 +81,15 @@ def last_keys(state: AttentionState, n: int) -> AttentionState:
     return last
 
 
+def room_for_steps(n_keys: int) -> int:
+    """Return for how many more keys a step of decoding makes room behind some."""
+    return max(64, n_keys // 8)
+
+
 def _new_room(old: tuple[Tensor, ...], n_new: int) -> _Room:
     """Return buffers that hold some entries, space for new ones and, after a step, for more."""
     n_old = old[0].shape[1]
-    more = max(64, (n_old + n_new) // 8) if n_new <= STEP else 0
+    more = room_for_steps(n_old + n_new) if n_new <= STEP else 0
     buffers = tuple(t.new_empty(t.shape[0], n_old + n_new + more, *t.shape[2:]) for t in old)
     for buffer, t in zip(buffers, old, strict=True):
         buffer[:, :n_old] = t

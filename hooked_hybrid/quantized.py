@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -99,7 +99,9 @@ class Quantizer:
         model: with weights, or on the meta device to learn what it would take.
         scheme: "int8", "nf4" or a weight-only config of torchao.
         only: names (see `quantizable`) or a predicate on them; None takes all.
-        dtype, device: of the weights that will be given; None means as they are.
+        device_of: says by name where each weight will be given; None means where it is.
+
+    `names` are those chosen, `bytes_of` what a matrix of each of their shapes will take.
 
     Raises:
         ImportError: torchao is not installed.
@@ -111,24 +113,29 @@ class Quantizer:
         model: HookedHybrid,
         scheme: str | Any,
         only: Only | None = None,
-        device: torch.device | str | None = None,
+        device_of: Callable[[str], torch.device] | None = None,
     ) -> None:
         if model.quantization is not None:
             raise ValueError(
                 f"this model is quantised already ({model.quantization.scheme}): load it anew"
             )
-        if model.placement is not None:
+        if model.placement is not None and model.placement.brings_weights:
             raise ValueError(
-                "a model placed by a device_map is not quantised: load it on one device"
+                "blocks of this model are kept elsewhere than where they run: quantised weights "
+                "stay where they run, so load it with each block on a device"
             )
         self.model, self.scheme = model, scheme
         self.quantized = quantizer_of(scheme)
         self.names = _chosen(quantizable(model.cfg), only)
         self.done: list[QuantizedWeight] = []
         parameters = dict(model.named_parameters())
-        device = model.device if device is None else torch.device(device)
-        for name, shape in _one_of_each_shape({n: parameters[n] for n in self.names}):
-            self._try(name, shape, model.dtype, device)
+        tried: dict[tuple[tuple[int, ...], torch.device], int] = {}
+        for name in self.names:
+            device = parameters[name].device if device_of is None else device_of(name)
+            key = tuple(parameters[name].shape[-2:]), device
+            if key not in tried:
+                tried[key] = self._try(name, *key, model.dtype)
+        self.bytes_of = {shape: n_bytes for (shape, _), n_bytes in tried.items()}
 
     def take(self, name: str) -> None:
         """Quantise the parameter of this name in its place, if it is one of those chosen."""
@@ -156,9 +163,13 @@ class Quantizer:
         return self.model.quantization
 
     def _try(
-        self, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
-    ) -> None:
-        """Refuse a shape that cannot be stored so, and a device that has no kernel for it."""
+        self, name: str, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype
+    ) -> int:
+        """Return the bytes of a matrix of some shape.
+
+        Raises:
+            ValueError: it cannot be stored so, or the device has no kernel for it.
+        """
         if self.scheme == "int8" and dtype not in (torch.float32, torch.bfloat16):
             # In float16 torchao's product overflows, as the scale comes after it.
             raise ValueError(f"int8 weights do not go with {dtype}: take torch.bfloat16 or float32")
@@ -177,6 +188,7 @@ class Quantizer:
                 f"{self.scheme} leaves {name}, {list(shape)}, as it is: its group size does not "
                 "divide the inputs; leave it out (`only`), or take 'int8' or 'nf4'"
             )
+        return stored_bytes([weight])
 
 
 def quantize_weights(
@@ -188,7 +200,8 @@ def quantize_weights(
     is never there in its own dtype.
 
     Args:
-        model: on one device. On the meta device, only `Quantization.bytes` is of use.
+        model: each weight stays on its device. On the meta device, only `Quantization.bytes` is of
+            use.
         scheme: "int8", "nf4" or a weight-only config of torchao.
         only: names (see `quantizable`) or a predicate on them; None takes all.
         verbose: show progress.
@@ -248,14 +261,6 @@ def _chosen(names: list[str], only: Only | None) -> list[str]:
     if not chosen:
         raise ValueError("`only` chooses no weight: `quantized.quantizable(model.cfg)` lists them")
     return chosen
-
-
-def _one_of_each_shape(weights: dict[str, nn.Parameter]) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Yield the first weight of each shape of matrix."""
-    first: dict[tuple[int, ...], str] = {}
-    for name, weight in weights.items():
-        first.setdefault(tuple(weight.shape[-2:]), name)
-    return ((name, shape) for shape, name in first.items())
 
 
 def _squares(new: Matrix, old: Matrix) -> Float[Tensor, " 2"]:

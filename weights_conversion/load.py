@@ -55,15 +55,8 @@ def load(
     scheme = None if quantize is None else (quantize, quantize_only)
     if device_map is not None:
         identity = identity_of(_files(checkpoint), dtype)
-        homes = homes_of(
-            _without_memory(cfg, dtype),
-            device_map,
-            max_memory,
-            offload_folder,
-            identity,
-            quantize,
-            quantize_only,
-        )
+        how = (identity, quantize, quantize_only)
+        homes = homes_of(_without_memory(cfg, dtype), device_map, max_memory, offload_folder, *how)
     why_not = None
     if tokenizer is None:
         try:

@@ -3,56 +3,86 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import replace
+from typing import Any, NamedTuple
 
 import torch
 
-from hooked_hybrid.placement.machine import UNITS, Machine
-from hooked_hybrid.placement.planning import Plan, Planner
+from hooked_hybrid.placement.machine import ANY_DISK, UNITS, Machine, shown
+from hooked_hybrid.placement.planner import Planner
+from hooked_hybrid.placement.planning import Plan
 from hooked_hybrid.placement.sizes import Sizes
 
 GB = UNITS["GB"]
 MOST_GPUS = 64
 MOST_GB = 2**20
+SCHEMES = ("int8", "nf4")
 
 
-def changes(plan: Plan) -> Iterator[str]:
-    """Yield changes that would each do by itself, as options of the command."""
-    machine, longest = plan.machine, max(plan.lengths)
+class Change(NamedTuple):
+    """A change that would do by itself."""
 
-    def fits(changed: Machine, length: int = longest) -> bool:
-        return Planner(plan.sizes, changed, length).fits()
-
-    if machine.gpus and machine.is_uniform:
-        n, size = len(machine.gpus), machine.gpus[0]
-        if (
-            more := _smallest(lambda m: fits(machine.with_gpus(m, size)), n, MOST_GPUS)
-        ) is not None:
-            yield f"--gpus {more}x{_size(size)}"
-        larger = _smallest(lambda gb: fits(machine.with_gpus(n, gb * GB)), size // GB, MOST_GB)
-        if larger is not None:
-            yield f"--gpus {n}x{larger}GB"
-    cpu = _smallest(lambda gb: fits(replace(machine, cpu=gb * GB)), machine.cpu // GB, MOST_GB)
-    if cpu is not None:
-        yield f"--cpu {cpu}GB"
-    if machine.disk is None and fits(replace(machine, disk=2**62)):
-        yield "--disk"
-    if (shorter := _largest(lambda length: fits(machine, length), longest)) is not None:
-        yield f"--lengths {shorter}"
-    if plan.sizes.dtype.itemsize > 2:
-        narrow = Sizes(plan.sizes.cfg, torch.bfloat16, plan.sizes.batch, plan.sizes.on_cpu)
-        if Planner(narrow, machine, longest).fits():
-            yield "--dtype bfloat16"
-    if plan.sizes.batch > 1 and (rows := _largest(_fits_rows(plan), plan.sizes.batch)) is not None:
-        yield f"--batch {rows}"
+    option: str
+    """Of the command."""
+    to_load: str | None
+    """The same for who calls `from_pretrained`; None where it is not for them to say."""
 
 
-def _fits_rows(plan: Plan) -> Callable[[int], bool]:
-    def fits(rows: int) -> bool:
-        sizes = Sizes(plan.sizes.cfg, plan.sizes.dtype, rows, plan.sizes.on_cpu)
-        return Planner(sizes, plan.machine, max(plan.lengths)).fits()
+def changes(plan: Plan) -> Iterator[Change]:
+    """Yield the smallest change of each kind that would do by itself."""
+    sizes, machine, longest = plan.sizes, plan.machine, max(plan.lengths)
 
-    return fits
+    def fits(changed: Machine) -> bool:
+        return Planner(sizes, changed, longest).fits()
+
+    def fits_as(changed: Sizes) -> bool:
+        return Planner(changed, machine, longest).fits()
+
+    yield from _of_gpus(machine, fits)
+    if sizes.quantize is None or not machine.gpus:
+        cpu = _smallest(lambda gb: fits(replace(machine, cpu=gb * GB)), machine.cpu // GB, MOST_GB)
+        if cpu is not None:
+            yield Change(f"--cpu {cpu}GB", f"{cpu} GB of CPU memory")
+    if machine.disk is None and fits(replace(machine, disk=ANY_DISK)):
+        yield Change("--disk", "offload_folder=")
+    shorter = _largest(lambda length: Planner(sizes, machine, length).fits(), longest)
+    if shorter is not None:
+        yield Change(f"--lengths {shorter}", None)
+    if sizes.dtype.itemsize > 2 and fits_as(_as(sizes, torch.bfloat16, sizes.quantize)):
+        yield Change("--dtype bfloat16", "dtype=torch.bfloat16")
+    for scheme in _narrower(sizes.quantize):
+        with suppress(ImportError, ValueError):  # no torchao, or a shape that it cannot take
+            if fits_as(_as(sizes, sizes.dtype, scheme)):
+                yield Change(f"--quantize {scheme}", f"quantize={scheme!r}")
+                break
+    rows = _largest(lambda batch: fits_as(sizes.of_rows(batch)), sizes.batch)
+    if rows is not None:
+        yield Change(f"--batch {rows}", None)
+
+
+def _of_gpus(machine: Machine, fits: Callable[[Machine], bool]) -> Iterator[Change]:
+    """Yield more GPUs, and larger ones, where all are alike."""
+    if not machine.is_uniform:
+        return
+    n, size = len(machine.gpus), machine.gpus[0]
+    more = _smallest(lambda m: fits(machine.with_gpus(m, size)), n, MOST_GPUS)
+    if more is not None:
+        yield Change(f"--gpus {more}x{_size(size)}", f"{more} GPUs of {shown(size)}")
+    larger = _smallest(lambda gb: fits(machine.with_gpus(n, gb * GB)), size // GB, MOST_GB)
+    if larger is not None:
+        yield Change(f"--gpus {n}x{larger}GB", f"{n} x {larger} GB of GPU memory")
+
+
+def _as(sizes: Sizes, dtype: torch.dtype, quantize: str | None) -> Sizes:
+    return Sizes(sizes.cfg, dtype, sizes.batch, sizes.on_cpu, quantize, sizes.quantize_only)
+
+
+def _narrower(scheme: str | Any | None) -> tuple[str, ...]:
+    """Return the schemes that take less than one."""
+    if scheme is None:
+        return SCHEMES
+    return SCHEMES[1:] if scheme == "int8" else ()
 
 
 def _smallest(fits: Callable[[int], bool], above: int, most: int) -> int | None:
@@ -84,4 +114,4 @@ def _size(n_bytes: int) -> str:
     return f"{n_bytes // n}{unit}"
 
 
-__all__ = ["changes"]
+__all__ = ["Change", "changes"]

@@ -15,7 +15,7 @@ from rich.table import Table
 from hooked_hybrid.accounting.commands import Model
 from hooked_hybrid.accounting.configs import config_of
 from hooked_hybrid.cli import explained
-from hooked_hybrid.placement.machine import Machine, gpus_of, shown, size_of, this_machine
+from hooked_hybrid.placement.machine import ANY_DISK, Machine, gpus_of, shown, size_of, this_machine
 from hooked_hybrid.placement.places import DISK
 from hooked_hybrid.placement.planning import Plan
 from hooked_hybrid.placement.planning import plan as make_plan
@@ -43,8 +43,14 @@ Batch = Annotated[int, typer.Option(help="Rows: --batch 8.", min=1)]
 Dtype = Annotated[
     Literal["bfloat16", "float16", "float32"], typer.Option(help="Of weights, keys and values.")
 ]
+Quantize = Annotated[
+    Literal["int8", "nf4"] | None,
+    typer.Option(
+        help="Large weights in 8 or 4 bits, which stay where they run: --quantize int8.",
+        show_default="none",
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, bytes as numbers.")]
-ANY_DISK = 2**62
 
 
 def plan(
@@ -55,6 +61,7 @@ def plan(
     lengths: Lengths = "2048,8192,32768",
     batch: Batch = 1,
     dtype: Dtype = "bfloat16",
+    quantize: Quantize = None,
     as_json: AsJson = False,
 ) -> None:
     """What goes where, with weights, state and activations by length; exit code 1 if it cannot.
@@ -64,7 +71,7 @@ def plan(
     with explained(kept=None):
         machine = _machine(gpus, cpu, disk)
         found = make_plan(
-            config_of(model), machine, _numbers(lengths), batch, getattr(torch, dtype)
+            config_of(model), machine, _numbers(lengths), batch, getattr(torch, dtype), quantize
         )
         if as_json:
             Console().print_json(json.dumps(as_dict(found)))
@@ -77,12 +84,21 @@ def plan(
         elsewhere = sorted({place for place in device_map.values()} & {"cpu", DISK})
         if elsewhere and machine.gpus:
             Console().print(f"blocks on {' and '.join(elsewhere)} run on the last GPU in use")
-        Console().print(
-            "activations: a forward's own values at their most, and the state before it; without "
-            "gradients, and without what hooks keep. On GPUs attention is counted without a fused "
-            "kernel, an upper bound, and 1 GB for CUDA itself.",
-            style="dim",
-        )
+        Console().print(_notes(found), style="dim")
+
+
+def _notes(found: Plan) -> str:
+    """Return what the columns mean."""
+    notes = (
+        "activations: a forward's own values at their most, and the state before it, with logits "
+        "of one position; without gradients, and without what hooks keep."
+    )
+    if any(used.loading > used.running for used in found.usages(min(found.lengths))):
+        notes += " loading: what that takes beside the weights; the larger of it and a run counts."
+    if found.machine.gpus:
+        notes += " On GPUs attention is counted without a fused kernel, an upper bound, and 1 GB "
+        notes += "for CUDA itself."
+    return notes
 
 
 def as_dict(found: Plan) -> dict[str, Any]:
@@ -90,6 +106,7 @@ def as_dict(found: Plan) -> dict[str, Any]:
     names = [name for name, _ in found.machine.devices]
     about = {
         "dtype": str(found.sizes.dtype).removeprefix("torch."),
+        "quantize": found.sizes.quantize,
         "batch": found.sizes.batch,
         "lengths": list(found.lengths),
         "capacity": dict(found.machine.devices),
@@ -97,7 +114,11 @@ def as_dict(found: Plan) -> dict[str, Any]:
         "fits": found.fits,
     }
     if not found.fits:
-        return {**about, "why_not": found.why_not, "would_fit": list(found.changes)}
+        return {
+            **about,
+            "why_not": found.why_not,
+            "would_fit": [change.option for change in found.changes],
+        }
     usage = {
         str(length): {
             name: {**asdict(used), "total": used.total}
@@ -124,8 +145,9 @@ def _numbers(text: str) -> list[int]:
 
 def _devices(found: Plan, model: str) -> Table:
     """Return a line for each device in use and for what is kept elsewhere."""
-    dtype = str(found.sizes.dtype).removeprefix("torch.")
-    table = Table(title=f"{model} in {dtype}: what goes where", box=SIMPLE_HEAD)
+    kind = str(found.sizes.dtype).removeprefix("torch.")
+    kind += "" if found.sizes.quantize is None else f" and {found.sizes.quantize}"
+    table = Table(title=f"{model} in {kind}: what goes where", box=SIMPLE_HEAD)
     for heading in ("place", "parts"):
         table.add_column(heading)
     for heading in ("weights", "memory"):
@@ -133,10 +155,10 @@ def _devices(found: Plan, model: str) -> Table:
     split, used = found.split, found.usages(max(found.lengths))
     assert split is not None  # `require` has refused
     for k, (name, capacity) in enumerate(found.machine.devices):
-        if not split.held[k] and k:
+        if not split.uses(k):
             table.add_row(name, "unused", "", shown(capacity))
             continue
-        parts = ["embed, ln_final, unembed"] if k == 0 else []
+        parts = ["embed, ln_final, unembed"] if k == split.first else []
         parts += [_blocks(split.blocks(k))] if split.held[k] else []
         table.add_row(name, ", ".join(parts), shown(used[k].weights), shown(capacity))
     weights, rest = found.sizes.weights, split.kept_elsewhere
@@ -152,20 +174,23 @@ def _lengths(found: Plan) -> Table:
     """Return a line for each length and device in use."""
     rows = f"{found.sizes.batch} row" + ("s" if found.sizes.batch > 1 else "")
     table = Table(title=f"memory by length, {rows}", box=SIMPLE_HEAD)
-    for heading in ("tokens", "device", "weights", "state", "activations", "all", "of"):
+    loads = any(used.loading > used.running for used in found.usages(min(found.lengths)))
+    loading = ("loading",) if loads else ()
+    for heading in ("tokens", "device", "weights", "state", "activations", *loading, "all", "of"):
         table.add_column(heading, justify="right", no_wrap=True)
     for length in found.lengths:
         shown_length = f"{length:,}"
         for (name, capacity), used in zip(found.machine.devices, found.usages(length), strict=True):
             if used.total:
-                table.add_row(shown_length, name, *_columns(used), shown(capacity))
+                table.add_row(shown_length, name, *_columns(used, loads), shown(capacity))
                 shown_length = ""
     return table
 
 
-def _columns(used: Usage) -> tuple[str, ...]:
+def _columns(used: Usage, loads: bool) -> tuple[str, ...]:
     weights = shown(used.weights) + (f" + {shown(used.brought)}" if used.brought else "")
-    return weights, shown(used.state), shown(used.working), shown(used.total)
+    loading = (shown(used.loading),) if loads else ()
+    return weights, shown(used.state), shown(used.working), *loading, shown(used.total)
 
 
 def _blocks(blocks: range) -> str:

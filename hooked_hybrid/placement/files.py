@@ -9,20 +9,27 @@ from __future__ import annotations
 
 import hashlib
 import os
-import re
 import shutil
 import tempfile
-from collections.abc import Iterable, Mapping
+import time
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-import psutil
 import torch
 from torch import Tensor
 
-WRITTEN = "{}.partial-{}"
-_LEFT = re.compile(r".*\.partial-(\d+)")
+from hooked_hybrid.results_folder import FolderInUseError, claimed, remove_unfinished, replacing
+
+FORMAT = 1
+"""Of what the files hold; to be raised where conversion gives other numbers than before."""
+WAIT = 1.0
+"""Seconds after which a folder that another process fills is looked at again."""
 START = 2**16
-"""Bytes of each file of a checkpoint that tell it from another of the same size and date."""
+"""Bytes at the start of each file of a checkpoint that tell it from another of the same size."""
+SAMPLES, SAMPLE = 16, 2**12
+"""Further stretches of it that do, and their bytes."""
 
 
 class OffloadFolder:
@@ -30,15 +37,21 @@ class OffloadFolder:
 
     A tensor is written under another name and renamed when it is whole and on the disk, so that
     what bears its name is good, whenever the writing was cut off; what is there already is taken
-    as it is. Two processes may fill one folder.
+    as it is. Of several processes one fills it, and the others wait.
 
     Args:
         folder: may hold those of other checkpoints.
         identity: tells what the tensors are; None for tensors that only this process has, whose
-            files leave with it.
+            files leave as soon as they are mapped.
+
+    Raises:
+        ValueError: `folder` is blank.
+        OSError: it cannot be written.
     """
 
     def __init__(self, folder: str | os.PathLike[str], identity: str | None) -> None:
+        if not os.fspath(folder).strip():
+            raise ValueError("offload_folder is blank: give the name of a folder")
         self.is_kept = identity is not None
         try:
             Path(folder).mkdir(parents=True, exist_ok=True)
@@ -52,16 +65,42 @@ class OffloadFolder:
                 f"offload_folder={os.fspath(folder)!r} cannot be written ({error.strerror}): give "
                 "another"
             ) from error
-        for left in self.path.iterdir():
-            if (match := _LEFT.fullmatch(left.name)) and not psutil.pid_exists(int(match[1])):
-                left.unlink(missing_ok=True)
 
-    def require_room(self, tensors: Mapping[str, Tensor]) -> None:
-        """Refuse what would not fit on the disk, before any of it is written.
+    @contextmanager
+    def filling(self, tensors: Mapping[str, Tensor]) -> Iterator[None]:
+        """Hold the folder while some tensors are written, where one of them is missing.
 
         Raises:
-            OSError: says how much is missing.
+            OSError: the disk has no room for what is missing; said before any of it is written.
+
+        Warns:
+            UserWarning: another process fills the folder, and this one waits for it.
         """
+        with ExitStack() as stack:
+            if not self._holds(tensors):
+                self._claim(stack)
+                remove_unfinished(self.path)
+                self._require_room(tensors)
+            yield
+
+    def _holds(self, tensors: Mapping[str, Tensor]) -> bool:
+        return all(self.has(name, tensor) for name, tensor in tensors.items())
+
+    def _claim(self, stack: ExitStack) -> None:
+        """Hold the folder, after whoever holds it now."""
+        is_told = False
+        while True:
+            try:
+                stack.enter_context(claimed(self.path, resume=True))
+                return
+            except FolderInUseError as error:
+                if not is_told:
+                    holder = str(error).split(":", 1)[0]
+                    warnings.warn(f"{holder}: waiting until it is filled", stacklevel=2)
+                is_told = True
+                time.sleep(WAIT)
+
+    def _require_room(self, tensors: Mapping[str, Tensor]) -> None:
         needed = sum(t.nbytes for name, t in tensors.items() if not self.has(name, t))
         free = shutil.disk_usage(self.path).free
         if needed > free:
@@ -81,25 +120,20 @@ class OffloadFolder:
         Raises:
             OSError: the disk is full, or cannot be written.
         """
-        partial = self.path / WRITTEN.format(name, os.getpid())
-        try:
+        with replacing(self.path / name) as partial:
             with open(partial, "wb") as file:
                 _make_room(file.fileno(), like.nbytes)
             mapped(partial, like, shared=True).copy_(tensor.detach())
-            with open(partial, "rb+") as file:
-                os.fsync(file.fileno())
-            os.replace(partial, self.path / name)
-        except OSError as error:
-            raise OSError(f"{self.path / name} cannot be written: {error.strerror}") from error
-        finally:
-            partial.unlink(missing_ok=True)
 
     def read(self, name: str, like: Tensor) -> Tensor:
         """Return a tensor, mapped."""
-        return mapped(self.path / name, like)
+        tensor = mapped(self.path / name, like)
+        if not self.is_kept:  # what is mapped stays readable, and a killed process leaves nothing
+            (self.path / name).unlink()
+        return tensor
 
     def close(self) -> None:
-        """Remove files that nobody else may use; what is mapped stays readable."""
+        """Remove the folder where nobody else may use it; what is mapped stays readable."""
         if not self.is_kept:
             shutil.rmtree(self.path, ignore_errors=True)
 
@@ -119,8 +153,8 @@ def mapped(path: Path, like: Tensor, shared: bool = False) -> Tensor:
 def identity_of(files: Iterable[Path], dtype: torch.dtype) -> str:
     """Return a name for the tensors of a checkpoint's files in a dtype.
 
-    Files are told apart by name, size, date and their first bytes, where safetensors has all names
-    and shapes.
+    Files are told apart by name, size, date, their first bytes, where safetensors has all names
+    and shapes, and a few more all over them: copies may bear one date for all.
     """
     digest = hashlib.sha256()
     for path in sorted(files):
@@ -128,7 +162,16 @@ def identity_of(files: Iterable[Path], dtype: torch.dtype) -> str:
         digest.update(f"{path.name} {about.st_size} {about.st_mtime_ns} ".encode())
         with open(path, "rb") as file:
             digest.update(file.read(START))
+            for i in range(1, SAMPLES + 1):
+                file.seek(max(0, about.st_size - SAMPLE) * i // SAMPLES)
+                digest.update(file.read(SAMPLE))
     return f"{digest.hexdigest()[:16]}-{str(dtype).removeprefix('torch.')}"
+
+
+def layout_of(parameters: Mapping[str, Tensor]) -> str:
+    """Return a name for how tensors lie in memory, and so in files."""
+    about = [f"{name} {tuple(t.shape)} {t.stride()}" for name, t in sorted(parameters.items())]
+    return hashlib.sha256("\n".join([str(FORMAT), *about]).encode()).hexdigest()[:8]
 
 
 def _make_room(descriptor: int, n_bytes: int) -> None:
@@ -139,4 +182,4 @@ def _make_room(descriptor: int, n_bytes: int) -> None:
         os.truncate(descriptor, n_bytes)
 
 
-__all__ = ["OffloadFolder", "identity_of", "mapped"]
+__all__ = ["OffloadFolder", "identity_of", "layout_of", "mapped"]

@@ -11,21 +11,35 @@ if TYPE_CHECKING:
 
 UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+ANY_DISK = 2**62
+"""Bytes of a disk that is large enough; what it has is asked for before it is written."""
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?i?B)", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
 class Machine:
-    """Bytes of each GPU and of the CPU, and of the disk (None: nothing goes there)."""
+    """Bytes of each GPU and of the CPU, and of the disk (None: nothing goes there).
+
+    A GPU of 0 bytes keeps its number and holds nothing.
+
+    Raises:
+        ValueError: a size below 0.
+    """
 
     gpus: tuple[int, ...] = ()
     cpu: int = 0
     disk: int | None = None
 
+    def __post_init__(self) -> None:
+        if (least := min(*self.gpus, self.cpu, self.disk or 0)) < 0:
+            raise ValueError(f"a memory of {least} bytes: give 0 or more")
+        if not any(self.gpus):  # the CPU computes, and is no second place beside itself
+            object.__setattr__(self, "gpus", ())
+
     @property
     def devices(self) -> tuple[tuple[str, int], ...]:
         """The devices that compute, with their bytes: the GPUs, or else the CPU."""
-        if any(self.gpus):
+        if self.gpus:
             return tuple((f"cuda:{i}", n) for i, n in enumerate(self.gpus) if n)
         return (("cpu", self.cpu),)
 
@@ -79,13 +93,15 @@ def this_machine(max_memory: MaxMemory | None, has_folder: bool) -> Machine:
     """Return what this machine has free, or what `max_memory` allows of it.
 
     Args:
-        max_memory: bytes, or such as "20GB", by number of a GPU and for "cpu".
+        max_memory: bytes, or such as "20GB", by number of a GPU and for "cpu"; what it leaves out
+            offers nothing.
         has_folder: whether something may go to the disk.
 
     Raises:
         ImportError: accelerate, which asks the machine, is not installed.
         ValueError: a device that is not there, or what is no size.
     """
+    disk = ANY_DISK if has_folder else None
     try:
         from accelerate.utils import get_max_memory
     except ImportError as error:
@@ -105,7 +121,8 @@ def this_machine(max_memory: MaxMemory | None, has_folder: bool) -> Machine:
         }
     n_gpus = max((name + 1 for name in free if isinstance(name, int)), default=0)
     gpus = tuple(free.get(i, 0) for i in range(n_gpus))  # those left out offer nothing
-    return Machine(gpus, free.get("cpu", 0), 2**62 if has_folder else None)
+    shared = free.get("mps", 0)  # of a Mac, whose GPU is not planned for
+    return Machine(gpus, free.get("cpu", shared), disk)
 
 
-__all__ = ["Machine", "gpus_of", "shown", "size_of", "this_machine"]
+__all__ = ["ANY_DISK", "Machine", "gpus_of", "shown", "size_of", "this_machine"]

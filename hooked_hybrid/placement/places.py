@@ -15,6 +15,8 @@ from hooked_hybrid.config import HybridConfig
 
 DISK = "disk"
 ENDS = ("embed", "ln_final", "unembed")
+ONE_OF_A_KIND = ("cpu", "meta")
+"""Devices that tensors name without a number."""
 DeviceMap = Mapping[str, str | int | torch.device]
 
 
@@ -64,9 +66,11 @@ def resolve(cfg: HybridConfig, device_map: DeviceMap) -> dict[str, Place]:
             torch device, the number of a GPU, "cpu" or "disk".
 
     Raises:
-        ValueError: a name that is no part, a part without a place, a device that is not there, or
-            ends that run on different devices.
+        ValueError: no map, a name that is no part, a part without a place, a device that is not
+            there, or ends that run on different devices.
     """
+    if not isinstance(device_map, Mapping):
+        raise ValueError(f"device_map={device_map!r}: give 'auto', or a dict of parts and devices")
     parts = parts_of(cfg)
     allowed = {"", "blocks", *parts}
     if unknown := [name for name in device_map if name not in allowed]:
@@ -80,10 +84,9 @@ def resolve(cfg: HybridConfig, device_map: DeviceMap) -> dict[str, Place]:
             f"device_map gives {missing[0]} no place: name it, or give the rest with '': 'cpu'"
         )
     rest = {part: _device(device) for part, device in given.items()}
-    runs = {part: _runs_on(i, parts, rest) for i, part in enumerate(parts)}
     if cfg.tied_embedding:
         rest["unembed"] = rest["embed"]  # it has no weights of its own
-        runs["unembed"] = runs["embed"]
+    runs = {part: _runs_on(i, parts, rest) for i, part in enumerate(parts)}
     if len(devices := {runs[part] for part in ENDS}) > 1:
         raise ValueError(
             f"embed, ln_final and unembed run on {', '.join(sorted(map(str, devices)))}: give them "
@@ -115,12 +118,12 @@ def _device(given: str | int | torch.device | None) -> tuple[torch.device, bool]
             f"device_map says {given!r}: give a device such as 'cuda:0', a GPU's number, 'cpu' or "
             "'disk'"
         ) from error
-    if device.type == "cuda":
-        n_gpus, index = torch.cuda.device_count(), device.index or 0
-        if index >= n_gpus:
-            raise ValueError(f"device_map says {given!r}: this machine has {n_gpus} GPUs")
-        device = torch.device("cuda", index)
-    return device, False
+    n_gpus, index = torch.cuda.device_count(), device.index or 0
+    if device.type == "cuda" and index >= n_gpus:
+        raise ValueError(f"device_map says {given!r}: this machine has {n_gpus} GPUs")
+    if device.type in ONE_OF_A_KIND:
+        return torch.device(device.type), False
+    return torch.device(device.type, index), False  # as its tensors say it
 
 
 def _runs_on(

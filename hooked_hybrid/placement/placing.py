@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from hooked_hybrid.placement.files import OffloadFolder
-from hooked_hybrid.placement.places import DeviceMap, Place, part_of, resolve
+from hooked_hybrid.placement.files import OffloadFolder, layout_of
+from hooked_hybrid.placement.places import DeviceMap, Place, part_of, parts_of, resolve
 from hooked_hybrid.placement.running import Placement, is_one_device
 from hooked_hybrid.weights import require_plain_weights
 
 if TYPE_CHECKING:
     from hooked_hybrid.config import HybridConfig
     from hooked_hybrid.model import HookedHybrid
+    from hooked_hybrid.quantized import Only
 
 MaxMemory = Mapping[int | str, int | str]
 
@@ -37,10 +39,11 @@ class Homes:
         """Return whether a parameter is kept on the disk."""
         return self.places[part_of(name)].on_disk
 
-    def require_room(self, parameters: Mapping[str, Tensor]) -> None:
-        """Refuse parameters that do not fit on the disk; see `OffloadFolder.require_room`."""
-        if self.folder is not None:
-            self.folder.require_room({n: t for n, t in parameters.items() if self.on_disk(n)})
+    def filling(self, parameters: Mapping[str, Tensor]) -> AbstractContextManager[None]:
+        """Return a context in which parameters go to the disk; see `OffloadFolder.filling`."""
+        if self.folder is None:
+            return nullcontext()
+        return self.folder.filling({n: t for n, t in parameters.items() if self.on_disk(n)})
 
     def found(self, name: str, like: Tensor) -> Tensor | None:
         """Return a parameter that is on the disk from an earlier time, or None."""
@@ -62,7 +65,7 @@ class Homes:
     def finish(self, model: HookedHybrid) -> HookedHybrid:
         """Let the model run as its weights lie; those kept elsewhere are frozen.
 
-        A graph over their gradients would hold every weight where it runs.
+        Their gradients would take as much memory as they do, where there is too little.
         """
         for name, parameter in model.named_parameters():
             place = self.places[part_of(name)]
@@ -72,44 +75,86 @@ class Homes:
         return model
 
 
+def one_home(cfg: HybridConfig, device: torch.device) -> Homes:
+    """Return the places of a model that goes to one device as a whole."""
+    return Homes(dict.fromkeys(parts_of(cfg), Place(device, device)), None)
+
+
 def homes_of(
-    cfg: HybridConfig,
-    dtype: torch.dtype,
+    model: HookedHybrid,
     device_map: DeviceMap | Literal["auto"],
-    max_memory: MaxMemory | None,
-    offload_folder: str | os.PathLike[str] | None,
-    identity: str | None,
+    max_memory: MaxMemory | None = None,
+    offload_folder: str | os.PathLike[str] | None = None,
+    identity: str | None = None,
+    quantize: str | Any | None = None,
+    quantize_only: Only | None = None,
 ) -> Homes:
     """Return where each parameter will go, before any is read.
 
     Args:
-        cfg, dtype: what the model is.
+        model: what is placed, with or without weights.
         device_map: see `places.resolve`; "auto" takes the plan for what this machine has free.
         max_memory: bytes, or such as "20GB", by number of a GPU and for "cpu"; for "auto".
         offload_folder: of what goes to the disk.
         identity: of the weights, see `OffloadFolder`.
+        quantize, quantize_only: how the weights will be quantised.
 
     Raises:
-        ValueError: a map that cannot be, or that needs a folder and has none.
+        ValueError: a map that cannot be, that needs a folder and has none, or that keeps quantised
+            blocks elsewhere than where they run.
         MemoryError: the model does not fit; says what is missing.
     """
-    if isinstance(device_map, str) and device_map != "auto":
-        raise ValueError(f"device_map={device_map!r}: give 'auto', or a dict of parts and devices")
-    if isinstance(device_map, str):
-        from hooked_hybrid.placement.machine import this_machine
-        from hooked_hybrid.placement.planning import plan
-
-        found = plan(cfg, this_machine(max_memory, offload_folder is not None), dtype=dtype)
-        device_map = found.require()
+    if device_map == "auto":
+        device_map = _planned(model, max_memory, offload_folder, quantize, quantize_only)
     elif max_memory is not None:
         raise ValueError("max_memory is for device_map='auto'; a dict says all there is to say")
-    places = resolve(cfg, device_map)
+    places = resolve(model.cfg, device_map)
+    if quantize is not None:
+        _require_at_home(places)
     if not any(place.on_disk for place in places.values()):
         return Homes(places, None)
     if offload_folder is None:
         part = next(part for part, place in places.items() if place.on_disk)
         raise ValueError(f"device_map puts {part} on the disk: say where with offload_folder=")
+    if identity is not None:
+        identity += f"-{layout_of(dict(model.named_parameters()))}"
     return Homes(places, OffloadFolder(offload_folder, identity))
+
+
+def _planned(
+    model: HookedHybrid,
+    max_memory: MaxMemory | None,
+    offload_folder: str | os.PathLike[str] | None,
+    quantize: str | Any | None,
+    quantize_only: Only | None,
+) -> DeviceMap:
+    """Return the map of the plan for this machine, or say what would do."""
+    from hooked_hybrid.placement.machine import this_machine
+    from hooked_hybrid.placement.planning import plan
+
+    machine = this_machine(max_memory, offload_folder is not None)
+    found = plan(
+        model.cfg, machine, dtype=model.dtype, quantize=quantize, quantize_only=quantize_only
+    )
+    if found.fits:
+        return found.device_map
+    would_do = [change.to_load for change in found.changes if change.to_load is not None]
+    raise MemoryError(f"{found.why_not}. {found.remedy(would_do)}")
+
+
+def _require_at_home(places: Mapping[str, Place]) -> None:
+    """Refuse places from which weights would be brought: quantised ones are not.
+
+    Raises:
+        ValueError: names the first.
+    """
+    for part, place in places.items():
+        if place.is_streamed or place.on_disk:
+            raise ValueError(
+                f"device_map keeps {part} on {place.name} and runs it on {place.runs_on}: "
+                "quantised weights stay where they run, so give each part a device, or leave "
+                "quantize out"
+            )
 
 
 def place(
@@ -127,26 +172,31 @@ def place(
         offload_folder: of what goes to the disk.
 
     Raises:
-        ValueError: a model that is placed already, or as in `homes_of`.
+        ValueError: a model that is placed already, quantised or without weights, or as in
+            `homes_of`.
+        OSError: the disk is full, or cannot be written; the model is as it was.
     """
     if model.placement is not None:
         raise ValueError("this model is placed already: load it again with another device_map")
-    require_plain_weights(model, "place", "load it with a device_map instead of quantize")
-    homes = homes_of(model.cfg, model.dtype, device_map, None, offload_folder, None)
-    parameters = dict(model.named_parameters())
+    require_plain_weights(model, "place", "load it with device_map and quantize together")
+    parameters, moved = dict(model.named_parameters()), {}
+    if any(parameter.is_meta for parameter in parameters.values()):
+        raise ValueError("this model has no weights (it is on the meta device): nothing to place")
+    homes = homes_of(model, device_map, offload_folder=offload_folder)
     try:
-        homes.require_room(parameters)
-        for name, parameter in parameters.items():
-            if homes.on_disk(name):
-                moved = homes.on_disk_now(name, parameter, parameter)
-            else:
-                moved = parameter.detach().to(homes.device_of(name))
-            path, _, leaf = name.rpartition(".")
-            new = nn.Parameter(moved, requires_grad=parameter.requires_grad)
-            setattr(model.get_submodule(path), leaf, new)
-        return homes.finish(model)
+        with homes.filling(parameters):
+            for name, parameter in parameters.items():
+                if homes.on_disk(name):
+                    moved[name] = homes.on_disk_now(name, parameter, parameter)
+                else:
+                    moved[name] = parameter.detach().to(homes.device_of(name))
     finally:
         homes.close()
+    for name, tensor in moved.items():
+        path, _, leaf = name.rpartition(".")
+        new = nn.Parameter(tensor, requires_grad=parameters[name].requires_grad)
+        setattr(model.get_submodule(path), leaf, new)
+    return homes.finish(model)
 
 
-__all__ = ["Homes", "MaxMemory", "homes_of", "place"]
+__all__ = ["Homes", "MaxMemory", "homes_of", "one_home", "place"]

@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any, NoReturn
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 
 from hooked_hybrid.layout import Layout
 from hooked_hybrid.placement.places import Place
@@ -58,7 +59,8 @@ class Placement:
         """Bring block `i` to where it runs; hooks see a run on its device."""
         here = layout.on(self.layer_devices[i])
         device = torch.cuda.device(here.pos.device) if here.pos.is_cuda else nullcontext()
-        with device, self._doors[i], model._running(here):  # kernels go to the current GPU
+        door = self._doors[i]
+        with device, door, door.graph(), model._running(here):  # kernels go to the current GPU
             yield here
 
     def run_block(
@@ -103,16 +105,45 @@ class Placement:
         )
 
 
+class Brought(NamedTuple):
+    """What a graph keeps of a weight that was brought: how to bring it again."""
+
+    kept: nn.Parameter
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    offset: int
+
+
 class Door:
     """Brings the weights of a block to where it runs, for as long as anyone is inside.
 
-    Between times they are where they are kept, for all to read.
+    Between times they are where they are kept, for all to read. A graph for gradients holds none
+    of them where the block ran: the backward pass brings each again.
     """
 
     def __init__(self, block: nn.Module, device: torch.device, is_streamed: bool) -> None:
         self.block, self.device, self.is_streamed = block, device, is_streamed
         self._lock, self._n_inside = threading.Lock(), 0
         self._kept: list[tuple[nn.Module, dict[str, Any]]] = []
+        self._origins: dict[int, nn.Parameter] = {}
+
+    def graph(self) -> AbstractContextManager[Any]:
+        """Return a context in which operations of the block save their inputs for gradients."""
+        if not self.is_streamed or not torch.is_grad_enabled():
+            return nullcontext()
+        return saved_tensors_hooks(self._saved, self._restored)
+
+    def _saved(self, value: Tensor) -> Tensor | Brought:
+        kept = self._origins.get(value.untyped_storage().data_ptr())
+        if kept is None:
+            return value.detach()  # as it is, a result would keep its own graph alive
+        return Brought(kept, tuple(value.shape), value.stride(), int(value.storage_offset()))
+
+    def _restored(self, saved: Tensor | Brought) -> Tensor:
+        if isinstance(saved, Tensor):
+            return saved
+        again = saved.kept.detach().to(self.device)
+        return again.as_strided(saved.shape, saved.stride, saved.offset)
 
     def __enter__(self) -> None:
         if self.is_streamed:
@@ -133,7 +164,12 @@ class Door:
             for module in self.block.modules():
                 if own := {n: p for n, p in module._parameters.items() if p is not None}:
                     self._kept.append((module, own))
-                    module._parameters.update({n: _there(p, self.device) for n, p in own.items()})
+                    moved = {n: _there(p, self.device) for n, p in own.items()}
+                    module._parameters.update(moved)
+                    if self.device.type != "meta":  # where all storages are at address 0
+                        self._origins |= {
+                            moved[n].untyped_storage().data_ptr(): p for n, p in own.items()
+                        }
         except BaseException:
             self._let_go()
             self._n_inside -= 1
@@ -142,7 +178,7 @@ class Door:
     def _let_go(self) -> None:
         for module, own in self._kept:
             module._parameters.update(own)
-        self._kept = []
+        self._kept, self._origins = [], {}
 
 
 def _there(parameter: nn.Parameter, device: torch.device) -> Any:

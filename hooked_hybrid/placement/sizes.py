@@ -1,20 +1,21 @@
 """Bytes that each part of a model asks of a device, from the config alone.
 
-What is counted is a prefill without hooks or gradients, in pieces, and the steps of decoding after
-it. Values that live at the same time are added up from the components' own code, one function for
-each kind of mixer and MLP, of a piece of `n` positions in all rows.
+What is counted is what loading takes, a prefill without hooks or gradients, in pieces, and the
+steps of decoding after it. Values that live at the same time are added up from the components' own
+code, one function for each kind of mixer and MLP, of a piece of `n` positions in all rows.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import Any
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from hooked_hybrid.accounting.memory import OF_MIXER, StateBytes
+from hooked_hybrid.accounting.memory import OF_MIXER, POSITION, StateBytes
 from hooked_hybrid.attend import BLOCK
 from hooked_hybrid.config import (
     AttentionConfig,
@@ -24,14 +25,18 @@ from hooked_hybrid.config import (
     MoEConfig,
     RGLRUConfig,
 )
-from hooked_hybrid.model import HookedHybrid
-from hooked_hybrid.placement.places import part_of, parts_of
+from hooked_hybrid.key_room import room_for_steps
+from hooked_hybrid.placement.stored import Stored, stored_weights
 from hooked_hybrid.plan import PIECE
+from hooked_hybrid.products import MANY
 from hooked_hybrid.selective_scan import CHUNK, CHUNK_NUMBERS
 
+if TYPE_CHECKING:
+    from hooked_hybrid.quantized import Only
+
 WIDE = torch.float32.itemsize
-STEP_ROOM = 8
-"""A step of decoding makes room for an eighth more keys, see `key_room`."""
+OF_MASK = torch.long.itemsize + 3
+"""Bytes of a query and a key while it is worked out whether one sees the other: by distance."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +50,11 @@ class Piece:
     width: int
     """Bytes of a number in the model's dtype."""
     on_cpu: bool
+
+    @property
+    def may_be_padded(self) -> bool:
+        """Whether rows may be of different lengths."""
+        return self.batch > 1
 
     @property
     def n(self) -> int:
@@ -63,20 +73,51 @@ class Sizes:
     Args:
         cfg: what the model is.
         dtype: of weights, keys and activations.
-        batch: rows.
+        batch: rows; several may be padded.
         on_cpu: whether the model runs on a CPU; on other devices attention is counted as torch
             computes it without a fused kernel, which is an upper bound.
+        quantize, quantize_only: as `from_pretrained` takes them.
+
+    Raises:
+        ValueError, ImportError: what cannot be quantised so; when weights are asked for.
     """
 
     def __init__(
-        self, cfg: HybridConfig, dtype: torch.dtype, batch: int = 1, on_cpu: bool = False
+        self,
+        cfg: HybridConfig,
+        dtype: torch.dtype,
+        batch: int = 1,
+        on_cpu: bool = False,
+        quantize: str | Any | None = None,
+        quantize_only: Only | None = None,
     ) -> None:
         self.cfg, self.dtype, self.batch, self.on_cpu = cfg, dtype, batch, on_cpu
+        self.quantize, self.quantize_only = quantize, quantize_only
 
-    @property
+    def of_rows(self, batch: int) -> Sizes:
+        """Return the same for another number of rows."""
+        changed = copy.copy(self)  # with its weights, where they are known
+        changed.batch = batch
+        return changed
+
+    @cached_property
+    def _stored(self) -> dict[str, Stored]:
+        return stored_weights(self.cfg, self.dtype, self.quantize, self.quantize_only)
+
+    @cached_property
     def weights(self) -> dict[str, int]:
         """Bytes of the weights of each part; a read-out that is tied has none."""
-        return _weights(self.cfg, self.dtype)
+        return {part: stored.bytes for part, stored in self._stored.items()}
+
+    def loading(self, part: str) -> int:
+        """Return the bytes that loading a part takes beside its weights.
+
+        A CPU holds the largest tensor twice while it is stacked or transposed, and what is
+        quantised is there in its own dtype before.
+        """
+        stored = self._stored[part]
+        plain = stored.largest if self.on_cpu else 0
+        return plain + (stored.largest + stored.to_quantize if stored.to_quantize else 0)
 
     def state(self, layer: int, length: int) -> int:
         """Return the bytes of a layer's state after `length` tokens of each row."""
@@ -85,13 +126,19 @@ class Sizes:
     def beside_state(self, layer: int, length: int) -> int:
         """Return the bytes that stand beside a layer's state while a forward makes the next one.
 
-        The state before a piece, or a step, lives as long as the forward; the first step also
-        makes room for keys to come.
+        The state before a piece, or a step, lives as long as the forward. A window's keys are the
+        last ones of a tensor with those of a piece in it; the first step makes room for keys to
+        come.
         """
-        state = self._state(layer, length)
-        mixer = self.cfg.layers[layer].mixer
-        grows = isinstance(mixer, AttentionConfig)
-        return state.total + (state.of_attention // STEP_ROOM if grows else 0)
+        state, mixer = self._state(layer, length), self.cfg.layers[layer].mixer
+        if not isinstance(mixer, AttentionConfig):
+            return state.total
+        n_kept = length if mixer.n_keys is None else min(length, mixer.n_keys - 1)
+        gone = min(PIECE, length - n_kept)
+        in_view = gone if n_kept >= gone else 0  # else the tensor is let go, see `last_keys`
+        spare = in_view + max(in_view, 1 + room_for_steps(n_kept + 1))
+        a_key = mixer.n_kv_heads * mixer.d_head * self.dtype.itemsize * 2 + POSITION
+        return state.total + self.batch * spare * a_key
 
     def working(self, layer: int, length: int) -> int:
         """Return the bytes of a block's own values at their most, in a prefill of `length`."""
@@ -100,21 +147,36 @@ class Sizes:
         stream = piece.n * self.cfg.d_model
         mixer = WORKING_OF[type(of_layer.mixer)](of_layer.mixer, self.cfg.d_model, piece)
         mlp = WORKING_OF[type(of_layer.mlp)](of_layer.mlp, self.cfg.d_model, piece)
+        stored = self._stored[f"blocks.{layer}"]
+        plain = stored.to_multiply + piece.n * stored.d_out * piece.width
+        plain += self._widening(stored, piece.n)
         # The stream before and between, what was written, and the norm of it in fp32 and narrow.
-        return max(mixer, mlp) + stream * (4 * piece.width + piece.wide)
+        return max(mixer, mlp) + plain + stream * (4 * piece.width + piece.wide)
 
     def ends(self, length: int) -> int:
         """Return the bytes of embedding a piece and of choosing a token, logits of one position."""
         piece = self._piece(length)
         logits = self.batch * self.cfg.d_vocab * (3 * piece.width + 4 * piece.wide)
+        read_out = self._stored["embed" if self.cfg.tied_embedding else "unembed"]
+        logits += self._widening(read_out, self.batch)
         return max(2 * piece.n * self.cfg.d_model * piece.width, logits)
+
+    def _widening(self, stored: Stored, rows: int) -> int:
+        """Return the bytes of a product in fp32, which a CPU may take for one in 16 bits."""
+        if not self.on_cpu or self.dtype.itemsize >= WIDE or rows < MANY:
+            return 0
+        return WIDE * (stored.matrix + rows * stored.sides)
 
     def streams(self, length: int) -> int:
         """Return the bytes of the residual stream of a whole prompt, kept where blocks take turns.
 
-        That is where weights are brought: each block reads all pieces before the next does.
+        That is where weights are brought: each block reads all pieces before the next does, and
+        layers share what rotates each.
         """
-        return self.batch * length * self.cfg.d_model * self.dtype.itemsize
+        mixers = [layer.mixer for layer in self.cfg.layers]
+        rotary = [m.rotary.d_rotary for m in mixers if isinstance(m, AttentionConfig) and m.rotary]
+        width = self.cfg.d_model + 2 * max(rotary, default=0)
+        return self.batch * length * width * self.dtype.itemsize
 
     def _state(self, layer: int, length: int) -> StateBytes:
         mixer = self.cfg.layers[layer].mixer
@@ -126,32 +188,42 @@ class Sizes:
         )
 
 
-@lru_cache(maxsize=8)
-def _weights(cfg: HybridConfig, dtype: torch.dtype) -> dict[str, int]:
-    sizes = dict.fromkeys(parts_of(cfg), 0)
-    for name, parameter in HookedHybrid.meta(cfg, dtype).named_parameters():
-        sizes[part_of(name)] += parameter.nbytes
-    return sizes
-
-
 def _attention(cfg: AttentionConfig, d_model: int, piece: Piece) -> int:
     """Return the bytes of queries, keys and values, scores and patterns of a block of queries."""
-    n_keys = piece.n_tokens
-    if cfg.n_keys is not None:
-        n_keys = min(n_keys, cfg.n_keys - 1 + piece.n_pos)
+    n_keys = _most_keys(cfg, piece, piece.n_pos)
     heads, kv_heads = cfg.n_heads * cfg.d_head, cfg.n_kv_heads * cfg.d_head
     rotated = 3 * heads if cfg.rotary else 0
     own = piece.n * (3 * heads + 2 * kv_heads + rotated + d_model) * piece.width
     keys = piece.batch * n_keys * kv_heads
+    if cfg.n_keys is not None or piece.may_be_padded:  # there until those to keep are picked
+        own += 2 * keys * piece.width
     if piece.on_cpu:
-        scores = piece.batch * cfg.n_heads * min(BLOCK, piece.n_pos) * n_keys
-        is_narrow = piece.width < WIDE  # then products copy what they read, and softmax widens
-        is_copied = is_narrow or (piece.batch > 1 and cfg.n_kv_heads > 1)
-        of_score = 3 * piece.width + WIDE if is_narrow else 2 * piece.width
-        return own + (2 * keys * piece.width if is_copied else 0) + scores * of_score
+        return own + _blocks_of_scores(cfg, piece, keys)
     scores = piece.batch * cfg.n_heads * piece.n_pos * n_keys
     repeated = 2 * keys * (cfg.n_heads // cfg.n_kv_heads)
-    return own + (repeated + 2 * scores) * piece.wide + piece.batch * piece.n_pos * n_keys
+    mask = piece.batch * piece.n_pos * n_keys * OF_MASK
+    return own + (repeated + 2 * scores) * piece.wide + mask
+
+
+def _blocks_of_scores(cfg: AttentionConfig, piece: Piece, keys: int) -> int:
+    """Return the bytes of scores and patterns on a CPU, of one block of queries after another."""
+    n_queries = min(BLOCK, piece.n_pos)
+    n_keys = _most_keys(cfg, piece, piece.n_pos if piece.may_be_padded else n_queries)
+    is_narrow = piece.width < WIDE  # then products copy what they read, and softmax widens twice
+    is_copied = is_narrow or (piece.batch > 1 and cfg.n_kv_heads > 1)
+    of_score = 2 * piece.width + (2 * WIDE if is_narrow else 0)  # the block before, and this one
+    pairs, mask = piece.batch * n_queries * n_keys, 0
+    if piece.may_be_padded:
+        of_score += piece.width if is_narrow else 2 * piece.width + 1
+        mask = pairs * OF_MASK
+    return pairs * cfg.n_heads * of_score + mask + (2 * keys * piece.width if is_copied else 0)
+
+
+def _most_keys(cfg: AttentionConfig, piece: Piece, n_queries: int) -> int:
+    """Return how many keys some queries see together, at most."""
+    if cfg.n_keys is None:
+        return piece.n_tokens
+    return min(piece.n_tokens, cfg.n_keys - 1 + n_queries)
 
 
 def _rglru(cfg: RGLRUConfig, d_model: int, piece: Piece) -> int:
@@ -180,10 +252,10 @@ def _experts(cfg: MoEConfig, d_model: int, piece: Piece) -> int:
 
     One expert may be given every token; on a GPU all chosen ones are run together.
     """
-    at_once = 1 if piece.on_cpu else cfg.n_chosen
+    at_once, copies = (1, 2) if piece.on_cpu else (cfg.n_chosen, 3)
     routed = piece.n * cfg.n_experts * (piece.width + piece.wide)
     inputs = piece.n * d_model * piece.width * (cfg.n_chosen + 1)
-    return routed + inputs + at_once * piece.n * (2 * cfg.d_mlp + 2 * d_model) * piece.width
+    return routed + inputs + at_once * piece.n * (copies * cfg.d_mlp + 2 * d_model) * piece.width
 
 
 WORKING_OF: dict[type, Callable[[Any, int, Piece], int]] = {

@@ -9,18 +9,25 @@ from dataclasses import dataclass
 class Usage:
     """Bytes that a device holds while prompts of one length are read and continued."""
 
-    weights: int
-    brought: int
+    weights: int = 0
+    brought: int = 0
     """Room for the largest block that is kept elsewhere and runs here."""
-    state: int
-    working: int
+    state: int = 0
+    working: int = 0
     """Values of a forward at their most, the state before it among them."""
-    context: int
+    loading: int = 0
+    """What loading takes beside the weights at its most, before anything runs."""
+    context: int = 0
 
     @property
     def total(self) -> int:
-        """All of it."""
-        return self.weights + self.brought + self.state + self.working + self.context
+        """All that is there at its most: while loading, or while running."""
+        return self.weights + self.context + max(self.loading, self.running)
+
+    @property
+    def running(self) -> int:
+        """What a run takes beside the weights."""
+        return self.brought + self.state + self.working
 
 
 @dataclass(frozen=True)
@@ -30,11 +37,17 @@ class Split:
     held: tuple[int, ...]
     on_cpu: int = 0
     on_disk: int = 0
+    first: int = 0
+    """The device that holds the ends; those before it are not used."""
 
     @property
     def last(self) -> int:
         """The device that runs the blocks which no device holds."""
-        return max((i for i, n in enumerate(self.held) if n), default=0)
+        return max((i for i, n in enumerate(self.held) if n), default=self.first)
+
+    def uses(self, device: int) -> bool:
+        """Return whether a device holds or runs anything."""
+        return device == self.first or self.held[device] > 0
 
     def blocks(self, device: int) -> range:
         """Return the blocks that a device holds."""

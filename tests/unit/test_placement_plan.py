@@ -10,13 +10,13 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from hooked_hybrid import HookedHybrid, presets
+from hooked_hybrid import HookedHybrid
 from hooked_hybrid.accounting import config_of
 from hooked_hybrid.cli import build_app
 from hooked_hybrid.placement import Machine, gpus_of, size_of
-from hooked_hybrid.placement.planning import Planner, plan
-from hooked_hybrid.placement.sizes import Sizes
-from tests.models import CONFIGS, random_tokens, tiny_model
+from hooked_hybrid.placement.machine import ANY_DISK, this_machine
+from hooked_hybrid.placement.planner import Planner
+from hooked_hybrid.placement.planning import plan
 
 GB = 10**9
 
@@ -78,7 +78,7 @@ def test_a_plan_that_cannot_be_names_the_smallest_changes_that_do(
     assert not found.fits
     with pytest.raises(MemoryError, match="do not fit: .* It would fit with"):
         found.require()
-    said = [change.split(" ") for change in found.changes]
+    said = [change.option.split(" ") for change in found.changes]
     assert said
     for option in said:
         if option[0] == "--gpus":
@@ -101,46 +101,53 @@ def _fits(found: Any, machine: Machine) -> bool:
     return Planner(found.sizes, machine, max(found.lengths)).fits()
 
 
-@pytest.mark.parametrize("name", ["griffin", "jamba"])
-def test_the_planned_state_is_the_state(name: str):
-    sizes = Sizes(CONFIGS[name], torch.float32, batch=2, on_cpu=True)
-    _, state = tiny_model(name)(random_tokens(n_pos=11), return_state=True)
-    for i, block in enumerate(state.blocks):
-        assert sizes.state(i, 11) == sum(t.nbytes for t in vars(block).values())
+def test_a_gpu_that_is_busy_is_passed_over():
+    few, free = GB // 3, 80 * GB
+    between = plan(mini(), Machine((free, few, free, free))).split
+    assert between is not None and between.held == (16, 0, 16, 0)
+    for least in (few, 3 * GB // 2):  # no room for CUDA, or none for the ends
+        found = plan(mini(), Machine((least, free, free, free)))
+        assert found.split is not None and found.split.held == (0, 16, 16, 0)
+        assert found.device_map["embed"] == found.device_map["blocks.0"] == "cuda:1"
+        assert [used.total > 0 for used in found.usages(2048)] == [False, True, True, False]
 
 
-PEAKS = [("griffin", 1, 1100), ("jamba", 2, 700), ("jamba", 1, 40)]
+def test_a_machine_without_gpu_memory_computes_on_its_cpu_and_keeps_nothing_beside_it():
+    assert Machine((0, 0), 60 * GB) == Machine((), 60 * GB)
+    assert not plan(mini(), Machine((0,), 60 * GB)).fits  # 103 GB: twice what there is
+    with pytest.raises(ValueError, match="memory of -5 bytes"):
+        Machine((), -5)
 
 
-@pytest.mark.parametrize(("family", "batch", "length"), PEAKS)
-def test_the_planned_activations_hold_and_are_at_most_twice_too_large(
-    family: str, batch: int, length: int
-):
-    if family == "griffin":
-        cfg = presets.griffin("RRA", d_model=128, d_vocab=300, n_heads=4, n_keys=400)
-    else:
-        cfg = presets.jamba("MAM", d_model=128, d_vocab=300, n_heads=4, n_kv_heads=2, n_experts=4)
-    model = HookedHybrid(cfg).requires_grad_(False)
-    tokens = torch.randint(3, 299, (batch, length))
-    sizes, layers = Sizes(cfg, torch.float32, batch, on_cpu=True), range(cfg.n_layers)
-    planned = sum(sizes.state(i, length) + sizes.beside_state(i, length) for i in layers)
-    planned += max(*(sizes.working(i, length) for i in layers), sizes.ends(length))
-    measured = _peak_bytes(lambda: model.generate(tokens, 3, verbose=False, stop_at_eos=False))
-    assert measured <= planned <= 2 * measured
+def test_every_device_counts_the_streams_of_all_pieces_where_weights_are_brought():
+    machine = Machine(gpus_of("2x30GB"), 200 * GB)
+    found = plan(mini(), machine, (65536,))
+    assert found.split is not None and found.split.kept_elsewhere
+    first, last = found.usages(65536)
+    streams = found.sizes.streams(65536)
+    assert streams == 65536 * 4096 * 2  # a long prompt waits on each device for its turn
+    alone = Planner(found.sizes, machine, 65536).usage(found.split.blocks(0), range(0), True)
+    assert first.working == alone.working + streams and last.total <= 30 * GB
 
 
-def _peak_bytes(run: Any) -> int:
-    """Return the most bytes that torch's CPU allocator held at once for a run."""
-    with torch.profiler.profile(
-        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
-    ) as profile:
-        run()
-    events = profile.profiler.kineto_results.events()  # type: ignore[union-attr]
-    now = most = 0
-    for event in sorted((e for e in events if e.name() == "[memory]"), key=lambda e: e.start_ns()):
-        now += event.nbytes()
-        most = max(most, now)
-    return most
+def test_why_it_does_not_fit_is_said_in_words():
+    nowhere = plan(mini(), Machine(gpus_of("1x1GB"), 0, ANY_DISK))
+    assert "the GPU offers 1 GB, beside 0 B of CPU memory and room on the disk" in nowhere.why_not
+    loaded = plan(mini(), Machine((), 104 * GB))
+    assert not loaded.fits and "or 1.88 GB to load it in, do not fit: the CPU" in loaded.why_not
+
+
+@pytest.mark.parametrize(
+    ("free", "machine"),
+    [
+        ({"mps": 10 * GB}, Machine((), 10 * GB)),  # a Mac has one memory for both
+        ({0: 10 * GB}, Machine((10 * GB,), 0)),
+        ({1: 10 * GB, "cpu": 5 * GB}, Machine((0, 10 * GB), 5 * GB)),
+    ],
+)
+def test_a_machine_is_what_accelerate_says_is_free(monkeypatch: Any, free: Any, machine: Machine):
+    monkeypatch.setattr("accelerate.utils.get_max_memory", lambda: free)
+    assert this_machine(None, has_folder=False) == machine
 
 
 # --- the command ------------------------------------------------------------------------------

@@ -1,0 +1,79 @@
+"""Bringing the weights of a block to where it runs, and letting them go again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from hooked_hybrid.placement import place, running
+from hooked_hybrid.placement.running import Door
+from tests.models import random_tokens, tiny_model
+
+
+def test_a_door_brings_weights_for_as_long_as_anyone_is_inside(monkeypatch: Any):
+    model, brought = tiny_model("jamba"), []
+
+    def copied(parameter: nn.Parameter, device: torch.device) -> nn.Parameter:
+        brought.append(parameter)
+        return nn.Parameter(parameter.detach() + 0, requires_grad=False)
+
+    monkeypatch.setattr(running, "_there", copied)
+    before = dict(model.named_parameters())
+    doors = [Door(block, torch.device("cpu"), is_streamed=True) for block in model.blocks]
+    with doors[1], doors[1]:
+        inside = dict(model.blocks[1].named_parameters())
+        assert all(p is not before[f"blocks.1.{n}"] for n, p in inside.items())
+        assert len(brought) == len(inside)
+        model(random_tokens(n_pos=5))
+    assert all(p is before[n] for n, p in model.named_parameters())
+
+
+def test_a_door_that_cannot_bring_everything_leaves_the_block_as_it_was(monkeypatch: Any):
+    model = tiny_model("griffin")
+    before = dict(model.named_parameters())
+    monkeypatch.setattr(running, "_there", _out_of_memory_after(3))
+    with pytest.raises(MemoryError), Door(model.blocks[0], torch.device("cpu"), is_streamed=True):
+        pass
+    assert all(p is before[n] for n, p in model.named_parameters())
+
+
+@pytest.mark.parametrize("name", ["griffin", "jamba"])
+def test_a_graph_holds_no_weight_that_was_brought(name: str, tmp_path: Path, monkeypatch: Any):
+    brought: list[StorageWeakRef] = []
+
+    def copied(parameter: nn.Parameter, device: torch.device) -> nn.Parameter:
+        found = nn.Parameter(parameter.detach().clone(), requires_grad=False)
+        brought.append(StorageWeakRef(found.untyped_storage()))
+        return found
+
+    monkeypatch.setattr(running, "_there", copied)
+    one = tiny_model(name).requires_grad_(False)
+    several = place(tiny_model(name), {"": "cpu", "blocks": "disk"}, tmp_path)
+    assert several.placement is not None
+    for door in several.placement._doors:
+        door.is_streamed = True  # as on a GPU
+    tokens, grads = random_tokens(n_pos=6), []
+    for model in (one, several):
+        start = model.embed(tokens).requires_grad_()
+        out = model.run_with_hooks(tokens, fwd_hooks=[("hook_embed", lambda x, hook, s=start: s)])
+        assert out.grad_fn is not None and all(weight.expired() for weight in brought)
+        grads += torch.autograd.grad(out.square().sum(), start)
+    assert len(brought) > 20 and float(grads[0].abs().max()) > 0
+    assert torch.equal(*grads)
+
+
+def _out_of_memory_after(n: int) -> Any:
+    calls: list[int] = []
+
+    def there(parameter: nn.Parameter, device: torch.device) -> nn.Parameter:
+        calls.append(1)
+        if len(calls) > n:
+            raise MemoryError("no room")
+        return nn.Parameter(parameter.detach().clone())
+
+    return there
