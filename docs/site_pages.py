@@ -46,6 +46,7 @@ GUIDE = {
     "next_questions.md": "The thesis's next questions",
     "beside_other_results.md": "Beside other people's results",
     "harvest.md": "Harvesting activations",
+    "placement.md": "Models larger than a device",
     "quantized.md": "Quantised weights",
     "tiny-griffin.md": "tiny-griffin",
     "tiny-jamba.md": "tiny-jamba",

@@ -38,6 +38,7 @@ from hooked_hybrid.config import (
 from hooked_hybrid.memory import give_back_freed_memory
 from hooked_hybrid.mixers import MIXERS
 from hooked_hybrid.quantizing import Matrix, quantizer_of
+from hooked_hybrid.weight_layout import laid_out
 from hooked_hybrid.weights import as_matrix, is_quantized, stored_bytes
 
 if TYPE_CHECKING:
@@ -214,6 +215,10 @@ def quantize_weights(
         TypeError, ValueError: what cannot be quantised, or not here; nothing has been changed.
     """
     quantizer = Quantizer(model, scheme, only)
+    for name in quantizer.names:
+        weight = model.get_parameter(name)
+        if weight.device.type != "meta" and not bool(weight.isfinite().all()):
+            raise ValueError(f"{name} holds NaN or infinity: look at where it comes from")
     for name in tqdm(quantizer.names, desc="quantise", unit="weight", disable=not verbose):
         quantizer.take(name)
     return quantizer.finish()
@@ -229,9 +234,7 @@ def dequantize_weights(model: HookedHybrid) -> None:
     for weight in () if quantization is None else quantization.weights:
         path, _, leaf = weight.name.rpartition(".")
         values = as_matrix(getattr(model.get_submodule(path), leaf))
-        if values.shape[-2] > values.shape[-1]:  # as `layers.empty_weight` would lay it
-            values = values.mT.contiguous().mT
-        _set(model, weight.name, nn.Parameter(values, requires_grad=wants_grad))
+        _set(model, weight.name, nn.Parameter(laid_out(values), requires_grad=wants_grad))
     model.quantization = None
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from jaxtyping import Float
@@ -28,8 +30,9 @@ def quantizer_of(scheme: str | Any) -> Callable[[Matrix], Tensor]:
         ValueError: another scheme.
     """
     try:
-        from torchao.core.config import AOBaseConfig
-        from torchao.quantization import Int8WeightOnlyConfig, quantize_, to_nf4
+        with _without_warnings("torchao", "torch.utils._pytree"):  # of kernels for other devices
+            from torchao.core.config import AOBaseConfig
+            from torchao.quantization import Int8WeightOnlyConfig, quantize_, to_nf4
     except ImportError as error:
         raise ImportError(f"quantised weights need torchao 0.18 or later: {INSTALL}") from error
 
@@ -56,6 +59,20 @@ def quantizer_of(scheme: str | Any) -> Callable[[Matrix], Tensor]:
         return holder.weight.detach()
 
     return by_config
+
+
+@contextmanager
+def _without_warnings(*names: str) -> Iterator[None]:
+    """Let some loggers tell of errors alone."""
+    loggers = [logging.getLogger(name) for name in names]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 __all__ = ["Matrix", "quantizer_of"]

@@ -347,3 +347,14 @@ def test_bf16_stays_close_to_its_twin():
             dequantize_weights(other)
             assert model(tokens).dtype == torch.bfloat16
             assert relative(model(tokens).float(), other(tokens).float()) < 0.1
+
+
+def test_a_weight_that_is_not_finite_is_refused_before_any_is_quantised():
+    model = deepcopy(plain("griffin"))
+    last = quantizable(model.cfg)[-1]
+    with torch.no_grad():
+        model.get_parameter(last)[0, 0] = torch.inf
+    before = [id(p) for p in model.parameters()]
+    with pytest.raises(ValueError, match=f"{last} holds NaN or infinity"):
+        quantize_weights(model, "int8")
+    assert [id(p) for p in model.parameters()] == before and model.quantization is None
