@@ -173,7 +173,8 @@ def _devices(found: Plan, model: str) -> Table:
 def _lengths(found: Plan) -> Table:
     """Return a line for each length and device in use."""
     rows = f"{found.sizes.batch} row" + ("s" if found.sizes.batch > 1 else "")
-    table = Table(title=f"memory by length, {rows}", box=SIMPLE_HEAD)
+    title = f"memory by length, {rows}"
+    table = Table(title=title, box=SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
     loads = any(used.loading > used.running for used in found.usages(min(found.lengths)))
     loading = ("loading",) if loads else ()
     for heading in ("tokens", "device", "weights", "state", "activations", *loading, "all", "of"):
