@@ -96,7 +96,7 @@ def test_experiments_can_be_run_together():
     model, prompts = model_of("tiny-griffin"), prompts_of("tiny-griffin")[:1]
     cut = cut_settings(model.cfg, ["a", "b"], [{2: [0]}, {5: [1]}])
     settings = [*top_k_settings([8, 2], ["both"]), *cut]
-    table = niah(model, prompts, settings, **QUIET)
+    table = niah(model, prompts, settings, **BRIEF)
     for setting in settings:
         (output,) = table.loc[table["setting"] == setting.name, "output"]
         assert output == one_at_a_time(model, prompts[0], setting)
