@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -84,12 +85,12 @@ class PromptOptions:
     seed: Seed = 0
     max_new_tokens: MaxNewTokens = 40
 
-    @property
+    @cached_property
     def documents(self) -> tuple[str, ...]:
         """The haystack's texts; none where it is generated."""
         return () if self.haystack is None else Haystack.read(self.haystack).documents
 
-    @property
+    @cached_property
     def needles(self) -> list[AnyNeedle | None]:
         """The needles, in order; None for a prompt without one."""
         return needles_of(self.needle or ["paper"])[: self.n_needles]
@@ -129,13 +130,10 @@ def needles_of(sources: Sequence[str]) -> list[AnyNeedle | None]:
 
 
 __all__ = [
-    "Depths",
     "FirstToken",
     "HaystackPath",
-    "Lengths",
     "PromptOptions",
     "ReadTwice",
     "Template",
     "ThesisDepth",
-    "needles_of",
 ]

@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -168,7 +169,7 @@ class RunOptions:
         torch.set_num_threads(self.threads or default_threads(model))
         return model
 
-    @property
+    @cached_property
     def _loading(self) -> Loading:
         if self.device_map is not None and self.device != "cpu":
             raise ValueError(f"--device {self.device} and --device-map: give one of them")
