@@ -5,8 +5,15 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
+from jaxtyping import Int
 from torch import Tensor
 
+from hooked_hybrid.options import (
+    UNSET,
+    check_choice,
+    check_count,
+    refuse_ignored,
+)
 from hooked_hybrid.state import AttentionState, HybridState
 
 if TYPE_CHECKING:
@@ -63,19 +70,59 @@ def checked_resid(model: HookedHybrid, resid: Any) -> Tensor:
     return resid.to(model.device)
 
 
+def refuse_text_options(prepend_bos: bool | None, padding_side: str | None) -> None:
+    """Refuse options of text where tokens are given: they are read as they are.
+
+    `prepend_bos=False` says what happens to tokens, and passes.
+    """
+    refuse_ignored(
+        "tokens are read as they are: pass text, or make the tokens with to_tokens(text, ...)",
+        prepend_bos=prepend_bos,
+        padding_side=padding_side,
+    )
+
+
+def checked_return_type(
+    return_type: Any,
+    loss_per_token: bool,
+    logits_to_keep: int | None,
+    stop_at_layer: int | None,
+) -> Any:
+    """Return the return type, "logits" where none was given, if all that is asked for is there.
+
+    Raises:
+        ValueError: an unknown one, one that `stop_at_layer` leaves no place for, a form of the
+            loss without a loss, or of the logits without logits.
+    """
+    if stop_at_layer is not None:
+        if return_type is not UNSET:
+            check_choice("return_type", return_type, ("logits", "loss", "both", None))
+        stopped = "with stop_at_layer the residual stream is returned; leave one of them out"
+        options = {"loss_per_token": loss_per_token, "logits_to_keep": logits_to_keep}
+        refuse_ignored(stopped, return_type=return_type, **options)
+        return None
+    return_type = "logits" if return_type is UNSET else return_type
+    check_choice("return_type", return_type, ("logits", "loss", "both", None))
+    if return_type not in ("loss", "both"):
+        refuse_ignored("give return_type='loss' or 'both'", loss_per_token=loss_per_token)
+    if return_type is None:
+        refuse_ignored(
+            "return_type=None computes no logits; give 'logits'", logits_to_keep=logits_to_keep
+        )
+    return return_type
+
+
 def check_read_out(
     return_type: str | None, logits_to_keep: int | None, n_pos: int, is_resid: bool
 ) -> None:
     """Refuse what could not be returned.
 
     Raises:
-        ValueError: an unknown return type, more logits than positions, or a loss without all
-            logits, without tokens, or of a single token.
+        ValueError: more logits than positions, or a loss without all logits, without tokens, or of
+            a single token.
     """
-    if return_type not in ("logits", "loss", "both", None):
-        raise ValueError(f"return_type={return_type!r}: give 'logits', 'loss', 'both' or None")
-    if logits_to_keep is not None and not 1 <= logits_to_keep <= n_pos:
-        raise ValueError(f"logits_to_keep={logits_to_keep}: there are {n_pos} positions")
+    if logits_to_keep is not None:
+        check_count("logits_to_keep", logits_to_keep, 1, n_pos, f"there are {n_pos} positions")
     if return_type not in ("loss", "both"):
         return
     if is_resid:
@@ -84,6 +131,31 @@ def check_read_out(
         raise ValueError("a loss needs two tokens or more: the first is not predicted")
     if logits_to_keep is not None:
         raise ValueError("a loss needs the logits of all positions: leave logits_to_keep out")
+
+
+def checked_run(
+    stage: str, step: int, rows: Tensor | None, batch: int
+) -> Int[Tensor, " batch"] | None:
+    """Return the rows, if what `hook.run` is to say of a forward can be.
+
+    Raises:
+        ValueError: a step outside generation, or rows that are not one index for each row.
+    """
+    check_choice("stage", stage, ("forward", "prefill", "generation"))
+    check_count("step", step, 0)
+    if stage != "generation":
+        refuse_ignored(f"stage={stage!r} is step 0; give stage='generation'", step=step or None)
+    if rows is None:
+        return None
+    rows = torch.as_tensor(rows)
+    if rows.is_floating_point() or rows.dtype == torch.bool or tuple(rows.shape) != (batch,):
+        raise ValueError(
+            f"rows is {rows.dtype} of shape {tuple(rows.shape)}; give an index of the original "
+            f"batch for each of the {batch} rows"
+        )
+    if int(rows.min()) < 0:
+        raise ValueError(f"rows={rows.tolist()}: indices of the original batch count from 0")
+    return rows
 
 
 def checked_state(model: HookedHybrid, state: HybridState | None, batch: int) -> None:

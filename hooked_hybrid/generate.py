@@ -13,11 +13,12 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from hooked_hybrid.cache import ActivationCache
-from hooked_hybrid.checks import checked_state, checked_tokens
+from hooked_hybrid.checks import checked_state, checked_tokens, refuse_text_options
 from hooked_hybrid.hooked_root import HookSpec
 from hooked_hybrid.hooks import Stage
 from hooked_hybrid.layout import lay_out
 from hooked_hybrid.names import NameFilter
+from hooked_hybrid.options import check_choice, check_count, refuse_ignored
 from hooked_hybrid.recorder import Recorder
 from hooked_hybrid.sampling import Sampling
 from hooked_hybrid.state import HybridState
@@ -70,7 +71,7 @@ def generate(
     attention_mask: Int[Tensor, "batch pos"] | None = None,
     names_filter: NameFilter | Literal[True] | None = None,
     do_sample: bool = False,
-    temperature: float = 1.0,
+    temperature: float | None = None,
     top_k: int | None = None,
     top_p: float | None = None,
     generator: torch.Generator | None = None,
@@ -96,11 +97,17 @@ def generate(
         state: what the prompts continue from; it is not changed.
         attention_mask: 1 at tokens, 0 at padding; rows padded on the right are moved to the right
             end, so that new tokens follow old ones.
-        names_filter: what to keep of the activations: None for nothing, True for every point but
-            the large ones, or a name, several, or a predicate.
-        do_sample: draw tokens; else the most likely one is taken.
-        temperature, top_k, top_p: of drawing.
-        generator: source of randomness; None uses torch's global one.
+        names_filter: what to keep of the activations, with `return_type="output"`: None for
+            nothing, True for every point but the large ones, or a name, several, or a predicate.
+        do_sample: draw tokens; else the most likely one is taken (TransformerLens draws unless
+            told otherwise).
+        temperature: of drawing, above 0; None is 1. As it goes to 0 the draw goes to the most
+            likely token, also where it is too small to divide by.
+        top_k, top_p: draw from so many of the most likely tokens; from the fewest most likely
+            ones that hold this share of the probability.
+        generator: gives the seed of the draws, on any device; None uses torch's global one. Row i's
+            tokens depend on the seed, its number i and its own logits: not on the other rows, how
+            many there are or when they end. A call takes one number from the generator.
         stop_at_eos: end a row at an end-of-sequence token.
         eos_token_id: instead of the model's own.
         stop_strings: end a row when its new text holds one of these; needs a tokenizer.
@@ -113,20 +120,24 @@ def generate(
         By `return_type`. A single text in gives a single text out.
 
     Raises:
-        ValueError: options that do not go together, or input that would be misread.
+        ValueError: options that do not go together or have no effect, or input that would be
+            misread.
         HookNameError: a hook or filter that matches nothing; then nothing has run.
     """
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens={max_new_tokens}: give 1 or more")
-    if first_token_stage not in ("prefill", "generation"):
-        raise ValueError(f"first_token_stage={first_token_stage!r}: give 'prefill' or 'generation'")
-    if return_type not in ("input", "str", "tokens", "output"):
-        raise ValueError(f"return_type={return_type!r}: give 'input', 'str', 'tokens' or 'output'")
-    sampling = Sampling(do_sample, temperature, top_k, top_p, generator)
+    check_count("max_new_tokens", max_new_tokens)
+    check_choice("first_token_stage", first_token_stage, ("prefill", "generation"))
+    check_choice("return_type", return_type, ("input", "str", "tokens", "output"))
+    sampling = Sampling(do_sample, temperature, top_k, top_p, generator, model.cfg.d_vocab)
+    if not stop_at_eos:
+        refuse_ignored("leave out stop_at_eos=False to end rows at it", eos_token_id=eos_token_id)
+    if return_type != "output":
+        refuse_ignored("give return_type='output', which has the cache", names_filter=names_filter)
     stop_strings = [stop_strings] if isinstance(stop_strings, str) else list(stop_strings)
     if "" in stop_strings:
-        raise ValueError("an empty stop string would end every text at once: leave it out")
+        raise ValueError("stop_strings: an empty one would end every text at once, leave it out")
     is_text = isinstance(input, str) or is_texts(input)
+    if not is_text:
+        refuse_text_options(prepend_bos, padding_side)
     if return_type == "input":
         return_type = "str" if is_text else "tokens"
     if return_type == "str" or stop_strings:
@@ -137,6 +148,7 @@ def generate(
 
     tokens, mask = _prompt(model, input, is_text, attention_mask, state, prepend_bos, padding_side)
     checked_state(model, state, tokens.shape[0])
+    _refuse_idle_hooks(tokens.shape[1], max_new_tokens, first_token_stage, *hooks[1:])
     recorder = None if names_filter is None else Recorder(model, names_filter, tokens, mask, state)
     decoder = _Decoder(
         model, tokens, mask, state, sampling, _eos(model, stop_at_eos, eos_token_id), stop_strings
@@ -166,7 +178,7 @@ class _Decoder:
         stop_strings: list[str],
     ) -> None:
         self.model, self.tokens, self.mask, self.state = model, tokens, mask, state
-        self.sampling, self.stop_strings = sampling, stop_strings
+        self.sampling, self.draws, self.stop_strings = sampling, sampling.draws(), stop_strings
         self.eos = torch.tensor(list(eos), device=tokens.device, dtype=torch.long)
         self.batch = tokens.shape[0]
         self.rows = torch.arange(self.batch, device=tokens.device)
@@ -250,7 +262,10 @@ class _Decoder:
     def _choose(self) -> Tensor:
         """Append a token to every row that goes on; return those that still go on after it."""
         assert self.logits is not None
-        chosen, logprobs, margins = self.sampling.choose(self.logits)
+        uniform = None
+        if self.draws is not None:
+            uniform = self.draws.at(len(self.new), self.batch, self.rows.device)[self.rows]
+        chosen, logprobs, margins = self.sampling.choose(self.logits, uniform)
         pad = self.eos[0] if self.eos.numel() else self.tokens.new_zeros(())
         self.new.append(pad.repeat(self.batch).index_copy(0, self.rows, chosen))
         self.logprobs.append(logprobs.new_zeros(self.batch).index_copy(0, self.rows, logprobs))
@@ -343,7 +358,9 @@ def _prompt(
     """Return tokens whose rows end at the right edge, and their mask if any is padded."""
     if is_text:
         if attention_mask is not None:
-            raise ValueError("text brings its own mask: pass tokens with attention_mask")
+            raise ValueError(
+                "text brings its own mask: leave attention_mask out, or pass tokens with it"
+            )
         input, attention_mask = model.encode_texts(
             input, prepend_bos, padding_side or "left", continues=state is not None
         )
@@ -357,13 +374,37 @@ def _prompt(
     return tokens.gather(1, order), layout.is_real.long().gather(1, order)
 
 
+def _refuse_idle_hooks(
+    n_pos: int,
+    max_new_tokens: int,
+    first_token_stage: str,
+    prefill_hooks: Sequence[HookSpec],
+    generation_hooks: Sequence[HookSpec],
+) -> None:
+    """Refuse hooks of a stage that this call does not have."""
+    prefills = first_token_stage == "prefill"
+    if prefills and max_new_tokens == 1:
+        refuse_ignored(
+            "prefill chooses the one new token; give max_new_tokens=2 or more, or "
+            "first_token_stage='generation'",
+            generation_hooks=generation_hooks,
+        )
+    if not prefills and n_pos == 1:
+        refuse_ignored(
+            "the prompt's one token is read in generation; give first_token_stage='prefill'",
+            prefill_hooks=prefill_hooks,
+        )
+
+
 def _eos(
     model: HookedHybrid, stop_at_eos: bool, eos_token_id: int | Sequence[int] | None
 ) -> Sequence[int]:
     if not stop_at_eos:
         return ()
     if eos_token_id is not None:
-        return torch.as_tensor(eos_token_id).reshape(-1).tolist()
+        ends = torch.as_tensor(eos_token_id).reshape(-1).tolist()
+        most = model.cfg.d_vocab - 1
+        return [check_count("eos_token_id", end, 0, most, "the vocabulary") for end in ends]
     return model.cfg.eos_token_ids if model.tokenizer is None else model.text.eos
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from hooked_hybrid.hooks import Direction, HookFn, HookPoint, LensHandle, RunHolder
 from hooked_hybrid.names import NameFilter, matching
+from hooked_hybrid.options import refuse_ignored
 from hooked_hybrid.savers import PieceSaver, Saver
 from hooked_hybrid.slicing import PosSlice
 
@@ -176,7 +177,14 @@ class HookedRootModule(nn.Module):
         Backward hooks need the backward pass inside the same scope: use `hooks` for those, or
         `reset_hooks_end=False`. They are attached all the same, as the graph of this forward
         remembers them.
+
+        Raises:
+            ValueError: backward hooks where no graph is recorded.
         """
+        if not torch.is_grad_enabled():
+            why = "this runs under torch.no_grad() or inference_mode, where no graph is recorded"
+            bwd_hooks = tuple(bwd_hooks)
+            refuse_ignored(why, bwd_hooks=bwd_hooks)
         with self.hooks(fwd_hooks, bwd_hooks, reset_hooks_end, clear_contexts):
             return self(*args, **kwargs)
 
@@ -217,9 +225,17 @@ class HookedRootModule(nn.Module):
 
         Raises:
             HookNameError: the filter matches nothing.
-            ValueError: `incl_bwd` without a metric on an output that is not a scalar, or points
-                that did not run.
+            ValueError: `incl_bwd` without a metric on an output that is not a scalar, a metric
+                without `incl_bwd`, or points that did not run.
+            TypeError: hooks among the keywords.
         """
+        if misplaced := [name for name in ("fwd_hooks", "bwd_hooks") if name in kwargs]:
+            raise TypeError(
+                f"run_with_cache takes no {misplaced[0]}: write `with model.hooks({misplaced[0]}="
+                "[...]): out, cache = model.run_with_cache(...)`"
+            )
+        if not incl_bwd:
+            refuse_ignored("give incl_bwd=True to cache its gradients", metric=metric)
         cache: dict[str, Tensor] = {}
         in_pieces = pos_slice is not None and not incl_bwd and self._may_cache_pieces(args, kwargs)
         make = PieceSaver if in_pieces else Saver

@@ -173,8 +173,6 @@ def lay_out(
         ValueError: a mask of another shape, with other values, with holes, or with an empty row;
             or both a mask and segment ids.
     """
-    if stage not in ("forward", "prefill", "generation"):
-        raise ValueError(f"stage={stage!r}: give 'forward', 'prefill' or 'generation'")
     (batch, n_pos), device = x.shape[:2], x.device
     if attention_mask is not None and segment_ids is not None:
         raise ValueError("give attention_mask or segment_ids, not both: id 0 is padding already")

@@ -14,7 +14,15 @@ from torch import Tensor, nn
 
 from hooked_hybrid.block import Block
 from hooked_hybrid.cache import ActivationCache
-from hooked_hybrid.checks import check_read_out, checked_resid, checked_state, checked_tokens
+from hooked_hybrid.checks import (
+    check_read_out,
+    checked_resid,
+    checked_return_type,
+    checked_run,
+    checked_state,
+    checked_tokens,
+    refuse_text_options,
+)
 from hooked_hybrid.config import HybridConfig
 from hooked_hybrid.generate import generate
 from hooked_hybrid.hooked_root import HookedRootModule
@@ -23,6 +31,7 @@ from hooked_hybrid.layers import Embed, RMSNorm, Unembed
 from hooked_hybrid.layout import Layout, lay_out
 from hooked_hybrid.loss import next_token_loss
 from hooked_hybrid.memory import keep_freed_memory, require_memory
+from hooked_hybrid.options import UNSET, UnsetType
 from hooked_hybrid.plan import dispatch, piece_length
 from hooked_hybrid.shapes import Resid, Tokens
 from hooked_hybrid.slicing import PosSlice
@@ -270,7 +279,7 @@ class HookedHybrid(TextMethods, HookedRootModule):
     def forward(
         self,
         input: Input,
-        return_type: ReturnType | None = "logits",
+        return_type: ReturnType | UnsetType | None = UNSET,
         *,
         loss_per_token: bool = False,
         logits_to_keep: int | None = None,
@@ -291,8 +300,9 @@ class HookedHybrid(TextMethods, HookedRootModule):
         Args:
             input: tokens [batch pos] or [pos], a text or several; with `start_at_layer`, the
                 residual stream [batch pos d_model] entering that layer.
-            return_type: "logits" [batch pos d_vocab]; "loss", the mean next-token loss in nats;
-                "both", the two in a tuple; None computes neither.
+            return_type: "logits" [batch pos d_vocab], which is what comes where nothing is said;
+                "loss", the mean next-token loss in nats; "both", the two in a tuple; None computes
+                neither.
             loss_per_token: the loss of each token [batch pos-1], 0 where nothing is predicted.
             logits_to_keep: logits of the last so many positions only.
             attention_mask: 1 at tokens, 0 at padding on the left or right of a row.
@@ -305,21 +315,34 @@ class HookedHybrid(TextMethods, HookedRootModule):
             prepend_bos, padding_side: for text.
 
         Raises:
-            ValueError: an input that would be misread; the message says what to give instead.
+            ValueError: an input that would be misread, or an option that would have no effect; the
+                message says what to give instead.
         """
+        return_type = checked_return_type(
+            return_type, loss_per_token, logits_to_keep, stop_at_layer
+        )
         if isinstance(input, str) or is_texts(input):
             if attention_mask is not None or segment_ids is not None:
-                raise ValueError("text brings its own mask: pass tokens with a mask, or text alone")
+                raise ValueError(
+                    "text brings its own mask: leave attention_mask and segment_ids out, or pass "
+                    "tokens with them"
+                )
             input, attention_mask = self.encode_texts(
                 input, prepend_bos, padding_side or "right", continues=state is not None
             )
+        else:
+            refuse_text_options(prepend_bos, padding_side)
         partial = start_at_layer is not None or stop_at_layer is not None
         if partial and (state is not None or return_state):
-            raise ValueError("a state holds every layer: leave start_at_layer, stop_at_layer out")
+            raise ValueError(
+                "a state holds every layer: leave start_at_layer and stop_at_layer out, or state "
+                "and return_state"
+            )
         check = checked_tokens if start_at_layer is None else checked_resid
         x = check(self, input)
         check_read_out(return_type, logits_to_keep, x.shape[1], start_at_layer is not None)
         checked_state(self, state, x.shape[0])
+        rows = checked_run(stage, step, rows, x.shape[0])
         layout = lay_out(x, state, attention_mask, segment_ids, stage, step, rows)
         if partial:
             layers = self._layers(start_at_layer, stop_at_layer)

@@ -1,4 +1,10 @@
-"""Choosing a token from logits."""
+"""Choosing a token from logits: the most likely one, or one drawn with randomness of its row's own.
+
+A draw is a function of the generator's seed, the row and the step alone. One number is taken from
+the generator for a whole call; it and the row give a stream of uniform numbers, and each picks a
+token where the running sum of the probabilities passes it. So no row's tokens depend on how many
+others there are, or on when they end.
+"""
 
 from __future__ import annotations
 
@@ -8,46 +14,85 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from hooked_hybrid.options import check_count, check_number, refuse_ignored
+
+GREEDY = "give do_sample=True to draw tokens; without it the most likely one is taken"
+BITS = 52
+"""Of a uniform number: what a float64 below 1 holds, so that none times a sum rounds to the sum."""
+
 
 @dataclass(frozen=True)
 class Sampling:
     """Greedy, or drawn at a temperature from the most likely tokens.
 
+    Args:
+        do_sample: draw.
+        temperature: divides the logits; None is 1. Where it is too small to divide by, the draw is
+            from the most likely tokens, its limit.
+        top_k: draw from so many of the most likely tokens.
+        top_p: draw from the fewest most likely tokens that hold this share of the probability.
+        generator: gives the seed of the draws, on any device; None uses torch's global one.
+        d_vocab: tokens there are.
+
     Raises:
-        ValueError: a temperature that is not positive, `top_k` below 1, `top_p` outside (0, 1].
+        ValueError: a temperature that is not positive and finite, `top_k` below 1 or above the
+            vocabulary, `top_p` outside (0, 1], or any of them without `do_sample`.
     """
 
     do_sample: bool = False
-    temperature: float = 1.0
+    temperature: float | None = None
     top_k: int | None = None
     top_p: float | None = None
     generator: torch.Generator | None = None
+    d_vocab: int | None = None
 
     def __post_init__(self) -> None:
-        if not self.temperature > 0:
-            raise ValueError(
-                f"temperature={self.temperature}: give a positive number, or do_sample=False for "
-                "the most likely token"
+        if not self.do_sample:
+            refuse_ignored(
+                GREEDY,
+                temperature=self.temperature,
+                top_k=self.top_k,
+                top_p=self.top_p,
+                generator=self.generator,
             )
-        if self.top_k is not None and self.top_k < 1:
-            raise ValueError(f"top_k={self.top_k}: give 1 or more")
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p={self.top_p}: give a share above 0 and up to 1")
+        if self.temperature is not None:
+            check_number(
+                "temperature",
+                self.temperature,
+                above=0.0,
+                rather="do_sample=False for the most likely token",
+            )
+        if self.top_k is not None:
+            check_count("top_k", self.top_k, 1, self.d_vocab, "the vocabulary")
+        if self.top_p is not None:
+            check_number("top_p", self.top_p, above=0.0, up_to=1.0)
+
+    def draws(self) -> Draws | None:
+        """Return the random numbers of one call of `generate`, or None where none are needed."""
+        if not self.do_sample:
+            return None
+        device = "cpu" if self.generator is None else self.generator.device
+        limits = (-(2**63), 2**63 - 1)
+        return Draws(
+            int(torch.randint(*limits, (), generator=self.generator, device=device).item())
+        )
 
     def choose(
-        self, logits: Float[Tensor, "batch d_vocab"]
+        self,
+        logits: Float[Tensor, "batch d_vocab"],
+        uniform: Float[Tensor, " batch"] | None = None,
     ) -> tuple[Int[Tensor, " batch"], Float[Tensor, " batch"], Float[Tensor, " batch"]]:
         """Return one token a row, its log-probability (nats, under the model itself), the margin.
 
         The margin is the difference of the two largest logits: how far the choice of the most
         likely token is from another.
+
+        Args:
+            logits: of the next token.
+            uniform: a number from 0 to below 1 for each row, where tokens are drawn.
         """
         logits = logits.float()
-        if self.do_sample:
-            probabilities = self._kept(logits / self.temperature).softmax(-1)
-            chosen = torch.multinomial(probabilities, 1, generator=self.generator)[:, 0]
-        else:
-            chosen = logits.argmax(-1)
+        chosen = logits.argmax(-1) if uniform is None else _at(uniform, self.probabilities(logits))
         best = logits.topk(min(2, logits.shape[-1])).values
         return (
             chosen,
@@ -55,10 +100,21 @@ class Sampling:
             best[:, 0] - best[:, -1],
         )
 
+    def probabilities(
+        self, logits: Float[Tensor, "batch d_vocab"]
+    ) -> Float[Tensor, "batch d_vocab"]:
+        """Return what tokens are drawn from: at the temperature, and 0 for those left out."""
+        wide = logits.to(torch.float32 if logits.device.type == "mps" else torch.float64)
+        temperature = 1.0 if self.temperature is None else self.temperature
+        least = torch.finfo(wide.dtype).tiny  # below it a device may divide by zero
+        # The largest is 0 first: what overflows is minus infinity, never NaN.
+        scaled = (wide - wide.amax(-1, keepdim=True)) / max(temperature, least)
+        return self._kept(scaled).softmax(-1)
+
     def _kept(self, logits: Float[Tensor, "batch d_vocab"]) -> Float[Tensor, "batch d_vocab"]:
         """Return logits with minus infinity at tokens that top-k and top-p leave out."""
-        if self.top_k is not None and self.top_k < logits.shape[-1]:
-            least = logits.topk(self.top_k).values[:, -1:]
+        if self.top_k is not None:
+            least = logits.topk(min(self.top_k, logits.shape[-1])).values[:, -1:]
             logits = logits.masked_fill(logits < least, -torch.inf)
         if self.top_p is not None:
             ordered, order = logits.sort(descending=True)
@@ -67,3 +123,74 @@ class Sampling:
             outside = probabilities.cumsum(-1) - probabilities >= self.top_p
             logits = logits.masked_fill(outside.gather(1, order.argsort()), -torch.inf)
         return logits
+
+
+class Draws:
+    """Uniform numbers of a seed, a row and a step.
+
+    Args:
+        seed: any 64-bit integer.
+    """
+
+    AHEAD = 256
+    """Steps whose numbers are made at once."""
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+        self._made: tuple[int, int, Tensor] | None = None
+
+    def at(self, step: int, n_rows: int, device: torch.device) -> Float[Tensor, " row"]:
+        """Return the numbers of one step, from 0 to below 1, for rows 0 to `n_rows` - 1."""
+        start = step - step % self.AHEAD
+        if self._made is None or self._made[:2] != (start, n_rows):
+            steps = torch.arange(start, start + self.AHEAD)
+            table = uniforms(self.seed, torch.arange(n_rows), steps)
+            wide = torch.float32 if device.type == "mps" else torch.float64
+            self._made = (start, n_rows, table.to(wide).to(device))
+        return self._made[2][step - start]
+
+
+def uniforms(
+    seed: int, rows: Int[Tensor, " row"], steps: Int[Tensor, " step"]
+) -> Float[Tensor, "step row"]:
+    """Return a number in [0, 1) for each step of each row: SplitMix64, a stream for each row.
+
+    A row's stream starts at the number that stands at its index in the seed's own stream.
+    """
+    starts = splitmix64(torch.tensor(seed), rows)
+    bits = splitmix64(starts[None, :], steps[:, None])
+    return _shifted(bits, 64 - BITS).double() / 2**BITS
+
+
+def splitmix64(seed: Int[Tensor, ...], index: Int[Tensor, ...]) -> Int[Tensor, ...]:
+    """Return the 64-bit number at an index of the stream of a seed, as signed integers.
+
+    Source: G. Steele, D. Lea, C. Flood, "Fast Splittable Pseudorandom Number Generators", 2014.
+    """
+    x = seed + (index + 1) * _signed(0x9E3779B97F4A7C15)
+    x = (x ^ _shifted(x, 30)) * _signed(0xBF58476D1CE4E5B9)
+    x = (x ^ _shifted(x, 27)) * _signed(0x94D049BB133111EB)
+    return x ^ _shifted(x, 31)
+
+
+def _shifted(x: Tensor, n: int) -> Tensor:
+    """Return 64-bit numbers shifted to the right, with zeros from the left."""
+    return (x >> n) & ((1 << (64 - n)) - 1)
+
+
+def _signed(x: int) -> int:
+    return x - 2**64 if x >= 2**63 else x
+
+
+def _at(
+    uniform: Float[Tensor, " batch"], probabilities: Float[Tensor, "batch d_vocab"]
+) -> Int[Tensor, " batch"]:
+    """Return the first possible token at which the running sum passes its share of the whole."""
+    sums = probabilities.cumsum(-1)
+    passed = (sums > uniform[:, None] * sums[:, -1:]) & (probabilities > 0)
+    chosen = passed.int().argmax(-1)
+    # Where a device adds in another order, the last sum may not be the largest.
+    return torch.where(passed.any(-1), chosen, probabilities.argmax(-1))
+
+
+__all__ = ["Draws", "Sampling", "splitmix64", "uniforms"]

@@ -9,7 +9,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from hooked_hybrid.checks import refuse_text_options
 from hooked_hybrid.config import HybridConfig
+from hooked_hybrid.options import check_choice
 from hooked_hybrid.shapes import Tokens
 from hooked_hybrid.text import PaddingSide, Text
 
@@ -76,14 +78,24 @@ class TextMethods:
         """Return each token of a text, or of a row of tokens, as a string.
 
         Several texts give a list for each.
+
+        Raises:
+            ValueError: `prepend_bos=True` with tokens.
         """
         if is_texts(input):
             return [self._str_tokens(text, prepend_bos) for text in input]
         return self._str_tokens(input, prepend_bos)
 
     def _str_tokens(self, input: Any, prepend_bos: bool | None) -> list[str]:
-        tokens = self.to_tokens(input, prepend_bos) if isinstance(input, str) else input
-        return [self.text.decode([t]) for t in torch.as_tensor(tokens).reshape(-1).tolist()]
+        tokens = self._tokens_of(input, prepend_bos)
+        return [self.text.decode([t]) for t in tokens.reshape(-1).tolist()]
+
+    def _tokens_of(self, input: Any, prepend_bos: bool | None) -> Tensor:
+        """Return the tokens of a text, or tokens as they are."""
+        if isinstance(input, str):
+            return self.to_tokens(input, prepend_bos)
+        refuse_text_options(prepend_bos, None)
+        return torch.as_tensor(input)
 
     def to_single_token(self, string: str) -> int:
         """Return the token that a string is.
@@ -110,11 +122,11 @@ class TextMethods:
         """Return where a token first (or last) stands in a text or a row of tokens.
 
         Raises:
-            ValueError: it does not stand there, or `mode` is neither.
+            ValueError: it does not stand there, `mode` is neither, or `prepend_bos=True` with
+                tokens.
         """
-        if mode not in ("first", "last"):
-            raise ValueError(f"mode={mode!r}: give 'first' or 'last'")
-        tokens = self.to_tokens(input, prepend_bos) if isinstance(input, str) else input
+        check_choice("mode", mode, ("first", "last"))
+        tokens = self._tokens_of(input, prepend_bos)
         token = (
             self.to_single_token(single_token) if isinstance(single_token, str) else single_token
         )

@@ -481,13 +481,13 @@ def test_a_hook_attached_on_the_way_is_called_from_the_next_step_on(
         chosen, handles = [], []
         choose = Sampling.choose
 
-        def meddling(sampling: Any, logits: Tensor) -> Any:
+        def meddling(sampling: Any, *given: Any) -> Any:
             chosen.append(None)
             if len(chosen) == 6:
                 handles.extend(each_model.add_hook("hook_embed", double))
             if len(chosen) == 9:
                 handles.pop().remove()
-            return choose(sampling, logits)
+            return choose(sampling, *given)
 
         with monkeypatch.context() as patch:
             patch.setattr(Sampling, "choose", meddling)

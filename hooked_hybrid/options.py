@@ -1,0 +1,144 @@
+"""An option without effect is an error: what every public function asks before it works.
+
+An option that can go unread defaults to None (or False, or an empty sequence), which asks for
+nothing. Its real default is filled in where it is read. So a value that was given can be told from
+one that was not, and `refuse_ignored` names those that nothing would read.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Sequence
+from enum import Enum
+from numbers import Real
+from typing import Any, Final, Literal
+
+from torch import Tensor
+
+
+class Unset(Enum):
+    """The default of an option where None says something else."""
+
+    UNSET = "unset"
+
+    def __repr__(self) -> str:
+        return "unset"
+
+
+UNSET: Final = Unset.UNSET
+UnsetType = Literal[Unset.UNSET]
+
+
+def is_given(value: Any) -> bool:
+    """Whether an option's value asks for something: None, False and empty sequences do not."""
+    if value is None or value is False or value is UNSET:
+        return False
+    return not (isinstance(value, str | Sequence | dict) and not len(value))
+
+
+def refuse_ignored(why: str, **options: Any) -> None:
+    """Refuse options that were given where nothing reads them.
+
+    Args:
+        why: what to do instead, as the end of a sentence.
+        options: by name.
+
+    Raises:
+        ValueError: it names those that were given, and says why.
+    """
+    given = [f"{name}={shown(value)}" for name, value in options.items() if is_given(value)]
+    if given:
+        verb = "has" if len(given) == 1 else "have"
+        raise ValueError(f"{' and '.join(given)} {verb} no effect: {why}")
+
+
+def shown(value: Any) -> str:
+    """Return a value as a message shows it: of a tensor the shape, of a function the name."""
+    if isinstance(value, Tensor):
+        return f"<tensor {tuple(value.shape)}>"
+    text = getattr(value, "__qualname__", None) or repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:
+    """Refuse a value that is none of the choices.
+
+    Raises:
+        ValueError: it lists them.
+    """
+    if not any(value is c or (isinstance(value, str) and value == c) for c in choices):
+        *most, last = (repr(choice) for choice in choices)
+        listed = f"{', '.join(most)} or {last}" if most else last
+        raise ValueError(f"{name}={shown(value)}: give {listed}")
+
+
+def check_count(
+    name: str, value: Any, least: int = 1, most: int | None = None, of: str = ""
+) -> int:
+    """Return a whole number in a range; a bool or a fraction is none.
+
+    Args:
+        name: of the option.
+        value: what was given.
+        least, most: the range; None for no upper end.
+        of: what the range comes from, for the message: "the vocabulary".
+
+    Raises:
+        ValueError: it says the range.
+    """
+    try:
+        number = None if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        number = None
+    if number is not None and number >= least and (most is None or number <= most):
+        return number
+    limits = f"{least} or more" if most is None else f"{least} to {most}"
+    kind = "" if number is not None else "a whole number, "
+    raise ValueError(f"{name}={shown(value)}: give {kind}{limits}{f', {of}' if of else ''}")
+
+
+def check_number(
+    name: str,
+    value: Any,
+    above: float | None = None,
+    up_to: float | None = None,
+    rather: str = "",
+) -> float:
+    """Return a finite number in a range.
+
+    Args:
+        name: of the option.
+        value: what was given.
+        above: it must be greater.
+        up_to: it must not be greater.
+        rather: what to do instead, for the message.
+
+    Raises:
+        ValueError: not a number, NaN, infinite or out of the range.
+    """
+    is_number = isinstance(value, Real) and not isinstance(value, bool)
+    if (
+        is_number
+        and math.isfinite(value)
+        and (above is None or value > above)
+        and (up_to is None or value <= up_to)
+    ):
+        return float(value)
+    limits = [f"above {above:g}"] if above is not None else []
+    limits += [f"up to {up_to:g}"] if up_to is not None else []
+    wanted = f"a finite number {' and '.join(limits)}".rstrip()
+    raise ValueError(f"{name}={shown(value)}: give {wanted}{f', or {rather}' if rather else ''}")
+
+
+__all__ = [
+    "UNSET",
+    "Unset",
+    "UnsetType",
+    "check_choice",
+    "check_count",
+    "check_number",
+    "is_given",
+    "refuse_ignored",
+    "shown",
+]
