@@ -318,7 +318,7 @@ class HookedHybrid(TextMethods, HookedRootModule):
             ValueError: an input that would be misread, or an option that would have no effect; the
                 message says what to give instead.
         """
-        return_type = checked_return_type(
+        wanted: ReturnType | None = checked_return_type(
             return_type, loss_per_token, logits_to_keep, stop_at_layer
         )
         if isinstance(input, str) or is_texts(input):
@@ -340,13 +340,13 @@ class HookedHybrid(TextMethods, HookedRootModule):
             )
         check = checked_tokens if start_at_layer is None else checked_resid
         x = check(self, input)
-        check_read_out(return_type, logits_to_keep, x.shape[1], start_at_layer is not None)
+        check_read_out(wanted, logits_to_keep, x.shape[1], start_at_layer is not None)
         checked_state(self, state, x.shape[0])
         rows = checked_run(stage, step, rows, x.shape[0])
         layout = lay_out(x, state, attention_mask, segment_ids, stage, step, rows)
         if partial:
             layers = self._layers(start_at_layer, stop_at_layer)
-            n_logits = 0 if stop_at_layer is not None or return_type is None else layout.length
+            n_logits = 0 if stop_at_layer is not None or wanted is None else layout.length
             require_memory(self, layout, None, logits_to_keep or n_logits, layout.length, layers)
             tokens = x if start_at_layer is None else None
             with self._running(layout):
@@ -355,9 +355,9 @@ class HookedHybrid(TextMethods, HookedRootModule):
                 if stop_at_layer is not None:
                     return resid.to(self.device)
                 first = layout.length - (logits_to_keep or layout.length)
-                kept = [] if return_type is None else [self._normalized(resid, first)]
-                return self._read_out(kept, tokens, layout, return_type, loss_per_token, first)
-        out, after = self.run_layout(x, layout, state, return_type, loss_per_token, logits_to_keep)
+                kept = [] if wanted is None else [self._normalized(resid, first)]
+                return self._read_out(kept, tokens, layout, wanted, loss_per_token, first)
+        out, after = self.run_layout(x, layout, state, wanted, loss_per_token, logits_to_keep)
         return (out, after) if return_state else out
 
     def run_layout(
