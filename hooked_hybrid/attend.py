@@ -15,6 +15,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from hooked_hybrid.fused_gradient import twice_differentiable
 from hooked_hybrid.hooks import HookPoint
 from hooked_hybrid.layout import Layout
 from hooked_hybrid.plan import attention_way
@@ -158,22 +159,24 @@ def attend_fused(q: Queries, k: KeysValues, v: KeysValues, sight: Sight) -> Quer
     if sight.sees_all(0, length):
         # The queries of a group are the kernel's queries: no key is repeated, none is masked.
         keys = sight.keys_of(0, length)
-        grouped_q = q.reshape(q.shape[0], n_kv, -1, q.shape[-1])
-        k, v = k[:, keys].transpose(1, 2), v[:, keys].transpose(1, 2)
-        return scaled_dot_product_attention(grouped_q, k, v).reshape(q.shape)
+        grouped_q, k, v = q.reshape(q.shape[0], n_kv, -1, q.shape[-1]), k[:, keys], v[:, keys]
+        z = scaled_dot_product_attention(grouped_q, k.transpose(1, 2), v.transpose(1, 2))
+        return twice_differentiable(z.reshape(q.shape), q, k, v, None)
     block = length if torch.is_grad_enabled() or sight.n_keys is None else FUSED_BLOCK
     parts = []
     for start in range(0, length, block):
         stop = min(start + block, length)
         keys = sight.keys_of(start, stop)
+        read, mask = (q[:, start:stop], k[:, keys], v[:, keys]), sight.mask(start, stop)
+        heads_q, heads_k, heads_v = (t.transpose(1, 2) for t in read)
         z = scaled_dot_product_attention(
-            q[:, start:stop].transpose(1, 2),
-            k[:, keys].transpose(1, 2),
-            v[:, keys].transpose(1, 2),
-            attn_mask=sight.mask(start, stop)[:, None],
+            heads_q,
+            heads_k,
+            heads_v,
+            attn_mask=mask[:, None],
             enable_gqa=q.shape[2] != n_kv,
         )
-        parts.append(z.transpose(1, 2))
+        parts.append(twice_differentiable(z.transpose(1, 2), *read, mask))
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
 

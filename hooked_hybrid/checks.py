@@ -8,12 +8,14 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from hooked_hybrid import transforms
 from hooked_hybrid.options import (
     UNSET,
     check_choice,
     check_count,
     refuse_ignored,
 )
+from hooked_hybrid.products import autocast_dtype
 from hooked_hybrid.state import AttentionState, HybridState
 
 if TYPE_CHECKING:
@@ -40,7 +42,7 @@ def checked_tokens(model: HookedHybrid, tokens: Any) -> Tensor:
         tokens = tokens[None]
     if tokens.ndim != 2:
         raise ValueError(f"tokens have shape {tuple(tokens.shape)}; give [batch pos] or [pos]")
-    low, high = (int(v) for v in torch.aminmax(tokens))
+    low, high = (int(v) for v in torch.aminmax(transforms.plain_rows(tokens)))
     if low < 0 or high >= model.cfg.d_vocab:
         raise ValueError(
             f"token ids from {low} to {high}; this model knows 0 to {model.cfg.d_vocab - 1}"
@@ -178,7 +180,7 @@ def checked_state(model: HookedHybrid, state: HybridState | None, batch: int) ->
             f"the state has {len(state.blocks)} blocks, this model {model.cfg.n_layers}: it is "
             "another model's"
         )
-    devices = model.layer_devices
+    devices, autocast = model.layer_devices, autocast_dtype(model.device)
     for i, (block, kept) in enumerate(zip(model.blocks, state.blocks, strict=True)):
         parameter = block.ln1.weight
         wanted = block.any_mixer.state_shapes()
@@ -196,8 +198,8 @@ def checked_state(model: HookedHybrid, state: HybridState | None, batch: int) ->
                     f"block {i} of the state lies on {t.device}, the model's on {devices[i]}: use "
                     f"state.to({remedy})"
                 )
-            if name in ("k", "v", "conv") and t.dtype != parameter.dtype:
+            if name in ("k", "v", "conv") and t.dtype not in (parameter.dtype, autocast):
                 raise ValueError(
                     f"block {i} of the state is {t.dtype}, the model {parameter.dtype}: use "
-                    "state.to(dtype=...)"
+                    "state.to(dtype=...), or go on under the autocast that it was made under"
                 )

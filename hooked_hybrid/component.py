@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
+from hooked_hybrid import transforms
 from hooked_hybrid.weight_layout import laid_out
 from hooked_hybrid.weights import is_quantized
 
@@ -31,6 +32,33 @@ class Component(nn.Module):
                 weight.data = laid_out(weight.data)
         return self
 
+    def _save_to_state_dict(
+        self, destination: dict[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
+        """Put weights into a state dict, those that lie the other way as contiguous copies.
+
+        Formats such as safetensors take no other. A copy cannot be written to, as that would not
+        reach the model: torch raises.
+        """
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for name in () if keep_vars else self.matrices:
+            weight = destination.get(prefix + name)
+            if weight is None or is_quantized(weight) or weight.is_contiguous():
+                continue
+            with torch.inference_mode():
+                destination[prefix + name] = weight.contiguous()
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *args: Any
+    ) -> None:
+        """Copy weights from a state dict; with `assign`, take them as they are but laid out."""
+        for name in self.matrices if local_metadata.get("assign_to_params_buffers") else ():
+            weight = state_dict.get(prefix + name)
+            if isinstance(weight, Tensor) and not is_quantized(weight):
+                taken = laid_out(weight.detach())
+                state_dict[prefix + name] = taken.clone() if taken.is_inference() else taken
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Return `forward(*args, **kwargs)`, by way of torch's own hooks where there are any."""
         if (
@@ -46,7 +74,7 @@ class Component(nn.Module):
 
 def _unshared(value: Any) -> Any:
     """Return copies of tensors that torch's hooks may have kept: the others may be overwritten."""
-    if torch.is_grad_enabled():  # then nothing is
+    if transforms.is_followed():  # then nothing is
         return value
     if type(value) is tuple:
         return tuple(_unshared(part) for part in value)

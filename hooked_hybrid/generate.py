@@ -12,6 +12,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from hooked_hybrid import transforms
 from hooked_hybrid.cache import ActivationCache
 from hooked_hybrid.checks import checked_state, checked_tokens, refuse_text_options
 from hooked_hybrid.hooked_root import HookSpec
@@ -124,6 +125,7 @@ def generate(
             misread.
         HookNameError: a hook or filter that matches nothing; then nothing has run.
     """
+    transforms.refuse("generate cannot run")
     check_count("max_new_tokens", max_new_tokens)
     check_choice("first_token_stage", first_token_stage, ("prefill", "generation"))
     check_choice("return_type", return_type, ("input", "str", "tokens", "output"))

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from hooked_hybrid import transforms
 from hooked_hybrid.hooks import Direction, HookFn, HookPoint, LensHandle, RunHolder
 from hooked_hybrid.names import NameFilter, matching
 from hooked_hybrid.options import refuse_ignored
@@ -234,7 +235,9 @@ class HookedRootModule(nn.Module):
                 f"run_with_cache takes no {misplaced[0]}: write `with model.hooks({misplaced[0]}="
                 "[...]): out, cache = model.run_with_cache(...)`"
             )
-        if not incl_bwd:
+        if incl_bwd:
+            transforms.refuse("incl_bwd cannot run a backward pass")
+        else:
             refuse_ignored("give incl_bwd=True to cache its gradients", metric=metric)
         cache: dict[str, Tensor] = {}
         in_pieces = pos_slice is not None and not incl_bwd and self._may_cache_pieces(args, kwargs)

@@ -18,6 +18,8 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
+from hooked_hybrid import transforms
+
 Stage = Literal["forward", "prefill", "generation"]
 Direction = Literal["fwd", "bwd"]
 HookFn = Callable[..., Any]
@@ -403,6 +405,7 @@ class HookPoint(nn.Module):
 
     def _listen(self, x: Tensor, handles: tuple[LensHandle, ...]) -> Tensor:
         """Return `x` as a node of its own whose gradient the handles are given."""
+        transforms.refuse(f"hooks on gradients, such as those on {self.name!r}, cannot be called")
         if not x.is_floating_point():
             raise ValueError(f"{self.name!r} holds {x.dtype} values, which have no gradient")
         # A frozen model still has activations to differentiate: start the graph here.

@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from hooked_hybrid import transforms
 from hooked_hybrid.state import AttentionState
 
 STEP = 16
@@ -54,7 +55,7 @@ def with_new_keys(
     if state is None:
         return AttentionState(*new)
     old = (state.k, state.v, state.pos)
-    if torch.is_grad_enabled() or k.dtype != state.k.dtype:
+    if transforms.is_followed() or k.dtype != state.k.dtype:
         return AttentionState(*(torch.cat(pair, dim=1) for pair in zip(old, new, strict=True)))
     n_old, n_new = state.k.shape[1], k.shape[1]
     room, end = _rooms.get(state, (None, 0))

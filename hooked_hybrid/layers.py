@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from hooked_hybrid import transforms
 from hooked_hybrid.component import Component
 from hooked_hybrid.config import Activation, HybridConfig, NormConfig, RotaryConfig
 from hooked_hybrid.hooks import HookPoint, Run
@@ -24,6 +25,7 @@ from hooked_hybrid.weights import as_matrix
 INIT_STD = 0.02
 WORTH_SPLITTING = 2**16
 """Values from which on a function of one argument is computed some rows at a time."""
+_n_modes = torch._C._len_torch_dispatch_stack
 GELU_ROWS = 32
 """Rows worked on together: they and a temporary stay in a core's cache."""
 
@@ -175,7 +177,7 @@ class Embed(Component):
     def forward(self, tokens: Tokens) -> Resid:
         """Return the embedding of each token."""
         # Side by side along the vocabulary, one channel of all tokens after another reads faster.
-        along_vocab = self.W_E.stride(0) == 1 and not torch.is_grad_enabled()
+        along_vocab = self.W_E.stride(0) == 1 and not transforms.is_followed()
         x = _columns(self.W_E.T, tokens) if along_vocab else self.W_E[tokens]
         return x if self.scale is None else x * self.scale
 
@@ -333,7 +335,7 @@ def activate(x: Tensor, name: Activation, overwrite: bool = False) -> Tensor:
     """Return the nonlinearity of `x`, in its memory if told; gelu is the tanh approximation."""
     if name == "silu":
         return nn.functional.silu(x, inplace=overwrite)
-    if x.numel() >= WORTH_SPLITTING and x.device.type == "cpu" and not torch.is_grad_enabled():
+    if x.numel() >= WORTH_SPLITTING and x.device.type == "cpu" and not transforms.is_followed():
         return gelu_tanh_(x if overwrite else x.clone())
     return nn.functional.gelu(x, approximate="tanh")
 
@@ -362,7 +364,7 @@ def times(
 
 def inverse_rms(x: Float[Tensor, "batch pos width"], eps: float) -> Float[Tensor, "batch pos 1"]:
     """Return 1 / sqrt(mean(x^2) + eps); a product with it rounds as the references do."""
-    if torch.is_grad_enabled():
+    if transforms.is_followed():
         return torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
     return torch.addcmul(
@@ -370,9 +372,18 @@ def inverse_rms(x: Float[Tensor, "batch pos width"], eps: float) -> Float[Tensor
     ).rsqrt_()
 
 
-@cache
 def constant(value: float, dtype: torch.dtype, device: torch.device) -> Float[Tensor, ""]:
-    """Return a number as a tensor, made once: making one costs more than adding it."""
+    """Return a number as a tensor, made once: making one costs more than adding it.
+
+    One made inside a transform or a dispatch mode (a fake tensor, say) is good there only.
+    """
+    if transforms.are_active() or _n_modes():
+        return torch.tensor(value, dtype=dtype, device=device)
+    return _constant(value, dtype, device)
+
+
+@cache
+def _constant(value: float, dtype: torch.dtype, device: torch.device) -> Float[Tensor, ""]:
     with torch.inference_mode(False):
         return torch.tensor(value, dtype=dtype, device=device)
 

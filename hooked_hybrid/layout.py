@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from hooked_hybrid import transforms
 from hooked_hybrid.hooks import Run, Stage
 from hooked_hybrid.state import HybridState
 
@@ -109,7 +110,7 @@ class Layout:
 
     def fill_starts(self, x: Tensor, value: float) -> Tensor:
         """Return `x` [batch pos ...], a tensor of the caller's own, with a value at the starts."""
-        if not self.is_plain or torch.is_grad_enabled():
+        if not self.is_plain or transforms.is_followed():
             return x.masked_fill(self.is_start.view(*self.pos.shape, *(1,) * (x.ndim - 2)), value)
         if self.n_before == 0:
             x[:, 0] = value
@@ -194,7 +195,7 @@ def lay_out(
     ids = _checked_ids(ids, name, (batch, n_pos), allow_empty_rows).to(device)
     is_real = ids > 0
     rank = is_real.cumsum(1) - 1
-    has_padding = not bool(is_real.all())
+    has_padding = not bool(transforms.plain_rows(is_real).all())
     if segment_ids is None:
         pos, doc = start[:, None] + rank, None
         next_pos = start + rank[:, -1] + 1
@@ -226,22 +227,22 @@ def _checked_ids(ids: Tensor, name: str, shape: tuple[int, int], allow_empty_row
         raise ValueError(
             f"{name} has shape {tuple(ids.shape)}; give one entry for each new token, {shape}"
         )
-    if ids.is_floating_point() and not bool((ids == ids.round()).all()):
+    values = transforms.plain_rows(ids)
+    if ids.is_floating_point() and not bool((values == values.round()).all()):
         raise ValueError(f"{name} holds fractions; give integers")
-    ids = ids.long()
-    low, high = int(ids.min()), int(ids.max())
+    low, high = int(values.min()), int(values.max())
     if low < 0 or (name == "attention_mask" and high > 1):
         allowed = "0 and 1" if name == "attention_mask" else "0 (padding) and positive ids"
         raise ValueError(f"{name} holds values from {low} to {high}; give {allowed}")
-    is_real = (ids > 0).int()
+    is_real = (values > 0).int()
     empty = (is_real.sum(1) == 0).nonzero()[:, 0].tolist()
     if empty and not allow_empty_rows:
         raise ValueError(f"{name} leaves rows {empty} without a token")
-    runs = (is_real.diff(dim=1, prepend=is_real.new_zeros(shape[0], 1)) == 1).sum(1)
+    runs = (is_real.diff(dim=1, prepend=is_real.new_zeros(len(is_real), 1)) == 1).sum(1)
     holes = (runs > 1).nonzero()[:, 0].tolist()
     if holes:
         raise ValueError(
             f"{name} has zeros between tokens in rows {holes}; padding may stand on the left or on "
             "the right of a row only"
         )
-    return ids
+    return ids.long()

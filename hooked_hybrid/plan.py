@@ -20,7 +20,8 @@ on an expert's own values   each chosen expert's values are kept (`MoE`)
 ==========================  =================================================================
 
 With autograd the sequence is whole and nothing is overwritten; attention is torch's fused one, or
-as it is defined where scores or patterns are hooked.
+as it is defined where scores or patterns are hooked. Under transforms of `torch.func` everything
+runs by its definition (`transforms`).
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from typing import Any, Literal
 
 import torch
 
+from hooked_hybrid import transforms
 from hooked_hybrid.hooks import HookPoint
 
 PIECE = 512
@@ -50,7 +52,7 @@ def piece_length(n_pos: int, points: Iterable[HookPoint], piece: int = PIECE) ->
         points: every hook point that would be called once a piece.
         piece: tokens in a piece.
     """
-    if n_pos <= piece or torch.is_grad_enabled():
+    if n_pos <= piece or transforms.is_followed():
         return n_pos
     return piece if all(p.takes_pieces for p in points) else n_pos
 
@@ -64,6 +66,8 @@ def attention_way(
     for a block of queries at a time; "whole" does for all of them, and is the definition. Blocks
     cost a CPU no more than the kernel does.
     """
+    if transforms.are_active():
+        return "whole"
     if not (scores.is_hooked or pattern.is_hooked):
         return "fused" if torch.is_grad_enabled() or device.type != "cpu" else "blocks"
     if torch.is_grad_enabled():
@@ -81,7 +85,7 @@ def dispatch(n_pos: int, points: Iterable[HookPoint]) -> AbstractContextManager[
     want autograd for themselves, so that it stays where any is attached; in long inputs it does not
     matter.
     """
-    if n_pos > 1 or torch.is_grad_enabled() or any(p.fwd_hooks or p.bwd_hooks for p in points):
+    if n_pos > 1 or transforms.is_followed() or any(p.fwd_hooks or p.bwd_hooks for p in points):
         return nullcontext()
     return getattr(torch._C, "_AutoDispatchBelowAutograd", nullcontext)()
 
@@ -89,8 +93,8 @@ def dispatch(n_pos: int, points: Iterable[HookPoint]) -> AbstractContextManager[
 def may_overwrite(*points: HookPoint) -> bool:
     """Whether the value that passed these points may be changed in place.
 
-    It may not where a hook saw it, and may have kept it, or where autograd needs it.
+    It may not where a hook saw it, and may have kept it, or where autograd or a transform needs it.
     """
-    if torch.is_grad_enabled():
+    if transforms.is_followed():
         return False
     return not any(p.fwd_hooks for p in points)

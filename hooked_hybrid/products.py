@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -41,6 +43,20 @@ def _is_widened(x: Tensor, weight: Tensor) -> bool:
     )
 
 
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """Return the dtype in which `torch.autocast` multiplies on a device now; None without it."""
+    if device.type == "meta" or not torch.is_autocast_enabled(device.type):
+        return None
+    return torch.get_autocast_dtype(device.type)
+
+
+def in_own_dtype(device: torch.device) -> AbstractContextManager[Any]:
+    """Return a context in which products keep the dtype of what they multiply."""
+    if autocast_dtype(device) is None:
+        return nullcontext()
+    return torch.autocast(device.type, enabled=False)
+
+
 @cache
 def _slow_dtypes() -> frozenset[torch.dtype]:
     """Return the dtypes of 16 bits for which this CPU has no fast product."""
@@ -51,4 +67,4 @@ def _slow_dtypes() -> frozenset[torch.dtype]:
     return frozenset(dtype for dtype, asked in has.items() if asked is not None and not asked())
 
 
-__all__ = ["linear"]
+__all__ = ["autocast_dtype", "in_own_dtype", "linear"]

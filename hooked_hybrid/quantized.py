@@ -35,6 +35,7 @@ from hooked_hybrid.config import (
     MoEConfig,
     RGLRUConfig,
 )
+from hooked_hybrid.extras import require
 from hooked_hybrid.memory import give_back_freed_memory
 from hooked_hybrid.mixers import MIXERS
 from hooked_hybrid.quantizing import Matrix, quantizer_of
@@ -88,6 +89,7 @@ class Quantization:
 
     def table(self) -> pd.DataFrame:
         """Return a line for each weight."""
+        require("pandas")
         import pandas as pd
 
         return pd.DataFrame(self.weights, columns=list(QuantizedWeight._fields))

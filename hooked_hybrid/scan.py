@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from hooked_hybrid import transforms
 from hooked_hybrid.hooks import HookPoint, LensHandle, positions_of
 from hooked_hybrid.kernels import linear_scan, need_gradients
 from hooked_hybrid.layout import Layout
@@ -42,7 +43,7 @@ def scan(a: States, x: States, h0: State) -> States:
     """Return every state of h_t = a_t h_{t-1} + x_t; the fast twin of `scan_loop`."""
     if a.shape[1] == 1:
         return torch.addcmul(x, a, h0[:, None])
-    if a.shape[1] < 2 * CHUNK:
+    if a.shape[1] < 2 * CHUNK or transforms.are_active():
         return scan_loop(a, x, h0)
     if need_gradients(a, x, h0):
         return _Scan.apply(a, x, h0)
@@ -198,5 +199,6 @@ def edited_positions(handles: list[LensHandle], layout: Layout) -> list[int]:
         if positions is None:
             return list(range(layout.length))
         wanted.update(positions)
-    at = torch.isin(layout.pos, torch.tensor(sorted(wanted), device=layout.pos.device))
+    pos = transforms.plain_rows(layout.pos)
+    at = torch.isin(pos, torch.tensor(sorted(wanted), device=pos.device))
     return at.any(dim=0).nonzero()[:, 0].tolist()

@@ -14,8 +14,10 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from hooked_hybrid import transforms
 from hooked_hybrid.kernels import mamba_ssm, need_gradients
 from hooked_hybrid.kernels import selective_scan as triton_scan
+from hooked_hybrid.products import in_own_dtype
 from hooked_hybrid.scan import scan_loop
 from hooked_hybrid.shapes import Inner
 
@@ -74,6 +76,8 @@ def selective_scan(
         begins: whether `h0` is known to be zero, which kernels without an initial state need.
     """
     x = _Inputs(u, dt, A, B, C, h0, resets)
+    if transforms.are_active():
+        return selective_scan_loop(*x)
     if need_gradients(u, dt, A, B, C, h0):
         if begins and mamba_ssm.usable(u, dt, A, B, C, resets=resets):
             return mamba_ssm.selective_scan(u, dt, A, B, C)
@@ -142,9 +146,10 @@ class _SelectiveScan(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor, grad_last: Tensor) -> tuple[Tensor | None, ...]:
         *inputs, starts = ctx.saved_tensors
-        if torch.is_grad_enabled():  # a second derivative is wanted
-            return _differentiable_gradients(_Inputs(*inputs), grad_y, grad_last)
-        return _gradients(_Inputs(*inputs), starts, grad_y, grad_last)
+        with in_own_dtype(grad_y.device):
+            if torch.is_grad_enabled():  # a second derivative is wanted
+                return _differentiable_gradients(_Inputs(*inputs), grad_y, grad_last)
+            return _gradients(_Inputs(*inputs), starts, grad_y, grad_last)
 
 
 def _differentiable_gradients(

@@ -147,7 +147,7 @@ def _without_memory(cfg: HybridConfig, dtype: torch.dtype = torch.float32) -> Ho
 
 def shapes_of(model: nn.Module) -> dict[str, tuple[int, ...]]:
     """Return the shape of every parameter by name."""
-    return {name: tuple(t.shape) for name, t in model.state_dict().items()}
+    return {name: tuple(t.shape) for name, t in model.named_parameters()}
 
 
 def _read_plan(

@@ -63,7 +63,7 @@ def save(
 def _write_tensors(
     folder: Path, model: HookedHybrid, rules: list[Rule], max_shard_size: int
 ) -> None:
-    tensors = {name: t.detach() for name, t in model.state_dict().items()}
+    tensors = {name: t.detach() for name, t in model.named_parameters()}
     shards = list(_shards(rules, tensors, max_shard_size))
     if len(shards) == 1:
         _write_shard(folder / "model.safetensors", shards[0], tensors)

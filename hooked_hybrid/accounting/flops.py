@@ -23,6 +23,7 @@ from hooked_hybrid.accounting.operations import OF_LAYER, OF_PAIR, Flops, norm, 
 from hooked_hybrid.accounting.parameters import KINDS
 from hooked_hybrid.attend import BLOCK
 from hooked_hybrid.config import HybridConfig
+from hooked_hybrid.extras import require
 from hooked_hybrid.plan import PIECE
 
 if TYPE_CHECKING:
@@ -188,6 +189,7 @@ def flops_table(
         `kind`, `layers` (how many there are of the kind), `products`, `scan`, `elementwise` and
         their `total` (useful pairs), `executed_products` and `dense_products`.
     """
+    require("pandas")
     import pandas as pd
 
     layers = _layers(cfg)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from hooked_hybrid.config import AttentionConfig, HybridConfig, MambaConfig, RGLRUConfig
+from hooked_hybrid.extras import require
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -89,6 +90,7 @@ def memory_table(
     Returns:
         Columns `dtype`, `length`, those of `StateBytes`, `of_attention`, `of_recurrence`, `total`.
     """
+    require("pandas")
     import pandas as pd
 
     lines = []

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from torch import nn
 
 from hooked_hybrid.config import HybridConfig
+from hooked_hybrid.extras import require
 from hooked_hybrid.layers import Embed, RMSNorm, Unembed
 from hooked_hybrid.mixers import RGLRU, Attention, Mamba
 from hooked_hybrid.mlps import GatedMLP, MoE
@@ -97,6 +98,7 @@ class ParameterCount:
         of the sum of the column, in which parts stand twice. The percentages of Table 1 of Zani et
         al. (2025) are of the second kind: its recurrent block already holds its RG-LRU.
         """
+        require("pandas")
         import pandas as pd
 
         table = pd.DataFrame(self.rows, columns=list(ParameterRow._fields)).fillna({"part_of": ""})

@@ -6,15 +6,20 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lm_eval.models.utils import (
-    handle_stop_sequences,
-    normalize_gen_kwargs,
-    postprocess_generated_text,
-)
-
 from hooked_hybrid.evaluation.batching import Batching
+from hooked_hybrid.extras import require
 from hooked_hybrid.model import HookedHybrid
 from hooked_hybrid.text import pad_rows
+
+try:
+    from lm_eval.models.utils import (
+        handle_stop_sequences,
+        normalize_gen_kwargs,
+        postprocess_generated_text,
+    )
+except ModuleNotFoundError:
+    require("lm_eval")
+    raise
 
 SAMPLING = ("do_sample", "temperature", "top_k", "top_p")
 """Arguments of `generate` that a task may set, beside stop strings and the number of tokens."""

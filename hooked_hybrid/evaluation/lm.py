@@ -11,9 +11,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from lm_eval.api.model import TemplateLM
-from lm_eval.api.registry import register_model
-from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
 from hooked_hybrid.evaluation.batching import MOST_ROWS, Batching, may_cut, read_batch_size
@@ -22,8 +19,17 @@ from hooked_hybrid.evaluation.forms import Form, HeadChoice, Stage
 from hooked_hybrid.evaluation.generating import Plan, read_plan, texts_after
 from hooked_hybrid.evaluation.loading import loaded
 from hooked_hybrid.evaluation.scoring import Score, score, truncated
+from hooked_hybrid.extras import require
 from hooked_hybrid.hooked_root import HookSpec
 from hooked_hybrid.model import HookedHybrid
+
+try:
+    from lm_eval.api.model import TemplateLM
+    from lm_eval.api.registry import register_model
+    from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+except ModuleNotFoundError:
+    require("lm_eval")
+    raise
 
 MAX_LENGTH = 2048
 """Tokens read at a time where the checkpoint does not say: lm-eval's own default."""

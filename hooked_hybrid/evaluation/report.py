@@ -16,6 +16,7 @@ from hooked_hybrid.evaluation.gathered import gathered
 from hooked_hybrid.evaluation.lines import Line, lines
 from hooked_hybrid.evaluation.picture import score_picture
 from hooked_hybrid.evaluation.running import Evaluation, Options
+from hooked_hybrid.extras import require
 from hooked_hybrid.niah.plots import replacing
 
 if TYPE_CHECKING:
@@ -77,6 +78,7 @@ def write(
 
 def results_table(evaluation: Evaluation) -> pd.DataFrame:
     """Return every metric of every cell: one row each, in lm-eval's own units."""
+    require("pandas")
     import pandas as pd
 
     columns = "task form k metric value stderr main documents fewshot chance seconds".split()

@@ -15,6 +15,7 @@ from hooked_hybrid.evaluation.forms import FORMS, Form
 from hooked_hybrid.evaluation.identity import identity
 from hooked_hybrid.evaluation.tasks import TaskSource
 from hooked_hybrid.evaluation.work import FEWSHOT_SEED, EvaluationJob, Options, as_lm
+from hooked_hybrid.extras import require
 from hooked_hybrid.model import HookedHybrid
 from hooked_hybrid.niah.work import results
 from hooked_hybrid.results_folder import claimed
@@ -77,7 +78,9 @@ def evaluate(
             since its cells were run; then nothing has run.
         FileExistsError: the folder is not empty, and `resume` is false; or it is no evaluation's.
         OSError: the results cannot be written, or another run writes there.
+        ModuleNotFoundError: lm-eval is not installed; it says which extra brings it.
     """
+    require("lm_eval", "pandas")
     with claimed(out, resume):
         return _evaluated(
             model, name, tasks, forms, options or Options(), out, resume, include_path, say, workers

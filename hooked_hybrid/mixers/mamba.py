@@ -34,6 +34,7 @@ from hooked_hybrid.layers import (
 from hooked_hybrid.layout import Layout
 from hooked_hybrid.mixers.base import Mixer
 from hooked_hybrid.plan import may_overwrite
+from hooked_hybrid.products import autocast_dtype, in_own_dtype
 from hooked_hybrid.scan import edited_positions, hooked_scan, only_where
 from hooked_hybrid.selective_scan import SmallInputs, SSMState, selective_scan
 from hooked_hybrid.shapes import Inner, Resid
@@ -131,6 +132,9 @@ class Mamba(Mixer[RecurrentState]):
         begins: bool,
     ) -> tuple[Inner, SSMState]:
         """Return C h and the last state, the fastest way that what is attached allows."""
+        if autocast_dtype(u.device) is not None:
+            with in_own_dtype(u.device):  # fp32, as without it
+                return self._scan(u, dt, B, C, h0, layout, begins)
         hook = self.hook_ssm_state
         if self.hook_ssm_decay.is_hooked or self.hook_ssm_write.is_hooked or hook.bwd_hooks:
             return self._scan_hooked(u, dt, B, C, h0, layout)

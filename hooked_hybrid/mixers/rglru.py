@@ -20,6 +20,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
+from hooked_hybrid import transforms
 from hooked_hybrid.config import RGLRUConfig
 from hooked_hybrid.hooks import HookPoint
 from hooked_hybrid.layers import (
@@ -117,7 +118,7 @@ class RGLRU(Mixer[RecurrentState]):
 
     def _checked_decay(self, log_a: Channels) -> Channels:
         is_edited = self.hook_log_decay.has_editors or self.hook_rec_gate.has_editors
-        if is_edited and bool((log_a > 0).any()):
+        if is_edited and bool((transforms.plain_rows(log_a) > 0).any()):
             raise ValueError(
                 f"{self.hook_log_decay.name!r} is {log_a.max():.3g} after a hook on it or on the "
                 "recurrence gate; a log decay must be 0 (keep everything) or less, down to minus "
@@ -146,4 +147,18 @@ def sqrt_bounded(x: Tensor) -> Tensor:
     A decay of 1 has 1 - a^2 = 0, where the true gradient is infinite. Source: Griffin, appendix A;
     both reference implementations bound it at 1000 too.
     """
+    if transforms.are_active():
+        return _sqrt_of_operations(x)
     return _SqrtBounded.apply(x) if torch.is_grad_enabled() else x.sqrt_()
+
+
+def _sqrt_of_operations(x: Tensor) -> Tensor:
+    """Return what `_SqrtBounded` does, by operations that can be differentiated in any order.
+
+    A function with derivatives of its own has none of second order in forward mode: they would be
+    zero without a word.
+    """
+    is_small = 4 * x < MAX_SQRT_GRADIENT**-2
+    value = x.detach()
+    line = torch.sqrt(value) + (x - value) * MAX_SQRT_GRADIENT
+    return torch.where(is_small, line, torch.sqrt(x.masked_fill(is_small, 1)))

@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from hooked_hybrid import transforms
 from hooked_hybrid.component import Component
 from hooked_hybrid.config import MoEConfig
 from hooked_hybrid.hooks import HookPoint
@@ -74,6 +75,8 @@ class MoE(Component):
     def forward(self, x: Resid, layout: Layout) -> Resid:  # noqa: ARG002  (one signature for MLPs)
         """Return the weighted sum of what the chosen experts write."""
         weights, indices = self._route(x)
+        if transforms.are_active():
+            return self._run_all(x, weights, indices)
         if self.hook_expert_post.is_hooked or self.hook_expert_out.is_hooked:
             return self._run_hooked(x, weights, indices)
         if x.is_cuda and (stacks := self.stacks) and grouped_experts.usable(x, *stacks):
@@ -100,7 +103,7 @@ class MoE(Component):
             if not counts[expert]:
                 continue
             written = linear(self._post(inputs[expert], expert), self.down[expert])
-            written = times(written, shares[expert], may_overwrite())
+            written = times(written.to(x.dtype), shares[expert], may_overwrite())
             add = out.index_add_ if may_overwrite() else out.index_add
             out = add(0, chosen, written)
         return out.view_as(x)
@@ -108,7 +111,7 @@ class MoE(Component):
     def _run_one(self, x: Resid, weights: Weights, indices: Indices) -> Resid:
         """Return the sum for a single token: there is nothing to sort."""
         chosen = zip(indices.flatten().tolist(), weights.flatten().unbind(), strict=True)
-        written = [linear(self._post(x, e), self.down[e]) * share for e, share in chosen]
+        written = [linear(self._post(x, e), self.down[e]).to(x.dtype) * s for e, s in chosen]
         return torch.stack(written).sum(0)
 
     def _run_hooked(self, x: Resid, weights: Weights, indices: Indices) -> Resid:
@@ -116,12 +119,25 @@ class MoE(Component):
         post = x.new_zeros(*indices.shape, self.cfg.d_mlp)
         for expert in indices.unique().tolist():
             b, s, slot = (indices == expert).nonzero(as_tuple=True)
-            post = post.index_put((b, s, slot), self._post(x[b, s], expert))
+            post = post.index_put((b, s, slot), self._post(x[b, s], expert).to(x.dtype))
         post = self.hook_expert_post(post)
         out = x.new_zeros(*indices.shape, x.shape[-1])
         for expert in indices.unique().tolist():
             b, s, slot = (indices == expert).nonzero(as_tuple=True)
-            out = out.index_put((b, s, slot), linear(post[b, s, slot], self.down[expert]))
+            written = linear(post[b, s, slot], self.down[expert])
+            out = out.index_put((b, s, slot), written.to(x.dtype))
+        return self.hook_expert_out(out * weights[..., None]).sum(dim=2)
+
+    def _run_all(self, x: Resid, weights: Weights, indices: Indices) -> Resid:
+        """Return what `_run_hooked` does, by every expert on every token: no index is read."""
+        is_chosen = [(indices == expert)[..., None] for expert in range(self.cfg.n_experts)]
+        post = x.new_zeros(*indices.shape, self.cfg.d_mlp)
+        for expert, here in enumerate(is_chosen):
+            post = torch.where(here, self._post(x, expert)[:, :, None].to(x.dtype), post)
+        post = self.hook_expert_post(post)
+        out = x.new_zeros(*indices.shape, x.shape[-1])
+        for expert, here in enumerate(is_chosen):
+            out = torch.where(here, linear(post, self.down[expert]).to(x.dtype), out)
         return self.hook_expert_out(out * weights[..., None]).sum(dim=2)
 
     def _post(
@@ -132,7 +148,7 @@ class MoE(Component):
 
     def _checked(self, indices: Indices) -> Indices:
         if self.hook_expert_indices.has_editors:
-            low, high = (int(v) for v in torch.aminmax(indices))
+            low, high = (int(v) for v in torch.aminmax(transforms.plain_rows(indices)))
             if low < 0 or high >= self.cfg.n_experts:
                 raise ValueError(
                     f"a hook on {self.hook_expert_indices.name!r} chose experts {low} to {high}; "

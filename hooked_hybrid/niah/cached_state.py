@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from tqdm.auto import tqdm
 
+from hooked_hybrid.extras import require
 from hooked_hybrid.model import HookedHybrid
 from hooked_hybrid.niah.cached_ways import CASES, WAYS, Answer, Case, way_of
 from hooked_hybrid.niah.cells import cell_of
@@ -67,7 +68,9 @@ def cached_state(
         ValueError: no prompts, cases or ks, or one given twice; a k that a layer does not have; a
             folder of another experiment.
         FileExistsError: the folder is not empty and `resume` is false.
+        ModuleNotFoundError: pandas is not installed; it says which extra brings it.
     """
+    require("pandas")
     settings = settings_of(cases, ks)
     if not prompts or len({prompt.id for prompt in prompts}) < len(prompts):
         raise ValueError("give at least one prompt, and each once")

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from tqdm.auto import tqdm
 
+from hooked_hybrid.extras import require
 from hooked_hybrid.model import HookedHybrid
 from hooked_hybrid.niah.needles import PAPER
 from hooked_hybrid.niah.prompts import Haystack, Prompt, build_prompt
@@ -63,6 +64,7 @@ def text_loss(
     Raises:
         ValueError: `length` too short for needle and template, or `n_texts` below 2.
     """
+    require("pandas")
     import pandas as pd
 
     prompts, half, stop = texts_of(model, length, n_texts, documents)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from hooked_hybrid.extras import require
 from hooked_hybrid.niah.statistics import cluster_column, interval_of, scored
 from hooked_hybrid.results_folder import replacing
 
@@ -157,6 +158,7 @@ def file_name(setting: str) -> str:
 
 def new_figure(width: float, height: float) -> Figure:
     """Return a figure of so many inches that belongs to no window."""
+    require("matplotlib")
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), layout="constrained")

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from hooked_hybrid.extras import require
+
 if TYPE_CHECKING:
     import pandas as pd
 
@@ -92,6 +94,7 @@ def summary(table: pd.DataFrame) -> pd.DataFrame:
     Raises:
         ValueError: no cell has a score.
     """
+    require("pandas")
     import pandas as pd
 
     cells = scored(table)

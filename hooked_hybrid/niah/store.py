@@ -15,6 +15,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hooked_hybrid.extras import require
 from hooked_hybrid.results_folder import (
     claimed,
     holds_results,
@@ -140,6 +141,7 @@ class Store:
 
     def table(self) -> pandas.DataFrame:
         """Return every cell, in the order in which they were added."""
+        require("pandas")
         import pandas
 
         with _explained(self.path):

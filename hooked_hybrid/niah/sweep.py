@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING
 import torch
 from tqdm.auto import tqdm
 
+from hooked_hybrid.extras import require
 from hooked_hybrid.hooked_root import HookSpec
 from hooked_hybrid.model import HookedHybrid
 from hooked_hybrid.niah.groups import Cells, FirstToken, Group, groups_of, shortest_window
@@ -84,7 +85,9 @@ def niah(
         HookNameError: a hook that matches nothing; before any prompt is run.
         FileExistsError: the folder is not empty and `resume` is false.
         OSError: the results cannot be written.
+        ModuleNotFoundError: pandas is not installed; it says which extra brings it.
     """
+    require("pandas")
     chosen = _settings(settings)
     if not prompts:
         raise ValueError("there are no prompts: build some with hooked_hybrid.niah.prompts")

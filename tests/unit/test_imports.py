@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
+import tomllib
+from pathlib import Path
+
+from hooked_hybrid.extras import EXTRAS
+
+ROOT = Path(__file__).parents[2]
 
 HEAVY = """
     accelerate filelock huggingface_hub jinja2 lm_eval matplotlib pandas ray rich tokenizers torchao
@@ -39,3 +46,94 @@ def test_the_import_brings_no_large_package_and_large_parts_come_when_asked_for(
         "module 'hooked_hybrid' has no attribute 'nothing'",
         "True",
     ], done.stderr
+
+
+# --- with the base install alone ------------------------------------------------------------------
+
+BASE = """
+import sys
+OPTIONAL = sys.argv[1].split()
+for name in OPTIONAL:
+    sys.modules[name] = None  # neither found nor imported
+
+import importlib, pkgutil
+import hooked_hybrid, weights_conversion
+
+for package in (hooked_hybrid, weights_conversion):
+    for found in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
+        if found.name.endswith((".__main__", ".triton_kernels")):
+            continue
+        try:
+            importlib.import_module(found.name)
+        except ImportError as error:
+            print(f"IMPORT {found.name}: {error}")
+
+from hooked_hybrid import HookedHybrid, analysis, interventions
+from hooked_hybrid.accounting import count_parameters, flops_table
+from hooked_hybrid.analysis.drawing import new_figure
+from hooked_hybrid.niah.cached_state import cached_state
+from hooked_hybrid.niah.plots import new_figure as figure_of_sweep
+from hooked_hybrid.niah.sweep import niah
+
+model = HookedHybrid.from_pretrained("tiny-griffin")
+logits, cache = model.run_with_cache("the river is cold")
+model.generate("the river", 2, fwd_hooks=interventions.keep_top_heads(2), verbose=False)
+assert analysis.entropy_profile(cache) and count_parameters(model.cfg).total
+grid = analysis.memory_horizon(cache, 0)
+
+
+def says(name, call):
+    try:
+        call()
+    except ImportError as error:
+        print(f"{name}: {error}")
+    else:
+        print(f"{name} works")
+
+
+says("niah", lambda: niah(model, [], {}))
+says("cached_state", lambda: cached_state(model, [], [1]))
+says("figure", lambda: new_figure(1, 1))
+says("figure of a sweep", lambda: figure_of_sweep(1, 1))
+says("table", lambda: flops_table(model.cfg, [8]))
+says("int8", lambda: HookedHybrid.from_pretrained("tiny-griffin", quantize="int8"))
+says("auto", lambda: HookedHybrid.from_pretrained("tiny-griffin", device_map="auto"))
+"""
+OPTIONAL = [*EXTRAS, "datasets", "sentencepiece", "transformers", "triton", "mamba_ssm", "scipy"]
+SENTENCES = """
+niah: this needs pandas: pip install 'hooked-hybrid[analysis]'
+cached_state: this needs pandas: pip install 'hooked-hybrid[analysis]'
+figure: this needs matplotlib: pip install 'hooked-hybrid[analysis]'
+figure of a sweep: this needs matplotlib: pip install 'hooked-hybrid[analysis]'
+table: this needs pandas: pip install 'hooked-hybrid[analysis]'
+int8: quantised weights need torchao 0.18 or later: pip install 'hooked-hybrid[quantized]'
+auto: device_map='auto' needs accelerate: pip install 'hooked-hybrid[offload]', or give a dict
+"""
+
+
+def test_the_base_install_does_everything_that_needs_no_extra_and_names_the_extra_for_the_rest():
+    done = subprocess.run(
+        [sys.executable, "-c", BASE, " ".join(OPTIONAL)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    lines = done.stdout.splitlines()
+    refused = dict(line[len("IMPORT ") :].split(": ", 1) for line in lines if "IMPORT " in line)
+    # Commands are imported by the program alone, which asks for all it needs first.
+    commands = {name for name in refused if name.endswith(("command", "commands", "_options"))}
+    assert {name: refused[name] for name in refused.keys() - commands} == {
+        f"hooked_hybrid.evaluation.{name}": "this needs lm_eval: pip install 'hooked-hybrid[eval]'"
+        for name in ("generating", "lm")
+    }, done.stderr
+    said = [line for line in lines if not line.startswith("IMPORT ")]
+    assert said == SENTENCES.split("\n")[1:-1], done.stderr
+
+
+def test_every_package_that_is_named_comes_with_the_extra_that_is_named():
+    wanted = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = wanted["optional-dependencies"]
+    for package, extra in EXTRAS.items():
+        names = [re.split("[<>=;[]", line)[0].strip() for line in extras[extra]]
+        assert package.replace("_", "-") in names
+    assert any(line.startswith("numpy") for line in wanted["dependencies"])

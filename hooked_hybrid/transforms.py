@@ -1,0 +1,59 @@
+"""What may follow a computation besides its values: autograd, torch.func, forward-mode derivatives.
+
+Under a transform of `torch.func` (`grad`, `vjp`, `jvp`, `jacrev`, `jacfwd`, `hessian`, `vmap`) and
+under forward-mode derivatives a model runs by its definitions: attention with all scores, scans
+one step at a time, every expert on every token. Those are operations that torch transforms, and
+none of them asks for the value of a tensor.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+_functorch = torch._C._functorch
+_in_functorch = torch._C._are_functorch_transforms_active
+
+
+def are_active() -> bool:
+    """Return whether a transform of `torch.func`, or a forward-mode derivative, is at work."""
+    return _in_functorch() or forward_ad._current_level >= 0
+
+
+def is_followed() -> bool:
+    """Return whether autograd or a transform may need every value, so that none is overwritten."""
+    return torch.is_grad_enabled() or _in_functorch() or forward_ad._current_level >= 0
+
+
+def refuse(what: str) -> None:
+    """Raise where a transform is at work.
+
+    Args:
+        what: cannot be transformed; the error says so.
+
+    Raises:
+        RuntimeError: one is.
+    """
+    if are_active():
+        raise RuntimeError(
+            f"{what} inside a transform of torch.func (or a forward-mode derivative): call it "
+            "outside, or transform a plain forward"
+        )
+
+
+def plain_rows(x: Tensor) -> Tensor:
+    """Return the values [row ...] of `x` [batch ...], of all samples where `vmap` maps over it.
+
+    For checks: `vmap` hides the values of what it maps over.
+    """
+    n_mapped = 0
+    while _functorch.is_functorch_wrapped_tensor(x):
+        dim = _functorch.maybe_get_bdim(x) if _functorch.is_batchedtensor(x) else -1
+        x = _functorch.get_unwrapped(x)
+        if dim >= 0:
+            n_mapped, x = n_mapped + 1, x.movedim(dim, 0)
+    return x.flatten(0, n_mapped) if n_mapped else x
+
+
+__all__ = ["are_active", "is_followed", "plain_rows", "refuse"]
