@@ -16,11 +16,12 @@ import torch
 
 from experiments.findings import accuracy
 from hooked_hybrid import HookedHybrid
+from hooked_hybrid.intervals import SHARE, mean_interval
 from hooked_hybrid.interventions import follow_span
 from hooked_hybrid.niah.experiments import FOLLOW_MODES
 from hooked_hybrid.niah.needles import PAPER, held_out_needles
 from hooked_hybrid.niah.prompts import Haystack, grid
-from hooked_hybrid.niah.statistics import cluster_column, clustered_interval, scored
+from hooked_hybrid.niah.statistics import scored
 
 LENGTH, N_NEEDLES = 160, 8
 
@@ -32,7 +33,6 @@ def table_of(folder: Path) -> str:
     """
     cells = scored(pd.read_csv(folder / "table.csv"))
     cells = cells[cells["in_window"].astype(bool)]
-    by = cluster_column(cells)
     split = cells["setting"].str.extract(r"^(?:(?P<case>.+) k=(?P<k>\d+)|(?P<a>\w+)-(?P<b>.+))$")
     row = split["case"].fillna(split["a"]).fillna(cells["setting"])
     column = split["k"].radd("k = ").fillna(split["b"]).fillna("")
@@ -40,7 +40,7 @@ def table_of(folder: Path) -> str:
     lines = [f"| | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
     for name in rows:
         mine = [cells[(row == name) & column.isin([c, ""])] for c in columns]
-        lines.append(f"| {name} | {' | '.join(accuracy(part, by) for part in mine)} |")
+        lines.append(f"| {name} | {' | '.join(accuracy(part) for part in mine)} |")
     n, needles = cells["prompt_id"].nunique(), cells["needle_id"].nunique()
     return f"{folder.name}: {n} prompts of {needles} needles.\n\n" + "\n".join(lines) + "\n"
 
@@ -77,7 +77,7 @@ def control(name: str) -> str:
     table = pd.DataFrame(rows, columns=["mode", "needle_id", "same"])
     lines = ["| in generation | share of the stretch written |", "|---|---|"]
     for mode, part in table.groupby("mode", sort=False):
-        low, high = clustered_interval(part["same"], part["needle_id"])
+        low, high = mean_interval(part["same"], part["needle_id"], SHARE)
         mean = part["same"].mean()
         lines.append(f"| {mode} | {100 * mean:.1f} [{100 * low:.1f}, {100 * high:.1f}] |")
     return f"{name}: {len(prompts)} prompts.\n\n" + "\n".join(lines) + "\n"

@@ -33,7 +33,7 @@ from hooked_hybrid.niah.needles import Needle, draw_needle, find_needle, known_n
 from hooked_hybrid.niah.plots import replacing, save_figure
 from hooked_hybrid.niah.prompts import Prompt, build_prompt, grid
 from hooked_hybrid.niah.settings import Setting
-from hooked_hybrid.niah.statistics import clustered_interval
+from hooked_hybrid.niah.statistics import interval_of
 from hooked_hybrid.niah.sweep import niah
 
 WINDOW = 256
@@ -98,13 +98,13 @@ def swept(
 
 
 def by_setting(cells: pd.DataFrame, by: Sequence[str] = ("setting", "beyond")) -> pd.DataFrame:
-    """Return accuracy (fraction) by setting and place, with 95% intervals by needle.
+    """Return accuracy (fraction) by setting and place, with 95% intervals over needles.
 
     Columns: those of `by`, then `accuracy`, `low`, `high`, and `n` prompts.
     """
     rows = []
     for names, own in cells.groupby(list(by), sort=False):
-        low, high = clustered_interval(own["accuracy"], own["needle_id"])
+        low, high = interval_of(own)
         figures = {"accuracy": own["accuracy"].mean(), "low": low, "high": high, "n": len(own)}
         rows.append({**dict(zip(by, names, strict=True)), **figures})
     return pd.DataFrame(rows)

@@ -25,9 +25,9 @@ from torch import Tensor
 from experiments.window_relay import kept
 from hooked_hybrid import HookedHybrid, presets
 from hooked_hybrid.accounting.configs import PUBLISHED
+from hooked_hybrid.intervals import GAP, SHARE, mean_interval
 from hooked_hybrid.niah.needles import Needle, known_needles
 from hooked_hybrid.niah.prompts import grid
-from hooked_hybrid.niah.statistics import clustered_interval
 from hooked_hybrid.niah.sweep import niah
 from hooked_hybrid.quantized import Only, quantizable, quantize_weights
 from hooked_hybrid.results_folder import replacing
@@ -42,6 +42,8 @@ TEXTS, TEXT_LENGTH = 30, 240
 WIDE_TEXTS, WIDE_LENGTH = 4, 64
 LENGTHS, DEPTHS = (160, 400), (0.33, 0.67)
 PROMPT, STEPS, ROUNDS = 64, 6, 3
+ENDS = {"kl": None, "loss": None, "top1": SHARE}
+"""Bounds of what is compared by text, where there are some."""
 
 KINDS: dict[str, Callable[[str], bool]] = {
     "attention": lambda name: ".attn." in name,
@@ -122,7 +124,7 @@ def compared(
     a, b = a - a.mean(-1, keepdim=True), b - b.mean(-1, keepdim=True)
     found = {"logit": float(((a - b).square().mean() / b.square().mean()).sqrt())}
     for name, values in by_text.items():
-        low, high = clustered_interval(values.tolist(), range(len(values)))
+        low, high = mean_interval(values.tolist(), range(len(values)), ENDS[name])
         found |= {name: float(values.mean()), f"{name}_low": low, f"{name}_high": high}
     return found
 
@@ -172,7 +174,7 @@ def by_kind(name: str) -> pd.DataFrame:
 def retrieval(name: str, n_needles: int) -> pd.DataFrame:
     """Return a row for each variant: retrieval accuracy, and its difference to fp32 cell by cell.
 
-    Intervals (95%) are by needle.
+    Intervals (95%) are over needles.
     """
     tables = {}
     for variant in VARIANTS:
@@ -185,8 +187,8 @@ def retrieval(name: str, n_needles: int) -> pd.DataFrame:
     for name_of, cells in tables.items():
         accuracy, clusters = cells["accuracy"], cells["needle_id"]
         difference = accuracy - plain["accuracy"].loc[cells.index]
-        low, high = clustered_interval(accuracy, clusters)
-        less, more = clustered_interval(difference, clusters)
+        low, high = mean_interval(accuracy, clusters, SHARE)
+        less, more = mean_interval(difference, clusters, GAP)
         same = (cells["output"] == plain["output"].loc[cells.index]).mean()
         row = {"model": name, "variant": name_of, "n": len(cells), "accuracy": accuracy.mean()}
         row |= {"low": low, "high": high, "difference": difference.mean()}

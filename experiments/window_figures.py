@@ -8,8 +8,9 @@ import numpy as np
 import pandas as pd
 
 from experiments.window_relay import BINS, GROUPS
+from hooked_hybrid.intervals import SHARE, mean_interval
 from hooked_hybrid.niah.plots import new_figure
-from hooked_hybrid.niah.statistics import clustered_interval
+from hooked_hybrid.niah.statistics import interval_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -28,7 +29,7 @@ PLACES = (
 
 
 def settings(windows: pd.DataFrame, boundaries: pd.DataFrame) -> Figure:
-    """Return accuracy by window, and by layers that begin anew, with 95% intervals by needle."""
+    """Return accuracy by window, and by layers that begin anew, with 95% intervals over needles."""
     figure = new_figure(11.0, 4.6)
     left, right = figure.subplots(1, 2)
     for beyond, colour, label in ((False, BLUE, "inside"), (True, ORANGE, "beyond it")):
@@ -53,7 +54,7 @@ def _points(
     groups = list(cells.groupby(names, sort=False))
     for i, (_, own) in enumerate(groups):
         mean = own["accuracy"].mean()
-        low, high = clustered_interval(own["accuracy"], own["needle_id"])
+        low, high = interval_of(own)
         axes.plot([low, high], [i + shift] * 2, color=colour, linewidth=2)
         axes.plot(mean, i + shift, "o", color=colour, label=None if i else label)
     axes.set_yticks(range(len(groups)), [str(name) for name, _ in groups])
@@ -131,8 +132,8 @@ def relay(scores: pd.DataFrame) -> Figure:
 def _seeds(axes: Axes, own: pd.DataFrame, y: float, colour: str, label: str | None) -> None:
     for i, (_, part) in enumerate(own.groupby("seed")):
         mean = part["right"].mean()
-        half = 1.96 * part["right"].std() / len(part) ** 0.5
-        axes.plot([mean - half, mean + half], [y, y], color=colour, alpha=0.35, linewidth=2)
+        low, high = mean_interval(part["right"], range(len(part)), SHARE)
+        axes.plot([low, high], [y, y], color=colour, alpha=0.35, linewidth=2)
         marker = "os^Dv"[i % 5]
         axes.plot(mean, y, marker, markersize=4, color=colour, label=None if i else label)
 

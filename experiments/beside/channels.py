@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 
 from experiments.beside.frame import (
-    HARMFUL,
-    HARMLESS,
     Bench,
     Experiment,
     Finding,
     accuracies,
     both,
+    harms,
+    named,
+    spares,
 )
 from hooked_hybrid.analysis.answers import Copied, copies
 from hooked_hybrid.analysis.channels import GroupScores, channel_scores
@@ -115,9 +116,11 @@ def run(bench: Bench) -> Finding:
         f"{name[3:]} leaves {share:.0%} ({more[name]:+.2f} nats of text)"
         for name, share in [*ranked.items(), (lot.idxmin(), lot.min())]
     )
-    if ranked.min() < HARMFUL and lot.min() >= HARMLESS:
+    base, cut = table["accuracy"].iloc[0], named(table, f"{SHARES[0]:.0%}")
+    is_lot = cut["setting"].str.contains("by lot")
+    if harms(cut[~is_lot], base).any() and spares(cut[is_lot], base).all():
         return Finding("shows it", ours, table)
-    harmless = ranked.min() >= HARMLESS
+    harmless = spares(cut[~is_lot], base).all()
     return Finding("does not show it" if harmless else "cannot say", ours, table)
 
 

@@ -13,6 +13,9 @@ from experiments.beside.frame import (
     Finding,
     accuracies,
     both,
+    harms,
+    named,
+    spares,
 )
 from hooked_hybrid.analysis.heads import retrieval_scores
 from hooked_hybrid.interventions import cut_heads, keep_heads
@@ -49,9 +52,11 @@ def run(bench: Bench) -> Finding:
         + (f"the best {min(fatal)} ({min(fatal) / n_heads:.0%})" if fatal else "none of the sets")
         + (f"; {enough[0]!r} leaves {kept[enough[0]]:.0%}" if enough else "; no few are enough")
     )
-    if n_retrieve / n_heads < 0.05 and best.iloc[0] < HARMFUL and lot.min() >= HARMLESS:
+    base, first = table["accuracy"].iloc[0], named(table, f"cut the best {few}")
+    as_many = named(table, f"cut {few} by lot")
+    if n_retrieve / n_heads < 0.05 and harms(first, base).all() and spares(as_many, base).all():
         return Finding("shows it", ours, table)
-    is_spread = n_retrieve / n_heads > 0.05 and best.iloc[0] >= HARMLESS
+    is_spread = n_retrieve / n_heads > 0.05 and spares(first, base).all()
     return Finding("does not show it" if is_spread else "cannot say", ours, table)
 
 

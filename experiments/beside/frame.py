@@ -27,7 +27,10 @@ Verdict = Literal["shows it", "does not show it", "cannot say"]
 LENGTH, DEPTHS = 160, (0.0, 0.5)
 """Of the prompts: in every packaged model the needle is within the window to the answer's end."""
 HARMLESS, HARMFUL = 0.9, 0.5
-"""Shares of the whole model's accuracy: a cut that keeps 90% does no harm, one below half does."""
+"""Shares of the whole model's accuracy: a cut that keeps 90% does no harm, one below half does.
+
+Each with its interval, see `spares` and `harms`.
+"""
 
 
 @dataclass(frozen=True)
@@ -72,8 +75,8 @@ class Bench:
         """Return accuracy and loss of text under each setting, the first being the whole model.
 
         Columns: `setting`; `accuracy` (mean graded score / 5) with its 95% interval `low`, `high`
-        (bootstrap clustered by needle); `more`, the loss of text above the first setting's, in nats
-        a token, with `more_low`, `more_high` (clustered by text). A stopped sweep is gone on with.
+        over needles; `more`, the loss of text above the first setting's, in nats a token, with
+        `more_low`, `more_high` over texts. A stopped sweep is gone on with.
         """
         cells = niah(self.model, self.prompts(), settings, out=self.folder / "cells", resume=True)
         texts = text_loss(self.model, settings, LENGTH, self.n_texts)
@@ -107,6 +110,21 @@ def accuracies(table: pd.DataFrame, prefix: str) -> pd.Series:
     """Return the accuracies of settings whose name begins so, relative to the first setting's."""
     chosen = table["setting"].str.startswith(prefix)
     return table.loc[chosen].set_index("setting")["accuracy"] / table["accuracy"].iloc[0]
+
+
+def harms(rows: pd.DataFrame, base: float) -> pd.Series:
+    """Whether each setting leaves less than half of an accuracy, its whole interval with it."""
+    return rows["high"] < HARMFUL * base
+
+
+def spares(rows: pd.DataFrame, base: float) -> pd.Series:
+    """Whether each setting leaves 90% of an accuracy, and its whole interval at least half."""
+    return (rows["accuracy"] >= HARMLESS * base) & (rows["low"] >= HARMFUL * base)
+
+
+def named(table: pd.DataFrame, prefix: str) -> pd.DataFrame:
+    """Return the rows of settings whose name begins so."""
+    return table[table["setting"].str.startswith(prefix)]
 
 
 def interval(row: pd.Series) -> str:
@@ -155,6 +173,6 @@ def save(finding: Finding, experiment: Experiment, model: str, folder: Path) -> 
 
 
 __all__ = [
-    "HARMFUL", "HARMLESS", "Bench", "Experiment", "Finding", "accuracies", "both", "interval",
-    "picture", "save",
+    "HARMFUL", "HARMLESS", "Bench", "Experiment", "Finding", "accuracies", "both", "harms",
+    "interval", "named", "picture", "save", "spares",
 ]  # fmt: skip

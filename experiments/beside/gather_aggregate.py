@@ -9,7 +9,7 @@ from __future__ import annotations
 import pandas as pd
 import torch
 
-from experiments.beside.frame import HARMFUL, HARMLESS, Bench, Experiment, Finding
+from experiments.beside.frame import Bench, Experiment, Finding, harms, spares
 from hooked_hybrid.analysis.watching import no_totals
 from hooked_hybrid.niah.experiments import head_settings
 
@@ -56,7 +56,7 @@ def run(bench: Bench) -> Finding:
     heads = table.iloc[1:]
     worst = heads.loc[heads["accuracy"].idxmin()]
     base = table["accuracy"].iloc[0]
-    falls, holds = worst["high"] < HARMFUL * base, (heads["low"] >= HARMLESS * base).all()
+    falls, holds = harms(heads, base).any(), spares(heads, base).all()
     is_gather = (heads["gather"] >= LABEL) & (heads["gather"] >= 2 * heads["before"])
     labels = {
         "gather": int(is_gather.sum()),

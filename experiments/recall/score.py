@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import sqrt
 
 import torch
 from jaxtyping import Bool
@@ -14,6 +13,7 @@ from experiments.recall.task import Batch, Task, draw
 from experiments.train_tiny import CUTS, cut
 from hooked_hybrid import HookedHybrid
 from hooked_hybrid.hooked_root import HookSpec
+from hooked_hybrid.intervals import SHARE, mean_interval
 
 HELD_OUT = 10**9
 """Added to the seed of sequences to score on; no training goes so far."""
@@ -21,7 +21,10 @@ HELD_OUT = 10**9
 
 @dataclass(frozen=True)
 class Score:
-    """Share of questions answered right, and its 95% half-width over sequences."""
+    """Share of questions answered right, and how far its 95% interval over sequences reaches.
+
+    `half_width` is the distance of the interval's farther end.
+    """
 
     accuracy: float
     half_width: float
@@ -39,7 +42,8 @@ def answered(
 def score(right: Bool[Tensor, "batch question"]) -> Score:
     """Return the accuracy; sequences are independent, questions of one are not."""
     each = right.float().mean(dim=1)
-    return Score(float(each.mean()), float(1.96 * each.std() / sqrt(len(each))))
+    mean, (low, high) = float(each.mean()), mean_interval(each.tolist(), range(len(each)), SHARE)
+    return Score(mean, max(mean - low, high - mean))
 
 
 def scores(model: HookedHybrid, task: Task, n: int = 256, seed: int = 0) -> dict[str, Score]:

@@ -9,29 +9,26 @@ from statistics import stdev
 from typing import Literal
 
 from hooked_hybrid.evaluation.cells import Cell
+from hooked_hybrid.intervals import GAP, SHARE, combined, mean_interval
 
 SHARES = {"acc", "acc_norm", "acc_mutual_info", "exact_match", "em", "f1", "mcc"}
 """Metrics from 0 to 1 (mcc from -1), shown in points of a hundred."""
-NORMAL_95 = 1.96
+_NORMAL = 1.959964
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A figure and its standard error, None where there is none.
+    """A figure, its standard error and 95% interval, None where there is none.
 
-    `is_paired`: whether it is of a difference taken document by document.
+    `is_paired`: whether it is of a difference taken document by document. The interval is that of
+    `hooked_hybrid.intervals.mean_interval` over documents where the figure is a mean over these,
+    else the normal one of the standard error (lm-eval's, of a correlation or the like).
     """
 
     value: float
     stderr: float | None
     is_paired: bool = False
-
-    @property
-    def interval(self) -> tuple[float, float] | None:
-        """95% interval, on the normal approximation."""
-        if self.stderr is None:
-            return None
-        return self.value - NORMAL_95 * self.stderr, self.value + NORMAL_95 * self.stderr
+    interval: tuple[float, float] | None = None
 
 
 def scale(cell: Cell) -> float:
@@ -41,26 +38,37 @@ def scale(cell: Cell) -> float:
 
 def score_of(cell: Cell) -> Estimate:
     """Return a cell's figure as it is shown."""
-    stderr = None if cell.stderr is None else cell.stderr * scale(cell)
-    return Estimate(cell.value * scale(cell), stderr)
+    shown = scale(cell)
+    stderr = None if cell.stderr is None else cell.stderr * shown
+    ends = _normal(cell.value * shown, stderr)
+    if len(cell.documents) == cell.n_documents > 1:
+        bounds = SHARE if cell.main.split(",")[0] in SHARES else None
+        ends = _over_documents(list(cell.documents.values()), bounds, shown)
+    return Estimate(cell.value * shown, stderr, interval=ends)
 
 
 def gap(base: Cell, other: Cell) -> Estimate:
     """Return base minus form, as shown.
 
-    Where the metric is a mean over documents the standard error is that of the mean difference:
-    both forms saw the same documents. Else it is that of two independent figures, which is wider
-    than need be, and None where lm-eval gives none.
+    Where the metric is a mean over documents standard error and interval are those of the mean
+    difference: both forms saw the same documents. Else they are those of two independent figures,
+    which are wider than need be, and None where lm-eval gives no standard error.
     """
     shown, value = scale(base), base.value - other.value
     common = [i for i in base.documents if i in other.documents]
     if len(common) == base.n_documents == other.n_documents and len(common) > 1:
         differences = [base.documents[i] - other.documents[i] for i in common]
         stderr = stdev(differences) / sqrt(len(common))
-        return Estimate(shown * value, shown * stderr, is_paired=True)
+        bounds = GAP if base.main.split(",")[0] in SHARES else None
+        paired = _over_documents(differences, bounds, shown)
+        return Estimate(shown * value, shown * stderr, is_paired=True, interval=paired)
     if base.stderr is None or other.stderr is None:
         return Estimate(shown * value, None)
-    return Estimate(shown * value, shown * sqrt(base.stderr**2 + other.stderr**2))
+    parts = [score_of(base), score_of(other)]
+    known = [(part.value, part.interval) for part in parts if part.interval is not None]
+    ends = combined(known, (1, -1)) if len(known) == 2 else None
+    stderr = shown * sqrt(base.stderr**2 + other.stderr**2)
+    return Estimate(shown * value, stderr, interval=ends)
 
 
 def mean(
@@ -76,12 +84,25 @@ def mean(
     weights = [float(n) if by == "documents" else 1.0 for n in sizes]
     weights = [weight / sum(weights) for weight in weights]
     value = sum(w * part.value for w, part in zip(weights, parts, strict=True))
-    errors = [part.stderr for part in parts]
-    known = [e for e in errors if e is not None]
-    if len(known) < len(errors):
+    known = [(part.stderr, (part.value, part.interval)) for part in parts]
+    errors = [error for error, _ in known if error is not None]
+    ends = [(v, interval) for _, (v, interval) in known if interval is not None]
+    if len(errors) < len(parts) or len(ends) < len(parts):
         return Estimate(value, None)
-    stderr = sqrt(sum((w * e) ** 2 for w, e in zip(weights, known, strict=True)))
-    return Estimate(value, stderr, all(part.is_paired for part in parts))
+    stderr = sqrt(sum((w * e) ** 2 for w, e in zip(weights, errors, strict=True)))
+    paired = all(part.is_paired for part in parts)
+    return Estimate(value, stderr, paired, combined(ends, weights))
+
+
+def _over_documents(
+    values: Sequence[float], bounds: tuple[float, float] | None, shown: float
+) -> tuple[float, float]:
+    low, high = mean_interval(values, range(len(values)), bounds)
+    return low * shown, high * shown
+
+
+def _normal(value: float, stderr: float | None) -> tuple[float, float] | None:
+    return None if stderr is None else (value - _NORMAL * stderr, value + _NORMAL * stderr)
 
 
 __all__ = ["Estimate", "gap", "mean", "scale", "score_of"]

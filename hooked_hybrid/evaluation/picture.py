@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from hooked_hybrid.evaluation.forms import Form, title
-from hooked_hybrid.evaluation.gaps import NORMAL_95
 from hooked_hybrid.evaluation.lines import Line
 from hooked_hybrid.niah.plots import new_figure
 
@@ -30,10 +29,12 @@ def score_picture(rows: Sequence[Line], forms: Sequence[Form]) -> Figure:
             for i, row in enumerate(rows)
             if form.name in row.scores
         ]
-        errors = [NORMAL_95 * (e.stderr or 0.0) for _, e in points]
+        ends = [e.interval or (e.value, e.value) for _, e in points]
+        below = [max(e.value - low, 0.0) for (_, e), (low, _) in zip(points, ends, strict=True)]
+        above = [max(high - e.value, 0.0) for (_, e), (_, high) in zip(points, ends, strict=True)]
         axes.errorbar(
             *([e.value for _, e in points], [y for y, _ in points]),
-            xerr=errors,
+            xerr=[below, above],
             fmt="o",
             markersize=4,
             elinewidth=1,

@@ -140,7 +140,8 @@ _EARLIER = (
 _GAPS = (
     "In points (of perplexities and the like, as they are), with a 95% interval. Where the score "
     "is a mean over documents the difference is taken document by document, as both forms saw the "
-    "same ones; tasks are taken as independent."
+    "same ones, and the interval is right for few of these too; else it is the normal one of "
+    "lm-eval's standard errors. Tasks are taken as independent."
 )
 
 
@@ -200,10 +201,9 @@ def _with_interval(estimate: Estimate | None) -> str:
         return ""
     if estimate.interval is None:
         return f"{estimate.value:.1f} (no interval)"
-    if estimate.stderr == 0:
-        return f"{estimate.value:.1f} (the same in every document)"
     low, high = estimate.interval
-    return f"{estimate.value:.1f} ({low:.1f} to {high:.1f})"
+    alike = ", the same in every document" if estimate.stderr == 0 else ""
+    return f"{estimate.value:.1f} ({low:.1f} to {high:.1f}{alike})"
 
 
 def _table(head: Sequence[str], body: Sequence[Sequence[Any]]) -> str:

@@ -18,7 +18,7 @@ from hooked_hybrid.niah.prompt_options import PromptOptions
 from hooked_hybrid.niah.report import summary_rows
 from hooked_hybrid.niah.run_options import RunOptions
 from hooked_hybrid.niah.setting_plots import MARKERS, WAYS
-from hooked_hybrid.niah.statistics import cluster_column, interval_of, scored
+from hooked_hybrid.niah.statistics import interval_of, scored
 from hooked_hybrid.option_groups import grouped
 
 if TYPE_CHECKING:
@@ -77,7 +77,8 @@ def _show(table: pd.DataFrame, paths: Sequence[Path]) -> None:
 def accuracy_by_case(table: pd.DataFrame) -> Figure:
     """Return accuracy against k, a line a case, one panel for each kind of case.
 
-    Bands are 95% intervals (bootstrap clustered by needle); the case without a k is a dotted line.
+    Bands are 95% intervals over needles, of which a single one has none; the case without a k is a
+    dotted line.
 
     Args:
         table: of `hooked_hybrid.niah.cached_state.cached_state`.
@@ -88,7 +89,7 @@ def accuracy_by_case(table: pd.DataFrame) -> Figure:
     from matplotlib.ticker import MaxNLocator, PercentFormatter
 
     cells = scored(table)
-    by, names = cluster_column(cells), list(cells["stage"].unique())
+    names = list(cells["stage"].unique())
     kinds = {name.split(":")[0]: "" for name in names if ":" in name}
     figure = new_figure(1.0 + 3.6 * len(kinds), 4.6)
     for axes, kind in zip(
@@ -98,7 +99,7 @@ def accuracy_by_case(table: pd.DataFrame) -> Figure:
             own = cells[cells["stage"] == name]
             groups = own.groupby(own["setting"].str.extract(r"k=(\d+)$")[0].astype(int))
             ks, means = list(groups.groups), groups["accuracy"].mean()
-            low, high = zip(*(interval_of(rows, by) for _, rows in groups), strict=True)
+            low, high = zip(*(interval_of(rows) for _, rows in groups), strict=True)
             style = {"color": WAYS[i], "marker": MARKERS[i], "linestyle": "--" if i % 2 else "-"}
             axes.plot(ks, means, label=name.split(": ")[1], ms=4, **style)
             axes.fill_between(ks, low, high, color=WAYS[i], alpha=0.15, linewidth=0)

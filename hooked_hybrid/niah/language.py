@@ -13,11 +13,11 @@ from torch.nn.functional import cross_entropy
 from tqdm.auto import tqdm
 
 from hooked_hybrid.extras import require
+from hooked_hybrid.intervals import mean_interval
 from hooked_hybrid.model import HookedHybrid
 from hooked_hybrid.niah.needles import PAPER
 from hooked_hybrid.niah.prompts import Haystack, Prompt, build_prompt
 from hooked_hybrid.niah.settings import Setting, hooks_of_rows
-from hooked_hybrid.niah.statistics import clustered_interval
 from hooked_hybrid.niah.work import Job, results
 
 if TYPE_CHECKING:
@@ -57,8 +57,8 @@ def text_loss(
         verbose: show a progress bar.
 
     Returns:
-        One row a setting: `setting`, `loss`, its 95% interval `low` and `high` (bootstrap clustered
-        by text), and `more`, the difference to the first setting on the same texts with its
+        One row a setting: `setting`, `loss`, its 95% interval `low` and `high` (Student's,
+        over texts), and `more`, the difference to the first setting on the same texts with its
         interval `more_low` and `more_high`.
 
     Raises:
@@ -78,9 +78,9 @@ def text_loss(
     rows = []
     for i, setting in enumerate(settings):
         losses, first = found[i], found[0]
-        low, high = clustered_interval(losses.tolist(), range(n_texts))
+        low, high = mean_interval(losses.tolist(), range(n_texts), None)
         more = losses - first
-        more_low, more_high = clustered_interval(more.tolist(), range(n_texts))
+        more_low, more_high = mean_interval(more.tolist(), range(n_texts), None)
         rows.append(
             {
                 "setting": setting.name,

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from hooked_hybrid.extras import require
-from hooked_hybrid.niah.statistics import cluster_column, interval_of, scored
+from hooked_hybrid.niah.statistics import interval_of, scored
 from hooked_hybrid.results_folder import replacing
 
 if TYPE_CHECKING:
@@ -103,10 +103,10 @@ def retrieval_map(table: pd.DataFrame, setting: str, thesis_depth: bool = False)
 
 
 def accuracy_by_k(table: pd.DataFrame, by_window: bool = False) -> Figure:
-    """Return accuracy against k, a line a stage, with bands of 95% bootstrap intervals.
+    """Return accuracy against k, a line a stage, with bands of 95% intervals.
 
-    The intervals are clustered by needle; with one needle its prompts are resampled, and the legend
-    says so. Settings without a k are level dotted lines.
+    The intervals are over needles (`hooked_hybrid.intervals`); with one needle there are none, and
+    the legend says so. Settings without a k are level dotted lines.
 
     Args:
         table: of `niah`.
@@ -125,15 +125,14 @@ def accuracy_by_k(table: pd.DataFrame, by_window: bool = False) -> Figure:
         parts = [(name, part) for name, part in named if not part.empty]
     figure = new_figure(4.6 * len(parts) + 0.6, 4.6)
     grid = figure.subplots(1, len(parts), squeeze=False, sharey=True)[0]
-    by = cluster_column(cells)
-    n = cells[by].nunique()
-    unit = f"{n} needles" if by == "needle_id" else f"the {n} prompts of one needle"
+    n = cells["needle_id"].nunique(dropna=False)
+    bands = f"bands: 95% intervals over {n} needles" if n > 1 else "one needle: no intervals"
     for axes, (name, part) in zip(grid, parts, strict=True):
-        _draw_curves(axes, part, by)
+        _draw_curves(axes, part)
         axes.set_title(name)
     grid[0].set_ylabel("accuracy (mean score / 5)")
     handles, labels = grid[0].get_legend_handles_labels()
-    legend: dict[str, Any] = {"title": f"bands: 95% intervals, {unit} resampled", "frameon": False}
+    legend: dict[str, Any] = {"title": bands, "frameon": False}
     figure.legend(handles, labels, loc="outside lower center", ncols=len(parts), **legend)
     return figure
 
@@ -260,13 +259,13 @@ def _tick_places(n: int) -> list[int]:
     return sorted({round(i) for i in np.linspace(0, n - 1, min(n, _MOST_TICKS))})
 
 
-def _draw_curves(axes: Axes, cells: pd.DataFrame, by: str) -> None:
+def _draw_curves(axes: Axes, cells: pd.DataFrame) -> None:
     from matplotlib.ticker import MaxNLocator, PercentFormatter
 
     for stage, part in cells[cells["k"].notna()].groupby("stage", sort=False):
         groups = [(int(k), rows) for k, rows in part.groupby("k")]
         ks = [k for k, _ in groups]
-        low, high = zip(*(interval_of(rows, by) for _, rows in groups), strict=True)
+        low, high = zip(*(interval_of(rows) for _, rows in groups), strict=True)
         colour, marker, line = _LINES.get(stage, ("#555555", "^", "-."))
         means = [rows["accuracy"].mean() for _, rows in groups]
         name = f"heads silenced in {STAGES.get(stage, stage)}"

@@ -21,7 +21,7 @@ from hooked_hybrid.niah.plots import (
     save_figure,
 )
 from hooked_hybrid.niah.published import PUBLISHED, Published, ours
-from hooked_hybrid.niah.statistics import cluster_column, scored, summary
+from hooked_hybrid.niah.statistics import scored, summary
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -152,7 +152,7 @@ def summary_rows(
     of_text = {} if losses is None else losses.set_index("setting").to_dict("index")
     rows = []
     for row in figures.to_dict("records"):
-        interval = _interval(row["low"], row["high"])
+        interval = "one needle: none" if row["low"] != row["low"] else _interval(row)
         texts = [str(row["setting"]), str(row["n"]), _percent(row["accuracy"]), interval]
         texts.append(_percent(row["binary"]))
         texts += [_percent(row["inside"]), _percent(row["outside"])] if windowed else []
@@ -204,13 +204,15 @@ def _what_was_run(
 
 
 def _accuracy(table: pd.DataFrame, losses: pd.DataFrame | None = None) -> str:
-    by = cluster_column(scored(table))
-    unit = "needles" if by == "needle_id" else "prompts, for there is one needle"
+    n = scored(table)["needle_id"].nunique(dropna=False)
     close = int((table["min_margin"] < SMALL_MARGIN).sum())
     notes = [
         "Accuracy is the mean graded score / 5 (thesis, Table 2.1); whole answer is the share of "
         "cells that hold all of what to do.",
-        f"Intervals: bootstrap over {unit}; one of no width means that all were alike.",
+        "There is one needle: no interval can be given, for its prompts say nothing of others."
+        if n < 2
+        else f"Intervals are over {n} needles: they hold the mean over all such needles in 95% of "
+        "samples or more, and where all are alike say how many others may be unlike.",
         f"{close} of {len(table)} cells chose a token by less than {SMALL_MARGIN:g} in its logit: "
         "there a rounding may decide.",
     ]
@@ -245,8 +247,8 @@ def _percent(share: float) -> str:
     return "" if share != share else f"{share:.1%}"
 
 
-def _interval(low: float, high: float) -> str:
-    return "" if low != low else f"{100 * low:.1f} to {100 * high:.1f}%"
+def _interval(row: Mapping[str, Any]) -> str:
+    return f"{100 * row['low']:.1f} to {100 * row['high']:.1f}%"
 
 
 __all__ = ["CAUTION", "Written", "save_pictures", "summary_rows", "versions", "write_report"]

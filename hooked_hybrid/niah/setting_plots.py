@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from hooked_hybrid.niah.plots import COLORS, new_figure
-from hooked_hybrid.niah.statistics import cluster_column, interval_of, scored
+from hooked_hybrid.niah.statistics import interval_of, scored
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -23,10 +23,10 @@ MARKERS = "osD^vx"
 def accuracy_by_setting(table: pd.DataFrame, losses: pd.DataFrame | None = None) -> Figure:
     """Return one line a setting: its accuracy, and what it costs ordinary language.
 
-    On the left the mean accuracy with its 95% interval (bootstrap clustered by needle, or by prompt
-    of a single needle), apart for needles within the attention window of the last prompt token and
-    beyond it. On the right, where `losses` are given, by how many nats a token the text's loss is
-    above that of the first setting, with its interval.
+    On the left the mean accuracy with its 95% interval over needles (a single needle has none),
+    apart for needles within the attention window of the last prompt token and beyond it. On the
+    right, where `losses` are given, by how many nats a token the text's loss is above that of the
+    first setting, with its interval.
 
     Args:
         table: of `niah`.
@@ -56,7 +56,6 @@ def accuracy_by_setting(table: pd.DataFrame, losses: pd.DataFrame | None = None)
 
 
 def _draw_accuracies(axes: Axes, cells: pd.DataFrame, names: list[str]) -> None:
-    by = cluster_column(cells)
     is_inside = cells["in_window"].astype(bool)
     halves: list[tuple[str, Any, str, str]] = [("inside the window", is_inside, "o", INSIDE)]
     if not is_inside.all():
@@ -66,7 +65,7 @@ def _draw_accuracies(axes: Axes, cells: pd.DataFrame, names: list[str]) -> None:
             rows = cells[mask & (cells["setting"] == name)]
             if rows.empty:
                 continue
-            mean, (low, high) = rows["accuracy"].mean(), interval_of(rows, by)
+            mean, (low, high) = rows["accuracy"].mean(), interval_of(rows)
             ends = None if low != low else [[max(mean - low, 0)], [max(high - mean, 0)]]
             axes.errorbar(
                 [mean],

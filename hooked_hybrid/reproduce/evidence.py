@@ -8,15 +8,16 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from hooked_hybrid.config import HybridConfig
+from hooked_hybrid.intervals import mean_interval
 from hooked_hybrid.niah.experiments import heads_of
-from hooked_hybrid.niah.statistics import cluster_column
 from hooked_hybrid.reproduce import shares
-from hooked_hybrid.reproduce.intervals import RESAMPLES, widened_interval
 from hooked_hybrid.reproduce.recipe import Recipe
 
 if TYPE_CHECKING:
     import pandas as pd
 
+DRAWS = 4000
+"""Draws of weights behind the interval of a tipping point."""
 _PLACE = ["needle_id", "seed", "length", "depth"]
 """What two cells must share to be compared one to one."""
 MANY = {name: f"{name}-many" for name in ("top-k", "top-k-twice", "weights")}
@@ -38,9 +39,10 @@ class Untested(LookupError):
 class Estimate(NamedTuple):
     """A mean of fractions (or of differences of these) with its 95% interval.
 
-    The interval is `intervals.widened_interval` over needles, NaN at both ends for a single one;
-    `by_seed` is the mean of each seed's cells; `alike` says that no needle's mean differs from
-    another's, so that the interval rests on the number of needles alone.
+    The interval is `hooked_hybrid.intervals.mean_interval` over needles, NaN at both ends for a
+    single one; `by_seed` is the mean of each seed's cells; `alike` says that no needle's mean
+    differs from another's, so that the interval rests on the number of needles alone; `at_most` is
+    the one-sided 95% bound from above.
     """
 
     mean: float
@@ -50,6 +52,7 @@ class Estimate(NamedTuple):
     n_needles: int
     by_seed: tuple[float, ...]
     alike: bool = False
+    at_most: float = float("nan")
 
     def __str__(self) -> str:
         interval = "" if np.isnan(self.low) else f" ({_range(self.low, self.high)})"
@@ -155,11 +158,14 @@ def estimate(cells: pd.DataFrame, values: str = "accuracy", least: float = 0.0) 
     if cells.empty:
         nan = float("nan")
         return Estimate(nan, nan, nan, 0, 0, ())
-    low, high = widened_interval(cells[values], cells[cluster_column(cells)], least, 1.0)
+    clustered = cells[values], cells["needle_id"], (least, 1.0)
+    low, high = mean_interval(*clustered)
+    _, at_most = mean_interval(*clustered, level=0.9)
     by_seed = cells.groupby("seed")[values].mean()
     by_needle = cells.groupby("needle_id")[values].mean()
     mean, alike = float(cells[values].mean()), float(by_needle.max() - by_needle.min()) < 1e-9
-    return Estimate(mean, low, high, len(cells), len(by_needle), tuple(map(float, by_seed)), alike)
+    seeds = tuple(map(float, by_seed))
+    return Estimate(mean, low, high, len(cells), len(by_needle), seeds, alike, at_most)
 
 
 def difference(more: pd.DataFrame, less: pd.DataFrame) -> Estimate:
@@ -183,6 +189,13 @@ def bounds(few: Estimate, many: Estimate | None) -> tuple[float, float]:
     return min(low, many.low), max(high, many.high)
 
 
+def ceiling(few: Estimate, many: Estimate | None) -> float:
+    """Return the one-sided 95% bound that they leave open together, as `bounds` does."""
+    if many is None:
+        return few.at_most
+    return max(few.mean if few.alike else few.at_most, many.at_most)
+
+
 class Tipping(NamedTuple):
     """The smallest k with at least half of the best accuracy, None where nothing is retrieved."""
 
@@ -192,10 +205,12 @@ class Tipping(NamedTuple):
 
 
 def tipping(cells: pd.DataFrame, floor: float = 0.05) -> Tipping:
-    """Return where accuracy tips, with the 95% interval of a bootstrap over needles.
+    """Return where accuracy tips, with a 95% interval over needles.
 
-    Below `floor` at every k there is no tipping point: in a resample it then counts as one beyond
-    the most heads. Every cell weighs the same, as in `estimate`; the interval is not widened.
+    Below `floor` at every k there is no tipping point: it then counts as one beyond the most heads.
+    Every cell weighs the same, as in `estimate`. As there, the interval is that of random weights
+    of the needles and of one more, which is the worst that could have been missed: for the lower
+    end a needle that is retrieved at every k, for the upper one at the most heads alone.
 
     Args:
         cells: of one stage of a top-k sweep.
@@ -204,16 +219,17 @@ def tipping(cells: pd.DataFrame, floor: float = 0.05) -> Tipping:
     by = {"index": "needle_id", "columns": "k", "values": "accuracy", "fill_value": 0}
     sums, counts = (cells.pivot_table(**by, aggfunc=how) for how in ("sum", "count"))
     ks, total, n = [int(k) for k in sums.columns], sums.to_numpy(float), counts.to_numpy(float)
-    drawn = np.random.default_rng(0).integers(len(total), size=(RESAMPLES, len(total)))
-    drawn = drawn[(n[drawn].sum(axis=1) > 0).all(axis=1)]  # every k has cells
-    rates = total[drawn].sum(axis=1) / n[drawn].sum(axis=1)
-    found = [_tips(each, ks, floor) for each in rates]
     beyond = max(ks) + 1
-    ends = np.quantile(
-        [beyond if k is None else k for k in found], [0.025, 0.975], method="nearest"
-    )
-    low, high = (None if end == beyond else int(end) for end in ends)
-    return Tipping(_tips(total.sum(axis=0) / n.sum(axis=0), ks, floor), low, high)
+    weights = np.random.default_rng(0).standard_exponential((DRAWS, len(total) + 1))
+    ends: list[int | None] = []
+    for at, share in (("every k", 0.025), ("the most", 0.975)):
+        missed = n.mean(axis=0) * (np.ones(len(ks)) if at == "every k" else np.array(ks) == max(ks))
+        drawn = weights @ np.vstack([total, missed]) / (weights @ np.vstack([n, n.mean(axis=0)]))
+        tips = [_tips(rates, ks, floor) for rates in drawn]
+        places = [beyond if tip is None else tip for tip in tips]
+        end = int(np.quantile(places, share, method="lower" if share < 0.5 else "higher"))
+        ends.append(None if end == beyond else end)
+    return Tipping(_tips(total.sum(axis=0) / n.sum(axis=0), ks, floor), *ends)
 
 
 def _tips(rates: np.ndarray, ks: list[int], floor: float) -> int | None:
@@ -232,6 +248,7 @@ __all__ = [
     "Tipping",
     "Untested",
     "bounds",
+    "ceiling",
     "difference",
     "estimate",
     "tipping",

@@ -107,7 +107,7 @@ def once_and_twice(evidence: Evidence) -> Figure:
         axes.grid(axis="y", alpha=0.3)
     panels[0].set_ylabel("accuracy (mean score / 5)")
     legend: dict[str, Any] = {"loc": "outside lower center", "ncols": 2, "frameon": False}
-    title = "whiskers: 95% intervals over needles; longest where all needles were alike"
+    title = "whiskers: 95% intervals over needles"
     figure.legend(*panels[0].get_legend_handles_labels(), title=title, **legend)
     return figure
 

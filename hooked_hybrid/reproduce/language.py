@@ -8,6 +8,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from hooked_hybrid.evaluation import gaps
 from hooked_hybrid.evaluation.benchmarks import BENCHMARKS
 from hooked_hybrid.evaluation.cells import Cell
@@ -102,9 +104,9 @@ def gap(suite: str, form: str, least: float, most: float, under: str = "base") -
     """Return a check that a form lies by `least` to `most` points below another, on average.
 
     Of tasks that ran in both forms; the 95% interval is that of the documents, paired where both
-    forms saw the same. Where all documents are alike in their difference it has no width and bounds
-    nothing: the claim is then untested. So it is of a base form at chance, which has nothing to
-    lose.
+    forms saw the same. Where all documents are alike in their difference nothing may have been
+    changed at all: the claim is then untested. So it is of a base form at chance, which has nothing
+    to lose.
     """
 
     def check(evidence: Evidence) -> Finding:
@@ -123,7 +125,7 @@ def gap(suite: str, form: str, least: float, most: float, under: str = "base") -
             return Finding(None, f"{said}, without an interval", _how(scores, tasks))
         low, high = found.interval
         ours = f"{said} (95% {low:+.1f} to {high:+.1f})"
-        if low == high:
+        if found.stderr == 0:
             return Finding(None, f"{ours}: all documents alike", _how(scores, tasks))
         return Finding(least <= low and high <= most, ours, _how(scores, tasks))
 
@@ -233,8 +235,10 @@ def bars_of(*suites: str) -> Callable[[Evidence], Figure | None]:
         for i, (form, colour) in enumerate(zip(forms, _COLOURS, strict=False)):
             own = [(names.index(name), e) for name, of, e in bars if of == form]
             places = [place + 0.27 * (i - (len(forms) - 1) / 2) for place, _ in own]
-            errors = [gaps.NORMAL_95 * (e.stderr or 0) for _, e in own]
-            axes.bar(places, [e.value for _, e in own], 0.25, yerr=errors, label=form, color=colour)
+            ends = np.array([e.interval or (e.value, e.value) for _, e in own])
+            values = np.array([e.value for _, e in own])
+            errors = np.stack([values - ends[:, 0], ends[:, 1] - values]).clip(min=0)
+            axes.bar(places, values, 0.25, yerr=errors, label=form, color=colour)
         axes.set_xticks(range(len(names)), names, rotation=60, ha="right", fontsize=8)
         axes.set(ylabel="score (points of a hundred)")
         figure.legend(loc="outside upper center", ncols=len(forms), frameon=False)

@@ -57,7 +57,7 @@ def left_beyond_window(setting: str) -> Check:
         if not beyond.n:
             return Finding(None, "no needle lies beyond an attention window of this model")
         ours = f"inside the window {inside}; beyond it {beyond}"
-        holds = inside.high <= NOTHING < beyond.low
+        holds = inside.at_most <= NOTHING < beyond.low
         is_open = inside.low <= NOTHING < beyond.high and not holds
         return Finding(holds, ours, UNDECIDED if is_open else "")
 
@@ -86,7 +86,7 @@ def complement(first: str, second: str, whole: str) -> Check:
         if min(a.mean(), b.mean()) < POINT:
             least = first if a.mean() < b.mean() else second
             return Finding(False, ours, f"no complement: {least} retrieves nothing of them")
-        holds = lost.high <= NOTHING and shared.high <= NOTHING
+        holds = lost.at_most <= NOTHING and shared.at_most <= NOTHING
         is_open = max(lost.low, shared.low) <= NOTHING and not holds
         return Finding(holds, ours, UNDECIDED if is_open else "")
 

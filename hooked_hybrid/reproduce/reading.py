@@ -6,7 +6,6 @@ from collections.abc import Iterable, Mapping
 
 from hooked_hybrid.niah.report import CAUTION, SMALL_MARGIN, versions
 from hooked_hybrid.reproduce.evidence import Evidence
-from hooked_hybrid.reproduce.intervals import others_at_most
 from hooked_hybrid.reproduce.shares import TOLERANCE
 
 _HOW_TO_READ = """\
@@ -16,19 +15,21 @@ _HOW_TO_READ = """\
   its tested claims is shown. "Untested on real weights": nothing here could test it. {caution}
 - **Accuracy** is the mean graded score / 5 (thesis, Table 2.1), here over {n_needles} needles. "By
   seed": each seed has a haystack and held-out needles of its own, and the paper's needle too.
-- **Intervals** are bootstraps clustered by needle, stretched about the mean by t(n - 1) / 1.96 x
-  sqrt(n / (n - 1)) for n needles, since of few needles the plain one is too narrow, and clipped to
-  what is possible. Where all needles are alike the bootstrap has no width and bounds nothing: then
-  up to 1 - 0.05^(1/n) of all needles ({others} here) may be anything possible.
+- **Intervals** are over needles (`hooked_hybrid.intervals`): each end is the quantile of the mean
+  under random weights of the needles and of one more that is as far off as possible. They hold the
+  mean over all such needles in 95% of samples or more, however few there are. Where all n are
+  alike, up to 1 - 0.025^(1/n) of all needles ({others} here) may be anything possible. A claim that
+  something is at most so much asks of one end alone: it is shown where the one-sided 95% bound ("at
+  most") stays within.
 - **Every needle once.** So few needles cannot bound a rare success. Settings without any head, and
   those of weights, are therefore run over {n_many} needles too, at the shortest length and the
   middle depth ("of {n_many} needles at ..."). A claim must then hold of both intervals; where the
-  few needles are all alike, of their mean and the interval of the many (at 0%, {others_many}).
+  few needles are all alike, of their mean and the interval of the many (at 0%, {others_many}; one-
+  sided {one_sided}).
 - **Without such an interval** are: maps called empty, by the mean of each length and depth; whether
   the whole model retrieves at all, by its mean accuracy (20%), without which a claim about losses
-  is untested; tipping points, whose interval is the plain bootstrap's; the bands in pictures of
-  accuracy by k, plain too; losses of text, resampled by text; and language benchmarks, whose
-  documents are independent (a gap that is the same on all of them is untested).
+  is untested. Losses of text have Student's interval over texts; language benchmarks one over
+  documents, task by task.
 - **Heads.** A claim about k of a published model's heads is asked of as large a share here, where
   that is within {tolerance} of a whole number of heads, 1 or more; else it is untested. A range of
   k is every k here within it.
@@ -48,9 +49,10 @@ def how_to_read(evidence: Evidence) -> str:
         subject=_upper(evidence.subject),
         caution=CAUTION,
         n_needles=n,
-        others=f"{100 * others_at_most(n):.0f}%",
+        others=f"{100 * (1 - 0.025 ** (1 / n)):.0f}%",
         n_many=n_many,
-        others_many=f"{100 * others_at_most(n_many):.1f}%",
+        others_many=f"{100 * (1 - 0.025 ** (1 / n_many)):.1f}%",
+        one_sided=f"{100 * (1 - 0.05 ** (1 / n_many)):.1f}%",
         tolerance=TOLERANCE,
     )
     return f"{_QUICK}\n\n{rules}" if recipe.is_quick else rules
