@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import lru_cache
 from math import cos, log, pi, sin, sqrt
 from typing import Any
 
@@ -14,9 +15,9 @@ GAP = (-1.0, 1.0)
 """Ends of a difference of two accuracies."""
 LEVEL = 0.95
 
-_STEP = 0.05
+_STEP = 0.08
 """Step of the quadrature, in the logarithm of its variable."""
-_PRECISION = 1e-7
+_PRECISION = 1e-6
 """Of an end, as a share of the distance of the bounds."""
 
 
@@ -103,6 +104,7 @@ def combined(
     return value - sqrt(below), value + sqrt(above)
 
 
+@lru_cache
 def t_quantile(df: int, share: float) -> float:
     """Return below which value so large a share of Student's t lies, for a share above a half.
 
@@ -186,8 +188,12 @@ def _chance_below_zero(factors: np.ndarray, repeats: np.ndarray) -> float:
     if drift**2 >= 200 * variance or not (factors.min() < 0 < factors.max()):
         return float(drift < 0)
     scaled = factors / sqrt(variance)
-    # Below, the sine is as small as its argument; above, two factors at least have decayed.
-    u = np.exp(np.arange(-26.0, 4.0 - log(np.abs(scaled[scaled != 0]).min()), _STEP))[:, None]
+    # Below the first the sine is as small as its argument; after the last all has decayed.
+    first, last = -18.0, 6.0 - log(np.abs(scaled[scaled != 0]).min())
+    coarse = np.exp(np.arange(first, last, 1.0))[:, None]
+    decayed = np.log1p((coarse * scaled) ** 2) @ repeats > 60
+    last = first + float(decayed.argmax()) if decayed.any() else last
+    u = np.exp(np.arange(first, last, _STEP))[:, None]
     turns = np.arctan(u * scaled) @ repeats
     decay = np.log1p((u * scaled) ** 2) @ repeats / 2
     return 0.5 - _STEP / pi * float((np.sin(turns) * np.exp(-decay)).sum())
@@ -206,7 +212,7 @@ def _root(function: Callable[[float], float], start: float, end: float, precisio
             a, at_a, at_b = middle, at, at_b / 2 if last > 0 else at_b
         else:
             b, at_b, at_a = middle, at, at_a / 2 if last < 0 else at_a
-        if abs(at) < 1e-9:
+        if abs(at) < 1e-7:
             return middle
         last = at
     return (a + b) / 2

@@ -66,7 +66,7 @@ def gap(base: Cell, other: Cell) -> Estimate:
         return Estimate(shown * value, None)
     parts = [score_of(base), score_of(other)]
     known = [(part.value, part.interval) for part in parts if part.interval is not None]
-    ends = combined(known, (1, -1)) if len(known) == 2 else None
+    ends = combined(known, (1.0, -1.0)) if len(known) == 2 else None
     stderr = shown * sqrt(base.stderr**2 + other.stderr**2)
     return Estimate(shown * value, stderr, interval=ends)
 

@@ -16,7 +16,6 @@ from hooked_hybrid.reproduce.evidence import (
     Evidence,
     Untested,
     bounds,
-    ceiling,
     difference,
     estimate,
     tipping,
@@ -81,9 +80,9 @@ def at_most(run: str, settings: Callable[[Evidence], Sequence[str]], most: float
         for name in settings(evidence):
             few, many = evidence.accuracy(run, name), evidence.of_many(run, name)
             wide = None if many is None else estimate(many)
-            top = ceiling(few, wide)
+            low, top = bounds(few, wide)
             ours = f"{few}{_at_one_place(many, wide)}; at most {100 * top:.1f}%"
-            found[name] = (bounds(few, wide)[0], top, ours)
+            found[name] = (low, top, ours)
         worst = max(found, key=lambda name: found[name][1])
         highest = "" if len(found) == 1 else f"highest of {len(found)}, {worst}: "
         low, top, ours = found[worst]
@@ -149,8 +148,9 @@ def as_good(k: int, of: int, stage: str = "generation", lacking: float = ABOUT) 
 
 
 def _lacks_at_most(gap: Estimate, lacking: float, ours: str) -> Finding:
-    holds = gap.low >= -lacking
-    return Finding(holds, ours, "" if holds else undecided(gap.low, -lacking, gap.high))
+    holds = gap.at_least >= -lacking
+    note = "" if holds else undecided(gap.at_least, -lacking, gap.at_most)
+    return Finding(holds, f"{ours}; at least {100 * gap.at_least:+.1f}", note)
 
 
 def every_k_from(k: int, of: int) -> Check:
@@ -165,7 +165,7 @@ def every_k_from(k: int, of: int) -> Check:
         }
         if not gaps:
             raise Untested(f"no k of {evidence.n_heads} heads is below all of them")
-        worst = min(gaps, key=lambda mine: gaps[mine].low)
+        worst = min(gaps, key=lambda mine: gaps[mine].at_least)
         ours = f"most may be lacking at k = {worst}: {_points(gaps[worst])}"
         return _lacks_at_most(gaps[worst], ABOUT, ours)
 
@@ -214,6 +214,7 @@ def above(more: Side, less: Side, by: float = POINT, what: str = "") -> Check:
         low, high = bounds(gap, wide)
         note = "" if low > by else undecided(low, by, high)
         ours = f"{what}{means}: {_points(gap)}{_at_one_place(many[0], wide, 'points')}"
+        ours = f"{ours}; at least {100 * low:+.1f}"
         return Finding(low > by, ours, note)
 
     return check

@@ -48,7 +48,7 @@ class Finding(NamedTuple):
     """What a check found: whether the claim holds, our value in words, and what to add.
 
     `holds` is None where nothing could be tested; then `ours` says why. A claim holds only where
-    the whole 95% interval is on its side.
+    the 95% bound is on its side.
     """
 
     holds: bool | None

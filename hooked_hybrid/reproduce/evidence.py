@@ -41,8 +41,8 @@ class Estimate(NamedTuple):
 
     The interval is `hooked_hybrid.intervals.mean_interval` over needles, NaN at both ends for a
     single one; `by_seed` is the mean of each seed's cells; `alike` says that no needle's mean
-    differs from another's, so that the interval rests on the number of needles alone; `at_most` is
-    the one-sided 95% bound from above.
+    differs from another's, so that the interval rests on the number of needles alone. `at_least`
+    and `at_most` are the one-sided 95% bounds, by which claims are judged.
     """
 
     mean: float
@@ -52,6 +52,7 @@ class Estimate(NamedTuple):
     n_needles: int
     by_seed: tuple[float, ...]
     alike: bool = False
+    at_least: float = float("nan")
     at_most: float = float("nan")
 
     def __str__(self) -> str:
@@ -160,12 +161,12 @@ def estimate(cells: pd.DataFrame, values: str = "accuracy", least: float = 0.0) 
         return Estimate(nan, nan, nan, 0, 0, ())
     clustered = cells[values], cells["needle_id"], (least, 1.0)
     low, high = mean_interval(*clustered)
-    _, at_most = mean_interval(*clustered, level=0.9)
+    one_sided = mean_interval(*clustered, level=0.9)
     by_seed = cells.groupby("seed")[values].mean()
     by_needle = cells.groupby("needle_id")[values].mean()
     mean, alike = float(cells[values].mean()), float(by_needle.max() - by_needle.min()) < 1e-9
     seeds = tuple(map(float, by_seed))
-    return Estimate(mean, low, high, len(cells), len(by_needle), seeds, alike, at_most)
+    return Estimate(mean, low, high, len(cells), len(by_needle), seeds, alike, *one_sided)
 
 
 def difference(more: pd.DataFrame, less: pd.DataFrame) -> Estimate:
@@ -178,22 +179,15 @@ def difference(more: pd.DataFrame, less: pd.DataFrame) -> Estimate:
 
 
 def bounds(few: Estimate, many: Estimate | None) -> tuple[float, float]:
-    """Return the interval that a mean over few needles and one over many leave open together.
+    """Return the one-sided 95% bounds that a mean over few needles and one over many leave open.
 
-    It holds the intervals of both. Where the few are alike theirs says only how few they are: then
-    it holds their mean and the interval of the many.
+    The farther of both. Where the few are alike theirs say only how few they are: then it is the
+    farther of their mean and the bounds of the many.
     """
     if many is None:
-        return few.low, few.high
-    low, high = (few.mean, few.mean) if few.alike else (few.low, few.high)
-    return min(low, many.low), max(high, many.high)
-
-
-def ceiling(few: Estimate, many: Estimate | None) -> float:
-    """Return the one-sided 95% bound that they leave open together, as `bounds` does."""
-    if many is None:
-        return few.at_most
-    return max(few.mean if few.alike else few.at_most, many.at_most)
+        return few.at_least, few.at_most
+    low, high = (few.mean, few.mean) if few.alike else (few.at_least, few.at_most)
+    return min(low, many.at_least), max(high, many.at_most)
 
 
 class Tipping(NamedTuple):
@@ -248,7 +242,6 @@ __all__ = [
     "Tipping",
     "Untested",
     "bounds",
-    "ceiling",
     "difference",
     "estimate",
     "tipping",

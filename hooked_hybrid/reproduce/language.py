@@ -237,8 +237,8 @@ def bars_of(*suites: str) -> Callable[[Evidence], Figure | None]:
             places = [place + 0.27 * (i - (len(forms) - 1) / 2) for place, _ in own]
             ends = np.array([e.interval or (e.value, e.value) for _, e in own])
             values = np.array([e.value for _, e in own])
-            errors = np.stack([values - ends[:, 0], ends[:, 1] - values]).clip(min=0)
-            axes.bar(places, values, 0.25, yerr=errors, label=form, color=colour)
+            errors = np.stack([values - ends[:, 0], ends[:, 1] - values]).clip(min=0).tolist()
+            axes.bar(places, list(values), 0.25, yerr=errors, label=form, color=colour)
         axes.set_xticks(range(len(names)), names, rotation=60, ha="right", fontsize=8)
         axes.set(ylabel="score (points of a hundred)")
         figure.legend(loc="outside upper center", ncols=len(forms), frameon=False)

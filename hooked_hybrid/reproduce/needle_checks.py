@@ -57,8 +57,8 @@ def left_beyond_window(setting: str) -> Check:
         if not beyond.n:
             return Finding(None, "no needle lies beyond an attention window of this model")
         ours = f"inside the window {inside}; beyond it {beyond}"
-        holds = inside.at_most <= NOTHING < beyond.low
-        is_open = inside.low <= NOTHING < beyond.high and not holds
+        holds = inside.at_most <= NOTHING < beyond.at_least
+        is_open = inside.at_least <= NOTHING < beyond.at_most and not holds
         return Finding(holds, ours, UNDECIDED if is_open else "")
 
     return check
@@ -87,7 +87,7 @@ def complement(first: str, second: str, whole: str) -> Check:
             least = first if a.mean() < b.mean() else second
             return Finding(False, ours, f"no complement: {least} retrieves nothing of them")
         holds = lost.at_most <= NOTHING and shared.at_most <= NOTHING
-        is_open = max(lost.low, shared.low) <= NOTHING and not holds
+        is_open = max(lost.at_least, shared.at_least) <= NOTHING and not holds
         return Finding(holds, ours, UNDECIDED if is_open else "")
 
     return check

@@ -10,22 +10,23 @@ from hooked_hybrid.reproduce.shares import TOLERANCE
 
 _HOW_TO_READ = """\
 - **Verdicts.** "{subject} shows it" or "does not show it" is said of this model and these prompts
-  and of nothing else. A claim is shown only where its whole 95% interval is on the claimed side, so
-  that "does not show it" may mean undecided; then the table says so. An item shows it where each of
-  its tested claims is shown. "Untested on real weights": nothing here could test it. {caution}
+  and of nothing else. A claim is shown only where the 95% bound of its figure is on the claimed
+  side, so that "does not show it" may mean undecided; then the table says so. An item shows it
+  where each of its tested claims is shown. "Untested on real weights": nothing here could test it.
+  {caution}
 - **Accuracy** is the mean graded score / 5 (thesis, Table 2.1), here over {n_needles} needles. "By
   seed": each seed has a haystack and held-out needles of its own, and the paper's needle too.
 - **Intervals** are over needles (`hooked_hybrid.intervals`): each end is the quantile of the mean
   under random weights of the needles and of one more that is as far off as possible. They hold the
   mean over all such needles in 95% of samples or more, however few there are. Where all n are
-  alike, up to 1 - 0.025^(1/n) of all needles ({others} here) may be anything possible. A claim that
-  something is at most so much asks of one end alone: it is shown where the one-sided 95% bound ("at
-  most") stays within.
+  alike, up to 1 - 0.025^(1/n) of all needles ({others} here) may be anything possible. A claim asks
+  of one side alone ("at most", "at least"), and is judged by the one-sided 95% bound there, which
+  is nearer: 1 - 0.05^(1/n) of needles that are alike.
 - **Every needle once.** So few needles cannot bound a rare success. Settings without any head, and
   those of weights, are therefore run over {n_many} needles too, at the shortest length and the
-  middle depth ("of {n_many} needles at ..."). A claim must then hold of both intervals; where the
-  few needles are all alike, of their mean and the interval of the many (at 0%, {others_many}; one-
-  sided {one_sided}).
+  middle depth ("of {n_many} needles at ..."). A claim must then hold by both bounds; where the few
+  needles are all alike, by their mean and the bound of the many (at 0%, at most {one_sided}; the
+  interval reaches to {others_many}).
 - **Without such an interval** are: maps called empty, by the mean of each length and depth; whether
   the whole model retrieves at all, by its mean accuracy (20%), without which a claim about losses
   is untested. Losses of text have Student's interval over texts; language benchmarks one over
