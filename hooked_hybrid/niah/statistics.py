@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from hooked_hybrid.intervals import SHARE, mean_interval
-
 from hooked_hybrid.extras import require
+from hooked_hybrid.intervals import SHARE, mean_interval
 
 if TYPE_CHECKING:
     import pandas as pd
