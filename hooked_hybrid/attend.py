@@ -7,6 +7,7 @@ and calls the hooks on each block; `attend_fused` leaves them inside torch's ker
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from hooked_hybrid.fused_gradient import twice_differentiable
-from hooked_hybrid.hooks import HookPoint
+from hooked_hybrid.hooks import HookPoint, Run, changed_meanwhile
 from hooked_hybrid.layout import Layout
 from hooked_hybrid.plan import attention_way
 from hooked_hybrid.shapes import KeysValues, Mask, Pattern, Queries
@@ -119,6 +120,42 @@ class Hooks:
         return all(p.takes_pieces for p in (self.scores, self.pattern, self.z))
 
 
+class _Attached:
+    """What is attached to the points as attention begins: it is called on every block.
+
+    A hook that removes itself acts on all queries, as where attention runs whole. One that is
+    attached meanwhile would be called on some of them or none.
+    """
+
+    def __init__(self, hooks: Hooks) -> None:
+        self.handles = {p: tuple(p.fwd_hooks) for p in (hooks.scores, hooks.pattern, hooks.z)}
+
+    def has(self, point: HookPoint) -> bool:
+        """Whether anything is attached."""
+        return bool(self.handles[point])
+
+    def call(
+        self,
+        point: HookPoint,
+        x: Tensor,
+        constrain: Callable[[Tensor], Tensor] | None = None,
+        run: Run | None = None,
+        later: tuple[HookPoint, ...] = (),
+    ) -> Tensor:
+        """Return a value after the hooks of its point.
+
+        Raises:
+            RuntimeError: one of them attached another to a point that comes `later`.
+        """
+        if not self.handles[point]:
+            return x
+        x = point.apply_hooks(x, self.handles[point], (), constrain, run)
+        for other in later:
+            if not {*other.fwd_hooks} <= {*self.handles[other]}:
+                raise RuntimeError(changed_meanwhile(other))
+        return x
+
+
 def attend(q: Queries, k: KeysValues, v: KeysValues, sight: Sight, hooks: Hooks) -> Queries:
     """Return what each head reads at each query: the values it sees, weighted by its pattern.
 
@@ -188,8 +225,9 @@ def attend_blocks(q: Queries, k: KeysValues, v: KeysValues, sight: Sight, hooks:
     scores or patterns are hooked, as one may act on what another saw. Watchers that need the whole
     are given it in the end, put together from the blocks.
     """
-    by_block = hooks.are_inside and hooks.take_blocks
-    whole = _Whole(q, sight, hooks) if hooks.are_inside and not by_block else None
+    attached = _Attached(hooks) if hooks.are_inside else None
+    by_block = attached is not None and hooks.take_blocks
+    whole = None if attached is None or by_block else _Whole(q, sight, hooks, attached)
     z = torch.empty_like(q)
     heads_k, heads_v = (t.transpose(1, 2).flatten(0, 1) for t in (k, v))
     for start in range(0, q.shape[1], BLOCK):
@@ -198,14 +236,14 @@ def attend_blocks(q: Queries, k: KeysValues, v: KeysValues, sight: Sight, hooks:
         queries = rearrange(q[:, start:stop], "b q (kv g) e -> (b kv) (g q) e", kv=k.shape[2])
         scores = _scores(queries, heads_k[:, keys]).view(q.shape[0], q.shape[2], stop - start, -1)
         scores = sight.hide(scores, start, stop)
-        if by_block:
-            pattern = _hooked_pattern(scores, sight, hooks, start)
+        if attached is not None and by_block:
+            pattern = _hooked_pattern(scores, sight, hooks, attached, start)
         else:
             pattern = _watched_pattern(scores, sight, hooks, start, whole)
         z_block = torch.bmm(pattern.view(*queries.shape[:2], -1), heads_v[:, keys])
         z_block = z_block.view(*scores.shape[:3], -1).transpose(1, 2)
-        if by_block:
-            z_block = hooks.z(z_block, run=sight.layout.run.at(start, stop))
+        if attached is not None and by_block:
+            z_block = attached.call(hooks.z, z_block, run=sight.layout.run.at(start, stop))
         z[:, start:stop] = z_block
     if whole is not None:
         whole.show()
@@ -219,18 +257,28 @@ def _scores(queries: HeadQueries, keys: HeadKeys) -> Float[Tensor, "batch_kv gro
     return torch.baddbmm(unused, queries, keys.transpose(1, 2), beta=0, alpha=scale)
 
 
-def _hooked_pattern(scores: Pattern, sight: Sight, hooks: Hooks, start: int) -> Pattern:
+def _hooked_pattern(
+    scores: Pattern, sight: Sight, hooks: Hooks, attached: _Attached, start: int
+) -> Pattern:
     """Return the pattern of one block after what is attached."""
     stop = start + scores.shape[2]
     run = sight.layout.run.at(start, stop).with_keys(sight.key_pos[:, sight.keys_of(start, stop)])
     lowest = torch.finfo(scores.dtype).min
-    scores = hooks.scores(
-        scores, lambda s: s.masked_fill(~sight.mask(start, stop)[:, None], lowest), run
+    is_edited = not all(h.is_watcher for h in attached.handles[hooks.scores])
+    scores = attached.call(
+        hooks.scores,
+        scores,
+        lambda s: s.masked_fill(~sight.mask(start, stop)[:, None], lowest),
+        run,
+        later=(hooks.pattern, hooks.z),
     )
-    is_edited = hooks.scores.has_editors
-    pattern = _softmax(scores, sight, is_edited, overwrite=not hooks.scores.is_hooked)
-    pattern = hooks.pattern(
-        pattern, lambda p: p.masked_fill(~sight.mask(start, stop)[:, None], 0), run
+    pattern = _softmax(scores, sight, is_edited, overwrite=not attached.has(hooks.scores))
+    pattern = attached.call(
+        hooks.pattern,
+        pattern,
+        lambda p: p.masked_fill(~sight.mask(start, stop)[:, None], 0),
+        run,
+        later=(hooks.z,),
     )
     return pattern.contiguous()
 
@@ -259,11 +307,11 @@ def _softmax(scores: Pattern, sight: Sight, is_edited: bool, overwrite: bool) ->
 class _Whole:
     """Scores and patterns of all queries and keys, for watchers, put together from blocks."""
 
-    def __init__(self, q: Queries, sight: Sight, hooks: Hooks) -> None:
-        self.sight = sight
+    def __init__(self, q: Queries, sight: Sight, hooks: Hooks, attached: _Attached) -> None:
+        self.sight, self.attached, self.pattern = sight, attached, hooks.pattern
         shape = (q.shape[0], q.shape[2], q.shape[1], sight.key_pos.shape[1])
         empty = {hooks.scores: torch.finfo(q.dtype).min, hooks.pattern: 0.0}
-        self.values = {p: q.new_full(shape, x) for p, x in empty.items() if p.is_hooked}
+        self.values = {p: q.new_full(shape, x) for p, x in empty.items() if attached.has(p)}
 
     def put(self, point: HookPoint, block: Pattern, start: int) -> None:
         """Copy a block to its place."""
@@ -275,7 +323,8 @@ class _Whole:
         """Call the watchers."""
         run = self.sight.layout.run.with_keys(self.sight.key_pos)
         for point, value in self.values.items():
-            point(value, None, run)
+            later = () if point is self.pattern else (self.pattern,)
+            self.attached.call(point, value, run=run, later=later)
 
 
 def softmax_or_zero(scores: Pattern) -> Pattern:

@@ -92,7 +92,8 @@ def per_position(fn: F) -> F:
     """Mark a hook that treats each position by itself.
 
     Such a hook may be called on pieces of a sequence, so that a forward can run in chunks. It must
-    give position t the same result whatever other positions are in the tensor.
+    give position t the same result whatever other positions are in the tensor, and attach or remove
+    no hooks, of which the pieces before would know nothing.
     """
     return _marked(fn, "per_position", True)
 
@@ -154,21 +155,34 @@ class LensHandle:
 class HookPoint(nn.Module):
     """An identity with a name, on which hooks are called.
 
+    What is attached as a value arrives is called, in order, also where one of them removes another;
+    what a hook attaches here counts from the next value on.
+
     Args:
         axes: names of the value's axes, for example `"batch pos d_model"`.
         large: whether `run_with_cache` keeps the value only when it is named.
         lazy: whether the value is computed only when something is attached here.
         integer: whether the value is an index, without a gradient.
+        stepwise: whether hooks are called once a position, with one entry on the position axis;
+            watchers are given all positions at once. A hook that is not marked `per_position`
+            may not select positions of that one: it would act at every position.
     """
 
     def __init__(
-        self, axes: str = "", *, large: bool = False, lazy: bool = False, integer: bool = False
+        self,
+        axes: str = "",
+        *,
+        large: bool = False,
+        lazy: bool = False,
+        integer: bool = False,
+        stepwise: bool = False,
     ) -> None:
         super().__init__()
         self.axes = tuple(axes.split())
         self.is_large = large
         self.is_lazy = lazy
         self.is_integer = integer
+        self.is_stepwise = stepwise
         self.name: str | None = None
         self.ctx: dict[Any, Any] = {}
         self.fwd_hooks: list[LensHandle] = []
@@ -366,8 +380,16 @@ class HookPoint(nn.Module):
     register_backward_hook = register_forward_hook
 
     def extra_repr(self) -> str:
-        """Show the axes in the model's printout."""
-        return " ".join(self.axes)
+        """Show the axes, and how many functions are attached, in the model's printout."""
+        counts = ((len(self.fwd_hooks), "fwd"), (len(self.bwd_hooks), "bwd"))
+        attached = [f"{n} {direction}" for n, direction in counts if n]
+        once = ["hooks are called once a position, on pos of length 1"] if self.is_stepwise else []
+        return ", ".join([" ".join(self.axes), *once, *attached])
+
+    def __repr__(self) -> str:
+        """Return the name, the axes and how many functions are attached."""
+        name = "" if self.name is None else f"{self.name!r}, "
+        return f"HookPoint({name}{self.extra_repr()})"
 
     # --- inside -----------------------------------------------------------------------------
 
@@ -378,11 +400,21 @@ class HookPoint(nn.Module):
 
     def _called(self, handle: LensHandle, value: Tensor) -> Any:
         """Return what a hook returns; an error of its own gets a note that says where it was."""
+        here = None
+        if self.is_stepwise and not (handle.is_watcher or is_per_position(handle.hook)):
+            value = here = OnePosition.of(value, str(self.name))
         try:
-            return handle.hook(value, hook=self)
+            result = handle.hook(value, hook=self)
         except BaseException as error:
             error.add_note(f"in the hook {_name_of(handle.hook)} on {self.name!r}")
+            if self.is_stepwise and isinstance(error, IndexError):
+                error.add_note(_ONCE)
             raise
+        else:
+            return result
+        finally:
+            if here is not None:
+                here.close()
 
     def _checked(self, result: object, x: Tensor, hook: HookFn) -> Tensor:
         """Refuse a replacement that the rest of the forward could not use."""
@@ -423,6 +455,69 @@ class HookPoint(nn.Module):
 
         x.register_hook(backward)
         return x
+
+
+def changed_meanwhile(point: HookPoint) -> str:
+    """Return the error of a forward whose hooks changed between its pieces."""
+    return (
+        f"hooks were attached to {point.name!r} or removed while the forward ran in pieces, some "
+        "of which they would miss: do that before the forward, or do not mark the hook that does "
+        "it as per_position"
+    )
+
+
+_ONCE = (
+    "hooks here are called once a position, with one entry on the position axis: to act at some "
+    "positions use interventions.hook_at(fn, positions) or edit_state(fn, positions); a function "
+    "marked per_position is meant for each"
+)
+
+
+class OnePosition(Tensor):
+    """What a hook is given of a value that comes position by position.
+
+    While the hook runs, selecting on the position axis is refused: `h[:, -1]` would be this
+    position, whichever it is, and not the last one.
+    """
+
+    point_name: str
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @classmethod
+    def of(cls, value: Tensor, name: str) -> OnePosition:
+        """Return the value, in the same memory."""
+        here = value.as_subclass(cls)
+        here.point_name = name
+        return here
+
+    def close(self) -> None:
+        """Become a tensor like any other: the hook has run, and may have kept it."""
+        del self.point_name
+        self.__class__ = Tensor  # type: ignore[assignment]
+
+    def __getitem__(self, index: Any) -> Tensor:
+        """Return a selection that is the same at each position."""
+        self._check(index)
+        return super().__getitem__(index)
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        """Write to a selection that is the same at each position."""
+        self._check(index)
+        super().__setitem__(index, value)
+
+    def _check(self, index: Any) -> None:
+        if _axis_1(index, self.ndim) != slice(None):
+            raise IndexError(f"{self.point_name!r} comes one position at a time: an index on axis 1")
+
+
+def _axis_1(index: Any, ndim: int) -> Any:
+    """Return what an index selects on axis 1: all, where it is too short or a mask of several."""
+    entries = [i for i in (index if isinstance(index, tuple) else (index,)) if i is not None]
+    if any(getattr(i, "ndim", 1) != 1 and getattr(i, "dtype", 0) == torch.bool for i in entries):
+        return slice(None)
+    gap = next((at for at, i in enumerate(entries) if i is ...), len(entries))
+    entries[gap : gap + 1] = [slice(None)] * (ndim - len(entries) + (gap < len(entries)))
+    return entries[1] if len(entries) > 1 and isinstance(entries[1], slice) else entries[1:2]
 
 
 def _name_of(hook: HookFn) -> str:

@@ -203,10 +203,11 @@ class Unembed(Component):
     def forward(self, x: Resid, W_E: Float[Tensor, "d_vocab d_model"], run: Run) -> Logits:
         """Return logits, `cap * tanh(logits / cap)` under a cap; `run` is of these positions."""
         weight = W_E if self.weight is None else self.weight
+        is_ours = may_overwrite(self.hook_logits)
         logits = self.hook_logits(linear(x, weight), run=run)
         if self.soft_cap is None:
             return logits
-        if may_overwrite(self.hook_logits):
+        if is_ours:
             return logits.div_(self.soft_cap).tanh_().mul_(self.soft_cap)
         return self.soft_cap * torch.tanh(logits / self.soft_cap)
 

@@ -26,7 +26,7 @@ from hooked_hybrid.checks import (
 from hooked_hybrid.config import HybridConfig
 from hooked_hybrid.generate import generate
 from hooked_hybrid.hooked_root import HookedRootModule
-from hooked_hybrid.hooks import HookPoint, Stage
+from hooked_hybrid.hooks import HookPoint, LensHandle, Stage, changed_meanwhile
 from hooked_hybrid.layers import Embed, RMSNorm, Unembed
 from hooked_hybrid.layout import Layout, lay_out
 from hooked_hybrid.loss import next_token_loss
@@ -381,6 +381,7 @@ class HookedHybrid(TextMethods, HookedRootModule):
         blocks: Sequence[BlockState | None] = (None,) * self._cfg.n_layers
         blocks = blocks if state is None else state.blocks
         kept, streams = [], None
+        attached = self._attached() if piece < layout.length else []
         with self._running(layout), dispatch(layout.length, self.hook_points()):
             if self.placement is not None and self.placement.brings_weights:
                 streams, blocks = self.placement.run_pieces(self, tokens, layout, blocks, piece)
@@ -394,10 +395,27 @@ class HookedHybrid(TextMethods, HookedRootModule):
                     resid, blocks = self._run_blocks(resid, blocks, part, range(self._cfg.n_layers))
                 if return_type is not None:
                     kept.append(self._normalized(resid, max(first - start, 0)))
+                self._require_attached(attached)
             self.run_holder.run = layout.run
             out = self._read_out(kept, tokens, layout, return_type, loss_per_token, first)
         n_seen = None if layout.n_before is None else layout.n_before + layout.length
         return out, HybridState(tuple(blocks), layout.next_pos, layout.segment, n_seen)  # type: ignore[arg-type]
+
+    def _attached(self) -> list[tuple[HookPoint, tuple[LensHandle, ...]]]:
+        """Return every point with what is attached to it now."""
+        return [(p, (*p.fwd_hooks, *p.bwd_hooks)) for p in self.hook_points()]
+
+    def _require_attached(
+        self, before: Sequence[tuple[HookPoint, tuple[LensHandle, ...]]]
+    ) -> None:
+        """Refuse to go on with other hooks than those that the pieces before had.
+
+        Raises:
+            RuntimeError: naming the point where they changed.
+        """
+        for point, handles in before:
+            if handles != (*point.fwd_hooks, *point.bwd_hooks):
+                raise RuntimeError(changed_meanwhile(point))
 
     def _layers(self, start: int | None, stop: int | None) -> range:
         """Return the layers of a part of the model, as a slice; a layer that is not is an error."""

@@ -91,9 +91,10 @@ def dispatch(n_pos: int, points: Iterable[HookPoint]) -> AbstractContextManager[
 
 
 def may_overwrite(*points: HookPoint) -> bool:
-    """Whether the value that passed these points may be changed in place.
+    """Whether a value may be changed in place after it has passed these points.
 
-    It may not where a hook saw it, and may have kept it, or where autograd or a transform needs it.
+    It may not where a hook sees it, and may keep it, or where autograd or a transform needs it. To
+    be asked before the value passes: a hook may remove itself.
     """
     if transforms.is_followed():
         return False

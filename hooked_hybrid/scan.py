@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -125,7 +126,8 @@ def hooked_scan(a: States, x: States, h0: State, hook: HookPoint, layout: Layout
     Watchers alone keep the fast scan and are given all states at once. Any other hook is called
     once a position, on [batch 1 *channels]; the scan is fast between the positions that
     `interventions.hook_at` names. At padding a state is only carried, so edits there are undone.
-    Gradients at this point are total: through the output at t and through all later states.
+    Gradients at this point are total: through the output at t and through all later states; those
+    that are cached are what the backward hooks before the caching one made of them.
 
     Args:
         a, x, h0: as in `scan_loop`.
@@ -134,22 +136,42 @@ def hooked_scan(a: States, x: States, h0: State, hook: HookPoint, layout: Layout
     """
     if not hook.is_hooked:
         return scan(a, x, h0)
-    fwd_watchers, fwd = _split(hook.fwd_hooks)
-    bwd_watchers, bwd = _split(hook.bwd_hooks)
-    probe = None
-    if bwd_watchers and torch.is_grad_enabled():
-        # Added to each state, its gradient is the state's total one, whatever edits there are.
-        probe = hook.apply_hooks(torch.zeros_like(x), (), bwd_watchers)
-    if fwd or bwd:
-        states = _scan_edited(a, x, h0, hook, layout, fwd, bwd, probe)
+    watchers = [h for h in hook.fwd_hooks if h.is_watcher]
+    fwd, bwd = [h for h in hook.fwd_hooks if not h.is_watcher], _gradients(x, hook)
+    if fwd or any(handles for handles, _ in bwd):
+        states = _scan_edited(a, x, h0, hook, layout, fwd, bwd)
     else:
-        states = scan(a, x if probe is None else x + probe, h0)
-    return hook.apply_hooks(states, fwd_watchers, ())
+        states = scan(a, _with_probes(x, bwd), h0)
+    return hook.apply_hooks(states, watchers, ())
 
 
-def _split(handles: Sequence[LensHandle]) -> tuple[list[LensHandle], list[LensHandle]]:
-    """Return the watchers and the others."""
-    return [h for h in handles if h.is_watcher], [h for h in handles if not h.is_watcher]
+GradientHooks = list[tuple[list[LensHandle], "States | None"]]
+"""Backward hooks in order: editors with None, or, for watchers, none with a probe of all states."""
+
+
+def _gradients(x: States, hook: HookPoint) -> GradientHooks:
+    """Return the backward hooks of a point, neighbouring ones of a kind together.
+
+    Watchers are given the gradient of a zero that is added to each state: the state's total one,
+    after the edits of those before them.
+    """
+    found: GradientHooks = []
+    if not torch.is_grad_enabled():
+        return found
+    for is_watcher, group in groupby(hook.bwd_hooks, key=lambda h: h.is_watcher):
+        handles = list(group)
+        if is_watcher:
+            found.append(([], hook.apply_hooks(torch.zeros_like(x), (), handles)))
+        else:
+            found.append((handles, None))
+    return found
+
+
+def _with_probes(x: States, bwd: GradientHooks) -> States:
+    """Return values plus the zeros whose gradients are wanted."""
+    for _, probe in bwd:
+        x = x if probe is None else x + probe
+    return x
 
 
 def _scan_edited(
@@ -159,13 +181,12 @@ def _scan_edited(
     hook: HookPoint,
     layout: Layout,
     fwd: list[LensHandle],
-    bwd: list[LensHandle],
-    probe: States | None,
+    bwd: GradientHooks,
 ) -> States:
     """Return the states of a scan that stops at each edited position."""
-    x_probed = x if probe is None else x + probe
-    done, h, pieces = 0, h0, []
-    for t in [*edited_positions(fwd + bwd, layout), layout.length]:
+    x_probed, done, h, pieces = _with_probes(x, bwd), 0, h0, []
+    editors = fwd + [handle for handles, _ in bwd for handle in handles]
+    for t in [*edited_positions(editors, layout), layout.length]:
         if t > done:
             pieces.append(scan(a[:, done:t], x_probed[:, done:t], h))
             h = pieces[-1][:, -1]
@@ -173,15 +194,16 @@ def _scan_edited(
             break
         carried = (a[:, t] * h + x[:, t])[:, None]
         is_real = layout.is_real[:, t].view(-1, *(1,) * h.ndim)
-        h = hook.apply_hooks(
-            carried.clone(),
-            fwd,
-            bwd,
+        apply = partial(
+            hook.apply_hooks,
             constrain=partial(only_where, is_real, carried),
             run=layout.run.at(t, t + 1),
-        )[:, 0]
-        h = h if probe is None else h + probe[:, t]
-        pieces.append(h[:, None])
+        )
+        edited = apply(carried.clone(), fwd, ())
+        for handles, probe in reversed(bwd):  # a gradient meets the last of these nodes first
+            edited = apply(edited, (), handles) if probe is None else edited + probe[:, t, None]
+        h = edited[:, 0]
+        pieces.append(edited)
         done = t + 1
     return torch.cat(pieces, dim=1)
 
@@ -191,7 +213,7 @@ def only_where(is_real: Tensor, carried: Tensor, edited: Tensor) -> Tensor:
     return edited.where(is_real, carried)
 
 
-def edited_positions(handles: list[LensHandle], layout: Layout) -> list[int]:
+def edited_positions(handles: Sequence[LensHandle], layout: Layout) -> list[int]:
     """Return the indices at which some handle may act."""
     wanted: set[int] = set()
     for handle in handles:

@@ -14,6 +14,7 @@ and the state to the model's dtype, so that it agrees in fp32 and differs by a r
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn.functional import softplus
 
 from hooked_hybrid.config import MambaConfig
-from hooked_hybrid.hooks import HookPoint, positions_of
+from hooked_hybrid.hooks import HookPoint, LensHandle, positions_of
 from hooked_hybrid.layers import (
     CausalConv1d,
     InnerNorm,
@@ -69,7 +70,9 @@ class Mamba(Mixer[RecurrentState]):
         self.hook_ssm_dt = HookPoint("batch pos d_inner")
         self.hook_ssm_decay = HookPoint("batch pos d_inner d_state", lazy=True, large=True)
         self.hook_ssm_write = HookPoint("batch pos d_inner d_state", lazy=True, large=True)
-        self.hook_ssm_state = HookPoint("batch pos d_inner d_state", lazy=True, large=True)
+        self.hook_ssm_state = HookPoint(
+            "batch pos d_inner d_state", lazy=True, large=True, stepwise=True
+        )
         self.hook_ssm_y = HookPoint("batch pos d_inner")
         self.hook_gated = HookPoint("batch pos d_inner")
 
@@ -89,10 +92,12 @@ class Mamba(Mixer[RecurrentState]):
         u = self.hook_in_proj.branch(u)  # a half of one projection
         conv_state = self.conv.initial_state(u) if state is None else state.conv
         u, conv_state = self.conv(u, conv_state, layout)
-        u = self.hook_ssm_input(activate(self.hook_conv(u), "silu", may_overwrite(self.hook_conv)))
+        is_ours = may_overwrite(self.hook_conv)
+        u = self.hook_ssm_input(activate(self.hook_conv(u), "silu", is_ours))
         y, h = self._recur(u, state, layout)
+        is_ours = may_overwrite(self.hook_ssm_y)
         y = self.hook_ssm_y(y.to(x.dtype))
-        gated = self.hook_gated(times(y, gate, may_overwrite(self.hook_ssm_y)))
+        gated = self.hook_gated(times(y, gate, is_ours))
         return self.out_proj(gated), RecurrentState(conv_state, h)
 
     def state_shapes(self) -> dict[str, tuple[int, ...]]:
@@ -116,8 +121,10 @@ class Mamba(Mixer[RecurrentState]):
         dt = softplus(at_least_fp32(self.hook_dt_proj(self.dt_proj(dt))))
         dt = self.hook_ssm_dt(layout.zero_padding(dt), constrain=layout.zero_padding)
         u, B, C = at_least_fp32(u), at_least_fp32(B), at_least_fp32(C)
+        # A step of 0 writes nothing but times what is not finite.
+        read, B = layout.zero_padding(u), layout.zero_padding(B)
         h0 = u.new_zeros(u.shape[0], cfg.d_inner, cfg.d_state) if state is None else state.ssm
-        y, h = self._scan(u, dt, B, C, h0, layout, begins=state is None)
+        y, h = self._scan(read, dt, B, C, h0, layout, begins=state is None)
         skip = u * self.D.to(u.dtype)
         return torch.add(y, skip, out=y if may_overwrite() else None), h
 
@@ -172,25 +179,28 @@ class Mamba(Mixer[RecurrentState]):
     ) -> tuple[Inner, SSMState]:
         """Return what `_scan_hooked` does, by fast scans that stop at each edited position."""
         rates, resets, h, ys, done = self.A, layout.resets, h0, [], 0
-        edited = edited_positions(self.hook_ssm_state.fwd_hooks, layout)
+        handles = tuple(self.hook_ssm_state.fwd_hooks)
+        edited = edited_positions(handles, layout)
         for stop in sorted({*(t + 1 for t in edited), layout.length}):
             part = slice(done, stop)
             reset = None if resets is None else resets[:, part]
             y, h = selective_scan(u[:, part], dt[:, part], rates, B[:, part], C[:, part], h, reset)
             if stop - 1 in edited:
-                h = self._edit(h, layout, stop - 1)
+                h = self._edit(h, handles, layout, stop - 1)
                 y = torch.cat([y[:, :-1], C[:, stop - 1 : stop] @ h.mT], dim=1)
             ys.append(y)
             done = stop
         return torch.cat(ys, dim=1), h
 
-    def _edit(self, h: SSMState, layout: Layout, t: int) -> SSMState:
-        """Return a state after the hooks on it at index t, where padding carries it unchanged."""
+    def _edit(
+        self, h: SSMState, handles: Sequence[LensHandle], layout: Layout, t: int
+    ) -> SSMState:
+        """Return a state after its hooks at index t, where padding carries it unchanged."""
         is_real = layout.is_real[:, t, None, None, None]
         hook, carried = self.hook_ssm_state, h[:, None]
         return hook.apply_hooks(
             carried.clone(),
-            hook.fwd_hooks,
+            handles,
             (),
             constrain=partial(only_where, is_real, carried),
             run=layout.run.at(t, t + 1),

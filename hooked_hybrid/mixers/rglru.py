@@ -64,7 +64,7 @@ class RGLRU(Mixer[RecurrentState]):
         self.hook_rec_gate = HookPoint("batch pos d_rnn")
         self.hook_log_decay = HookPoint("batch pos d_rnn")
         self.hook_ssm_write = HookPoint("batch pos d_rnn")
-        self.hook_ssm_state = HookPoint("batch pos d_rnn", lazy=True)
+        self.hook_ssm_state = HookPoint("batch pos d_rnn", lazy=True, stepwise=True)
         self.hook_ssm_y = HookPoint("batch pos d_rnn")
         self.hook_gated = HookPoint("batch pos d_rnn")
 
@@ -84,10 +84,10 @@ class RGLRU(Mixer[RecurrentState]):
         u = self.hook_in_proj(self.linear_x(x))
         conv_state = self.conv.initial_state(u) if state is None else state.conv
         u, conv_state = self.conv(u, conv_state, layout)
-        h = self._recur(self.hook_conv(u), state, layout)
+        h, is_ours = self._recur(self.hook_conv(u), state, layout)
         last = h[:, -1].clone()
+        is_ours = is_ours and may_overwrite(self.hook_ssm_y)
         y = self.hook_ssm_y.branch(h.to(x.dtype))
-        is_ours = may_overwrite(self.hook_ssm_state, self.hook_ssm_y)
         return self.linear_out(self.hook_gated(times(y, gate, is_ours))), RecurrentState(
             conv_state, last
         )
@@ -96,20 +96,29 @@ class RGLRU(Mixer[RecurrentState]):
         """Return the shapes of this layer's state, without the batch."""
         return {"conv": (self.cfg.d_conv - 1, self.cfg.d_rnn), "ssm": (self.cfg.d_rnn,)}
 
-    def _recur(self, u: Channels, state: RecurrentState | None, layout: Layout) -> Channels:
-        """Return the RG-LRU's state at every position; padding writes and forgets nothing."""
+    def _recur(
+        self, u: Channels, state: RecurrentState | None, layout: Layout
+    ) -> tuple[Channels, bool]:
+        """Return the RG-LRU's state at every position, and whether no hook was given it.
+
+        Padding writes and forgets nothing.
+        """
         input_gate = self.hook_input_gate(self.input_gate(u).sigmoid())
+        is_edited = self.hook_rec_gate.has_editors
         rec_gate = self.hook_rec_gate(self.rec_gate(u).sigmoid())
+        is_edited |= self.hook_log_decay.has_editors
         log_a = self.hook_log_decay(rec_gate * self.log_a_at_1)
-        log_a = layout.zero_padding(self._checked_decay(log_a))
+        log_a = layout.zero_padding(self._checked_decay(log_a) if is_edited else log_a)
 
         one = constant(1.0, log_a.dtype, log_a.device)
         scale = layout.fill_starts(sqrt_bounded(one - torch.exp(log_a + log_a)), 1.0)
-        # At padding the decay is 1, so that the scale, and with it the write, is 0.
-        write = self.hook_ssm_write(u * input_gate * scale, constrain=layout.zero_padding)
+        # At padding the decay is 1, and the write 0 whatever stands there.
+        write = layout.zero_padding(u * input_gate * scale)
+        write = self.hook_ssm_write(write, constrain=layout.zero_padding)
         a = at_least_fp32(layout.fill_starts(torch.exp(log_a), 0.0))
         h0 = torch.zeros_like(a[:, 0]) if state is None else state.ssm
-        return hooked_scan(a, at_least_fp32(write), h0, self.hook_ssm_state, layout)
+        is_ours = may_overwrite(self.hook_ssm_state)
+        return hooked_scan(a, at_least_fp32(write), h0, self.hook_ssm_state, layout), is_ours
 
     @property
     def log_a_at_1(self) -> Float[Tensor, " d_rnn"]:
@@ -117,8 +126,7 @@ class RGLRU(Mixer[RecurrentState]):
         return -DECAY_STRENGTH * softplus(self.a_param)
 
     def _checked_decay(self, log_a: Channels) -> Channels:
-        is_edited = self.hook_log_decay.has_editors or self.hook_rec_gate.has_editors
-        if is_edited and bool((transforms.plain_rows(log_a) > 0).any()):
+        if bool((transforms.plain_rows(log_a) > 0).any()):
             raise ValueError(
                 f"{self.hook_log_decay.name!r} is {log_a.max():.3g} after a hook on it or on the "
                 "recurrence gate; a log decay must be 0 (keep everything) or less, down to minus "

@@ -45,9 +45,10 @@ class GatedMLP(Component):
 
     def forward(self, x: Resid, layout: Layout) -> Resid:  # noqa: ARG002  (experts need it)
         """Return the MLP's write."""
+        is_ours = may_overwrite(self.hook_pre)
         pre = self.hook_pre(self.gate(x))
-        act = self.hook_act(activate(pre, self.cfg.act, may_overwrite(self.hook_pre)))
-        post = times(
-            act, self.hook_pre_linear(self.up(x)), may_overwrite(self.hook_act, self.hook_pre)
-        )
+        act = activate(pre, self.cfg.act, is_ours)
+        is_ours = is_ours and may_overwrite(self.hook_act)
+        act = self.hook_act(act)
+        post = times(act, self.hook_pre_linear(self.up(x)), is_ours)
         return self.down(self.hook_post(post))

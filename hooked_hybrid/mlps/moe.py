@@ -90,7 +90,9 @@ class MoE(Component):
         logits = self.hook_router_logits(self.router(x))
         shares, indices = logits.softmax(-1, dtype=wide).topk(self.cfg.n_chosen, dim=-1)
         weights = self.hook_expert_weights(shares.to(x.dtype))
-        return weights, self._checked(self.hook_expert_indices(indices))
+        is_edited = self.hook_expert_indices.has_editors
+        indices = self.hook_expert_indices(indices)
+        return weights, self._checked(indices) if is_edited else indices
 
     def _run_sorted(self, x: Resid, weights: Weights, indices: Indices) -> Resid:
         """Return the sum, each expert run once on all tokens that chose it."""
@@ -147,11 +149,10 @@ class MoE(Component):
         return times(act, linear(x, self.up[expert]), may_overwrite())
 
     def _checked(self, indices: Indices) -> Indices:
-        if self.hook_expert_indices.has_editors:
-            low, high = (int(v) for v in torch.aminmax(transforms.plain_rows(indices)))
-            if low < 0 or high >= self.cfg.n_experts:
-                raise ValueError(
-                    f"a hook on {self.hook_expert_indices.name!r} chose experts {low} to {high}; "
-                    f"there are {self.cfg.n_experts}, from 0"
-                )
+        low, high = (int(v) for v in torch.aminmax(transforms.plain_rows(indices)))
+        if low < 0 or high >= self.cfg.n_experts:
+            raise ValueError(
+                f"a hook on {self.hook_expert_indices.name!r} chose experts {low} to {high}; "
+                f"there are {self.cfg.n_experts}, from 0"
+            )
         return indices
