@@ -16,6 +16,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from hooked_hybrid.finite import is_finite
 from hooked_hybrid.fused_gradient import twice_differentiable
 from hooked_hybrid.hooks import HookPoint, Run, changed_meanwhile
 from hooked_hybrid.layout import Layout
@@ -166,6 +167,8 @@ def attend(q: Queries, k: KeysValues, v: KeysValues, sight: Sight, hooks: Hooks)
         hooks: the points on scores, pattern and z.
     """
     way = attention_way(hooks.scores, hooks.pattern, hooks.z, q.device)
+    if q.shape[1] > 1 and not is_finite(k, v):
+        way = "whole"  # which reads nothing of keys that are masked: 0 times NaN is NaN
     if way == "whole":
         return hooks.z(attend_whole(q, k, v, sight, hooks))
     if way == "fused" or (q.shape[1] == 1 and not hooks.are_inside):
@@ -185,9 +188,25 @@ def attend_whole(q: Queries, k: KeysValues, v: KeysValues, sight: Sight, hooks: 
         scores.masked_fill(hidden, lowest), lambda s: s.masked_fill(hidden, lowest), run
     )
     pattern = hooks.pattern(softmax_or_zero(scores), lambda p: p.masked_fill(hidden, 0), run)
-    grouped_v = rearrange(v, "b k kv e -> b kv 1 k e")
-    z = pattern.unflatten(1, (n_kv, -1)) @ grouped_v
+    pattern = pattern.unflatten(1, (n_kv, -1))
+    if is_finite(v):
+        z = pattern @ rearrange(v, "b k kv e -> b kv 1 k e")
+    else:
+        z = _read_one_by_one(pattern, v, hidden)
     return rearrange(z, "b kv g q e -> b q (kv g) e")
+
+
+def _read_one_by_one(
+    pattern: Float[Tensor, "batch kv group query key"],
+    v: KeysValues,
+    hidden: Bool[Tensor, "#batch 1 query key"],
+) -> Float[Tensor, "batch kv group query d_head"]:
+    """Return z where values are not finite: those that a query does not see are 0 for it."""
+    found = []
+    for t in range(pattern.shape[3]):
+        seen = v.masked_fill(hidden[:, 0, t, :, None, None], 0)
+        found.append(torch.einsum("bvgk,bkve->bvge", pattern[..., t, :], seen))
+    return torch.stack(found, dim=3)
 
 
 def attend_fused(q: Queries, k: KeysValues, v: KeysValues, sight: Sight) -> Queries:

@@ -12,9 +12,10 @@ class FactoredMatrix:
     """Represent the product `A @ B` without multiplying it out.
 
     Names and behaviour follow TransformerLens. `A` and `B` broadcast over their leading dimensions
-    and are stored expanded (views, no copy). Everything is differentiable in `A` and `B`. The
-    decompositions need float32 or float64; their gradients need factors of full rank, and those
-    of the singular vectors need distinct singular values.
+    and are stored expanded (views, no copy). Everything is differentiable in `A` and `B`. Factors
+    of 16 bits are decomposed in float32, and what comes of it (`svd`, `eigenvalues`, `norm`,
+    `make_even`, `collapse_l`, `collapse_r`) is float32 too. Gradients of decompositions need
+    factors of full rank, and those of the singular vectors need distinct singular values.
 
     Attributes:
         A: Left factor [..., ldim, mdim].
@@ -133,7 +134,8 @@ class FactoredMatrix:
             min(ldim, mdim, rdim), that is mdim for a low-rank product.
 
         """
-        (Q_A, R_A), (Q_B, R_B) = torch.linalg.qr(self.A), torch.linalg.qr(self.B.mT)
+        A, B = self._wide().pair
+        (Q_A, R_A), (Q_B, R_B) = torch.linalg.qr(A), torch.linalg.qr(B.mT)
         U, S, V_transposed = torch.linalg.svd(R_A @ R_B.mT, full_matrices=False)
         return Q_A @ U, S, Q_B @ V_transposed.mT
 
@@ -155,12 +157,20 @@ class FactoredMatrix:
     @property
     def eigenvalues(self) -> Complex[Tensor, "... mdim"]:
         """Return the eigenvalues of BA [..., mdim]: those of AB, up to zeros. Raises as `BA`."""
-        return torch.linalg.eigvals(self.BA)
+        return torch.linalg.eigvals(self._wide().BA)
 
     def norm(self) -> Float[Tensor, "..."]:
         """Return the Frobenius norm of each matrix [...], without forming the product."""
-        left = torch.linalg.qr(self.A).R if self.ldim > self.mdim else self.A
-        return torch.linalg.matrix_norm(left @ self.B)
+        A, B = self._wide().pair
+        left = torch.linalg.qr(A).R if self.ldim > self.mdim else A
+        return torch.linalg.matrix_norm(left @ B)
+
+    def _wide(self) -> "FactoredMatrix":
+        """Return the same product with factors in float32 or float64."""
+        wide = torch.promote_types(self.A.dtype, torch.float32)
+        if self.A.dtype == wide:
+            return self
+        return FactoredMatrix(self.A.to(wide), self.B.to(wide))
 
     def make_even(self) -> "FactoredMatrix":
         """Return the same product as (U sqrt(S)) @ (sqrt(S) Vh^T), with inner dimension k."""

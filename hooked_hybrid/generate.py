@@ -21,7 +21,7 @@ from hooked_hybrid.layout import lay_out
 from hooked_hybrid.names import NameFilter
 from hooked_hybrid.options import check_choice, check_count, refuse_ignored
 from hooked_hybrid.recorder import Recorder
-from hooked_hybrid.sampling import Sampling
+from hooked_hybrid.sampling import NoChoiceError, Sampling
 from hooked_hybrid.state import HybridState
 from hooked_hybrid.step_graph import StepGraph, captured
 from hooked_hybrid.text import PaddingSide
@@ -122,7 +122,8 @@ def generate(
 
     Raises:
         ValueError: options that do not go together or have no effect, or input that would be
-            misread.
+            misread; later, logits that are NaN: the message names the row, the new token and the
+            step, all from 0.
         HookNameError: a hook or filter that matches nothing; then nothing has run.
     """
     transforms.refuse("generate cannot run")
@@ -267,7 +268,15 @@ class _Decoder:
         uniform = None
         if self.draws is not None:
             uniform = self.draws.at(len(self.new), self.batch, self.rows.device)[self.rows]
-        chosen, logprobs, margins = self.sampling.choose(self.logits, uniform)
+        try:
+            chosen, logprobs, margins = self.sampling.choose(self.logits, uniform)
+        except NoChoiceError as error:
+            rows = self.rows[error.rows].tolist()
+            raise ValueError(
+                f"new token {len(self.new)} of row{'s' * (len(rows) > 1)} "
+                f"{', '.join(map(str, rows))} (step {self.step}): the logits are NaN or infinite, "
+                "so that no token is the best. A hook left them so, or a value outgrew the dtype"
+            ) from error
         pad = self.eos[0] if self.eos.numel() else self.tokens.new_zeros(())
         self.new.append(pad.repeat(self.batch).index_copy(0, self.rows, chosen))
         self.logprobs.append(logprobs.new_zeros(self.batch).index_copy(0, self.rows, logprobs))

@@ -507,7 +507,9 @@ class OnePosition(Tensor):
 
     def _check(self, index: Any) -> None:
         if _axis_1(index, self.ndim) != slice(None):
-            raise IndexError(f"{self.point_name!r} comes one position at a time: an index on axis 1")
+            raise IndexError(
+                f"{self.point_name!r} comes one position at a time: an index on axis 1"
+            )
 
 
 def _axis_1(index: Any, ndim: int) -> Any:

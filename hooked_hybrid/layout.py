@@ -122,6 +122,17 @@ class Layout:
             return x
         return x.masked_fill(~self.is_real.view(*self.pos.shape, *(1,) * (x.ndim - 2)), 0)
 
+    def detach_padding(self, x: Tensor) -> Tensor:
+        """Return `x` [batch pos ...] without a gradient at padding, where it may be no number.
+
+        For values at which positions mix: through them the gradient at padding, 0 times what stands
+        there, would reach tokens.
+        """
+        if not self.has_padding or not torch.is_grad_enabled():
+            return x
+        is_real = self.is_real.view(*self.pos.shape, *(1,) * (x.ndim - 2))
+        return torch.where(is_real, x, x.detach())
+
     def last_real(self, x: Tensor, is_real: Bool[Tensor, "batch n"] | None, n: int) -> Tensor:
         """Return the last `n` real entries of each row of `x` [batch n ...], padding first."""
         if not self.has_padding or is_real is None:

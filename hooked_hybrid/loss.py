@@ -30,7 +30,9 @@ def next_token_loss(
             "or more, and the logits of all"
         )
     wide = logits[:, :-1].float() if logits.dtype.itemsize < 4 else logits[:, :-1]
-    loss = cross_entropy(wide.flatten(0, 1), tokens[:, 1:].flatten(), reduction="none")
     is_predicted = layout.is_real[:, :-1] & (layout.pos[:, 1:] > 0)
+    if not layout.is_plain:  # what stands there is not read, nor is its gradient NaN
+        wide = wide.masked_fill(~is_predicted[..., None], 0)
+    loss = cross_entropy(wide.flatten(0, 1), tokens[:, 1:].flatten(), reduction="none")
     loss = loss.view_as(is_predicted) * is_predicted
     return loss if per_token else loss.sum() / is_predicted.sum().clamp_min(1)

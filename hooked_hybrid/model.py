@@ -405,9 +405,7 @@ class HookedHybrid(TextMethods, HookedRootModule):
         """Return every point with what is attached to it now."""
         return [(p, (*p.fwd_hooks, *p.bwd_hooks)) for p in self.hook_points()]
 
-    def _require_attached(
-        self, before: Sequence[tuple[HookPoint, tuple[LensHandle, ...]]]
-    ) -> None:
+    def _require_attached(self, before: Sequence[tuple[HookPoint, tuple[LensHandle, ...]]]) -> None:
         """Refuse to go on with other hooks than those that the pieces before had.
 
         Raises:

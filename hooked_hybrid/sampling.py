@@ -21,6 +21,14 @@ BITS = 52
 """Of a uniform number: what a float64 below 1 holds, so that none times a sum rounds to the sum."""
 
 
+class NoChoiceError(ValueError):
+    """Logits of some rows, by index, among which there is nothing to choose."""
+
+    def __init__(self, rows: list[int]) -> None:
+        super().__init__(f"rows {rows}: the logits are NaN or infinite, so that no token is best")
+        self.rows = rows
+
+
 @dataclass(frozen=True)
 class Sampling:
     """Greedy, or drawn at a temperature from the most likely tokens.
@@ -90,10 +98,19 @@ class Sampling:
         Args:
             logits: of the next token.
             uniform: a number from 0 to below 1 for each row, where tokens are drawn.
+
+        Raises:
+            NoChoiceError: a row without an order: a NaN, nothing above minus infinity, or, where
+                tokens are drawn, an infinite logit.
         """
         logits = logits.float()
+        best = logits.topk(min(2, logits.shape[-1])).values  # a NaN counts as the largest
+        is_none = best[:, 0].isnan() | (best[:, 0] == -torch.inf)
+        if uniform is not None:
+            is_none |= best[:, 0] == torch.inf
+        if bool(is_none.any()):
+            raise NoChoiceError(is_none.nonzero()[:, 0].tolist())
         chosen = logits.argmax(-1) if uniform is None else _at(uniform, self.probabilities(logits))
-        best = logits.topk(min(2, logits.shape[-1])).values
         return (
             chosen,
             logits.log_softmax(-1).gather(-1, chosen[:, None])[:, 0],

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from itertools import groupby
+from itertools import groupby, pairwise
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from hooked_hybrid import transforms
+from hooked_hybrid.finite import is_finite
 from hooked_hybrid.hooks import HookPoint, LensHandle, positions_of
 from hooked_hybrid.kernels import linear_scan, need_gradients
 from hooked_hybrid.layout import Layout
@@ -120,6 +121,38 @@ class _Scan(torch.autograd.Function):
         return total * before, total, total[:, 0] * a[:, 0]
 
 
+def scan_documents(
+    a: States, x: States, h0: State, resets: Bool[Tensor, "batch pos"] | None
+) -> States:
+    """Return what `scan` does, with nothing of a state passing a reset: no NaN either.
+
+    Args:
+        a, x, h0: as in `scan_loop`; `a` is 0 at resets.
+        resets: True where the past is forgotten; None: nowhere.
+    """
+    if resets is None or is_finite(a, x, h0):
+        return scan(a, x, h0)
+    h, pieces = h0, []
+    for part in parts_between(resets):
+        h = forgotten(h, resets[:, part.start])
+        pieces.append(scan(a[:, part], x[:, part], h))
+        h = pieces[-1][:, -1]
+    return torch.cat(pieces, dim=1)
+
+
+def parts_between(resets: Bool[Tensor, "batch pos"]) -> list[slice]:
+    """Return the stretches of positions inside which no row is reset."""
+    n_pos = resets.shape[1]
+    starts = resets.any(dim=0).nonzero()[:, 0].tolist()
+    bounds = sorted({0, *starts, n_pos})
+    return [slice(start, stop) for start, stop in pairwise(bounds)]
+
+
+def forgotten(h: State, resets: Bool[Tensor, " batch"]) -> State:
+    """Return the state before a position, with zeros in the rows that are reset there."""
+    return h.masked_fill(resets.view(-1, *(1,) * (h.ndim - 1)), 0)
+
+
 def hooked_scan(a: States, x: States, h0: State, hook: HookPoint, layout: Layout) -> States:
     """Return the states after the hooks on them, whose edits reach every later position.
 
@@ -135,13 +168,13 @@ def hooked_scan(a: States, x: States, h0: State, hook: HookPoint, layout: Layout
         layout: which positions are tokens.
     """
     if not hook.is_hooked:
-        return scan(a, x, h0)
+        return scan_documents(a, x, h0, layout.resets)
     watchers = [h for h in hook.fwd_hooks if h.is_watcher]
     fwd, bwd = [h for h in hook.fwd_hooks if not h.is_watcher], _gradients(x, hook)
     if fwd or any(handles for handles, _ in bwd):
         states = _scan_edited(a, x, h0, hook, layout, fwd, bwd)
     else:
-        states = scan(a, _with_probes(x, bwd), h0)
+        states = scan_documents(a, _with_probes(x, bwd), h0, layout.resets)
     return hook.apply_hooks(states, watchers, ())
 
 
@@ -185,13 +218,15 @@ def _scan_edited(
 ) -> States:
     """Return the states of a scan that stops at each edited position."""
     x_probed, done, h, pieces = _with_probes(x, bwd), 0, h0, []
-    editors = fwd + [handle for handles, _ in bwd for handle in handles]
+    editors, resets = fwd + [handle for handles, _ in bwd for handle in handles], layout.resets
     for t in [*edited_positions(editors, layout), layout.length]:
         if t > done:
-            pieces.append(scan(a[:, done:t], x_probed[:, done:t], h))
+            here = None if resets is None else resets[:, done:t]
+            pieces.append(scan_documents(a[:, done:t], x_probed[:, done:t], h, here))
             h = pieces[-1][:, -1]
         if t == layout.length:
             break
+        h = h if resets is None else forgotten(h, resets[:, t])
         carried = (a[:, t] * h + x[:, t])[:, None]
         is_real = layout.is_real[:, t].view(-1, *(1,) * h.ndim)
         apply = partial(

@@ -15,10 +15,11 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from hooked_hybrid import transforms
+from hooked_hybrid.finite import is_finite
 from hooked_hybrid.kernels import mamba_ssm, need_gradients
 from hooked_hybrid.kernels import selective_scan as triton_scan
 from hooked_hybrid.products import in_own_dtype
-from hooked_hybrid.scan import scan_loop
+from hooked_hybrid.scan import forgotten, parts_between, scan_loop
 from hooked_hybrid.shapes import Inner
 
 CHUNK = 32
@@ -78,6 +79,8 @@ def selective_scan(
     x = _Inputs(u, dt, A, B, C, h0, resets)
     if transforms.are_active():
         return selective_scan_loop(*x)
+    if resets is not None and not is_finite(u, dt, B, h0):
+        return _scan_documents(x, resets)
     if need_gradients(u, dt, A, B, C, h0):
         if begins and mamba_ssm.usable(u, dt, A, B, C, resets=resets):
             return mamba_ssm.selective_scan(u, dt, A, B, C)
@@ -97,6 +100,16 @@ class _Inputs(NamedTuple):
     C: Tensor
     h0: Tensor
     resets: Tensor | None
+
+
+def _scan_documents(x: _Inputs, resets: Bool[Tensor, "batch pos"]) -> tuple[Inner, SSMState]:
+    """Return the same where something is not finite, with nothing of a state passing a reset."""
+    h, ys = x.h0, []
+    for at in parts_between(resets):
+        h = forgotten(h, resets[:, at.start])
+        y, h = selective_scan(x.u[:, at], x.dt[:, at], x.A, x.B[:, at], x.C[:, at], h)
+        ys.append(y)
+    return torch.cat(ys, dim=1), h
 
 
 def _scan_step(x: _Inputs) -> tuple[Inner, SSMState]:

@@ -21,6 +21,7 @@ from hooked_hybrid.analysis.metrics import Metric, measured
 from hooked_hybrid.analysis.scores import HeadScores
 from hooked_hybrid.analysis.slopes import Slopes, through_softmax
 from hooked_hybrid.checks import checked_tokens
+from hooked_hybrid.finite import require_numbers
 from hooked_hybrid.hooks import HookPoint, watcher
 from hooked_hybrid.model import HookedHybrid
 from hooked_hybrid.names import NameFilter, Shorthand, matching, resolve
@@ -59,8 +60,14 @@ class Attribution:
         return self.values[resolve(key, self.values.keys(), self.n_layers)]
 
     def top(self, n: int) -> list[tuple[str, tuple[int, ...], float]]:
-        """Return name, index and value of the `n` largest, by magnitude, the largest first."""
+        """Return name, index and value of the `n` largest, by magnitude, the largest first.
+
+        Raises:
+            ValueError: a value that is NaN; the message names the hook point.
+        """
         names = list(self.values)
+        for name in names:
+            require_numbers(self.values[name], f"the attribution at {name!r}")
         flat = torch.cat([self.values[name].flatten() for name in names])
         order = flat.abs().argsort(descending=True, stable=True)[:n].tolist()
         sizes = torch.tensor([self.values[name].numel() for name in names])

@@ -10,7 +10,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hooked_hybrid.analysis.answers import Copied, HasNeedle, copies
+from hooked_hybrid.finite import require_numbers
 from hooked_hybrid.hooks import HookPoint, per_position
+from hooked_hybrid.layers import at_least_fp32
 from hooked_hybrid.model import HookedHybrid
 
 UNGROUPED = 8
@@ -39,7 +41,12 @@ class GroupScores:
         return float(self.values[self.layers.index(layer), index])
 
     def top(self, n: int) -> list[tuple[int, int]]:
-        """Return the `n` groups with the largest scores, the largest first; ties: the lower."""
+        """Return the `n` groups with the largest scores, the largest first; ties: the lower.
+
+        Raises:
+            ValueError: a score that is NaN.
+        """
+        require_numbers(self.values, f"{self.name or 'scores'} of layers {self.layers}")
         width = self.values.shape[1]
         order = self.values.flatten().argsort(descending=True, stable=True)[:n].tolist()
         return [(self.layers[i // width], i % width) for i in order]
@@ -137,7 +144,7 @@ def _log_probability(model: HookedHybrid, copied: Copied) -> float:
     with torch.no_grad():
         logits = model(copied.tokens[:, :-1], logits_to_keep=n_new)
     new = copied.tokens[:, copied.n_prompt :, None]
-    chosen = logits.log_softmax(-1).gather(2, new)[..., 0]
+    chosen = at_least_fp32(logits).log_softmax(-1).gather(2, new)[..., 0]
     return float(chosen.double()[copied.is_copy].sum())
 
 

@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from hooked_hybrid.analysis.scores import HeadScores
-from hooked_hybrid.analysis.watching import attention_of, watch_patterns
+from hooked_hybrid.analysis.watching import attention_of, no_totals, watch_patterns
 from hooked_hybrid.cache import ActivationCache
 from hooked_hybrid.hooks import HookPoint, per_position
 from hooked_hybrid.model import HookedHybrid
@@ -56,9 +56,12 @@ def entropy_profile(
         tokens, attention_mask: for a model, [batch pos] or [pos]; padding does not count.
 
     Raises:
-        ValueError: a model without tokens, or tokens with a cache.
+        ValueError: a model without tokens, or tokens with a cache; no attention, or layers of
+            different numbers of heads, which have no common table.
         HookNameError: a cache without a pattern.
     """
+    model = source.model if isinstance(source, ActivationCache) else source
+    no_totals(model)  # refuses such layers before anything runs
     if isinstance(source, ActivationCache):
         if tokens is not None or attention_mask is not None:
             raise ValueError("a cache has its patterns: leave tokens and attention_mask out")

@@ -9,6 +9,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from hooked_hybrid.finite import require_numbers
+
 
 @dataclass(frozen=True)
 class Part:
@@ -90,12 +92,14 @@ class PairScores:
             by_z: rank by `z`, and return it instead of the score.
 
         Raises:
-            ValueError: `by_z` of scores without `z`.
+            ValueError: `by_z` of scores without `z`; a score that is NaN.
         """
         if by_z and self.z is None:
             raise ValueError(f"{self.name} has no z")
         values = self.z if by_z and self.z is not None else self.values
-        flat = values.where(self.is_defined, -torch.inf).flatten()
+        values = values.where(self.is_defined, -torch.inf)
+        require_numbers(values, f"{self.name} [writer reader]")
+        flat = values.flatten()
         order = flat.argsort(descending=True, stable=True)[: min(n, int(self.is_defined.sum()))]
         pairs = [divmod(i, len(self.readers)) for i in order.tolist()]
         writers, readers = self.writer_labels, self.reader_labels

@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hooked_hybrid.analysis.scores import HeadScores
+from hooked_hybrid.finite import require_numbers
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,12 @@ class PatchGrid:
         return found
 
     def top(self, n: int) -> list[tuple[tuple[Any, ...], float]]:
-        """Return the labels and values of the `n` entries furthest from 0, the furthest first."""
+        """Return the labels and values of the `n` entries furthest from 0, the furthest first.
+
+        Raises:
+            ValueError: a value that is NaN.
+        """
+        require_numbers(self.values, f"the grid of {self.axes}")
         flat = self.values.flatten()
         order = flat.abs().argsort(descending=True, stable=True)[:n].tolist()
         labels = list(itertools.product(*self.labels))

@@ -9,6 +9,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from hooked_hybrid.finite import require_numbers
+
 
 @dataclass(frozen=True)
 class HeadScores:
@@ -37,7 +39,8 @@ class HeadScores:
         """
         widths = {v.shape[0] for v in by_layer.values()}
         if len(widths) != 1:
-            raise ValueError(f"need layers of one number of heads, got numbers {sorted(widths)}")
+            heads = ", ".join(f"layer {i} has {v.shape[0]}" for i, v in sorted(by_layer.items()))
+            raise ValueError(f"need layers of one number of heads: {heads or 'there is no layer'}")
         layers = tuple(sorted(by_layer))
         return cls(layers, torch.stack([by_layer[layer] for layer in layers]), name)
 
@@ -49,7 +52,12 @@ class HeadScores:
         return float(self.values[self.layers.index(layer), index])
 
     def top(self, n: int) -> list[tuple[int, int]]:
-        """Return the `n` heads with the largest scores, the largest first; ties: the lower head."""
+        """Return the `n` heads with the largest scores, the largest first; ties: the lower head.
+
+        Raises:
+            ValueError: a score that is NaN; the message says which.
+        """
+        require_numbers(self.values, f"{self.name or 'scores'} of layers {self.layers}")
         n_heads = self.values.shape[1]
         order = self.values.flatten().argsort(descending=True, stable=True)[:n].tolist()
         return [(self.layers[i // n_heads], i % n_heads) for i in order]

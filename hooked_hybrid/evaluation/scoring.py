@@ -238,6 +238,11 @@ def _read_off(logits: Float[Tensor, "pos d_vocab"], answers: Sequence[_Answer]) 
     """Return the scores of several continuations under the same logits, in fp32."""
     parts = [part.float() for part in logits.split(POSITIONS)]
     norm = torch.cat([part.logsumexp(-1) for part in parts])
+    if bool(norm.isnan().any()):
+        raise ValueError(
+            f"logits are NaN at {int(norm.isnan().sum())} of {len(norm)} positions of request "
+            f"{answers[0][0]}: a hook left them so, or a value outgrew the dtype"
+        )
     best = torch.cat([part.argmax(-1) for part in parts])
     found = {}
     for request, tokens in answers:

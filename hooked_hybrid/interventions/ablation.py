@@ -278,7 +278,7 @@ def _restoring_norm(result: PerHead, mask: HeadMask, hook: HookPoint) -> PerHead
     left, wide = result.masked_fill(mask, 0), torch.promote_types(result.dtype, torch.float32)
     before, after = (r.sum(dim=2, dtype=wide).norm(dim=-1) for r in (result, left))
     scale = before / after.where(after > 0, 1)
-    return left * scale[..., None, None].to(result.dtype)
+    return (left.to(wide) * scale[..., None, None]).to(result.dtype)
 
 
 def _check_method(

@@ -29,9 +29,10 @@ Scores = Float[Tensor, "batch head query"]
 def negative_entropy(pattern: Pattern, hook: HookPoint) -> Scores:  # noqa: ARG001
     """Return minus the entropy, in bits, of each head's pattern: largest for the most peaked.
 
-    Source: Zani et al. 2025, as their code computes it, with 1e-12 added to each weight.
+    Source: Zani et al. 2025, as their code computes it, with 1e-12 added to each weight. Float16,
+    where 1e-12 is 0, is scored in float32.
     """
-    p = pattern + 1e-12
+    p = (pattern.float() if pattern.dtype == torch.float16 else pattern) + 1e-12
     return (p * p.log2()).sum(-1)
 
 
@@ -95,7 +96,8 @@ def keep_top_heads(
 
     Raises:
         ValueError: `k` below 0, or above the heads of a layer (when it first runs); an unknown
-            score or rule for ties; a score of another shape.
+            score or rule for ties; a score of another shape, or one that is NaN.
+        RuntimeError: when attached twice at a time: each call makes hooks for one use.
 
     Source: Zani, Michalak & Abreu 2025, top-k contextual sparsity. Their masks act where ours do,
     on head outputs before the output projection, whose bias stays.
@@ -114,7 +116,10 @@ def keep_top_heads(
                 f"the head score returned shape {tuple(scores.shape)}; give one score for each "
                 f"row, head and query, {tuple(pattern.shape[:3])}"
             )
-        kept.leave(hook, best_heads(scores, k_of_rows(per_row, pattern.shape[1], hook), ties))
+        kept.leave(
+            hook,
+            best_heads(at_tokens(scores, hook), k_of_rows(per_row, pattern.shape[1], hook), ties),
+        )
 
     @per_position
     def silence_the_others(z: Queries, hook: HookPoint) -> Queries:
@@ -130,7 +135,16 @@ def best_heads(
     """Return True at the `k` highest-scoring heads of each position.
 
     `torch.topk` is called once for each distinct k, on the whole head axis.
+
+    Raises:
+        ValueError: a score that is NaN, which `topk` would take for the largest.
     """
+    if bool((bad := scores.isnan()).any()):
+        row, head, query = bad.nonzero()[0].tolist()
+        raise ValueError(
+            f"the score of head {head} is NaN at query {query} of row {row}, and "
+            f"{int(bad.sum())} of {bad.numel()} scores are: there are no best heads among them"
+        )
     keep = torch.zeros_like(scores, dtype=torch.bool)
     n_heads = scores.shape[1]
     for n in k.unique().tolist():
@@ -144,6 +158,11 @@ def best_heads(
             best = torch.zeros_like(keep).scatter(1, order, True)
         keep = torch.where(rows[:, None, None], best, keep)
     return keep
+
+
+def at_tokens(scores: Scores, hook: HookPoint) -> Scores:
+    """Return scores with 0 at padding, where patterns say nothing."""
+    return scores.masked_fill((hook.run.query_pos < 0)[:, None], 0)
 
 
 def _score(score: str | HeadScore) -> HeadScore:

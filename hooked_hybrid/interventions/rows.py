@@ -194,7 +194,18 @@ class Handover:
         return self._key(hook) in self._left
 
     def take(self, hook: HookPoint) -> Tensor:
-        """Return the value left for this place."""
+        """Return the value left for this place.
+
+        Raises:
+            RuntimeError: none was, or another has taken it: the hooks of one intervention came
+                out of step.
+        """
+        if not self.has(hook):
+            raise RuntimeError(
+                f"at {hook.name!r} nothing is left by the hook that runs before this one, of the "
+                "same intervention. Attach all its hooks, once at a time: to attach an "
+                "intervention twice, make it twice"
+            )
         return self._left.pop(self._key(hook))
 
     @staticmethod

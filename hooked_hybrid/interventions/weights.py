@@ -15,7 +15,7 @@ from hooked_hybrid.attend import softmax_or_zero
 from hooked_hybrid.hooked_root import HookSpec
 from hooked_hybrid.hooks import HookPoint, per_position, watcher
 from hooked_hybrid.interventions.hashes import hashes
-from hooked_hybrid.interventions.heads import SCORES, HeadScore, best_heads
+from hooked_hybrid.interventions.heads import SCORES, HeadScore, at_tokens, best_heads
 from hooked_hybrid.interventions.rows import (
     Handover,
     Spans,
@@ -159,16 +159,25 @@ def boost_span(
     @per_position
     def boost(scores: Pattern, hook: HookPoint) -> Pattern:
         peakedness = score_fn(softmax_or_zero(scores), hook)
+        peakedness = at_tokens(peakedness, hook)
         best = best_heads(peakedness, k_of_rows(per_row, scores.shape[1], hook), ties)
         kept.leave(hook, best)
         span = in_spans(bounds, hook)[:, None, None] & best[..., None]
-        return torch.where(span, scores.amax(-1, keepdim=True) * scale, scores)
+        return torch.where(span, _scaled(scores.amax(-1, keepdim=True), scale), scores)
 
     @per_position
     def silence_the_others(z: Queries, hook: HookPoint) -> Queries:
         return z.masked_fill(~kept.take(hook).transpose(1, 2)[..., None], 0)
 
     return [(_points("hook_attn_scores"), boost), (_points("hook_z"), silence_the_others)]
+
+
+def _scaled(largest: Tensor, scale: float) -> Tensor:
+    """Return scores times a factor, within their dtype: infinity would make the softmax NaN."""
+    limit = torch.finfo(largest.dtype).max
+    wide = largest.to(torch.promote_types(largest.dtype, torch.float32)) * scale
+    # Below the lowest finite score a key counts as hidden: one of float16 may not get there.
+    return wide.clamp(-limit * (1 - torch.finfo(largest.dtype).eps), limit).to(largest.dtype)
 
 
 def normalised(pattern: Pattern) -> Pattern:

@@ -67,10 +67,12 @@ class Attention(Mixer[AttentionState]):
         if self.cfg.rotary:
             q = self.hook_rot_q(rotate(q, layout, self.cfg.rotary))
             k = self.hook_rot_k(rotate(k, layout, self.cfg.rotary))
+        # What stands at padding is never read: 0 times what is not finite would be.
+        q, k, v = (layout.zero_padding(t) for t in (q, k, v))
         keys = with_new_keys(state, k, v, layout.pos)
         hooks = Hooks(self.hook_attn_scores, self.hook_pattern, self.hook_z)
         z = attend(q, keys.k, keys.v, Sight(layout, keys.pos, self.cfg.n_keys), hooks)
-        return self._write(z), self._remember(keys, layout)
+        return self._write(layout.detach_padding(z)), self._remember(keys, layout)
 
     def state_shapes(self) -> dict[str, tuple[int, ...]]:
         """Return the shapes of this layer's state, without batch and keys."""
@@ -142,7 +144,9 @@ class Attention(Mixer[AttentionState]):
         pos = keys.pos
         if docs is not None and layout.last_doc is not None:
             pos = pos.masked_fill(docs != layout.last_doc, -1)
-        return AttentionState(*(layout.last_real(t, pos >= 0, n) for t in (keys.k, keys.v, pos)))
+        k, v, pos = (layout.last_real(t, pos >= 0, n) for t in (keys.k, keys.v, pos))
+        gone = (pos < 0)[..., None, None]  # steps hide these, and must not find a NaN there
+        return AttentionState(k.masked_fill(gone, 0), v.masked_fill(gone, 0), pos)
 
     def _per_query_head(self, W: Float[Tensor, "kv_head m n"]) -> Float[Tensor, "head m n"]:
         return W.repeat_interleave(self.cfg.n_heads // self.cfg.n_kv_heads, dim=0)

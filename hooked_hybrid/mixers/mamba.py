@@ -92,11 +92,12 @@ class Mamba(Mixer[RecurrentState]):
         u = self.hook_in_proj.branch(u)  # a half of one projection
         conv_state = self.conv.initial_state(u) if state is None else state.conv
         u, conv_state = self.conv(u, conv_state, layout)
+        u = layout.detach_padding(u)
         is_ours = may_overwrite(self.hook_conv)
         u = self.hook_ssm_input(activate(self.hook_conv(u), "silu", is_ours))
         y, h = self._recur(u, state, layout)
         is_ours = may_overwrite(self.hook_ssm_y)
-        y = self.hook_ssm_y(y.to(x.dtype))
+        y = self.hook_ssm_y(layout.detach_padding(y.to(x.dtype)))
         gated = self.hook_gated(times(y, gate, is_ours))
         return self.out_proj(gated), RecurrentState(conv_state, h)
 
@@ -114,17 +115,17 @@ class Mamba(Mixer[RecurrentState]):
         self, u: Inner, state: RecurrentState | None, layout: Layout
     ) -> tuple[Inner, SSMState]:
         """Return y at every position and the last state; padding writes and forgets nothing."""
-        cfg = self.cfg
+        cfg, u = self.cfg, layout.zero_padding(u)
         dt, B, C = self.x_proj(u).split([cfg.dt_rank, cfg.d_state, cfg.d_state], dim=-1)
         dt = self.hook_dt_low(self.dt_norm(dt))
         B, C = self.hook_ssm_B(self.B_norm(B)), self.hook_ssm_C(self.C_norm(C))
         dt = softplus(at_least_fp32(self.hook_dt_proj(self.dt_proj(dt))))
         dt = self.hook_ssm_dt(layout.zero_padding(dt), constrain=layout.zero_padding)
         u, B, C = at_least_fp32(u), at_least_fp32(B), at_least_fp32(C)
-        # A step of 0 writes nothing but times what is not finite.
-        read, B = layout.zero_padding(u), layout.zero_padding(B)
+        # Padding's step of 0 would write nothing, but for what is not finite.
+        B, C = layout.zero_padding(B), layout.zero_padding(C)
         h0 = u.new_zeros(u.shape[0], cfg.d_inner, cfg.d_state) if state is None else state.ssm
-        y, h = self._scan(read, dt, B, C, h0, layout, begins=state is None)
+        y, h = self._scan(u, dt, B, C, h0, layout, begins=state is None)
         skip = u * self.D.to(u.dtype)
         return torch.add(y, skip, out=y if may_overwrite() else None), h
 
@@ -192,9 +193,7 @@ class Mamba(Mixer[RecurrentState]):
             done = stop
         return torch.cat(ys, dim=1), h
 
-    def _edit(
-        self, h: SSMState, handles: Sequence[LensHandle], layout: Layout, t: int
-    ) -> SSMState:
+    def _edit(self, h: SSMState, handles: Sequence[LensHandle], layout: Layout, t: int) -> SSMState:
         """Return a state after its hooks at index t, where padding carries it unchanged."""
         is_real = layout.is_real[:, t, None, None, None]
         hook, carried = self.hook_ssm_state, h[:, None]

@@ -87,7 +87,7 @@ class RGLRU(Mixer[RecurrentState]):
         h, is_ours = self._recur(self.hook_conv(u), state, layout)
         last = h[:, -1].clone()
         is_ours = is_ours and may_overwrite(self.hook_ssm_y)
-        y = self.hook_ssm_y.branch(h.to(x.dtype))
+        y = self.hook_ssm_y.branch(layout.detach_padding(h.to(x.dtype)))
         return self.linear_out(self.hook_gated(times(y, gate, is_ours))), RecurrentState(
             conv_state, last
         )
@@ -103,12 +103,14 @@ class RGLRU(Mixer[RecurrentState]):
 
         Padding writes and forgets nothing.
         """
+        u = layout.zero_padding(u)
         input_gate = self.hook_input_gate(self.input_gate(u).sigmoid())
         is_edited = self.hook_rec_gate.has_editors
         rec_gate = self.hook_rec_gate(self.rec_gate(u).sigmoid())
         is_edited |= self.hook_log_decay.has_editors
         log_a = self.hook_log_decay(rec_gate * self.log_a_at_1)
-        log_a = layout.zero_padding(self._checked_decay(log_a) if is_edited else log_a)
+        log_a = layout.zero_padding(log_a)
+        log_a = self._checked_decay(log_a) if is_edited else log_a
 
         one = constant(1.0, log_a.dtype, log_a.device)
         scale = layout.fill_starts(sqrt_bounded(one - torch.exp(log_a + log_a)), 1.0)

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from hooked_hybrid.finite import require_numbers
 from hooked_hybrid.hooked_root import HookSpec
 from hooked_hybrid.interventions import keep_top_heads, on_rows
 from hooked_hybrid.model import HookedHybrid
@@ -190,6 +191,7 @@ def _decoded(
     going = torch.arange(len(tokens))
     for _ in range(max_new_tokens):
         best = step(tokens[going.to(tokens.device)], going).float().cpu().topk(2, dim=-1)
+        require_numbers(best.values, "the two largest logits of each row")
         chosen = torch.zeros(len(tokens), 1, dtype=torch.long)
         chosen[going, 0] = best.indices[:, 0]
         margins[going] = margins[going].minimum(best.values[:, 0] - best.values[:, 1])
