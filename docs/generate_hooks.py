@@ -127,11 +127,15 @@ Written by `docs/generate_hooks.py` from the models themselves; a test compares.
 
 A name is the path to the value in the model. `batch` and `pos` are the rows and positions of the
 forward; in attention `query` is `pos`, and `key` also counts the keys remembered from before.
-Three marks:
+Four marks:
 
 - **lazy**: computed only when something is attached to it.
 - **large**: `run_with_cache` keeps it only when it is named.
 - **integer**: an index, without a gradient.
+- **stepwise**: a hook is called once a position, with `pos` of length 1, as an edit reaches every
+  later position; a cache holds all positions. `h[:, -1]` would be whichever position it is, so that
+  a hook not marked `per_position` may not select there: `interventions.hook_at(fn, positions)` and
+  `edit_state(fn, positions)` act at some.
 
 `cache["pattern", 2]` is short for `cache["blocks.2.attn.hook_pattern"]`.
 """
@@ -147,7 +151,12 @@ class Row(NamedTuple):
 
 def marks(point: HookPoint) -> str:
     """Return how a hook point is marked, in words."""
-    flags = {"lazy": point.is_lazy, "large": point.is_large, "integer": point.is_integer}
+    flags = {
+        "lazy": point.is_lazy,
+        "large": point.is_large,
+        "integer": point.is_integer,
+        "stepwise": point.is_stepwise,
+    }
     return ", ".join(name for name, is_set in flags.items() if is_set)
 
 

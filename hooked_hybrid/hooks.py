@@ -481,7 +481,7 @@ class OnePosition(Tensor):
     """
 
     point_name: str
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @classmethod
     def of(cls, value: Tensor, name: str) -> OnePosition:

@@ -7,6 +7,7 @@ does it; to go on from one prompt with another's state, `state.replace(other, ki
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -44,7 +45,8 @@ def edit_state(
         ValueError: a position or layer that is no whole number from 0 on.
         HookNameError: when attached, a layer without a recurrence.
     """
-    edit = fn if positions is None else hook_at(fn, positions)
+    # A hook of its own: `fn` is told what it is given, and is marked as it was.
+    edit = per_position(partial(fn)) if positions is None else hook_at(fn, positions)
     return [*_checked(layers), (_points(("ssm_state",), layers), edit)]
 
 

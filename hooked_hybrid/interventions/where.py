@@ -17,7 +17,7 @@ def hook_at(fn: HookFn, positions: int | Iterable[int]) -> HookFn:
 
     `fn` is called with the value at one position, `[batch 1 ...]` (or `[batch head 1 key]`), in
     every forward that contains the position: a plain one, prefill, or a generation step. On
-    `hook_ssm_state` the scan stays fast between the positions.
+    `hook_ssm_state`, where other hooks are called once a position, the scan stays fast between.
 
     Args:
         fn: a hook.

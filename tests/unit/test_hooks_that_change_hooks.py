@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hooked_hybrid import HookedHybrid, HookPoint
+from hooked_hybrid import HookedHybrid, HookPoint, interventions
 from hooked_hybrid.hooks import per_position, watcher
 from hooked_hybrid.interventions import hook_at
 from tests.models import griffin_config, jamba_config, random_model, random_tokens, relative
@@ -318,3 +318,87 @@ def _three_at_first(value: Tensor) -> Tensor:
     factor = torch.ones_like(value)
     factor[:, 0] = 3
     return factor
+
+
+# --- hooks that are called once a position --------------------------------------------------------
+
+STATE = "blocks.0.mixer.hook_ssm_state"
+
+
+def last_to_zero(h: Tensor, hook: HookPoint) -> None:
+    h[:, -1] = 0
+
+
+def far_to_zero(h: Tensor, hook: HookPoint) -> None:
+    h[:, 100] = 0
+
+
+def middle_to_zero(h: Tensor, hook: HookPoint) -> None:
+    h[:, 1:3] = 0  # of one position nothing: it would pass in silence
+
+
+def read_the_last(h: Tensor, hook: HookPoint) -> None:
+    h[0, -1].sum()
+
+
+@every_family
+@pytest.mark.parametrize("fn", [last_to_zero, far_to_zero, middle_to_zero, read_the_last])
+def test_selecting_positions_where_only_one_comes_is_refused_with_the_remedies(
+    family: str, fn: Any
+):
+    with pytest.raises(IndexError) as caught:
+        run(family, STATE, fn)
+    notes = "\n".join(caught.value.__notes__)
+    assert "interventions.hook_at(fn, positions)" in notes and "edit_state(fn, positions)" in notes
+    if fn is far_to_zero:  # a marked one meets torch's own error, with the same notes
+        with pytest.raises(IndexError) as caught:
+            run(family, STATE, per_position(lambda h, hook: far_to_zero(h, hook)))
+        assert "edit_state" in "\n".join(caught.value.__notes__)
+
+
+@every_family
+def test_what_is_the_same_at_every_position_may_be_selected(family: str):
+    channel = run(
+        family,
+        STATE,
+        lambda h, hook: h * (torch.arange(h.shape[2]) != 3).view(-1, *[1] * (h.ndim - 3)),
+    )
+
+    def by_index(h: Tensor, hook: HookPoint) -> None:
+        h[:, :, 3] = 0
+
+    assert torch.equal(run(family, STATE, by_index), channel)
+    kept: list[Tensor] = []
+    run(family, STATE, lambda h, hook: kept.append(h))
+    assert len(kept) == 5 and all(type(h) is Tensor for h in kept)
+    assert kept[0][:, -1].shape == kept[0][:, 0].shape  # kept, it is a tensor like any other
+    marked = per_position(lambda h, hook: torch.zeros_like(h[:, 0])[:, None])
+    assert not torch.equal(run(family, STATE, marked), plain_logits(family, 5))
+
+
+def test_a_point_says_its_name_its_axes_and_that_it_comes_by_position():
+    point = model_of("griffin").hook_dict[STATE]
+    assert repr(point).startswith(f"HookPoint('{STATE}', batch pos d_rnn, hooks are called once a")
+    point.add_hook(lambda h, hook: None)
+    assert repr(point).endswith(", 1 fwd)")
+    point.remove_hooks()
+
+
+# --- one intervention, attached twice -------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: interventions.keep_top_heads(1),
+        lambda: interventions.boost_span(1, (0, 2), 2.0),
+        lambda: interventions.manipulate_span("binary", (0, 2)),
+        lambda: interventions.follow_span((0, 2), 2),
+    ],
+)
+def test_an_intervention_attached_twice_is_an_error_that_says_to_make_it_twice(make: Any):
+    model, tokens, hooks = model_of("griffin"), random_tokens(2, 5), make()
+    with pytest.raises(RuntimeError, match="to attach an intervention twice, make it twice"):
+        model.run_with_hooks(tokens, fwd_hooks=[*hooks, *hooks])
+    once = model.run_with_hooks(tokens, fwd_hooks=hooks)
+    assert torch.equal(model.run_with_hooks(tokens, fwd_hooks=make()), once)
