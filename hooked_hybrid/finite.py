@@ -10,7 +10,6 @@ from torch import Tensor
 from hooked_hybrid import transforms
 
 
-
 def is_finite(*values: Tensor) -> bool:
     """Return whether no value is NaN or infinite, as far as the host can ask.
 

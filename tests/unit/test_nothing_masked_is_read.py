@@ -173,7 +173,7 @@ def test_a_token_forced_by_an_infinite_logit_is_chosen_greedily_and_not_drawn():
     logits[0, 3] = torch.inf
     assert int(Sampling().choose(logits)[0]) == 3
     with pytest.raises(ValueError, match="NaN or infinite"):
-        Sampling(do_sample=True).choose(logits)
+        Sampling(do_sample=True).choose(logits, torch.zeros(1))
 
 
 @every_family
