@@ -15,6 +15,7 @@ from hooked_hybrid.options import (
     check_count,
     refuse_ignored,
 )
+from hooked_hybrid.padding import mask_of, may_hold_padding
 from hooked_hybrid.products import autocast_dtype
 from hooked_hybrid.state import AttentionState, HybridState
 
@@ -23,11 +24,37 @@ if TYPE_CHECKING:
 
 
 def checked_tokens(model: HookedHybrid, tokens: Any) -> Tensor:
-    """Return token ids [batch pos] on the model's device.
+    """Return token ids [batch pos] on the model's device, whatever is padding among them.
 
     Raises:
         ValueError: not integers, not one or two axes, empty, or outside the vocabulary.
     """
+    return _checked(model, tokens, knows_padding=True)[0]
+
+
+def checked_batch(
+    model: HookedHybrid,
+    tokens: Any,
+    attention_mask: Tensor | None,
+    segment_ids: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Return token ids [batch pos] on the model's device and their mask.
+
+    Where neither mask nor segments are given, and the model's tokenizer has a padding token,
+    rows that begin or end with it are padded there; see `padding.mask_of`.
+
+    Raises:
+        ValueError: as `checked_tokens`, and padding that cannot be told from text.
+    """
+    given = attention_mask is not None or segment_ids is not None
+    checked, is_padded = _checked(model, tokens, knows_padding=given)
+    return checked, mask_of(checked, model.text) if is_padded else attention_mask
+
+
+def _checked(model: HookedHybrid, tokens: Any, knows_padding: bool) -> tuple[Tensor, bool]:
+    """Return token ids on the model's device, and whether rows seem to be padded."""
+    if isinstance(tokens, list | tuple) and any(isinstance(entry, str) for entry in tokens):
+        raise ValueError("the input holds texts and others: give texts, or tokens [batch pos]")
     try:
         tokens = torch.as_tensor(tokens)
     except (RuntimeError, TypeError, ValueError) as error:
@@ -42,12 +69,17 @@ def checked_tokens(model: HookedHybrid, tokens: Any) -> Tensor:
         tokens = tokens[None]
     if tokens.ndim != 2:
         raise ValueError(f"tokens have shape {tuple(tokens.shape)}; give [batch pos] or [pos]")
-    low, high = (int(v) for v in torch.aminmax(transforms.plain_rows(tokens)))
+    rows = transforms.plain_rows(tokens)
+    found = list(torch.aminmax(rows))
+    if not knows_padding and model.tokenizer is not None:
+        padded = may_hold_padding(rows, model.text)
+        found += [] if padded is None else [padded.to(rows.dtype)]
+    low, high, *is_padded = torch.stack(found).tolist()  # the host waits once
     if low < 0 or high >= model.cfg.d_vocab:
         raise ValueError(
             f"token ids from {low} to {high}; this model knows 0 to {model.cfg.d_vocab - 1}"
         )
-    return tokens.to(model.device, torch.long)
+    return tokens.to(model.device, torch.long), any(is_padded)
 
 
 def checked_resid(model: HookedHybrid, resid: Any) -> Tensor:

@@ -153,7 +153,7 @@ class HybridConfig:
     bos_token_id: int | None = None
     eos_token_id: int | tuple[int, ...] | None = None
     pad_token_id: int | None = None
-    default_prepend_bos: bool = True
+    default_prepend_bos: bool | None = None
     n_ctx: int | None = None
     model_name: str = "random"
     extra: Mapping[str, Any] = field(default_factory=dict, compare=False, hash=False)

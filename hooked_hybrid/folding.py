@@ -247,5 +247,5 @@ def _with(
 def _empty_like(model: HookedHybrid, cfg: HybridConfig) -> HookedHybrid:
     """Return a model without weights yet, and without the hooks of this one."""
     target = HookedHybrid.meta(cfg, model.dtype)
-    target.tokenizer, target.why_no_tokenizer = model.tokenizer, model.why_no_tokenizer
+    target.tokenizer = model.tokenizer
     return target.train(model.training)

@@ -14,7 +14,12 @@ from tqdm.auto import tqdm
 
 from hooked_hybrid import transforms
 from hooked_hybrid.cache import ActivationCache
-from hooked_hybrid.checks import checked_state, checked_tokens, refuse_text_options
+from hooked_hybrid.checks import (
+    checked_batch,
+    checked_state,
+    checked_tokens,
+    refuse_text_options,
+)
 from hooked_hybrid.hooked_root import HookSpec
 from hooked_hybrid.hooks import Stage
 from hooked_hybrid.layout import lay_out
@@ -31,6 +36,7 @@ if TYPE_CHECKING:
     from hooked_hybrid.model import HookedHybrid
 
 GenerationReturn = Literal["input", "str", "tokens", "output"]
+_PROMPT_END = 16  # tokens of a prompt that new ones are read after
 
 
 @dataclass(frozen=True)
@@ -38,14 +44,14 @@ class GenerationOutput:
     """What `generate` returns with `return_type="output"`.
 
     `tokens` are prompt and new tokens, rows padded on the left; `new_tokens` the new ones, padded
-    on the right after a row has finished. `text` is the text of each row's new tokens, without
-    end-of-sequence and up to a stop string, or None without a tokenizer. `logprobs` are those of
-    the new tokens under the model, in nats, 0 after the end; `margins` are the differences of the
-    two largest logits each was chosen from, infinite after the end. `state` stands after all that
-    was read: each row's last new token was not. `cache` is what one forward over prompt and new
-    tokens would have left, with the effects of the hooks; positions that a finished row did not
-    read are zero (scores: the lowest finite value). `finished` says which rows met an end before
-    the limit.
+    on the right after a row has finished. `text` is what each row's new tokens add to the prompt's
+    text, without end-of-sequence and up to a stop string, or None without a tokenizer. `logprobs`
+    are those of the new tokens under the model, in nats, 0 after the end; `margins` are the
+    differences of the two largest logits each was chosen from, infinite after the end. `state`
+    stands after all that was read: each row's last new token was not. `cache` is what one forward
+    over prompt and new tokens would have left, with the effects of the hooks; positions that a
+    finished row did not read are zero (scores: the lowest finite value). `finished` says which
+    rows met an end before the limit.
     """
 
     tokens: Int[Tensor, "batch pos"]
@@ -78,7 +84,7 @@ def generate(
     generator: torch.Generator | None = None,
     stop_at_eos: bool = True,
     eos_token_id: int | Sequence[int] | None = None,
-    stop_strings: str | Sequence[str] = (),
+    stop_strings: str | Sequence[str] | None = (),
     prepend_bos: bool | None = None,
     padding_side: PaddingSide | None = None,
     return_type: GenerationReturn = "input",
@@ -97,7 +103,8 @@ def generate(
             its own (Google's sampler), so that generation hooks act on the first new token too.
         state: what the prompts continue from; it is not changed.
         attention_mask: 1 at tokens, 0 at padding; rows padded on the right are moved to the right
-            end, so that new tokens follow old ones.
+            end, so that new tokens follow old ones. Where it is not given, padding is known as in
+            the forward: padding tokens that a row begins or ends with.
         names_filter: what to keep of the activations, with `return_type="output"`: None for
             nothing, True for every point but the large ones, or a name, several, or a predicate.
         do_sample: draw tokens; else the most likely one is taken (TransformerLens draws unless
@@ -111,7 +118,9 @@ def generate(
             many there are or when they end. A call takes one number from the generator.
         stop_at_eos: end a row at an end-of-sequence token.
         eos_token_id: instead of the model's own.
-        stop_strings: end a row when its new text holds one of these; needs a tokenizer.
+        stop_strings: end a row when its new text holds one of these; needs a tokenizer. The new
+            text is read after the prompt's, so that a blank in front of its first word is there; a
+            string that begins in the prompt does not count.
         prepend_bos, padding_side: for text; BOS is not added when continuing from a state.
         return_type: "tokens" (prompt and new), "str" (their text), "output"
             (`GenerationOutput`), or "input" for the kind that came in.
@@ -135,9 +144,7 @@ def generate(
         refuse_ignored("leave out stop_at_eos=False to end rows at it", eos_token_id=eos_token_id)
     if return_type != "output":
         refuse_ignored("give return_type='output', which has the cache", names_filter=names_filter)
-    stop_strings = [stop_strings] if isinstance(stop_strings, str) else list(stop_strings)
-    if "" in stop_strings:
-        raise ValueError("stop_strings: an empty one would end every text at once, leave it out")
+    stop_strings = _stop_strings(stop_strings)
     is_text = isinstance(input, str) or is_texts(input)
     if not is_text:
         refuse_text_options(prepend_bos, padding_side)
@@ -193,6 +200,7 @@ class _Decoder:
         self.margins: list[Tensor] = []
         self.finished = torch.zeros(self.batch, dtype=torch.bool, device=tokens.device)
         self.ended: list[tuple[Tensor, HybridState]] = []
+        self.prompt_ends: dict[int, list[int]] = {}
 
     def prefill(self, last_token_too: bool) -> None:
         """Read the prompt, all of it or all but its last token."""
@@ -298,11 +306,23 @@ class _Decoder:
     def _meets_stop_string(self) -> Tensor:
         if not self.stop_strings:
             return torch.zeros_like(self.rows, dtype=torch.bool)
+        text, rows = self.model.text, self.rows.tolist()
         new = torch.stack(self.new, dim=1)[self.rows].tolist()
-        texts = [self.model.text.decode(row) for row in new]
+        read = [text.decode_after(self._prompt_end(r), n) for r, n in zip(rows, new, strict=True)]
         return torch.tensor(
-            [any(s in t for s in self.stop_strings) for t in texts], device=self.rows.device
+            [any(s in t for s in self.stop_strings) for t in read], device=self.rows.device
         )
+
+    def _prompt_end(self, row: int) -> list[int]:
+        """Return the last tokens of a row's prompt, enough to read new ones after them."""
+        if row not in self.prompt_ends:
+            n = self.tokens.shape[1] if self.mask is None else int(self.mask[row].sum())
+            ids = self.tokens[row, self.tokens.shape[1] - n :].tolist()
+            decode, size = self.model.text.decode, _PROMPT_END
+            while size < n and not decode(ids[-size:], skip_special_tokens=True):
+                size *= 2
+            self.prompt_ends[row] = ids[-size:]
+        return self.prompt_ends[row]
 
     def result(
         self, return_type: str, is_single: bool, recorder: Recorder | None
@@ -337,8 +357,11 @@ class _Decoder:
 
     def _texts(self, new: Tensor) -> list[str]:
         """Return each row's new text, without EOS and what follows a stop string."""
-        decode = self.model.text.decode
-        return [self._before_stop(decode(self._before_eos(row))) for row in new]
+        text, found = self.model.text, []
+        for row, ids in enumerate(new):
+            read = text.decode_after(self._prompt_end(row), self._before_eos(ids))
+            found.append(self._before_stop(read).removeprefix(" " if text.joins_words else ""))
+        return found
 
     def _before_eos(self, new: Tensor) -> list[int]:
         is_end = torch.isin(new, self.eos).int()
@@ -347,10 +370,9 @@ class _Decoder:
     def _whole_text(self, row: int, new: Tensor) -> str:
         """Return prompt and new text, decoded together, up to a stop string in the new text."""
         prompt = self.tokens[row] if self.mask is None else self.tokens[row][self.mask[row] > 0]
-        ids = prompt.tolist()
-        start = len(self.model.text.decode(ids, skip_special_tokens=True))
-        whole = self.model.text.decode([*ids, *self._before_eos(new)], skip_special_tokens=True)
-        return whole[:start] + self._before_stop(whole[start:])
+        ids, text = prompt.tolist(), self.model.text
+        added = text.decode_after(ids, self._before_eos(new), skip_special_tokens=True)
+        return text.decode(ids, skip_special_tokens=True) + self._before_stop(added)
 
     def _before_stop(self, text: str) -> str:
         cuts = [text.find(s) for s in self.stop_strings if s in text]
@@ -375,7 +397,9 @@ def _prompt(
         input, attention_mask = model.encode_texts(
             input, prepend_bos, padding_side or "left", continues=state is not None
         )
-    tokens = checked_tokens(model, input)
+        tokens = checked_tokens(model, input)
+    else:
+        tokens, attention_mask = checked_batch(model, input, attention_mask)
     if attention_mask is None:
         return tokens, None
     layout = lay_out(tokens, state, attention_mask, None)
@@ -405,6 +429,16 @@ def _refuse_idle_hooks(
             "the prompt's one token is read in generation; give first_token_stage='prefill'",
             prefill_hooks=prefill_hooks,
         )
+
+
+def _stop_strings(given: str | Sequence[str] | None) -> list[str]:
+    """Return the strings that end a text; None is none."""
+    found = [given] if isinstance(given, str) else list(given or ())
+    if wrong := [s for s in found if not isinstance(s, str)]:
+        raise ValueError(f"stop_strings holds {wrong[0]!r}: give strings")
+    if "" in found:
+        raise ValueError("stop_strings: an empty one would end every text at once, leave it out")
+    return found
 
 
 def _eos(

@@ -16,6 +16,7 @@ from hooked_hybrid.block import Block
 from hooked_hybrid.cache import ActivationCache
 from hooked_hybrid.checks import (
     check_read_out,
+    checked_batch,
     checked_resid,
     checked_return_type,
     checked_run,
@@ -36,7 +37,7 @@ from hooked_hybrid.plan import dispatch, piece_length
 from hooked_hybrid.shapes import Resid, Tokens
 from hooked_hybrid.slicing import PosSlice
 from hooked_hybrid.state import BlockState, HybridState
-from hooked_hybrid.text import PaddingSide
+from hooked_hybrid.text import PaddingSide, as_tokenizer
 from hooked_hybrid.text_methods import Input, TextMethods, is_texts
 from hooked_hybrid.weights import as_matrix, exact_copy, is_quantized
 
@@ -63,7 +64,8 @@ class HookedHybrid(TextMethods, HookedRootModule):
 
     Args:
         cfg: what the model is.
-        tokenizer: a Hugging Face tokenizer; None for a model that takes tokens only.
+        tokenizer: a Hugging Face tokenizer, or a folder that holds one; None for a model that takes
+            tokens only.
         device, dtype: of the parameters.
     """
 
@@ -82,8 +84,7 @@ class HookedHybrid(TextMethods, HookedRootModule):
         super().__init__()
         keep_freed_memory()
         self._cfg = cfg
-        self.tokenizer = tokenizer
-        self.why_no_tokenizer: str | None = None
+        self.tokenizer = as_tokenizer(tokenizer)
         with torch.device("meta"):
             self.embed = Embed(cfg)
             self.hook_embed = HookPoint("batch pos d_model")
@@ -123,7 +124,8 @@ class HookedHybrid(TextMethods, HookedRootModule):
                 one of Google's `.pt` files, or a directory that holds one.
             dtype: of the parameters; the files may hold another.
             device: where the parameters go.
-            tokenizer: used instead of the checkpoint's own.
+            tokenizer: a Hugging Face tokenizer, or a folder that holds one, used instead of the
+                checkpoint's own.
             revision: branch, tag or commit on the hub.
             device_map: for a model larger than a device: where each part goes, by name (`"embed"`,
                 `"blocks.3"`, ...; `"blocks"` means all blocks, `""` everything), on a device,
@@ -305,14 +307,18 @@ class HookedHybrid(TextMethods, HookedRootModule):
                 neither.
             loss_per_token: the loss of each token [batch pos-1], 0 where nothing is predicted.
             logits_to_keep: logits of the last so many positions only.
-            attention_mask: 1 at tokens, 0 at padding on the left or right of a row.
+            attention_mask: 1 at tokens, 0 at padding on the left or right of a row. Where neither
+                it nor `segment_ids` is given, the padding tokens that a row of two tokens or more
+                begins or ends with are padding, see `get_attention_mask`; a model without a
+                tokenizer takes tokens as they are.
             segment_ids: document of each token, 0 at padding; nothing crosses a boundary.
             state: what the rows continue from; it is not changed.
             return_state: return `(that, state after the last token of each row)`.
             stage, step, rows: what `hook.run` says of this forward.
             start_at_layer, stop_at_layer: run these blocks only, as a slice; with `stop_at_layer`
                 the residual stream entering that layer is returned.
-            prepend_bos, padding_side: for text.
+            prepend_bos, padding_side: for text; see `to_tokens`. A text of more than `cfg.n_ctx`
+                tokens is an error.
 
         Raises:
             ValueError: an input that would be misread, or an option that would have no effect; the
@@ -330,16 +336,19 @@ class HookedHybrid(TextMethods, HookedRootModule):
             input, attention_mask = self.encode_texts(
                 input, prepend_bos, padding_side or "right", continues=state is not None
             )
+            x = checked_tokens(self, input)
         else:
             refuse_text_options(prepend_bos, padding_side)
+            if start_at_layer is None:
+                x, attention_mask = checked_batch(self, input, attention_mask, segment_ids)
+            else:
+                x = checked_resid(self, input)
         partial = start_at_layer is not None or stop_at_layer is not None
         if partial and (state is not None or return_state):
             raise ValueError(
                 "a state holds every layer: leave start_at_layer and stop_at_layer out, or state "
                 "and return_state"
             )
-        check = checked_tokens if start_at_layer is None else checked_resid
-        x = check(self, input)
         check_read_out(wanted, logits_to_keep, x.shape[1], start_at_layer is not None)
         checked_state(self, state, x.shape[0])
         rows = checked_run(stage, step, rows, x.shape[0])
@@ -482,7 +491,11 @@ class HookedHybrid(TextMethods, HookedRootModule):
         attention_mask: Int[Tensor, "batch pos"] | None = None,
         per_token: bool = False,
     ) -> Tensor:
-        """Return the next-token loss, in nats, of logits computed before."""
+        """Return the next-token loss, in nats, of logits computed before.
+
+        Padding is known as in the forward, where no mask is given.
+        """
+        tokens, attention_mask = checked_batch(self, tokens, attention_mask)
         layout = lay_out(tokens, None, attention_mask, None)
         return next_token_loss(logits, tokens, layout, per_token)
 
@@ -532,15 +545,18 @@ class HookedHybrid(TextMethods, HookedRootModule):
                 kwargs.get("padding_side") or "right",
                 continues=kwargs.get("state") is not None,
             )
-        tokens = checked_tokens(self, input)
+            tokens = checked_tokens(self, input)
+        else:
+            tokens, mask = checked_batch(self, input, mask, kwargs.get("segment_ids"))
         layout = lay_out(tokens, None, mask, kwargs.get("segment_ids"))
         return next_token_loss(out, tokens, layout)
 
     def _may_cache_pieces(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         uneven = ("attention_mask", "segment_ids", "state", "stop_at_layer", "start_at_layer")
         input = args[0] if args else kwargs.get("input")
-        several = is_texts(input) and not isinstance(input, str)
-        return not several and all(kwargs.get(name) is None for name in uneven)
+        if is_texts(input) or any(kwargs.get(name) is not None for name in uneven):
+            return False
+        return isinstance(input, str) or checked_batch(self, input, None)[1] is None
 
     def _wrap_cache(
         self, cache: dict[str, Tensor], has_batch_dim: bool, pos_slice: PosSlice = None

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from hooked_hybrid.checks import refuse_text_options
+from hooked_hybrid.checks import checked_batch, refuse_text_options
 from hooked_hybrid.config import HybridConfig
 from hooked_hybrid.options import check_choice
 from hooked_hybrid.shapes import Tokens
-from hooked_hybrid.text import PaddingSide, Text
+from hooked_hybrid.text import PaddingSide, Text, pad_rows
 
 Input = str | Sequence[str] | Sequence[int] | Tensor
 
@@ -23,7 +23,6 @@ class TextMethods:
 
     cfg: HybridConfig
     tokenizer: Any
-    why_no_tokenizer: str | None
 
     if TYPE_CHECKING:
 
@@ -41,11 +40,33 @@ class TextMethods:
             ValueError: the model has no tokenizer.
         """
         if self.tokenizer is None:
-            why = f" ({self.why_no_tokenizer})" if self.why_no_tokenizer else ""
             raise ValueError(
-                f"this model has no tokenizer{why}: pass tokens, or load it with tokenizer=..."
+                "this model has no tokenizer: pass tokens, or load it with tokenizer=..."
             )
         return Text(self.tokenizer, self.cfg)
+
+    @overload
+    def to_tokens(
+        self,
+        input: str | Sequence[str],
+        prepend_bos: bool | None = None,
+        padding_side: PaddingSide | None = None,
+        move_to_device: bool = True,
+        truncate: bool = True,
+        return_mask: Literal[False] = False,
+    ) -> Tokens: ...
+
+    @overload
+    def to_tokens(
+        self,
+        input: str | Sequence[str],
+        prepend_bos: bool | None = None,
+        padding_side: PaddingSide | None = None,
+        move_to_device: bool = True,
+        truncate: bool = True,
+        *,
+        return_mask: Literal[True],
+    ) -> tuple[Tokens, Tokens]: ...
 
     def to_tokens(
         self,
@@ -54,16 +75,48 @@ class TextMethods:
         padding_side: PaddingSide | None = None,
         move_to_device: bool = True,
         truncate: bool = True,
-    ) -> Tokens:
+        return_mask: bool = False,
+    ) -> Tokens | tuple[Tokens, Tokens]:
         """Return the tokens of a text, or of several, padded on the right unless told.
 
-        The mask of padded rows is not returned; passing the strings themselves to the model or to
-        `generate` keeps it.
+        Args:
+            input: a text or several.
+            prepend_bos: None: what the tokenizer itself puts around a text, BOS and EOS; True:
+                with BOS in front in any case; False: the text's tokens alone. A text that begins
+                with BOS gets no second one, which transformers would give it.
+            padding_side: "left" or "right".
+            move_to_device: to the model's device; else they are on the CPU.
+            truncate: cut each text at `cfg.n_ctx` tokens before it is padded: at the tokenizer's
+                `truncation_side`, the right unless it says so; BOS and EOS stay.
+            return_mask: return (tokens, mask), the mask [batch pos] 1 at tokens and 0 at padding:
+                what the model and `generate` take as `attention_mask`.
+
+        Raises:
+            ValueError: texts without a token, or padded ones without a mask where padding could
+                not be told from text: no padding token, or one that is BOS or EOS too.
         """
-        tokens, _ = self.encode_texts(input, prepend_bos, padding_side or "right")
-        if truncate and self.cfg.n_ctx is not None:
-            tokens = tokens[:, : self.cfg.n_ctx]
-        return tokens.to(self.device) if move_to_device else tokens
+        tokens, mask = self._encoded(input, prepend_bos, padding_side or "right", cut=truncate)
+        if not return_mask and not self.text.shows_padding and not bool(mask.all()):
+            raise ValueError(
+                "these texts differ in length, and the tokenizer has no padding token, or one that "
+                "is BOS or EOS too, so that their padding would be read as text: take the mask, "
+                "tokens, mask = model.to_tokens(..., return_mask=True), or pass the texts"
+            )
+        device = self.device if move_to_device else torch.device("cpu")
+        return (tokens.to(device), mask.to(device)) if return_mask else tokens.to(device)
+
+    def get_attention_mask(self, tokens: Int[Tensor, "batch pos"]) -> Int[Tensor, "batch pos"]:
+        """Return what the model reads of tokens that come without a mask: 1, and 0 at padding.
+
+        Padding are the padding tokens that a row begins or ends with. A model without a tokenizer,
+        or whose tokenizer has no padding token, takes all tokens as text, and so does a batch of
+        one token a row.
+
+        Raises:
+            ValueError: padding that cannot be told from text.
+        """
+        _, mask = checked_batch(self, tokens, None)  # type: ignore[arg-type]
+        return torch.ones_like(tokens) if mask is None else mask
 
     def to_string(self, tokens: Tensor | Sequence[int]) -> str | list[str]:
         """Return the text of a row of tokens, or the texts of several rows."""
@@ -77,7 +130,9 @@ class TextMethods:
     ) -> list[str] | list[list[str]]:
         """Return each token of a text, or of a row of tokens, as a string.
 
-        Several texts give a list for each.
+        A token reads as within a text: the blank in front of it is there, at the beginning of a
+        text too. Of tokens that share a character the last one gets it, those before it are
+        U+FFFD. Several texts give a list for each.
 
         Raises:
             ValueError: `prepend_bos=True` with tokens.
@@ -87,15 +142,17 @@ class TextMethods:
         return self._str_tokens(input, prepend_bos)
 
     def _str_tokens(self, input: Any, prepend_bos: bool | None) -> list[str]:
-        tokens = self._tokens_of(input, prepend_bos)
-        return [self.text.decode([t]) for t in tokens.reshape(-1).tolist()]
+        return self.text.strings(self._row(input, prepend_bos).tolist())
 
-    def _tokens_of(self, input: Any, prepend_bos: bool | None) -> Tensor:
-        """Return the tokens of a text, or tokens as they are."""
+    def _row(self, input: Any, prepend_bos: bool | None) -> Int[Tensor, " pos"]:
+        """Return one row of tokens, of a text or as they came."""
         if isinstance(input, str):
-            return self.to_tokens(input, prepend_bos)
+            return self.to_tokens(input, prepend_bos)[0]
         refuse_text_options(prepend_bos, None)
-        return torch.as_tensor(input)
+        tokens = torch.as_tensor(input)
+        if tokens.ndim > 1 and tokens.shape[0] != 1:
+            raise ValueError(f"tokens have shape {tuple(tokens.shape)}; give one row of them")
+        return tokens.reshape(-1)
 
     def to_single_token(self, string: str) -> int:
         """Return the token that a string is.
@@ -105,12 +162,13 @@ class TextMethods:
         """
         ids = self.text.encode(string, prepend_bos=False)
         if len(ids) != 1:
-            raise ValueError(f"{string!r} is {len(ids)} tokens, {ids}, not one")
+            shown = f"{len(ids)} tokens, {ids}"
+            raise ValueError(f"{string!r} is {shown}, {self.text.strings(ids)}, not one")
         return ids[0]
 
     def to_single_str_token(self, token: int) -> str:
-        """Return the string of one token."""
-        return self.text.decode([token])
+        """Return the string of one token, a blank in front of it kept."""
+        return self.text.strings([token])[0]
 
     def get_token_position(
         self,
@@ -126,11 +184,11 @@ class TextMethods:
                 tokens.
         """
         check_choice("mode", mode, ("first", "last"))
-        tokens = self._tokens_of(input, prepend_bos)
+        tokens = self._row(input, prepend_bos)
         token = (
             self.to_single_token(single_token) if isinstance(single_token, str) else single_token
         )
-        found = (tokens.reshape(-1) == token).nonzero()[:, 0].tolist()
+        found = (tokens == token).nonzero()[:, 0].tolist()
         if not found:
             raise ValueError(f"token {token} ({single_token!r}) does not stand in the input")
         return int(found[0] if mode == "first" else found[-1])
@@ -170,14 +228,36 @@ class TextMethods:
     ) -> tuple[Tensor, Tensor | None]:
         """Return the padded tokens of one or several texts, and their mask if any is padded.
 
-        BOS is put in front as the model was trained, but not of a text that continues a state.
+        A text that continues a state gets no BOS, nor what else a tokenizer puts around texts,
+        unless told.
+
+        Raises:
+            ValueError: a text of more than `cfg.n_ctx` tokens.
         """
-        default = self.text.prepends_bos and not continues
-        prepend = default if prepend_bos is None else prepend_bos
+        prepend = False if continues and prepend_bos is None else prepend_bos
+        tokens, mask = self._encoded(input, prepend, padding_side, cut=False)
+        n_ctx = self.cfg.n_ctx
+        if n_ctx is not None and tokens.shape[1] > n_ctx:
+            long = (mask.sum(1) > n_ctx).nonzero()[:, 0].tolist()
+            raise ValueError(
+                f"texts {long} are longer than the model's n_ctx={n_ctx} tokens, the longest has "
+                f"{tokens.shape[1]}: to_tokens(...) cuts them, to_tokens(..., truncate=False) "
+                "gives all of them"
+            )
+        return tokens, None if bool(mask.all()) else mask
+
+    def _encoded(
+        self, input: Any, prepend_bos: bool | None, padding_side: PaddingSide, cut: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Return the padded tokens of texts and their mask, on the CPU."""
         texts = [input] if isinstance(input, str) else list(input)
-        return self.text.batch(texts, prepend, padding_side)
+        if wrong := [type(t).__name__ for t in texts if not isinstance(t, str)]:
+            raise ValueError(f"the input holds a {wrong[0]} where texts belong: give texts alone")
+        text = self.text
+        rows = text.rows(texts, prepend_bos, self.cfg.n_ctx if cut else None)
+        return pad_rows(rows, text.pad, padding_side)
 
 
 def is_texts(input: Any) -> bool:
-    """Whether an input is a list of texts."""
+    """Whether an input is a list that begins with a text."""
     return isinstance(input, (list, tuple)) and bool(input) and isinstance(input[0], str)

@@ -151,6 +151,7 @@ def _config(
         norm=NormConfig(style="one_plus_weight"),
         scale_embedding=True,
         logits_soft_cap=logits_soft_cap,
+        default_prepend_bos=True,  # Google's sampler puts it in front of every prompt
         model_name="recurrentgemma (Google)",
         **SPECIAL_TOKENS,
     )

@@ -17,6 +17,7 @@ from hooked_hybrid.placement.files import identity_of
 from hooked_hybrid.placement.places import DeviceMap
 from hooked_hybrid.placement.placing import Homes, MaxMemory, homes_of, one_home
 from hooked_hybrid.quantized import Only, Quantizer
+from hooked_hybrid.text import as_tokenizer
 from hooked_hybrid.tokenizer import read_tokenizer
 from weights_conversion import google
 from weights_conversion.errors import CheckpointError
@@ -48,6 +49,7 @@ def load(
     _refuse_mixed_places(device, device_map, max_memory, offload_folder)
     if quantize is None and quantize_only is not None:
         raise ValueError("quantize_only goes with quantize: give quantize='int8'")
+    tokenizer = as_tokenizer(tokenizer)
     checkpoint = open_checkpoint(name_or_path, revision)
     source = checkpoint.tensors()
     cfg, rules, ignored = _read_plan(checkpoint, source, overrides)
@@ -57,16 +59,13 @@ def load(
         identity = identity_of(_files(checkpoint), dtype)
         how = (identity, quantize, quantize_only)
         homes = homes_of(_without_memory(cfg, dtype), device_map, max_memory, offload_folder, *how)
-    why_not = None
     if tokenizer is None:
         try:
             tokenizer = read_tokenizer(checkpoint.folder)
-        except ImportError as error:  # everything but text works without
-            why_not = str(error)
         except ValueError as error:
             raise CheckpointError(str(error)) from error
     model = _filled(cfg, source, rules, ignored, dtype, device, homes, scheme)
-    model.tokenizer, model.why_no_tokenizer = tokenizer, why_not
+    model.tokenizer = tokenizer
     return model
 
 
@@ -100,6 +99,7 @@ def from_hf(
     **overrides: Any,
 ) -> HookedHybrid:
     """Copy a transformers model in memory; see `HookedHybrid.from_hf`."""
+    tokenizer = as_tokenizer(tokenizer)
     config = hf_model.config.to_dict()
     family = family_of_config(config)
     cfg = family.read(config, overrides)

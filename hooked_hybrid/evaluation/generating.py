@@ -9,7 +9,10 @@ from typing import Any
 from hooked_hybrid.evaluation.batching import Batching
 from hooked_hybrid.extras import require
 from hooked_hybrid.model import HookedHybrid
-from hooked_hybrid.text import pad_rows
+from hooked_hybrid.text import Text, pad_rows
+
+Tokens = Sequence[int]
+_PROMPT_END = 64  # tokens of a prompt that new ones are read after
 
 try:
     from lm_eval.models.utils import (
@@ -109,12 +112,21 @@ def _write(
         **dict(plan.sampling),
         **hooks,
     )
-    texts = []
-    for new in out.new_tokens.tolist():
-        stop = next((at for at, token in enumerate(new) if token in ends), len(new))
-        text = model.text.decode(new[:stop], skip_special_tokens=True)
-        texts.append(postprocess_generated_text(text, list(plan.stop_strings), None))
-    return texts
+    return [
+        _written(model.text, prompt, new, ends, plan.stop_strings)
+        for prompt, new in zip(prompts, out.new_tokens.tolist(), strict=True)
+    ]
+
+
+def _written(
+    text: Text, prompt: Tokens, new: Tokens, ends: Tokens, stop_strings: Sequence[str]
+) -> str:
+    """Return a text up to its end, read after the prompt; it begins as it would by itself."""
+    stop = next((at for at, token in enumerate(new) if token in ends), len(new))
+    alone = text.decode(new[:stop], skip_special_tokens=True)
+    read = text.decode_after(prompt[-_PROMPT_END:], new[:stop], skip_special_tokens=True)
+    cut = postprocess_generated_text(read, list(stop_strings), None)
+    return cut.removeprefix(" ") if read == f" {alone}" else cut
 
 
 __all__ = ["Plan", "read_plan", "texts_after"]

@@ -20,7 +20,7 @@ def identity(model: HookedHybrid) -> dict[str, Any]:
     Of a tokenizer the tokens of a sentence and its chat template count; of the config all but the
     model's name and settings that do not touch the maths.
     """
-    cfg = replace(model.cfg, model_name="", extra={})
+    cfg = replace(model.cfg, model_name="", extra={}, default_prepend_bos=True)  # in `reads`
     text = model.text
     reads = (text.encode(_SENTENCE, prepend_bos=False), text.prepends_bos, text.bos, text.eos)
     template = str(getattr(text.tokenizer, "chat_template", None))

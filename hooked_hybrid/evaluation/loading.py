@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from hooked_hybrid.model import HookedHybrid
-from hooked_hybrid.tokenizer import read_tokenizer
+from hooked_hybrid.text import as_tokenizer
 
 
 def loaded(
@@ -25,11 +25,7 @@ def loaded(
     Raises:
         ValueError: a folder without a tokenizer, or a model in memory that is to be changed.
     """
-    if isinstance(tokenizer, str | Path):
-        found = read_tokenizer(Path(tokenizer))
-        if found is None:
-            raise ValueError(f"tokenizer={str(tokenizer)!r}: no tokenizer in this folder")
-        tokenizer = found
+    tokenizer = as_tokenizer(tokenizer)
     if isinstance(pretrained, HookedHybrid):
         given = {"tokenizer": tokenizer, **loading}
         names = [name for name, value in given.items() if value is not None]

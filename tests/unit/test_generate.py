@@ -45,6 +45,7 @@ ENDLESS: dict[str, Any] = {**QUIET, "stop_at_eos": False}
 def lively_model(name: str = "griffin") -> HookedHybrid:
     """Return a model whose greedy tokens vary: its unembedding is not its embedding."""
     cfg = dataclasses.replace(CONFIGS[name], tied_embedding=False, eos_token_id=None)
+    cfg = dataclasses.replace(cfg, pad_token_id=None, default_prepend_bos=True)
     model = random_model(cfg, seed=2 if name == "jamba" else 4)
     model.tokenizer = toy_tokenizer()
     return model

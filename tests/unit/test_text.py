@@ -21,7 +21,7 @@ from tests.models import D_VOCAB, griffin_config, random_model
 PAD, EOS, BOS, UNK = 0, 1, 2, 3
 SPECIAL = ["<pad>", "<eos>", "<bos>", "<unk>"]
 KINDS = ["tokenizers", "transformers", "transformers_that_adds_bos"]
-CONFIG = griffin_config("RA", d_model=16)
+CONFIG = dataclasses.replace(griffin_config("RA", d_model=16), default_prepend_bos=True)
 
 
 def toy_tokenizer(kind: str = "tokenizers") -> Any:
@@ -152,7 +152,10 @@ def test_without_a_bos_anywhere_none_is_prepended_and_asking_for_it_is_an_error(
 def test_padding_needs_no_padding_token():
     model = with_tokenizer(toy_tokenizer(), pad_token_id=None, bos_token_id=None)
     texts = ["w7 w8 w9", "w5"]
-    assert model.to_tokens(texts).shape == (2, 3)
+    tokens, mask = model.to_tokens(texts, return_mask=True)
+    assert tokens.shape == (2, 3) and mask.tolist() == [[1, 1, 1], [1, 0, 0]]
+    with pytest.raises(ValueError, match="return_mask=True"):
+        model.to_tokens(texts)
     assert_close(model(texts)[1, :1], model("w5")[0])
 
 

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import builtins
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from sentencepiece import SentencePieceProcessor
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
+from tokenizers.processors import TemplateProcessing
+from transformers import AutoTokenizer  # noqa: TID251
 
 from hooked_hybrid import HookedHybrid
 from hooked_hybrid.tokenizer import CheckpointTokenizer, read_tokenizer
@@ -27,19 +29,23 @@ TEMPLATE = (
 CHAT = [{"role": "user", "content": "w1 w2"}]
 
 
-def write_json(folder: Path, **settings: Any) -> None:
+def write_json(folder: Path, adds_bos: bool = True, **settings: Any) -> None:
     tokenizer = Tokenizer(WordLevel({w: i for i, w in enumerate(WORDS)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = Whitespace()
     tokenizer.add_special_tokens(WORDS[:4])
+    if adds_bos:
+        tokenizer.post_processor = TemplateProcessing(
+            single="<bos> $A", special_tokens=[("<bos>", 2)]
+        )
     tokenizer.save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
 
 
-def checkpoint(folder: Path, **settings: Any) -> HookedHybrid:
+def checkpoint(folder: Path, adds_bos: bool = True, **settings: Any) -> HookedHybrid:
     """Save a tiny model, add a tokenizer to its folder, and load both."""
     assert len(WORDS) == D_VOCAB
     tiny_model("griffin").save_pretrained(folder)
-    write_json(folder, **settings)
+    write_json(folder, adds_bos, **settings)
     return HookedHybrid.from_pretrained(folder)
 
 
@@ -56,13 +62,20 @@ def test_a_checkpoints_tokenizer_json_is_used(tmp_path: Path):
     assert isinstance(model.generate("w0 w1", 2, verbose=False), str)
 
 
-@pytest.mark.parametrize(("adds_bos", "first"), [(None, 2), (True, 2), (False, 7)])
-def test_bos_is_put_in_front_as_the_checkpoint_was_trained(
-    tmp_path: Path, adds_bos: bool | None, first: int
+@pytest.mark.parametrize("key", [None, True, False])
+@pytest.mark.parametrize("adds_bos", [True, False])
+def test_bos_is_put_in_front_where_the_post_processor_puts_it(
+    tmp_path: Path, adds_bos: bool, key: bool | None
 ):
-    settings = NAMED if adds_bos is None else {**NAMED, "add_bos_token": adds_bos}
-    model = checkpoint(tmp_path / "m", **settings)
-    assert model.to_tokens("w0").tolist()[0][0] == first
+    settings = {**NAMED, "eos_token": "<eos>", "tokenizer_class": "PreTrainedTokenizerFast"}
+    settings |= {} if key is None else {"add_bos_token": key}
+    model = checkpoint(tmp_path / "m", adds_bos, **settings)
+    reference = AutoTokenizer.from_pretrained(tmp_path / "m")
+    mine = HookedHybrid.from_pretrained(tmp_path / "m", tokenizer=reference)
+    assert reference("w0").input_ids == ([2, 7] if adds_bos else [7])
+    assert model.to_tokens("w0").tolist() == [reference("w0").input_ids]
+    assert mine.to_tokens("w0").tolist() == [reference("w0").input_ids]
+    assert model.text.prepends_bos is mine.text.prepends_bos is adds_bos
     assert model.to_tokens("w0", prepend_bos=True).tolist() == [[2, 7]]
     assert model.to_tokens("w0", prepend_bos=False).tolist() == [[7]]
 
@@ -149,7 +162,9 @@ def test_a_kaggle_folders_sentencepiece_model_is_used(sentencepiece_folder: Path
     special = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
     assert special == (2, 1, 0)
     assert tokenizer.decode([2, *ids, 1], skip_special_tokens=True) == "the cat ate"
-    assert tokenizer.encode("the cat ate", add_special_tokens=True) == [2, *ids]
+    model = SentencePieceProcessor(model_file=str(sentencepiece_folder / "tokenizer.model"))
+    for text in ("the cat ate", " a  dog\ton the mat ", "xyz", "", "the\n\nhat"):
+        assert tokenizer.encode(text) == model.encode(text)
 
 
 def test_a_google_checkpoint_with_its_tokenizer_reads_and_writes_text(
@@ -161,21 +176,6 @@ def test_a_google_checkpoint_with_its_tokenizer_reads_and_writes_text(
     model = HookedHybrid.from_pretrained(tmp_path)
     assert model.to_tokens("the cat")[0, 0] == 2
     assert model.to_string(model.to_tokens("the cat", prepend_bos=False)[0]) == "the cat"
-
-
-def test_without_sentencepiece_the_error_names_the_extra(
-    sentencepiece_folder: Path, monkeypatch: pytest.MonkeyPatch
-):
-    real = builtins.__import__
-
-    def refuse(name: str, *args: Any, **kwargs: Any) -> Any:
-        if name == "sentencepiece":
-            raise ImportError(name)
-        return real(name, *args, **kwargs)
-
-    monkeypatch.setattr(builtins, "__import__", refuse)
-    with pytest.raises(ImportError, match=r"hooked-hybrid\[sentencepiece\]"):
-        read_tokenizer(sentencepiece_folder)
 
 
 def test_a_damaged_tokenizer_is_an_error_that_names_the_file(tmp_path: Path):

@@ -1,0 +1,58 @@
+"""Which tokens of a batch are padding, where nobody gave a mask."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from hooked_hybrid.text import Text
+
+_REMEDY = (
+    "pass attention_mask=: to_tokens(..., return_mask=True) gives it, and "
+    "torch.ones_like(tokens) takes every token as text"
+)
+
+
+def may_hold_padding(tokens: Int[Tensor, "batch pos"], text: Text) -> Bool[Tensor, ""] | None:
+    """Return whether rows begin or end as padded ones do, on the tokens' device.
+
+    None where there is nothing to ask: no padding token, or one token a row, as in decoding.
+    A padding token that is also BOS or EOS may stand once at an end of a text.
+    """
+    pad = text.pad_id
+    if pad is None or tokens.shape[1] < 2:
+        return None
+    is_pad = tokens == pad
+    first, last = is_pad[:, 0], is_pad[:, -1]
+    if text.shows_padding:
+        return (first | last).any()
+    last_two = last if pad not in text.eos else last & is_pad[:, -2]
+    return ((first & is_pad[:, 1]) | last_two).any()
+
+
+def mask_of(tokens: Int[Tensor, "batch pos"], text: Text) -> Int[Tensor, "batch pos"]:
+    """Return the mask of padded rows: 0 at the padding tokens that a row begins or ends with.
+
+    Raises:
+        ValueError: padding that cannot be told from text: its token is BOS or EOS too; a row has
+            it on both ends, or holds nothing else.
+    """
+    if not text.shows_padding:
+        raise ValueError(
+            f"rows begin or end with token {text.pad_id}, which pads and is BOS or EOS too: "
+            f"{_REMEDY}"
+        )
+    is_pad = tokens.eq(text.pad)
+    leads = is_pad.long().cumprod(1).bool()
+    trails = is_pad.long().flip(1).cumprod(1).flip(1).bool()
+    if empty := is_pad.all(1).nonzero()[:, 0].tolist():
+        raise ValueError(f"rows {empty} hold nothing but padding (token {text.pad_id}): {_REMEDY}")
+    if both := (leads.any(1) & trails.any(1)).nonzero()[:, 0].tolist():
+        raise ValueError(
+            f"rows {both} begin and end with the padding token {text.pad_id}: {_REMEDY}"
+        )
+    return torch.where(leads | trails, 0, 1)
+
+
+__all__ = ["mask_of", "may_hold_padding"]
