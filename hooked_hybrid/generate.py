@@ -357,11 +357,9 @@ class _Decoder:
 
     def _texts(self, new: Tensor) -> list[str]:
         """Return each row's new text, without EOS and what follows a stop string."""
-        text, found = self.model.text, []
-        for row, ids in enumerate(new):
-            read = text.decode_after(self._prompt_end(row), self._before_eos(ids))
-            found.append(self._before_stop(read).removeprefix(" " if text.joins_words else ""))
-        return found
+        read = self.model.text.added
+        rows = enumerate(map(self._before_eos, new))
+        return [read(self._prompt_end(row), ids, self.stop_strings) for row, ids in rows]
 
     def _before_eos(self, new: Tensor) -> list[int]:
         is_end = torch.isin(new, self.eos).int()

@@ -15,7 +15,7 @@ from hooked_hybrid.config import HybridConfig
 
 PaddingSide = Literal["left", "right"]
 _PARTIAL = "\N{REPLACEMENT CHARACTER}"  # what tokenizers write for bytes that are no character
-_MOST_BYTES = 4  # of a character
+_MOST_HELD = 4  # tokens: a character has no more bytes
 
 
 class Text:
@@ -125,28 +125,41 @@ class Text:
                 return both[len(known) :]
         return self.decode(ids, skip_special_tokens)
 
+    def added(self, before: Sequence[int], ids: Sequence[int], stops: Sequence[str] = ()) -> str:
+        """Return what new tokens add to a text, up to the first of some strings in it.
+
+        A tokenizer whose tokens hold no blanks adds none in front of the first.
+        """
+        text = self.decode_after(before, ids)
+        text = text[: min((text.find(s) for s in stops if s in text), default=len(text))]
+        return text.removeprefix(" ") if self.joins_words and before else text
+
     def strings(self, ids: Sequence[int]) -> list[str]:
         """Return each token as it reads within a text, a blank in front kept.
 
         Of tokens that share a character the last one gets it; those before it are U+FFFD.
         """
         anchor = [] if self.joins_words else self._anchor()
+        if not anchor:
+            return [self.decode([token]) for token in ids]
         found: list[str] = []
-        held: list[int] = []
-        shown, n_partial = "", 0
+        held: list[int] = []  # tokens of a character that is not whole yet
+        shown = ""  # what their first one shows beside it
         for token in ids:
-            text = self.decode_after(anchor, [*held, token]) if anchor else self.decode([token])
-            whole = text.rstrip(_PARTIAL)
-            if not anchor or (whole == text and text[: len(shown)] == shown):
-                own = text[len(shown) :]
+            tails = ([*held[start:], token] for start in range(len(held) + 1))
+            texts = [self.decode_after(anchor, next(tails))]
+            while texts[-1].endswith(_PARTIAL) and (tail := next(tails, None)):
+                texts.append(self.decode_after(anchor, tail))  # a character may begin later
+            own = texts[-1] if len(texts) > 1 else texts[0][len(shown) :]
+            if not own.endswith(_PARTIAL):
                 found.append(own.lstrip(_PARTIAL) or own if held else own)
+                held, shown = [], ""
+            elif begun := texts[0].rstrip(_PARTIAL)[len(shown) :]:
+                found.append(begun.lstrip(_PARTIAL) + _PARTIAL)
+                held, shown = [token], texts[-1].rstrip(_PARTIAL)
             else:
-                found.append(whole[len(shown) :] + _PARTIAL)
-                n_partial = 1 if len(whole) > len(shown) else n_partial + 1
-                if n_partial < _MOST_BYTES:
-                    held, shown = [*held, token], whole
-                    continue
-            held, shown, n_partial = [], "", 0
+                found.append(_PARTIAL)
+                held = [*held, token][-_MOST_HELD:]
         return found
 
     @property

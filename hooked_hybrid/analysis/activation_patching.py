@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 
 from hooked_hybrid.analysis.metrics import Metric, measured
 from hooked_hybrid.analysis.patch_grid import PatchGrid
-from hooked_hybrid.checks import checked_tokens
+from hooked_hybrid.checks import checked_batch
 from hooked_hybrid.hooked_root import HookSpec
 from hooked_hybrid.interventions.patching import patch, whole_numbers
 from hooked_hybrid.layout import lay_out
@@ -75,7 +75,7 @@ def generic_activation_patch(
     """
     cells = Cells(model, corrupted_tokens, clean_cache, names, attention_mask)
     labels = [_labels(cells, axis, positions, heads) for axis in _checked_axes(axes)]
-    donor_mask = attention_mask if clean_attention_mask is None else clean_attention_mask
+    donor_mask = cells.mask if clean_attention_mask is None else clean_attention_mask
     found = []
     bar = tqdm(
         itertools.product(cells.names, *labels),
@@ -195,19 +195,19 @@ class Cells:
         names: NameFilter,
         mask: Tensor | None,
     ) -> None:
-        self.model, self.mask = model, mask
-        self.tokens = checked_tokens(model, tokens)
+        self.model = model
+        self.tokens, self.mask = checked_batch(model, tokens, mask)
         self.names = matching(names, model.hook_dict)
         if missing := [name for name in self.names if name not in cache]:
             raise ValueError(
                 f"the clean cache lacks {', '.join(missing[:3])} ({len(missing)} in all): make it "
                 "with run_with_cache(clean_tokens, names_filter=...)"
             )
-        self.n_pos = int(lay_out(self.tokens, None, mask, None).pos.max()) + 1
+        self.n_pos = int(lay_out(self.tokens, None, self.mask, None).pos.max()) + 1
         self.corrupted, self.streams = model.run_with_cache(
             self.tokens,
             names_filter=lambda name: name.endswith(("hook_embed", "hook_resid_post")),
-            attention_mask=mask,
+            attention_mask=self.mask,
         )
 
     def run(self, name: str, hooks: list[HookSpec]) -> Logits:

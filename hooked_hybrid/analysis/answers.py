@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Int
@@ -99,7 +99,8 @@ def _answered(
     for row, prompt in enumerate(prompts):
         for start, stop in prompt.needle_spans:
             in_needle[row, start:stop] = True
-    whole = model.generate(tokens, max_new_tokens, return_type="tokens", verbose=False)
+    options: Any = {"attention_mask": torch.ones_like(tokens), "return_type": "tokens"}
+    whole = model.generate(tokens, max_new_tokens, verbose=False, **options)
     new = whole[:, n:]
     ends = torch.isin(new, new.new_tensor(model.cfg.eos_token_ids))
     is_text = ends.cumsum(1) == 0

@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 from hooked_hybrid.analysis.metrics import Metric, measured
 from hooked_hybrid.analysis.scores import HeadScores
 from hooked_hybrid.analysis.slopes import Slopes, through_softmax
-from hooked_hybrid.checks import checked_tokens
+from hooked_hybrid.checks import checked_batch
 from hooked_hybrid.finite import require_numbers
 from hooked_hybrid.hooks import HookPoint, watcher
 from hooked_hybrid.model import HookedHybrid
@@ -142,7 +142,9 @@ def attribution_patching(
     Source: Nanda 2023, "Attribution patching"; Syed et al. 2023; `qk_fix` and no other correction
     of AtP* (Kramár et al. 2024).
     """
-    clean_tokens, corrupted_tokens = checked_pair(model, clean_tokens, corrupted_tokens)
+    clean_tokens, corrupted_tokens, attention_mask = checked_pair(
+        model, clean_tokens, corrupted_tokens, attention_mask
+    )
     if at not in ("corrupted", "clean"):
         raise ValueError(f"at={at!r}: give 'corrupted' or 'clean'")
     kept = _kept_axes(reduce)
@@ -171,19 +173,30 @@ def attribution_patching(
     return Attribution(values, axes, excluded, change, model.cfg.n_layers)
 
 
-def checked_pair(model: HookedHybrid, clean: Tokens, corrupted: Tokens) -> tuple[Tokens, Tokens]:
-    """Return two runs' tokens [batch pos].
+def checked_pair(
+    model: HookedHybrid, clean: Tokens, corrupted: Tokens, mask: Tensor | None = None
+) -> tuple[Tokens, Tokens, Tensor | None]:
+    """Return two runs' tokens [batch pos] and the mask of both.
 
     Raises:
-        ValueError: of different shapes, or no tokens.
+        ValueError: of different shapes, no tokens, or padded at different places.
     """
-    clean, corrupted = checked_tokens(model, clean), checked_tokens(model, corrupted)
+    (clean, clean_mask), (corrupted, mask) = (
+        checked_batch(model, tokens, mask) for tokens in (clean, corrupted)
+    )
     if clean.shape != corrupted.shape:
         raise ValueError(
             f"clean tokens have shape {tuple(clean.shape)}, corrupted ones "
             f"{tuple(corrupted.shape)}: values are compared position by position"
         )
-    return clean, corrupted
+    if not (clean_mask is mask is None or mask is clean_mask):
+        masks = [torch.ones_like(clean) if m is None else m for m in (clean_mask, mask)]
+        if not torch.equal(*masks):
+            raise ValueError(
+                "clean and corrupted tokens are padded at different places: values are compared "
+                "position by position"
+            )
+    return clean, corrupted, mask
 
 
 def _kept_axes(reduce: Reduce) -> set[str]:

@@ -118,7 +118,7 @@ def compare_with_patching(
 
     Source: the comparison of Nanda 2023 and of Kramár et al. 2024, by ranks.
     """
-    clean_tokens, corrupted_tokens = checked_pair(model, clean_tokens, corrupted_tokens)
+    clean_tokens, corrupted_tokens, _ = checked_pair(model, clean_tokens, corrupted_tokens)
     pair = (clean_tokens, corrupted_tokens)
     if not (parted := (clean_tokens != corrupted_tokens).any(0).nonzero()).numel():
         raise ValueError("clean and corrupted tokens are the same: there is nothing to compare")

@@ -142,7 +142,8 @@ def _log_probability(model: HookedHybrid, copied: Copied) -> float:
     """Return the sum of the log-probabilities, in nats, of the copied tokens."""
     n_new = copied.tokens.shape[1] - copied.n_prompt
     with torch.no_grad():
-        logits = model(copied.tokens[:, :-1], logits_to_keep=n_new)
+        read = copied.tokens[:, :-1]
+        logits = model(read, attention_mask=torch.ones_like(read), logits_to_keep=n_new)
     new = copied.tokens[:, copied.n_prompt :, None]
     chosen = at_least_fp32(logits).log_softmax(-1).gather(2, new)[..., 0]
     return float(chosen.double()[copied.is_copy].sum())

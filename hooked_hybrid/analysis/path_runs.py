@@ -20,7 +20,7 @@ from hooked_hybrid.analysis.path_ends import (
     several,
 )
 from hooked_hybrid.cache import ActivationCache
-from hooked_hybrid.checks import checked_tokens
+from hooked_hybrid.checks import checked_batch
 from hooked_hybrid.hooked_root import HookSpec
 from hooked_hybrid.hooks import HookFn, HookPoint, per_position
 from hooked_hybrid.interventions.patching import whole_numbers
@@ -65,12 +65,11 @@ class Paths:
         if unknown := set(options) - set(PathOptions.__annotations__):
             raise TypeError(f"unknown options {sorted(unknown)}; see PathOptions")
         self.model, self.metric = model, metric
-        self.tokens = checked_tokens(model, tokens)
+        self.tokens, self.mask = checked_batch(model, tokens, options.get("attention_mask"))
         self.senders = [Sender.of(model, end) for end in several(senders, "senders")]
         self.receivers = [Receiver.of(model, end) for end in several(receivers, "receivers")]
         self.through = components(model, options.get("through", ()))
         self.freeze_norm = options.get("freeze_norm", False)
-        self.mask = options.get("attention_mask")
         self.layout = lay_out(self.tokens, None, self.mask, None)
         self.at = self._chosen(options.get("positions"))
         self.corrupted = self._checked(corrupted_cache)

@@ -179,7 +179,12 @@ class _Scoring:
             shared = _common_start(members[0].beginning, members[-1].beginning)
             tokens = torch.tensor([shared[n_read:]], device=self.model.device)
             _, after = self.model(
-                tokens, return_type=None, state=state, return_state=True, stage="prefill"
+                tokens,
+                return_type=None,
+                attention_mask=torch.ones_like(tokens),
+                state=state,
+                return_state=True,
+                stage="prefill",
             )
             self.family(members, after, len(shared))
         self.batches(loose, state, n_read)

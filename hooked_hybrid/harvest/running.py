@@ -95,7 +95,7 @@ class Runner:
 
         token = torch.zeros(1, 1, dtype=torch.long, device=self.model.device)
         with torch.no_grad(), self.model.hooks([(self.names, look)]):
-            self._forward(token, None)
+            self._forward(token, torch.ones_like(token))
         return {name: found[name] for name in self.names}
 
     def run(self, batch: Batch, into: Mapping[str, Tensor]) -> None:
@@ -119,13 +119,12 @@ class Runner:
                 raise ValueError(_not_finite(str(hook.name), rows, written, batch.documents))
             into[str(hook.name)].index_copy_(0, batch.rows, written.cpu())
 
-        mask = None if self._ignores_padding() else batch.is_token.long().to(device)
+        read = torch.ones_like(batch.is_token) if self._ignores_padding() else batch.is_token
+        mask = read.long().to(device)
         with torch.no_grad(), self.model.hooks([*self.interventions, (self.names, keep)]):
             self._forward(batch.tokens.to(device), mask)
 
-    def _forward(
-        self, tokens: Int[Tensor, "batch pos"], mask: Int[Tensor, "batch pos"] | None
-    ) -> None:
+    def _forward(self, tokens: Int[Tensor, "batch pos"], mask: Int[Tensor, "batch pos"]) -> None:
         if self.n_layers <= self.model.cfg.n_layers:
             self.model(tokens, None, attention_mask=mask, stop_at_layer=self.n_layers)
         else:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from hooked_hybrid.finite import require_numbers
 from hooked_hybrid.hooked_root import HookSpec
+from hooked_hybrid.hooks import Stage
 from hooked_hybrid.interventions import keep_top_heads, on_rows
 from hooked_hybrid.model import HookedHybrid
 from hooked_hybrid.shapes import Tokens
@@ -119,8 +120,10 @@ def _run_everything(
     ks = _ks(cases)
 
     def step(so_far: Tokens, going: Rows) -> Tensor:
-        hooks = keep_top_heads(ks[going])
-        return model.run_with_hooks(so_far, fwd_hooks=hooks, logits_to_keep=1)[:, -1]
+        hooks, whole = keep_top_heads(ks[going]), torch.ones_like(so_far)
+        return model.run_with_hooks(
+            so_far, fwd_hooks=hooks, attention_mask=whole, logits_to_keep=1
+        )[:, -1]
 
     return _decoded(model, tokens[of_prompt], step, max_new_tokens)
 
@@ -132,7 +135,7 @@ def _run_to_the_last(
     ks = _ks(cases)
 
     def step(so_far: Tokens, going: Rows) -> Tensor:
-        _, state = model(so_far[:, :-1], return_type=None, return_state=True)
+        state = _read(model, so_far[:, :-1], "forward")
         hooks = keep_top_heads(ks[going])
         return model.run_with_hooks(so_far[:, -1:], fwd_hooks=hooks, state=state)[:, -1]
 
@@ -163,7 +166,13 @@ def _starts(model: HookedHybrid, tokens: Tokens, of_prompt: Rows, cases: Cases) 
 
 def _prefilled(model: HookedHybrid, tokens: Tokens, hooks: list[HookSpec]) -> HybridState:
     with model.hooks(hooks):
-        return model(tokens[:, :-1], return_type=None, return_state=True, stage="prefill")[1]
+        return _read(model, tokens[:, :-1], "prefill")
+
+
+def _read(model: HookedHybrid, tokens: Tokens, stage: Stage) -> HybridState:
+    """Return the state after tokens, none of them padding."""
+    whole = torch.ones_like(tokens)
+    return model(tokens, None, attention_mask=whole, return_state=True, stage=stage)[1]
 
 
 def _on(rows: list[int], ks: list[int]) -> list[HookSpec]:
@@ -202,7 +211,9 @@ def _decoded(
         if not len(going):
             break
     new = [row[n_prompt : n_prompt + n] for row, n in zip(tokens, lengths, strict=True)]
-    texts = [model.text.decode(row[~torch.isin(row, eos)].tolist()) for row in new]
+    texts = []
+    for row, ids in zip(tokens[:, :n_prompt].tolist(), new, strict=True):
+        texts.append(model.text.added(row, ids[~torch.isin(ids, eos)].tolist()))
     return list(zip(texts, lengths, margins.tolist(), strict=True))
 
 

@@ -187,7 +187,12 @@ class _GroupRun:
         rows = [(setting, prompt) for setting in batch.prefills]
         with self.model.hooks(hooks_of_rows(rows, "prefill")):
             _, state = self.model(
-                tokens, return_type=None, state=state, return_state=True, stage="prefill"
+                tokens,
+                return_type=None,
+                attention_mask=torch.ones_like(tokens),
+                state=state,
+                return_state=True,
+                stage="prefill",
             )
         return state
 
@@ -199,9 +204,11 @@ class _GroupRun:
         rows = [(setting, prompt) for prompt in prompts for setting in batch.settings]
         of_settings = torch.tensor(batch.row_of)
         forked = [state[of_settings] for state in states if state is not None]
+        read = torch.tensor([p.tokens if batch.is_whole else p.tokens[-1:] for _, p in rows])
         out = self.model.generate(
-            torch.tensor([p.tokens if batch.is_whole else p.tokens[-1:] for _, p in rows]),
+            read,
             self.max_new_tokens,
+            attention_mask=torch.ones_like(read),
             prefill_hooks=hooks_of_rows(rows, "prefill"),
             generation_hooks=hooks_of_rows(rows, "generation"),
             first_token_stage=self.first_token_stage,

@@ -151,16 +151,27 @@ def _losses(
     """Return the mean loss of each text's second half."""
     rows = [(setting, prompt) for prompt in prompts]
     with model.hooks(hooks_of_rows(rows, "prefill")):
+        first = tokens[:, : half - 1]
         _, state = model(
-            tokens[:, : half - 1], return_type=None, return_state=True, stage="prefill"
+            first,
+            return_type=None,
+            attention_mask=torch.ones_like(first),
+            return_state=True,
+            stage="prefill",
         )
     losses = []
     with model.hooks(hooks_of_rows(rows, "generation")):
         # In pieces: the logits of a real vocabulary are large.
         for start in range(half - 1, tokens.shape[1] - 1, PIECE):
             stop = min(start + PIECE, tokens.shape[1] - 1)
+            part = tokens[:, start:stop]
             logits, state = model(
-                tokens[:, start:stop], state=state, return_state=True, stage="generation", step=1
+                part,
+                attention_mask=torch.ones_like(part),
+                state=state,
+                return_state=True,
+                stage="generation",
+                step=1,
             )
             targets = tokens[:, start + 1 : stop + 1].to(logits.device)
             each = cross_entropy(logits.float().mT, targets, reduction="none")
