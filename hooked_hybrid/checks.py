@@ -56,7 +56,8 @@ def _checked(model: HookedHybrid, tokens: Any, knows_padding: bool) -> tuple[Ten
     if isinstance(tokens, list | tuple) and any(isinstance(entry, str) for entry in tokens):
         raise ValueError("the input holds texts and others: give texts, or tokens [batch pos]")
     try:
-        tokens = torch.as_tensor(tokens)
+        if not isinstance(tokens, Tensor):  # which a default device of torch's would move
+            tokens = torch.as_tensor(tokens, device="cpu")
     except (RuntimeError, TypeError, ValueError) as error:
         raise ValueError(
             f"the input is a {type(tokens).__name__}; give tokens [batch pos], or text"

@@ -233,7 +233,7 @@ def _last_real_index(is_real: Bool[Tensor, "batch pos"]) -> Int[Tensor, "batch 1
 
 def _checked_ids(ids: Tensor, name: str, shape: tuple[int, int], allow_empty_rows: bool) -> Tensor:
     """Return integer ids after refusing what would be misread."""
-    ids = torch.as_tensor(ids)
+    ids = ids if isinstance(ids, Tensor) else torch.as_tensor(ids, device="cpu")
     if tuple(ids.shape) != shape:
         raise ValueError(
             f"{name} has shape {tuple(ids.shape)}; give one entry for each new token, {shape}"

@@ -20,6 +20,7 @@ from hooked_hybrid.config import AttentionConfig, HybridConfig, MambaConfig, RGL
 from hooked_hybrid.hooked_root import HookSpec
 from hooked_hybrid.hooks import HookPoint, per_position
 from hooked_hybrid.interventions.patching import Cache, Donor, index_of_rows, whole_numbers
+from hooked_hybrid.interventions.pickling import picklable
 from hooked_hybrid.shapes import Resid
 
 Heads = Mapping[int, Iterable[int] | Bool[Tensor, "..."]] | Iterable[tuple[int, int]]
@@ -37,6 +38,7 @@ MIXER_KINDS: dict[str, type] = {
 }
 
 
+@picklable
 def ablate_heads(
     heads: Heads,
     method: Method = "zero",
@@ -95,6 +97,7 @@ def cut_heads(heads: Heads) -> list[HookSpec]:
     return ablate_heads(heads)
 
 
+@picklable
 def keep_heads(
     heads: Heads,
     method: Method = "zero",
@@ -131,6 +134,7 @@ def keep_heads(
     return [*(named if chosen else []), (lambda name: name.endswith(leaf), replace_all)]
 
 
+@picklable
 def ablate_layers(
     layers: int | Iterable[int],
     kind: Literal["mixer", "mlp"] = "mixer",

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from hooked_hybrid.hooked_root import HookSpec
 from hooked_hybrid.hooks import HookPoint, per_position, watcher
+from hooked_hybrid.interventions.pickling import picklable
 from hooked_hybrid.interventions.rows import (
     Handover,
     Spans,
@@ -25,6 +26,7 @@ Outside = Literal["zero", "keep"]
 _BACK: dict[str, int] = {"next": 0, "last": 1}
 
 
+@picklable
 def follow_span(
     spans: Spans,
     begin: int | Int[Tensor, " batch"],

@@ -12,6 +12,7 @@ from torch import Tensor
 from hooked_hybrid.hooked_root import HookSpec
 from hooked_hybrid.hooks import HookPoint, per_position
 from hooked_hybrid.interventions.hashes import hashes
+from hooked_hybrid.interventions.pickling import picklable
 from hooked_hybrid.interventions.rows import (
     Handover,
     Spans,
@@ -41,12 +42,14 @@ def l2_norm(pattern: Pattern, hook: HookPoint) -> Scores:  # noqa: ARG001
     return pattern.norm(dim=-1)
 
 
+@picklable
 def reversed_score(score: Literal["entropy", "l2"] | HeadScore) -> HeadScore:
     """Return minus a score: keeps the heads that `score` would silence first. A control."""
     fn = _score(score)
     return lambda pattern, hook: -fn(pattern, hook)
 
 
+@picklable
 def random_score(seed: int = 0) -> HeadScore:
     """Return a score without meaning, drawn for each layer, head and position. A control.
 
@@ -56,6 +59,7 @@ def random_score(seed: int = 0) -> HeadScore:
     return lambda pattern, hook: hashes(hook, pattern.shape[1], seed)[..., 0].double()
 
 
+@picklable
 def attention_to(spans: Spans) -> HeadScore:
     """Return the weight that each head gives to a span, the needle say: a score. A control.
 
@@ -74,6 +78,7 @@ def attention_to(spans: Spans) -> HeadScore:
 SCORES: dict[str, HeadScore] = {"entropy": negative_entropy, "l2": l2_norm}
 
 
+@picklable
 def keep_top_heads(
     k: int | Int[Tensor, " batch"],
     score: Literal["entropy", "l2"] | HeadScore = "entropy",

@@ -19,6 +19,7 @@ from torch import Tensor
 from hooked_hybrid.cache import ActivationCache
 from hooked_hybrid.hooked_root import HookSpec
 from hooked_hybrid.hooks import HookPoint, per_position
+from hooked_hybrid.interventions.pickling import picklable
 from hooked_hybrid.interventions.rows import entries_of_rows
 from hooked_hybrid.layout import lay_out
 from hooked_hybrid.names import NameFilter, Shorthand, matching, resolve
@@ -29,6 +30,7 @@ Positions = int | Iterable[int] | Bool[Tensor, "batch _"]
 Cache = Mapping[Any, Tensor]
 
 
+@picklable
 def patch(
     cache: Cache,
     names: Names,
@@ -110,6 +112,7 @@ def freeze(
     return patch(cache, names, attention_mask=attention_mask)
 
 
+@picklable
 def knock_out_edges(
     query_positions: Positions | None,
     key_positions: Positions | None,

@@ -17,6 +17,7 @@ from torch import Tensor
 from hooked_hybrid.hooked_root import HookSpec
 from hooked_hybrid.hooks import HookFn, HookPoint, per_position, watcher
 from hooked_hybrid.interventions.patching import Positions, read_positions, whole_numbers
+from hooked_hybrid.interventions.pickling import picklable
 from hooked_hybrid.interventions.rows import entries_of_rows
 from hooked_hybrid.interventions.state_edges import WATCHED, Cut, Edges, is_chosen
 from hooked_hybrid.interventions.where import hook_at
@@ -26,6 +27,7 @@ Indices = int | Iterable[int] | None
 Bound = int | Int[Tensor, " batch"]
 
 
+@picklable
 def edit_state(
     fn: HookFn, positions: int | Iterable[int] | None = None, *, layers: Indices = None
 ) -> list[HookSpec]:
@@ -50,6 +52,7 @@ def edit_state(
     return [*_checked(layers), (_points(("ssm_state",), layers), edit)]
 
 
+@picklable
 def freeze_state(
     start: Bound,
     stop: Bound | None = None,
@@ -95,6 +98,7 @@ def freeze_state(
     return [*_checked(layers), (_points(("log_decay", "input_gate", "ssm_dt"), layers), hold)]
 
 
+@picklable
 def knock_out_state_edges(
     query_positions: Positions | None,
     key_positions: Positions | None,

@@ -16,6 +16,7 @@ from hooked_hybrid.hooked_root import HookSpec
 from hooked_hybrid.hooks import HookPoint, per_position, watcher
 from hooked_hybrid.interventions.hashes import hashes
 from hooked_hybrid.interventions.heads import SCORES, HeadScore, at_tokens, best_heads
+from hooked_hybrid.interventions.pickling import picklable
 from hooked_hybrid.interventions.rows import (
     Handover,
     Spans,
@@ -33,6 +34,7 @@ Edit = Callable[[Tensor, Tensor, HookPoint, int], Tensor]
 MODES: tuple[str, ...] = get_args(Mode)
 
 
+@picklable
 def manipulate_span(
     mode: Mode,
     spans: Spans,
@@ -113,6 +115,7 @@ def manipulate_span(
     return [(_points("hook_attn_scores", layers), look), *hooks] if needs_visible else hooks
 
 
+@picklable
 def boost_span(
     k: int | Int[Tensor, " batch"],
     spans: Spans,
@@ -205,10 +208,22 @@ def _permuted(pattern: Pattern, span: Tensor, hook: HookPoint, seed: int) -> Pat
     return pattern.index_copy(-1, columns, part.scatter(-1, target, part.gather(-1, source)))
 
 
+def _nothing(pattern: Pattern, span: Tensor, hook: HookPoint, seed: int) -> Pattern:  # noqa: ARG001
+    return torch.zeros_like(pattern)
+
+
+def _span_alone(pattern: Pattern, span: Tensor, hook: HookPoint, seed: int) -> Pattern:  # noqa: ARG001
+    return pattern.masked_fill(~span, 0)
+
+
+def _without_span(pattern: Pattern, span: Tensor, hook: HookPoint, seed: int) -> Pattern:  # noqa: ARG001
+    return pattern.masked_fill(span, 0)
+
+
 EDITS: dict[str, Edit] = {
-    "null": lambda pattern, span, hook, seed: torch.zeros_like(pattern),  # noqa: ARG005
-    "only": lambda pattern, span, hook, seed: pattern.masked_fill(~span, 0),  # noqa: ARG005
-    "omit": lambda pattern, span, hook, seed: pattern.masked_fill(span, 0),  # noqa: ARG005
+    "null": _nothing,
+    "only": _span_alone,
+    "omit": _without_span,
     "binary": _mean_of_span,
     "permute": _permuted,
 }

@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from hooked_hybrid.hooks import HookFn, HookPoint, is_per_position, per_position, positions_of
+from hooked_hybrid.interventions.pickling import picklable
 
 
+@picklable
 def hook_at(fn: HookFn, positions: int | Iterable[int]) -> HookFn:
     """Return a hook that applies `fn` at some positions only, one position at a time.
 
@@ -50,6 +52,7 @@ def hook_at(fn: HookFn, positions: int | Iterable[int]) -> HookFn:
     return marked
 
 
+@picklable
 def on_rows(fn: HookFn, rows: int | Iterable[int]) -> HookFn:
     """Return a hook that applies `fn` to some rows of the batch only.
 

@@ -13,11 +13,13 @@ from hooked_hybrid.config import AttentionConfig, HybridConfig
 from hooked_hybrid.hooked_root import HookSpec
 from hooked_hybrid.hooks import HookPoint, per_position
 from hooked_hybrid.interventions.patching import whole_numbers
+from hooked_hybrid.interventions.pickling import picklable
 from hooked_hybrid.interventions.rows import entries_of_rows
 from hooked_hybrid.names import NameFilter
 from hooked_hybrid.shapes import Pattern
 
 
+@picklable
 def limit_window(n_keys: int, *, layers: int | Iterable[int] | None = None) -> list[HookSpec]:
     """Hide all but the last `n_keys` keys from each query, as a window of the architecture does.
 
@@ -64,6 +66,7 @@ def limit_window(n_keys: int, *, layers: int | Iterable[int] | None = None) -> l
     return [(where, hide)]
 
 
+@picklable
 def knock_out_crossings(
     cfg: HybridConfig,
     boundary: int | Int[Tensor, " batch"],

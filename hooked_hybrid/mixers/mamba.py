@@ -79,7 +79,7 @@ class Mamba(Mixer[RecurrentState]):
     def reset_parameters(self) -> None:
         """Start with A = -1, -2, ..., and D = 1, as Mamba does."""
         with torch.no_grad():
-            n = torch.arange(1, self.cfg.d_state + 1, dtype=torch.float32)
+            n = torch.arange(1, self.cfg.d_state + 1, device=self.A_log.device).float()
             self.A_log.copy_(n.log().expand_as(self.A_log))
             nn.init.ones_(self.D)
 

@@ -1,0 +1,137 @@
+"""Hooks that can be pickled, copied, saved with a model and sent to other processes.
+
+Factories make functions inside themselves, which pickle refuses. What a factory marked `picklable`
+returns is pickled by name, as a function of that factory, together with what it holds on to; it is
+put together again from the factory's code where it is read. Hooks that hand values to each other
+still do, where they are pickled together. A function of the caller's is pickled as any other is:
+it must stand in a module.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import inspect
+from collections.abc import Callable, Iterator
+from types import CellType, CodeType, FunctionType
+from typing import Any, TypeVar
+
+F = TypeVar("F", bound=Callable[..., Any])
+_LOCAL = ".<locals>."
+
+
+def picklable(factory: F) -> F:
+    """Let the hook, the hooks or the score that a factory returns be pickled."""
+
+    @functools.wraps(factory)
+    def made(*args: Any, **kwargs: Any) -> Any:
+        found = factory(*args, **kwargs)
+        if not isinstance(found, list):
+            return _wrapped(found)
+        return [(_wrapped(where), _wrapped(hook)) for where, hook in found]
+
+    return made  # type: ignore[return-value]
+
+
+class Made(functools.partial):
+    """A function that a factory made. It has the marks, and the name, of that function."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Return what `_rebuilt` puts together again."""
+        *parts, marks = _parts(self.func)
+        return _rebuilt, (*parts, {**marks, **vars(self)})
+
+    def __getattr__(self, name: str) -> Any:
+        """Return an attribute of the function."""
+        return getattr(self.func, name)
+
+
+def _wrapped(value: Any) -> Any:
+    """Return a function that was made inside one of ours such that it can be pickled."""
+    if isinstance(value, FunctionType) and _is_ours(inspect.unwrap(value)):
+        return Made(value)
+    if isinstance(value, functools._lru_cache_wrapper):
+        return _Cached(_wrapped(value.__wrapped__))
+    return value
+
+
+class _Cached:
+    """A cached function, to be pickled without what it has cached."""
+
+    def __init__(self, fn: Any) -> None:
+        self.fn = fn
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return functools.cache, (self.fn,)
+
+
+def _is_ours(fn: Any) -> bool:
+    return _LOCAL in fn.__code__.co_qualname and fn.__module__.startswith("hooked_hybrid.")
+
+
+def _parts(fn: FunctionType) -> tuple[Any, ...]:
+    """Return where the code of a function is, and everything else that it is made of."""
+    inner: Any = inspect.unwrap(fn)
+    code, cells = inner.__code__, inner.__closure__ or ()
+    held = zip(code.co_freevars, cells, strict=True)
+    marks = {name: mark for name, mark in vars(fn).items() if name != "__wrapped__"}
+    return (
+        inner.__module__,
+        code.co_qualname,
+        _codes(inner.__module__, code.co_qualname).index(code),
+        {name: _wrapped(cell.cell_contents) for name, cell in held},
+        inner.__defaults__,
+        inner.__kwdefaults__,
+        marks,
+    )
+
+
+def _rebuilt(
+    module: str,
+    name: str,
+    index: int,
+    held: dict[str, Any],
+    defaults: tuple[Any, ...] | None,
+    keyword_defaults: dict[str, Any] | None,
+    marks: dict[str, Any],
+) -> Made:
+    """Return the function that `_parts` took apart.
+
+    Raises:
+        ValueError: this version has no such function, or one that holds on to other values.
+    """
+    codes = _codes(module, name)
+    if index >= len(codes) or set(codes[index].co_freevars) != held.keys():
+        raise ValueError(
+            f"this pickle holds the hook {name}, and this version of hooked_hybrid has another "
+            "one: make the hook anew"
+        )
+    code = codes[index]
+    cells = tuple(CellType(held[variable]) for variable in code.co_freevars)
+    names = vars(importlib.import_module(module))
+    fn = FunctionType(code, names, code.co_name, defaults, cells)
+    fn.__kwdefaults__, fn.__qualname__ = keyword_defaults, name
+    vars(fn).update(marks)
+    return Made(fn)
+
+
+def _codes(module: str, name: str) -> list[CodeType]:
+    """Return the code objects of this qualified name, in the order in which they stand."""
+    path = name.split(_LOCAL)[0].split(".")
+    found: Any = importlib.import_module(module)
+    for part in path:
+        found = getattr(found, part, None)
+    found = inspect.unwrap(found) if callable(found) else None
+    if not isinstance(found, FunctionType):
+        return []
+    return [code for code in _inside(found.__code__) if code.co_qualname == name]
+
+
+def _inside(code: CodeType) -> Iterator[CodeType]:
+    for part in code.co_consts:
+        if isinstance(part, CodeType):
+            yield part
+            yield from _inside(part)
+
+
+__all__ = ["Made", "picklable"]
