@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from hooked_hybrid.evaluation.forms import HeadChoice, Stage
+from hooked_hybrid.identity.comparing import changes, refusal
 from hooked_hybrid.results_folder import holds_results, remove_unfinished, replacing
 
 EXPERIMENT, CALLS = "evaluation.json", "calls.json"
@@ -73,16 +74,12 @@ class Cells:
                 f"{folder} is not empty and holds no evaluation: give another folder, nothing is "
                 "overwritten"
             )
-        now = json.loads(json.dumps(experiment))
+        now = json.loads(json.dumps(dict(experiment)))
         before = _experiment_in(path) if is_used else None
         has_cells = any([_cell_in(file) for file in _files(folder)])  # and each can be read
         calls_of(folder)
-        if before is not None and before != now and has_cells:
-            changed = [key for key in {*before, *now} if before.get(key) != now.get(key)]
-            raise ValueError(
-                f"{folder} holds another evaluation: {', '.join(sorted(changed))} differ; give "
-                "another folder, nothing is overwritten"
-            )
+        if before is not None and has_cells and (changed := changes(before, now)):
+            raise ValueError(refusal(folder, "evaluation", changed))
         if folder.is_dir():
             remove_unfinished(folder)
         if before != now:

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 from hooked_hybrid.evaluation.cells import Cell, Cells, cells_of, file_name
 from hooked_hybrid.evaluation.conversation import has_template
 from hooked_hybrid.evaluation.forms import FORMS, Form
-from hooked_hybrid.evaluation.identity import identity
 from hooked_hybrid.evaluation.tasks import TaskSource
 from hooked_hybrid.evaluation.work import FEWSHOT_SEED, EvaluationJob, Options, as_lm
 from hooked_hybrid.extras import require
+from hooked_hybrid.identity.model import hashed_once, model_identity
 from hooked_hybrid.model import HookedHybrid
 from hooked_hybrid.niah.work import results
 from hooked_hybrid.results_folder import claimed
@@ -81,7 +81,7 @@ def evaluate(
         ModuleNotFoundError: lm-eval is not installed; it says which extra brings it.
     """
     require("lm_eval", "pandas")
-    with claimed(out, resume):
+    with claimed(out, resume), hashed_once():
         return _evaluated(
             model, name, tasks, forms, options or Options(), out, resume, include_path, say, workers
         )
@@ -103,7 +103,8 @@ def _evaluated(
     _check(model, name, forms, options)
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of defaults, task by task
     source = TaskSource(tasks, include_path)
-    cells = Cells(out, {"model": name, **identity(model), **asdict(options)}, resume)
+    experiment = {"model": name, "identity": model_identity(model), **asdict(options)}
+    cells = Cells(out, experiment, resume)
     _check_kept(out, source, forms, options, say)
     job = EvaluationJob(source, tasks, include_path, name, forms, options)
     missing: dict[str, str] = {}

@@ -25,13 +25,14 @@ from hooked_hybrid.harvest.reading import HarvestedActivations
 from hooked_hybrid.harvest.recipe import (
     Recipe,
     encoding_identity,
-    interventions_identity,
-    model_identity,
+    is_recorded,
+    recipe_identity,
     special_tokens,
 )
 from hooked_hybrid.harvest.running import Runner, bytes_of_row, hooks_to_keep
 from hooked_hybrid.harvest.shards import INDEX, index_of, remove_begun, shard_name, write_json
 from hooked_hybrid.hooked_root import HookSpec
+from hooked_hybrid.identity.model import hashed_once
 from hooked_hybrid.model import HookedHybrid
 from hooked_hybrid.names import NameFilter
 from hooked_hybrid.results_folder import claimed, holds_results
@@ -107,7 +108,8 @@ def harvest(
         raise ValueError("context_length=1 has no room beside BOS: give 2 or more")
     runner = Runner(model, names, _dtype(dtype, model), fwd_hooks)
     folder = Path(out)
-    with claimed(folder, resume):
+    with hashed_once(), claimed(folder, resume):
+        identity = recipe_identity(model, fwd_hooks)
         remove_begun(folder)
         if holds_results(folder) and not (folder / FILE).exists():
             raise ValueError(f"{folder} holds no harvest: give another folder")
@@ -123,11 +125,10 @@ def harvest(
             seed=seed,
             documents=read.digest,
             encoding=read.encoding,
-            model=model_identity(model),
-            interventions=interventions_identity(fwd_hooks),
+            **identity,
         )
         plan = recipe.plan(read)
-        recipe.keep(folder)
+        recipe = recipe.keep(folder, model.cfg)
         make_missing(runner, plan, recipe, folder, workers, verbose)
         remove_begun(folder)  # of workers that died
         paths = [folder / shard_name(i, plan.n_shards) for i in range(plan.n_shards)]
@@ -150,6 +151,12 @@ def _read(
         before = Documents.open(folder)
         if not before.is_whole:
             raise ValueError(f"{folder / FILE} is damaged: harvest into another folder")
+        if not is_recorded(before.encoding):
+            raise ValueError(
+                f"{folder} was begun by an older version of this library, which did not record "
+                "enough of the tokenizer that its texts were read with to know it again: give "
+                "another folder, nothing is overwritten"
+            )
         if before.encoding != encoding or before.digest != digest_of(counted):
             raise ValueError(
                 f"{folder} holds a harvest of other documents, or of documents that were read with "

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from hooked_hybrid.evaluation.identity import identity
+from hooked_hybrid.config import HybridConfig
 from hooked_hybrid.harvest.contexts import Plan
 from hooked_hybrid.harvest.documents import Documents
 from hooked_hybrid.harvest.shards import FORMAT, RECIPE, shard_paths, short_hash, write_json
 from hooked_hybrid.hooked_root import HookSpec
+from hooked_hybrid.identity.comparing import changes, refusal
+from hooked_hybrid.identity.model import described, known_of, model_identity, without_tokenizer
+from hooked_hybrid.identity.tokenizers import tokenizer_identity
 from hooked_hybrid.model import HookedHybrid
-from hooked_hybrid.niah.settings import described
-from hooked_hybrid.niah.sweep import fingerprint
+
+_TOKENIZER = "tokenizer"
+_NONE_BEFORE = hashlib.sha256(b"list()").hexdigest()[:16]
+"""What an older version wrote of no interventions."""
 
 
 @dataclass(frozen=True)
@@ -23,7 +29,7 @@ class Recipe:
     """What decides which bytes a harvest writes.
 
     `bos` is what is put in front of each context, `left_out` the tokens of which nothing is kept.
-    `documents`, `encoding`, `model` and `interventions` are hashes.
+    `documents` and `encoding` are hashes, `model` and `interventions` what tells them from others.
     """
 
     names: list[str]
@@ -37,7 +43,7 @@ class Recipe:
     documents: str
     encoding: str
     model: dict[str, Any]
-    interventions: str
+    interventions: list[dict[str, str]]
     format: int = FORMAT
 
     @property
@@ -57,8 +63,16 @@ class Recipe:
             self.seed,
         )
 
-    def keep(self, folder: Path) -> None:
+    def keep(self, folder: Path, cfg: HybridConfig) -> Recipe:
         """Write it to a folder that has none, or no shard yet; else compare.
+
+        Args:
+            folder: of the harvest.
+            cfg: of the model.
+
+        Returns:
+            This one; or the same as an older version of this library wrote it, whose hash is in
+            the shards that are there.
 
         Raises:
             ValueError: the folder holds the shards of another recipe, or of a newer version.
@@ -66,41 +80,73 @@ class Recipe:
         path, now = folder / RECIPE, asdict(self)
         try:
             before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-            changed = sorted(key for key in {*before, *now} if before.get(key) != now.get(key))
-        except (AttributeError, TypeError, ValueError) as error:
+            is_newer = before.get("format", 0) > FORMAT
+            changed = [] if is_newer or not before else _changes(before, now, cfg)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path} is damaged ({error}): give another folder") from error
         if before == now:
-            return
+            return self
         if not before or not shard_paths(folder):
             write_json(path, now)
-            return
-        if before.get("format", 0) > FORMAT:
+            return self
+        if is_newer:
             raise ValueError(f"{path} was written by a newer version of this library")
-        raise ValueError(
-            f"{folder} holds another harvest: {', '.join(changed)} differ; give another folder, "
-            "nothing is overwritten"
-        )
+        if changed:
+            raise ValueError(refusal(folder, "harvest", changed))
+        return replace(self, model=before["model"], interventions=before["interventions"])
 
 
-def model_identity(model: HookedHybrid) -> dict[str, Any]:
-    """Return what tells models apart: hashes of weights and config, and the hooks on them."""
+def _changes(before: Mapping[str, Any], now: Mapping[str, Any], cfg: HybridConfig) -> list[str]:
+    """Return what differs between the recipe of a folder and that of now."""
+    wanted = {"identity" if key == "model" else key: value for key, value in now.items()}
+    if isinstance(before["model"].get("config"), str):
+        return changes(_of_older(before, now, cfg), wanted)
+    return changes(
+        {"identity" if key == "model" else key: value for key, value in before.items()}, wanted
+    )
+
+
+def recipe_identity(model: HookedHybrid, interventions: Sequence[HookSpec]) -> dict[str, Any]:
+    """Return what a harvest depends on of the model and of what acts meanwhile.
+
+    Raises:
+        UntoldError: a hook that holds something whose content cannot be told.
+    """
+    known = known_of(model)
     return {
-        "weights": fingerprint(model),
-        "config": short_hash(repr(replace(model.cfg, model_name="", extra={}))),
-        "hooks": [[str(h.point.name), described(h.user_hook)] for h in model.list_hooks()],
-        "dtype": str(model.dtype),
+        "model": without_tokenizer(model_identity(model)),
+        "interventions": [
+            described(f"fwd_hooks[{i}]", spec, known) for i, spec in enumerate(interventions)
+        ],
     }
 
 
 def encoding_identity(model: HookedHybrid, is_text: bool, bos: int | None) -> str:
     """Return what tells apart how documents were made tokens."""
-    reads = identity(model)["tokenizer"] if is_text else "tokens"
+    reads = "tokens"
+    if is_text:
+        reads = f"{_TOKENIZER} {short_hash(tokenizer_identity(model.text))}"
     return f"{reads}, BOS {bos}"
 
 
-def interventions_identity(interventions: Sequence[HookSpec]) -> str:
-    """Return a hash of hooks and of where they go."""
-    return described([list(spec) for spec in interventions])
+def is_recorded(encoding: str) -> bool:
+    """Whether it says of texts by which tokenizer they were read, as older versions did not."""
+    return encoding.startswith(("tokens,", _TOKENIZER))
+
+
+def _of_older(before: Mapping[str, Any], now: Mapping[str, Any], cfg: HybridConfig) -> Any:
+    """Return the recipe of an older version in the form of now, as far as it proves anything."""
+    old, new = before["model"], now["model"]
+    identity = {"weights": old["weights"], "dtype": old["dtype"], "changes": {}}
+    identity["quantization"] = new["quantization"]  # it is in the hash of the weights
+    if old["hooks"] == []:
+        identity["hooks"] = []
+    is_same = old["config"] == short_hash(repr(replace(cfg, model_name="", extra={})))
+    identity["config"] = new["config"] if is_same else "another"
+    kept = {k: v for k, v in before.items() if k not in ("model", "interventions")}
+    if before["interventions"] == _NONE_BEFORE:
+        kept["interventions"] = []
+    return {**kept, "identity": identity}
 
 
 def special_tokens(model: HookedHybrid) -> list[int]:

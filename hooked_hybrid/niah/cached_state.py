@@ -10,7 +10,6 @@ nothing.
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing
@@ -23,14 +22,14 @@ import torch
 from tqdm.auto import tqdm
 
 from hooked_hybrid.extras import require
+from hooked_hybrid.identity.model import hashed_once, model_identity
 from hooked_hybrid.model import HookedHybrid
 from hooked_hybrid.niah.cached_ways import CASES, WAYS, Answer, Case, way_of
 from hooked_hybrid.niah.cells import cell_of
 from hooked_hybrid.niah.groups import MOST_ROWS, Cells, shortest_window
-from hooked_hybrid.niah.prompts import Prompt
-from hooked_hybrid.niah.settings import Setting
+from hooked_hybrid.niah.prompts import Prompt, prompts_identity
+from hooked_hybrid.niah.settings import Setting, settings_identity
 from hooked_hybrid.niah.store import Store
-from hooked_hybrid.niah.sweep import fingerprint
 from hooked_hybrid.niah.work import Job, ordered, results
 
 if TYPE_CHECKING:
@@ -74,28 +73,28 @@ def cached_state(
     settings = settings_of(cases, ks)
     if not prompts or len({prompt.id for prompt in prompts}) < len(prompts):
         raise ValueError("give at least one prompt, and each once")
-    experiment = {
-        "model": fingerprint(model),
-        "settings": {name: dict(setting.spec) for name, (_, _, setting) in settings.items()},
-        "prompts": hashlib.sha256(" ".join(p.id for p in prompts).encode()).hexdigest(),
-        "max_new_tokens": max_new_tokens,
-        "dtype": str(model.dtype),
-    }
     job = CachedStateJob(prompts, settings, max_new_tokens)
-    store = Store(None if out is None else Path(out), experiment, resume)
-    try:
-        done = store.done()
-        total = len(prompts) * len(settings)
-        bar = tqdm(total=total, initial=len(done) * len(settings), unit="cell", disable=not verbose)
-        found = results(model, job, job.units(done), workers)
-        with bar, torch.no_grad(), closing(found):
-            for _, cells in found:
-                store.add(cells)
-                bar.update(len(cells))
-        ids = [prompt.id for part in job.parts for prompt in part]
-        return ordered(store.table(), ids, list(settings))
-    finally:
-        store.close()
+    with hashed_once():
+        experiment: dict[str, Any] = {}
+        if out is not None:  # what is kept in memory is not gone on with
+            experiment = {
+                "identity": model_identity(model),
+                "settings": settings_identity(model, [s for _, _, s in settings.values()]),
+                **prompts_identity(prompts),
+                "max_new_tokens": max_new_tokens,
+            }
+        store = Store(None if out is None else Path(out), experiment, resume)
+        with closing(store):
+            done = store.done()
+            counts = {"total": len(prompts) * len(settings), "initial": len(done) * len(settings)}
+            bar = tqdm(**counts, unit="cell", disable=not verbose)
+            found = results(model, job, job.units(done), workers)
+            with bar, torch.no_grad(), closing(found):
+                for _, cells in found:
+                    store.add(cells)
+                    bar.update(len(cells))
+            ids = [prompt.id for part in job.parts for prompt in part]
+            return ordered(store.table(), ids, list(settings))
 
 
 class CachedStateJob(Job[int, Cells]):

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from random import Random
 
+from hooked_hybrid.identity.values import describe
 from hooked_hybrid.niah.haystack import sentences
 from hooked_hybrid.niah.needles import PAPER, AnyNeedle, distractors_for, needle_ids
 from hooked_hybrid.niah.prompt_tokens import HAYSTACK, QUESTION, Maker, Parts
@@ -177,6 +178,14 @@ def grid(
         for length in dict.fromkeys(lengths)
         for depth in dict.fromkeys(map(float, depths))
     ]
+
+
+def prompts_identity(prompts: Sequence[Prompt]) -> dict[str, str]:
+    """Return what tells prompts apart: hashes of their ids, and of all that they hold."""
+    return {
+        "prompts": hashlib.sha256(" ".join(prompt.id for prompt in prompts).encode()).hexdigest(),
+        "prompt_contents": describe(list(prompts))["hash"],
+    }
 
 
 def shortest_length(

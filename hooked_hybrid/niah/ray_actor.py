@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 
+from hooked_hybrid.identity.comparing import identity_changes
+from hooked_hybrid.identity.model import model_identity
 from hooked_hybrid.model import HookedHybrid
-from hooked_hybrid.niah.sweep import fingerprint
 
 Source = Callable[[], HookedHybrid] | list[Any]
 """How a worker gets its model: a function, or a list of the Ray reference of a packed one."""
@@ -23,12 +24,12 @@ class Worker:
         """Return what numbers depend on, besides the model."""
         return versions()
 
-    def load(self, source: Source, expected: str, threads: int, precision: str) -> None:
+    def load(self, source: Source, expected: dict[str, Any], threads: int, precision: str) -> None:
         """Get the model.
 
         Args:
             source: from where.
-            expected: what `identity_of` must say of it.
+            expected: what `model_identity` must say of it.
             threads: cores that torch uses.
             precision: of `torch.set_float32_matmul_precision`.
 
@@ -43,10 +44,10 @@ class Worker:
             self.model = source() if callable(source) else unpacked(_got(source))
         except Exception as error:
             raise _sendable(error) from None
-        if (found := identity_of(self.model)) != expected:
+        if changed := identity_changes(expected, model_identity(self.model)):
             raise ValueError(
-                f"a worker loaded another model ({found}) than this process has ({expected}): "
-                "load the same weights in the same dtype there"
+                f"a worker loaded another model than this process has ({'; '.join(changed)}): load "
+                "the same there, or let this process send its own (RayWorkers without load)"
             )
 
     def run(self, key: int, sent: list[Any], items: Sequence[Any]) -> Iterator[Any]:
@@ -77,11 +78,6 @@ def versions() -> dict[str, str]:
     except PackageNotFoundError:  # run from its source
         own = "not installed"
     return {"hooked-hybrid": own, "torch": torch.__version__}
-
-
-def identity_of(model: HookedHybrid) -> str:
-    """Return a hash of a model's config and weights, and its dtype."""
-    return f"{fingerprint(model)}, {str(model.dtype).removeprefix('torch.')}"
 
 
 def packed(model: HookedHybrid) -> bytes:
@@ -116,4 +112,4 @@ def _sendable(error: Exception) -> Exception:
     return error
 
 
-__all__ = ["Source", "Worker", "identity_of", "packed", "unpacked", "versions"]
+__all__ = ["Source", "Worker", "packed", "unpacked", "versions"]

@@ -19,8 +19,9 @@ from typing import Any, TypeVar
 
 import torch
 
+from hooked_hybrid.identity.model import model_identity
 from hooked_hybrid.model import HookedHybrid
-from hooked_hybrid.niah.ray_actor import Source, identity_of, versions
+from hooked_hybrid.niah.ray_actor import Source, versions
 from hooked_hybrid.niah.ray_calls import (
     DiedError,
     Slot,
@@ -88,7 +89,7 @@ class RayWorkers:
         self.gpus_per_worker, self.threads = gpus_per_worker, threads
         self._depth, self._owns_ray, self._is_working = 0, False, False
         self._slots: list[Slot] = []
-        self._source: tuple[str, HookedHybrid | None, Source] = ("", None, [])
+        self._source: tuple[dict[str, Any], HookedHybrid | None, Source] = ({}, None, [])
         self._keys = count()
 
     # --- as long as a `with` block ----------------------------------------------------------
@@ -104,7 +105,7 @@ class RayWorkers:
         if self._depth:
             return
         self._release_all()
-        self._source = ("", None, [])
+        self._source = ({}, None, [])
         if self._owns_ray:
             import ray
 
@@ -278,8 +279,8 @@ class RayWorkers:
         import ray
 
         self._owns_ray |= connect(self.address, self.n and self.n * self.threads)
-        identity, own = identity_of(model), model if self.load is None else None
-        if self._source[:2] != (identity, own):
+        identity, own = model_identity(model), model if self.load is None else None
+        if self._source[:2] != (identity, own):  # another model, or this one with a change
             self._release_all()
             source = self.load or [ray.put(packed_model(model))]
             self._source = (identity, own, source)

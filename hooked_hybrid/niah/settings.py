@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
-from types import CodeType, FunctionType
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from hooked_hybrid.hooked_root import HookSpec
+from hooked_hybrid.identity.model import described, known_of
 from hooked_hybrid.interventions import keep_top_heads, on_rows
+from hooked_hybrid.model import HookedHybrid
 from hooked_hybrid.niah.prompts import Prompt
 
 Hooks = tuple[HookSpec, ...] | Callable[[Prompt], Sequence[HookSpec]]
@@ -42,7 +41,7 @@ class Setting:
         name: unique in a sweep.
         prefill: hooks of the prefill stage, or a function that returns them for a prompt.
         generation: hooks of the generation stage, or such a function.
-        spec: what the setting is, in JSON-able values; it tells settings of one name apart.
+        spec: what the setting is, in JSON-able values; it is kept with the results.
         per_row: another form of these hooks, for many settings at a time.
     """
 
@@ -127,38 +126,20 @@ def _only(arguments: Tensor, rows: list[int]) -> Tensor:
     return own
 
 
-def described(value: Any) -> str:
-    """Return a short hash of hooks: names, code, and what functions hold on to.
+def settings_identity(model: HookedHybrid, settings: Sequence[Setting]) -> dict[str, Any]:
+    """Return what tells settings apart, by their names: "spec", and "hooks" as they are now.
 
-    Two functions of other code, defaults or closed-over values differ; values of unknown types
-    count by their type alone.
+    Raises:
+        UntoldError: hooks that hold something whose content cannot be told.
     """
-    return hashlib.sha256(_said(value).encode()).hexdigest()[:16]
-
-
-def _said(value: Any, within: tuple[int, ...] = ()) -> str:
-    if id(value) in within:  # a function may hold on to itself
-        return "itself"
-    if isinstance(value, partial):
-        parts: Any = (value.func, value.args, sorted(value.keywords.items()))
-    elif isinstance(value, FunctionType):
-        cells = [cell.cell_contents for cell in value.__closure__ or ()]
-        parts = (value.__qualname__, value.__code__, value.__defaults__, cells)
-    elif isinstance(value, CodeType):
-        parts = (value.co_code.hex(), value.co_names, value.co_consts)
-    elif isinstance(value, Tensor):
-        flat = value.detach().cpu().flatten().double()
-        parts = (tuple(value.shape), str(value.dtype), flat.numpy().tobytes().hex())
-    elif isinstance(value, dict):
-        parts = tuple(value.items())
-    elif isinstance(value, list | tuple | set | frozenset):
-        inner = [_said(part, (*within, id(value))) for part in value]
-        return f"{type(value).__name__}({', '.join(inner)})"
-    elif value is None or isinstance(value, str | int | float | bytes | bool):
-        return repr(value)
-    else:
-        return type(value).__qualname__
-    return _said(parts, (*within, id(value)))
+    known = known_of(model)
+    return {
+        s.name: {
+            "spec": dict(s.spec),
+            "hooks": described(f"setting {s.name!r}", (s.prefill, s.generation, s.per_row), known),
+        }
+        for s in settings
+    }
 
 
 __all__ = [
@@ -166,8 +147,8 @@ __all__ = [
     "PerRow",
     "Setting",
     "depends_on_prompt",
-    "described",
     "hooks_for",
     "hooks_of_rows",
+    "settings_identity",
     "top_k_settings",
 ]

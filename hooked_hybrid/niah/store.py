@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hooked_hybrid.extras import require
+from hooked_hybrid.identity.comparing import changes, refusal
 from hooked_hybrid.results_folder import (
     claimed,
     holds_results,
@@ -242,13 +243,8 @@ def _compare(connection: sqlite3.Connection, path: Path, experiment: Mapping[str
         before = dict(json.loads(kept))
     except (TypeError, ValueError):
         raise _damaged(path, "it does not say of which experiment it is") from None
-    now = json.loads(json.dumps(dict(experiment)))
-    changed = [key for key in {*before, *now} if before.get(key) != now.get(key)]
-    if changed:
-        raise ValueError(
-            f"{path} holds another experiment: {', '.join(sorted(changed))} differ; give another "
-            "folder, nothing is overwritten"
-        )
+    if changed := changes(before, experiment):
+        raise ValueError(refusal(path, "experiment", changed))
 
 
 def _digest_of(rows: Iterable[tuple[Any, ...]], before: int = 0) -> int:

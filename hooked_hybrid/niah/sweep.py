@@ -12,32 +12,31 @@ done already. So a sweep may be spread over the workers of a Ray cluster.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from itertools import chain
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from tqdm.auto import tqdm
 
 from hooked_hybrid.extras import require
 from hooked_hybrid.hooked_root import HookSpec
+from hooked_hybrid.identity.model import hashed_once, model_identity
 from hooked_hybrid.model import HookedHybrid
 from hooked_hybrid.niah.groups import Cells, FirstToken, Group, groups_of, shortest_window
-from hooked_hybrid.niah.prompts import Prompt
+from hooked_hybrid.niah.prompts import Prompt, prompts_identity
 from hooked_hybrid.niah.settings import (
     Setting,
     depends_on_prompt,
-    described,
     hooks_for,
+    settings_identity,
     top_k_settings,
 )
 from hooked_hybrid.niah.store import Store
 from hooked_hybrid.niah.work import Job, ordered, results
-from hooked_hybrid.weights import as_matrix
 
 if TYPE_CHECKING:
     import pandas
@@ -81,7 +80,8 @@ def niah(
 
     Raises:
         ValueError: no prompts or settings, a prompt or a setting's name given twice, a setting that
-            cannot be sent to workers, or a folder of another experiment.
+            cannot be sent to workers, or, with `out`, known again; or a folder of another
+            experiment: another model, tokenizer, hook, prompt or option.
         HookNameError: a hook that matches nothing; before any prompt is run.
         FileExistsError: the folder is not empty and `resume` is false.
         OSError: the results cannot be written.
@@ -99,28 +99,28 @@ def niah(
             model.check_hooks_to_add(tuple(chain(*hooks)))
     if workers is not None:
         workers.check(model, {f"setting {setting.name!r}": setting for setting in chosen})
-    experiment = {
-        "model": fingerprint(model),
-        "settings": {s.name: dict(s.spec) for s in chosen},
-        "prompts": hashlib.sha256(" ".join(p.id for p in prompts).encode()).hexdigest(),
-        "max_new_tokens": max_new_tokens,
-        "first_token_stage": first_token_stage,
-        "dtype": str(model.dtype),
-    }
     job = SweepJob(prompts, chosen, max_new_tokens, first_token_stage)
-    store = Store(None if out is None else Path(out), experiment, resume)
-    try:
-        done = store.done()
-        total = len(prompts) * len(chosen)
-        bar = tqdm(total=total, initial=len(done) * len(chosen), unit="cell", disable=not verbose)
-        found = results(model, job, job.units(done), workers)
-        with bar, torch.no_grad(), closing(found):
-            for _, cells in found:
-                store.add(cells)
-                bar.update(len(cells))
-        return ordered(store.table(), job.prompt_ids, [s.name for s in chosen])
-    finally:
-        store.close()
+    with hashed_once():
+        experiment: dict[str, Any] = {}
+        if out is not None:  # what is kept in memory is not gone on with
+            experiment = {
+                "identity": model_identity(model),
+                "settings": settings_identity(model, chosen),
+                **prompts_identity(prompts),
+                "max_new_tokens": max_new_tokens,
+                "first_token_stage": first_token_stage,
+            }
+        store = Store(None if out is None else Path(out), experiment, resume)
+        with closing(store):
+            done = store.done()
+            counts = {"total": len(prompts) * len(chosen), "initial": len(done) * len(chosen)}
+            bar = tqdm(**counts, unit="cell", disable=not verbose)
+            found = results(model, job, job.units(done), workers)
+            with bar, torch.no_grad(), closing(found):
+                for _, cells in found:
+                    store.add(cells)
+                    bar.update(len(cells))
+            return ordered(store.table(), job.prompt_ids, [s.name for s in chosen])
 
 
 class SweepJob(Job[Part, Cells]):
@@ -166,25 +166,9 @@ class SweepJob(Job[Part, Cells]):
         return f"prompts {', '.join(ids)}"
 
 
-def fingerprint(model: HookedHybrid) -> str:
-    """Return a short hash of the config and of every weight, some 1 GB a second."""
-    digest = hashlib.sha256(repr((model.cfg.layers, model.cfg.d_model, model.cfg.norm)).encode())
-    if model.quantization is not None:
-        digest.update(model.quantization.scheme.encode())
-    for name, parameter in model.named_parameters():
-        weight = as_matrix(parameter.detach())
-        digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
-        for part in weight.unbind() if weight.ndim > 2 else (weight,):  # a copy of one expert's
-            digest.update(part.cpu().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()[:16]
-
-
 def _settings(settings: Mapping[str, Sequence[HookSpec]] | Sequence[Setting]) -> list[Setting]:
     if isinstance(settings, Mapping):
-        chosen = [
-            Setting(name, tuple(hooks), tuple(hooks), {"hooks": described(tuple(hooks))})
-            for name, hooks in settings.items()
-        ]
+        chosen = [Setting(name, tuple(hooks), tuple(hooks)) for name, hooks in settings.items()]
     else:
         chosen = list(settings)
     names = [s.name for s in chosen]
@@ -193,4 +177,4 @@ def _settings(settings: Mapping[str, Sequence[HookSpec]] | Sequence[Setting]) ->
     return chosen
 
 
-__all__ = ["FirstToken", "Setting", "fingerprint", "niah", "shortest_window", "top_k_settings"]
+__all__ = ["FirstToken", "Setting", "niah", "shortest_window", "top_k_settings"]

@@ -13,6 +13,7 @@ from rich.table import Table
 from tqdm.auto import tqdm
 
 from hooked_hybrid.cli import command_line, explained
+from hooked_hybrid.identity.model import hashed_once
 from hooked_hybrid.model import HookedHybrid
 from hooked_hybrid.niah.command import model_card
 from hooked_hybrid.niah.prompt_options import HaystackPath, Template
@@ -143,7 +144,7 @@ def reproduce(
         with explained(kept=None):
             _list(paper, items_of(paper, only or []))
         return
-    with run.started() as workers:
+    with run.started() as workers, hashed_once():
         items = items_of(paper, only or [])
         if run.resume:
             items = _with_those_before(paper, items, run.out)

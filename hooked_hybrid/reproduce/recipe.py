@@ -5,12 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from hooked_hybrid.config import MambaConfig, RGLRUConfig
+from hooked_hybrid.identity.comparing import changes, refusal
+from hooked_hybrid.identity.model import model_identity
 from hooked_hybrid.model import HookedHybrid
 from hooked_hybrid.niah.lengths import ROOM, longest_prompt
 from hooked_hybrid.niah.needles import PAPER, Needle, held_out_needles
@@ -22,7 +24,7 @@ from hooked_hybrid.niah.prompts import (
     grid,
     shortest_length,
 )
-from hooked_hybrid.niah.sweep import FirstToken, fingerprint
+from hooked_hybrid.niah.sweep import FirstToken
 from hooked_hybrid.results_folder import holds_results, remove_unfinished, replacing
 
 FILE = "recipe.json"
@@ -62,8 +64,7 @@ class Recipe:
     """All that the numbers depend on; `prompts` and the runs follow from it.
 
     Args:
-        model: `niah.sweep.fingerprint` of it.
-        dtype: of its weights.
+        identity: of the model, see `identity.model.model_identity`.
         lengths: tokens of the prompts.
         depths: shares of the haystack before the needle.
         n_held_out: needles beside the paper's, other ones for each seed.
@@ -76,8 +77,7 @@ class Recipe:
             those of benchmarks that could not be run without.
     """
 
-    model: str
-    dtype: str
+    identity: Mapping[str, Any]
     lengths: tuple[int, ...]
     depths: tuple[float, ...]
     n_held_out: int
@@ -143,13 +143,9 @@ class Recipe:
                 )
             before = _read(path)
             added = {"include_path"} if before.get("include_path") is None else set()
-            keys = [key for key in {**before, **now} if key not in added]
-            changed = [key for key in keys if before.get(key) != now.get(key)]
-            if changed:
-                raise ValueError(
-                    f"{folder} was made by another recipe: {', '.join(changed)} differ; give "
-                    "another --out, nothing is overwritten"
-                )
+            left = [{k: v for k, v in each.items() if k not in added} for each in (before, now)]
+            if changed := changes(*left):
+                raise ValueError(refusal(folder, "recipe", changed))
             remove_unfinished(folder)
             if before == {k: v for k, v in now.items() if v is not None or k in before}:
                 return
@@ -209,8 +205,7 @@ def recipe_for(
     kinds = {type(layer.mixer) for layer in model.cfg.layers}
     as_theirs: list[FirstToken] = [s for kind, s in _FIRST_TOKEN.items() if kind in kinds]
     return Recipe(
-        model=fingerprint(model),
-        dtype=str(model.dtype),
+        identity=model_identity(model),
         lengths=tuple(lengths or _lengths(model, size.n_lengths, template)),
         depths=tuple(depths or default_depths(size.n_depths)),
         n_held_out=n_held_out,

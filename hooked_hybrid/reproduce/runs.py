@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from hooked_hybrid.hooked_root import HookSpec
+from hooked_hybrid.identity.comparing import changes, refusal
+from hooked_hybrid.identity.model import model_identity
+from hooked_hybrid.identity.values import describe
 from hooked_hybrid.interventions import manipulate_span
 from hooked_hybrid.model import HookedHybrid
 from hooked_hybrid.niah.experiments import (
@@ -20,7 +24,7 @@ from hooked_hybrid.niah.experiments import (
 from hooked_hybrid.niah.language import text_loss, texts_of
 from hooked_hybrid.niah.plots import replacing
 from hooked_hybrid.niah.prompts import Prompt
-from hooked_hybrid.niah.settings import Hooks, Setting, top_k_settings
+from hooked_hybrid.niah.settings import Hooks, Setting, settings_identity, top_k_settings
 from hooked_hybrid.niah.sweep import niah
 from hooked_hybrid.reproduce.recipe import Recipe, prompts_of
 from hooked_hybrid.reproduce.shares import few_heads
@@ -221,20 +225,40 @@ def _losses(
     import pandas as pd
 
     path, length = folder / "text_loss.csv", max(recipe.lengths)
-    if not path.exists():
+    beside, said = path.with_suffix(".json"), _said_of_losses(model, settings, recipe, documents)
+    if not (path.exists() and beside.exists()):  # or without what it is of
         losses = text_loss(
             model, settings, length, recipe.n_texts, documents, workers=workers, verbose=verbose
         )
         with replacing(path) as temporary:
             losses.to_csv(temporary, index=False)
+        with replacing(beside) as temporary:
+            temporary.write_text(json.dumps(said, indent=1) + "\n", encoding="utf-8")
+    before: dict[str, Any] = {}
     try:
+        before = dict(json.loads(beside.read_text(encoding="utf-8")))
         losses = pd.read_csv(path)
         is_whole = list(losses["setting"]) == [setting.name for setting in settings]
-    except (KeyError, ValueError):
+    except (KeyError, TypeError, ValueError):
         is_whole = False
     if not is_whole:
         raise ValueError(f"{path} is damaged: remove it, to have it made anew")
+    if changed := changes(before, said):
+        raise ValueError(refusal(path, "loss of text", changed))
     return losses
+
+
+def _said_of_losses(
+    model: HookedHybrid, settings: Sequence[Setting], recipe: Recipe, documents: Sequence[str]
+) -> dict[str, Any]:
+    """Return what the loss of text depends on."""
+    return {
+        "identity": model_identity(model),
+        "settings": settings_identity(model, settings),
+        "length": max(recipe.lengths),
+        "n_texts": recipe.n_texts,
+        "documents": describe(list(documents))["hash"],
+    }
 
 
 __all__ = ["RUNS", "Run", "check", "elsewhere_settings", "perform", "span_beside"]

@@ -16,11 +16,11 @@ from hooked_hybrid.cli import build_app
 from hooked_hybrid.evaluation import work
 from hooked_hybrid.evaluation.cells import Cell, Cells
 from hooked_hybrid.evaluation.forms import FORMS, Form, form_of
-from hooked_hybrid.evaluation.identity import identity
 from hooked_hybrid.evaluation.lm import HookedHybridLM
 from hooked_hybrid.evaluation.report import write
 from hooked_hybrid.evaluation.running import Evaluation, Options, evaluate
 from hooked_hybrid.evaluation.tasks import Loaded, TaskSource, source_of
+from hooked_hybrid.identity.model import model_identity
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 
@@ -193,13 +193,21 @@ def test_a_form_of_the_same_name_is_not_the_same_form(
         call(["one"], [Form("few", 8), Form("few", 0)])
 
 
-@pytest.mark.parametrize("change", ["window", "weights", "hook", "soft cap"])
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("window", "config layers.2.mixer.n_keys 256 -> 4"),
+        ("weights", "the weights"),
+        ("hook", "hooks on the model: none -> hook_embed"),
+        ("soft cap", "config logits_soft_cap 30.0 -> 3.0"),
+    ],
+)
 def test_another_model_of_the_name_is_refused(
-    change: str, call: Call, runs: list[tuple[str, str]]
+    change: str, said: str, call: Call, runs: list[tuple[str, str]]
 ) -> None:
     call(["one"], [BASE])
     again = HookedHybrid.from_pretrained("tiny-griffin")
-    assert identity(again) == identity(griffin())
+    assert model_identity(again) == model_identity(griffin())
     other = again
     if change == "window":
         other = HookedHybrid.from_pretrained("tiny-griffin", n_keys=4)
@@ -211,7 +219,7 @@ def test_another_model_of_the_name_is_refused(
         other.load_state_dict(again.state_dict())
     else:
         again.add_hook("hook_embed", lambda x, hook: 2 * x)
-    with pytest.raises(ValueError, match="holds another evaluation"):
+    with pytest.raises(ValueError, match=f"holds another evaluation: .*{said}"):
         call(["one"], [BASE], model=other)
     assert len(runs) == 1
 

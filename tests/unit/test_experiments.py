@@ -12,6 +12,7 @@ import torch
 from typer.testing import CliRunner
 
 from hooked_hybrid import HookedHybrid, HookPoint, cli, interventions
+from hooked_hybrid.identity.values import describe
 from hooked_hybrid.niah.experiments import (
     WHOLE,
     control_settings,
@@ -25,7 +26,6 @@ from hooked_hybrid.niah.needles import PAPER, custom_needle
 from hooked_hybrid.niah.prompts import Haystack, build_prompt, grid, shortest_length
 from hooked_hybrid.niah.published import WEIGHTS, ours
 from hooked_hybrid.niah.setting_plots import accuracy_by_setting, weight_matrix_picture
-from hooked_hybrid.niah.settings import described
 from hooked_hybrid.niah.sweep import Setting, niah, top_k_settings
 from tests.tolerances import FP32_PARITY
 
@@ -110,7 +110,7 @@ def test_other_hooks_of_the_same_name_never_reuse_cells(tmp_path: Path):
     for hooks in (interventions.keep_top_heads(0), interventions.keep_top_heads(1)):
         with pytest.raises(ValueError, match="another"):
             niah(model, prompts, {"a": hooks}, **quiet)
-    kept = [described(interventions.keep_top_heads(k)) for k in (0, 1, 1)]
+    kept = [describe(interventions.keep_top_heads(k)) for k in (0, 1, 1)]
     assert kept[0] != kept[1] == kept[2]
 
 

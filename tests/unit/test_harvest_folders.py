@@ -92,18 +92,18 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("changes", "differ"),
     [
-        ({"context_length": 9}, "context_length"),
-        ({"batch_size": 3}, "batch_size"),
-        ({"shard_bytes": 7000}, "shard_tokens"),
-        ({"seed": 1}, "seed"),
-        ({"dtype": "bfloat16"}, "dtype, shard_tokens"),
-        ({"drop_special": False}, "left_out"),
-        ({"fwd_hooks": interventions.keep_top_heads(1)}, "interventions"),
+        ({"context_length": 9}, "context_length 8 -> 9"),
+        ({"batch_size": 3}, "batch_size 2 -> 3"),
+        ({"shard_bytes": 7000}, "shard_tokens 45 -> 17"),
+        ({"seed": 1}, "seed 0 -> 1"),
+        ({"dtype": "bfloat16"}, 'dtype "float32" -> "bfloat16"; shard_tokens 45 -> 88'),
+        ({"drop_special": False}, r"left_out \[0, 1, 2\] -> \[\]"),
+        ({"fwd_hooks": interventions.keep_top_heads(1)}, "fwd_hooks"),
     ],
 )
 def test_another_recipe_in_the_folder_is_refused(made, changes, differ):
     before = contents(made)
-    with pytest.raises(ValueError, match=f"holds another harvest: {differ} differ; give another"):
+    with pytest.raises(ValueError, match=f"holds another harvest: {differ}; give another"):
         many_shards(made, **changes)
     assert contents(made) == before
 
@@ -111,7 +111,7 @@ def test_another_recipe_in_the_folder_is_refused(made, changes, differ):
 def test_another_model_other_documents_and_other_folders_are_refused(tmp_path):
     settings = {"verbose": False, "resume": True}
     before = contents(harvest(model_named(), documents_of(), RESID, tmp_path, **settings).folder)
-    with pytest.raises(ValueError, match="holds another harvest: model"):
+    with pytest.raises(ValueError, match="holds another harvest: the weights; give"):
         harvest(tiny_model(seed=1), documents_of(), RESID, tmp_path, **settings)
     with pytest.raises(ValueError, match="holds a harvest of other documents"):
         harvest(model_named(), documents_of(seed=1), RESID, tmp_path, **settings)
@@ -290,7 +290,7 @@ def test_a_change_of_one_row_of_a_weight_is_another_model(tmp_path):
     harvest(model, documents_of(), RESID, tmp_path, **settings)
     with torch.no_grad():
         model.embed.W_E[7] = 0
-    with pytest.raises(ValueError, match="holds another harvest: model"):
+    with pytest.raises(ValueError, match="holds another harvest: the weights; give"):
         harvest(model, documents_of(), RESID, tmp_path, **settings)
 
 

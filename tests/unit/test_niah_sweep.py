@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 
 from hooked_hybrid import HookedHybrid, HookNameError, HookPoint
+from hooked_hybrid.identity.model import weights_hash
 from hooked_hybrid.niah.needles import PAPER
 from hooked_hybrid.niah.prompts import Prompt, grid
 from hooked_hybrid.niah.store import FILE
-from hooked_hybrid.niah.sweep import Setting, fingerprint, niah, top_k_settings
+from hooked_hybrid.niah.sweep import Setting, niah, top_k_settings
 from hooked_hybrid.niah.word_tokenizer import word_tokenizer
 from hooked_hybrid.niah.words import vocabulary
 from tests.models import griffin_config, jamba_config, random_model
@@ -133,9 +134,9 @@ def test_a_finished_run_resumes_to_itself_and_another_experiment_is_refused(tmp_
     with pytest.raises(FileExistsError, match="resume"):
         niah(model, prompts, all_settings(), out=tmp_path / "r", **QUIET)
     others: list[tuple[Any, Any, dict[str, Any], str]] = [
-        (model, prompts, {"settings": all_settings()[:2]}, "settings"),
-        (model, prompts[:2], {"settings": all_settings()}, "prompts"),
-        (model_of("jamba"), prompts, {"settings": all_settings()}, "model"),
+        (model, prompts, {"settings": all_settings()[:2]}, "setting '.*': left out"),
+        (model, prompts[:2], {"settings": all_settings()}, "the prompts"),
+        (model_of("jamba"), prompts, {"settings": all_settings()}, "another experiment: config "),
     ]
     for other, its_prompts, options, message in others:
         with pytest.raises(ValueError, match=message):
@@ -147,11 +148,11 @@ def test_a_finished_run_resumes_to_itself_and_another_experiment_is_refused(tmp_
 
 def test_one_number_of_one_weight_makes_it_another_model(tmp_path: Path):
     model, prompts = copy.deepcopy(model_of("griffin")), prompts_of("griffin")[:1]
-    assert fingerprint(model) == fingerprint(model_of("griffin"))
+    assert weights_hash(model) == weights_hash(model_of("griffin"))
     niah(model, prompts, [Setting("a")], out=tmp_path / "r", **QUIET)
     with torch.no_grad():
         model.blocks[2].attn.o.weight[5, 3] += 1e-6
-    with pytest.raises(ValueError, match="model"):
+    with pytest.raises(ValueError, match="another experiment: the weights; give"):
         niah(model, prompts, [Setting("a")], out=tmp_path / "r", resume=True, **QUIET)
 
 

@@ -19,8 +19,8 @@ from torch import Tensor
 from hooked_hybrid import HookedHybrid, HookPoint, interventions
 from hooked_hybrid.folding import fold_ln
 from hooked_hybrid.hooks import watcher
+from hooked_hybrid.identity.model import model_identity
 from hooked_hybrid.layout import lay_out
-from hooked_hybrid.niah.sweep import fingerprint
 from hooked_hybrid.placement import Machine, place, resolve
 from hooked_hybrid.placement.files import OffloadFolder
 from hooked_hybrid.placement.planner import Planner
@@ -236,7 +236,7 @@ def test_stream_state_and_runs_are_on_the_device_of_their_layer(name: str):
 
 def test_weights_on_the_disk_are_read_like_any_others(placed: Any, tmp_path: Path):
     one, several = whole("jamba"), placed["jamba", "disk"]
-    assert fingerprint(several) == fingerprint(one)
+    assert model_identity(several) == model_identity(one)
     assert torch.equal(several.W_Q.weight, one.W_Q.weight)
     assert torch.equal(several.stack("mixer.A_log").weight, one.stack("mixer.A_log").weight)
     assert not any(p.is_meta or p.requires_grad for p in several.parameters())

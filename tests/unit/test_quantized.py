@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from hooked_hybrid import HookedHybrid, HookPoint, fold_ln, interventions, unfold_ln
 from hooked_hybrid.analysis import all_composition_scores
+from hooked_hybrid.identity.model import weights_hash
 from hooked_hybrid.mixers import MIXERS
 from hooked_hybrid.mlps import MLPS, MoE
-from hooked_hybrid.niah.sweep import fingerprint
 from hooked_hybrid.quantized import (
     LARGE,
     Quantizer,
@@ -203,7 +203,7 @@ def test_whatever_reads_weights_as_matrices_reads_their_values(name: str, scheme
         assert torch.equal(block.mlp.W_out, theirs.mlp.W_out)
     ours, theirs = (all_composition_scores(m, "Q").values for m in (model, other))
     assert torch.equal(ours, theirs)
-    assert len({fingerprint(m) for m in (model, other, plain(name))}) == 3
+    assert len({weights_hash(m) for m in (model, other, plain(name))}) == 3
 
 
 @both
@@ -268,7 +268,7 @@ def test_only_some_weights():
     assert all(isinstance(mlp.gate, nn.ParameterList) for mlp in experts)
     one = deepcopy(plain("griffin"))
     assert len(quantize_weights(one, "int8", only=["blocks.0.mlp.up.weight"]).weights) == 1
-    assert fingerprint(one) != fingerprint(plain("griffin"))
+    assert weights_hash(one) != weights_hash(plain("griffin"))
 
 
 def test_a_config_of_torchao_leaves_the_settings_of_the_process_alone():
@@ -283,10 +283,10 @@ def test_a_config_of_torchao_leaves_the_settings_of_the_process_alone():
 
 
 def refused(model: HookedHybrid, scheme: Any, says: str, **options: Any) -> None:
-    before = fingerprint(model)
+    before = weights_hash(model)
     with pytest.raises(ValueError, match=says):
         quantize_weights(model, scheme, **options)
-    assert fingerprint(model) == before and model.quantization is None
+    assert weights_hash(model) == before and model.quantization is None
 
 
 def test_what_cannot_be_is_refused_before_anything_changes():

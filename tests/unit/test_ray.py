@@ -33,13 +33,14 @@ from hooked_hybrid.cli import build_app
 from hooked_hybrid.evaluation.forms import FORMS
 from hooked_hybrid.evaluation.running import Options, evaluate
 from hooked_hybrid.harvest import harvest
+from hooked_hybrid.identity.model import model_identity
 from hooked_hybrid.interventions import keep_top_heads
 from hooked_hybrid.niah import ray_workers
 from hooked_hybrid.niah.cached_state import CASES, cached_state
 from hooked_hybrid.niah.experiments import weight_matrix
 from hooked_hybrid.niah.language import text_loss
 from hooked_hybrid.niah.prompts import Prompt
-from hooked_hybrid.niah.ray_actor import Worker, identity_of, packed, unpacked
+from hooked_hybrid.niah.ray_actor import Worker, packed, unpacked
 from hooked_hybrid.niah.ray_workers import RayWorkers
 from hooked_hybrid.niah.store import FILE, Store
 from hooked_hybrid.niah.sweep import Setting, niah, top_k_settings
@@ -332,9 +333,9 @@ def test_without_ray_the_remedy_is_named(monkeypatch: Any):
 
 
 def test_a_worker_refuses_another_model_than_the_callers():
-    worker, ours = Worker(), identity_of(model_of("griffin"))
+    worker, ours = Worker(), model_identity(model_of("griffin"))
     precision = torch.get_float32_matmul_precision()
-    assert identity_of(unpacked(packed(model_of("griffin")))) == ours
+    assert model_identity(unpacked(packed(model_of("griffin")))) == ours
     for other in (model_of("jamba"), copy.deepcopy(model_of("griffin")).bfloat16()):
         with pytest.raises(ValueError, match="another model"):
             worker.load(lambda: other, ours, 1, precision)  # noqa: B023

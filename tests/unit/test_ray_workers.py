@@ -12,8 +12,9 @@ import ray
 import torch
 from ray import cloudpickle
 
+from hooked_hybrid.identity.model import model_identity
 from hooked_hybrid.niah import ray_calls, ray_workers
-from hooked_hybrid.niah.ray_actor import Worker, identity_of, versions
+from hooked_hybrid.niah.ray_actor import Worker, versions
 from hooked_hybrid.niah.ray_calls import DiedError, what_died
 from hooked_hybrid.niah.ray_workers import MOST_DEATHS, RayWorkers
 from hooked_hybrid.niah.work import Job
@@ -118,15 +119,15 @@ def test_what_a_model_cannot_be_loaded_for_is_told_whatever_its_class():
 
     precision = torch.get_float32_matmul_precision()
     with pytest.raises(RuntimeError, match="Refused: hub said 403"):
-        Worker().load(load, "", torch.get_num_threads(), precision)
+        Worker().load(load, {}, torch.get_num_threads(), precision)
 
 
 def test_workers_notice_a_change_of_one_row_of_a_weight():
     model = tiny_model(seed=3)
-    before = identity_of(model)
+    before = model_identity(model)
     with torch.no_grad():
         model.embed.W_E[7] = 0
-    assert identity_of(model) != before
+    assert model_identity(model) != before
 
 
 @pytest.mark.parametrize("gpus", [-1, 1.5, float("nan"), float("inf")])

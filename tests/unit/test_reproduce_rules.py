@@ -258,7 +258,7 @@ def test_the_folder_of_benchmarks_is_kept_with_the_recipe(
     assert invoke(*wanted, "--resume").exit_code == 0
     assert seen == [None, None, tasks, tasks]
     other = invoke(*wanted, "--resume", "--include-path", str(tmp_path))
-    assert other.exit_code == 1 and "include_path differ" in " ".join(other.output.split())
+    assert other.exit_code == 1 and "another recipe: include_path" in " ".join(other.output.split())
     assert (
         "documents of each task | the first 2; none could be read"
         in (out / "report.md").read_text()

@@ -1,0 +1,85 @@
+"""Where code comes from: Python itself, an installed package, this library, or the user."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import sys
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import resolve_name
+from types import FunctionType, ModuleType
+from typing import Any
+
+OWN = "hooked_hybrid"
+UNVERSIONED = sys.stdlib_module_names | {"builtins", "torch", "numpy"}
+"""Whose version does not count in what a function is, as it does not in a model's forward."""
+_INSTALLED: dict[str, bool] = {}
+
+
+def is_installed(module: str) -> bool:
+    """Whether a module is Python's own or an installed package's, this library excepted."""
+    top = top_of(module)
+    if top in (OWN, "__main__"):
+        return False
+    if top in UNVERSIONED:
+        return True
+    if top not in _INSTALLED and (found := sys.modules.get(top)) is not None:
+        spec = getattr(found, "__spec__", None)
+        searched = getattr(spec, "submodule_search_locations", None) or ()
+        places = (str(place) for place in (getattr(found, "__file__", None), *searched))
+        parts = {part for place in places for part in place.replace("\\", "/").split("/")}
+        _INSTALLED[top] = bool(parts & {"site-packages", "dist-packages"})
+    return _INSTALLED.get(top, False)
+
+
+def is_named(module: str) -> bool:
+    """Whether what a module defines counts by name: that of installed packages and this library."""
+    return is_installed(module) or top_of(module) == OWN
+
+
+def top_of(module: str) -> str:
+    """Return the package that a module lies in."""
+    return module.partition(".")[0]
+
+
+@functools.cache
+def version_of(package: str) -> str:
+    """Return the version of a package, as it is installed or as it says itself."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return str(getattr(sys.modules.get(package), "__version__", "of no version"))
+
+
+def imported(name: str, level: int, names: Mapping[str, Any]) -> ModuleType | None:
+    """Return a module that a function imports when it runs; None of an installed package's.
+
+    Args:
+        name, level: as the import says, with the dots of a relative one.
+        names: of the module that the function is defined in.
+    """
+    try:
+        whole = resolve_name("." * level + name, names.get("__package__") or "") if level else name
+        return None if is_installed(whole) else importlib.import_module(whole)
+    except Exception:  # whatever a module does when it is imported: the function will meet it too
+        return None
+
+
+def wrapped_by_tools(fn: FunctionType) -> Any:
+    """Return the function that a check of types or a compiler wraps; None of any other."""
+    file = fn.__code__.co_filename
+    if file.startswith("<@beartype(") or "jaxtyping" in file.replace("\\", "/").split("/"):
+        return vars(fn).get("__wrapped__")
+    return vars(fn).get("_torchdynamo_orig_callable")
+
+
+__all__ = [
+    "UNVERSIONED",
+    "imported",
+    "is_installed",
+    "is_named",
+    "top_of",
+    "version_of",
+    "wrapped_by_tools",
+]
