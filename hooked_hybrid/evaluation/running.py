@@ -103,8 +103,7 @@ def _evaluated(
     _check(model, name, forms, options)
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of defaults, task by task
     source = TaskSource(tasks, include_path)
-    experiment = {"model": name, "identity": model_identity(model), **asdict(options)}
-    cells = Cells(out, experiment, resume)
+    cells = Cells(out, experiment_of(model, name, options), resume)
     _check_kept(out, source, forms, options, say)
     job = EvaluationJob(source, tasks, include_path, name, forms, options)
     missing: dict[str, str] = {}
@@ -135,6 +134,11 @@ def _evaluated(
     said = {"groups": source.groups, "forms": [asdict(form) for form in forms]}
     cells.note({**said, "missing": missing})
     return Evaluation(source.groups, tuple(forms), found, missing)
+
+
+def experiment_of(model: HookedHybrid, name: str, options: Options) -> dict[str, Any]:
+    """Return what the cells of an evaluation depend on, besides their tasks and forms."""
+    return {"model": name, "identity": model_identity(model), **asdict(options)}
 
 
 def _check(model: HookedHybrid, name: str, forms: Sequence[Form], options: Options) -> None:

@@ -141,8 +141,8 @@ def _of_older(before: Mapping[str, Any], now: Mapping[str, Any], cfg: HybridConf
     identity["quantization"] = new["quantization"]  # it is in the hash of the weights
     if old["hooks"] == []:
         identity["hooks"] = []
-    is_same = old["config"] == short_hash(repr(replace(cfg, model_name="", extra={})))
-    identity["config"] = new["config"] if is_same else "another"
+    if old["config"] == short_hash(repr(replace(cfg, model_name="", extra={}))):
+        identity["config"] = new["config"]
     kept = {k: v for k, v in before.items() if k not in ("model", "interventions")}
     if before["interventions"] == _NONE_BEFORE:
         kept["interventions"] = []

@@ -34,7 +34,8 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
             "spec" and "hooks".
     """
     now = json.loads(json.dumps(dict(now)))
-    before = before if "identity" in before else _adopted(before)
+    if "identity" in now and "identity" not in before:
+        before = _adopted(before)
     found: list[str] = []
     for key in dict.fromkeys([*now, *before]):
         old, new, name = before.get(key), now.get(key), _NAMES.get(key, key)

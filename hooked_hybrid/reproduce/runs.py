@@ -209,19 +209,27 @@ def perform(
     table["seed"] = table["prompt_id"].map(seed_of)
     losses = None
     if run.text:
-        losses = _losses(model, settings, recipe, own, documents, workers, verbose)
+        losses = text_losses(
+            model, settings, recipe, own, documents, workers=workers, verbose=verbose
+        )
     return table, losses
 
 
-def _losses(
+def text_losses(
     model: HookedHybrid,
     settings: Sequence[Setting],
     recipe: Recipe,
     folder: Path,
-    documents: Sequence[str],
-    workers: RayWorkers | None,
-    verbose: bool,
+    documents: Sequence[str] = (),
+    *,
+    workers: RayWorkers | None = None,
+    verbose: bool = False,
 ) -> pd.DataFrame:
+    """Return the losses of text that a folder holds, after they are taken where it has none.
+
+    Raises:
+        ValueError: the file is damaged, or of another model, hooks, recipe or documents.
+    """
     import pandas as pd
 
     path, length = folder / "text_loss.csv", max(recipe.lengths)
@@ -261,4 +269,4 @@ def _said_of_losses(
     }
 
 
-__all__ = ["RUNS", "Run", "check", "elsewhere_settings", "perform", "span_beside"]
+__all__ = ["RUNS", "Run", "check", "elsewhere_settings", "perform", "span_beside", "text_losses"]
