@@ -14,6 +14,7 @@ _OF_TRANSFORMERS = (
     "legacy",
     "special_tokens_map",
     "split_special_tokens",
+    "truncation_side",
 )
 
 
