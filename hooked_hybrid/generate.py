@@ -159,7 +159,7 @@ def generate(
     tokens, mask = _prompt(model, input, is_text, attention_mask, state, prepend_bos, padding_side)
     checked_state(model, state, tokens.shape[0])
     _refuse_idle_hooks(tokens.shape[1], max_new_tokens, first_token_stage, *hooks[1:])
-    recorder = None if names_filter is None else Recorder(model, names_filter, tokens, mask, state)
+    recorder = None if names_filter is None else Recorder(model, names_filter, tokens, state)
     decoder = _Decoder(
         model, tokens, mask, state, sampling, _eos(model, stop_at_eos, eos_token_id), stop_strings
     )

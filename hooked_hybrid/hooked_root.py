@@ -13,7 +13,8 @@ from hooked_hybrid import transforms
 from hooked_hybrid.hooks import Direction, HookFn, HookPoint, LensHandle, RunHolder
 from hooked_hybrid.names import NameFilter, matching
 from hooked_hybrid.options import refuse_ignored
-from hooked_hybrid.savers import PieceSaver, Saver
+from hooked_hybrid.places import Places
+from hooked_hybrid.savers import CopyingSaver, KeptValues, PieceSaver, Saver
 from hooked_hybrid.slicing import PosSlice
 
 HookSpec = tuple[NameFilter, HookFn]
@@ -53,8 +54,36 @@ class HookedRootModule(nn.Module):
         """Every hook point, in the order of the modules."""
         return self.hook_dict.values()
 
-    def list_hooks(self) -> list[LensHandle]:
-        """Every attached function, with its point (`.point.name`) and direction."""
+    def list_hooks(
+        self,
+        name_filter: NameFilter | None = None,
+        dir: Literal["fwd", "bwd", "both"] = "both",
+        including_permanent: bool = True,
+    ) -> dict[str, list[LensHandle]]:
+        """Return what is attached, by the names of the points that have something.
+
+        Args:
+            name_filter: a name, several, or a predicate; None means every point.
+            dir: forward hooks, backward hooks, or both, forward ones first.
+            including_permanent: False leaves permanent hooks out.
+
+        Raises:
+            HookNameError: a name that does not exist, or a predicate that is true of none.
+            ValueError: `dir` is none of the three.
+        """
+        if dir not in ("fwd", "bwd", "both"):
+            raise ValueError(f"direction {dir!r}: give 'fwd', 'bwd' or 'both'")
+        names = self.hook_dict if name_filter is None else matching(name_filter, self.hook_dict)
+        found = {}
+        for name in names:
+            fwd, bwd = self.hook_dict[name].fwd_hooks, self.hook_dict[name].bwd_hooks
+            both = (*(fwd if dir != "bwd" else ()), *(bwd if dir != "fwd" else ()))
+            if chosen := [h for h in both if including_permanent or not h.is_permanent]:
+                found[name] = chosen
+        return found
+
+    def attached(self) -> list[LensHandle]:
+        """Every attached function, with its point (`.point.name`) and direction, in one list."""
         return [h for p in self.hook_points() for h in (*p.fwd_hooks, *p.bwd_hooks)]
 
     def add_hook(
@@ -208,9 +237,11 @@ class HookedRootModule(nn.Module):
             args: positional arguments of the forward.
             names_filter: one name, several, or a predicate. None keeps every point but the large
                 ones, which are kept when named.
-            pos_slice: positions to keep, on the position (query) axis: an int (the axis goes), a
-                slice, a tuple `(start, stop)`, or a list of indices. Others are never held: a long
-                input runs in pieces as without a cache.
+            pos_slice: positions to keep, on the position (query) axis: an int, a slice, a tuple
+                `(start, stop)`, indices in a list, array or tensor, or a mask [pos] of True and
+                False, counted in the whole input; or "last", each row's last token. The axis stays,
+                of length 1 for an int, as in TransformerLens. Others are never held: a long input
+                runs in pieces as without a cache.
             device: where the cache is put; None leaves each value where it is.
             incl_bwd: also keep the gradient of the target at each point, as name + "_grad".
                 The `.grad` of parameters is not touched.
@@ -226,9 +257,11 @@ class HookedRootModule(nn.Module):
 
         Raises:
             HookNameError: the filter matches nothing.
+            IndexError: a position outside the input, or a mask of another length.
+            TypeError: a `pos_slice` that is none of these, or hooks among the keywords.
             ValueError: `incl_bwd` without a metric on an output that is not a scalar, a metric
-                without `incl_bwd`, or points that did not run.
-            TypeError: hooks among the keywords.
+                without `incl_bwd`, points that did not run, or a single position that is padding
+                in some row.
         """
         if misplaced := [name for name in ("fwd_hooks", "bwd_hooks") if name in kwargs]:
             raise TypeError(
@@ -253,6 +286,7 @@ class HookedRootModule(nn.Module):
                     self._target(out, metric, args, kwargs).backward()
                 out = _detached(out)
             saver.finish()
+            saver.own(out, args, kwargs)
         finally:
             if reset_hooks_end:
                 for handle in added:
@@ -264,7 +298,7 @@ class HookedRootModule(nn.Module):
                 f"names_filter={names_filter!r} keeps nothing of what ran: start_at_layer or "
                 "stop_at_layer leaves those points out"
             )
-        return out, self._wrap_cache(cache, not remove_batch_dim, pos_slice)
+        return out, self._wrap_cache(cache, not remove_batch_dim, pos_slice, saver.places)
 
     def add_caching_hooks(
         self,
@@ -275,9 +309,13 @@ class HookedRootModule(nn.Module):
         cache: MutableMapping[str, Tensor] | None = None,
         pos_slice: PosSlice = None,
     ) -> MutableMapping[str, Tensor]:
-        """Attach caching hooks and return the dict they fill; `reset_hooks` detaches them."""
-        cache = {} if cache is None else cache
-        self._watch(names_filter, Saver(cache, pos_slice, device, remove_batch_dim), incl_bwd)
+        """Attach caching hooks and return the dict they fill; `reset_hooks` detaches them.
+
+        Values are copies: what later hooks edit in place stays out of them.
+        """
+        cache = KeptValues() if cache is None else cache
+        saver = CopyingSaver(cache, pos_slice, device, remove_batch_dim)
+        self._watch(names_filter, saver, incl_bwd)
         return cache
 
     def get_caching_hooks(
@@ -290,8 +328,8 @@ class HookedRootModule(nn.Module):
         pos_slice: PosSlice = None,
     ) -> tuple[MutableMapping[str, Tensor], list[HookSpec], list[HookSpec]]:
         """Return a dict, and the forward and backward hooks that would fill it."""
-        cache = {} if cache is None else cache
-        saver = Saver(cache, pos_slice, device, remove_batch_dim)
+        cache = KeptValues() if cache is None else cache
+        saver = CopyingSaver(cache, pos_slice, device, remove_batch_dim)
         return cache, *self._caching_hooks(names_filter, saver, incl_bwd)
 
     # --- inside -----------------------------------------------------------------------------
@@ -338,6 +376,7 @@ class HookedRootModule(nn.Module):
         cache: dict[str, Tensor],
         has_batch_dim: bool,  # noqa: ARG002  (a plain dict does not say)
         pos_slice: PosSlice = None,  # noqa: ARG002
+        places: dict[str, Places] | None = None,  # noqa: ARG002
     ) -> Any:
         """Return the cache in the form the model hands out."""
         return cache

@@ -265,6 +265,11 @@ class HookPoint(nn.Module):
         return self._holder.run
 
     @property
+    def run_or_none(self) -> Run | None:
+        """`run`, or None where nothing says it: in a root module that lays out no positions."""
+        return self._holder.run
+
+    @property
     def pos_dim(self) -> int:
         """Index of the position axis: queries, in scores and patterns.
 

@@ -49,11 +49,15 @@ def with_new_keys(
     k: Float[Tensor, "batch new kv_head d_head"],
     v: Float[Tensor, "batch new kv_head d_head"],
     pos: Int[Tensor, "batch new"],
+    are_seen: bool = False,
 ) -> AttentionState:
-    """Return the keys of a state followed by new ones; the state itself is not changed."""
+    """Return the keys of a state followed by new ones; the state itself is not changed.
+
+    Where the new ones `are_seen` by hooks, which may have kept them, they are copied.
+    """
     new = (k, v, pos)
     if state is None:
-        return AttentionState(*new)
+        return AttentionState(*(t.clone() for t in new)) if are_seen else AttentionState(*new)
     old = (state.k, state.v, state.pos)
     if transforms.is_followed() or k.dtype != state.k.dtype:
         return AttentionState(*(torch.cat(pair, dim=1) for pair in zip(old, new, strict=True)))

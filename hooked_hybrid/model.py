@@ -33,6 +33,7 @@ from hooked_hybrid.layout import Layout, lay_out
 from hooked_hybrid.loss import next_token_loss
 from hooked_hybrid.memory import keep_freed_memory, require_memory
 from hooked_hybrid.options import UNSET, UnsetType
+from hooked_hybrid.places import Places
 from hooked_hybrid.plan import dispatch, piece_length
 from hooked_hybrid.shapes import Resid, Tokens
 from hooked_hybrid.slicing import PosSlice
@@ -362,7 +363,7 @@ class HookedHybrid(TextMethods, HookedRootModule):
                 resid = x if tokens is None else self.hook_embed(self.embed(tokens))
                 resid, _ = self._run_blocks(resid, (None,) * self.cfg.n_layers, layout, layers)
                 if stop_at_layer is not None:
-                    return resid.to(self.device)
+                    return resid.clone() if resid is input else resid.to(self.device)
                 first = layout.length - (logits_to_keep or layout.length)
                 kept = [] if wanted is None else [self._normalized(resid, first)]
                 return self._read_out(kept, tokens, layout, wanted, loss_per_token, first)
@@ -551,17 +552,18 @@ class HookedHybrid(TextMethods, HookedRootModule):
         layout = lay_out(tokens, None, mask, kwargs.get("segment_ids"))
         return next_token_loss(out, tokens, layout)
 
-    def _may_cache_pieces(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        uneven = ("attention_mask", "segment_ids", "state", "stop_at_layer", "start_at_layer")
-        input = args[0] if args else kwargs.get("input")
-        if is_texts(input) or any(kwargs.get(name) is not None for name in uneven):
-            return False
-        return isinstance(input, str) or checked_batch(self, input, None)[1] is None
+    def _may_cache_pieces(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:  # noqa: ARG002
+        uneven = ("segment_ids", "state", "stop_at_layer", "start_at_layer")
+        return all(kwargs.get(name) is None for name in uneven)
 
     def _wrap_cache(
-        self, cache: dict[str, Tensor], has_batch_dim: bool, pos_slice: PosSlice = None
+        self,
+        cache: dict[str, Tensor],
+        has_batch_dim: bool,
+        pos_slice: PosSlice = None,
+        places: dict[str, Places] | None = None,
     ) -> ActivationCache:
-        return ActivationCache(cache, self, has_batch_dim, pos_slice)
+        return ActivationCache(cache, self, has_batch_dim, pos_slice, places)
 
 
 def _reach(block: nn.Module, path: str) -> Tensor | None:

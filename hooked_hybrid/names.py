@@ -104,9 +104,27 @@ def unknown_name(name: str, names: Iterable[str]) -> str:
     names = list(names)
     near = difflib.get_close_matches(name, names, n=4, cutoff=0.5)
     leaf = name.rsplit(".", 1)[-1]
-    near += [n for n in names if n.rsplit(".", 1)[-1] == leaf and n not in near][: 4 - len(near)]
-    hint = f"; the nearest are {', '.join(near)}" if near else ""
+    short = leaf.removeprefix("hook_")
+    leaves = (leaf, f"hook_{ALIASES.get(short, short)}")  # a shorthand lacks the layer
+    near += [n for n in names if n.rsplit(".", 1)[-1] in leaves and n not in near]
+    if not near:
+        by_leaf = {n.rsplit(".", 1)[-1]: n for n in reversed(names)}
+        close = difflib.get_close_matches(leaves[1], by_leaf, n=4, cutoff=0.6)
+        near = [by_leaf[n] for n in close]
+    hint = f"; the nearest are {', '.join(near[:4])}" if near else ""
     return f"no hook point is named {name!r}{hint}"
+
+
+def not_kept(name: str, is_large: bool) -> str:
+    """Return an error message for a point that exists, and is not in a cache."""
+    if name.endswith("_grad"):
+        return f"the gradient {name!r} was not kept: run_with_cache(..., incl_bwd=True) keeps it"
+    why = ", as it is large" if is_large else ""
+    return (
+        f"{name!r} is a hook point of this model, and was not kept{why}: "
+        f"run_with_cache(..., names_filter=[{name!r}]) keeps it alone, names_filter=lambda name: "
+        "True every point"
+    )
 
 
 def matching(selector: NameFilter, names: Collection[str]) -> list[str]:

@@ -13,6 +13,8 @@ from torch import Tensor
 from hooked_hybrid.cache import ActivationCache
 from hooked_hybrid.hooks import HookPoint, Run, per_position, watcher
 from hooked_hybrid.names import NameFilter
+from hooked_hybrid.places import Places, over_all_columns
+from hooked_hybrid.savers import fill_of
 from hooked_hybrid.state import AttentionState, HybridState
 
 if TYPE_CHECKING:
@@ -26,7 +28,6 @@ class Recorder:
         model: what is watched.
         names_filter: True for every point but the large ones, or as in `run_with_cache`.
         tokens: the prompt, rows ending at the right edge.
-        mask: its padding.
         state: what the prompt continues from.
     """
 
@@ -35,13 +36,11 @@ class Recorder:
         model: HookedHybrid,
         names_filter: NameFilter | Literal[True],
         tokens: Int[Tensor, "batch pos"],
-        mask: Int[Tensor, "batch pos"] | None,
         state: HybridState | None,
     ) -> None:
         self.model, self.state = model, state
         self.names = model._cached_names(None if names_filter is True else names_filter)
         self.batch = tokens.shape[0]
-        self.is_real = torch.ones_like(tokens) if mask is None else mask
         self.pieces: dict[str, list[tuple[Tensor, Run]]] = {name: [] for name in self.names}
 
     @contextmanager
@@ -56,12 +55,11 @@ class Recorder:
 
     def cache(self) -> ActivationCache:
         """Return the pieces put together: along positions, and keys where they belong."""
-        whole = {
-            name: self._put_together(self.model.hook_dict[name], pieces)
-            for name, pieces in self.pieces.items()
-            if pieces
-        }
-        return ActivationCache(whole, self.model)
+        points = self.model.hook_dict
+        pieces = {name: mine for name, mine in self.pieces.items() if mine}
+        whole = {name: self._put_together(points[name], mine) for name, mine in pieces.items()}
+        places = {name: self._places(points[name], mine) for name, mine in pieces.items()}
+        return ActivationCache(whole, self.model, places=places)
 
     @watcher
     @per_position
@@ -74,42 +72,45 @@ class Recorder:
         values = [self._all_rows(value, run) for value, run in pieces]
         return torch.cat(values, dim=hook.pos_dim)
 
-    def _all_rows(self, value: Tensor, run: Run) -> Tensor:
+    def _all_rows(self, value: Tensor, run: Run, fill: int = 0) -> Tensor:
         """Return a piece with zeros for rows that had ended."""
         if value.shape[0] == self.batch:
             return value
-        whole = value.new_zeros(self.batch, *value.shape[1:])
-        return whole.index_copy(0, run.rows, value)
+        whole = value.new_full((self.batch, *value.shape[1:]), fill)
+        return whole.index_copy(0, run.rows.to(value.device), value)
+
+    def _positions(self, pieces: list[tuple[Tensor, Run]]) -> Int[Tensor, "batch pos"]:
+        """Return where every query stood, -1 at padding and where a row had ended."""
+        return torch.cat([self._all_rows(run.query_pos, run, -1) for _, run in pieces], dim=1)
+
+    def _places(self, hook: HookPoint, pieces: list[tuple[Tensor, Run]]) -> Places:
+        """Return where the entries of a value that was put together stand."""
+        pos = self._positions(pieces)
+        if "key" not in hook.axes:
+            return Places(pos)
+        return Places(pos, torch.cat([self._old_keys(hook, pos), pos], dim=1))
 
     def _place_keys(self, hook: HookPoint, pieces: list[tuple[Tensor, Run]]) -> Tensor:
         """Return scores or patterns over all keys: those of the state, then this generation's."""
-        n_old, is_real = self._real_keys(hook)
-        is_real = is_real.to(pieces[0][0].device)
-        n_queries = sum(value.shape[2] for value, _ in pieces)
-        first = pieces[0][0]
-        is_scores = str(hook.name).endswith("hook_attn_scores")
-        fill = torch.finfo(first.dtype).min if is_scores else 0.0
-        whole = first.new_full((self.batch, first.shape[1], n_queries, n_old + n_queries), fill)
-        done = 0
+        first, pos = pieces[0][0], self._positions(pieces)
+        old, fill = self._old_keys(hook, pos), fill_of(hook, first.dtype)
+        is_token = (torch.cat([old, pos], dim=1) >= 0).to(first.device)
+        shape = (self.batch, first.shape[1], pos.shape[1], is_token.shape[1])
+        whole, done = first.new_full(shape, fill), 0
         for value, run in pieces:
-            n, n_cached = value.shape[2], value.shape[3] - value.shape[2]
-            # A state keeps the last keys of each row, and those that are padding before the rest.
-            order = is_real[:, : n_old + done].argsort(dim=1, stable=True)
-            cached = order[run.rows, n_old + done - n_cached :]
-            new = torch.arange(n, device=value.device).expand(cached.shape[0], -1) + n_old + done
-            column = torch.cat([cached, new], dim=1)[:, None, None].expand_as(value)
-            at = (run.rows, slice(None), slice(done, done + n))
-            whole[at] = whole[at].scatter(-1, column, value)
-            done += n
+            assert run.key_pos is not None
+            stop = done + value.shape[2]
+            columns = slice(0, old.shape[1] + stop)
+            tokens = is_token[run.rows.to(first.device), columns]
+            piece = over_all_columns(value, run.key_pos, tokens, fill)
+            whole[run.rows.to(first.device), :, done:stop, columns] = piece
+            done = stop
         return whole
 
-    def _real_keys(self, hook: HookPoint) -> tuple[int, Int[Tensor, "batch key"]]:
-        """Return how many keys the first state brings, and which of all keys are tokens."""
-        parts = [self.is_real.new_zeros(self.batch, 0)]
-        if self.state is not None:
-            block = self.state.blocks[hook.layer()]
-            assert isinstance(block, AttentionState)
-            parts = [(block.pos >= 0).to(self.is_real.device, self.is_real.dtype)]
-        n_new = sum(value.shape[2] for value, _ in self.pieces[str(hook.name)])
-        more = self.is_real.new_ones(self.batch, n_new - self.is_real.shape[1])
-        return parts[0].shape[1], torch.cat([*parts, self.is_real, more], dim=1)
+    def _old_keys(self, hook: HookPoint, pos: Tensor) -> Int[Tensor, "batch key"]:
+        """Return the positions of the keys that the first state brings."""
+        if self.state is None:
+            return pos.new_zeros(self.batch, 0)
+        block = self.state.blocks[hook.layer()]
+        assert isinstance(block, AttentionState)
+        return block.pos.to(pos)

@@ -33,7 +33,9 @@ class ResidualStacks(ResidualNorms):
         mlp_input: also what its mixer wrote, up to what its MLP reads.
         apply_ln: divide by the scale of the norm that reads the stream there, and multiply by its
             weight; see `apply_ln_to_stack`.
-        pos_slice: positions, among those that the cache holds; an int drops the axis.
+        pos_slice: positions, among those that the cache holds: an int or "last", each row's last
+            token, drops the axis; a slice, indices or a mask keep it. A single position that is
+            padding in some row is an error.
         return_labels: return `(stack, labels)`.
         incl_remainder: add what the stream there holds beyond the stack, labelled "remainder".
         project_output_onto: directions [d_model] or [d_model output] to take each part along,

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hooked_hybrid.layers import at_least_fp32
 from hooked_hybrid.residual_reading import PartReader, inverse
-from hooked_hybrid.slicing import PosSlice, slice_axis
+from hooked_hybrid.slicing import PosSlice, is_one, slice_axis
 
 if TYPE_CHECKING:
     from hooked_hybrid.model import HookedHybrid
@@ -118,7 +118,7 @@ class ResidualNorms(PartReader):
         self._require("logit_attrs", [], read)
         stack = at_least_fp32(self._rows(residual_stack, batch_slice, has_batch_dim, dim=1))
         factor = inverse(self._for(stack, "ln_final.hook_scale", *slices))
-        has_batch = has_batch_dim and self.has_batch_dim and not isinstance(batch_slice, int)
+        has_batch = has_batch_dim and self.has_batch_dim and not is_one(batch_slice)
         weight = self.model.ln_final.w.to(stack.device)
 
         def direction(which: TokenChoice) -> Tensor:
@@ -138,7 +138,7 @@ class ResidualNorms(PartReader):
         """Return the rows asked for of a tensor that may have a batch axis."""
         if batch_slice is not None and not self.has_batch_dim:
             raise ValueError("this cache has no batch axis any more: leave batch_slice out")
-        return slice_axis(x, batch_slice, dim) if has_batch_dim else x
+        return slice_axis(x, batch_slice, dim, "rows") if has_batch_dim else x
 
     def _for(
         self, stack: Stack, name: str, pos_slice: PosSlice, batch_slice: PosSlice, has_batch: bool
@@ -147,7 +147,7 @@ class ResidualNorms(PartReader):
         self._require("reading this stack", [], [name])
         value = self._at(name, pos_slice)
         if self.has_batch_dim and (has_batch or batch_slice is not None):
-            value = slice_axis(value, batch_slice, 0)
+            value = slice_axis(value, batch_slice, 0, "rows")
         elif self.has_batch_dim and value.shape[0] == 1:
             value = value[0]
         if value.shape[:-1] != stack.shape[1:-1]:

@@ -20,7 +20,7 @@ from hooked_hybrid.config import (
 )
 from hooked_hybrid.layers import RMSNorm, at_least_fp32
 from hooked_hybrid.products import linear
-from hooked_hybrid.slicing import PosSlice, slice_axis
+from hooked_hybrid.slicing import PosSlice, indices_on
 from hooked_hybrid.weights import as_matrix
 
 if TYPE_CHECKING:
@@ -134,8 +134,9 @@ RECURRENT_PARTS: dict[type, Callable[[HookedHybrid, int], Parts]] = {
 def neurons(model: HookedHybrid, layer: int, neuron_slice: PosSlice = None) -> Parts:
     """Return what each neuron of a dense MLP writes; the output bias is left over."""
     dense = model.blocks[layer].mlp
-    chosen = [neuron_slice] if isinstance(neuron_slice, int) else neuron_slice
-    index = slice_axis(torch.arange(dense.cfg.d_mlp), chosen, 0)
+    index = torch.arange(dense.cfg.d_mlp)
+    if neuron_slice is not None:
+        index = indices_on(neuron_slice, dense.cfg.d_mlp, "neurons", tuple_is_slice=True)
     post = Way(
         (f"blocks.{layer}.mlp.hook_post",),
         lambda x: x[..., index.to(x.device), None],

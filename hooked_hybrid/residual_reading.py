@@ -13,8 +13,14 @@ from hooked_hybrid import residual_parts as parts_of
 from hooked_hybrid.layers import RMSNorm, at_least_fp32
 from hooked_hybrid.memory import WORTH_CHECKING, available_bytes
 from hooked_hybrid.names import HookNameError
+from hooked_hybrid.places import (
+    last_index,
+    names_single_positions,
+    refuse_padding,
+    take_per_row,
+)
 from hooked_hybrid.residual_parts import Parts, Way
-from hooked_hybrid.slicing import PosSlice, slice_axis
+from hooked_hybrid.slicing import LAST, PosSlice, indices_on, slice_axis
 
 if TYPE_CHECKING:
     from hooked_hybrid.model import HookedHybrid
@@ -40,8 +46,18 @@ class PartReader:
     """What the stacks of `ActivationCache` are made with."""
 
     cache_dict: dict[str, Tensor]
-    model: HookedHybrid
     has_batch_dim: bool
+
+    if TYPE_CHECKING:
+
+        @property
+        def model(self) -> HookedHybrid: ...  # noqa: D102
+
+        def _batched(self, full: str) -> tuple[Tensor, int]: ...
+
+        def _unbatched(self, value: Tensor) -> Tensor: ...
+
+        def _pos_of(self, full: str) -> Tensor: ...
 
     def _place(self, layer: int | None, mlp_input: bool) -> Place:
         n_layers = self.model.cfg.n_layers
@@ -147,14 +163,17 @@ class PartReader:
 
     def _at(self, name: str, pos_slice: PosSlice) -> Tensor:
         """Return a cached value at some positions."""
-        value, axes = self.cache_dict[name], self.model.hook_dict[name]
         if pos_slice is None:
-            return value
-        if value.ndim != len(axes.axes) - (not self.has_batch_dim):
-            raise ValueError(
-                f"pos_slice={pos_slice!r}: {name!r} was kept at one position only; leave it out"
-            )
-        return slice_axis(value, pos_slice, axes.pos_dim - len(axes.axes))
+            return self.cache_dict[name]
+        value, dim = self._batched(name)
+        pos = self._pos_of(name)
+        if isinstance(pos_slice, str) and pos_slice == LAST:
+            return self._unbatched(take_per_row(value, last_index(pos, name), dim).squeeze(dim))
+        found = slice_axis(value, pos_slice, dim)
+        if names_single_positions(pos_slice):
+            index = indices_on(pos_slice, pos.shape[1], "positions", tuple_is_slice=True)
+            refuse_padding(pos.index_select(1, index.to(pos.device)), pos_slice, name)
+        return self._unbatched(found)
 
     def _read(
         self, part: Parts, pos_slice: PosSlice, onto: Onto | None

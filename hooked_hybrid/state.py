@@ -21,7 +21,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.functional import pad
 
-Rows = int | slice | Sequence[int] | Tensor
+from hooked_hybrid.slicing import Indices, indices_on
+
+Rows = Indices
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,6 +57,9 @@ _KINDS = {"k": "kv", "v": "kv", "pos": "kv", "conv": "conv", "ssm": "ssm"}
 @dataclass(frozen=True, eq=False)
 class HybridState:
     """The state of a whole model.
+
+    States that follow one another may share memory: their tensors are to be read. Change a state by
+    `replace`, or change the tensors of its `clone`.
 
     `next_pos` is the position of each row's next token in its document; `segment` is the id of
     that document (1 where no `segment_ids` were given). `n_seen` counts the tokens of every row
@@ -96,6 +101,10 @@ class HybridState:
         """Return the state without its graph."""
         return self._map(lambda t: t.detach())
 
+    def clone(self) -> HybridState:
+        """Return the state in memory of its own."""
+        return self._map(lambda t: t.clone())
+
     def fork(self, n: int) -> HybridState:
         """Return a state with each row `n` times in a row: 0 0 1 1 for two rows and n = 2.
 
@@ -107,10 +116,14 @@ class HybridState:
         return self._map(lambda t: t.repeat_interleave(n, dim=0))
 
     def __getitem__(self, rows: Rows) -> HybridState:
-        """Return the state of some rows, in the order given; an int keeps the batch axis."""
-        if not isinstance(rows, slice):
-            rows = self._indices(rows).view(-1)
-        return self._map(lambda t: t[rows.to(t.device) if isinstance(rows, Tensor) else rows])
+        """Return the state of some rows, in the order given; an int keeps the batch axis.
+
+        Raises:
+            IndexError: a row that is not there, or a mask of another number of rows.
+            ValueError: fractions, or what chooses no rows.
+        """
+        index = self._indices(rows)
+        return self._map(lambda t: t[index.to(t.device)])
 
     def to(
         self,
@@ -171,7 +184,7 @@ class HybridState:
 
         Raises:
             ValueError: unknown kinds, a layer out of range, or a donor of another shape.
-            IndexError: a row out of range.
+            IndexError: a row out of range, or a mask of another number of rows.
         """
         kinds = {kinds} if isinstance(kinds, str) else set(kinds)
         if unknown := kinds - {"ssm", "conv", "kv"}:
@@ -186,7 +199,7 @@ class HybridState:
             raise ValueError(f"no block {outside}: there are {len(self.blocks)}, from 0")
         where = torch.full((self.batch_size,), rows is None, device=self.device)
         if rows is not None:
-            where[rows if isinstance(rows, slice) else self._indices(rows).view(-1)] = True
+            where[self._indices(rows)] = True
         blocks = tuple(
             _graft(mine, theirs, kinds, where) if i in chosen else mine
             for i, (mine, theirs) in enumerate(zip(self.blocks, other.blocks, strict=True))
@@ -278,19 +291,10 @@ class HybridState:
         )
 
     def _indices(self, rows: Any) -> Tensor:
-        index = torch.as_tensor(rows, device=self.device)
-        if index.dtype == torch.bool:
-            if index.shape != (self.batch_size,):
-                raise ValueError(
-                    f"a row mask of shape {tuple(index.shape)} for {self.batch_size} rows"
-                )
-            return index.nonzero()[:, 0]
-        index = index.long()
-        if index.numel() and not (
-            -self.batch_size <= int(index.min()) and int(index.max()) < self.batch_size
-        ):
-            raise IndexError(f"rows {index.tolist()} of a state with {self.batch_size} rows")
-        return index % self.batch_size
+        try:
+            return indices_on(rows, self.batch_size, "rows", may_be_empty=True).to(self.device)
+        except TypeError as error:
+            raise ValueError(str(error)) from error
 
 
 def _rebuilt(block: BlockState, tensors: dict[str, Tensor]) -> BlockState:

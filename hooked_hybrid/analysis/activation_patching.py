@@ -8,7 +8,7 @@ Mamba's states, are cached only when named.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -19,11 +19,13 @@ from hooked_hybrid.analysis.metrics import Metric, measured
 from hooked_hybrid.analysis.patch_grid import PatchGrid
 from hooked_hybrid.checks import checked_batch
 from hooked_hybrid.hooked_root import HookSpec
-from hooked_hybrid.interventions.patching import patch, whole_numbers
+from hooked_hybrid.interventions.patching import patch
+from hooked_hybrid.interventions.places import Positions, at_positions, read_positions
 from hooked_hybrid.layout import lay_out
 from hooked_hybrid.model import HookedHybrid
 from hooked_hybrid.names import NameFilter, matching
 from hooked_hybrid.shapes import Logits, Tokens
+from hooked_hybrid.slicing import Indices, whole_numbers
 
 Axis = Literal["pos", "head"]
 Cache = Mapping[Any, Tensor]
@@ -38,8 +40,8 @@ def generic_activation_patch(
     names: NameFilter,
     axes: Sequence[Axis] = (),
     *,
-    positions: int | Iterable[int] | None = None,
-    heads: int | Iterable[int] | None = None,
+    positions: Positions | None = None,
+    heads: Indices | None = None,
     attention_mask: Tensor | None = None,
     clean_attention_mask: Tensor | None = None,
     difference: bool = True,
@@ -57,10 +59,11 @@ def generic_activation_patch(
         names: hook points, one cell (or more, by `axes`) for each.
         axes: also sweep over "pos", over "head" (key-value heads at keys and values), or both, in
             this order.
-        positions: in the document; those swept over, or patched together. None means all.
+        positions: in the document; those swept over, or patched together, then also a mask
+            [batch pos] where rows differ. None means all.
         heads: the same.
-        attention_mask, clean_attention_mask: of the two runs, where rows are padded; the clean one
-            defaults to the other.
+        attention_mask, clean_attention_mask: of the two runs, where rows are padded. A clean cache
+            knows its own; for values by hand the clean one defaults to the other.
         difference: subtract the metric of the corrupted run.
         verbose: show a progress bar.
 
@@ -75,7 +78,9 @@ def generic_activation_patch(
     """
     cells = Cells(model, corrupted_tokens, clean_cache, names, attention_mask)
     labels = [_labels(cells, axis, positions, heads) for axis in _checked_axes(axes)]
-    donor_mask = cells.mask if clean_attention_mask is None else clean_attention_mask
+    donor_mask = clean_attention_mask
+    if donor_mask is None and not getattr(clean_cache, "places", None):
+        donor_mask = cells.mask
     found = []
     bar = tqdm(
         itertools.product(cells.names, *labels),
@@ -250,14 +255,19 @@ def _checked_axes(axes: Sequence[Axis]) -> Sequence[Axis]:
 def _labels(
     cells: Cells,
     axis: Axis,
-    positions: int | Iterable[int] | None,
-    heads: int | Iterable[int] | None,
+    positions: Positions | None,
+    heads: Indices | None,
 ) -> tuple[int, ...]:
     """Return the entries of an axis that is swept over."""
-    given = positions if axis == "pos" else heads
-    if given is not None:
-        return whole_numbers(given, "positions" if axis == "pos" else "heads")
-    return tuple(range(cells.n_pos if axis == "pos" else cells.n_heads()))
+    if axis == "head":
+        return tuple(range(cells.n_heads())) if heads is None else whole_numbers(heads, "heads")
+    every = torch.arange(cells.n_pos)[None]
+    chosen = read_positions(positions)
+    if isinstance(chosen, tuple):
+        return chosen
+    if isinstance(chosen, Tensor) and chosen.ndim > 1:
+        raise ValueError("positions that are swept over are the same in every row: give [pos]")
+    return tuple(every[at_positions(every, chosen)].tolist())
 
 
 __all__ = [

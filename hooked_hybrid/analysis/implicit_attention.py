@@ -39,9 +39,9 @@ from hooked_hybrid.analysis.effective_rows import (
 from hooked_hybrid.analysis.linear_form import PerChannel, Recurrence
 from hooked_hybrid.cache import ActivationCache
 from hooked_hybrid.config import RGLRUConfig
-from hooked_hybrid.interventions.patching import whole_numbers
 from hooked_hybrid.layers import at_least_fp32
 from hooked_hybrid.memory import WORTH_CHECKING, available_bytes
+from hooked_hybrid.slicing import indices_on, read_indices
 
 Summary = Literal["channel", "gate_block", "layer"] | int
 Measure = Literal["mean", "norm"]
@@ -224,10 +224,15 @@ def _indices(given: Indices, n: int, what: str) -> Int[Tensor, " index"]:
     """Return indices below `n`."""
     if given is None:
         return torch.arange(n)
-    several = whole_numbers(given, what)
-    if max(several) >= n:
-        raise ValueError(f"{what} {several}: there are {n}, from 0")
-    return torch.tensor(several)
+    try:
+        read = read_indices(given, what)
+        if isinstance(read, int):
+            read = torch.tensor([read])
+        if isinstance(read, Tensor) and read.dtype != torch.bool and bool((read < 0).any()):
+            raise IndexError(f"{what} {given}: counted from 0")
+        return indices_on(read, n, what)
+    except (IndexError, TypeError) as error:
+        raise ValueError(f"{error}; there are {n}, from 0") from error
 
 
 def _require_memory(

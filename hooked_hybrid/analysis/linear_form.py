@@ -66,7 +66,7 @@ class Recurrence:
     Args:
         cache: of a run that kept what the layer computes (the default of `run_with_cache` does).
         layer: index of the block; a negative one counts from the last.
-        attention_mask, segment_ids, state: as that run was given them.
+        attention_mask, segment_ids, state: as that run was given them; the cache knows its padding.
 
     Raises:
         ValueError: the layer has no recurrence; or a mask or state that does not fit the cache.
@@ -93,6 +93,8 @@ class Recurrence:
         y = self["ssm_y"]
         if state is not None and state.batch_size != y.shape[0]:
             raise ValueError(f"the cache has {y.shape[0]} rows, the state {state.batch_size}")
+        if attention_mask is None and segment_ids is None and cache.has_padding:
+            attention_mask = (cache._pos_of(f"blocks.{index}.mixer.hook_ssm_y") >= 0).long()
         self.layout: Layout = lay_out(y, state, attention_mask, segment_ids, allow_empty_rows=True)
         self.state: RecurrentState | None = None
         if state is not None:

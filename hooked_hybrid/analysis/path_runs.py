@@ -19,11 +19,11 @@ from hooked_hybrid.analysis.path_ends import (
     components,
     several,
 )
-from hooked_hybrid.cache import ActivationCache
 from hooked_hybrid.checks import checked_batch
 from hooked_hybrid.hooked_root import HookSpec
 from hooked_hybrid.hooks import HookFn, HookPoint, per_position
-from hooked_hybrid.interventions.patching import whole_numbers
+from hooked_hybrid.interventions.donors import read_kept
+from hooked_hybrid.interventions.places import Positions, at_positions, read_positions
 from hooked_hybrid.layers import at_least_fp32
 from hooked_hybrid.layout import lay_out
 from hooked_hybrid.model import HookedHybrid
@@ -39,13 +39,14 @@ class PathOptions(TypedDict, total=False):
             Without it, only the direct path.
         freeze_norm: let the norms before receivers divide by the clean run's scale. Then what a
             receiver is given is linear in what senders write. Without it, by the patched stream's.
-        positions: in the document, where senders are corrupted; None means everywhere.
+        positions: in the document, or a mask [pos] or [batch pos], where senders are corrupted;
+            None means everywhere.
         attention_mask: of both runs, where rows are padded.
     """
 
     through: Through
     freeze_norm: bool
-    positions: int | Iterable[int] | None
+    positions: Positions | None
     attention_mask: Tensor | None
 
 
@@ -99,27 +100,32 @@ class Paths:
 
     # --- before any path is run -----------------------------------------------------------------
 
-    def _chosen(self, positions: int | Iterable[int] | None) -> Bool[Tensor, "batch pos"]:
+    def _chosen(self, positions: Positions | None) -> Bool[Tensor, "batch pos"]:
         """Return where senders are corrupted."""
         pos = self.layout.pos
-        if positions is None:
-            return pos >= 0
-        wanted = whole_numbers(positions, "positions")
-        at = torch.isin(pos, torch.tensor(wanted, device=pos.device))
+        chosen = read_positions(positions)
+        if isinstance(chosen, Tensor) and chosen.shape[:-1] not in ((), pos.shape[:1]):
+            raise ValueError(f"a mask of {len(chosen)} rows for the {len(pos)} of the tokens")
+        at = at_positions(pos, chosen)
         if not bool(at.any()):
-            raise ValueError(f"positions {wanted}: the last position is {int(pos.max())}")
+            raise ValueError(f"positions {chosen}: the last position is {int(pos.max())}")
         return at
 
     def _checked(self, cache: Mapping[Any, Tensor]) -> dict[str, Tensor]:
         """Return the corrupted values of the senders, as they lie beside the clean ones."""
-        has_batch = not isinstance(cache, ActivationCache) or cache.has_batch_dim
         found = {}
         for name in {sender.name for sender in self.senders}:
-            value = cache[name] if has_batch else cache[name][None]
+            value, places = read_kept(cache, name)
             if value.shape[:2] != self.tokens.shape:
                 raise ValueError(
                     f"the corrupted {name!r} has [batch pos] {tuple(value.shape[:2])}, the clean "
                     f"tokens {tuple(self.tokens.shape)}: give two runs of the same shape"
+                )
+            own = self.layout.pos if places is None else places.pos.to(self.layout.pos.device)
+            if not torch.equal(own, self.layout.pos):
+                raise ValueError(
+                    f"the corrupted {name!r} stands at other positions than the clean tokens: give "
+                    "attention_mask as both runs had it, and a cache of a whole run"
                 )
             found[name] = value.to(self.model.device)
         return found

@@ -132,7 +132,7 @@ class Runner:
 
     def _ignores_padding(self) -> bool:
         """Whether all hooks treat positions by themselves: then padding on the right is nothing."""
-        attached = [handle.hook for handle in self.model.list_hooks()]
+        attached = [handle.hook for handle in self.model.attached()]
         return all(is_per_position(fn) for fn in (*attached, *(fn for _, fn in self.interventions)))
 
     def _written(self, dtype: torch.dtype) -> torch.dtype:

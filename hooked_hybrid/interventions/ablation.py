@@ -15,13 +15,16 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from hooked_hybrid.cache import ActivationCache
 from hooked_hybrid.config import AttentionConfig, HybridConfig, MambaConfig, RGLRUConfig
 from hooked_hybrid.hooked_root import HookSpec
 from hooked_hybrid.hooks import HookPoint, per_position
-from hooked_hybrid.interventions.patching import Cache, Donor, index_of_rows, whole_numbers
+from hooked_hybrid.interventions.donors import Donor, mask_of, read_kept
+from hooked_hybrid.interventions.patching import Cache
 from hooked_hybrid.interventions.pickling import picklable
+from hooked_hybrid.interventions.places import index_of_rows
+from hooked_hybrid.places import Places
 from hooked_hybrid.shapes import Resid
+from hooked_hybrid.slicing import whole_numbers
 
 Heads = Mapping[int, Iterable[int] | Bool[Tensor, "..."]] | Iterable[tuple[int, int]]
 HeadSets = dict[int, tuple[int, ...] | Tensor]
@@ -66,7 +69,8 @@ def ablate_heads(
             `ActivationCache`, a mapping from full names, or from layers; "mean" also takes means
             [head d_head].
         seed: "resample": how rows of `values` change places; None leaves them.
-        attention_mask: of the run of `values`, where its rows are padded.
+        attention_mask: of the run of `values`, where its rows are padded and they are given by
+            hand; a cache knows its own.
 
     Returns:
         Hooks on `hook_z` of these layers ("norm": on `hook_result`, after every edit of z).
@@ -151,7 +155,8 @@ def ablate_layers(
         method: "zero", or "mean" over all tokens of a reference run.
         values: "mean": what the layers wrote in another run [batch pos d_model], as an
             `ActivationCache`, a mapping from full names, or from layers; or means [d_model].
-        attention_mask: of the run of `values`, where its rows are padded.
+        attention_mask: of the run of `values`, where its rows are padded and they are given by
+            hand; a cache knows its own.
 
     Raises:
         ValueError: no layer, or one that is no whole number from 0 on; an unknown kind or method;
@@ -167,7 +172,7 @@ def ablate_layers(
     names = {i: f"blocks.{i}.hook_{kind}_out" for i in whole_numbers(layers, "layers")}
     means: dict[int, Tensor] = {}
     if values is not None:
-        means = {i: _mean(_of_layer(values, i, n), 1, attention_mask) for i, n in names.items()}
+        means = {i: _mean(*_of_layer(values, i, n), 1, attention_mask) for i, n in names.items()}
 
     @per_position
     def replace(out: Resid, hook: HookPoint) -> Resid:
@@ -261,11 +266,11 @@ def _edit_of_heads(
 
     @cache
     def mean_of(name: str, layer: int) -> Tensor:
-        return _mean(given(layer, name), 2, attention_mask)
+        return _mean(*given(layer, name), 2, attention_mask)
 
     @cache
     def donor_of(name: str, layer: int) -> Donor:
-        return _donor(given(layer, name), seed, attention_mask)
+        return _donor(*given(layer, name), seed, attention_mask)
 
     def edit(z: Tensor, mask: Tensor, hook: HookPoint) -> Tensor:
         where = str(hook.name), hook.layer()
@@ -342,16 +347,17 @@ def _n_heads(cfg: HybridConfig) -> dict[int, int]:
     return {i: m.n_heads for i, m in mixers.items() if isinstance(m, AttentionConfig)}
 
 
-def _of_layer(values: Cache, layer: int, name: str) -> Tensor:
-    """Return what is given for a layer, with a batch axis if it comes from a run."""
+def _of_layer(values: Cache, layer: int, name: str) -> tuple[Tensor, Places | None]:
+    """Return what is given for a layer, with a batch axis and places if it comes from a run."""
     key: Any = layer if layer in values else name
     if key not in values:
         raise ValueError(f"values hold nothing for layer {layer}: give it as {name!r} or {layer}")
-    lost_batch = isinstance(values, ActivationCache) and not values.has_batch_dim
-    return values[key][None] if lost_batch else values[key]
+    return read_kept(values, key)
 
 
-def _mean(value: Tensor, n_axes: int, attention_mask: Tensor | None) -> Tensor:
+def _mean(
+    value: Tensor, places: Places | None, n_axes: int, attention_mask: Tensor | None
+) -> Tensor:
     """Return the mean of a run's values, or the value if it is a mean of `n_axes` already."""
     if value.ndim == n_axes and attention_mask is None:
         return value
@@ -360,7 +366,7 @@ def _mean(value: Tensor, n_axes: int, attention_mask: Tensor | None) -> Tensor:
             f"values of shape {tuple(value.shape)}: give those of a run, {n_axes + 2} axes, or "
             f"their mean over batch and positions, {n_axes}, without attention_mask"
         )
-    return mean_over_tokens(value, attention_mask)
+    return mean_over_tokens(value, mask_of(value, attention_mask, places))
 
 
 def _filled(mean: Tensor, value: Tensor, hook: HookPoint) -> Tensor:
@@ -372,16 +378,19 @@ def _filled(mean: Tensor, value: Tensor, hook: HookPoint) -> Tensor:
     return mean.to(value).expand_as(value)
 
 
-def _donor(value: Tensor, seed: int | None, attention_mask: Tensor | None) -> Donor:
+def _donor(
+    value: Tensor, places: Places | None, seed: int | None, attention_mask: Tensor | None
+) -> Donor:
     """Return the donor, with the rows in another order if there is a seed."""
     if seed is None:
-        return Donor.of(value, attention_mask)
+        return Donor.of(value, attention_mask, places)
     if (n := value.shape[0]) < 2:
         raise ValueError(f"seed={seed}: values of one row cannot change places")
     order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
     source = torch.empty_like(order).index_copy(0, order, order.roll(1))
     mask = None if attention_mask is None else attention_mask.cpu()[source]
-    return Donor.of(value[source.to(value.device)], mask)
+    moved = None if places is None else places.of_rows(source)
+    return Donor.of(value[source.to(value.device)], mask, moved)
 
 
 def _point(layer: int, method: str = "zero") -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal, get_args
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool
 from torch import Tensor
 
 from hooked_hybrid.hooked_root import HookSpec
@@ -13,9 +13,11 @@ from hooked_hybrid.hooks import HookPoint, per_position, watcher
 from hooked_hybrid.interventions.pickling import picklable
 from hooked_hybrid.interventions.rows import (
     Handover,
+    PerRow,
     Spans,
     entries_of_rows,
     in_spans,
+    read_per_row,
     read_spans,
 )
 from hooked_hybrid.shapes import Pattern
@@ -29,7 +31,7 @@ _BACK: dict[str, int] = {"next": 0, "last": 1}
 @picklable
 def follow_span(
     spans: Spans,
-    begin: int | Int[Tensor, " batch"],
+    begin: PerRow,
     token: Token = "next",
     *,
     weight: Weight = "one",
@@ -70,8 +72,8 @@ def follow_span(
     Source: ours; the thesis (Michalak 2025) asks for a binary manipulation that moves with the
     token being predicted.
     """
-    bounds, first = read_spans(spans)[..., -1:, :], torch.as_tensor(begin)
-    _check(first, begin, token, weight, outside)
+    bounds, first = read_spans(spans)[..., -1:, :], read_per_row(begin, "begin")
+    _check(token, weight, outside)
     visible = Handover()
 
     @watcher
@@ -113,10 +115,7 @@ def _target(
     return (run.key_pos[:, None] == place[..., None]) & there[..., None]
 
 
-def _check(first: Tensor, begin: object, token: str, weight: str, outside: str) -> None:
-    is_whole = not (first.is_floating_point() or first.dtype == torch.bool)
-    if not is_whole or first.ndim > 1 or bool((first < 0).any()):
-        raise ValueError(f"begin={begin}: give a position, counted from 0, or one for each row")
+def _check(token: str, weight: str, outside: str) -> None:
     for name, value, known in (
         ("token", token, get_args(Token)),
         ("weight", weight, get_args(Weight)),

@@ -15,6 +15,7 @@ from hooked_hybrid.interventions.hashes import hashes
 from hooked_hybrid.interventions.pickling import picklable
 from hooked_hybrid.interventions.rows import (
     Handover,
+    PerRow,
     Spans,
     in_spans,
     k_of_rows,
@@ -80,7 +81,7 @@ SCORES: dict[str, HeadScore] = {"entropy": negative_entropy, "l2": l2_norm}
 
 @picklable
 def keep_top_heads(
-    k: int | Int[Tensor, " batch"],
+    k: PerRow,
     score: Literal["entropy", "l2"] | HeadScore = "entropy",
     ties: Literal["torch", "lowest"] = "torch",
     score_dtype: torch.dtype | None = None,

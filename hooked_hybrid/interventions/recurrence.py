@@ -6,38 +6,33 @@ does it; to go on from one prompt with another's state, `state.replace(other, ki
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from functools import partial
-from typing import Any
 
-import torch
 from jaxtyping import Int
 from torch import Tensor
 
 from hooked_hybrid.hooked_root import HookSpec
 from hooked_hybrid.hooks import HookFn, HookPoint, per_position, watcher
-from hooked_hybrid.interventions.patching import Positions, read_positions, whole_numbers
 from hooked_hybrid.interventions.pickling import picklable
-from hooked_hybrid.interventions.rows import entries_of_rows
+from hooked_hybrid.interventions.places import Positions, read_positions
+from hooked_hybrid.interventions.rows import PerRow, entries_of_rows, read_per_row
 from hooked_hybrid.interventions.state_edges import WATCHED, Cut, Edges, is_chosen
 from hooked_hybrid.interventions.where import hook_at
 from hooked_hybrid.names import NameFilter
-
-Indices = int | Iterable[int] | None
-Bound = int | Int[Tensor, " batch"]
+from hooked_hybrid.slicing import Indices, whole_numbers
 
 
 @picklable
 def edit_state(
-    fn: HookFn, positions: int | Iterable[int] | None = None, *, layers: Indices = None
+    fn: HookFn, positions: Positions | None = None, *, layers: Indices | None = None
 ) -> list[HookSpec]:
     """Apply a hook to the states of recurrences; an edit at a position reaches every later one.
 
     Args:
         fn: a hook, called with the state after one position, [batch 1 d_rnn] or
             [batch 1 d_inner d_state].
-        positions: in the document, counted from 0; None means every one. Between those that are
-            named the scan stays fast.
+        positions: in the document, counted from 0, or a mask, as in `hook_at`; None means every
+            one. Between those that are named the scan stays fast.
         layers: with a recurrence; None means all that have one.
 
     Returns:
@@ -54,11 +49,11 @@ def edit_state(
 
 @picklable
 def freeze_state(
-    start: Bound,
-    stop: Bound | None = None,
+    start: PerRow,
+    stop: PerRow | None = None,
     *,
-    layers: Indices = None,
-    channels: Indices = None,
+    layers: Indices | None = None,
+    channels: Indices | None = None,
 ) -> list[HookSpec]:
     """Hold the state of recurrences over some positions: nothing is forgotten, nothing written.
 
@@ -82,7 +77,7 @@ def freeze_state(
             of rows.
         HookNameError: when attached, a layer without a recurrence.
     """
-    first, last = _read_bound(start, "start"), None if stop is None else _read_bound(stop, "stop")
+    first, last = read_per_row(start, "start"), None if stop is None else read_per_row(stop, "stop")
     if isinstance(start, int) and isinstance(stop, int) and stop < start:
         raise ValueError(f"start={start}, stop={stop}: nothing lies between them")
     chosen = None if channels is None else whole_numbers(channels, "channels")
@@ -103,8 +98,8 @@ def knock_out_state_edges(
     query_positions: Positions | None,
     key_positions: Positions | None,
     *,
-    layers: Indices = None,
-    channels: Indices = None,
+    layers: Indices | None = None,
+    channels: Indices | None = None,
 ) -> list[HookSpec]:
     """Cut recurrences from each of some queries to each of some keys.
 
@@ -123,8 +118,9 @@ def knock_out_state_edges(
     states of each position [batch pos d_inner d_state], in pieces where other hooks allow it.
 
     Args:
-        query_positions, key_positions: in the document, counted from 0, or True at them
-            [batch pos] where rows differ; None means every one. Single edges are several calls.
+        query_positions, key_positions: in the document, counted from 0, or a mask that is True at
+            them: [pos], or [batch pos] where rows differ; None means every one. Single edges are
+            several calls.
         layers: with a recurrence; None means all that have one.
         channels: in each of these layers; None means all.
 
@@ -144,7 +140,9 @@ def knock_out_state_edges(
     here without the matrix.
     """
     chosen = None if channels is None else whole_numbers(channels, "channels")
-    cut = Cut(Edges(read_positions(query_positions), read_positions(key_positions), chosen))
+    queries = read_positions(query_positions, "query_positions")
+    keys = read_positions(key_positions, "key_positions")
+    cut = Cut(Edges(queries, keys, chosen))
     return [
         *_checked(layers),
         (_points(WATCHED, layers), cut.watch),
@@ -158,13 +156,13 @@ def _look(value: Tensor, hook: HookPoint) -> None:
     """See nothing: attached by name, so that a layer without a recurrence is an error."""
 
 
-def _checked(layers: Indices) -> list[HookSpec]:
+def _checked(layers: Indices | None) -> list[HookSpec]:
     if layers is None:
         return []
     return [([f"blocks.{i}.mixer.hook_ssm_y" for i in whole_numbers(layers, "layers")], _look)]
 
 
-def _points(leaves: tuple[str, ...], layers: Indices) -> NameFilter:
+def _points(leaves: tuple[str, ...], layers: Indices | None) -> NameFilter:
     """Return a predicate on the points of recurrences, in some layers or in all."""
     chosen = None if layers is None else {str(i) for i in whole_numbers(layers, "layers")}
 
@@ -174,15 +172,6 @@ def _points(leaves: tuple[str, ...], layers: Indices) -> NameFilter:
         return is_there and (chosen is None or parts[1] in chosen)
 
     return selects
-
-
-def _read_bound(bound: Any, what: str) -> Int[Tensor, "*batch"]:
-    """Return a position, or that of each row, as a tensor."""
-    per_row = torch.as_tensor(bound)
-    is_whole = not (per_row.is_floating_point() or per_row.dtype == torch.bool)
-    if per_row.ndim > 1 or not is_whole or bool((per_row < 0).any()):
-        raise ValueError(f"{what}={bound}: give a position, counted from 0, or one for each row")
-    return per_row
 
 
 def _of_rows(bound: Int[Tensor, "*batch"], what: str, hook: HookPoint) -> Tensor:

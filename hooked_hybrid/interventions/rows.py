@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Int, Shaped
 from torch import Tensor
 
 from hooked_hybrid.hooks import HookPoint, Run
+from hooked_hybrid.slicing import read_indices, whole_numbers
 
+PerRow = int | Sequence[int] | Int[Tensor, " batch"] | Any
+"""A whole number, or one for each row of the batch. (Any: a numpy array.)"""
 Spans = (
     Sequence[int]
     | Sequence[Sequence[int]]
     | Sequence[Sequence[Sequence[int]]]
     | Int[Tensor, "batch *span 2"]
+    | Any
 )
-"""One (start, stop); several, for every row; such a list for each row; or a tensor of each row's.
+"""One (start, stop); several, for every row; a list for each row; or a tensor or array of these.
 
 Positions are those of the document, from 0, as in `hook.run.key_pos`; `stop` is not included.
 Several spans of a row count together. Sequences are read by their depth: `(3, 6)` and
@@ -31,8 +34,8 @@ Bounds = Int[Tensor, "*rows span 2"]
 
 
 def entries_of_rows(
-    values: Int[Tensor, "batch ..."], hook: HookPoint, name: str
-) -> Int[Tensor, "row ..."]:
+    values: Shaped[Tensor, "batch ..."], hook: HookPoint, name: str
+) -> Shaped[Tensor, "row ..."]:
     """Return the entries that belong to the rows of this forward.
 
     Args:
@@ -51,16 +54,37 @@ def entries_of_rows(
     return values.to(rows.device)[rows]
 
 
-def read_k(k: int | Int[Tensor, " batch"]) -> Int[Tensor, "*batch"]:
+def read_k(k: PerRow) -> Int[Tensor, "*batch"]:
     """Return a number of heads, or that of each row, as a tensor.
 
     Raises:
         ValueError: not whole, negative, or of another shape.
     """
-    per_row = torch.as_tensor(k)
-    if per_row.ndim > 1 or per_row.is_floating_point() or bool((per_row < 0).any()):
-        raise ValueError(f"k={k}: give a whole number of heads, 0 or more, or one for each row")
-    return per_row
+    return read_per_row(k, "k", "a whole number of heads, 0 or more")
+
+
+def read_per_row(
+    given: Any, name: str, kind: str = "a position, counted from 0"
+) -> Int[Tensor, "*batch"]:
+    """Return a whole number from 0 on, or that of each row, as a tensor of its own memory.
+
+    Args:
+        given: an int; or numbers in a sequence, array or tensor [batch].
+        name: of the argument, for the error.
+        kind: of number, for the error.
+
+    Raises:
+        ValueError: fractions, True or False, negative numbers, none, or several axes.
+    """
+    try:
+        read = read_indices(given, name)
+    except TypeError:
+        read = slice(0)
+    per_row = torch.as_tensor([]) if isinstance(read, slice) else torch.as_tensor(read)
+    is_whole = per_row.dtype not in (torch.bool, torch.float32)
+    if not is_whole or not per_row.numel() or bool((per_row < 0).any()):
+        raise ValueError(f"{name}={given}: give {kind}, or one for each row")
+    return per_row.clone()
 
 
 def k_of_rows(k: Int[Tensor, "*batch"], n_heads: int, hook: HookPoint) -> Int[Tensor, " row"]:
@@ -83,7 +107,10 @@ def read_spans(spans: Spans) -> Bounds:
         ValueError: not whole numbers, not pairs, none at all, or not 0 <= start < stop.
     """
     try:
-        bounds = _of_tensor(spans) if isinstance(spans, Tensor) else torch.tensor(_nested(spans))
+        if hasattr(spans, "dtype"):
+            bounds = _of_tensor(torch.as_tensor(spans))
+        else:
+            bounds = torch.tensor(_nested(spans))
     except (TypeError, ValueError) as error:
         raise ValueError(
             f"spans={spans!r}: give (start, stop), several of them, or a list or tensor with an "
@@ -168,8 +195,8 @@ def _nested(spans: Any) -> list[Any]:
     return [row + row[:1] * (longest - len(row)) for row in rows]
 
 
-def _pairs(spans: Sequence[Any]) -> list[list[int]]:
-    pairs = [[operator.index(i) for i in span] for span in spans]
+def _pairs(spans: Sequence[Any]) -> list[tuple[int, ...]]:
+    pairs = [whole_numbers(span, "a span") for span in spans]
     if not pairs or any(len(pair) != 2 for pair in pairs):
         raise ValueError("not pairs")
     return pairs
@@ -217,11 +244,13 @@ class Handover:
 
 __all__ = [
     "Handover",
+    "PerRow",
     "Spans",
     "check_spans",
     "entries_of_rows",
     "in_spans",
     "k_of_rows",
     "read_k",
+    "read_per_row",
     "read_spans",
 ]

@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from hooked_hybrid.hooks import HookPoint, Run, per_position, watcher
-from hooked_hybrid.interventions.patching import is_among
+from hooked_hybrid.interventions.places import Chosen, is_among
 from hooked_hybrid.interventions.rows import Handover
 from hooked_hybrid.layers import at_least_fp32
 from hooked_hybrid.scan import scan
@@ -24,7 +24,6 @@ WATCHED = ("log_decay", "ssm_decay", "ssm_write", "ssm_C", "ssm_state")
 AGREES = 1e-4
 """How far a state may be from a_t h_{t-1} + w_t, relative to the largest |a_t h_{t-1}| + |w_t| of
 its channel in one call."""
-Places = tuple[int, ...] | Bool[Tensor, "batch _"] | None
 States = Float[Tensor, "batch pos channel n"]
 State = Float[Tensor, "batch channel n"]
 
@@ -32,8 +31,8 @@ State = Float[Tensor, "batch channel n"]
 class Edges(NamedTuple):
     """Which edges: from each query to each key, in some channels; None means all."""
 
-    queries: Places
-    keys: Places
+    queries: Chosen | None
+    keys: Chosen | None
     channels: tuple[int, ...] | None
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Literal, get_args
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool
 from torch import Tensor
 
 from hooked_hybrid.attend import softmax_or_zero
@@ -19,6 +19,7 @@ from hooked_hybrid.interventions.heads import SCORES, HeadScore, at_tokens, best
 from hooked_hybrid.interventions.pickling import picklable
 from hooked_hybrid.interventions.rows import (
     Handover,
+    PerRow,
     Spans,
     in_spans,
     k_of_rows,
@@ -27,6 +28,7 @@ from hooked_hybrid.interventions.rows import (
 )
 from hooked_hybrid.names import NameFilter
 from hooked_hybrid.shapes import Pattern, Queries
+from hooked_hybrid.slicing import whole_numbers
 
 Mode = Literal["keep", "null", "only", "omit", "binary", "permute"]
 Heads = Iterable[int] | Mapping[int, Iterable[int]]
@@ -117,7 +119,7 @@ def manipulate_span(
 
 @picklable
 def boost_span(
-    k: int | Int[Tensor, " batch"],
+    k: PerRow,
     spans: Spans,
     scale: float,
     score: Literal["entropy", "l2"] | HeadScore = "entropy",
@@ -258,10 +260,7 @@ def _layers_and_heads(
 
 
 def _indices(given: Iterable[int], name: str) -> list[int]:
-    indices = [operator.index(i) for i in given]
-    if not indices or min(indices) < 0:
-        raise ValueError(f"{name}={indices}: give one or more, counted from 0")
-    return indices
+    return list(whole_numbers(given, name))
 
 
 def _is_chosen(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -11,10 +9,19 @@ from torch import Tensor
 
 from hooked_hybrid.hooks import HookFn, HookPoint, is_per_position, per_position, positions_of
 from hooked_hybrid.interventions.pickling import picklable
+from hooked_hybrid.interventions.places import (
+    Positions,
+    is_among,
+    is_of_rows,
+    marks_of,
+    read_positions,
+    read_rows,
+)
+from hooked_hybrid.slicing import Indices
 
 
 @picklable
-def hook_at(fn: HookFn, positions: int | Iterable[int]) -> HookFn:
+def hook_at(fn: HookFn, positions: Positions) -> HookFn:
     """Return a hook that applies `fn` at some positions only, one position at a time.
 
     `fn` is called with the value at one position, `[batch 1 ...]` (or `[batch head 1 key]`), in
@@ -24,18 +31,20 @@ def hook_at(fn: HookFn, positions: int | Iterable[int]) -> HookFn:
     Args:
         fn: a hook.
         positions: counted in the document from 0, as `hook.run.query_pos` does; rows that have
-            padding in front are met at their own positions.
+            padding in front are met at their own positions. An int, a slice with an end, several
+            in a list, array or tensor; or a mask that is True at them: [pos], or [batch pos] where
+            rows differ.
 
     Raises:
-        ValueError: no position, or a negative one.
+        ValueError: no position, or one that is no whole number from 0 on; when run, a mask for
+            another number of rows, or one that ends before what is read.
     """
-    wanted = _indices(positions)
-    if not wanted or min(wanted) < 0:
-        raise ValueError(f"positions {wanted}: give one or more, counted from 0")
+    wanted = read_positions(positions)
+    assert wanted is not None
 
     def at_positions(value: Tensor, hook: HookPoint) -> Tensor:
         dim = hook.pos_dim
-        at = torch.isin(hook.run.query_pos, torch.tensor(wanted, device=value.device))
+        at = is_among(hook.run.query_pos, wanted, hook).to(value.device)
         for t in at.any(dim=0).nonzero()[:, 0].tolist():
             old = value.narrow(dim, t, 1)
             part = old.clone()
@@ -48,12 +57,12 @@ def hook_at(fn: HookFn, positions: int | Iterable[int]) -> HookFn:
         return value
 
     marked: Any = per_position(at_positions)
-    marked.positions = wanted
+    marked.positions = marks_of(wanted)
     return marked
 
 
 @picklable
-def on_rows(fn: HookFn, rows: int | Iterable[int]) -> HookFn:
+def on_rows(fn: HookFn, rows: Indices) -> HookFn:
     """Return a hook that applies `fn` to some rows of the batch only.
 
     `fn` is called with these rows alone and sees `hook.run` of them alone, as if they were the
@@ -62,19 +71,19 @@ def on_rows(fn: HookFn, rows: int | Iterable[int]) -> HookFn:
 
     Args:
         fn: a hook; its marks (`per_position`, positions) stay.
-        rows: indices into the original batch.
+        rows: indices into the original batch, as positions are given to `hook_at`, or a mask
+            [batch].
 
     Raises:
-        ValueError: no row, or a negative one.
+        ValueError: no row, or one that is no whole number from 0 on; when run, a row that the
+            batch does not have, or a mask of another number of rows.
     """
-    wanted = _indices(rows)
-    if not wanted or min(wanted) < 0:
-        raise ValueError(f"rows {wanted}: give one or more, counted from 0")
+    wanted = read_rows(rows)
+    assert wanted is not None
 
     def for_rows(value: Tensor, hook: HookPoint) -> Tensor | None:
         run = hook.run
-        mine = torch.isin(run.rows, torch.tensor(wanted, device=run.rows.device))
-        index = mine.nonzero()[:, 0]
+        index = is_of_rows(wanted, hook).nonzero()[:, 0]
         if index.numel() == 0:
             return None
         with hook.seeing(run.of_rows(index)):
@@ -86,12 +95,6 @@ def on_rows(fn: HookFn, rows: int | Iterable[int]) -> HookFn:
     if (positions := positions_of(fn)) is not None:
         marked.positions = positions
     return marked
-
-
-def _indices(given: int | Iterable[int]) -> tuple[int, ...]:
-    """Return whole numbers, also where numpy's or torch's are given."""
-    several = given if isinstance(given, Iterable) else (given,)
-    return tuple(operator.index(i) for i in several)
 
 
 __all__ = ["hook_at", "on_rows"]

@@ -12,11 +12,11 @@ from torch import Tensor
 from hooked_hybrid.config import AttentionConfig, HybridConfig
 from hooked_hybrid.hooked_root import HookSpec
 from hooked_hybrid.hooks import HookPoint, per_position
-from hooked_hybrid.interventions.patching import whole_numbers
 from hooked_hybrid.interventions.pickling import picklable
-from hooked_hybrid.interventions.rows import entries_of_rows
+from hooked_hybrid.interventions.rows import PerRow, entries_of_rows, read_per_row
 from hooked_hybrid.names import NameFilter
 from hooked_hybrid.shapes import Pattern
+from hooked_hybrid.slicing import whole_numbers
 
 
 @picklable
@@ -69,7 +69,7 @@ def limit_window(n_keys: int, *, layers: int | Iterable[int] | None = None) -> l
 @picklable
 def knock_out_crossings(
     cfg: HybridConfig,
-    boundary: int | Int[Tensor, " batch"],
+    boundary: PerRow,
     *,
     layers: int | Iterable[int] | None = None,
 ) -> list[HookSpec]:
@@ -98,10 +98,7 @@ def knock_out_crossings(
         ValueError: a boundary that is no whole number from 0 on; a layer that the model does not
             have; when run, boundaries for another number of rows.
     """
-    first = torch.as_tensor(boundary)
-    is_whole = not (first.is_floating_point() or first.dtype == torch.bool)
-    if first.ndim > 1 or not is_whole or bool((first < 0).any()):
-        raise ValueError(f"boundary={boundary}: give a position from 0 on, or one for each row")
+    first = read_per_row(boundary, "boundary")
     chosen = tuple(range(cfg.n_layers)) if layers is None else whole_numbers(layers, "layers")
     if max(chosen) >= cfg.n_layers:
         raise ValueError(f"layers {chosen}: the model has {cfg.n_layers}, from 0")

@@ -61,6 +61,7 @@ class Attention(Mixer[AttentionState]):
         self, x: Resid, state: AttentionState | None, layout: Layout
     ) -> tuple[Resid, AttentionState]:
         """Return what the heads write, and the keys and values that later positions may see."""
+        are_seen = state is None and self._keys_are_seen()
         q = self.hook_q(self._project(self.q, self.hook_q_input, x, self.cfg.n_heads))
         k = self.hook_k(self._project(self.k, self.hook_k_input, x, self.cfg.n_kv_heads))
         v = self.hook_v(self._project(self.v, self.hook_v_input, x, self.cfg.n_kv_heads))
@@ -69,7 +70,7 @@ class Attention(Mixer[AttentionState]):
             k = self.hook_rot_k(rotate(k, layout, self.cfg.rotary))
         # What stands at padding is never read: 0 times what is not finite would be.
         q, k, v = (layout.zero_padding(t) for t in (q, k, v))
-        keys = with_new_keys(state, k, v, layout.pos)
+        keys = with_new_keys(state, k, v, layout.pos, are_seen)
         hooks = Hooks(self.hook_attn_scores, self.hook_pattern, self.hook_z)
         z = attend(q, keys.k, keys.v, Sight(layout, keys.pos, self.cfg.n_keys), hooks)
         return self._write(layout.detach_padding(z)), self._remember(keys, layout)
@@ -128,6 +129,11 @@ class Attention(Mixer[AttentionState]):
         weight = rearrange(as_matrix(linear.weight), "(h e) d -> h e d", h=n_heads)
         out = torch.einsum("bshd,hed->bshe", copies, weight)
         return out if linear.bias is None else out + linear.bias.view(n_heads, -1)
+
+    def _keys_are_seen(self) -> bool:
+        """Whether a hook is given the tensors that the state would hold."""
+        last_of_k = self.hook_rot_k if self.cfg.rotary else self.hook_k
+        return self.hook_k.is_hooked or last_of_k.is_hooked or self.hook_v.is_hooked
 
     def _write(self, z: Queries) -> Resid:
         if not self.hook_result.is_hooked:

@@ -129,7 +129,7 @@ class RayWorkers:
 
         if hooked := model.list_hooks():
             raise ValueError(
-                f"{hooked[0].point.name} has a hook on it, which the models of workers would not "
+                f"{next(iter(hooked))} has a hook on it, which the models of workers would not "
                 "have: give it as a setting's, or take it off"
             )
         for name, part in parts.items():

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jaxtyping
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -98,7 +99,7 @@ def collector() -> tuple[list[str], Callable[..., None]]:
 
 
 def attached(model: HookedRootModule) -> list[tuple[str | None, str]]:
-    return [(h.point.name, h.direction) for h in model.list_hooks()]
+    return [(h.point.name, h.direction) for h in model.attached()]
 
 
 def values_of(model: Toy, x: Tensor) -> dict[str, Tensor]:
@@ -165,13 +166,13 @@ def test_an_unknown_name_is_a_key_error_that_lists_the_nearest(model, wrong, nea
         model.add_hook(wrong, leave)
     assert isinstance(error.value, HookNameError)
     assert repr(wrong) in str(error.value) and nearest in str(error.value)
-    assert not model.list_hooks()
+    assert not model.attached()
 
 
 def test_one_unknown_name_in_a_list_attaches_nothing(model):
     with pytest.raises(HookNameError, match="hook_nowhere"):
         model.add_hook([EMBED, "hook_nowhere"], leave)
-    assert not model.list_hooks()
+    assert not model.attached()
 
 
 def test_a_predicate_true_of_nothing_is_an_error_that_shows_names(model):
@@ -212,7 +213,7 @@ def test_hooks_are_live_inside_the_block_and_gone_after_it(model, x):
     with model.hooks([(EMBED, doubled)]) as entered:
         assert entered is model
         inside = model(x)
-    assert not model.list_hooks()
+    assert not model.attached()
     assert torch.equal(inside, model(2 * x))
     assert torch.equal(model(x), plain)
 
@@ -230,14 +231,14 @@ def test_blocks_nest_and_the_inner_one_removes_only_its_own(model, x):
         outer = model(x)
     assert torch.equal(inner, model(2 * x + 1))
     assert torch.equal(outer, model(2 * x))
-    assert not model.list_hooks()
+    assert not model.attached()
 
 
 def test_nested_blocks_have_their_own_levels(model):
     with model.hooks([(EMBED, leave)]), model.hooks([(EMBED, doubled)]):
-        assert [h.level for h in model.list_hooks()] == [1, 2]
+        assert [h.level for h in model.attached()] == [1, 2]
         model.reset_hooks(level=2)
-        assert [h.hook for h in model.list_hooks()] == [leave]
+        assert [h.hook for h in model.attached()] == [leave]
     assert model.context_level == 0
 
 
@@ -254,21 +255,21 @@ def test_an_exception_anywhere_removes_the_hooks_and_passes_through(model, x, wh
         if where == "body":
             body()
         model(x, fail=where == "forward")
-    assert not model.list_hooks() and model.context_level == 0
+    assert not model.attached() and model.context_level == 0
 
 
 def test_hooks_attached_by_others_survive_a_block(model):
     before = model.add_hook(EMBED, leave)
     with model.hooks([(EMBED, doubled)]):
         within = model.add_hook(EMBED, leave)
-    assert model.list_hooks() == before + within
+    assert model.attached() == before + within
 
 
 def test_the_same_function_attached_before_a_block_survives_it(model):
     before = model.add_hook(EMBED, doubled)
     with model.hooks([(EMBED, doubled)]):
-        assert len(model.list_hooks()) == 2
-    assert model.list_hooks() == before
+        assert len(model.attached()) == 2
+    assert model.attached() == before
 
 
 def test_permanent_hooks_survive_blocks_and_resets_unless_named(model, x):
@@ -276,17 +277,17 @@ def test_permanent_hooks_survive_blocks_and_resets_unless_named(model, x):
     with model.hooks([(EMBED, leave)]):
         model(x)
     model.reset_hooks()
-    assert model.list_hooks() == permanent
+    assert model.attached() == permanent
     model.reset_hooks(including_permanent=True)
-    assert not model.list_hooks()
+    assert not model.attached()
 
 
 def test_a_reset_inside_a_block_does_not_upset_its_end(model, x):
     with model.hooks([(EMBED, doubled)]):
         model.reset_hooks()
-        assert not model.list_hooks()
+        assert not model.attached()
         later = model.add_hook(EMBED, leave)
-    assert model.list_hooks() == later
+    assert model.attached() == later
 
 
 @pytest.mark.parametrize("direction", ["fwd", "bwd"])
@@ -297,7 +298,7 @@ def test_no_hook_is_attached_when_one_of_several_names_is_wrong(model, x, direct
         pytest.fail("the block was entered")
     with pytest.raises(HookNameError, match="hook_nowhere"):
         model.run_with_hooks(x, fwd_hooks=specs[0], bwd_hooks=specs[1])
-    assert not model.list_hooks() and model.context_level == 0
+    assert not model.attached() and model.context_level == 0
 
 
 @pytest.mark.parametrize(
@@ -308,7 +309,7 @@ def test_no_hook_is_attached_when_one_of_several_names_is_wrong(model, x, direct
 def test_what_is_no_pair_of_name_and_function_is_a_type_error(model, x, unchecked, spec):
     with pytest.raises(TypeError, match="pair"):
         model.run_with_hooks(x, fwd_hooks=[(LARGE, leave), spec])
-    assert not model.list_hooks()
+    assert not model.attached()
 
 
 def test_reset_hooks_end_false_leaves_the_hooks(model, x):
@@ -316,7 +317,7 @@ def test_reset_hooks_end_false_leaves_the_hooks(model, x):
         pass
     model.run_with_hooks(x, fwd_hooks=[(LARGE, leave)], reset_hooks_end=False)
     model.run_with_cache(x, names_filter=INDEX, reset_hooks_end=False)
-    assert [h.point.name for h in model.list_hooks()] == [EMBED, INDEX, LARGE]
+    assert [h.point.name for h in model.attached()] == [EMBED, INDEX, LARGE]
 
 
 def test_contexts_are_kept_unless_clearing_is_asked_for(model, x):
@@ -339,7 +340,7 @@ def test_contexts_are_kept_unless_clearing_is_asked_for(model, x):
 def test_run_with_hooks_hands_arguments_on_and_returns_the_output(model, x):
     out = model.run_with_hooks(x, factor=3.0, fwd_hooks=[(EMBED, doubled)])
     torch.testing.assert_close(out, model(6 * x), rtol=1e-14, atol=0)
-    assert not model.list_hooks()
+    assert not model.attached()
 
 
 def test_backward_hooks_of_run_with_hooks_act_in_a_later_backward(model, x):
@@ -381,7 +382,7 @@ def test_a_filter_that_matches_nothing_is_an_error_before_the_forward(model, x, 
     model.add_hook(EMBED, note)
     with pytest.raises(HookNameError):
         model.run_with_cache(x, names_filter=wrong)
-    assert not names and len(model.list_hooks()) == 1
+    assert not names and len(model.attached()) == 1
 
 
 def test_cached_values_are_those_of_the_forward_without_a_graph(model, x):
@@ -405,7 +406,7 @@ def test_a_later_run_leaves_a_cache_as_it_was(model, x):
     before = {name: value.clone() for name, value in cache.items()}
     model.run_with_cache(3 * x)
     assert all(torch.equal(cache[name], before[name]) for name in before)
-    assert not model.list_hooks()
+    assert not model.attached()
 
 
 def test_device_says_where_the_cache_lies(model, x):
@@ -426,14 +427,22 @@ def test_remove_batch_dim_drops_the_only_row(model, x):
 def test_remove_batch_dim_of_two_rows_is_an_error_and_leaves_no_hook(model, x):
     with pytest.raises(ValueError, match="hook_embed.* 2"):
         model.run_with_cache(x, remove_batch_dim=True)
-    assert not model.list_hooks()
+    assert not model.attached()
 
 
 @pytest.mark.parametrize(
     ("pos_slice", "index"),
     [
-        (2, 2),
-        (-1, -1),
+        (2, [2]),
+        (-1, [-1]),
+        ("last", [-1]),
+        (torch.tensor(2), [2]),
+        (np.int64(2), [2]),
+        (np.array([3, 1]), [3, 1]),
+        (range(1, 3), [1, 2]),
+        (torch.tensor([True, False, False, True, False]), [0, 3]),
+        ([True, False, False, True, False], [0, 3]),
+        (np.array([True, False, False, True, False]), [0, 3]),
         (slice(1, 4), slice(1, 4)),
         (slice(None, None, 2), slice(None, None, 2)),
         ((1, 3), slice(1, 3)),
@@ -453,9 +462,47 @@ def test_pos_slice_keeps_these_positions_of_every_value(model, x, pos_slice, ind
         assert torch.equal(value, whole[name][:, index])
 
 
-def test_an_int_pos_slice_removes_the_axis_and_the_batch_axis_can_go_too(model, x):
+def test_an_int_pos_slice_keeps_an_axis_of_one_position_as_transformer_lens_does(model, x):
     _, cache = model.run_with_cache(x[:1], pos_slice=-1, remove_batch_dim=True)
-    assert cache[EMBED].shape == (D,) and cache[INDEX].shape == ()
+    assert cache[EMBED].shape == (1, D) and cache[INDEX].shape == (1,)
+
+
+@pytest.mark.parametrize(
+    "pos_slice",
+    [
+        1.0,
+        "first",
+        True,
+        np.bool_(True),
+        torch.tensor(True),
+        [0, 1.5],
+        [True, 2],
+        torch.tensor([0.0]),
+        torch.ones(2, 5, dtype=torch.bool),
+        (0, 1, 2, 3),
+        slice(0, 4, -1),
+        slice(0.0, 2),
+    ],
+    ids=str,
+)
+def test_a_pos_slice_that_would_be_misread_is_an_error_before_anything_runs(model, x, pos_slice):
+    seen = []
+    model.add_hook(EMBED, lambda value, hook: seen.append(1))
+    with pytest.raises(TypeError, match="positions"):
+        model.run_with_cache(x, pos_slice=pos_slice)
+    assert not seen and len(model.attached()) == 1
+
+
+@pytest.mark.parametrize("n", [4, 6])
+def test_a_mask_of_another_length_is_an_error_that_gives_both(model, x, n):
+    with pytest.raises(IndexError, match=rf"{n} positions for the 5"):
+        model.run_with_cache(x, pos_slice=[True] * n)
+
+
+@pytest.mark.parametrize("pos_slice", [[], slice(5, 9), [False] * 5], ids=str)
+def test_a_pos_slice_of_nothing_is_an_error(model, x, pos_slice):
+    with pytest.raises(IndexError, match="none of the 5"):
+        model.run_with_cache(x, pos_slice=pos_slice)
 
 
 def test_positions_left_out_do_not_stay_in_memory(model, x):
@@ -468,7 +515,7 @@ def test_positions_left_out_do_not_stay_in_memory(model, x):
 def test_a_position_outside_is_an_index_error_that_says_how_many_there_are(model, x, pos_slice):
     with pytest.raises(IndexError, match=r"\b5\b"):
         model.run_with_cache(x, pos_slice=pos_slice)
-    assert not model.list_hooks()
+    assert not model.attached()
 
 
 def test_pos_slice_of_a_point_without_positions_is_an_error_that_names_it(x):
@@ -556,7 +603,7 @@ def test_a_scalar_output_needs_no_metric_and_any_other_does(model, x):
         model.run_with_cache(x, incl_bwd=True)
     with pytest.raises(ValueError, match="scalar"):
         model.run_with_cache(x, incl_bwd=True, metric=lambda out: out.sum(0))
-    assert not model.list_hooks()
+    assert not model.attached()
 
 
 def with_mixed_parameters(model: Toy) -> dict[str, tuple[bool, Tensor | None]]:
@@ -599,7 +646,7 @@ def test_parameters_keep_them_after_an_exception_too_and_no_hook_stays(model, x,
             metric=broken if where == "metric" else total,
         )
     torch.testing.assert_close(state_of_parameters(model), before, rtol=0, atol=0)
-    assert not model.list_hooks()
+    assert not model.attached()
 
 
 # --- the lower-level pieces -------------------------------------------------------------------
@@ -608,7 +655,7 @@ def test_parameters_keep_them_after_an_exception_too_and_no_hook_stays(model, x,
 def test_get_caching_hooks_attaches_nothing_and_its_hooks_fill_the_dict(model, x):
     names_filter = ["blocks.0.hook_out", EMBED]
     cache, fwd, bwd = model.get_caching_hooks(names_filter, incl_bwd=True)
-    assert cache == {} and not model.list_hooks()
+    assert cache == {} and not model.attached()
     with model.hooks(fwd, bwd):
         total(model(x)).backward()
     expected, grads = values_of(model, x), gradients_of(model, x)
@@ -638,7 +685,7 @@ def test_caching_hooks_take_the_options_of_run_with_cache(model, x):
 
 def test_add_caching_hooks_attaches_them_until_reset(model, x):
     cache = model.add_caching_hooks(lambda name: name.endswith("hook_in"))
-    assert cache == {} and len(model.list_hooks()) == 2
+    assert cache == {} and len(model.attached()) == 2
     model(x)
     assert list(cache) == ["blocks.0.hook_in", "blocks.1.hook_in"]
     first = cache["blocks.0.hook_in"]
@@ -650,15 +697,30 @@ def test_add_caching_hooks_attaches_them_until_reset(model, x):
     assert not cache
 
 
-def test_list_hooks_tells_every_function_with_its_point_and_direction(model):
+def test_attached_tells_every_function_with_its_point_and_direction(model):
     model.add_hook("blocks.0.hook_in", leave)
     model.add_hook(EMBED, doubled, dir="bwd")
     model.add_perma_hook("blocks.0.hook_in", doubled)
-    assert [(h.point.name, h.direction, h.user_hook) for h in model.list_hooks()] == [
+    assert [(h.point.name, h.direction, h.user_hook) for h in model.attached()] == [
         (EMBED, "bwd", doubled),
         ("blocks.0.hook_in", "fwd", leave),
         ("blocks.0.hook_in", "fwd", doubled),
     ]
+
+
+def test_list_hooks_groups_what_is_attached_by_point_as_transformer_lens_does(model):
+    fwd = model.add_hook("blocks.0.hook_in", leave)
+    bwd = model.add_hook("blocks.0.hook_in", doubled, dir="bwd")
+    forever = model.add_perma_hook(EMBED, doubled)
+    assert model.list_hooks() == {EMBED: forever, "blocks.0.hook_in": [*fwd, *bwd]}
+    assert model.list_hooks(EMBED) == {EMBED: forever}
+    assert model.list_hooks(["blocks.0.hook_in", INDEX]) == {"blocks.0.hook_in": [*fwd, *bwd]}
+    assert model.list_hooks(lambda name: "blocks" in name, dir="bwd") == {"blocks.0.hook_in": bwd}
+    assert model.list_hooks(dir="fwd", including_permanent=False) == {"blocks.0.hook_in": fwd}
+    with pytest.raises(HookNameError, match="nearest"):
+        model.list_hooks("hook_embd")
+    with pytest.raises(ValueError, match="'up'"):
+        model.list_hooks(dir="up")
 
 
 @pytest.mark.parametrize(("direction", "left"), [("fwd", ["bwd"]), ("bwd", ["fwd"]), ("both", [])])
@@ -675,7 +737,7 @@ def test_reset_hooks_empties_contexts_and_remove_all_hook_fns_does_not(model):
         point.ctx["kept"] = 1
     model.add_hook(EMBED, leave)
     model.remove_all_hook_fns()
-    assert not model.list_hooks() and all(p.ctx == {"kept": 1} for p in model.hook_points())
+    assert not model.attached() and all(p.ctx == {"kept": 1} for p in model.hook_points())
     model.reset_hooks(clear_contexts=False)
     assert all(p.ctx == {"kept": 1} for p in model.hook_points())
     model.reset_hooks()
@@ -686,4 +748,4 @@ def test_clear_contexts_leaves_the_hooks(model):
     model.add_hook(EMBED, per_position(leave))
     model.hook_dict[EMBED].ctx["x"] = 1
     model.clear_contexts()
-    assert model.hook_dict[EMBED].ctx == {} and len(model.list_hooks()) == 1
+    assert model.hook_dict[EMBED].ctx == {} and len(model.attached()) == 1

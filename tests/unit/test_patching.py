@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import pytest
@@ -204,7 +204,7 @@ def test_a_patch_of_some_heads_and_rows(name: str, point: str, monkeypatch: pyte
 def test_positions_of_each_row_and_a_donor_for_all_rows(name: str, monkeypatch: pytest.MonkeyPatch):
     model, donor = model_of(name), donor_of(name, 1)
     at = [[4, 20], [0], []]
-    mask = torch.zeros(3, 21, dtype=torch.bool)
+    mask = torch.zeros(3, N_POS, dtype=torch.bool)
     for i, positions in enumerate(at):
         mask[i, positions] = True
     for point in ("blocks.0.hook_resid_post", "blocks.1.mixer.hook_ssm_y"):
@@ -394,7 +394,7 @@ def test_cut_edges_equal_a_pattern_without_them(
 @models
 def test_edges_of_some_layers_heads_and_rows(name: str, monkeypatch: pytest.MonkeyPatch):
     model = model_of(name)
-    queries, keys = torch.zeros(3, 20, dtype=torch.bool), torch.zeros(3, 15, dtype=torch.bool)
+    queries, keys = torch.zeros(2, 3, N_POS, dtype=torch.bool)
     at: list[Any] = [([6, 19], [0, 4, 14]), ([7], [6, 7]), ([], [])]
     for i, (q, k) in enumerate(at):
         queries[i, q], keys[i, k] = True, True
@@ -466,9 +466,9 @@ def test_cut_edges_in_generation_only_leave_the_prompt_alone():
         ({"names": lambda n: False}, HookNameError, "true of none"),
         ({"positions": []}, ValueError, "positions \\(\\): give one or more"),
         ({"positions": -1}, ValueError, "counted from 0"),
-        ({"positions": [True]}, ValueError, "whole numbers"),
+        ({"positions": True}, ValueError, "whole numbers"),
         ({"positions": 1.5}, ValueError, "whole numbers"),
-        ({"positions": torch.ones(4, dtype=torch.bool)}, ValueError, "\\[batch pos\\]"),
+        ({"positions": torch.ones(1, 2, 3).bool()}, ValueError, "\\[batch pos\\]"),
         ({"positions": torch.zeros(2, 4, dtype=torch.bool)}, ValueError, "one True"),
         ({"rows": [-2]}, ValueError, "rows"),
         ({"heads": "1"}, ValueError, "heads"),
@@ -538,7 +538,7 @@ def test_a_donor_of_another_dtype_and_a_longer_padded_row_are_refused():
     mask = torch.ones(3, N_POS, dtype=torch.long)
     mask[1, :4] = 0
     with pytest.raises(ValueError, match="19 positions for row 1, none for position 19"):
-        model.run_with_hooks(tokens, fwd_hooks=patch(donor, Z, attention_mask=mask))
+        model.run_with_hooks(tokens, fwd_hooks=patch(dict(donor), Z, attention_mask=mask))
 
 
 @pytest.mark.usefixtures("unchecked")
@@ -559,10 +559,13 @@ def test_edges_that_do_not_exist_are_refused():
     assert not model.list_hooks()
 
 
-def test_a_cache_without_the_first_positions_is_refused():
+def test_a_cache_of_some_positions_is_read_at_these_and_refused_at_others():
     model, tokens = random_model(griffin_config()), random_tokens(1, 12)
-    _, tail = model.run_with_cache(tokens, pos_slice=slice(-5, None))
-    with pytest.raises(ValueError, match="pos_slice=slice\\(-5, None"):
-        patch(tail, "blocks.0.hook_resid_pre", positions=[3])
-    _, head = model.run_with_cache(tokens, pos_slice=slice(5))
-    assert patch(head, "blocks.0.hook_resid_pre", positions=[3])
+    name, run = "blocks.0.hook_resid_pre", partial(model.run_with_hooks, random_tokens(1, 12, 3))
+    _, whole = model.run_with_cache(tokens)
+    for kept, positions in (((7, None), [7, 9]), ((0, 5), 3)):
+        _, some = model.run_with_cache(tokens, pos_slice=slice(*kept))
+        got = run(fwd_hooks=patch(some, name, positions=positions))
+        assert torch.equal(got, run(fwd_hooks=patch(whole, name, positions=positions)))
+        with pytest.raises(ValueError, match="none for position 6"):
+            run(fwd_hooks=patch(some, name, positions=6))

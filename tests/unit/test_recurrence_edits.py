@@ -143,7 +143,7 @@ def test_cut_edges_equal_an_effective_attention_without_them(
 @models
 def test_edges_of_some_layers_channels_and_rows(name: str, monkeypatch: pytest.MonkeyPatch):
     model, tokens = model_of(name), random_tokens(3, N_POS)
-    queries, keys = torch.zeros(3, 20, dtype=torch.bool), torch.zeros(3, 15, dtype=torch.bool)
+    queries, keys = torch.zeros(2, 3, N_POS, dtype=torch.bool)
     at: list[Any] = [([6, 19], [0, 4, 14]), ([7], [6, 7]), ([], [])]
     for i, (q, k) in enumerate(at):
         queries[i, q], keys[i, k] = True, True

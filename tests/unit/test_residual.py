@@ -408,11 +408,10 @@ def test_a_cache_of_some_positions(config):
     _, cache = MODELS[config].run_with_cache(TOKENS, pos_slice=-1)
     stack = cache.get_full_resid_decomposition()
     whole = cache_of(config).get_full_resid_decomposition(pos_slice=-1)
-    assert stack.shape[1:] == (2, 24) and relative(stack, whole) < FP32_PARITY
+    assert stack.shape[1:] == (2, 1, 24) and relative(stack[:, :, 0], whole) < FP32_PARITY
     attrs = cache.logit_attrs(stack, [5, 6])
-    assert relative(attrs[:, 1].sum(0), cache["logits"][1, 6]) < FP32_PARITY
-    with pytest.raises(ValueError, match="one position only; leave it out"):
-        cache.decompose_resid(pos_slice=-1)
+    assert relative(attrs[:, 1].sum(0), cache["logits"][1, :, 6]) < FP32_PARITY
+    assert relative(cache.get_full_resid_decomposition(pos_slice=0), whole) < FP32_PARITY
     _, two = MODELS[config].run_with_cache(TOKENS, pos_slice=[3, -1])
     assert relative(two.get_full_resid_decomposition(pos_slice=-1), whole) < FP32_PARITY
 
