@@ -14,7 +14,7 @@ import importlib
 import inspect
 from collections.abc import Callable, Iterator
 from types import CellType, CodeType, FunctionType
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 F = TypeVar("F", bound=Callable[..., Any])
 _LOCAL = ".<locals>."
@@ -38,7 +38,7 @@ class Made(functools.partial):
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Return what `_rebuilt` puts together again."""
-        *parts, marks = _parts(self.func)
+        *parts, marks = _parts(cast(FunctionType, self.func))
         return _rebuilt, (*parts, {**marks, **vars(self)})
 
     def __getattr__(self, name: str) -> Any:
