@@ -68,7 +68,7 @@ def model_identity(model: HookedHybrid) -> dict[str, Any]:
         "tokenizer": None if model.tokenizer is None else tokenizer_identity(model.text),
         "hooks": [
             {"point": str(h.point.name), "direction": h.direction, **_described(h, known)}
-            for h in model.list_hooks()
+            for h in model.attached()
         ],
         "changes": _changes(model),
     }
