@@ -25,7 +25,7 @@ from hooked_hybrid.extras import require
 from hooked_hybrid.identity.model import hashed_once, model_identity
 from hooked_hybrid.model import HookedHybrid
 from hooked_hybrid.niah.cached_ways import CASES, WAYS, Answer, Case, way_of
-from hooked_hybrid.niah.cells import cell_of
+from hooked_hybrid.niah.cells import cell_of, with_places
 from hooked_hybrid.niah.groups import MOST_ROWS, Cells, shortest_window
 from hooked_hybrid.niah.prompts import Prompt, prompts_identity
 from hooked_hybrid.niah.settings import Setting, settings_identity
@@ -94,7 +94,7 @@ def cached_state(
                     store.add(cells)
                     bar.update(len(cells))
             ids = [prompt.id for part in job.parts for prompt in part]
-            return ordered(store.table(), ids, list(settings))
+            return with_places(ordered(store.table(), ids, list(settings)), prompts)
 
 
 class CachedStateJob(Job[int, Cells]):

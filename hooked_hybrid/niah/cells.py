@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
 
 from hooked_hybrid.niah.prompts import Prompt
 from hooked_hybrid.niah.scores import FULL, binary, graded, released
 from hooked_hybrid.niah.settings import Setting
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 def cell_of(
@@ -53,7 +57,20 @@ def cell_of(
         "n_new_tokens": n_new,
         "min_margin": margin,
         "seconds": seconds,
+        "real_depth": prompt.real_depth,
+        "placed_between": prompt.placed_between,
     }
 
 
-__all__ = ["cell_of"]
+def with_places(table: pd.DataFrame, prompts: Iterable[Prompt]) -> pd.DataFrame:
+    """Return a table with where the needles stand, of a store that did not say so."""
+    unknown = table["placed_between"].isna()
+    if not unknown.any():
+        return table
+    by_id = {prompt.id: prompt for prompt in prompts}
+    found = [by_id[i] for i in table["prompt_id"]]
+    real, placed = [p.real_depth for p in found], [p.placed_between for p in found]
+    return table.assign(real_depth=real, placed_between=placed)
+
+
+__all__ = ["cell_of", "with_places"]

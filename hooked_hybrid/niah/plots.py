@@ -40,7 +40,8 @@ def retrieval_maps(table: pd.DataFrame, thesis_depth: bool = False) -> Figure:
     """Return one figure with a heat map for each setting, all on one colour scale.
 
     Across is the prompt's length in tokens, down the depth of the needle, from the beginning of
-    the haystack at the top to its end; needles share a cell by their mean. A cell that was not run
+    the haystack at the top to its end: as asked, and in brackets where the needles of the row
+    really stand. Needles share a cell by their mean. A cell that was not run
     is grey. Above the solid line the needle is beyond the attention window of the last prompt
     token; the dotted line stands before the first length of which that is so.
 
@@ -187,10 +188,10 @@ def _draw_map(
     image = axes.imshow(means, cmap=scale, vmin=0, vmax=1, aspect="auto", interpolation="nearest")
     size = 9 if is_single else 7
     x, y = _tick_places(len(lengths)), _tick_places(len(depths))
-    shown = [1 - depths[i] if thesis_depth else depths[i] for i in y]
+    shown = [_depth_said(cells[cells["depth"] == depths[i]], thesis_depth) for i in y]
     turned: dict[str, Any] = {"rotation": 90} if not is_single else {}
     axes.set_xticks(x, [f"{lengths[i]:,.0f}" for i in x], fontsize=size, **turned)
-    axes.set_yticks(y, [f"{100 * depth:.0f}" for depth in shown], fontsize=size)
+    axes.set_yticks(y, shown, fontsize=size)
     # Of its own cells: a context that is given twice has its last needle elsewhere.
     seen = own if cells["read_twice"].nunique() > 1 else cells
     _draw_window(axes, _on_grid(seen, "in_window", lengths, depths))
@@ -251,7 +252,22 @@ def _add_colour_bar(figure: Figure, image: Any, axes: Sequence[Axes], aspect: in
 
 def _depth_label(thesis_depth: bool) -> str:
     zero = "end" if thesis_depth else "beginning"
-    return f"depth of the needle (%)\n0% = {zero} of the haystack"
+    return f"depth of the needle (%): asked, and where it stands\n0% = {zero} of the haystack"
+
+
+def _depth_said(cells: pd.DataFrame, thesis_depth: bool) -> str:
+    """Return the asked depth of a row of a map, and the range of the real ones where they differ.
+
+    In percent. A table of an older sweep does not say where a needle stands.
+    """
+    asked, real = cells["depth"].iloc[0], cells.get("real_depth", cells["depth"])
+    ends = [float(end) for end in (real.min(), real.max())]
+    if thesis_depth:
+        asked, ends = 1 - asked, [1 - end for end in reversed(ends)]
+    first, last = (f"{100 * end:.0f}" for end in ends)
+    if first == last:
+        return first if first == f"{100 * asked:.0f}" else f"{100 * asked:.0f} ({first})"
+    return f"{100 * asked:.0f} ({first} to {last})"
 
 
 def _tick_places(n: int) -> list[int]:

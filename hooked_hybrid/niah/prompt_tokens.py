@@ -3,16 +3,35 @@
 from __future__ import annotations
 
 import unicodedata
-from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
+from hooked_hybrid.niah.boundaries import CHARACTER, NONE, SENTENCE, WORD, kinds_of, token_ends
 from hooked_hybrid.text import Text
 
 HAYSTACK, QUESTION = "{haystack}", "{question}"
 _SEARCH = 1024  # tokens beyond the haystack in which the end of its last sentence is looked for
 
+LONGEST = 256
+"""Tokens of a sentence in which no end is found, from which on words are looked for."""
+
 Tokens = list[int]
+
+
+class Place(NamedTuple):
+    """Where a needle stands in a haystack: before which token, and between what."""
+
+    at: int
+    kind: int
+
+
+class Haystack(NamedTuple):
+    """Tokens of text, what ends after each (see `boundaries`), whether a short sentence ends it."""
+
+    tokens: Tokens
+    kinds: list[int]
+    is_closed: bool
 
 
 @dataclass(frozen=True)
@@ -42,15 +61,29 @@ class Parts:
 
 @dataclass(frozen=True)
 class Filler:
-    """A haystack with its distractors, and where a needle may stand: 0 and ends of sentences."""
+    """A haystack with its distractors, and what ends before each token, `NONE` at distractors."""
 
     tokens: Tokens
-    cuts: list[int]
+    before: list[int]
+    is_closed: bool
 
-    def place(self, depth: float) -> int:
-        """Return the place at a depth, or the nearest before it; depth 1 is the very end."""
+    def place(self, depth: float) -> Place:
+        """Return the place at a depth, or the nearest before it; depth 1 is the very end.
+
+        It is where a sentence ends; where none does within `LONGEST` tokens, a word; where no word
+        does (in scripts without blanks), a character.
+        """
         n = len(self.tokens)
-        return n if depth == 1 else self.cuts[bisect_right(self.cuts, int(n * depth)) - 1]
+        if depth == 1 or not n:
+            return Place(n, SENTENCE)
+        asked = int(n * depth)
+        for kind in (SENTENCE, WORD, CHARACTER):
+            last = next((p for p in range(asked, 0, -1) if self.before[p] >= kind), 0)
+            end = n if self.is_closed else last + LONGEST + 1
+            after = next((p for p in range(asked + 1, n) if self.before[p] >= kind), end)
+            if after - last <= LONGEST:
+                break
+        return Place(last, SENTENCE if last == 0 else kind)
 
 
 class Maker:
@@ -80,7 +113,7 @@ class Maker:
         trained = text.prepends_bos and not is_chat
         self.prepend_bos = trained if prepend_bos is None else prepend_bos
         self._stream: Tokens = []
-        self._ends_sentence: dict[int, bool] = {}
+        self._kinds: list[int] = []
         self._fillers: dict[tuple[int, tuple[tuple[int, ...], ...]], Filler] = {}
 
     def parts(self, question: str, needle: Sequence[str], distractors: Sequence[str]) -> Parts:
@@ -100,8 +133,10 @@ class Maker:
 
     def tokens(
         self, parts: Parts, length: int, depth: float
-    ) -> tuple[Tokens, list[tuple[int, int]]]:
+    ) -> tuple[Tokens, list[tuple[int, int]], float, int]:
         """Return a prompt of exactly `length` tokens, and [start, stop) of each needle in it.
+
+        Then, of the first haystack, the share of it before the needle and what ends there.
 
         Raises:
             ValueError: the tokenizer makes no tokens of the haystack.
@@ -109,20 +144,38 @@ class Maker:
         room, spare = divmod(length - parts.shortest, parts.copies)
         tokens = list(parts.template[0])
         spans: list[tuple[int, int]] = []
+        found: list[tuple[float, int]] = []
         for copy, after in enumerate(parts.template[1:]):
             filler = self._filler(room + (copy < spare), parts.distractors)
-            at = filler.place(depth)
+            at, kind = filler.place(depth)
+            found.append((at / len(filler.tokens) if filler.tokens else depth, kind))
             start = len(tokens) + at
             if parts.sentence:
                 spans.append((start, start + len(parts.sentence)))
             tokens += [*filler.tokens[:at], *parts.sentence, *filler.tokens[at:], *after]
-        return tokens, spans
+        return tokens, spans, *found[0]
 
     def _read_on(self, text: str) -> Tokens:
         """Return the tokens of a text as it reads after a sentence: no mark of a new document."""
+        return self._read_on_from(text)[0]
+
+    def _read_on_from(self, text: str) -> tuple[Tokens, str, int]:
+        """Return them, the text that they were made with, and how many of its tokens are others."""
         before, both = (self.text.encode(t, prepend_bos=False) for t in (".", f".{text}"))
         n = len(before)
-        return both[n:] if both[:n] == before else self.text.encode(text, prepend_bos=False)
+        if both[:n] == before:
+            return both[n:], f".{text}", n
+        return self.text.encode(text, prepend_bos=False), text, 0
+
+    def _piece(self, text: str) -> tuple[Tokens, list[int]]:
+        """Return the tokens of a piece of haystack, and what ends after each."""
+        tokens, encoded, n = self._read_on_from(text)
+        whole = [*self.text.encode(".", prepend_bos=False), *tokens] if n else tokens
+        ends = token_ends(self.text.tokenizer, encoded, whole, self.text.decode)
+        if ends is not None:
+            return tokens, kinds_of(encoded, ends[n:], len(encoded) - len(text))
+        marks = [self.text.decode([t]).rstrip(" ").endswith((".", "!", "?", "\n")) for t in tokens]
+        return tokens, [SENTENCE if is_end else CHARACTER for is_end in marks]
 
     def _is_held(self, word: str) -> bool:
         try:
@@ -138,51 +191,53 @@ class Maker:
             self._fillers[key] = self._spread(self._trimmed(n), distractors)
         return self._fillers[key]
 
-    def _trimmed(self, n: int) -> Tokens:
+    def _trimmed(self, n: int) -> Haystack:
         """Return `n` tokens that end with a sentence: its beginning is left out where need be."""
         self._reach(n + _SEARCH)
         stop = next((p for p in range(n, n + _SEARCH + 1) if self._ends(p)), None)
         if stop is None:
-            return self._stream[:n]
+            return Haystack(self._stream[:n], self._kinds[:n], is_closed=False)
         whole = max((p for p in range(1, n) if self._ends(p)), default=0)
-        return self._stream[:whole] + self._stream[stop - (n - whole) : stop]
+        tokens, kinds = (
+            part[:whole] + part[stop - (n - whole) : stop] for part in (self._stream, self._kinds)
+        )
+        return Haystack(tokens, kinds, is_closed=stop - whole <= LONGEST)
 
-    def _spread(self, haystack: Tokens, distractors: list[Tokens]) -> Filler:
-        """Put distractors at ends of sentences, evenly; the needle stands at others, or first."""
-        n = len(haystack)
-        free = [p for p in range(1, n) if self._ends_a_sentence(haystack[p - 1])]
+    def _spread(self, haystack: Haystack, distractors: list[Tokens]) -> Filler:
+        """Put distractors at ends of sentences, evenly; where there are none, between words."""
+        n = len(haystack.tokens)
+        for kind in (SENTENCE, WORD, CHARACTER):
+            free = [p for p in range(1, n) if haystack.kinds[p - 1] >= kind]
+            if free or (haystack.is_closed and n <= LONGEST):
+                break
         places: list[int] = []
         for i in range(len(distractors)):
             target = n * (i + 1) // (len(distractors) + 1)
             places.append(max((p for p in free if p <= target), default=min(free, default=0)))
             free = [p for p in free if p != places[-1]]
         tokens: Tokens = []
-        cuts, start = [0], 0
+        before, start = [SENTENCE], 0  # what ends before the next token
         for place, distractor in sorted(zip(places, distractors, strict=True), key=lambda x: x[0]):
-            cuts += [len(tokens) + p - start for p in free if start < p < place]
-            tokens += haystack[start:place] + distractor
+            tokens += haystack.tokens[start:place] + distractor
+            before += haystack.kinds[start:place] + [NONE] * len(distractor)
+            before[len(tokens) - len(distractor)] = NONE
             start = place
-        cuts += [len(tokens) + p - start for p in free if p > start]
-        return Filler(tokens + haystack[start:], cuts)
+        before += haystack.kinds[start:]
+        return Filler(tokens + haystack.tokens[start:], before, haystack.is_closed)
 
     def _reach(self, n: int) -> None:
         """Encode haystack until there are `n` tokens."""
         n_empty = 0
         while len(self._stream) < n:
-            tokens = self._read_on(next(self.haystack))
+            tokens, kinds = self._piece(next(self.haystack))
             n_empty = 0 if tokens else n_empty + 1
             if n_empty > _SEARCH:
                 raise ValueError("the tokenizer makes no tokens of the haystack's text")
             self._stream += tokens
+            self._kinds += kinds
 
     def _ends(self, n: int) -> bool:
-        return n == 0 or self._ends_a_sentence(self._stream[n - 1])
-
-    def _ends_a_sentence(self, token: int) -> bool:
-        if token not in self._ends_sentence:
-            piece = self.text.decode([token])
-            self._ends_sentence[token] = piece.rstrip(" ").endswith((".", "!", "?", "\n"))
-        return self._ends_sentence[token]
+        return n == 0 or self._kinds[n - 1] == SENTENCE
 
 
 def _as_chat(text: Text, message: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import warnings
 from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -12,9 +13,10 @@ from pathlib import Path
 from random import Random
 
 from hooked_hybrid.identity.values import describe
+from hooked_hybrid.niah.boundaries import NAMES, SENTENCE
 from hooked_hybrid.niah.haystack import sentences
 from hooked_hybrid.niah.needles import PAPER, AnyNeedle, distractors_for, needle_ids
-from hooked_hybrid.niah.prompt_tokens import HAYSTACK, QUESTION, Maker, Parts
+from hooked_hybrid.niah.prompt_tokens import HAYSTACK, LONGEST, QUESTION, Maker, Parts
 from hooked_hybrid.text_methods import TextMethods
 
 _ONCE = f"CONTEXT:\n{HAYSTACK}\nQUESTION:\n{QUESTION}"
@@ -32,7 +34,10 @@ class Prompt:
     """One prompt: its tokens, and where in them the needle is.
 
     `id` follows from tokens, needle and settings. `depth` is the asked fraction of the haystack
-    before the needle, 0 its beginning and 1 its end (the thesis counts from the end).
+    before the needle, 0 its beginning and 1 its end (the thesis counts from the end); `real_depth`
+    is the fraction that stands before it, and `placed_between` says between what it stands:
+    "sentences", where none ends near "words", in a script without blanks "characters". Both are
+    None where no needle is hidden; read twice, they are those of the first copy.
     `needle_spans` holds [start, stop) of every copy of the sentence: two with `read_twice`.
     """
 
@@ -46,6 +51,8 @@ class Prompt:
     template: str
     read_twice: bool
     n_distractors: int
+    real_depth: float | None = None
+    placed_between: str | None = None
 
     @property
     def asked(self) -> AnyNeedle:
@@ -138,7 +145,9 @@ def grid(
 
     The haystack of a prompt, distractors included, does not depend on depth. The needle stands
     where a sentence ends, at the stated depth or the nearest before it; at depth 1 it is last.
-    The haystack is trimmed at the beginning of its last sentence, so that it ends with one.
+    Where no sentence ends within `prompt_tokens.LONGEST` tokens it stands between words, and a
+    warning says so. Ends are found in the text, in any script (see `boundaries`). The haystack is
+    trimmed at the beginning of its last sentence, so that it ends with one.
 
     Args:
         model: gives the tokenizer, its BOS and its chat template.
@@ -172,12 +181,20 @@ def grid(
             f"lengths {wrong}: template, needle and distractors take {shortest} tokens, the "
             "shortest possible prompt"
         )
-    return [
+    prompts = [
         _prompt(maker, needle, name, parts[needle], length, depth, template, read_twice)
         for needle, name in names.items()
         for length in dict.fromkeys(lengths)
         for depth in dict.fromkeys(map(float, depths))
     ]
+    if amid := [p for p in prompts if p.placed_between not in (None, NAMES[SENTENCE])]:
+        warnings.warn(
+            f"in {len(amid)} of {len(prompts)} prompts the needle stands between "
+            f"{' or '.join(sorted({str(p.placed_between) for p in amid}))}: no sentence of the "
+            f"haystack ends within {LONGEST} tokens",
+            stacklevel=2,
+        )
+    return prompts
 
 
 def prompts_identity(prompts: Sequence[Prompt]) -> dict[str, str]:
@@ -236,10 +253,25 @@ def _maker(
 ) -> Maker:
     if template not in TEMPLATES:
         raise ValueError(f"template={template!r}: give one of {', '.join(TEMPLATES)}")
+    _check_template(template)
     once, end = TEMPLATES[template].split(QUESTION)
     once += QUESTION
     text = f"{once}\n{once}{end}" if read_twice else once + end
     return Maker(model.text, haystack.texts(), text, template == "chat", prepend_bos)
+
+
+def _check_template(name: str) -> None:
+    text = TEMPLATES[name]
+    known = {HAYSTACK, QUESTION}
+    if unknown := [mark for mark in re.findall(r"\{\w*\}", text) if mark not in known]:
+        raise ValueError(
+            f"template {name!r} has {', '.join(unknown)}: give {HAYSTACK} and {QUESTION} alone"
+        )
+    if text.count(QUESTION) != 1 or HAYSTACK not in text.split(QUESTION)[0]:
+        raise ValueError(
+            f"template {name!r} has {QUESTION} {text.count(QUESTION)} times and {HAYSTACK} "
+            f"{text.count(HAYSTACK)} times: give {HAYSTACK}, and {QUESTION} once after it"
+        )
 
 
 def _parts(
@@ -264,7 +296,7 @@ def _prompt(
     template: str,
     read_twice: bool,
 ) -> Prompt:
-    tokens, spans = maker.tokens(parts, length, depth)
+    tokens, spans, real_depth, kind = maker.tokens(parts, length, depth)
     about = (length, depth, template, read_twice, len(parts.distractors), parts.question)
     said = json.dumps([*about, needle and asdict(needle)])
     return Prompt(
@@ -278,4 +310,6 @@ def _prompt(
         template=template,
         read_twice=read_twice,
         n_distractors=len(parts.distractors),
+        real_depth=real_depth if spans else None,
+        placed_between=NAMES[kind] if spans else None,
     )

@@ -189,6 +189,7 @@ def _what_was_run(
         **model_card,
         "prompts": f"{len(prompts)}: {lengths.nunique()} lengths from {lengths.min():,} to "
         f"{lengths.max():,} tokens, {depths.nunique()} depths",
+        "depth": _depths_said(prompts),
         "needles": _listed(table["needle_id"].unique()),
         "template": _listed(table["template"].unique()),
         "context given twice": _listed(table["read_twice"].unique()),
@@ -201,6 +202,20 @@ def _what_was_run(
     )
     shown = f"<pre>{escape(command)}</pre>" if command else ""
     return f"{shown}{_table(['', ''], [[k, str(v)] for k, v in facts.items()])}{listed}</details>"
+
+
+def _depths_said(prompts: pd.DataFrame) -> str:
+    """Return how far from the asked depth the needles stand, and how many stand amid sentences."""
+    hidden = prompts[prompts["accuracy"].notna()]
+    if "real_depth" not in hidden or hidden["placed_between"].isna().all():
+        return "as asked: where the needles really stand was not kept"
+    off = 100 * (hidden["real_depth"] - hidden["depth"]).abs()
+    amid = hidden["placed_between"].value_counts().drop("sentences", errors="ignore")
+    near = "".join(f"; {n} between {what}, for no sentence ends near" for what, n in amid.items())
+    return (
+        f"needles stand {off.mean():.1f} points from the asked depth on average, {off.max():.1f} "
+        f"at most; column real_depth has each{near}"
+    )
 
 
 def _accuracy(table: pd.DataFrame, losses: pd.DataFrame | None = None) -> str:

@@ -1,7 +1,8 @@
 """Cells of a sweep in one SQLite file: written whole prompts at a time, or not at all.
 
 The file holds a digest of its cells, so that one that was cut short or changed is not taken for
-whole. Version 1 of the format had none; its cells are read, and the next ones make it version 2.
+whole. Version 1 of the format had none, and version 2 did not say where in its haystack a needle
+really stands; the cells of both are read, and more of the same are added.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     import pandas
 
 FILE = "cells.sqlite"
-FORMAT = 2
+FORMAT = 3
 PATIENCE = 30.0
 """Seconds to wait for another program that reads or writes the file."""
 
@@ -56,9 +57,10 @@ COLUMNS: dict[str, str] = {
     "n_new_tokens": "INTEGER",
     "min_margin": "REAL",
     "seconds": "REAL",
+    "real_depth": "REAL",
+    "placed_between": "TEXT",
 }
-_NAMES = ", ".join(COLUMNS)
-_MARKS = ", ".join(f":{name}" for name in COLUMNS)
+_SINCE_3 = ("real_depth", "placed_between")
 _SCHEMA = (
     "CREATE TABLE meta (key PRIMARY KEY, value)",
     f"CREATE TABLE cells ({', '.join(f'{n} {kind}' for n, kind in COLUMNS.items())}, "
@@ -104,8 +106,9 @@ class Store:
                 self.connection = stack.enter_context(closing(_opened(self.path, experiment)))
                 self.connection.execute("PRAGMA synchronous = EXTRA")
                 self._digest = 0
+                self.columns = tuple(COLUMNS)
                 if self.path is not None:
-                    self._digest = _check(self.connection, self.path)
+                    self._digest, self.columns = _check(self.connection, self.path)
                     _compare(self.connection, self.path, experiment)
             if folder is not None:
                 remove_unfinished(folder)
@@ -129,10 +132,13 @@ class Store:
             with _explained(self.path), connection:
                 connection.execute("BEGIN IMMEDIATE")
                 (last,) = connection.execute("SELECT coalesce(max(rowid), 0) FROM cells").fetchone()
-                connection.executemany(f"INSERT INTO cells ({_NAMES}) VALUES ({_MARKS})", cells)
-                added = f"SELECT {_NAMES} FROM cells WHERE rowid > {last}"
+                names = ", ".join(self.columns)
+                marks = ", ".join(f":{name}" for name in self.columns)
+                connection.executemany(f"INSERT INTO cells ({names}) VALUES ({marks})", cells)
+                added = f"SELECT {names} FROM cells WHERE rowid > {last}"
                 digest = _digest_of(connection.execute(added), self._digest_before())
-                kept = [("format", FORMAT), ("digest", f"{digest:x}")]
+                is_new = len(self.columns) == len(COLUMNS)
+                kept = [("format", FORMAT if is_new else 2), ("digest", f"{digest:x}")]
                 connection.executemany("REPLACE INTO meta VALUES (?, ?)", kept)
         except sqlite3.IntegrityError as error:
             raise ValueError(
@@ -141,12 +147,17 @@ class Store:
             ) from error
 
     def table(self) -> pandas.DataFrame:
-        """Return every cell, in the order in which they were added."""
+        """Return every cell, in the order in which they were added.
+
+        Of a file that does not say where a needle really stands, `real_depth` is the asked depth.
+        """
         require("pandas")
         import pandas
 
         with _explained(self.path):
             table = pandas.read_sql("SELECT * FROM cells ORDER BY rowid", self.connection)
+        for name in (name for name in COLUMNS if name not in table):
+            table[name] = table["depth"] if name == "real_depth" else None
         table["k"] = table["k"].astype("Int64")
         for name in ("read_twice", "in_window"):
             table[name] = table[name].astype("boolean")
@@ -200,8 +211,8 @@ def _create(path: Path, experiment: Mapping[str, Any]) -> None:
         _make(connection, experiment)
 
 
-def _check(connection: sqlite3.Connection, path: Path) -> int:
-    """Return the digest of the cells; raise an error where the file is not whole or not ours."""
+def _check(connection: sqlite3.Connection, path: Path) -> tuple[int, tuple[str, ...]]:
+    """Return the digest of the cells and their columns; raise an error where it is not whole."""
     (n_bytes,) = connection.execute(  # reading undoes what a killed run had half written
         "SELECT page_count * page_size FROM pragma_page_count, pragma_page_size"
     ).fetchone()
@@ -221,19 +232,21 @@ def _check(connection: sqlite3.Connection, path: Path) -> int:
     found = {name: kind for _, name, kind, *_ in connection.execute("PRAGMA table_info(cells)")}
     if not {"format", "experiment"} <= set(kept) or not isinstance(kept["format"], int):
         raise _damaged(path, "it does not say of which experiment it is")
-    if found != {name: kind.split()[0] for name, kind in COLUMNS.items()}:
+    late = () if kept["format"] > 2 else _SINCE_3
+    wanted = {name: kind.split()[0] for name, kind in COLUMNS.items() if name not in late}
+    if found != wanted:
         raise _damaged(path, "it has other columns")
     if n_bytes != path.stat().st_size:
         raise _damaged(path, f"of {n_bytes} bytes it has {path.stat().st_size}")
     ((said,),) = connection.execute("PRAGMA integrity_check(1)")
     if said != "ok":
         raise _damaged(path, said)
-    digest = _digest_of(connection.execute(f"SELECT {_NAMES} FROM cells"))
+    digest = _digest_of(connection.execute(f"SELECT {', '.join(wanted)} FROM cells"))
     if kept["format"] > 1 and kept.get("digest") != f"{digest:x}":
         raise _damaged(path, "its cells are not those that were written")
     connection.execute("BEGIN IMMEDIATE")  # can it be written?
     connection.rollback()
-    return digest
+    return digest, tuple(wanted)
 
 
 def _compare(connection: sqlite3.Connection, path: Path, experiment: Mapping[str, Any]) -> None:

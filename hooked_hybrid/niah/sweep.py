@@ -26,6 +26,7 @@ from hooked_hybrid.extras import require
 from hooked_hybrid.hooked_root import HookSpec
 from hooked_hybrid.identity.model import hashed_once, model_identity
 from hooked_hybrid.model import HookedHybrid
+from hooked_hybrid.niah.cells import with_places
 from hooked_hybrid.niah.groups import Cells, FirstToken, Group, groups_of, shortest_window
 from hooked_hybrid.niah.prompts import Prompt, prompts_identity
 from hooked_hybrid.niah.settings import (
@@ -120,7 +121,8 @@ def niah(
                 for _, cells in found:
                     store.add(cells)
                     bar.update(len(cells))
-            return ordered(store.table(), job.prompt_ids, [s.name for s in chosen])
+            table = ordered(store.table(), job.prompt_ids, [s.name for s in chosen])
+            return with_places(table, prompts)
 
 
 class SweepJob(Job[Part, Cells]):

@@ -33,14 +33,19 @@ def empty_maps(
     def check(evidence: Evidence) -> Finding:
         spots = {}
         for name in settings(evidence):
-            means = evidence.cells(run, name).groupby(["length", "depth"])["accuracy"].mean()
-            spots[name] = (float(means.max()), means.idxmax())
+            cells = evidence.cells(run, name)
+            means = cells.groupby(["length", "depth"])["accuracy"].mean()
+            length, depth = means.idxmax()
+            here = cells[(cells["length"] == length) & (cells["depth"] == depth)]
+            real = float(here["real_depth"].mean()) if "real_depth" in here else depth
+            spots[name] = (float(means.max()), (length, depth, real))
         name = max(spots, key=lambda name: spots[name][0])
-        highest, (length, depth) = spots[name]
-        shown = 1 - depth if evidence.thesis_depth else depth
+        highest, (length, *both) = spots[name]
+        asked, real = (1 - depth if evidence.thesis_depth else depth for depth in both)
+        stands = "" if abs(asked - real) < 0.01 else f", where it stands at {100 * real:.0f}%"
         ours = (
             f"{what}highest cell {100 * highest:.1f}% ({name}, {length} tokens, depth "
-            f"{100 * shown:.0f}%)"
+            f"{100 * asked:.0f}%{stands})"
         )
         return Finding(highest <= most, ours)
 

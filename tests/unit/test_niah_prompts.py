@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise, product
@@ -11,6 +13,7 @@ from random import Random
 from typing import Any
 
 import pytest
+import regex
 from tokenizers import Tokenizer
 from tokenizers.decoders import ByteLevel as ByteLevelDecoder
 from tokenizers.decoders import Metaspace as MetaspaceDecoder
@@ -19,6 +22,7 @@ from tokenizers.pre_tokenizers import ByteLevel, Metaspace, Whitespace
 
 from hooked_hybrid import HookedHybrid
 from hooked_hybrid.niah import haystack as generated
+from hooked_hybrid.niah.boundaries import TERMINALS, sentence_ends, token_ends
 from hooked_hybrid.niah.needles import (
     PAPER,
     Needle,
@@ -213,16 +217,144 @@ def test_the_needle_stands_between_sentences_at_or_just_before_its_depth(model: 
         assert stop not in between[:-1]
 
 
-def test_without_any_end_of_sentence_the_needle_is_first_or_last(
-    model: HookedHybrid, tmp_path: Path
-):
-    (tmp_path / "a.txt").write_text("one bread " * 5000)
-    haystack = Haystack.read(tmp_path)
-    prompts = grid(model, [PAPER], [300], DEPTHS, haystack)
+def test_the_real_depth_is_that_of_the_tokens_before_the_needle(model: HookedHybrid):
     start = len(model.text.encode("CONTEXT:\n", prepend_bos=True))
-    last = start + 300 - shortest_length(model)
-    assert [p.needle_spans[0][0] for p in prompts] == [start] * 5 + [last]
-    assert all(prompt.length == 300 for prompt in prompts)
+    for depth in DEPTHS:
+        prompt = build_prompt(model, PAPER, 400, depth, distractors=1)
+        room = 400 - shortest_length(model)  # distractors are haystack here
+        before = prompt.needle_spans[0][0] - start
+        assert prompt.real_depth == pytest.approx(before / room) and prompt.depth == depth
+        assert prompt.real_depth <= depth and prompt.placed_between == "sentences"
+    nothing = build_prompt(model, None, 400, 0.5)
+    assert nothing.real_depth is None and nothing.placed_between is None
+
+
+PLAIN = "the old man can see the river and the sea "
+
+
+@pytest.mark.parametrize("name", ["words", *OTHERS])
+@pytest.mark.parametrize(
+    "text",
+    [
+        PLAIN * 100,
+        'the old man said "I can see the river." ' * 60,
+        "The old man can see the sea (and the river.) " * 60,
+        "The old man can see the river.[1] " * 60,
+        "the old man can see the river; " * 80,
+        "वह नदी और समुद्र देख सकता है। " * 60,
+        "老人は川と海を見ることができる。" * 60,
+        "老人は言った「川が見える。」" * 60,
+        "老人は川と海を見ることができる" * 60,
+    ],
+)
+def test_needles_stand_at_the_asked_depth_in_any_text(name: str, text: str):
+    model = model_with(word_tokenizer() if name == "words" else OTHERS[name]())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of words, where no sentence ends: next test
+        shortest = shortest_length(model, prepend_bos=False)
+        prompts = grid(
+            model, [PAPER], [shortest + 300], [0.25, 0.5, 0.95],
+            Haystack(documents=(text,)), prepend_bos=False,
+        )  # fmt: skip
+    for prompt in prompts:
+        start = prompt.needle_spans[0][0]
+        before = start - len(model.text.encode("CONTEXT:\n", prepend_bos=False))
+        assert prompt.real_depth == pytest.approx(before / 300, abs=0.01)
+        assert prompt.depth - 0.31 <= prompt.real_depth <= prompt.depth
+        decoded = model.text.decode(prompt.tokens)
+        if name == "bytes":  # others do not hold these scripts
+            at = decoded.index(PAPER.sentence)
+            assert "\ufffd" not in decoded[max(0, at - 3) : at + len(PAPER.sentence) + 2]
+    assert len({prompt.needle_spans for prompt in prompts}) == 3
+
+
+def test_without_any_end_of_sentence_the_needle_stands_between_words_and_a_warning_says_so(
+    model: HookedHybrid,
+):
+    haystack = Haystack(documents=(PLAIN * 100,))
+    with pytest.warns(UserWarning, match="in 2 of 4 prompts the needle stands between words"):
+        prompts = grid(model, [PAPER], [300], [0.0, 0.25, 0.95, 1.0], haystack)
+    kinds = [prompt.placed_between for prompt in prompts]
+    assert kinds == ["sentences", "words", "words", "sentences"]  # first and last are whole ends
+    real = [prompt.real_depth for prompt in prompts]
+    assert real == pytest.approx([0, 0.25, 0.95, 1], abs=0.01)
+    with pytest.warns(UserWarning, match="between characters"):
+        letters = grid(
+            model_with(bytes_tokenizer()), [PAPER], [600], [0.5],
+            Haystack(documents=("老人は川と海を見ることができる" * 60,)), prepend_bos=False,
+        )  # fmt: skip
+    assert letters[0].placed_between == "characters"
+
+
+def test_prompts_of_generated_text_are_what_they_were(model: HookedHybrid):
+    found = []
+    for seed, twice, n in product((0, 1000), (False, True), (0, 2)):
+        needles = [PAPER, find_needle("held-out-03")]
+        prompts = grid(
+            model, needles, [200, 512], [0.0, 0.33, 0.67, 1.0], Haystack(seed), "base", twice, n
+        )
+        found += [(p.id, p.tokens, p.needle_spans) for p in prompts]
+    digest = hashlib.sha256(json.dumps(found).encode()).hexdigest()[:16]
+    assert digest == "3ce7dc082a9870fa"  # of the code before ends were found in the text
+
+
+@pytest.mark.parametrize(
+    ("text", "sentences"),
+    [
+        ('He said "go." Then he left.', ['He said "go."', " Then he left."]),
+        ("See (it.) Now.[12] Then!?", ["See (it.)", " Now.[12]", " Then!?"]),
+        (
+            "Pi is 3.14. See example.org, e.g. this. Ok",
+            ["Pi is 3.14.", " See example.org, e.g. this."],
+        ),
+        ("हम हैं। तुम हो॥", ["हम हैं।", " तुम हो॥"]),
+        ("夜です。雨「よい。」次\uff01", ["夜です。", "雨「よい。」", "次\uff01"]),
+        ("هل؟ نعم\u06d4 لا", ["هل؟", " نعم\u06d4"]),
+        ("line one\nline two\n", ["line one\n", "line two\n"]),
+        ("one; two: three", []),
+    ],
+)
+def test_sentences_end_where_unicode_says(text: str, sentences: list[str]):
+    ends = sorted(sentence_ends(text))
+    assert [text[a:b] for a, b in pairwise([0, *ends])] == sentences
+
+
+def test_places_of_tokens_are_found_with_and_without_a_tokenizer_that_tells_them():
+    text = "The old man can see the river. Zyx can see the sea."
+    words = word_tokenizer()
+    encoded = words.encode(text, add_special_tokens=False)
+    assert token_ends(words, text, encoded.ids, words.decode) == [b for _, b in encoded.offsets]
+    plain = chat_tokenizer()
+    found = token_ends(plain, text, encoded.ids, lambda ids: words.decode(ids))
+    known = [i for i, token in enumerate(encoded.tokens) if token != "<unk>"]
+    assert found is not None and 5 < len(known) < len(encoded.ids)
+    assert [found[i] for i in known] == [encoded.offsets[i][1] for i in known]
+    by_byte = bytes_tokenizer().encode("é.").ids
+    assert token_ends(bytes_tokenizer(), "é.", by_byte, bytes_tokenizer().decode) == [-1, 1, 2]
+
+
+def test_terminal_marks_are_unicodes():
+    every = "".join(map(chr, range(0x110000)))
+    marks = regex.findall(r"\p{Sentence_Terminal}", every)
+    assert set(marks) == TERMINALS
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{context}\n{question}", r"has \{context\}: give \{haystack\} and \{question\} alone"),
+        ("{haystack}\n{question} {answer}", r"has \{answer\}"),
+        ("{haystack}", r"\{question\} 0 times and \{haystack\} 1 times"),
+        ("{question}", r"\{question\} 1 times and \{haystack\} 0 times"),
+        ("{question} {haystack}", r"\{question\} once after it"),
+    ],
+)
+def test_a_template_without_its_places_or_with_others_is_refused(
+    model: HookedHybrid, monkeypatch: pytest.MonkeyPatch, text: str, message: str
+):
+    monkeypatch.setitem(TEMPLATES, "own", text)
+    with pytest.raises(ValueError, match=message):
+        build_prompt(model, PAPER, 200, 0.5, template="own")
 
 
 @pytest.mark.parametrize("name", OTHERS)
