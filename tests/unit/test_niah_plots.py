@@ -243,3 +243,17 @@ def test_importing_the_library_imports_none_of_the_extra():
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("thesis_depth", [False, True])
+def test_maps_show_the_asked_depth_and_where_the_needles_stand(thesis_depth: bool):
+    table = sweep_table(depths=(0.0, 0.5, 1.0)).assign(real_depth=lambda t: t.depth)
+    table.loc[table.depth == 0.5, "real_depth"] = 0.4
+    table.loc[(table.depth == 0.5) & (table.length == 400), "real_depth"] = 0.48
+    axes = retrieval_map(table, "generation k=2", thesis_depth).axes[0]
+    labels = [label.get_text() for label in axes.get_yticklabels()]
+    assert labels == (
+        ["100", "50 (52 to 60)", "0"] if thesis_depth else ["0", "50 (40 to 48)", "100"]
+    )
+    old = retrieval_map(table.drop(columns="real_depth"), "generation k=2").axes[0]
+    assert [label.get_text() for label in old.get_yticklabels()] == ["0", "50", "100"]

@@ -8,12 +8,13 @@ import random
 import sqlite3
 import subprocess
 import sys
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
 
 from hooked_hybrid.evaluation.cells import Cells
-from hooked_hybrid.niah.store import FILE, FORMAT, Store
+from hooked_hybrid.niah.store import COLUMNS, FILE, Store
 from tests.stores import EXPERIMENT, N_SETTINGS, cells_for, evaluated, stored, table_of
 
 ROOT = Path(__file__).parent.parent.parent
@@ -102,10 +103,19 @@ def test_other_files_are_not_taken_for_a_sweeps(tmp_path: Path):
     refused(tmp_path / "notes", f"no {FILE}", FileExistsError)
 
 
-def test_cells_of_the_first_format_are_read_and_gone_on_with(tmp_path: Path):
+@pytest.mark.parametrize("version", [1, 2])
+def test_cells_of_earlier_formats_are_read_and_gone_on_with(version: int, tmp_path: Path):
     connection = sqlite3.connect(stored(tmp_path / "r", 2))
-    connection.execute("DELETE FROM meta WHERE key = 'digest'")
-    connection.execute("UPDATE meta SET value = 1 WHERE key = 'format'")
+    for name in ("real_depth", "placed_between"):
+        connection.execute(f"ALTER TABLE cells DROP COLUMN {name}")
+    connection.execute("UPDATE cells SET depth = 0.5")
+    digest = 0  # as the earlier versions wrote it
+    for row in connection.execute("SELECT * FROM cells"):
+        digest += int.from_bytes(sha256(repr(row).encode()).digest()[:16])
+    connection.execute("UPDATE meta SET value = ? WHERE key = 'digest'", (f"{digest % 2**128:x}",))
+    if version == 1:
+        connection.execute("DELETE FROM meta WHERE key = 'digest'")
+    connection.execute("UPDATE meta SET value = ? WHERE key = 'format'", (version,))
     connection.commit()
     connection.close()
     store = Store(tmp_path / "r", EXPERIMENT, resume=True)
@@ -113,11 +123,13 @@ def test_cells_of_the_first_format_are_read_and_gone_on_with(tmp_path: Path):
     store.add(cells_for(2))
     store.close()
     store = Store(tmp_path / "r", EXPERIMENT, resume=True)
-    assert len(store.table()) == 3 * N_SETTINGS
+    table = store.table()
+    assert len(table) == 3 * N_SETTINGS and list(table.columns) == list(COLUMNS)
+    assert list(table.real_depth[:8]) == [0.5] * 8 and table.placed_between.isna().all()
     with pytest.raises(ValueError, match="some of these cells already"):
         store.add([*cells_for(3), *cells_for(1)])
     assert store.done() == {"p0", "p1", "p2"}
-    assert dict(store.connection.execute("SELECT * FROM meta"))["format"] == FORMAT
+    assert dict(store.connection.execute("SELECT * FROM meta"))["format"] == 2
     store.close()
 
 
