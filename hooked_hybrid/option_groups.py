@@ -3,17 +3,48 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import MISSING, Field, fields, is_dataclass
 from inspect import Parameter, Signature, signature
 from typing import Any, get_type_hints
+
+import typer
+
+_given: ContextVar[dict[str, str]] = ContextVar("given", default={})  # noqa: B039  (never changed)
+
+
+def given() -> dict[str, str]:
+    """Return the options that the command line gives, by parameter, as they are spelled there.
+
+    An option that is left out has its default, which is not the same as being given it. Of a
+    command that is called from Python nothing is known, and nothing is returned.
+    """
+    return _given.get()
+
+
+def refuse_given(why: str, *names: str) -> None:
+    """Refuse options that the command line gives, and that nothing would read.
+
+    Args:
+        why: what to do instead, as the end of a sentence.
+        names: of parameters.
+
+    Raises:
+        ValueError: it names those that were given.
+    """
+    if found := [option for name, option in given().items() if name in names]:
+        verb = "has" if len(found) == 1 else "have"
+        raise ValueError(f"{' and '.join(found)} {verb} no effect: {why}")
 
 
 def grouped(**defaults: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Make a command of a function whose parameters may be dataclasses of options.
 
     Each field of such a dataclass becomes an option, in the place of the parameter, with its own
-    annotation and default; the function is called with the dataclass.
+    annotation and default; the function is called with the dataclass. Meanwhile `given` says which
+    options were given.
 
     Args:
         defaults: of fields, for this command, in place of their own.
@@ -43,17 +74,34 @@ def grouped(**defaults: Any) -> Callable[[Callable[..., None]], Callable[..., No
             raise TypeError(f"{function.__name__} has no option {unknown[0]!r} in its groups")
 
         @functools.wraps(function)
-        def run(**given: Any) -> None:
-            values = {**defaults, **given}
+        def run(context: Any = None, **options: Any) -> None:
+            values = {**defaults, **options}
             made = {name: _taken(group, values) for name, group in groups.items()}
-            function(**made, **values)
+            with _knowing(context):
+                function(**made, **values)
 
         made_command: Any = run
-        made_command.__signature__ = Signature(options, return_annotation=None)
-        made_command.__annotations__ = {option.name: option.annotation for option in options}
+        told = [*options, Parameter("context", Parameter.KEYWORD_ONLY, annotation=typer.Context)]
+        made_command.__signature__ = Signature(told, return_annotation=None)
+        made_command.__annotations__ = {option.name: option.annotation for option in told}
         return run
 
     return command
+
+
+@contextmanager
+def _knowing(context: Any) -> Iterator[None]:
+    """Let `given` say what a command line gives."""
+    found: dict[str, str] = {}
+    if context is not None:
+        sources = {p: context.get_parameter_source(p.name) for p in context.command.params}
+        is_default = lambda source: source is None or source.name.startswith("DEFAULT")  # noqa: E731
+        found = {p.name: p.opts[0] for p, source in sources.items() if not is_default(source)}
+    token = _given.set(found)
+    try:
+        yield
+    finally:
+        _given.reset(token)
 
 
 def _alone(parameter: Parameter, hint: Any) -> Parameter:
@@ -82,4 +130,4 @@ def _taken(group: type, values: dict[str, Any]) -> Any:
     return group(**{f.name: values.pop(f.name) for f in fields(group) if f.name in values})
 
 
-__all__ = ["grouped"]
+__all__ = ["given", "grouped", "refuse_given"]

@@ -10,6 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from hooked_hybrid.layers import at_least_fp32
+from hooked_hybrid.options import refuse_ignored
 from hooked_hybrid.residual_reading import PartReader, inverse
 from hooked_hybrid.slicing import PosSlice, is_one, slice_axis
 
@@ -58,8 +59,10 @@ class ResidualNorms(PartReader):
 
         Raises:
             HookNameError: the norm's scale is not in the cache.
-            ValueError: the stack does not fit the slices.
+            ValueError: the stack does not fit the slices, or `pos_slice` with `recompute_ln`.
         """
+        if recompute_ln:
+            refuse_ignored("recompute_ln=True reads no scale at a position", pos_slice=pos_slice)
         path, norm = self._place(layer, mlp_input).norm(self.model)
         stack = at_least_fp32(self._rows(residual_stack, batch_slice, has_batch_dim, dim=1))
         if recompute_ln:

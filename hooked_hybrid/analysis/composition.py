@@ -37,6 +37,7 @@ from hooked_hybrid.analysis.token_circuits import NO_ATTENTION, TokenSource, ful
 from hooked_hybrid.factored_matrix import FactoredMatrix
 from hooked_hybrid.layers import at_least_fp32
 from hooked_hybrid.model import HookedHybrid
+from hooked_hybrid.options import refuse_ignored
 
 Mode = Literal["Q", "K", "V", "in", "gate"]
 HEAD_MODES = ("Q", "K", "V")
@@ -87,7 +88,8 @@ def all_composition_scores(
         a circuit of many dimensions shows in `z`, hardly in `values`.
 
     Raises:
-        ValueError: another mode, no layer that reads so, or a distance that a layer does not see.
+        ValueError: another mode, no layer that reads so, a distance that a layer does not see, or
+            one that the mode does not depend on.
 
     Source: Elhage et al. 2021 for Q, K and V; the baseline there is an average over random matrices
     of the same shapes, which is the same up to its own scatter; `z` is ours.
@@ -95,6 +97,10 @@ def all_composition_scores(
     if mode not in (modes := get_args(Mode)):
         raise ValueError(f"mode={mode!r}: give one of {', '.join(modes)}")
     cfg = model.cfg
+    if mode not in ("Q", "K"):
+        refuse_ignored(
+            "only queries and keys depend on it, modes 'Q' and 'K'", distance=distance or None
+        )
     reading = cfg.attention_layers if mode in HEAD_MODES else cfg.recurrent_layers
     if not reading:
         kind = "attention" if mode in HEAD_MODES else "recurrent"
@@ -157,7 +163,7 @@ def all_matching_scores(
                         distance,
                         tokens=tokens,
                         through=writer.at,
-                        lag=lag,
+                        lag=lag if writer.layer in cfg.recurrent_layers else None,
                         vocab=vocab,
                     )
                     values[row, [r.layer == j for r in readers]] = score(circuit)

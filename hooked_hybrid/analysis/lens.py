@@ -16,6 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from hooked_hybrid.layers import at_least_fp32, inverse_rms
+from hooked_hybrid.options import refuse_ignored
 from hooked_hybrid.products import linear
 from hooked_hybrid.residual_norms import TokenChoice, ids_at
 from hooked_hybrid.residual_parts import stream, weigh
@@ -238,6 +239,8 @@ def _depths(
     chosen = list(range(n + 1) if layers is None else layers)
     if not chosen or not all(-n - 1 <= i <= n for i in chosen):
         raise ValueError(f"layers={chosen}: give depths from 0 to {n}, the end; -1 is the end too")
+    if incl_mid and all(i % (n + 1) == n for i in chosen):
+        refuse_ignored("the end of the stream has no middle; give layers", incl_mid=incl_mid)
     places = []
     for i in (i % (n + 1) for i in chosen):
         places.append((f"{i}_pre" if i < n else "final_post", i, False))

@@ -20,6 +20,7 @@ from hooked_hybrid.analysis.scores import HeadScores
 from hooked_hybrid.factored_matrix import FactoredMatrix
 from hooked_hybrid.layers import at_least_fp32, inverse_rms
 from hooked_hybrid.model import HookedHybrid
+from hooked_hybrid.options import refuse_ignored
 
 TokenSource = Literal["embedding", "alone"] | Tensor
 """What stands for a token in the residual stream; see `token_directions`."""
@@ -159,13 +160,15 @@ def written_tokens(
         component: (layer, head), or (layer, gate block) of a recurrence; Mamba's only block is 0.
         tokens, vocab: see `token_directions`.
         lag: tap of a recurrence's convolution, see `recurrent_circuit`: with 1, what it writes of
-            the token before; a head has none and takes no notice.
+            the token before; a head has none.
 
     Raises:
-        ValueError: no such layer, head or block; see also `token_directions`.
+        ValueError: no such layer, head or block; a lag of a head; see also `token_directions`.
     """
     layer, index = component
     is_attention = layer in model.cfg.attention_layers
+    if is_attention:
+        refuse_ignored(f"layer {layer} is attention, which has no convolution", lag=lag)
     circuit = ov_circuit(model, layer) if is_attention else recurrent_circuit(model, layer, lag)
     if not 0 <= index < circuit.shape[0]:
         raise ValueError(f"{component}: layer {layer} has components 0 to {circuit.shape[0] - 1}")

@@ -22,6 +22,7 @@ from hooked_hybrid.evaluation.scoring import Score, score, truncated
 from hooked_hybrid.extras import require
 from hooked_hybrid.hooked_root import HookSpec
 from hooked_hybrid.model import HookedHybrid
+from hooked_hybrid.options import check_choice, refuse_ignored
 
 try:
     from lm_eval.api.model import TemplateLM
@@ -97,8 +98,15 @@ class HookedHybridLM(TemplateLM):
         **config_overrides: Any,
     ) -> None:
         super().__init__()
-        if stage not in ("both", "generation"):
-            raise ValueError(f"stage={stage!r}: give 'both' or 'generation'")
+        check_choice("stage", stage, ("both", "generation"))
+        if k is None:
+            refuse_ignored(
+                "all heads are kept; give k",
+                stage=None if stage == "both" else stage,
+                score=None if score == "entropy" else score,
+            )
+        if batch_size != "auto" and not str(batch_size).startswith("auto"):
+            refuse_ignored("it is for batch_size='auto'", max_batch_size=max_batch_size)
         for what, size in (
             ("max_batch_size", max_batch_size),
             ("max_length", max_length),

@@ -18,6 +18,7 @@ from hooked_hybrid.extras import require
 from hooked_hybrid.identity.model import hashed_once, model_identity
 from hooked_hybrid.model import HookedHybrid
 from hooked_hybrid.niah.work import results
+from hooked_hybrid.options import refuse_ignored
 from hooked_hybrid.results_folder import claimed
 
 if TYPE_CHECKING:
@@ -146,6 +147,9 @@ def _check(model: HookedHybrid, name: str, forms: Sequence[Form], options: Optio
     files = [file_name("", form.name) for form in forms]
     if len(set(files)) < len(files):
         raise ValueError(f"forms {[f.name for f in forms]}: give each a name of its own, once")
+    if all(form.k is None for form in forms):
+        whole = "every form keeps all heads"
+        refuse_ignored(whole, stage=None if options.stage == "both" else options.stage)
     for form in forms:
         as_lm(model, name, form, options)
     if options.chat and not has_template(model.text.tokenizer):

@@ -139,7 +139,7 @@ def as_lm(model: HookedHybrid, name: str, form: Form, options: Options) -> Hooke
     lm = HookedHybridLM(
         model,
         form.k,
-        options.stage,
+        "both" if form.k is None else options.stage,
         form.by,
         batch_size=options.batch_size,
         max_length=options.max_length,

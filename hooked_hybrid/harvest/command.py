@@ -35,7 +35,10 @@ Hooks = Annotated[
         help="Hook point or pattern: --hook 'blocks.*.hook_resid_post' --hook hook_embed.",
     ),
 ]
-Field = Annotated[str, typer.Option(help="Where a line's text is: --field content.")]
+Field = Annotated[
+    str | None,
+    typer.Option(help="Where a line's text is: --field content.", show_default="text"),
+]
 NDocuments = Annotated[
     int | None,
     typer.Option(
@@ -89,7 +92,7 @@ def harvest(
     texts: Texts,
     hook: Hooks,
     run: RunOptions,
-    field: Field = "text",
+    field: Field = None,
     n_documents: NDocuments = None,
     context_length: ContextLength = 512,
     batch_size: BatchSize = 8,

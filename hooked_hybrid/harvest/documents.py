@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from hooked_hybrid.harvest.shards import save
+from hooked_hybrid.options import refuse_ignored
 from hooked_hybrid.results_folder import replacing
 
 FILE = "tokens.safetensors"
@@ -162,17 +163,18 @@ def _row(document: Sequence[int] | Tensor) -> Tensor:
 # --- sources --------------------------------------------------------------------------------------
 
 
-def read_texts(source: str | Path, field: str = "text") -> Iterator[str]:
+def read_texts(source: str | Path, field: str | None = None) -> Iterator[str]:
     """Yield the documents of a file or a folder, in the order of names and lines.
 
     Args:
         source: a .txt file (one document), a .jsonl file (one a line), a folder of such files at
             any depth, or a folder that `datasets.Dataset.save_to_disk` wrote.
-        field: of a line or a row, where the text is.
+        field: of a line or a row, where the text is; None is "text".
 
     Raises:
-        ValueError: nothing is there, a file is neither, not UTF-8 or not JSON, the field or
-            `datasets` is missing: before the first document where that can be seen, else at it.
+        ValueError: nothing is there, a field of .txt files alone, a file is neither, not UTF-8 or
+            not JSON, the field or `datasets` is missing: before the first document where that can
+            be seen, else at it.
     """
     source = Path(source)
     if not source.exists():
@@ -180,7 +182,7 @@ def read_texts(source: str | Path, field: str = "text") -> Iterator[str]:
     if (source / "dataset_info.json").exists():
         if find_spec("datasets") is None:
             raise ValueError(f"texts {source} is a saved data set: pip install datasets to read it")
-        return _rows_of(source, field)
+        return _rows_of(source, field or "text")
     if (source / "dataset_dict.json").exists():
         splits = sorted(folder.name for folder in source.iterdir() if folder.is_dir())
         raise ValueError(f"texts {source} has parts: give the folder of one, {', '.join(splits)}")
@@ -190,7 +192,9 @@ def read_texts(source: str | Path, field: str = "text") -> Iterator[str]:
         files = sorted(found, key=lambda file: file.relative_to(source).parts)
     if not files or files[0].suffix not in _READERS:
         raise ValueError(f"texts {source}: give a .txt or .jsonl file, or a folder of such files")
-    return (text for file in files for text in _read(file, field))
+    if all(file.suffix == ".txt" for file in files):
+        refuse_ignored("a .txt file is one document and has no fields", field=field)
+    return (text for file in files for text in _read(file, field or "text"))
 
 
 def _read(file: Path, field: str) -> Iterator[str]:

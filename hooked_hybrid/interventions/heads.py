@@ -102,7 +102,8 @@ def keep_top_heads(
 
     Raises:
         ValueError: `k` below 0, or above the heads of a layer (when it first runs); an unknown
-            score or rule for ties; a score of another shape, or one that is NaN.
+            score or rule for ties; a score of another shape, or one that is NaN; a score dtype
+            of integers.
         RuntimeError: when attached twice at a time: each call makes hooks for one use.
 
     Source: Zani, Michalak & Abreu 2025, top-k contextual sparsity. Their masks act where ours do,
@@ -111,6 +112,8 @@ def keep_top_heads(
     score_fn = _score(score)
     if ties not in ("torch", "lowest"):
         raise ValueError(f"ties={ties!r}: give 'torch' or 'lowest'")
+    if score_dtype is not None and not score_dtype.is_floating_point:
+        raise ValueError(f"score_dtype={score_dtype}: give a floating-point dtype")
     per_row = read_k(k)
     kept = Handover()
 

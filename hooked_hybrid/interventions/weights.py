@@ -27,6 +27,7 @@ from hooked_hybrid.interventions.rows import (
     read_spans,
 )
 from hooked_hybrid.names import NameFilter
+from hooked_hybrid.options import refuse_ignored
 from hooked_hybrid.shapes import Pattern, Queries
 from hooked_hybrid.slicing import whole_numbers
 
@@ -44,7 +45,7 @@ def manipulate_span(
     renormalise: bool = False,
     layers: Iterable[int] | None = None,
     heads: Heads | None = None,
-    seed: int = 0,
+    seed: int | None = None,
 ) -> list[HookSpec]:
     """Change the attention weights that queries give to a span of tokens.
 
@@ -76,7 +77,7 @@ def manipulate_span(
             stay zeros. The papers do not.
         layers: attention layers to act in; None for all.
         heads: heads to act on in each of these layers, or `{layer: heads}` instead of `layers`.
-        seed: of permute.
+        seed: of permute alone; None is 0.
 
     Returns:
         Hooks on `hook_pattern` [batch head query key], for binary and permute on
@@ -93,7 +94,9 @@ def manipulate_span(
     """
     if mode not in MODES:
         raise ValueError(f"mode={mode!r}: give one of {', '.join(MODES)}")
-    bounds, seed = read_spans(spans), operator.index(seed)
+    if mode != "permute":
+        refuse_ignored("mode='permute' alone draws", seed=seed)
+    bounds, seed = read_spans(spans), 0 if seed is None else operator.index(seed)
     layers, heads_of = _layers_and_heads(layers, heads)
     if mode == "keep":
         return []

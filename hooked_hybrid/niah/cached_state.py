@@ -30,6 +30,7 @@ from hooked_hybrid.niah.groups import MOST_ROWS, Cells, shortest_window
 from hooked_hybrid.niah.prompts import Prompt, prompts_identity
 from hooked_hybrid.niah.settings import Setting, settings_identity
 from hooked_hybrid.niah.store import Store
+from hooked_hybrid.niah.sweep import check_run
 from hooked_hybrid.niah.work import Job, ordered, results
 
 if TYPE_CHECKING:
@@ -70,6 +71,7 @@ def cached_state(
         ModuleNotFoundError: pandas is not installed; it says which extra brings it.
     """
     require("pandas")
+    check_run(out, resume, max_new_tokens)
     settings = settings_of(cases, ks)
     if not prompts or len({prompt.id for prompt in prompts}) < len(prompts):
         raise ValueError("give at least one prompt, and each once")

@@ -24,7 +24,7 @@ from hooked_hybrid.niah.report import Written, summary_rows, write_report
 from hooked_hybrid.niah.run_options import RunOptions
 from hooked_hybrid.niah.sweep import niah as run_sweep
 from hooked_hybrid.niah.sweep import top_k_settings
-from hooked_hybrid.option_groups import grouped
+from hooked_hybrid.option_groups import grouped, refuse_given
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -74,6 +74,8 @@ def niah(
     Example: hooked-hybrid niah --model tiny-jamba --k 0 --k 2 --stages generation --out results/j
     """
     with run.started() as workers:
+        if not any(prompts.needles):
+            refuse_given("--needle none has no score and no map", "thesis_depth")
         model = run.load()
         wanted = [stage.value for stage in dict.fromkeys(stages or Stage)]
         settings = top_k_settings(heads_to_keep(k, model.cfg), wanted, score)

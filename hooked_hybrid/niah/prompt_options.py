@@ -14,6 +14,7 @@ from hooked_hybrid.model import HookedHybrid
 from hooked_hybrid.niah.lengths import lengths_for
 from hooked_hybrid.niah.needles import PAPER, AnyNeedle, held_out_needles, load_needles
 from hooked_hybrid.niah.prompts import Haystack, Prompt, default_depths, grid
+from hooked_hybrid.option_groups import refuse_given
 
 
 def _option(text: str, *names: str, **settings: Any) -> Any:
@@ -93,7 +94,13 @@ class PromptOptions:
     @cached_property
     def needles(self) -> list[AnyNeedle | None]:
         """The needles, in order; None for a prompt without one."""
-        return needles_of(self.needle or ["paper"])[: self.n_needles]
+        found = needles_of(self.needle or ["paper"])
+        if self.n_needles is not None and self.n_needles > len(found):
+            raise ValueError(
+                f"--n-needles {self.n_needles}: there {'is' if len(found) == 1 else 'are'} "
+                f"{len(found)}; name more with --needle"
+            )
+        return found[: self.n_needles]
 
     def prompts(self, model: HookedHybrid, read_twice: Sequence[bool] = (False,)) -> list[Prompt]:
         """Return the prompts, of the same lengths in each form.
@@ -103,9 +110,12 @@ class PromptOptions:
             read_twice: whether context and question are given twice, of each form.
 
         Raises:
-            ValueError: what cannot be read, or does not fit.
+            ValueError: what cannot be read, does not fit, or has no effect.
         """
         needles, haystack = self.needles, Haystack(self.seed, self.documents)
+        if self.haystack is not None and not self.distractors:
+            why = "a --haystack is read as it is, and without --distractors nothing is drawn"
+            refuse_given(why, "seed")
         longest_form = (self.template, max(read_twice), self.distractors)
         lengths = self.lengths or lengths_for(model, needles, *longest_form, self.seed)
         depths = self.depths or default_depths()

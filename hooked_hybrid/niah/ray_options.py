@@ -11,6 +11,7 @@ import typer
 
 from hooked_hybrid.model import HookedHybrid
 from hooked_hybrid.niah.ray_workers import RayWorkers
+from hooked_hybrid.option_groups import refuse_given
 
 
 def where(text: str, *names: str, **settings: Any) -> Any:
@@ -58,7 +59,8 @@ def workers_of(
         load: called with `device=` in each worker, and pickled for it.
 
     Raises:
-        ValueError: options of Ray without `--ray`, a GPU for this process alone, or no Ray.
+        ValueError: options of Ray without `--ray`, a GPU for this process alone, a device beside
+            workers' GPUs, or no Ray.
     """
     if ray is None:
         if workers is not None or gpus_per_worker:
@@ -68,6 +70,13 @@ def workers_of(
         raise ValueError(
             f"--device {device} with --ray: give --gpus-per-worker 1, or workers have no GPU"
         )
+    if gpus_per_worker and device not in ("cpu", "cuda"):
+        raise ValueError(
+            f"--device {device} has no effect with --gpus-per-worker: Ray says which GPU a worker "
+            "sees, leave it out"
+        )
+    if gpus_per_worker and device == "cpu":
+        refuse_given("a worker with a GPU runs on it; leave one of them out", "device")
     on = "cuda" if gpus_per_worker else device
     return RayWorkers(ray, workers, gpus_per_worker, threads or 1, partial(load, device=on))
 

@@ -38,6 +38,7 @@ from hooked_hybrid.niah.settings import (
 )
 from hooked_hybrid.niah.store import Store
 from hooked_hybrid.niah.work import Job, ordered, results
+from hooked_hybrid.options import check_choice, check_count, refuse_ignored
 
 if TYPE_CHECKING:
     import pandas
@@ -80,15 +81,17 @@ def niah(
         does not depend on which cells were done first.
 
     Raises:
-        ValueError: no prompts or settings, a prompt or a setting's name given twice, a setting that
-            cannot be sent to workers, or, with `out`, known again; or a folder of another
-            experiment: another model, tokenizer, hook, prompt or option.
+        ValueError: `resume` without `out`, no prompts or settings, a prompt or a setting's name
+            given twice, a setting that cannot be sent to workers, or, with `out`, known again; or a
+            folder of another experiment: another model, tokenizer, hook, prompt or option.
         HookNameError: a hook that matches nothing; before any prompt is run.
         FileExistsError: the folder is not empty and `resume` is false.
         OSError: the results cannot be written.
         ModuleNotFoundError: pandas is not installed; it says which extra brings it.
     """
     require("pandas")
+    check_run(out, resume, max_new_tokens)
+    check_choice("first_token_stage", first_token_stage, ("prefill", "generation"))
     chosen = _settings(settings)
     if not prompts:
         raise ValueError("there are no prompts: build some with hooked_hybrid.niah.prompts")
@@ -123,6 +126,17 @@ def niah(
                     bar.update(len(cells))
             table = ordered(store.table(), job.prompt_ids, [s.name for s in chosen])
             return with_places(table, prompts)
+
+
+def check_run(out: str | PathLike[str] | None, resume: bool, max_new_tokens: int) -> None:
+    """Refuse options of a sweep that say nothing, before any work.
+
+    Raises:
+        ValueError: `resume` without a folder, or no new token.
+    """
+    if out is None:
+        refuse_ignored("give out=, the folder to go on with", resume=resume)
+    check_count("max_new_tokens", max_new_tokens)
 
 
 class SweepJob(Job[Part, Cells]):

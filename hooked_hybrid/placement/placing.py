@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
+from hooked_hybrid.options import refuse_ignored
 from hooked_hybrid.placement.files import OffloadFolder, layout_of
 from hooked_hybrid.placement.places import DeviceMap, Place, part_of, parts_of, resolve
 from hooked_hybrid.placement.running import Placement, is_one_device
@@ -104,6 +105,12 @@ def homes_of(
             blocks elsewhere than where they run.
         MemoryError: the model does not fit; says what is missing.
     """
+    was_given = device_map != "auto"
+    if not was_given and quantize is not None:
+        refuse_ignored(
+            "quantised weights stay where they run, none on the disk",
+            offload_folder=offload_folder,
+        )
     if device_map == "auto":
         device_map = _planned(model, max_memory, offload_folder, quantize, quantize_only)
     elif max_memory is not None:
@@ -112,6 +119,8 @@ def homes_of(
     if quantize is not None:
         _require_at_home(places)
     if not any(place.on_disk for place in places.values()):
+        if was_given:
+            refuse_ignored("device_map puts nothing on the disk", offload_folder=offload_folder)
         return Homes(places, None)
     if offload_folder is None:
         part = next(part for part, place in places.items() if place.on_disk)

@@ -19,7 +19,7 @@ from hooked_hybrid.niah.command import model_card
 from hooked_hybrid.niah.prompt_options import HaystackPath, Template
 from hooked_hybrid.niah.prompts import Haystack
 from hooked_hybrid.niah.run_options import RunOptions
-from hooked_hybrid.option_groups import grouped
+from hooked_hybrid.option_groups import given, grouped, refuse_given
 from hooked_hybrid.packaged import packaged_models
 from hooked_hybrid.reproduce.catalogue import items_of, runs_of
 from hooked_hybrid.reproduce.claims import TITLES, Item, Paper, subject_of
@@ -142,10 +142,13 @@ def reproduce(
     """
     if list_items:
         with explained(kept=None):
+            asked = [name for name in given() if name not in ("paper", "only", "list_items")]
+            refuse_given("--list runs nothing", *asked)
             _list(paper, items_of(paper, only or []))
         return
     with run.started() as workers, hashed_once():
         items = items_of(paper, only or [])
+        _refuse_idle(items)
         if run.resume:
             items = _with_those_before(paper, items, run.out)
             include_path = include_path or recorded_include_path(run.out)
@@ -247,6 +250,15 @@ def _with_those_before(paper: Paper, items: Sequence[Item], folder: Path) -> lis
     """
     wanted = {*items_in(folder), *(item.name for item in items)}
     return [item for item in items_of(paper) if item.name in wanted]
+
+
+def _refuse_idle(items: Sequence[Item]) -> None:
+    """Refuse options of what none of these items runs."""
+    if not any(runs_of(item) for item in items):
+        of_prompts = ("lengths", "depths", "held_out", "seeds", "haystack", "template")
+        refuse_given("these items read no prompt", *of_prompts, "first_token")
+    if not any(item.suites for item in items):
+        refuse_given("these items run no benchmark", "include_path")
 
 
 def _size(name: str, quick: bool) -> Size:
