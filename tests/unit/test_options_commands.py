@@ -44,7 +44,7 @@ RUN = {
     "device_map": ["--device-map", '{"": "cpu"}'],
     "max_memory": ["--device-map", "auto", "--max-memory", "cpu=1GB"],
     "offload_folder": ["--device-map", "auto", "--offload-folder", "kept"],
-    "threads": ["--threads", "1"],
+    "threads": ["--threads", "2"],
     "ray": ["--ray", "auto"],
     "workers": ["--ray", "auto", "--workers", "3"],
     "gpus_per_worker": ["--ray", "auto", "--gpus-per-worker", "0.5"],
@@ -181,6 +181,8 @@ def reached(monkeypatch, tmp_path) -> Iterator[list[str]]:
 
     monkeypatch.setattr(HookedHybrid, "from_pretrained", load)
     monkeypatch.setattr(torch, "set_num_threads", lambda n: seen.append(f"{n} threads"))
+    monkeypatch.setattr("hooked_hybrid.accounting.commands.compute_figure", lambda *_: None)
+    monkeypatch.setattr("hooked_hybrid.accounting.commands.save_figure", lambda *_: [])
     for module, name in (
         ("niah.command", "run_sweep"),
         ("niah.experiment_commands", "run_sweep"),
@@ -254,7 +256,7 @@ def test_an_option_of_a_sweep_reaches_it(reached):
 def test_an_option_of_an_account_changes_what_is_printed(reached, tmp_path):
     for command in ("parameters", "compute", "plan"):
         for i, (option, given) in enumerate(OTHERS[command].items()):
-            plain = {} if option == "model" else {"--model": "tiny-griffin"}
+            plain = {"--model": "tiny-griffin"}
             if command == "plan" and option not in ("gpus", "disk"):
                 plain |= {"--cpu": "2GB"}
             if option == "disk":
@@ -276,6 +278,7 @@ def test_an_option_of_an_account_changes_what_is_printed(reached, tmp_path):
 
 # --- what has no effect ---------------------------------------------------------------------------
 
+THESIS = ["--paper", "thesis2025"]
 IDLE: list[tuple[str, list[str], str]] = [
     ("niah", ["--workers", "2"], "--workers"),
     ("niah", ["--gpus-per-worker", "1"], "--gpus-per-worker"),
@@ -291,8 +294,8 @@ IDLE: list[tuple[str, list[str], str]] = [
     ("layers", ["--needle", "none"], "--needle"),
     ("cached-state", ["--needle", "none"], "--needle"),
     ("harvest", ["--texts", "essay.txt", "--hook", "hook_embed", "--field", "text"], "field"),
-    ("reproduce", ["--paper", "thesis2025", "--list", "--quick"], "--quick"),
-    ("reproduce", ["--paper", "thesis2025", "--list", "--model", "tiny-jamba"], "--model"),
+    ("reproduce", [*THESIS, "--list", "--quick"], "--quick"),
+    ("reproduce", [*THESIS, "--list", "--model", "tiny-jamba"], "--model"),
     ("reproduce", ["--paper", "thesis2025", "--only", "Table 2.1", "--lengths", "9"], "--lengths"),
     (
         "reproduce",

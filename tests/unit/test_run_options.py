@@ -43,7 +43,7 @@ def area_command() -> tuple[Any, list[tuple[Shape, bool]]]:
 
 def test_fields_of_a_group_are_options_with_the_commands_defaults():
     area, calls = area_command()
-    assert list(signature(area).parameters) == ["width", "height", "loud"]
+    assert list(signature(area).parameters) == ["width", "height", "loud", "context"]
     app = typer.Typer()
     app.command()(area)
     assert CliRunner().invoke(app, []).exit_code == 0
