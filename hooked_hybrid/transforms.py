@@ -47,6 +47,8 @@ def plain_rows(x: Tensor) -> Tensor:
 
     For checks: `vmap` hides the values of what it maps over.
     """
+    if torch.compiler.is_compiling() or not _in_functorch():
+        return x
     n_mapped = 0
     while _functorch.is_functorch_wrapped_tensor(x):
         dim = _functorch.maybe_get_bdim(x) if _functorch.is_batchedtensor(x) else -1

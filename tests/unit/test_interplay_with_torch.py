@@ -160,7 +160,7 @@ def made(name: str) -> dict[str, list[Any]]:
 
 @families
 def test_every_built_in_hook_is_pickled_and_copied(name: str):
-    model, tokens = model_of(name), random_tokens(2, 9)
+    model, tokens = model_of(name), random_tokens(2, 7)
     plain, hooks = model(tokens), made(name)
     for what, own in hooks.items():
         wanted = model.run_with_hooks(tokens, fwd_hooks=own)
@@ -324,18 +324,3 @@ def test_conversions_of_a_module_convert_a_model(name: str):
     empty.load_state_dict(model.state_dict())
     assert torch.equal(empty(tokens), wanted)
     assert torch.equal(torch.nn.DataParallel(model)(tokens), wanted)
-
-
-@families
-def test_a_compiled_model_computes_the_same_with_and_without_hooks(name: str):
-    """`backend="eager"` compiles no kernel: what torch traces is what is in question."""
-    model, tokens = tiny_model(name), random_tokens(2, 9)
-    compiled = torch.compile(model, backend="eager")
-    wanted = model(tokens)
-    assert relative(compiled(tokens), wanted) < FP32_PARITY
-    model.add_hook("blocks.1.hook_resid_mid", halved)
-    edited = model(tokens)
-    assert relative(edited, wanted) > 1e-3
-    assert relative(compiled(tokens), edited) < FP32_PARITY
-    model.reset_hooks()
-    assert relative(compiled(tokens), wanted) < FP32_PARITY
