@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from hooked_hybrid import transforms
 from hooked_hybrid.hooked_root import HookSpec
 from hooked_hybrid.hooks import HookPoint, per_position
 from hooked_hybrid.interventions.hashes import hashes
@@ -148,7 +149,7 @@ def best_heads(
     Raises:
         ValueError: a score that is NaN, which `topk` would take for the largest.
     """
-    if bool((bad := scores.isnan()).any()):
+    if bool((bad := transforms.plain_rows(scores.isnan())).any()):
         row, head, query = bad.nonzero()[0].tolist()
         raise ValueError(
             f"the score of head {head} is NaN at query {query} of row {row}, and "
