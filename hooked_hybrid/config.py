@@ -139,7 +139,8 @@ class HybridConfig:
     """A whole model. `layers` says what each residual block is; everything else is shared.
 
     `scale_embedding` multiplies embeddings by sqrt(d_model) rounded to bfloat16.
-    `extra` keeps source settings that do not touch the maths, so that saving returns them.
+    `extra` keeps source settings that do not touch the maths, so that saving returns them;
+    `generation_config` keeps the checkpoint's own, of which `eos_token_id` alone is used.
     `device` and `dtype` are None but in `model.cfg`, where they are the model's.
     """
 
@@ -157,6 +158,7 @@ class HybridConfig:
     n_ctx: int | None = None
     model_name: str = "random"
     extra: Mapping[str, Any] = field(default_factory=dict, compare=False, hash=False)
+    generation_config: Mapping[str, Any] = field(default_factory=dict, compare=False, hash=False)
     device: torch.device | None = field(default=None, init=False, compare=False, repr=False)
     dtype: torch.dtype | None = field(default=None, init=False, compare=False, repr=False)
 

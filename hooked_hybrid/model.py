@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -116,13 +116,16 @@ class HookedHybrid(TextMethods, HookedRootModule):
         offload_folder: str | os.PathLike[str] | None = None,
         quantize: str | Any | None = None,
         quantize_only: Only | None = None,
+        adapter: str | os.PathLike[str] | Literal[False] | None = None,
+        ignore_config_keys: Collection[str] = (),
         **config_overrides: Any,
     ) -> HookedHybrid:
         """Load a checkpoint.
 
         Args:
-            name_or_path: a Hugging Face hub id, a `save_pretrained` directory (sharded or not), or
-                one of Google's `.pt` files, or a directory that holds one.
+            name_or_path: a Hugging Face hub id, a `save_pretrained` directory (safetensors or
+                `pytorch_model.bin`, sharded or not), or one of Google's `.pt` files, or a
+                directory that holds one.
             dtype: of the parameters; the files may hold another.
             device: where the parameters go.
             tokenizer: a Hugging Face tokenizer, or a folder that holds one, used instead of the
@@ -138,6 +141,10 @@ class HookedHybrid(TextMethods, HookedRootModule):
             quantize: "int8", "nf4" (4 bits) or a weight-only config of torchao: large weights are
                 quantised as they are read, see `quantized`.
             quantize_only: names of weights (`quantized.quantizable`), or a predicate on them.
+            adapter: directory or hub id of a LoRA adapter that peft saved, merged into the weights
+                as they are read; False leaves out one that lies beside them.
+            ignore_config_keys: settings of `config.json` to be taken as not there, where you know
+                that they change nothing.
             config_overrides: `n_keys`, `logits_soft_cap`, ...; see `HybridConfig.with_overrides`.
 
         Raises:
@@ -145,6 +152,10 @@ class HookedHybrid(TextMethods, HookedRootModule):
             ValueError: a device map that cannot be, or weights that cannot be quantised so.
             MemoryError: "auto", and no room; it says what is missing.
             OSError: `offload_folder` cannot be written, or its disk is full.
+
+        Warns:
+            UserWarning: settings that are not used (of `generation_config.json`, of programs that
+                add their own to `config.json`), or weights of an earlier saving beside those read.
         """
         from weights_conversion import load
 
@@ -159,6 +170,8 @@ class HookedHybrid(TextMethods, HookedRootModule):
             offload_folder=offload_folder,
             quantize=quantize,
             quantize_only=quantize_only,
+            adapter=adapter,
+            ignore_config_keys=ignore_config_keys,
             **config_overrides,
         )
 
@@ -169,12 +182,26 @@ class HookedHybrid(TextMethods, HookedRootModule):
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
         tokenizer: Any = None,
+        ignore_config_keys: Collection[str] = (),
         **config_overrides: Any,
     ) -> HookedHybrid:
-        """Copy a `transformers` model that is in memory; dtype and device default to its own."""
+        """Copy a `transformers` model that is in memory; dtype and device default to its own.
+
+        A compiled or parallel model is taken as the one inside. A model with an adapter must be
+        merged first (`merge_and_unload()`). Its `generation_config` gives the end tokens.
+
+        Args:
+            hf_model: a causal model, or one without its head where that is the embedding.
+            dtype, device: of the copy.
+            tokenizer: for text.
+            ignore_config_keys, config_overrides: as `from_pretrained` takes them.
+
+        Raises:
+            weights_conversion.CheckpointError: what is wrong with the model, by name.
+        """
         from weights_conversion import from_hf
 
-        return from_hf(hf_model, dtype, device, tokenizer, **config_overrides)
+        return from_hf(hf_model, dtype, device, tokenizer, ignore_config_keys, **config_overrides)
 
     def save_pretrained(
         self, directory: str | os.PathLike[str], max_shard_size: int = 5_000_000_000

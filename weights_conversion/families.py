@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from hooked_hybrid.config import HybridConfig
 from weights_conversion import jamba, recurrentgemma
 from weights_conversion.errors import CheckpointError
-from weights_conversion.hf_config import in_their_words
+from weights_conversion.generation import with_generation_config
+from weights_conversion.hf_config import in_their_words, without_keys
 from weights_conversion.rules import Rule
 
 
@@ -23,19 +24,33 @@ class Family:
     rules: Callable[..., list[Rule]]
     ignored: Callable[[HybridConfig], tuple[str, ...]]
 
-    def read(self, config: dict[str, Any], overrides: dict[str, Any]) -> HybridConfig:
+    def read(
+        self,
+        config: dict[str, Any],
+        overrides: dict[str, Any],
+        ignore_config_keys: Collection[str] = (),
+        generation_config: Mapping[str, Any] | None = None,
+    ) -> HybridConfig:
         """Return the config of a checkpoint, with a user's overrides.
+
+        Args:
+            config: the content of `config.json`.
+            overrides: as `HybridConfig.with_overrides` takes them.
+            ignore_config_keys: settings that are taken not to be there.
+            generation_config: the content of `generation_config.json`, where there is one.
 
         Raises:
             CheckpointError: settings that are unsupported or do not go together.
-            TypeError, ValueError: overrides that are not possible.
+            TypeError, ValueError: overrides that are not possible, or keys that are not there.
         """
+        config = without_keys(config, ignore_config_keys)
         try:
             cfg = self.config_from_dict(config)
         except CheckpointError:
             raise
         except (TypeError, ValueError) as error:
             raise CheckpointError(f"config.json: {in_their_words(str(error))}") from error
+        cfg = with_generation_config(cfg, generation_config)
         return cfg.with_overrides(**overrides)
 
 

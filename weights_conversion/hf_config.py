@@ -3,18 +3,12 @@
 from __future__ import annotations
 
 import re
+import warnings
+from collections.abc import Collection
 from typing import Any
 
+from weights_conversion.config_keys import GENERIC, is_listed, is_without_effect
 from weights_conversion.errors import CheckpointError
-
-GENERIC = frozenset(
-    """
-    _name_or_path architectures attention_dropout chunk_size_feed_forward dtype id2label
-    initializer_range is_encoder_decoder label2id output_attentions output_hidden_states
-    problem_type return_dict torch_dtype transformers_version use_cache
-    """.split()
-)
-"""Settings of any transformers config that do not touch what a forward computes."""
 
 NULLABLE = frozenset({"head_dim", "hidden_act", "lru_width", "num_key_value_heads"})
 """Settings whose null stands for a default that is computed from others."""
@@ -140,29 +134,72 @@ class ConfigReader:
 
     def special_tokens(self) -> dict[str, Any]:
         """Return BOS, EOS and padding ids, as fields of `HybridConfig`."""
-        ids = {key: self.get(key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
-        if isinstance(ids["eos_token_id"], list):
-            ids["eos_token_id"] = tuple(ids["eos_token_id"])
-        for key, value in ids.items():
-            for token in value if isinstance(value, tuple) else (value,):
-                if token is not None and not _is_token(token):
-                    raise CheckpointError(f"config.json: {key}={_shown(value)} is not a token id")
-        return ids
+        keys = ("bos_token_id", "eos_token_id", "pad_token_id")
+        return special_tokens({key: self.get(key) for key in keys}, "config.json")
 
     def extra(self) -> dict[str, Any]:
         """Return what was not needed, to be written again when saving.
 
         Raises:
             CheckpointError: a key nobody knows: it may change what the model computes.
+
+        Warns:
+            UserWarning: keys of other programs, which change nothing.
         """
         left = self.config.keys() - self.asked
-        if unknown := sorted(left - self.no_effect):
+        others = {
+            key: self.config[key]
+            for key in sorted(left - self.no_effect)
+            if not is_without_effect(key, self.config[key])
+        }
+        if unknown := [key for key, value in others.items() if not is_listed(key, value)]:
             raise CheckpointError(
-                f"config.json has settings this library does not know: {', '.join(unknown)}; if "
-                "they do not change what the model computes, take them out of the file"
+                f"config.json has settings this library does not know: {named(unknown)}; they may "
+                "change what the model computes. If you know that they do not, give "
+                f"ignore_config_keys={unknown!a}"
+            )
+        if others:
+            warnings.warn(
+                f"config.json has settings that change nothing here: {named(others)}", stacklevel=2
             )
         kept = (self.no_effect - GENERIC - {"model_type"}) | SAVED_EXTRAS
         return {key: self.config[key] for key in sorted(left) if key in kept}
+
+
+def without_keys(config: dict[str, Any], ignored: Collection[str]) -> dict[str, Any]:
+    """Return a config without the settings that a user says to ignore.
+
+    Raises:
+        TypeError: one name instead of several.
+        ValueError: it has no such setting.
+    """
+    if isinstance(ignored, str):
+        raise TypeError(f"ignore_config_keys={ignored!r}: give a list of names")
+    if absent := sorted(set(ignored) - config.keys()):
+        raise ValueError(f"ignore_config_keys: config.json has no {named(absent)}: leave it out")
+    return {key: value for key, value in config.items() if key not in ignored}
+
+
+def named(keys: Collection[str]) -> str:
+    """Return names of settings as an error shows them, without control characters."""
+    return ", ".join(key if key.isprintable() else ascii(key) for key in keys)
+
+
+def special_tokens(ids: dict[str, Any], file: str) -> dict[str, Any]:
+    """Return BOS, EOS and padding ids, as fields of `HybridConfig`.
+
+    Raises:
+        CheckpointError: one is not a token id.
+    """
+    ids = {
+        key: tuple(value) if key.startswith("eos") and isinstance(value, list) else value
+        for key, value in ids.items()
+    }
+    for key, value in ids.items():
+        for token in value if isinstance(value, tuple) else (value,):
+            if token is not None and not _is_token(token):
+                raise CheckpointError(f"{file}: {key}={_shown(value)} is not a token id")
+    return ids
 
 
 def in_range(key: str, value: Any) -> float:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import inspect
 import os
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Collection, Iterator
 from typing import Any, Literal
 
 import torch
@@ -19,13 +17,17 @@ from hooked_hybrid.placement.placing import Homes, MaxMemory, homes_of, one_home
 from hooked_hybrid.quantized import Only, Quantizer
 from hooked_hybrid.text import as_tokenizer
 from hooked_hybrid.tokenizer import read_tokenizer
-from weights_conversion import google
+from weights_conversion.adapters import adapter_files
 from weights_conversion.errors import CheckpointError
 from weights_conversion.families import family_of_config
-from weights_conversion.rules import Rule, Shapes, account, convert, require_layers
-from weights_conversion.sources import Checkpoint, MemorySource, TensorSource, open_checkpoint
-
-GOOGLE_SETTINGS = set(inspect.signature(google.config_from_shapes).parameters) - {"shapes"}
+from weights_conversion.names import plainly_named, require_head
+from weights_conversion.plan import Plan, adapter_of, config_of, google_config, read_plan
+from weights_conversion.rules import Rule, Shapes, account, convert
+from weights_conversion.sources import (
+    MemorySource,
+    TensorSource,
+    open_checkpoint,
+)
 
 
 def load(
@@ -39,6 +41,8 @@ def load(
     offload_folder: str | os.PathLike[str] | None = None,
     quantize: str | Any | None = None,
     quantize_only: Only | None = None,
+    adapter: str | os.PathLike[str] | Literal[False] | None = None,
+    ignore_config_keys: Collection[str] = (),
     **overrides: Any,
 ) -> HookedHybrid:
     """Load a checkpoint; see `HookedHybrid.from_pretrained`.
@@ -51,20 +55,22 @@ def load(
         raise ValueError("quantize_only goes with quantize: give quantize='int8'")
     tokenizer = as_tokenizer(tokenizer)
     checkpoint = open_checkpoint(name_or_path, revision)
-    source = checkpoint.tensors()
-    cfg, rules, ignored = _read_plan(checkpoint, source, overrides)
+    merged = adapter_of(checkpoint, adapter)
+    plan = read_plan(checkpoint, overrides, merged, ignore_config_keys)
     dtype, homes = as_dtype(dtype), None
     scheme = None if quantize is None else (quantize, quantize_only)
     if device_map is not None:
-        identity = identity_of(_files(checkpoint), dtype)
-        how = (identity, quantize, quantize_only)
-        homes = homes_of(_without_memory(cfg, dtype), device_map, max_memory, offload_folder, *how)
+        files = [*checkpoint.files(), *(() if merged is None else adapter_files(merged))]
+        how = (identity_of(files, dtype), quantize, quantize_only)
+        homes = homes_of(
+            _without_memory(plan.cfg, dtype), device_map, max_memory, offload_folder, *how
+        )
     if tokenizer is None:
         try:
             tokenizer = read_tokenizer(checkpoint.folder)
         except ValueError as error:
             raise CheckpointError(str(error)) from error
-    model = _filled(cfg, source, rules, ignored, dtype, device, homes, scheme)
+    model = _filled(plan, dtype, device, homes, scheme)
     model.tokenizer = tokenizer
     return model
 
@@ -82,13 +88,16 @@ def as_dtype(dtype: torch.dtype | str) -> torch.dtype:
 
 
 def load_config(
-    name_or_path: str | os.PathLike[str], revision: str | None = None, **overrides: Any
+    name_or_path: str | os.PathLike[str],
+    revision: str | None = None,
+    ignore_config_keys: Collection[str] = (),
+    **overrides: Any,
 ) -> HybridConfig:
     """Read the config of a checkpoint; of a `.pt`, the shapes of its tensors too."""
     checkpoint = open_checkpoint(name_or_path, revision)
     if checkpoint.config is not None:
-        return family_of_config(checkpoint.config).read(checkpoint.config, overrides)
-    return _google_config(checkpoint.tensors(), overrides)
+        return config_of(checkpoint, checkpoint.config, overrides, ignore_config_keys)[1]
+    return google_config(checkpoint.tensors(), overrides, ignore_config_keys)
 
 
 def from_hf(
@@ -96,25 +105,36 @@ def from_hf(
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
     tokenizer: Any = None,
+    ignore_config_keys: Collection[str] = (),
     **overrides: Any,
 ) -> HookedHybrid:
     """Copy a transformers model in memory; see `HookedHybrid.from_hf`."""
     tokenizer = as_tokenizer(tokenizer)
+    while not hasattr(hf_model, "config") and isinstance(
+        inner := getattr(hf_model, "module", None), nn.Module
+    ):
+        hf_model = inner  # of DataParallel
     config = hf_model.config.to_dict()
     family = family_of_config(config)
-    cfg = family.read(config, overrides)
-    source = MemorySource(hf_model.state_dict())
+    generation = getattr(hf_model, "generation_config", None)
+    content = None if generation is None else generation.to_dict()
+    source = plainly_named(MemorySource(hf_model.state_dict()))
+    cfg = family.read(config, overrides, ignore_config_keys, content)
+    require_head(cfg.tied_embedding, source.shapes)
     dtype = hf_model.dtype if dtype is None else dtype
     device = hf_model.device if device is None else device
-    model = _filled(
-        cfg, source, family.rules(cfg, source.shapes), family.ignored(cfg), dtype, device
-    )
+    plan = Plan(cfg, source, family.rules(cfg, source.shapes), family.ignored(cfg))
+    model = _filled(plan, dtype, device)
     model.tokenizer = tokenizer
     return model
 
 
 def check(
-    name_or_path: str | os.PathLike[str], revision: str | None = None, **overrides: Any
+    name_or_path: str | os.PathLike[str],
+    revision: str | None = None,
+    adapter: str | os.PathLike[str] | Literal[False] | None = None,
+    ignore_config_keys: Collection[str] = (),
+    **overrides: Any,
 ) -> str:
     """Account for every tensor of a checkpoint without reading one, and return a summary.
 
@@ -122,16 +142,16 @@ def check(
         CheckpointError: what does not fit.
     """
     checkpoint = open_checkpoint(name_or_path, revision)
-    source = checkpoint.tensors()
-    cfg, rules, ignored = _read_plan(checkpoint, source, overrides)
-    target = shapes_of(_without_memory(cfg))
-    account(rules, source.shapes, target, ignored)
-    used = {name for rule in rules for name in rule.sources}
+    merged = adapter_of(checkpoint, adapter)
+    plan = read_plan(checkpoint, overrides, merged, ignore_config_keys)
+    target = shapes_of(_without_memory(plan.cfg))
+    account(plan.rules, plan.source.shapes, target, plan.ignored)
+    used = {name for rule in plan.rules for name in rule.sources}
     n_parameters = sum(torch.Size(shape).numel() for shape in target.values())
-    left = sorted(source.shapes.keys() - used)
+    left = sorted(plan.source.shapes.keys() - used)
     return (
         f"{len(used)} tensors become {len(target)}, {n_parameters:,} parameters, "
-        f"{cfg.n_layers} layers; not needed: {', '.join(left) or 'none'}"
+        f"{plan.cfg.n_layers} layers; not needed: {', '.join(left) or 'none'}"
     )
 
 
@@ -150,44 +170,22 @@ def shapes_of(model: nn.Module) -> dict[str, tuple[int, ...]]:
     return {name: tuple(t.shape) for name, t in model.named_parameters()}
 
 
-def _read_plan(
-    checkpoint: Checkpoint, source: TensorSource, overrides: dict[str, Any]
-) -> tuple[HybridConfig, list[Rule], tuple[str, ...]]:
-    """Return the config with its overrides, the table of names, and what may be left over."""
-    if checkpoint.config is not None:
-        family = family_of_config(checkpoint.config)
-        cfg = family.read(checkpoint.config, overrides)
-        require_layers(cfg.n_layers, source.shapes)
-        return cfg, family.rules(cfg, source.shapes), family.ignored(cfg)
-    cfg = _google_config(source, overrides)
-    return cfg, google.rules(cfg), google.ignored(cfg)
-
-
-def _google_config(source: TensorSource, overrides: dict[str, Any]) -> HybridConfig:
-    given = {key: value for key, value in overrides.items() if key in GOOGLE_SETTINGS}
-    others = {key: value for key, value in overrides.items() if key not in GOOGLE_SETTINGS}
-    return google.config_from_shapes(source.shapes, **given).with_overrides(**others)
-
-
 def _filled(
-    cfg: HybridConfig,
-    source: TensorSource,
-    rules: list[Rule],
-    ignored: tuple[str, ...],
+    plan: Plan,
     dtype: torch.dtype,
     device: torch.device | str,
     homes: Homes | None = None,
     scheme: tuple[str | Any, Only | None] | None = None,
 ) -> HookedHybrid:
     """Return the model with every parameter set, after all of them are accounted for."""
-    model = _without_memory(cfg, dtype)
+    model, source = _without_memory(plan.cfg, dtype), plan.source
     shapes: Shapes = shapes_of(model)
-    account(rules, source.shapes, shapes, ignored)
-    _refuse_untied_head(cfg, source)
+    account(plan.rules, source.shapes, shapes, plan.ignored)
+    _refuse_untied_head(plan.cfg, source)
     parameters = dict(model.named_parameters())
-    homes = one_home(cfg, torch.device(device)) if homes is None else homes
+    homes = one_home(plan.cfg, torch.device(device)) if homes is None else homes
     quantizer = None if scheme is None else Quantizer(model, *scheme, device_of=homes.device_of)
-    for name, tensor in _placed(parameters, homes, source, rules):
+    for name, tensor in _placed(parameters, homes, source, plan.rules):
         _set_parameter(model, name, tensor)
         if quantizer is not None:
             quantizer.take(name)
@@ -212,13 +210,6 @@ def _placed(
                     yield name, homes.on_disk_now(name, _floating(name, tensor), like)
                 else:
                     yield name, _copied(name, tensor, like, homes.device_of(name))
-
-
-def _files(checkpoint: Checkpoint) -> list[Path]:
-    """Return the files that a checkpoint's weights come from."""
-    folder = checkpoint.folder
-    found = checkpoint.tensor_files or (folder / "config.json", *folder.glob("model*.safetensors"))
-    return [path for path in found if path.is_file()]
 
 
 def _refuse_mixed_places(

@@ -15,6 +15,8 @@ from torch import Tensor
 
 from hooked_hybrid.weights import require_plain_weights
 from weights_conversion.families import family_that_writes
+from weights_conversion.generation import FILE as GENERATION_FILE
+from weights_conversion.generation import generation_config_to_save
 from weights_conversion.rules import Rule, revert
 
 if TYPE_CHECKING:
@@ -49,6 +51,8 @@ def save(
         try:
             dtype = str(model.dtype).removeprefix("torch.")
             _write_json(partial / "config.json", {**config, "dtype": dtype, "torch_dtype": dtype})
+            if (generation := generation_config_to_save(model.cfg)) is not None:
+                _write_json(partial / GENERATION_FILE, generation)
             _write_tensors(partial, model, family.rules(model.cfg), max_shard_size)
             _write_tokenizer(partial, model.tokenizer)
             if target.is_dir():

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Mapping
+import warnings
+from collections.abc import Mapping, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,12 +16,14 @@ from torch import Tensor
 
 from hooked_hybrid.packaged import packaged_models
 from weights_conversion.errors import CheckpointError
+from weights_conversion.json_files import LARGEST_CONFIG, LARGEST_INDEX, read_json
 from weights_conversion.torch_files import read_torch_file
+from weights_conversion.weight_files import find_weights, stale
 
 HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.jinja", "*.pt")
-LARGEST_CONFIG, LARGEST_INDEX = 2**20, 2**23
-"""Bytes, of a header too; published ones are a hundredth of it, and JSON takes 20 times its size to
-read."""
+ADAPTER_CONFIG = "adapter_config.json"
+HUB_BIN_FILES = ("pytorch_model*.bin",)
+"""Fetched where there are no safetensors; most who publish these publish the same twice."""
 
 
 class TensorSource(Protocol):
@@ -67,10 +69,7 @@ class SafetensorsSource:
         self.handles: dict[str, Any] = {}
         halves: dict[str, str] = {}
         for path, promised in files.items():
-            if not path.is_file():
-                raise CheckpointError(
-                    f"{path} is missing, though the index names it: download the checkpoint again"
-                )
+            _require_file(path)
             _refuse_long_header(path)
             try:
                 handle = safe_open(path, "pt", device="cpu")
@@ -82,10 +81,7 @@ class SafetensorsSource:
                 raise CheckpointError(
                     f"{path} is not a whole safetensors file ({error}): download it again"
                 ) from error
-            if twice := self.shapes.keys() & shapes.keys():
-                raise CheckpointError(f"{min(twice)} stands in {path} and in another shard")
-            if promised is not None and (lost := promised - shapes.keys()):
-                raise CheckpointError(f"{path} lacks {min(lost)}, which the index promises")
+            _refuse_shard(path, promised, shapes.keys(), self.shapes.keys())
             self.shapes.update(shapes)
             self.handles.update(dict.fromkeys(names, handle))
         if {"F16", "BF16"} <= halves.keys():
@@ -105,8 +101,54 @@ def open_torch_file(path: Path) -> MemorySource:
     Raises:
         CheckpointError: damaged, holding anything but tensors by name, or more than the file does.
     """
-    tensors, is_mapped = read_torch_file(path)
-    return MemorySource(tensors, lets_go=not is_mapped)
+    return open_torch_files({path: None})
+
+
+def open_torch_files(files: Mapping[Path, frozenset[str] | None]) -> MemorySource:
+    """Return the tensors of one `torch.save` file, or of the shards of one model.
+
+    Raises:
+        CheckpointError: a file is missing, damaged, holds anything but tensors by name or more than
+            its size, lacks what the index promises, or a name stands in two of them.
+    """
+    found: dict[str, Tensor] = {}
+    all_mapped = True
+    for path, promised in files.items():
+        _require_file(path)
+        tensors, is_mapped = read_torch_file(path)
+        _refuse_shard(path, promised, tensors.keys(), found.keys())
+        found |= tensors
+        all_mapped &= is_mapped
+    return MemorySource(found, lets_go=not all_mapped)
+
+
+def _refuse_adapter_alone(folder: Path) -> None:
+    """Refuse a folder that holds an adapter and no model, and say how to load it."""
+    path = folder / ADAPTER_CONFIG
+    if path.is_file():
+        base = read_json(path, LARGEST_CONFIG).get("base_model_name_or_path")
+        base = str(base)[:200] if base else "the model it was trained on"
+        raise CheckpointError(
+            f"{folder} holds an adapter and no model: load its base model with it, "
+            f"from_pretrained({base!a}, adapter={str(folder)!a}), which merges the two"
+        )
+
+
+def _require_file(path: Path) -> None:
+    if not path.is_file():
+        raise CheckpointError(
+            f"{path} is missing, though the index names it: download the checkpoint again"
+        )
+
+
+def _refuse_shard(
+    path: Path, promised: frozenset[str] | None, names: Set[str], others: Set[str]
+) -> None:
+    """Refuse a shard that repeats another's tensors or lacks what the index says it has."""
+    if twice := others & names:
+        raise CheckpointError(f"{min(twice)} stands in {path} and in another shard")
+    if promised is not None and (lost := promised - names):
+        raise CheckpointError(f"{path} lacks {min(lost)}, which the index promises")
 
 
 @dataclass(frozen=True)
@@ -122,19 +164,24 @@ class Checkpoint:
 
         Raises:
             CheckpointError: there are none, or one is missing or damaged.
+
+        Warns:
+            UserWarning: the folder holds other weights beside those that are read.
         """
         if self.config is None:
             return open_torch_file(self.tensor_files[0])
-        index = self.folder / "model.safetensors.index.json"
-        single = self.folder / "model.safetensors"
-        if index.is_file():
-            return SafetensorsSource(_shards(index))
-        if single.is_file():
-            return SafetensorsSource({single: None})
-        raise CheckpointError(
-            f"{self.folder} has a config.json but no model.safetensors or "
-            "model.safetensors.index.json: the weights are missing"
-        )
+        weights = find_weights(self.folder)
+        if weights.left:
+            warnings.warn(stale(self.folder, weights), stacklevel=2)
+        if weights.are_safetensors:
+            return SafetensorsSource(weights.files)
+        return open_torch_files(weights.files)
+
+    def files(self) -> list[Path]:
+        """Return the files that tell this checkpoint's weights from any other's."""
+        if self.config is None:
+            return list(self.tensor_files)
+        return [self.folder / "config.json", *find_weights(self.folder).files]
 
 
 def open_checkpoint(
@@ -157,7 +204,8 @@ def open_checkpoint(
         path = _packaged_or_downloaded(os.fspath(name_or_path), revision)
     config = path / "config.json"
     if config.is_file():
-        return Checkpoint(path, _read_json(config, LARGEST_CONFIG))
+        return Checkpoint(path, read_json(config, LARGEST_CONFIG))
+    _refuse_adapter_alone(path)
     pt_files = sorted(p for p in path.glob("*.pt") if p.is_file())  # no pipe
     if len(pt_files) == 1:
         return Checkpoint(path, None, (pt_files[0],))
@@ -167,6 +215,18 @@ def open_checkpoint(
     if any(path.glob("*.safetensors")):
         raise CheckpointError(f"{path} has weights but no config.json, which says what they are")
     raise CheckpointError(f"{path} holds no checkpoint: neither config.json nor a .pt file")
+
+
+def adapter_folder(name_or_path: str | os.PathLike[str], revision: str | None = None) -> Path:
+    """Return the folder of an adapter: a directory here, or a hub id.
+
+    Raises:
+        CheckpointError: nothing of this name, or no network.
+    """
+    path = Path(name_or_path)
+    if path.is_file():
+        raise CheckpointError(f"adapter={str(path)!a} is a file: give its directory")
+    return path if path.is_dir() else _download(os.fspath(name_or_path), revision)
 
 
 def _packaged_or_downloaded(name: str, revision: str | None) -> Path:
@@ -183,7 +243,10 @@ def _download(repo: str, revision: str | None) -> Path:
         raise CheckpointError(f"{repo}: no such directory or file")
     known = ", ".join(packaged_models())
     try:
-        return Path(snapshot_download(repo, revision=revision, allow_patterns=list(HUB_FILES)))
+        folder = Path(snapshot_download(repo, revision=revision, allow_patterns=list(HUB_FILES)))
+        if (folder / "config.json").is_file() and not any(folder.glob("*.safetensors")):
+            snapshot_download(repo, revision=revision, allow_patterns=list(HUB_BIN_FILES))
+        return folder
     except HFValidationError as error:
         raise CheckpointError(
             f"{repo!r} is no directory here, no hub id, and no packaged model ({known})"
@@ -196,18 +259,6 @@ def _download(repo: str, revision: str | None) -> Path:
         ) from error
 
 
-def _shards(index: Path) -> dict[Path, frozenset[str]]:
-    weight_map = _read_json(index, LARGEST_INDEX).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{index} has no weight_map: it is not an index")
-    if outside := [f for f in weight_map.values() if Path(str(f)).name != f]:
-        raise CheckpointError(f"{index} points outside its directory, at {outside[0]!r}")
-    files: dict[str, set[str]] = {}
-    for name, file in weight_map.items():
-        files.setdefault(file, set()).add(name)
-    return {index.parent / file: frozenset(names) for file, names in sorted(files.items())}
-
-
 def _refuse_long_header(path: Path) -> None:
     """Refuse a safetensors header that would take much more memory than its file."""
     with path.open("rb") as file:
@@ -218,18 +269,14 @@ def _refuse_long_header(path: Path) -> None:
         )
 
 
-def _read_json(path: Path, largest: int) -> dict[str, Any]:
-    if (size := path.stat().st_size) > largest:
-        raise CheckpointError(
-            f"{path} has {size:,} bytes, more than {largest:,}: it is another file"
-        )
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:  # no UTF-8, no JSON, too deep, too long a number
-        raise CheckpointError(f"{path} is not JSON ({error})") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} holds a {type(content).__name__}, not an object")
-    return content
-
-
-__all__ = ["Checkpoint", "MemorySource", "TensorSource", "open_checkpoint", "open_torch_file"]
+__all__ = [
+    "ADAPTER_CONFIG",
+    "Checkpoint",
+    "MemorySource",
+    "SafetensorsSource",
+    "TensorSource",
+    "adapter_folder",
+    "open_checkpoint",
+    "open_torch_file",
+    "open_torch_files",
+]

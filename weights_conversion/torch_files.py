@@ -121,11 +121,21 @@ def _refuse_hollow(path: Path, tensors: Mapping[str, Tensor]) -> None:
             raise CheckpointError(f"{path}: {name} holds no numbers (it is meta or quantised)")
         if t.nbytes > t.untyped_storage().nbytes():
             raise CheckpointError(f"{path}: {name} repeats fewer numbers than it has entries")
-    held, size = sum(t.nbytes for t in tensors.values()), path.stat().st_size
+    own = {name: t for name, t in tensors.items() if not _is_tied_head(name, tensors)}
+    held, size = sum(t.nbytes for t in own.values()), path.stat().st_size
     if held > size:
         raise CheckpointError(
             f"{path} of {size:,} bytes names tensors of {held:,}: they share their numbers"
         )
+
+
+def _is_tied_head(name: str, tensors: Mapping[str, Tensor]) -> bool:
+    """Whether a tensor is the head of a model that shares it with the embedding."""
+    if not name.endswith("lm_head.weight"):
+        return False
+    head = tensors[name]
+    of_embedding = [t for n, t in tensors.items() if n.endswith("embed_tokens.weight")]
+    return any(t.data_ptr() == head.data_ptr() and t.shape == head.shape for t in of_embedding)
 
 
 __all__ = ["read_torch_file"]

@@ -10,7 +10,7 @@ from typing import Any
 from experiments.under_fire.damage import Damage, Mutation
 from experiments.under_fire.damage_headers import DEEP
 from weights_conversion import jamba, recurrentgemma
-from weights_conversion.hf_config import GENERIC
+from weights_conversion.config_keys import GENERIC
 
 HARMLESS = GENERIC | jamba.NO_EFFECT | recurrentgemma.NO_EFFECT
 """Settings no forward reads."""

@@ -366,7 +366,7 @@ def test_a_missing_config_is_named(copy, tmp_path, capsys):
     assert "config.json" in message
 
 
-@pytest.mark.parametrize("also", [[], ["pytorch_model.bin"], ["2b.pt"]])
+@pytest.mark.parametrize("also", [[], ["tf_model.h5"], ["2b.pt"]])
 def test_missing_weights_are_named(also: list[str], copy, tmp_path, capsys):
     (folder := copy("single")).joinpath("model.safetensors").unlink()
     for file in also:
@@ -374,6 +374,8 @@ def test_missing_weights_are_named(also: list[str], copy, tmp_path, capsys):
     message = refusal_of(folder, tmp_path, capsys)
     assert str(folder) in message
     assert "model.safetensors" in message
+    assert "pytorch_model.bin" in message
+    assert all(file in message for file in also)
 
 
 def test_an_empty_directory_is_refused(tmp_path, capsys):
@@ -501,9 +503,16 @@ def test_a_model_in_memory_of_another_architecture_is_refused():
         HookedHybrid.from_hf(llama)
 
 
-def test_a_model_without_its_head_is_refused():
+def test_a_model_without_its_embedding_is_refused():
+    part = {n: t for n, t in theirs().model.state_dict().items() if "embed" not in n}
+    model = SimpleNamespace(
+        config=theirs().config,
+        state_dict=lambda: part,
+        dtype=torch.float32,
+        device=torch.device("cpu"),
+    )
     with pytest.raises(CheckpointError, match="missing: model.embed_tokens.weight"):
-        HookedHybrid.from_hf(theirs().model)
+        HookedHybrid.from_hf(model)
 
 
 def test_a_model_in_memory_that_does_not_match_its_config_is_refused():
