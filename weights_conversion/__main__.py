@@ -30,6 +30,14 @@ def main(arguments: list[str] | None = None) -> int:
         "--n-heads", type=int, help="heads, for a .pt that has no recurrent layer to tell them"
     )
     parser.add_argument("--revision", help="branch, tag or commit on the hub")
+    parser.add_argument("--adapter", help="directory or hub id of a LoRA adapter, merged")
+    parser.add_argument(
+        "--ignore-config-key",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="setting of config.json to be taken as not there; may be given again",
+    )
     parser.add_argument(
         "--check", action="store_true", help="account for every tensor, read none, write nothing"
     )
@@ -37,12 +45,14 @@ def main(arguments: list[str] | None = None) -> int:
     if not args.check and args.target is None:
         parser.error("give a directory to write, or --check")
     given = {"n_keys": args.n_keys, "n_heads": args.n_heads}
+    how = {"adapter": args.adapter, "ignore_config_keys": args.ignore_config_key}
     overrides = {name: value for name, value in given.items() if value is not None}
     try:
         if args.check:
-            print(check(args.source, args.revision, **overrides))
+            print(check(args.source, args.revision, **how, **overrides))
         else:
-            model = load(args.source, DTYPES[args.dtype], revision=args.revision, **overrides)
+            dtype = DTYPES[args.dtype]
+            model = load(args.source, dtype, revision=args.revision, **how, **overrides)
             save(model, args.target)
             print(f"wrote {args.target}")
     except (OSError, TypeError, ValueError) as error:

@@ -73,9 +73,8 @@ class AdaptedSource:
 
     def read(self, name: str) -> Tensor:
         """Return one tensor of the merged model."""
-        if name in self.replaced:
-            return self.adapter.read(self.replaced[name])
-        weight = self.base.read(name)
+        of_adapter = self.replaced.get(name)
+        weight = self.base.read(name) if of_adapter is None else self.adapter.read(of_adapter)
         if (update := self.updates.get(name)) is None:
             return weight
         a, b = (self.adapter.read(factor).float() for factor in (update.A, update.B))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +11,7 @@ from hooked_hybrid.config import HybridConfig
 from weights_conversion import jamba, recurrentgemma
 from weights_conversion.errors import CheckpointError
 from weights_conversion.generation import with_generation_config
-from weights_conversion.hf_config import in_their_words, without_keys
+from weights_conversion.hf_config import OWN, in_their_words, without_keys
 from weights_conversion.rules import Rule
 
 
@@ -20,7 +21,7 @@ class Family:
 
     model_type: str
     config_from_dict: Callable[[dict[str, Any]], HybridConfig]
-    config_to_dict: Callable[[HybridConfig], dict[str, Any] | None]
+    config_to_dict: Callable[[HybridConfig], dict[str, Any]]
     rules: Callable[..., list[Rule]]
     ignored: Callable[[HybridConfig], tuple[str, ...]]
 
@@ -84,13 +85,38 @@ def family_of_config(config: dict[str, Any]) -> Family:
 def family_that_writes(cfg: HybridConfig) -> tuple[Family, dict[str, Any]]:
     """Return the family that can express a model, and its `config.json`.
 
+    What is written is read again first, so that no model is saved that would not load.
+
     Raises:
-        CheckpointError: none can.
+        CheckpointError: none can; says why each cannot.
     """
+    reasons = []
     for family in FAMILIES.values():
-        if (config := family.config_to_dict(cfg)) is not None:
-            return family, config
+        try:
+            return family, _config_that_returns(family, cfg)
+        except CheckpointError as error:
+            reasons.append(f"{family.model_type}: {error}")
     raise CheckpointError(
-        f"no published family ({', '.join(FAMILIES)}) can express this model: it has layers, or "
-        "settings such as n_keys or logits_soft_cap, that their config.json has no words for"
+        "no published family's config.json can express this model, so that it cannot be saved: "
+        + "\n  ".join(["", *reasons])
     )
+
+
+def _config_that_returns(family: Family, cfg: HybridConfig) -> dict[str, Any]:
+    """Return the `config.json` of a model, from which the same model is read.
+
+    Raises:
+        CheckpointError: the family cannot express it.
+    """
+    config = family.config_to_dict(cfg)
+    if cfg.model_name != family.model_type:
+        config["_name_or_path"] = cfg.model_name
+    for name in ("n_ctx", "default_prepend_bos"):
+        if getattr(family.read(config, {}), name) != getattr(cfg, name):
+            config[OWN] = {**config.get(OWN, {}), name: getattr(cfg, name)}
+    back = family.read(config, {})
+    names = [field.name for field in dataclasses.fields(cfg) if field.compare]
+    if lost := [name for name in names if getattr(back, name) != getattr(cfg, name)]:
+        shown = ", ".join(f"{name}={str(getattr(cfg, name))[:80]}" for name in lost)
+        raise CheckpointError(f"its config.json would not give back {shown}")
+    return config

@@ -15,6 +15,9 @@ NULLABLE = frozenset({"head_dim", "hidden_act", "lru_width", "num_key_value_head
 
 SAVED_EXTRAS = frozenset({"attention_dropout", "initializer_range", "use_cache"})
 
+OWN = "hooked_hybrid"
+"""The key under which this library saves settings that transformers has no word for."""
+
 LARGEST = {"num_hidden_layers": 1_000, "num_experts": 10_000}
 """Far beyond what exists; more would be built before the tensors show that it is wrong."""
 LARGEST_OTHER = 2**31 - 1
@@ -23,7 +26,7 @@ RANGES = {
     "rms_norm_eps": (1e-30, 1.0),
     "logits_soft_cap": (1e-3, 1e6),
     "rope_theta": (1.0, 1e15),
-    "partial_rotary_factor": (1e-6, 1.0),
+    "partial_rotary_factor": (0.0, 1.0),
 }
 """Where a forward has finite numbers; published values lie well inside."""
 
@@ -137,6 +140,20 @@ class ConfigReader:
         keys = ("bos_token_id", "eos_token_id", "pad_token_id")
         return special_tokens({key: self.get(key) for key in keys}, "config.json")
 
+    def own_settings(self) -> dict[str, Any]:
+        """Return what no family's config has a word for, as this library saved it.
+
+        Raises:
+            CheckpointError: it is not what is saved.
+        """
+        given = self.get(OWN, {})
+        kinds = {"n_ctx": (int, type(None)), "default_prepend_bos": (bool,)}
+        if not isinstance(given, dict) or not all(
+            type(value) in kinds.get(key, ()) for key, value in given.items()
+        ):
+            raise CheckpointError(f"config.json: {OWN}={_shown(given)} is not as it was saved")
+        return given
+
     def extra(self) -> dict[str, Any]:
         """Return what was not needed, to be written again when saving.
 
@@ -164,6 +181,19 @@ class ConfigReader:
             )
         kept = (self.no_effect - GENERIC - {"model_type"}) | SAVED_EXTRAS
         return {key: self.config[key] for key in sorted(left) if key in kept}
+
+
+def require(*needs: tuple[bool, str]) -> None:
+    """Refuse a model that a family's config cannot express.
+
+    Args:
+        needs: what must be, and what to say where it is not.
+
+    Raises:
+        CheckpointError: says which are not.
+    """
+    if lacking := [why_not for is_so, why_not in needs if not is_so]:
+        raise CheckpointError("; ".join(lacking))
 
 
 def without_keys(config: dict[str, Any], ignored: Collection[str]) -> dict[str, Any]:
@@ -211,8 +241,7 @@ def in_range(key: str, value: Any) -> float:
     least, most = RANGES[key]
     if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value <= most:
         raise CheckpointError(
-            f"config.json: {key}={_shown(value)} is not a positive number from {least:g} to "
-            f"{most:g}"
+            f"config.json: {key}={_shown(value)} is not a number from {least:g} to {most:g}"
         )
     return float(value)
 

@@ -21,7 +21,8 @@ from hooked_hybrid.config import (
     NormConfig,
 )
 from weights_conversion.errors import CheckpointError
-from weights_conversion.hf_config import ConfigReader
+from weights_conversion.hf_config import ConfigReader, require
+from weights_conversion.periods import period_of, periodic
 from weights_conversion.rules import CONV_TAPS, SPLIT_ROWS, STACK, Rule, rule
 
 MODEL_TYPE = "jamba"
@@ -164,8 +165,13 @@ def config_from_dict(config: dict[str, Any]) -> HybridConfig:
         norm_eps=eps,
     )
     dense, experts = _mlps(reader)
-    is_attention = _periodic(reader, "attn_layer_period", "attn_layer_offset", 8, 4)
-    has_experts = _periodic(reader, "expert_layer_period", "expert_layer_offset", 2, 1)
+    longest = reader.get("max_position_embeddings")
+    own = {
+        "n_ctx": None if longest is None else reader.integer("max_position_embeddings"),
+        **reader.own_settings(),
+    }
+    is_attention = periodic(reader, "attn_layer_period", "attn_layer_offset", 8, 4)
+    has_experts = periodic(reader, "expert_layer_period", "expert_layer_offset", 2, 1)
     return HybridConfig(
         d_model=d_model,
         d_vocab=reader.integer("vocab_size"),
@@ -177,33 +183,43 @@ def config_from_dict(config: dict[str, Any]) -> HybridConfig:
         ),
         norm=NormConfig(eps=eps, style="weight"),
         tied_embedding=reader.flag("tie_word_embeddings", False),
-        n_ctx=None
-        if reader.get("max_position_embeddings") is None
-        else reader.integer("max_position_embeddings"),
         **reader.special_tokens(),
+        **own,
         model_name=str(config.get("_name_or_path") or MODEL_TYPE),
         extra=reader.extra(),
     )
 
 
-def config_to_dict(cfg: HybridConfig) -> dict[str, Any] | None:
-    """Return the `config.json` of a model, or None where this family cannot express it."""
+def config_to_dict(cfg: HybridConfig) -> dict[str, Any]:
+    """Return the `config.json` of a model.
+
+    Raises:
+        CheckpointError: this family cannot express it; says why.
+    """
     attention = {layer.mixer for layer in cfg.layers if isinstance(layer.mixer, AttentionConfig)}
     mamba = {layer.mixer for layer in cfg.layers if isinstance(layer.mixer, MambaConfig)}
     experts = {layer.mlp for layer in cfg.layers if isinstance(layer.mlp, MoEConfig)}
     dense = {layer.mlp for layer in cfg.layers if isinstance(layer.mlp, GatedMLPConfig)}
     widths = {mlp.d_mlp for mlp in experts} | {mlp.d_mlp for mlp in dense}
-    if not all(isinstance(layer.mixer, AttentionConfig | MambaConfig) for layer in cfg.layers):
-        return None
-    if len(mamba) > 1 or len(attention) > 1 or len(experts) > 1 or len(widths) != 1:
-        return None
+    places = _places(cfg)
+    require(
+        (
+            all(isinstance(layer.mixer, AttentionConfig | MambaConfig) for layer in cfg.layers),
+            "a layer's mixer is neither attention nor Mamba",
+        ),
+        (len(mamba) <= 1, "Mamba layers differ"),
+        (len(attention) <= 1, "attention layers differ"),
+        (len(experts) <= 1, "mixtures of experts differ"),
+        (len(widths) == 1, "MLPs and experts differ in width"),
+        (places is not None, "attention or experts do not come at equal distances"),
+    )
+    assert places is not None
     ssm = next(iter(mamba), None) or MambaConfig(
         2 * cfg.d_model, 16, -(-cfg.d_model // 16), norm_eps=cfg.norm.eps
     )
     att = next(iter(attention), None) or AttentionConfig(1, 1, cfg.d_model)
+    _require_expressible(cfg, att, ssm, experts, dense)
     moe = next(iter(experts), None) or MoEConfig(1, 1, next(iter(widths)))
-    if (places := _places(cfg)) is None or not _expressible(cfg, att, ssm, moe, dense):
-        return None
     eos = cfg.eos_token_id
     return {
         **cfg.extra,
@@ -250,51 +266,37 @@ def _mlps(reader: ConfigReader) -> tuple[MLPConfig, MLPConfig]:
     return dense, MoEConfig(n_experts, n_chosen, width)
 
 
-def _periodic(
-    reader: ConfigReader, period: str, offset: str, default_period: int, default_offset: int
-) -> Any:
-    """Return a test of layer indices: `i % period == offset`."""
-    every = reader.integer(period, default_period)
-    first = reader.get(offset, default_offset)
-    if isinstance(first, bool) or not isinstance(first, int) or first < 0:
-        raise CheckpointError(f"config.json: {offset}={first!r} is not a layer index")
-    return lambda i: i % every == first
-
-
 def _places(cfg: HybridConfig) -> dict[str, int] | None:
     """Return periods and offsets of attention and of experts, or None where there are none such."""
-    attention = _period_of(list(cfg.attention_layers), cfg.n_layers)
+    attention = period_of(list(cfg.attention_layers), cfg.n_layers)
     with_experts = [i for i, layer in enumerate(cfg.layers) if isinstance(layer.mlp, MoEConfig)]
-    experts = _period_of(with_experts, cfg.n_layers)
+    experts = period_of(with_experts, cfg.n_layers)
     if attention is None or experts is None:
         return None
     names = [f"{kind}_layer_{what}" for kind in ("attn", "expert") for what in ("period", "offset")]
     return dict(zip(names, (*attention, *experts), strict=True))
 
 
-def _period_of(layers: list[int], n_layers: int) -> tuple[int, int] | None:
-    """Return (period, offset) that select exactly these layers."""
-    if not layers:
-        return n_layers + 1, n_layers
-    for period in range(1, n_layers + 1):
-        if list(range(layers[0], n_layers, period)) == layers and layers[0] < period:
-            return period, layers[0]
-    return (n_layers, layers[0]) if len(layers) == 1 else None
-
-
-def _expressible(
-    cfg: HybridConfig, att: AttentionConfig, ssm: MambaConfig, moe: MoEConfig, dense: set[Any]
-) -> bool:
-    return (
-        att.rotary is None
-        and att.n_keys is None
-        and not att.qkv_bias
-        and not att.out_bias
-        and ssm.d_inner % cfg.d_model == 0
-        and ssm.norm_eps == cfg.norm.eps
-        and moe.act == "silu"
-        and all((mlp.act, mlp.bias) == ("silu", False) for mlp in dense)
-        and cfg.norm.style == "weight"
-        and not cfg.scale_embedding
-        and cfg.logits_soft_cap is None
+def _require_expressible(
+    cfg: HybridConfig, att: AttentionConfig, ssm: MambaConfig, experts: set[Any], dense: set[Any]
+) -> None:
+    require(
+        (att.rotary is None, "attention has rotary positions"),
+        (att.n_keys is None, "attention has a window (n_keys)"),
+        (not att.qkv_bias and not att.out_bias, "attention has biases"),
+        (ssm.d_inner % cfg.d_model == 0, f"d_inner={ssm.d_inner} is no multiple of d_model"),
+        (ssm.norm_eps == cfg.norm.eps, "Mamba's norms have another eps than the others"),
+        (
+            all(moe.n_experts > 1 for moe in experts),
+            "a mixture has one expert, which num_experts=1 takes for a dense MLP: it is one, make "
+            "it a GatedMLPConfig",
+        ),
+        (all(moe.act == "silu" for moe in experts), "experts are not SiLU"),
+        (
+            all((mlp.act, mlp.bias) == ("silu", False) for mlp in dense),
+            "MLPs are not SiLU without biases",
+        ),
+        (cfg.norm.style == "weight", "norms multiply by 1 + weight, not by weight"),
+        (not cfg.scale_embedding, "embeddings are scaled"),
+        (cfg.logits_soft_cap is None, "logits have a soft cap"),
     )

@@ -17,7 +17,7 @@ from hooked_hybrid.config import (
     RotaryConfig,
 )
 from weights_conversion.errors import CheckpointError
-from weights_conversion.hf_config import ConfigReader, rope_settings
+from weights_conversion.hf_config import ConfigReader, require, rope_settings
 from weights_conversion.rules import CONV_TAPS, Rule, rule
 
 MODEL_TYPE = "recurrent_gemma"
@@ -95,56 +95,80 @@ def config_from_dict(config: dict[str, Any]) -> HybridConfig:
     reader.only("hidden_activation", "gelu_pytorch_tanh")
     reader.only("hidden_act", "gelu_pytorch_tanh", "gelu")  # read by nobody beside the other
     reader.only("embeddings_scale_by_sqrt_dim", True)
+    n_layers, cycle = reader.integer("num_hidden_layers"), _cycle(reader)
+    kinds = [cycle[i % len(cycle)] for i in range(n_layers)]
     width = reader.integer("intermediate_size")
     if width % 2:
         raise CheckpointError(f"config.json: intermediate_size={width} must be even (it is halved)")
     mlp = GatedMLPConfig(d_mlp=width // 2, act="gelu_tanh", bias=True)
-    attention = AttentionConfig(
-        n_heads=n_heads,
-        n_kv_heads=reader.integer("num_key_value_heads", n_heads),
-        d_head=d_head,
-        n_keys=reader.integer("attention_window_size", 2048),
-        rotary=RotaryConfig(d_rotary=int(d_head * share), theta=theta),
-        qkv_bias=reader.flag("attention_bias", False),
-        out_bias=True,
-    )
-    recurrent = RGLRUConfig(
-        d_rnn=reader.integer("lru_width", d_model),
-        n_gate_blocks=n_heads,
-        d_conv=reader.integer("conv1d_width", 4),
-    )
-    kinds: dict[str, MixerConfig] = {"attention": attention, "recurrent": recurrent}
-    cycle = reader.get("block_types", ["recurrent", "recurrent", "attention"])
-    if not isinstance(cycle, list) or not cycle or any(kind not in tuple(kinds) for kind in cycle):
-        raise CheckpointError(
-            f"config.json: block_types={str(cycle)[:80]!r}; 'recurrent' and 'attention' are known"
+    of_attention = {
+        "n_heads": n_heads,
+        "n_kv_heads": reader.integer("num_key_value_heads", n_heads),
+        "d_head": d_head,
+        "n_keys": reader.integer("attention_window_size", 2048),
+    }
+    qkv_bias = reader.flag("attention_bias", False)
+    of_recurrence = {
+        "d_rnn": reader.integer("lru_width", d_model),
+        "n_gate_blocks": n_heads,
+        "d_conv": reader.integer("conv1d_width", 4),
+    }
+    mixers: dict[str, MixerConfig] = {}  # what is said of a kind that is not there means nothing
+    if "attention" in kinds:
+        rotary = RotaryConfig(d_rotary=int(d_head * share), theta=theta)
+        mixers["attention"] = AttentionConfig(
+            **of_attention, rotary=rotary, qkv_bias=qkv_bias, out_bias=True
         )
-    n_layers = reader.integer("num_hidden_layers")
+    if "recurrent" in kinds:
+        mixers["recurrent"] = RGLRUConfig(**of_recurrence)
     return HybridConfig(
         d_model=d_model,
         d_vocab=reader.integer("vocab_size"),
-        layers=tuple(LayerConfig(kinds[cycle[i % len(cycle)]], mlp) for i in range(n_layers)),
+        layers=tuple(LayerConfig(mixers[kind], mlp) for kind in kinds),
         norm=NormConfig(eps=reader.number("rms_norm_eps", 1e-6), style="one_plus_weight"),
         scale_embedding=True,
         tied_embedding=reader.flag("tie_word_embeddings", True),
         logits_soft_cap=reader.number("logits_soft_cap", 30.0),
         **reader.special_tokens(),
         model_name=str(config.get("_name_or_path") or MODEL_TYPE),
+        **reader.own_settings(),
         extra=reader.extra(),
     )
 
 
-def config_to_dict(cfg: HybridConfig) -> dict[str, Any] | None:
-    """Return the `config.json` of a model, or None where this family cannot express it."""
+def _cycle(reader: ConfigReader) -> list[str]:
+    """Return the kinds of layers, which repeat."""
+    cycle = reader.get("block_types", ["recurrent", "recurrent", "attention"])
+    known = ("recurrent", "attention")
+    if not isinstance(cycle, list) or not cycle or any(kind not in known for kind in cycle):
+        raise CheckpointError(
+            f"config.json: block_types={str(cycle)[:80]!r}; 'recurrent' and 'attention' are known"
+        )
+    return cycle
+
+
+def config_to_dict(cfg: HybridConfig) -> dict[str, Any]:
+    """Return the `config.json` of a model.
+
+    Raises:
+        CheckpointError: this family cannot express it; says why.
+    """
     attention = {layer.mixer for layer in cfg.layers if isinstance(layer.mixer, AttentionConfig)}
     recurrent = {layer.mixer for layer in cfg.layers if isinstance(layer.mixer, RGLRUConfig)}
     mlps = {layer.mlp for layer in cfg.layers}
-    if len(attention) > 1 or len(recurrent) > 1 or len(mlps) > 1:
-        return None
+    require(
+        (
+            all(isinstance(x.mixer, AttentionConfig | RGLRUConfig) for x in cfg.layers),
+            "a layer's mixer is neither attention nor an RG-LRU",
+        ),
+        (all(isinstance(mlp, GatedMLPConfig) for mlp in mlps), "an MLP is a mixture of experts"),
+        (len(attention) <= 1, "attention layers differ"),
+        (len(recurrent) <= 1, "recurrent layers differ"),
+        (len(mlps) == 1, "MLPs differ"),
+    )
     mlp, rec = mlps.pop(), next(iter(recurrent), None)
     att = next(iter(attention), None) or _no_attention(cfg, rec)
-    if not _expressible(cfg, att, rec, mlp):
-        return None
+    _require_expressible(cfg, att, rec, mlp)
     assert att.rotary is not None
     share = _rotary_share(att.rotary.d_rotary, att.d_head)
     eos = cfg.eos_token_id
@@ -190,24 +214,24 @@ def _rotary_share(d_rotary: int, d_head: int) -> float:
 def _no_attention(cfg: HybridConfig, rec: RGLRUConfig | None) -> AttentionConfig:
     """Return what the config of a model without attention says of it."""
     n_heads = rec.n_gate_blocks if rec else 1
-    d_head = max(cfg.d_model // n_heads, 1)
+    d_head = max(cfg.d_model // n_heads, 4)
     rotary = RotaryConfig(d_rotary=d_head // 4 * 2)
     return AttentionConfig(n_heads, 1, d_head, n_keys=2048, rotary=rotary, out_bias=True)
 
 
-def _expressible(
-    cfg: HybridConfig, att: AttentionConfig, rec: RGLRUConfig | None, mlp: object
-) -> bool:
-    return (
-        att.rotary is not None
-        and att.n_keys is not None
-        and att.out_bias
-        and (rec is None or rec.n_gate_blocks == att.n_heads)
-        and isinstance(mlp, GatedMLPConfig)
-        and (mlp.act, mlp.bias) == ("gelu_tanh", True)
-        and cfg.norm.style == "one_plus_weight"
-        and cfg.scale_embedding
-        and cfg.logits_soft_cap is not None
+def _require_expressible(
+    cfg: HybridConfig, att: AttentionConfig, rec: RGLRUConfig | None, mlp: Any
+) -> None:
+    n_blocks = att.n_heads if rec is None else rec.n_gate_blocks
+    require(
+        (att.rotary is not None, "attention has no rotary positions"),
+        (att.n_keys is not None, "attention has no window (n_keys=None)"),
+        (att.out_bias, "attention's output has no bias"),
+        (n_blocks == att.n_heads, f"n_gate_blocks={n_blocks} is not n_heads={att.n_heads}"),
+        ((mlp.act, mlp.bias) == ("gelu_tanh", True), "MLPs are not GELU with biases"),
+        (cfg.norm.style == "one_plus_weight", "norms multiply by weight, not by 1 + weight"),
+        (cfg.scale_embedding, "embeddings are not scaled"),
+        (cfg.logits_soft_cap is not None, "logits have no soft cap (logits_soft_cap=None)"),
     )
 
 
