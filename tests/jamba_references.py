@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import DynamicCache, JambaConfig, JambaForCausalLM  # noqa: TID251
 
 from tests.references import Decode, Greedy, RecurrentStates
+from tests.transformers_versions import CACHE, EAGER_EXPERTS, SLOW_MAMBA
 
 # Step sizes that the biases alone give, and decay rates: decays of 0.9999 to 0.01 a token.
 SLOWEST_STEP, FASTEST_STEP = 1e-3, 0.3
@@ -183,7 +184,8 @@ def hf_jamba(spec: JambaSpec) -> JambaForCausalLM:
         mamba_conv_bias=spec.conv_bias,
         mamba_proj_bias=spec.proj_bias,
         attn_implementation="eager",
-        experts_implementation="eager",
+        **EAGER_EXPERTS,
+        **SLOW_MAMBA,
     )
     with torch.random.fork_rng(devices=[]):
         model = JambaForCausalLM(config).float().eval()
@@ -343,7 +345,7 @@ def _hf_step(model: JambaForCausalLM, tokens: Tensor, start: int, past: DynamicC
         tokens,
         attention_mask=None if has_attention else {"linear_attention": None},
         position_ids=torch.arange(start, start + tokens.shape[1])[None],
-        past_key_values=past,
+        **{CACHE: past},
         use_cache=True,
         output_attentions=True,
     )

@@ -29,6 +29,8 @@ from transformers import (  # noqa: TID251
     RecurrentGemmaForCausalLM,
 )
 
+from tests.transformers_versions import CACHE
+
 BlockType = Literal["recurrent", "attention"]
 
 # Minus the log of the decay where the recurrence gate is 1/2: 4 softplus(recurrent_param).
@@ -288,7 +290,7 @@ def hf_decode(model: RecurrentGemmaForCausalLM, tokens: Tensor, n_prefill: int) 
         out = model(
             tokens[:, position : position + 1],
             position_ids=torch.tensor([[position]]),
-            past_key_values=past,
+            **{CACHE: past},
             use_cache=True,
             output_attentions=True,
         )
@@ -328,7 +330,7 @@ def _hf_prefill(model: RecurrentGemmaForCausalLM, tokens: Tensor) -> DynamicCach
     only_recurrent = len(blocks) == len(model.model.layers)
     past = DynamicCache() if only_recurrent else DynamicCache(config=model.config)
     positions = torch.arange(tokens.shape[1])[None]
-    model(tokens, position_ids=positions, past_key_values=past, use_cache=True)
+    model(tokens, position_ids=positions, use_cache=True, **{CACHE: past})
     return past
 
 

@@ -37,6 +37,7 @@ from tests.jamba_references import SPECS, JambaSpec, hf_jamba, hf_logits_uncache
 from tests.models import layouts, relative
 from tests.references import random_tokens
 from tests.tolerances import FP32_PARITY
+from tests.transformers_versions import EAGER_EXPERTS
 from weights_conversion import CheckpointError, check, jamba
 from weights_conversion.load import shapes_of
 from weights_conversion.rules import account, revert
@@ -78,7 +79,7 @@ def read_by_hf(folder: Path) -> JambaForCausalLM:
     model, info = JambaForCausalLM.from_pretrained(
         folder,
         attn_implementation="eager",
-        experts_implementation="eager",
+        **EAGER_EXPERTS,
         output_loading_info=True,
     )
     assert not any(info.values()), info
@@ -257,7 +258,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_other_settings_equal_hf_and_survive_saving(variant: str, tmp_path: Path):
     given = {**hf(SPEC).config.to_dict(), **VARIANTS[variant]}
-    config = JambaConfig(**given, attn_implementation="eager", experts_implementation="eager")
+    config = JambaConfig(**given, attn_implementation="eager", **EAGER_EXPERTS)
     with torch.random.fork_rng(devices=[]):
         theirs = JambaForCausalLM(config).eval()
     randomise(theirs, seed=7)
