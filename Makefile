@@ -5,8 +5,10 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 
 INTEROP := saelens transformerlens
+TRANSFORMERS := 4.57 5.24
 
-.PHONY: install test lint niah docs interop $(INTEROP:%=interop-%) format clean
+.PHONY: install test lint niah docs interop $(INTEROP:%=interop-%) \
+	transformers $(TRANSFORMERS:%=transformers-%) format clean
 .SECONDARY:
 
 install: $(VENV)/.installed
@@ -54,6 +56,12 @@ interop: $(INTEROP:%=interop-%)
 $(INTEROP:%=interop-%): interop-%: .venv-interop-%/.installed
 	.venv-interop-$*/bin/python -m pytest -c interop/pytest.ini interop/$*
 
+# The parity tests against other versions of transformers than the one that `make test` has.
+transformers: $(TRANSFORMERS:%=transformers-%)
+
+$(TRANSFORMERS:%=transformers-%): transformers-%: .venv-interop-transformers-%/.installed
+	.venv-interop-transformers-$*/bin/python -m pytest tests/parity
+
 .venv-interop-%/.installed: pyproject.toml interop/%/requirements.txt interop/%/constraints.txt
 	$(PYTHON) -m venv .venv-interop-$*
 	.venv-interop-$*/bin/python -m pip install --quiet --constraint interop/$*/constraints.txt \
@@ -65,4 +73,4 @@ format: install
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) .venv-docs $(INTEROP:%=.venv-interop-%) site .mypy_cache .pytest_cache .ruff_cache build *.egg-info
+	rm -rf $(VENV) .venv-docs $(INTEROP:%=.venv-interop-%) $(TRANSFORMERS:%=.venv-interop-transformers-%) site .mypy_cache .pytest_cache .ruff_cache build *.egg-info

@@ -185,7 +185,7 @@ def test_a_base_checkpoint_of_transformers_loads(tmp_path: Path):
     assert "RecurrentGemmaModel" in (tmp_path / "config.json").read_text()
     model = HookedHybrid.from_pretrained(tmp_path)
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path)
-    tokens = torch.arange(9)[None]
+    tokens = torch.arange(3)[None]  # as many as the window: 4.x has none in a plain forward
     with torch.no_grad():
         expected = theirs(tokens, use_cache=False).logits
     assert torch.allclose(model(tokens), expected, rtol=1e-5, atol=1e-5)
