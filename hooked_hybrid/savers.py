@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hooked_hybrid import transforms
 from hooked_hybrid.hooks import HookPoint, per_position, watcher
 from hooked_hybrid.places import (
     Places,
@@ -63,6 +64,8 @@ class Saver:
 
     def own(self, *others: Any) -> None:
         """Copy what lies in the same memory as another kept value, or as a tensor of `others`."""
+        if transforms.are_active():  # what they follow has no memory of its own to look at
+            return
         taken = {t.untyped_storage().data_ptr() for t in _tensors(others)} - {0}
         for name, value in self.cache.items():
             at = value.untyped_storage().data_ptr()

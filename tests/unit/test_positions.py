@@ -641,3 +641,13 @@ def test_caching_hooks_keep_what_stood_before_an_edit_in_place(model):
     model.run_with_hooks(tokens, fwd_hooks=[(name, clear)])
     model.reset_hooks()
     assert torch.equal(kept[name], wanted)
+
+
+def test_a_cache_can_be_made_under_vmap(model):
+    streams, name = torch.randn(2, 3, model.cfg.d_model), "blocks.1.hook_resid_post"
+
+    def kept(resid: Tensor) -> Tensor:
+        return model.run_with_cache(resid[None], start_at_layer=0, names_filter=name)[1][name]
+
+    alone = torch.stack([kept(resid) for resid in streams])
+    torch.testing.assert_close(torch.func.vmap(kept)(streams), alone)
