@@ -20,15 +20,13 @@ def may_hold_padding(tokens: Int[Tensor, "batch pos"], text: Text) -> Bool[Tenso
     None where there is nothing to ask: no padding token, or one token a row, as in decoding.
     A padding token that is also BOS or EOS may stand once at an end of a text.
     """
-    pad = text.pad_id
-    if pad is None or tokens.shape[1] < 2:
+    pad, n_pos = text.pad_id, tokens.shape[1]
+    if pad is None or n_pos < 2:
         return None
-    is_pad = tokens == pad
-    first, last = is_pad[:, 0], is_pad[:, -1]
     if text.shows_padding:
-        return (first | last).any()
-    last_two = last if pad not in text.eos else last & is_pad[:, -2]
-    return ((first & is_pad[:, 1]) | last_two).any()
+        return tokens[:, :: n_pos - 1].eq(pad).any()  # the first and the last of each row
+    at_the_end = tokens[:, -2:] if pad in text.eos else tokens[:, -1:]
+    return (tokens[:, :2].eq(pad).all(1) | at_the_end.eq(pad).all(1)).any()
 
 
 def mask_of(tokens: Int[Tensor, "batch pos"], text: Text) -> Int[Tensor, "batch pos"]:

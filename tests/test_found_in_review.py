@@ -18,6 +18,7 @@ from torch import Tensor
 from hooked_hybrid import HookedHybrid, HookPoint, HybridState, interventions, memory
 from hooked_hybrid.chat import render_chat
 from tests.models import CONFIGS, griffin_config, random_model, random_tokens, relative, tiny_model
+from tests.tokenizers_of_the_families import sentencepiece_folder
 from weights_conversion import CheckpointError
 from weights_conversion.__main__ import main
 from weights_conversion.sources import open_torch_file
@@ -171,16 +172,18 @@ def test_bytes_that_are_no_torch_file_are_refused_by_name(tmp_path: Path):
             open_torch_file(tmp_path / "bad.pt")
 
 
-def test_a_kaggle_folder_loads_without_sentencepiece_and_only_text_is_refused(
+def test_a_kaggle_folder_reads_text_without_sentencepiece(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
+    sentencepiece_folder(tmp_path, "gemma")
     (tmp_path / "2b.pt").write_bytes(GOOGLE.read_bytes())
-    (tmp_path / "tokenizer.model").write_bytes(b"")
     monkeypatch.setitem(__import__("sys").modules, "sentencepiece", None)
     model = HookedHybrid.from_pretrained(tmp_path)
-    assert torch.isfinite(model(torch.tensor([[3, 4]]))).all()
-    with pytest.raises(ValueError, match=r"hooked-hybrid\[sentencepiece\]"):
-        model("text")
+    assert model.to_string(model.to_tokens("The river")) == ["<bos>The river"]
+    for damaged in (b"", b"hello", (tmp_path / "tokenizer.model").read_bytes()[:-3]):
+        (tmp_path / "tokenizer.model").write_bytes(damaged)
+        with pytest.raises(CheckpointError, match=r"tokenizer\.model is not a sentencepiece"):
+            HookedHybrid.from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize("options", [["--n-keys", "0"], ["--n-heads", "0"], ["--n-heads", "-4"]])

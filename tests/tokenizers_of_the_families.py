@@ -48,7 +48,7 @@ PIECES += ["\u202e", "河", "。", "ﬁ", "\ufffd", "\x00", "\x7f", "<", ">", "<
 SPECIAL = ["<bos>", "<eos>", "<pad>", "<unk>", "<s>", "</s>", "<start_of_turn>", "<|end|>"]
 
 
-def awkward_texts(n: int = 200) -> list[str]:
+def awkward_texts(n: int = 160) -> list[str]:
     """Return every piece alone, and drawn joins of a few, special tokens among them."""
     rng = random.Random(0)
     alone = [
