@@ -58,4 +58,5 @@ def contents(folder: Path) -> dict[str, bytes]:
 def many_shards(folder: Path, **changes) -> HarvestedActivations:
     settings = {"context_length": CONTEXT, "batch_size": 2, "shard_bytes": 18000, "seed": 0}
     settings |= {"resume": True, "verbose": False, **changes}
-    return harvest(model_named(), documents_of((20,) * 12), RESID, folder, **settings)
+    model = settings.pop("model", None) or model_named()
+    return harvest(model, documents_of((20,) * 12), RESID, folder, **settings)

@@ -29,7 +29,8 @@ class Recipe:
     """What decides which bytes a harvest writes.
 
     `bos` is what is put in front of each context, `left_out` the tokens of which nothing is kept.
-    `documents` and `encoding` are hashes, `model` and `interventions` what tells them from others.
+    `documents` and `encoding` are hashes, `model` and `interventions` what tells them from others
+    (older versions wrote a hash of these).
     """
 
     names: list[str]
@@ -43,7 +44,7 @@ class Recipe:
     documents: str
     encoding: str
     model: dict[str, Any]
-    interventions: list[dict[str, str]]
+    interventions: list[dict[str, str]] | str
     format: int = FORMAT
 
     @property
@@ -141,7 +142,10 @@ def _of_older(before: Mapping[str, Any], now: Mapping[str, Any], cfg: HybridConf
     identity["quantization"] = new["quantization"]  # it is in the hash of the weights
     if old["hooks"] == []:
         identity["hooks"] = []
-    if old["config"] == short_hash(repr(replace(cfg, model_name="", extra={}))):
+    # Whether BOS is put in front is the recipe's own; what a config said of it has changed.
+    plain = replace(cfg, model_name="", extra={})
+    same = [replace(plain, default_prepend_bos=b) for b in (cfg.default_prepend_bos, True, False)]
+    if old["config"] in [short_hash(repr(one)) for one in same]:
         identity["config"] = new["config"]
     kept = {k: v for k, v in before.items() if k not in ("model", "interventions")}
     if before["interventions"] == _NONE_BEFORE:

@@ -21,7 +21,8 @@ _NAMES = {
     "hooks": "hooks on the model",
     "changes": "what is not as the config makes it:",
 }
-_UNRECORDED = "cannot be proven the same (what it was has not been recorded)"
+_UNRECORDED_NAMES = {"changes": "what a model's modules hold"}
+_UNRECORDED = "cannot be proven the same"
 
 
 def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
@@ -55,26 +56,24 @@ def identity_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[
     return _of_models(before, json.loads(json.dumps(dict(now))))
 
 
-def is_unproven(changed: Sequence[str]) -> bool:
-    """Whether nothing is known to differ, and something is not known to be the same."""
-    return bool(changed) and all(clause.endswith(_UNRECORDED) for clause in changed)
-
-
-def refusal(place: object, what: str, changed: Sequence[str]) -> str:
+def refusal(place: object, what: str, changed: Sequence[str], reading: str = "") -> str:
     """Return why results are not gone on with.
 
     Args:
         place: of the results.
         what: they are of, such as "experiment".
         changed: of `changes`.
+        reading: how they can be read all the same.
     """
     end = "give another folder, nothing is overwritten"
-    if is_unproven(changed):
-        return (
-            f"{place} was begun by an older version of this library, and it is not sure that it "
-            f"is the same {what}: {'; '.join(changed)}; {end}"
-        )
-    return f"{place} holds another {what}: {'; '.join(changed)}; {end}"
+    differ = [clause for clause in changed if not clause.endswith(_UNRECORDED)]
+    if differ:
+        return f"{place} holds another {what}: {'; '.join(differ)}; {end}"
+    unproven = [clause.removesuffix(_UNRECORDED).strip() for clause in changed]
+    return (
+        f"{place} was begun by an older version of this library, which did not record all of "
+        f"{', '.join(unproven)}: that they are the same cannot be proven; {end}{reading}"
+    )
 
 
 def _adopted(before: Mapping[str, Any]) -> dict[str, Any]:
@@ -99,7 +98,7 @@ def _of_models(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     for key in dict.fromkeys([*now, *before]):
         name = _NAMES.get(key, key)
         if key not in before:
-            found.append(f"{name.rstrip(':')} {_UNRECORDED}")
+            found.append(f"{_UNRECORDED_NAMES.get(key, name)} {_UNRECORDED}")
         elif not _same(old := before[key], new := now.get(key)):
             if key == "weights" and _sizes_differ(before, now):
                 continue  # they are hashed together
@@ -194,8 +193,8 @@ def _few(clauses: Sequence[str]) -> list[str]:
     named = list(islice(clauses, MOST_NAMED))
     if left <= 0:
         return named
-    others = f"{left} more"
-    return [*named, f"{others} {_UNRECORDED}" if is_unproven(clauses) else others]
+    are_unproven = all(clause.endswith(_UNRECORDED) for clause in clauses)
+    return [*named, f"{left} more {_UNRECORDED}" if are_unproven else f"{left} more"]
 
 
 def _same(before: Any, now: Any) -> bool:
@@ -203,4 +202,4 @@ def _same(before: Any, now: Any) -> bool:
     return json.dumps(before, sort_keys=True) == json.dumps(now, sort_keys=True)
 
 
-__all__ = ["changes", "identity_changes", "is_unproven", "refusal"]
+__all__ = ["changes", "identity_changes", "refusal"]

@@ -13,6 +13,7 @@ import sqlite3
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from hashlib import sha256
+from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -76,6 +77,7 @@ _SYSTEM_ERRORS = {
     sqlite3.SQLITE_LOCKED: errno.EBUSY,
 }
 """Errors of the disk, not of the file, and the system's nearest name for them."""
+_READING = "; `hooked_hybrid.niah.store.read_cells` reads the cells that are there"
 _MISUSE = (sqlite3.IntegrityError, sqlite3.InterfaceError, sqlite3.ProgrammingError)
 """Errors of what was asked, not of the file."""
 
@@ -152,16 +154,8 @@ class Store:
         Of a file that does not say where a needle really stands, `real_depth` is the asked depth.
         """
         require("pandas")
-        import pandas
-
         with _explained(self.path):
-            table = pandas.read_sql("SELECT * FROM cells ORDER BY rowid", self.connection)
-        for name in (name for name in COLUMNS if name not in table):
-            table[name] = table["depth"] if name == "real_depth" else None
-        table["k"] = table["k"].astype("Int64")
-        for name in ("read_twice", "in_window"):
-            table[name] = table[name].astype("boolean")
-        return table
+            return _table(self.connection)
 
     def close(self) -> None:
         """Close the file and let go of its folder."""
@@ -172,6 +166,34 @@ class Store:
         query = "SELECT value FROM meta WHERE key = 'digest'"
         found = self.connection.execute(query).fetchone()
         return self._digest if found is None else int(found[0], 16)
+
+
+def read_cells(folder: str | PathLike[str]) -> pandas.DataFrame:
+    """Return the cells in a folder, whatever they are of, in the order in which they were added.
+
+    Raises:
+        FileNotFoundError: it holds no store.
+        ValueError: the file is of a newer version, or damaged.
+        OSError: another run writes there.
+    """
+    path = Path(folder) / FILE
+    if not path.is_file():
+        raise FileNotFoundError(f"{path.parent} holds no {FILE}: give the folder of a sweep")
+    with claimed(path.parent, resume=True), _explained(path), closing(_opened(path, {})) as file:
+        _check(file, path)
+        return _table(file)
+
+
+def _table(connection: sqlite3.Connection) -> pandas.DataFrame:
+    import pandas
+
+    table = pandas.read_sql("SELECT * FROM cells ORDER BY rowid", connection)
+    for name in (name for name in COLUMNS if name not in table):
+        table[name] = table["depth"] if name == "real_depth" else None
+    table["k"] = table["k"].astype("Int64")
+    for name in ("read_twice", "in_window"):
+        table[name] = table[name].astype("boolean")
+    return table
 
 
 def _opened(path: Path | None, experiment: Mapping[str, Any]) -> sqlite3.Connection:
@@ -257,7 +279,7 @@ def _compare(connection: sqlite3.Connection, path: Path, experiment: Mapping[str
     except (TypeError, ValueError):
         raise _damaged(path, "it does not say of which experiment it is") from None
     if changed := changes(before, experiment):
-        raise ValueError(refusal(path, "experiment", changed))
+        raise ValueError(refusal(path, "experiment", changed, _READING))
 
 
 def _digest_of(rows: Iterable[tuple[Any, ...]], before: int = 0) -> int:

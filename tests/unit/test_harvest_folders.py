@@ -6,21 +6,25 @@ import os
 import pickle
 import random
 import resource
+import shutil
 import signal
 import threading
 import time
 from collections import namedtuple
 from dataclasses import replace
+from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from hooked_hybrid import interventions
 from hooked_hybrid.harvest import HarvestedActivations, harvest, making
-from hooked_hybrid.harvest.documents import FILE
-from hooked_hybrid.harvest.running import Runner
-from hooked_hybrid.harvest.shards import INDEX, RECIPE, read_header
+from hooked_hybrid.harvest.documents import FILE, Documents
+from hooked_hybrid.harvest.recipe import Recipe
+from hooked_hybrid.harvest.running import Runner, ShardMaker
+from hooked_hybrid.harvest.shards import INDEX, RECIPE, read_header, short_hash
 from hooked_hybrid.results_folder import FolderInUseError, claimed
 from tests.harvests import (
     RESID,
@@ -28,6 +32,7 @@ from tests.harvests import (
     documents_of,
     many_shards,
     model_named,
+    rows_of,
 )
 from tests.models import D_VOCAB, tiny_model
 
@@ -342,3 +347,34 @@ def test_an_index_that_does_not_fit_its_shards_is_found(tmp_path):
     with pytest.raises(ValueError, match="index.json does not fit the shards: go on with"):
         HarvestedActivations(harvested.folder).verify()
     many_shards(harvested.folder).verify()
+
+
+def as_older_versions_wrote_it(folder: Path, fwd_hooks: Any = ()) -> None:
+    """Put a finished harvest of `many_shards` back to one shard, recorded as it was once."""
+    recipe = json.loads((folder / RECIPE).read_text())
+    plain = replace(model_named().cfg, model_name="", extra={}, default_prepend_bos=True)
+    said = recipe["model"]
+    model = {"weights": said["weights"], "config": short_hash(repr(plain)), "hooks": []}
+    nothing = sha256(b"list()").hexdigest()[:16]
+    recipe |= {"model": {**model, "dtype": said["dtype"]}, "interventions": nothing}
+    for path in (*folder.glob("shard*"), folder / "index.json"):
+        path.unlink()
+    (folder / RECIPE).write_text(json.dumps(recipe, indent=1) + "\n")
+    older, documents = Recipe(**recipe), Documents.open(folder)
+    runner = Runner(model_named(), older.names, torch.float32, fwd_hooks)
+    ShardMaker(runner, older.plan(documents), folder, older.hash).make(0)
+
+
+def test_an_older_harvest_is_gone_on_with_where_what_it_recorded_proves_it_the_same(tmp_path, made):
+    folder = shutil.copytree(made, tmp_path / "older")
+    as_older_versions_wrote_it(folder)
+    before = contents(folder)
+    with pytest.raises(ValueError, match="holds another harvest: fwd_hooks|all of fwd_hooks: that"):
+        many_shards(folder, fwd_hooks=interventions.keep_top_heads(1))
+    with pytest.raises(ValueError, match="holds another harvest: the weights; give"):
+        many_shards(folder, model=tiny_model(seed=1))
+    assert contents(folder) == before
+    many_shards(folder).verify()
+    assert contents(folder)[RECIPE] == before[RECIPE]
+    ours, theirs = rows_of(many_shards(folder)), rows_of(HarvestedActivations(made))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)

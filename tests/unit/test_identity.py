@@ -332,7 +332,8 @@ def test_an_older_identity_proves_what_it_recorded_and_no_more():
         {"model": weights, "dtype": "torch.float32", "prompts": "p", "max_new_tokens": 4}, now
     )
     said = refusal("F", "experiment", found)
-    assert said.startswith("F was begun by an older version") and "config cannot be proven" in said
+    assert said.startswith("F was begun by an older version")
+    assert "did not record all of quantization, config, the tokenizer, hooks on the model" in said
     found = changes(
         {"model": "other", "dtype": "torch.float32", "prompts": "p", "max_new_tokens": 5}, now
     )

@@ -12,6 +12,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ from hooked_hybrid import HookedHybrid, HookNameError, HookPoint
 from hooked_hybrid.identity.model import weights_hash
 from hooked_hybrid.niah.needles import PAPER
 from hooked_hybrid.niah.prompts import Prompt, grid
-from hooked_hybrid.niah.store import FILE
+from hooked_hybrid.niah.store import FILE, read_cells
 from hooked_hybrid.niah.sweep import Setting, niah, top_k_settings
 from hooked_hybrid.niah.word_tokenizer import word_tokenizer
 from hooked_hybrid.niah.words import vocabulary
@@ -142,6 +143,13 @@ def test_a_finished_run_resumes_to_itself_and_another_experiment_is_refused(tmp_
         with pytest.raises(ValueError, match=message):
             niah(other, its_prompts, out=tmp_path / "r", resume=True, **options, **QUIET)
     assert len(list((tmp_path / "r").iterdir())) == 1
+    read = read_cells(tmp_path / "r")
+    by = ["prompt_id", "setting"]
+    pd.testing.assert_frame_equal(
+        *(table.sort_values(by, ignore_index=True) for table in (read, first))
+    )
+    with pytest.raises(FileNotFoundError, match="give the folder of a sweep"):
+        read_cells(tmp_path)
     kept = sqlite3.connect(tmp_path / "r" / FILE)
     assert kept.execute("SELECT count(*) FROM cells").fetchone() == (len(first),)
 

@@ -14,7 +14,7 @@ from ray import cloudpickle
 
 from hooked_hybrid.identity.model import model_identity
 from hooked_hybrid.niah import ray_calls, ray_workers
-from hooked_hybrid.niah.ray_actor import Worker, versions
+from hooked_hybrid.niah.ray_actor import Worker, packed, versions
 from hooked_hybrid.niah.ray_calls import DiedError, what_died
 from hooked_hybrid.niah.ray_workers import MOST_DEATHS, RayWorkers
 from hooked_hybrid.niah.work import Job
@@ -104,6 +104,35 @@ def test_the_end_of_the_block_ends_workers_and_who_reads_on_is_told(
     assert len(machine.free) == 2
     with pytest.raises(RuntimeError, match="the block of these workers has ended"):
         list(results)
+
+
+def test_workers_of_a_model_that_has_changed_get_it_anew(monkeypatch: pytest.MonkeyPatch):
+    machine, model = Machine(monkeypatch, deadly=set()), tiny_model()
+    sent: list[Any] = []
+
+    def pack(model: Any) -> bytes:
+        sent.append((model.cfg.eos_token_id, model.unembed.soft_cap))
+        return packed(model)
+
+    monkeypatch.setattr(ray_workers, "packed_model", pack)
+    with RayWorkers(n=2) as workers:
+        for change in (None, None, "cfg", "cap"):
+            if change == "cfg":
+                model.cfg = model.cfg.with_overrides(eos_token_id=40)
+            elif change == "cap":
+                model.unembed.soft_cap = 3.0
+            assert len(list(workers.results(model, Tens(), [range(4)]))) == 4
+    assert sent == [(1, 30.0), (40, 30.0), (40, 3.0)]
+    assert machine.n_started == 6
+
+
+def test_a_worker_names_what_its_model_has_otherwise():
+    ours = tiny_model()
+    theirs = tiny_model()
+    theirs.cfg = theirs.cfg.with_overrides(logits_soft_cap=10.0)
+    precision = torch.get_float32_matmul_precision()
+    with pytest.raises(ValueError, match="another model than .*config logits_soft_cap .* -> 10.0"):
+        Worker().load(lambda: theirs, model_identity(ours), torch.get_num_threads(), precision)
 
 
 class Refused(Exception):
