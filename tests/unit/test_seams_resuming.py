@@ -302,7 +302,8 @@ def drawn(rng: random.Random) -> tuple[str, Change]:
         return f"{one} and {two}", lambda w: (first(w), second(w))
     if kind == "config":
         key = rng.choice(["logits_soft_cap", "n_keys", "eos_token_id", "pad_token_id"])
-        value = rng.randrange(4, 60)
+        value: Any = rng.randrange(4, 60)
+        value = float(value) if key == "logits_soft_cap" else value
         return f"{key} {value}", lambda w: loaded_with(w, **{key: value})
     part, number = rng.choice(sorted(set(PARTS) - {"code", "partial"})), rng.uniform(0.5, 2)
     hook = hook_of(**{part: number})
@@ -359,4 +360,4 @@ def test_a_run_that_is_gone_on_with_after_a_change_is_refused_or_right(kind, beg
     assert set(MUST_RESUME) <= set(went_on)
     assert not wrong
     if kind == "niah":
-        assert not set(went_on) - set(MUST_RESUME), went_on
+        assert not set(went_on) & set(CHANGES) - set(MUST_RESUME), went_on
