@@ -381,8 +381,8 @@ def test_layers_of_different_numbers_of_heads_are_refused_by_number():
     cfg = griffin_config("AA")
     last = replace(cfg.layers[1], mixer=replace(cfg.layers[1].mixer, n_heads=1))
     model = random_model(replace(cfg, layers=(cfg.layers[0], last)))
-    with pytest.raises(ValueError, match="layer 0 has 3, layer 1 has 1"):
+    with pytest.raises(ValueError, match="layer 0 has 4, layer 1 has 1"):
         analysis.entropy_profile(model, random_tokens(1, 4))
     _, cache = model.run_with_cache(random_tokens(1, 4))
-    with pytest.raises(ValueError, match="layer 0 has 3, layer 1 has 1"):
+    with pytest.raises(ValueError, match="layer 0 has 4, layer 1 has 1"):
         analysis.entropy_profile(cache)
