@@ -293,6 +293,9 @@ ROUNDINGS: dict[str, float] = {
     "memory_horizon": 32,  # whole tokens
     "how_far": 32,
     "compare_with_patching": 24,  # differences of metrics, of which some cancels
+    "path_patch": 32,  # a difference of two logits, of which much may cancel
+    "path_patch_each": 32,
+    "path_patch_heads": 32,
     "lens_ranks": 64,  # of 61: neighbours change places
     "normalised": 32,  # over the difference of two runs, a third of either
 }
