@@ -166,9 +166,9 @@ class TextMethods:
             raise ValueError(f"{string!r} is {shown}, {self.text.strings(ids)}, not one")
         return ids[0]
 
-    def to_single_str_token(self, token: int) -> str:
+    def to_single_str_token(self, int_token: int) -> str:
         """Return the string of one token, a blank in front of it kept."""
-        return self.text.strings([token])[0]
+        return self.text.strings([int_token])[0]
 
     def get_token_position(
         self,
