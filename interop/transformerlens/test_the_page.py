@@ -61,7 +61,6 @@ DIFFERENT = {
     "TransformerBridge.to_str_tokens(padding_side)": "`padding_side` of `to_str_tokens`",
     "TransformerBridge.get_token_position(padding_side)": "`padding_side` of `to_str_tokens`",
     "TransformerBridge.generate(do_sample)": "`do_sample=False`",
-    "TransformerBridge.generate(names_filter)": "`names_filter` of `generate`",
     "TransformerBridge.generate(stop_strings)": "`stop_strings=()`",
     "TransformerBridge.run_with_cache(return_cache_object)": "`return_cache_object`",
     "TransformerBridge.run_with_hooks(remove_batch_dim)": "`remove_batch_dim` of `run_with_hooks`",
@@ -74,7 +73,7 @@ DIFFERENT = {
 }
 """Arguments that ours lack or whose default differs, and the words of the page that say so."""
 
-OTHER_MODELS = {"pixel_values", "forced_bos_token_id", "multimodal_kwargs", "kwargs"}
+OTHER_MODELS = {"self", "pixel_values", "forced_bos_token_id", "multimodal_kwargs", "kwargs"}
 """Arguments for other kinds of model, or that a catch-all takes."""
 
 
