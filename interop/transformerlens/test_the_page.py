@@ -21,7 +21,7 @@ from transformer_lens.hook_points import HookPoint
 from transformer_lens.HookedRootModule import HookedRootModule
 from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.utilities import get_act_name
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer  # noqa: TID251
 
 import hooked_hybrid
 from hooked_hybrid import HookedHybrid, names
@@ -106,7 +106,10 @@ def test_the_arguments_are_theirs_or_the_page_says_how_they_differ(name: str):
         mine |= inspect.signature(HookedHybrid.forward).parameters
     different = set()
     for key, parameter in inspect.signature(theirs).parameters.items():
-        if key in OTHER_MODELS or parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL):
+        if key in OTHER_MODELS or parameter.kind in (
+            parameter.VAR_KEYWORD,
+            parameter.VAR_POSITIONAL,
+        ):
             continue
         filled_in = FILLED_IN.get(key) == parameter.default
         if key not in mine or not (filled_in or same_default(parameter.default, mine[key].default)):
@@ -151,9 +154,7 @@ def module_of(root: type, point: type) -> Any:
 
 def theirs_and_ours() -> tuple[Any, Any]:
     """Return the module of TransformerLens's classes and that of ours."""
-    ours = module_of(
-        hooked_hybrid.HookedRootModule, lambda: hooked_hybrid.HookPoint("batch pos d")
-    )
+    ours = module_of(hooked_hybrid.HookedRootModule, lambda: hooked_hybrid.HookPoint("batch pos d"))
     return module_of(HookedRootModule, HookPoint), ours
 
 
@@ -442,9 +443,7 @@ CALLS: dict[str, Callable[[Any], Any]] = {
     ],
     "residual streams": lambda m: [m.run_with_cache(TEXTS[0])[1]["resid_post", i] for i in (0, -1)],
     "greedy text": lambda m: m.generate(TEXTS[0], 6, do_sample=False, verbose=False),
-    "greedy tokens": lambda m: m.generate(
-        m.to_tokens(TEXTS[0]), 6, do_sample=False, verbose=False
-    ),
+    "greedy tokens": lambda m: m.generate(m.to_tokens(TEXTS[0]), 6, do_sample=False, verbose=False),
     "greedy texts": lambda m: m.generate(TEXTS, 6, do_sample=False, verbose=False),
     "sampling from one token": lambda m: m.generate(
         TEXTS[0], 3, do_sample=True, top_k=1, verbose=False

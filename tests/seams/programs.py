@@ -9,7 +9,7 @@ plain hook a point on a copy of the model.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from copy import deepcopy
 from dataclasses import dataclass, field
 from random import Random
@@ -200,10 +200,8 @@ def leave(random: Random, ledger: Ledger, _: HookedHybrid) -> None:
         return
     block, entries = ledger.blocks.pop(random.randrange(len(ledger.blocks)))
     if random.random() < 0.3:
-        try:
+        with suppress(Boom):
             block.__exit__(Boom, Boom(), None)
-        except Boom:
-            pass
     else:
         block.__exit__(None, None, None)
     for entry in entries:
@@ -254,7 +252,8 @@ def _extra(random: Random, ledger: Ledger) -> Iterator[Any]:
     if way == "plain":
         yield model
     elif way == "cache":
-        yield lambda tokens: model.run_with_cache(tokens, names_filter=random.choice(ledger.order))[0]
+        name = random.choice(ledger.order)
+        yield lambda tokens: model.run_with_cache(tokens, names_filter=name)[0]
     else:
         entries = [draw_entry(random, ledger) for _ in range(2)]
         hooks = [(entry.point, ledger.function(entry)) for entry in entries]
