@@ -204,8 +204,9 @@ def check_cache(random: Random, model: HookedHybrid) -> None:
     n_pos, options = batch.tokens.shape[1], dict(batch.options)
     picked: list[int] | None = None
     if random.random() < 0.5:
-        picked = sorted(random.sample(range(n_pos), random.randint(1, n_pos)))
-        options["pos_slice"] = random.choice([list(picked), torch.tensor(picked)])
+        picked = draw_positions(random, batch)
+        is_run = picked == list(range(picked[0], picked[-1] + 1))
+        options["pos_slice"] = slice(picked[0], picked[-1] + 1) if is_run else list(picked)
     if random.random() < 0.3:
         options["device"] = "cpu"
     with model.hooks(batch.fwd_hooks):
@@ -236,6 +237,19 @@ def check_cache(random: Random, model: HookedHybrid) -> None:
                 assert torch.equal(got < -1e30, is_low), f"{name}: another mask"
                 got, want = got.masked_fill(is_low, 0), want.masked_fill(is_low, 0)
         assert_close(got.float(), want.float(), f"{name} of row {r}")
+
+
+def draw_positions(random: Random, batch: Batch) -> list[int]:
+    """Draw columns: a run of any, or some that hold a token in every row."""
+    n_pos = batch.tokens.shape[1]
+    first = random.randrange(n_pos)
+    run = list(range(first, random.randint(first + 1, n_pos)))
+    ends = [(p.start, p.stop) for p in batch.places]
+    starts, stops = zip(*ends, strict=True)
+    full = range(min(starts), max(stops)) if batch.is_packed else range(max(starts), min(stops))
+    if not full or random.random() < 0.5:
+        return run
+    return sorted(random.sample(full, random.randint(1, len(full))))
 
 
 __all__ = ["Batch", "check_cache", "check_forward", "draw_batch"]

@@ -30,6 +30,10 @@ def check_generation(random: Random, model: HookedHybrid) -> None:
     inside = tuple(map(len, batch.histories))
     prefill, prefill_marks = draw_edits(random, model, inside, parts)
     generation, generation_marks = draw_edits(random, model, parts, (LONG,) * len(parts))
+    if first == "prefill" and n_new == 1:
+        generation, generation_marks = [], []  # refused: there is no step of generation
+    if first == "generation" and batch.tokens.shape[1] == 1:
+        prefill, prefill_marks = [], []
     eos = random.sample(range(3, D_VOCAB), random.choice([0, 0, 20]))
     names = keepable(random, model)
     out = model.generate(

@@ -15,7 +15,7 @@ from tests.seams.calls import check_cache, check_forward
 from tests.seams.generations import check_generation
 from tests.seams.programs import check_program
 
-COUNT = int(os.environ.get("SEAMS", "12"))
+COUNT = int(os.environ.get("SEAMS", "8"))
 SEED = int(os.environ.get("SEAMS_SEED", "0"))
 CHECKS: dict[str, Callable[[Random, HookedHybrid], None]] = {
     "forward": check_forward,
