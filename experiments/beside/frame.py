@@ -133,7 +133,10 @@ def interval(row: pd.Series) -> str:
 
 
 def picture(finding: Finding, experiment: Experiment, title: str) -> Figure:
-    """Return one line a setting: the measure with its 95% interval."""
+    """Return one line a setting: the measure with its 95% interval.
+
+    Ratios far apart stand on a logarithmic axis, shares (none above 1) never do.
+    """
     column, table = experiment.column, finding.table
     ends = ("low", "high") if column == "accuracy" else (f"{column}_low", f"{column}_high")
     figure = new_figure(7.0, 1.4 + 0.19 * len(table))
@@ -154,7 +157,7 @@ def picture(finding: Finding, experiment: Experiment, title: str) -> Figure:
     axes.grid(alpha=0.3)
     if column == "accuracy":
         axes.set_xlim(-0.03, 1.03)
-    elif table[column].min() > 0 and table[column].max() > 30 * table[column].min():
+    elif table[column].min() > 0 and table[column].max() > max(1, 30 * table[column].min()):
         axes.set_xscale("log")
     return figure
 

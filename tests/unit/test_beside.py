@@ -207,6 +207,14 @@ def test_the_program_runs_what_is_not_done(
     assert "done" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(("values", "scale"), [([1, 0.003], "linear"), ([1, 320.0], "log")])
+def test_a_picture_of_shares_is_linear_one_of_ratios_far_apart_is_not(values: list, scale: str):
+    table = pd.DataFrame({"setting": ["whole", "cut"], "induction": values})
+    experiment = Experiment("a claim", "arXiv", lambda bench: None, "induction", "a unit")
+    drawn = frame.picture(Finding("cannot say", "", table), experiment, "a title")
+    assert drawn.axes[0].get_xscale() == scale
+
+
 @pytest.mark.parametrize("name", program.NAMES)
 def test_every_experiment_says_whose_result_it_stands_beside(name: str):
     experiment = program.experiment_of(name)
