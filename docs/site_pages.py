@@ -63,6 +63,7 @@ PACKAGES = {
     "hooked_hybrid.reproduce": "The papers' tables and figures",
     "hooked_hybrid.harvest": "Harvesting activations",
     "hooked_hybrid.placement": "Models larger than a device",
+    "hooked_hybrid.identity": "What a stored result depends on",
     "hooked_hybrid.mixers": "Mixers",
     "hooked_hybrid.mlps": "MLPs",
     "hooked_hybrid.kernels": "Kernels",
