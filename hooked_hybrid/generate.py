@@ -25,6 +25,7 @@ from hooked_hybrid.hooks import Stage
 from hooked_hybrid.layout import lay_out
 from hooked_hybrid.names import NameFilter
 from hooked_hybrid.options import check_choice, check_count, refuse_ignored
+from hooked_hybrid.padding import refuse_unequal_ends
 from hooked_hybrid.recorder import Recorder
 from hooked_hybrid.sampling import NoChoiceError, Sampling
 from hooked_hybrid.state import HybridState
@@ -97,7 +98,8 @@ def generate(
         input: tokens [batch pos] or [pos], a text, or several.
         max_new_tokens: tokens added to each row at most.
         fwd_hooks: attached throughout.
-        prefill_hooks, generation_hooks: attached after `fwd_hooks`, in one stage only.
+        prefill_hooks, generation_hooks: attached after `fwd_hooks`, in one stage only. Those of a
+            stage that this call does not have are an error, unless the other stage has them too.
         first_token_stage: which stage chooses the first new token. "prefill" reads the whole
             prompt in it (Hugging Face); "generation" leaves the last prompt token to a step of
             its own (Google's sampler), so that generation hooks act on the first new token too.
@@ -110,7 +112,8 @@ def generate(
         do_sample: draw tokens; else the most likely one is taken (TransformerLens draws unless
             told otherwise).
         temperature: of drawing, above 0; None is 1. As it goes to 0 the draw goes to the most
-            likely token, also where it is too small to divide by.
+            likely token, also where it is too small to divide by. Without `do_sample` 0 may be
+            given, which says the same.
         top_k, top_p: draw from so many of the most likely tokens; from the fewest most likely
             ones that hold this share of the probability.
         generator: gives the seed of the draws, on any device; None uses torch's global one. Row i's
@@ -397,7 +400,10 @@ def _prompt(
         )
         tokens = checked_tokens(model, input)
     else:
+        is_masked = attention_mask is not None
         tokens, attention_mask = checked_batch(model, input, attention_mask)
+        if not is_masked and model.tokenizer is not None:
+            refuse_unequal_ends(tokens, model.text)
     if attention_mask is None:
         return tokens, None
     layout = lay_out(tokens, state, attention_mask, None)
@@ -414,18 +420,18 @@ def _refuse_idle_hooks(
     prefill_hooks: Sequence[HookSpec],
     generation_hooks: Sequence[HookSpec],
 ) -> None:
-    """Refuse hooks of a stage that this call does not have."""
+    """Refuse hooks of a stage that this call does not have, unless the other has them too."""
     prefills = first_token_stage == "prefill"
     if prefills and max_new_tokens == 1:
         refuse_ignored(
             "prefill chooses the one new token; give max_new_tokens=2 or more, or "
             "first_token_stage='generation'",
-            generation_hooks=generation_hooks,
+            generation_hooks=[h for h in generation_hooks if h not in prefill_hooks],
         )
     if not prefills and n_pos == 1:
         refuse_ignored(
             "the prompt's one token is read in generation; give first_token_stage='prefill'",
-            prefill_hooks=prefill_hooks,
+            prefill_hooks=[h for h in prefill_hooks if h not in generation_hooks],
         )
 
 

@@ -36,7 +36,7 @@ class Sampling:
     Args:
         do_sample: draw.
         temperature: divides the logits; None is 1. Where it is too small to divide by, the draw is
-            from the most likely tokens, its limit.
+            from the most likely tokens, its limit. 0 is for `do_sample=False` alone.
         top_k: draw from so many of the most likely tokens.
         top_p: draw from the fewest most likely tokens that hold this share of the probability.
         generator: gives the seed of the draws, on any device; None uses torch's global one.
@@ -58,12 +58,12 @@ class Sampling:
         if not self.do_sample:
             refuse_ignored(
                 GREEDY,
-                temperature=self.temperature,
+                temperature=self.temperature or None,  # 0 is the most likely token
                 top_k=self.top_k,
                 top_p=self.top_p,
                 generator=self.generator,
             )
-        if self.temperature is not None:
+        if self.do_sample and self.temperature is not None:
             check_number(
                 "temperature",
                 self.temperature,

@@ -438,6 +438,27 @@ def test_what_is_refused_names_do_sample(model, tokens):
         model.generate(tokens, 3, temperature=0.5, top_k=3, **QUIET)
 
 
+def test_greedy_takes_a_temperature_of_zero_and_one_new_token_takes_hooks_of_both_stages(
+    model, tokens
+):
+    greedy = model.generate(tokens, 3, **QUIET)
+    assert torch.equal(model.generate(tokens, 3, temperature=0.0, **QUIET), greedy)
+    with pytest.raises(ValueError, match="temperature=0.0: give a finite number above 0"):
+        model.generate(tokens, 3, temperature=0.0, do_sample=True, **QUIET)
+
+    hooks, more = [(EMBED, halve)], [(EMBED, halve), ("ln_final.hook_scale", halve)]
+    everywhere = model.generate(tokens, 1, fwd_hooks=hooks, **QUIET)
+    in_stages = {"prefill_hooks": hooks, "generation_hooks": hooks, **QUIET}
+    assert torch.equal(model.generate(tokens, 1, **in_stages), everywhere)
+    one = {"max_new_tokens": 1, "first_token_stage": "generation"}
+    assert torch.equal(
+        model.generate(tokens[:, :1], **one, **in_stages),
+        model.generate(tokens[:, :1], **one, fwd_hooks=hooks, **QUIET),
+    )
+    with pytest.raises(ValueError, match="ln_final.hook_scale.* has no effect: prefill chooses"):
+        model.generate(tokens, 1, **{**in_stages, "generation_hooks": more})
+
+
 # --- text -----------------------------------------------------------------------------------------
 
 

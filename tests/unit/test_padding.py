@@ -133,6 +133,31 @@ def test_a_padding_token_that_is_bos_or_eos_too_is_refused_where_it_pads(pad: in
     assert model.to_tokens(["w7", "w8"]).shape == (2, 2)
 
 
+def test_one_padding_token_before_bos_beside_rows_that_begin_with_bos_is_padding():
+    model = model_of(pad_token_id=EOS)
+    prompts = torch.tensor([[EOS, BOS, 7], [BOS, 8, 9]])
+    for use in (model, model.run_with_cache, lambda t: model.generate(t, 1, verbose=False)):
+        with pytest.raises(ValueError, match=f"token {EOS}.*attention_mask="):
+            use(prompts)
+    for text in ([[EOS, BOS, 7]], [[EOS, BOS, 7], [9, EOS, 8]], [[EOS, BOS, 7], [EOS, BOS, 8]]):
+        assert model.get_attention_mask(torch.tensor(text)).all()
+
+
+def test_prompts_of_which_some_end_with_a_padding_token_that_is_eos_are_not_continued():
+    model = model_of(pad_token_id=EOS)
+    tokens = torch.tensor([[BOS, 7, EOS], [BOS, 8, 9]])
+    with pytest.raises(ValueError, match=rf"rows \[0\] end with token {EOS}.*attention_mask="):
+        model.generate(tokens, 2, **QUIET)
+    mask = torch.tensor([[1, 1, 0], [1, 1, 1]])
+    new = model.generate(tokens, 2, attention_mask=mask, **QUIET)[0, -2:]
+    assert new.tolist() == model.generate(tokens[:1, :2], 2, **QUIET)[0, -2:].tolist()
+    for text in (tokens[:1], tokens[:1].expand(2, -1)):  # no row is longer
+        read = model.generate(text, 2, **QUIET)
+        ones = torch.ones_like(text)
+        assert torch.equal(read, model.generate(text, 2, attention_mask=ones, **QUIET))
+    assert model(tokens).shape[:2] == tokens.shape  # what stands before does not see it
+
+
 def test_pieces_of_a_cache_know_the_padding():
     model, name = model_of(), "blocks.1.hook_resid_post"
     tokens, mask = model.to_tokens(TEXTS, padding_side="left", return_mask=True)
