@@ -35,7 +35,7 @@ class _Fused(torch.autograd.Function):
         ctx: Any, z: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None
     ) -> Tensor:
         ctx.save_for_backward(q, k, v, mask)
-        return z.view_as(z)
+        return z.detach()  # no view: a hook may edit it in place
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
