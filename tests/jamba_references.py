@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import DynamicCache, JambaConfig, JambaForCausalLM  # noqa: TID251
 
 from tests.references import Decode, Greedy, RecurrentStates
-from tests.transformers_versions import CACHE, EAGER_EXPERTS, SLOW_MAMBA
+from tests.transformers_versions import CACHE, EAGER_EXPERTS, SLOW_MAMBA, VERSION
 
 # Step sizes that the biases alone give, and decay rates: decays of 0.9999 to 0.01 a token.
 SLOWEST_STEP, FASTEST_STEP = 1e-3, 0.3
@@ -282,7 +282,9 @@ def hf_router_logits(model: JambaForCausalLM, tokens: Tensor) -> dict[int, Tenso
     seen: dict[int, Tensor] = {}
     handles = [
         layer.feed_forward.router.register_forward_hook(
-            lambda module, inputs, outputs, i=i: seen.update({i: outputs[0]})
+            lambda module, inputs, outputs, i=i: seen.update(
+                {i: outputs if isinstance(outputs, Tensor) else outputs[0]}
+            )
         )
         for i, layer in _layers(model)
         if hasattr(layer.feed_forward, "router")
@@ -319,32 +321,47 @@ def hf_states(model: JambaForCausalLM, tokens: Tensor) -> dict[int, RecurrentSta
     conv [b d_inner d_conv-1]: transformers keeps the current input too, which nothing reads again.
     """
     past = _hf_prefill(model, tokens)
+    layers = [i for i, layer in _layers(model) if hasattr(layer, "mamba")]
+    if VERSION < (5,):
+        states = {i: (past.conv_states[i], past.ssm_states[i]) for i in layers}
+    else:
+        states = {
+            i: (past.layers[i].conv_states[0], past.layers[i].recurrent_states[0]) for i in layers
+        }
     return {
-        i: RecurrentStates(
-            past.layers[i].conv_states[0][..., 1:].clone(),
-            past.layers[i].recurrent_states[0].clone(),
-        )
-        for i, layer in _layers(model)
-        if hasattr(layer, "mamba")
+        i: RecurrentStates(conv[..., 1:].clone(), ssm.clone()) for i, (conv, ssm) in states.items()
     }
 
 
-def _hf_prefill(model: JambaForCausalLM, tokens: Tensor) -> DynamicCache:
-    past = DynamicCache(config=model.config)
+def _hf_prefill(model: JambaForCausalLM, tokens: Tensor) -> Any:
+    """Read the tokens from the start; returns the cache, of a class that the version has."""
+    past: Any
+    if VERSION < (5,):
+        from transformers.models.jamba import modeling_jamba  # noqa: TID251
+
+        kind = modeling_jamba.HybridMambaAttentionDynamicCache
+        past = kind(model.config, len(tokens), dtype=model.dtype)
+    else:
+        past = DynamicCache(config=model.config)
     _hf_step(model, tokens, 0, past)
     return past
 
 
-def _hf_step(model: JambaForCausalLM, tokens: Tensor, start: int, past: DynamicCache) -> Any:
+def _hf_step(model: JambaForCausalLM, tokens: Tensor, start: int, past: Any) -> Any:
     """Read more tokens [b s] without padding, and return all there is to see.
 
     Without attention layers transformers has no length to make masks for: then none are asked for.
     """
     has_attention = any(hasattr(layer, "self_attn") for _, layer in _layers(model))
+    positions = torch.arange(start, start + tokens.shape[1])
+    if VERSION < (5,):
+        given: dict[str, Any] = {"cache_position": positions}
+    else:
+        given = {"attention_mask": None if has_attention else {"linear_attention": None}}
     return model(
         tokens,
-        attention_mask=None if has_attention else {"linear_attention": None},
-        position_ids=torch.arange(start, start + tokens.shape[1])[None],
+        position_ids=positions[None],
+        **given,
         **{CACHE: past},
         use_cache=True,
         output_attentions=True,

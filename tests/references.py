@@ -16,10 +16,11 @@ import math
 import sys
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from types import ModuleType
 from typing import Any, Literal, NamedTuple
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +30,7 @@ from transformers import (  # noqa: TID251
     RecurrentGemmaForCausalLM,
 )
 
-from tests.transformers_versions import CACHE
+from tests.transformers_versions import CACHE, VERSION, WINDOWED
 
 BlockType = Literal["recurrent", "attention"]
 
@@ -112,6 +113,8 @@ SPECS: dict[str, RGSpec] = {
     "window_of_1": RGSpec(n_heads=2, d_head=16, n_keys=1, n_layers=3, d_vocab=61, seed=10),
     "short_convolution": RGSpec(n_heads=2, d_head=16, d_conv=2, d_rnn=40, d_vocab=97, seed=80),
 }
+if not WINDOWED:  # with no window to see, every window is wider than what the tests read
+    SPECS = {name: replace(spec, n_keys=128) for name, spec in SPECS.items()}
 
 
 def google_supports(spec: RGSpec) -> bool:
@@ -148,7 +151,9 @@ def hf_breaks_one_token_prompt(spec: RGSpec) -> bool:
 def hf_can_decode(spec: RGSpec, n_prompt: int) -> bool:
     """Whether `hf_greedy` is right with its cache; where not, compare with `uncached=True`."""
     broken = hf_breaks_one_key(spec) or hf_breaks_no_attention(spec)
-    return not (broken or (n_prompt == 1 and hf_breaks_one_token_prompt(spec)))
+    if n_prompt == 1:  # transformers 4 goes on from the model's last run
+        broken = broken or hf_breaks_one_token_prompt(spec) or VERSION < (5,)
+    return not broken
 
 
 def random_tokens(spec: RGSpec, batch: int, length: int, seed: int = 0) -> Tensor:
@@ -274,8 +279,7 @@ def hf_greedy(
 @torch.no_grad()
 def hf_patterns(model: RecurrentGemmaForCausalLM, tokens: Tensor) -> dict[int, Tensor]:
     """Attention layer -> pattern [b h q k] of one forward without a cache."""
-    out = model(tokens, use_cache=False, output_attentions=True)
-    return _by_layer(model, out.attentions)
+    return _hf_watched(model, tokens, use_cache=False)[1]
 
 
 @torch.no_grad()
@@ -287,16 +291,46 @@ def hf_decode(model: RecurrentGemmaForCausalLM, tokens: Tensor, n_prefill: int) 
     past = _hf_prefill(model, tokens[:, :n_prefill])
     logits, patterns = [], []
     for position in range(n_prefill, tokens.shape[1]):
-        out = model(
-            tokens[:, position : position + 1],
-            position_ids=torch.tensor([[position]]),
-            **{CACHE: past},
-            use_cache=True,
-            output_attentions=True,
-        )
+        token, at = tokens[:, position : position + 1], torch.tensor([position])
+        out, seen = _hf_watched(model, token, **_cached(at, past))
         logits.append(out.logits)
-        patterns.append(_by_layer(model, out.attentions))
+        if VERSION < (5,):  # its cache has the window's width from the start, masked
+            seen = {layer: pattern[..., : position + 1] for layer, pattern in seen.items()}
+        patterns.append(seen)
     return Decode(torch.cat(logits, dim=1), patterns)
+
+
+def _cached(positions: Tensor, past: DynamicCache | None) -> dict[str, Any]:
+    """Options of a forward at positions [s] with a cache: transformers 4 holds it in the model."""
+    if VERSION < (5,):
+        given: dict[str, Any] = {"cache_position": positions}
+    else:
+        given = {CACHE: past}
+    return {"position_ids": positions[None], "use_cache": True, **given}
+
+
+def _hf_watched(
+    model: RecurrentGemmaForCausalLM, tokens: Tensor, **options: Any
+) -> tuple[Any, dict[int, Tensor]]:
+    """Return what a forward gives and attention layer -> pattern [b h q k].
+
+    Those of transformers 4, which gives none out, are made of what its attention multiplies.
+    """
+    if VERSION >= (5,):
+        out = model(tokens, output_attentions=True, **options)
+        return out, _by_layer(model, out.attentions)
+    seen: list[Tensor] = []
+    product = nn.functional.scaled_dot_product_attention
+
+    def watch(
+        q: Tensor, k: Tensor, v: Tensor, *, attn_mask: Tensor, scale: float, **other: Any
+    ) -> Tensor:
+        seen.append((q @ k.mT * scale + attn_mask).softmax(-1))
+        return product(q, k, v, attn_mask=attn_mask, scale=scale, **other)
+
+    with mock.patch.object(nn.functional, "scaled_dot_product_attention", watch):
+        out = model(tokens, **options)
+    return out, _by_layer(model, tuple(seen))
 
 
 def hf_decode_patterns(
@@ -316,21 +350,27 @@ def hf_states(model: RecurrentGemmaForCausalLM, tokens: Tensor) -> dict[int, Rec
     }
 
 
-def _hf_prefill(model: RecurrentGemmaForCausalLM, tokens: Tensor) -> DynamicCache:
+def _hf_prefill(model: RecurrentGemmaForCausalLM, tokens: Tensor) -> DynamicCache | None:
     """Read the tokens from a clean state, which the model holds; returns its key-value cache.
+
+    In transformers 4 the model holds that too.
 
     With the positions, a cache and recurrent states of the right width given, what
     `hf_breaks_no_attention` and `hf_breaks_one_token_prompt` name does not come up.
     """
+    if VERSION < (5,):
+        model.model._setup_cache(model.config, len(tokens), model.device, model.dtype)
     blocks = _recurrent_blocks(model)
     for _, block in blocks:
         shape = len(tokens), block.lru_width
         block.conv1d_state = torch.zeros(*shape, block.conv1d_width - 1)
         block.rg_lru.recurrent_states = torch.zeros(shape)
     only_recurrent = len(blocks) == len(model.model.layers)
-    past = DynamicCache() if only_recurrent else DynamicCache(config=model.config)
-    positions = torch.arange(tokens.shape[1])[None]
-    model(tokens, position_ids=positions, use_cache=True, **{CACHE: past})
+    if VERSION < (5,):
+        past = None
+    else:
+        past = DynamicCache() if only_recurrent else DynamicCache(config=model.config)
+    model(tokens, **_cached(torch.arange(tokens.shape[1]), past))
     return past
 
 

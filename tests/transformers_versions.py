@@ -12,6 +12,15 @@ EAGER_EXPERTS: dict[str, Any] = {"experts_implementation": "eager"} if VERSION >
 """The plain loop over experts, the only one before 5.0."""
 SLOW_MAMBA: dict[str, Any] = {} if VERSION >= (5,) else {"use_mamba_kernels": False}
 """Before 5.0 a Jamba without this asks for a GPU."""
+WINDOWED = VERSION >= (5, 4)
+"""Whether a RecurrentGemma hides the keys that have left its window, where it runs without a cache.
+
+Before 5.4 it sees them all, and its cache loses a key when it is full.
+"""
 
 since_5 = lambda why: pytest.mark.skipif(VERSION < (5,), reason=f"transformers 4: {why}")  # noqa: E731
 """Marks a test of what transformers 4 has not."""
+needs_window = pytest.mark.skipif(
+    not WINDOWED, reason="transformers before 5.4: RecurrentGemma has no window without a cache"
+)
+"""Marks a test of RecurrentGemma's window."""

@@ -7,6 +7,7 @@ Google's Griffin without gradient checkpointing. Every one is fp32, but for the 
 from __future__ import annotations
 
 import importlib
+import inspect
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -153,12 +154,23 @@ def ours_prefill(model: HookedHybrid, tokens: Tensor) -> tuple[Tensor, HybridSta
     return logits[0, -1], state
 
 
+@cache
+def cache_keyword(kind: type) -> str:
+    """Return the keyword of `kind`'s forward that takes a cache: another one since 5.24."""
+    return "cache" if "cache" in inspect.signature(kind.forward).parameters else "past_key_values"
+
+
+def hf_cached(hf: Any, tokens: Tensor, past: Any, **options: Any) -> Tensor:
+    """Return the logits [b s d_vocab] of a forward with a cache."""
+    return hf(tokens, **{cache_keyword(type(hf)): past}, use_cache=True, **options).logits
+
+
 def hf_prefill(hf: Any, tokens: Tensor) -> tuple[Tensor, Any]:
     """Return the last token's logits [d_vocab] and the cache."""
     from transformers import DynamicCache  # noqa: TID251
 
     past = DynamicCache(config=hf.config)
-    logits = hf(tokens, past_key_values=past, use_cache=True, logits_to_keep=1).logits
+    logits = hf_cached(hf, tokens, past, logits_to_keep=1)
     return logits[0, -1], past
 
 
@@ -201,7 +213,7 @@ def hf_steps(hf: Any, tokens: Tensor, n: int) -> Callable[[], Tensor]:
         nonlocal position
         for _ in range(n):
             at = torch.tensor([[position]])
-            logits = hf(token, position_ids=at, past_key_values=past, use_cache=True).logits
+            logits = hf_cached(hf, token, past, position_ids=at)
             position += 1
         return logits[0, -1]
 

@@ -459,7 +459,9 @@ def test_every_parameter_of_the_reference_matters(name: str):
     for path, parameter in model.named_parameters():
         assert (parameter != 0).all() and (parameter != 1).all(), path
         effect = parameter.grad * parameter.detach()
-        each = effect.flatten(1) if "experts" in path else effect.flatten()[None]
+        each = (
+            effect.flatten(1) if effect.ndim == 3 and "experts" in path else effect.flatten()[None]
+        )
         assert (each.norm(dim=1) > 1e-2 * logits.abs().max()).all(), path
 
 
@@ -482,7 +484,7 @@ def test_cached_decoding_of_the_reference_equals_its_uncached_forward(name: str)
 def test_what_hf_breaks_is_still_broken(name: str):
     spec, tokens = SPECS[name], prompts_of(name)
     if hf_breaks_no_attention(spec):
-        with pytest.raises(ValueError, match="get_seq_length"):
+        with pytest.raises((ValueError, IndexError), match="get_seq_length|out of range"):
             hf_greedy(hf(name), tokens, 2)
     padded = hf_logits_uncached(hf(name), tokens, LEFT)[1, -17:]
     expected = hf_logits_uncached(hf(name), alone(name, 1, LEFT))[0]

@@ -34,6 +34,7 @@ from tests.references import (
     random_tokens,
     share_weights_hf_to_google,
 )
+from tests.transformers_versions import needs_window, since_5
 
 GOOGLE = [name for name, spec in SPECS.items() if google_supports(spec)]
 every_spec = pytest.mark.parametrize("name", SPECS)
@@ -95,6 +96,7 @@ def test_hf_states_equal_google(name: str, n_prompt: int) -> None:
         assert_close(ssm, theirs.rg_lru_state)
 
 
+@needs_window
 def test_google_counts_the_window_without_self() -> None:
     spec = SPECS["window_of_3"]
     wider = google_griffin(dataclasses.replace(spec, n_keys=spec.n_keys + 1))
@@ -209,6 +211,7 @@ def test_hf_decode_equals_uncached(name: str, n_prefill: int) -> None:
             assert_close(pattern[:, :, 0], whole[layer][:, :, query, first : query + 1])
 
 
+@needs_window
 @every_spec
 def test_hf_attends_to_n_keys(name: str) -> None:
     patterns = hf_patterns(hf(name), tokens_of(name))
@@ -220,6 +223,7 @@ def test_hf_attends_to_n_keys(name: str) -> None:
         assert pattern.tril().equal(pattern)
 
 
+@needs_window
 @pytest.mark.parametrize("name", [n for n, s in SPECS.items() if hf_breaks_one_key(s)])
 def test_hf_one_key_is_broken(name: str) -> None:
     tokens = tokens_of(name)
@@ -229,12 +233,14 @@ def test_hf_one_key_is_broken(name: str) -> None:
     assert (cached - hf_logits_uncached(hf(name), tokens)[:, 20:]).abs().max() > 0.1
 
 
+@since_5("its model holds the cache, which is asked for no length")
 @pytest.mark.parametrize("name", [n for n, s in SPECS.items() if hf_breaks_no_attention(s)])
 def test_hf_no_attention_is_broken(name: str) -> None:
     with pytest.raises(ValueError, match="get_seq_length"):
         hf_greedy(hf(name), tokens_of(name), 2)
 
 
+@since_5("one token goes on from the model's last run")
 @pytest.mark.parametrize("name", [n for n, s in SPECS.items() if hf_breaks_one_token_prompt(s)])
 def test_hf_one_token_prompt_is_broken(name: str) -> None:
     with pytest.raises((RuntimeError, ValueError), match="Sizes of tensors|get_seq_length"):
