@@ -32,6 +32,7 @@ from tests.jamba_references import (
 from tests.models import relative
 from tests.references import Greedy, random_tokens
 from tests.tolerances import BF16, FP32_PARITY
+from tests.transformers_versions import VERSION
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 HF, HF_4X = "jamba_hf", "jamba_written_by_4x"
@@ -483,8 +484,8 @@ def test_cached_decoding_of_the_reference_equals_its_uncached_forward(name: str)
 @every_spec
 def test_what_hf_breaks_is_still_broken(name: str):
     spec, tokens = SPECS[name], prompts_of(name)
-    if hf_breaks_no_attention(spec):
-        with pytest.raises((ValueError, IndexError), match="get_seq_length|out of range"):
+    if hf_breaks_no_attention(spec) and VERSION >= (5,):  # transformers 4 asks for no length
+        with pytest.raises(ValueError, match="get_seq_length"):
             hf_greedy(hf(name), tokens, 2)
     padded = hf_logits_uncached(hf(name), tokens, LEFT)[1, -17:]
     expected = hf_logits_uncached(hf(name), alone(name, 1, LEFT))[0]

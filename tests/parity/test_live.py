@@ -4,6 +4,7 @@ Prompts are longer than the window. Each Hugging Face model is read by `from_hf`
 from a `.pt` file.
 """
 
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -128,6 +129,15 @@ def assert_same_greedy(model: HookedHybrid, out: GenerationOutput, theirs: Greed
 def test_logits_equal_hf(name: str):
     tokens = prompts_of(name)
     assert_close(ours(name)(tokens), hf_logits_uncached(hf(name), tokens))
+
+
+@pytest.mark.skipif(WINDOWED, reason="transformers since 5.4 has the window in a plain forward too")
+def test_logits_with_all_keys_equal_hf_without_a_window():
+    spec = replace(SPECS["as_published"], n_keys=16)
+    theirs, tokens = hf_recurrentgemma(spec), random_tokens(spec, batch=2, length=40)
+    expected = hf_logits_uncached(theirs, tokens)
+    assert_close(HookedHybrid.from_hf(theirs, n_keys=None)(tokens), expected)
+    assert relative(HookedHybrid.from_hf(theirs)(tokens), expected) > 1e-2
 
 
 @every_spec
