@@ -421,18 +421,32 @@ def _refuse_idle_hooks(
     generation_hooks: Sequence[HookSpec],
 ) -> None:
     """Refuse hooks of a stage that this call does not have, unless the other has them too."""
-    prefills = first_token_stage == "prefill"
-    if prefills and max_new_tokens == 1:
+    prefills, generates = stages_of(n_pos, max_new_tokens, first_token_stage)
+    if not generates:
         refuse_ignored(
             "prefill chooses the one new token; give max_new_tokens=2 or more, or "
             "first_token_stage='generation'",
             generation_hooks=[h for h in generation_hooks if h not in prefill_hooks],
         )
-    if not prefills and n_pos == 1:
+    if not prefills:
         refuse_ignored(
             "the prompt's one token is read in generation; give first_token_stage='prefill'",
             prefill_hooks=[h for h in prefill_hooks if h not in generation_hooks],
         )
+
+
+def stages_of(n_pos: int, max_new_tokens: int, first_token_stage: str) -> tuple[bool, bool]:
+    """Return whether a generation has a prefill, and whether it has a stage of generation.
+
+    `generate` refuses hooks of a stage that is not there. What gives a user's hooks on, in parts of
+    one token or for one new token, asks here which of them to give.
+
+    Args:
+        n_pos: tokens of the prompt that are read in this call.
+        max_new_tokens, first_token_stage: of `generate`.
+    """
+    first = first_token_stage == "prefill"
+    return first or n_pos > 1, not first or max_new_tokens > 1
 
 
 def _stop_strings(given: str | Sequence[str] | None) -> list[str]:
@@ -461,4 +475,4 @@ def _watching(recorder: Recorder | None) -> AbstractContextManager[Any]:
     return nullcontext() if recorder is None else recorder.watching()
 
 
-__all__ = ["GenerationOutput", "generate"]
+__all__ = ["GenerationOutput", "generate", "stages_of"]

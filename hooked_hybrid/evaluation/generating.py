@@ -8,6 +8,7 @@ from typing import Any
 
 from hooked_hybrid.evaluation.batching import Batching
 from hooked_hybrid.extras import require
+from hooked_hybrid.generate import stages_of
 from hooked_hybrid.model import HookedHybrid
 from hooked_hybrid.text import Text, pad_rows
 
@@ -101,6 +102,9 @@ def _write(
     own = getattr(model.tokenizer, "eos_token_id", None)
     ends = [*model.text.eos, *(() if own is None else (own,))]
     tokens, mask = pad_rows(prompts, pad=model.text.pad, padding_side="left")
+    first = hooks.get("first_token_stage", "prefill")
+    prefills, generates = stages_of(tokens.shape[1], plan.max_new_tokens, first)
+    idle = {"prefill_hooks": not prefills, "generation_hooks": not generates}
     out = model.generate(
         tokens,
         plan.max_new_tokens,
@@ -110,7 +114,7 @@ def _write(
         return_type="output",
         verbose=False,
         **dict(plan.sampling),
-        **hooks,
+        **{name: given for name, given in hooks.items() if not idle.get(name)},
     )
     return [
         _written(model.text, prompt, new, ends, plan.stop_strings)

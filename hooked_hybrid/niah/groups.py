@@ -18,6 +18,7 @@ from typing import Any, Literal
 import torch
 
 from hooked_hybrid.config import AttentionConfig
+from hooked_hybrid.generate import stages_of
 from hooked_hybrid.hooks import is_per_position
 from hooked_hybrid.model import HookedHybrid
 from hooked_hybrid.niah.cells import cell_of
@@ -205,12 +206,15 @@ class _GroupRun:
         of_settings = torch.tensor(batch.row_of)
         forked = [state[of_settings] for state in states if state is not None]
         read = torch.tensor([p.tokens if batch.is_whole else p.tokens[-1:] for _, p in rows])
+        prefills, generates = stages_of(
+            read.shape[1], self.max_new_tokens, self.first_token_stage
+        )
         out = self.model.generate(
             read,
             self.max_new_tokens,
             attention_mask=torch.ones_like(read),
-            prefill_hooks=hooks_of_rows(rows, "prefill"),
-            generation_hooks=hooks_of_rows(rows, "generation"),
+            prefill_hooks=hooks_of_rows(rows, "prefill") if prefills else (),
+            generation_hooks=hooks_of_rows(rows, "generation") if generates else (),
             first_token_stage=self.first_token_stage,
             state=HybridState.cat(forked) if forked else None,
             return_type="output",

@@ -82,7 +82,7 @@ def niah(
 
     Raises:
         ValueError: `resume` without `out`, no prompts or settings, a prompt or a setting's name
-            given twice, a setting that cannot be sent to workers, or, with `out`, known again; or a
+            given twice, a setting whose hooks never act, a setting that cannot be sent to workers, or, with `out`, known again; or a
             folder of another experiment: another model, tokenizer, hook, prompt or option.
         HookNameError: a hook that matches nothing; before any prompt is run.
         FileExistsError: the folder is not empty and `resume` is false.
@@ -97,6 +97,7 @@ def niah(
         raise ValueError("there are no prompts: build some with hooked_hybrid.niah.prompts")
     if len({prompt.id for prompt in prompts}) < len(prompts):
         raise ValueError("a prompt is given twice: give each once")
+    _refuse_idle(chosen, max_new_tokens, first_token_stage)
     for setting in chosen:
         for prompt in prompts if depends_on_prompt(setting) else prompts[:1]:
             hooks = (hooks_for(setting.prefill, prompt), hooks_for(setting.generation, prompt))
@@ -191,6 +192,18 @@ def _settings(settings: Mapping[str, Sequence[HookSpec]] | Sequence[Setting]) ->
     if not names or len(set(names)) != len(names):
         raise ValueError(f"give one or more settings, each with its own name, not {names}")
     return chosen
+
+
+def _refuse_idle(settings: Sequence[Setting], max_new_tokens: int, first: FirstToken) -> None:
+    """Refuse a setting whose hooks would all be idle: its cells would be the unedited model's."""
+    if first == "generation" or max_new_tokens > 1:
+        return
+    for setting in settings:
+        if setting.generation and not setting.prefill:
+            raise ValueError(
+                f"setting {setting.name!r} has hooks for generation only, and prefill chooses the "
+                "one new token: give max_new_tokens=2 or more, or first_token_stage='generation'"
+            )
 
 
 __all__ = ["FirstToken", "Setting", "niah", "shortest_window", "top_k_settings"]

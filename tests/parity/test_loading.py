@@ -15,8 +15,13 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
+from tokenizers.processors import TemplateProcessing
 from torch import Tensor
-from transformers import RecurrentGemmaConfig, RecurrentGemmaForCausalLM  # noqa: TID251
+from transformers import (  # noqa: TID251
+    PreTrainedTokenizerFast,
+    RecurrentGemmaConfig,
+    RecurrentGemmaForCausalLM,
+)
 
 from hooked_hybrid import HookedHybrid, HybridConfig
 from hooked_hybrid.config import AttentionConfig, RGLRUConfig, RotaryConfig
@@ -424,16 +429,24 @@ def words() -> Tokenizer:
     return tokenizer
 
 
-def test_the_tokenizer_of_a_directory_is_loaded_and_saved(tmp_path: Path):
-    folder = written_by_hf("as_published", tmp_path / "theirs")
-    words().save(str(folder / "tokenizer.json"))
+@pytest.mark.parametrize("puts_bos", [True, False])
+def test_the_tokenizer_of_a_directory_is_loaded_and_saved(puts_bos: bool, tmp_path: Path):
+    """The file's own post-processor says whether BOS stands in front, as in transformers."""
+    folder, own = written_by_hf("as_published", tmp_path / "theirs"), words()
+    if puts_bos:
+        own.post_processor = TemplateProcessing("<bos> $A", special_tokens=[("<bos>", 2)])
+    own.save(str(folder / "tokenizer.json"))
+    expected = [*([2] if puts_bos else []), 3, 5, 7]
+    theirs = PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"))
+    assert theirs("w0 w2 w4")["input_ids"] == expected
     model = HookedHybrid.from_pretrained(folder)
-    assert model.to_tokens("w0 w2 w4").tolist() == [[2, 3, 5, 7]]
+    assert model.to_tokens("w0 w2 w4").tolist() == [expected]
+    assert model.to_tokens("w0 w2 w4", prepend_bos=True).tolist() == [[2, 3, 5, 7]]
     assert model.to_string(torch.tensor([3, 5])) == "w0 w2"
-    assert model("w0 w2 w4").equal(model(torch.tensor([[2, 3, 5, 7]])))
+    assert model("w0 w2 w4").equal(model(torch.tensor([expected])))
     model.save_pretrained(tmp_path / "ours")
     again = HookedHybrid.from_pretrained(tmp_path / "ours")
-    assert again.to_tokens("w0 w2 w4").tolist() == [[2, 3, 5, 7]]
+    assert again.to_tokens("w0 w2 w4").tolist() == [expected]
 
 
 def test_a_tokenizer_given_is_used_instead(tmp_path: Path):

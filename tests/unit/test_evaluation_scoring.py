@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 
 from hooked_hybrid import HookedHybrid
 from hooked_hybrid.evaluation import scoring
@@ -243,9 +245,7 @@ def test_cells_are_kept_and_other_experiments_refused(tmp_path: Any) -> None:
 
 
 def tokenizer(template: str | None) -> CheckpointTokenizer:
-    return CheckpointTokenizer(
-        lambda text: [0] * len(text), lambda ids, skip: "", lambda text: None, {}, template, {}
-    )
+    return CheckpointTokenizer(Tokenizer(WordLevel({"<unk>": 0}, "<unk>")), {}, template, {})
 
 
 GEMMA_LIKE = (

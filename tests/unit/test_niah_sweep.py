@@ -82,6 +82,20 @@ def test_batched_settings_with_shared_prefill_equal_one_run_at_a_time(name: str,
     assert table.min_margin.gt(1e-4).mean() > 0.9
 
 
+def test_one_new_token_in_prefill_is_chosen_under_the_hooks_of_prefill():
+    """No generation follows, so its hooks are left out; a setting with no others is refused."""
+    model, prompts = model_of("griffin"), prompts_of("griffin")[:2]
+    both, generation = top_k_settings([0], stages=("both",)), top_k_settings([0], ("generation",))
+    table = niah(model, prompts, [Setting("none"), *both], max_new_tokens=1, verbose=False)
+    for cell in table[table.setting == "both k=0"].itertuples():
+        tokens = torch.tensor([next(p for p in prompts if p.id == cell.prompt_id).tokens])
+        with model.hooks(both[0].prefill):
+            logits = model(tokens, stage="prefill")[0, -1].topk(2).values
+        assert cell.min_margin == pytest.approx(float(logits[0] - logits[1]), abs=1e-5)
+    with pytest.raises(ValueError, match="'generation k=0' has hooks for generation only"):
+        niah(model, prompts, [Setting("none"), *generation], max_new_tokens=1, verbose=False)
+
+
 def test_tokens_that_prompts_share_are_run_once():
     model = model_of("griffin")
     prompts = grid(model, [PAPER], [250], DEPTHS)
