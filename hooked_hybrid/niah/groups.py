@@ -206,9 +206,7 @@ class _GroupRun:
         of_settings = torch.tensor(batch.row_of)
         forked = [state[of_settings] for state in states if state is not None]
         read = torch.tensor([p.tokens if batch.is_whole else p.tokens[-1:] for _, p in rows])
-        prefills, generates = stages_of(
-            read.shape[1], self.max_new_tokens, self.first_token_stage
-        )
+        prefills, generates = stages_of(read.shape[1], self.max_new_tokens, self.first_token_stage)
         out = self.model.generate(
             read,
             self.max_new_tokens,
