@@ -82,8 +82,9 @@ def niah(
 
     Raises:
         ValueError: `resume` without `out`, no prompts or settings, a prompt or a setting's name
-            given twice, a setting whose hooks never act, a setting that cannot be sent to workers, or, with `out`, known again; or a
-            folder of another experiment: another model, tokenizer, hook, prompt or option.
+            given twice, a setting whose hooks never act, or that cannot be sent to workers, or,
+            with `out`, known again; or a folder of another experiment: another model, tokenizer,
+            hook, prompt or option.
         HookNameError: a hook that matches nothing; before any prompt is run.
         FileExistsError: the folder is not empty and `resume` is false.
         OSError: the results cannot be written.
