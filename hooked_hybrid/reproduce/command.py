@@ -148,9 +148,10 @@ def reproduce(
         return
     with run.started() as workers, hashed_once():
         items = items_of(paper, only or [])
-        _refuse_idle(items)
         if run.resume:
             items = _with_those_before(paper, items, run.out)
+        _refuse_idle(items)  # what the folder was begun with is given again for items without runs
+        if run.resume:
             include_path = include_path or recorded_include_path(run.out)
         _check_folder(include_path)
         model = run.load()

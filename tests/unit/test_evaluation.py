@@ -184,7 +184,7 @@ def test_arguments_that_would_be_misread_are_refused(unchecked: None, tmp_path: 
         ({"stage": "prefill"}, "stage='prefill'"),
         ({"score": "peak", "k": 2}, "score='peak'"),
         ({"batch_size": "many"}, "batch_size='many'"),
-        ({"tokenizer": str(tmp_path)}, "no tokenizer in this folder"),
+        ({"tokenizer": str(tmp_path)}, "no folder that holds tokenizer.json"),
     ]
     for given, message in cases:
         with pytest.raises(ValueError, match=message):

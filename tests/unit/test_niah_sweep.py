@@ -205,6 +205,8 @@ KILL = textwrap.dedent(
     import torch
     torch.set_num_threads(1)  # and no work before a fork: a thread pool would not survive it
     sys.path.insert(0, {root!r})
+    from jaxtyping import install_import_hook
+    install_import_hook("hooked_hybrid", "beartype.beartype")  # as here: hooks count by their code
     from tests.unit.test_niah_sweep import QUIET, all_settings, kill_prompts, model_of
     from hooked_hybrid.niah.sweep import niah
     model, prompts, settings = model_of("griffin"), kill_prompts(), all_settings()

@@ -364,8 +364,10 @@ def invoke(*arguments: str) -> Any:
 
 
 def test_the_list_is_shown_without_a_model():
-    result = invoke("--paper", "sllm2025", "--model", "nowhere", "--list")
+    result = invoke("--paper", "sllm2025", "--list")
     assert result.exit_code == 0 and "Appendix C" in result.output
+    named = invoke("--paper", "sllm2025", "--model", "nowhere", "--list")
+    assert named.exit_code == 1 and "--list runs nothing" in named.output
 
 
 def test_a_report_is_stopped_resumed_and_never_run_twice(tmp_path: Path, monkeypatch: Any):
@@ -411,7 +413,7 @@ def test_a_report_is_stopped_resumed_and_never_run_twice(tmp_path: Path, monkeyp
 
 def test_a_folder_of_something_else_is_left_alone(tmp_path: Path):
     (tmp_path / "mine.txt").write_text("mine")
-    wanted = ["--paper", "sllm2025", "--only", "Table 1", *SMALL, "--out", str(tmp_path)]
+    wanted = ["--paper", "sllm2025", "--only", "Table 1", "--quick", "--out", str(tmp_path)]
     for more, message in (([], "not empty"), (["--resume"], "something else")):
         result = invoke(*wanted, *more)
         assert result.exit_code == 1 and message in result.output
@@ -439,7 +441,7 @@ def test_what_cannot_be_run_is_said_before_anything_is(
 
 def test_tables_without_runs_need_none(tmp_path: Path):
     out = tmp_path / "r"
-    result = invoke("--paper", "sllm2025", "--only", "Table 1", *SMALL, "--out", str(out))
+    result = invoke("--paper", "sllm2025", "--only", "Table 1", "--quick", "--out", str(out))
     assert result.exit_code == 0, result.output
     assert {p.name for p in out.iterdir()} == {
         *("report.md", "claims.csv", "table-1.csv", "recipe.json")

@@ -13,7 +13,7 @@ import pytest
 from hooked_hybrid import presets
 from hooked_hybrid.evaluation.cells import Cell
 from hooked_hybrid.reproduce import checks, command, language, needle_checks, shares
-from hooked_hybrid.reproduce.catalogue import items_of
+from hooked_hybrid.reproduce.catalogue import items_of, runs_of
 from hooked_hybrid.reproduce.claims import Finding, Verdict, found_by, judged
 from hooked_hybrid.reproduce.evidence import Evidence, Untested, estimate, tipping
 from hooked_hybrid.reproduce.reading import how_to_read
@@ -22,7 +22,6 @@ from hooked_hybrid.reproduce.report import items_in, not_run
 from tests.unit.test_reproduce import (
     FOUR,
     NEEDLES,
-    SMALL,
     a_cell,
     alike,
     by_k,
@@ -221,7 +220,22 @@ def test_a_model_at_chance_tests_no_claim_about_language():
 
 def arguments_of(out: Path, *only: str) -> list[str]:
     named = [part for name in only for part in ("--only", name)]
-    return ["--paper", "sllm2025", *named, *SMALL, "--out", str(out)]
+    return ["--paper", "sllm2025", *named, "--quick", "--out", str(out)]
+
+
+def test_items_that_read_no_prompt_join_a_report_with_options_of_prompts(tmp_path: Path):
+    """They are of the folder's recipe, so that its options have to be given again."""
+    out = tmp_path / "r"
+    recipe = {"paper": "sllm2025", "lengths": [150, 200]}
+    options = ["--lengths", "150", "--depths", "1"]
+    alone = invoke(*arguments_of(out, "Table 1"), *options)
+    assert alone.exit_code == 1 and "these items read no prompt" in alone.output
+    reads = next(item.name for item in items_of("sllm2025") if runs_of(item))
+    out.mkdir()
+    (out / "recipe.json").write_text(json.dumps(recipe))
+    (out / "claims.csv").write_text(f"item\n{reads}\n")
+    again = invoke(*arguments_of(out, "Table 1"), *options, "--resume")
+    assert again.exit_code == 1 and "another recipe" in again.output
 
 
 def test_resuming_some_items_keeps_the_others_in_the_report(tmp_path: Path):
@@ -242,7 +256,7 @@ def test_the_folder_of_benchmarks_is_kept_with_the_recipe(
 ):
     out, tasks, seen = tmp_path / "r", tmp_path / "tasks", []
     tasks.mkdir()
-    wanted = ["--paper", "thesis2025", "--only", "Figure C.1", *SMALL, "--out", str(out)]
+    wanted = ["--paper", "thesis2025", "--only", "Figure C.1", "--quick", "--out", str(out)]
 
     def measured(*arguments: Any) -> language.Scores:
         seen.append(arguments[5])

@@ -161,6 +161,8 @@ def half_of_cells(folder: Path) -> None:
         (last,) = kept.execute("SELECT max(prompt_id) FROM cells").fetchone()
         kept.execute("DELETE FROM cells WHERE prompt_id = ?", (last,))
         kept.execute("UPDATE meta SET value = 1 WHERE key = 'format'")  # which has no digest
+        for name in ("real_depth", "placed_between"):  # nor these
+            kept.execute(f"ALTER TABLE cells DROP COLUMN {name}")
     kept.close()
 
 
