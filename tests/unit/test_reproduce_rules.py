@@ -281,7 +281,8 @@ def test_the_folder_of_benchmarks_is_kept_with_the_recipe(
 
 def test_a_folder_of_benchmarks_that_is_not_there_is_said_before_anything_runs(tmp_path: Path):
     out = tmp_path / "r"
-    result = invoke(*arguments_of(out, "Table 1"), "--include-path", str(tmp_path / "none"))
+    wanted = ["--paper", "thesis2025", "--only", "Figure C.1", "--quick", "--out", str(out)]
+    result = invoke(*wanted, "--include-path", str(tmp_path / "none"))
     assert result.exit_code == 1 and "there is no such folder" in " ".join(result.output.split())
     assert not out.exists()
 
