@@ -155,7 +155,7 @@ def ours_prefill(model: HookedHybrid, tokens: Tensor) -> tuple[Tensor, HybridSta
 
 
 @cache
-def cache_keyword(kind: type) -> str:
+def cache_keyword(kind: type[nn.Module]) -> str:
     """Return the keyword of `kind`'s forward that takes a cache: another one since 5.24."""
     return "cache" if "cache" in inspect.signature(kind.forward).parameters else "past_key_values"
 
