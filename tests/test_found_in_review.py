@@ -13,6 +13,7 @@ import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
+from tokenizers.processors import TemplateProcessing
 from torch import Tensor
 
 from hooked_hybrid import HookedHybrid, HookPoint, HybridState, interventions, memory
@@ -120,6 +121,7 @@ def test_text_that_continues_a_state_gets_no_bos():
     words = {"<bos>": 2, "?": 3, **{f"w{i}": i for i in range(4, 20)}}
     model.tokenizer = Tokenizer(WordLevel(words, unk_token="?"))
     model.tokenizer.pre_tokenizer = Whitespace()
+    model.tokenizer.post_processor = TemplateProcessing("<bos> $A", None, [("<bos>", 2)])
     _, state = model("w5", return_state=True)
     assert model("w8", state=state).shape[1] == 1 and model("w8").shape[1] == 2
     assert model("w8", state=state, prepend_bos=True).shape[1] == 2

@@ -153,7 +153,7 @@ class Range:
         self.words: dict[str, set[str]] = {}
         for base in self.bases:
             model = HookedHybrid.from_pretrained(base.folder, dtype=base.dtype)
-            model(torch.zeros(1, 2, dtype=torch.long))  # so that a child finds all code loaded
+            model(torch.arange(3, 5)[None])  # so that a child finds all code loaded
             self.references[base.name] = {n: _digest(w) for n, w in model.state_dict().items()}
             self.words[base.name] = _words(base)
 

@@ -149,7 +149,7 @@ def test_figures_are_none_of_pyplots():
 
 
 def test_without_matplotlib_the_error_names_the_extra(monkeypatch):
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
     for draw in (
         lambda: head_grid(SCORES),
         lambda: pattern_map(torch.rand(2, 2)),

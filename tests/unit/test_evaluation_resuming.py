@@ -132,7 +132,13 @@ def test_the_report_holds_what_earlier_calls_left(
     ]
     assert list(said["missing"]) == ["absent"]
     report = written.report.read_text()
-    assert means(report) == [["100.0 ± 7.1", "25.0 ± 7.1", ""], ["75.0 (40.4 to 109.6)", ""]]
+    # Of each task the gaps of four documents are 0, 1, 1, 1, and a fifth is at the bound, -1 or 1.
+    # Under weights uniform on the simplex the mean is below -p in (1 - p)^4 / 8 of all cases, and
+    # above q, with the fifth at 1, in 1 - q^4: 2.5% each. Two tasks: distances over sqrt(2).
+    low, high = -100 * (1 - 0.2**0.25), 100 * 0.975**0.25
+    ends = f"{75 - (75 - low) / 2**0.5:.1f} to {75 + (high - 75) / 2**0.5:.1f}"
+    assert ends == "-1.5 to 92.2"
+    assert means(report) == [["100.0 ± 7.1", "25.0 ± 7.1", ""], [f"75.0 ({ends})", ""]]
     assert report.count("\n| two | acc |") == 1 and "earlier commands" in report
     assert "| absent | " in report and "second" in report
     table = written.table.read_text()

@@ -708,7 +708,7 @@ def test_attached_tells_every_function_with_its_point_and_direction(model):
     ]
 
 
-def test_list_hooks_groups_what_is_attached_by_point_as_transformer_lens_does(model):
+def test_list_hooks_groups_what_is_attached_by_point_as_transformer_lens_does(model, unchecked):
     fwd = model.add_hook("blocks.0.hook_in", leave)
     bwd = model.add_hook("blocks.0.hook_in", doubled, dir="bwd")
     forever = model.add_perma_hook(EMBED, doubled)
