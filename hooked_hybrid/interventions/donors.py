@@ -91,6 +91,8 @@ class Donor:
         """
         donor, pos = self.value.to(value.device), hook.run.query_pos
         n_pos, n_keys = self._checked_lengths(value, hook)
+        if self.places is None:
+            self._refuse_columns(n_pos, hook)
         row = torch.zeros_like(hook.run.rows)
         if donor.shape[0] > 1:
             row = index_of_rows(donor.shape[0], f"the donor of {hook.name!r}", hook)
@@ -111,6 +113,20 @@ class Donor:
         picked = donor[row[:, None], :, query].transpose(1, 2)
         picked = picked.gather(-1, key.clamp_min(0).expand(*picked.shape[:3], -1))
         return picked.masked_fill(key < 0, fill_of(hook, picked.dtype))
+
+    def _refuse_columns(self, n_pos: int, hook: HookPoint) -> None:
+        """Refuse rows by hand that may be padded on the left as those of this run are."""
+        run = hook.run
+        n_columns = run.query_pos.shape[1] if run.n_pos is None else run.n_pos
+        if run.first or self.value.shape[0] < 2 or n_pos != n_columns:
+            return
+        if bool((run.query_pos[:, 0] < 0).any()):
+            raise ValueError(
+                f"the donor of {hook.name!r} was made by hand and has {n_pos} positions, as many "
+                "as there are columns of this run, whose rows are padded on the left: whether it "
+                "is padded too cannot be told. Give a cache as it came, or attention_mask= of the "
+                "donor's run (ones where nothing is padded)"
+            )
 
     @cached_property
     def _query_table(self) -> Int[Tensor, "donor_batch position"] | None:

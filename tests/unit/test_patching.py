@@ -569,3 +569,23 @@ def test_a_cache_of_some_positions_is_read_at_these_and_refused_at_others():
         assert torch.equal(got, run(fwd_hooks=patch(whole, name, positions=positions)))
         with pytest.raises(ValueError, match="none for position 6"):
             run(fwd_hooks=patch(some, name, positions=6))
+
+
+def test_rows_by_hand_as_many_as_the_columns_of_a_run_padded_on_the_left_are_refused():
+    """A dict of a padded cache does not say that it is padded: read from 0, it would be shifted."""
+    model, name = model_of("griffin"), "blocks.0.attn.hook_z"
+    rows = [random_tokens(1, n, seed=n)[0] for n in LENGTHS]
+    tokens, mask = padded(rows, "left")
+    logits, cache = model.run_with_cache(tokens, attention_mask=mask, names_filter=name)
+    by_hand = dict(cache)
+    for hooks in (patch(by_hand, name), interventions.ablate_heads({0: [1]}, "resample", by_hand)):
+        with pytest.raises(ValueError, match="by hand and has 23 positions.*attention_mask="):
+            model.run_with_hooks(tokens, attention_mask=mask, fwd_hooks=hooks)
+    for hooks in (patch(cache, name), patch(by_hand, name, attention_mask=mask)):
+        patched = model.run_with_hooks(tokens, attention_mask=mask, fwd_hooks=hooks)
+        assert relative(patched[mask > 0], logits[mask > 0]) <= FP32_PARITY
+    right, its_mask = padded(rows, "right")
+    hooks = patch(by_hand, name, attention_mask=mask)
+    model.run_with_hooks(right, attention_mask=its_mask, fwd_hooks=hooks)
+    one = {name: cache.apply_slice_to_batch_dim([0])[name]}  # one row is of one length
+    model.run_with_hooks(tokens, attention_mask=mask, fwd_hooks=patch(one, name))
