@@ -76,6 +76,8 @@ def mean(
 ) -> Estimate:
     """Return the mean over tasks, which are independent of one another.
 
+    It has a standard error where every task has one, and an interval where every task has one.
+
     Args:
         parts: one figure a task.
         sizes: documents of each.
@@ -84,14 +86,14 @@ def mean(
     weights = [float(n) if by == "documents" else 1.0 for n in sizes]
     weights = [weight / sum(weights) for weight in weights]
     value = sum(w * part.value for w, part in zip(weights, parts, strict=True))
-    known = [(part.stderr, (part.value, part.interval)) for part in parts]
-    errors = [error for error, _ in known if error is not None]
-    ends = [(v, interval) for _, (v, interval) in known if interval is not None]
-    if len(errors) < len(parts) or len(ends) < len(parts):
-        return Estimate(value, None)
-    stderr = sqrt(sum((w * e) ** 2 for w, e in zip(weights, errors, strict=True)))
-    paired = all(part.is_paired for part in parts)
-    return Estimate(value, stderr, paired, combined(ends, weights))
+    errors = [part.stderr for part in parts if part.stderr is not None]
+    ends = [(part.value, part.interval) for part in parts if part.interval is not None]
+    stderr = interval = None
+    if len(errors) == len(parts):
+        stderr = sqrt(sum((w * e) ** 2 for w, e in zip(weights, errors, strict=True)))
+    if len(ends) == len(parts):
+        interval = combined(ends, weights)
+    return Estimate(value, stderr, all(part.is_paired for part in parts), interval)
 
 
 def _over_documents(

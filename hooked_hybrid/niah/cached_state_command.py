@@ -7,12 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.table import Table
 
 from hooked_hybrid.niah.cached_state import cached_state as run_cases
-from hooked_hybrid.niah.command import heads_to_keep
+from hooked_hybrid.niah.command import figures_table, heads_to_keep
 from hooked_hybrid.niah.plots import new_figure, replacing, save_figure
 from hooked_hybrid.niah.prompt_options import PromptOptions
 from hooked_hybrid.niah.report import summary_rows
@@ -62,14 +60,8 @@ def cached_state(run: RunOptions, prompts: PromptOptions, k: Ks = None) -> None:
 
 def _show(table: pd.DataFrame, paths: Sequence[Path]) -> None:
     """Print the accuracies, and where the files are."""
-    headings, rows = summary_rows(table)
-    shown = Table(title="accuracy: mean graded score / 5", box=SIMPLE_HEAD, collapse_padding=True)
-    for heading in headings:
-        shown.add_column(heading, justify="left" if heading == "setting" else "right", no_wrap=True)
-    for row in rows:
-        shown.add_row(*row)
     console = Console()
-    console.print(shown)
+    console.print(figures_table(*summary_rows(table)))
     for path in paths:
         console.print(str(path), markup=False, highlight=False, soft_wrap=True)
 

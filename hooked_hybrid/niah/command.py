@@ -140,15 +140,7 @@ def show(table: pd.DataFrame, written: Written, losses: pd.DataFrame | None = No
     if losses is not None:  # a screen is not wide enough for all columns
         kept = [i for i, text in enumerate(headings) if text not in ("cells", "whole answer")]
         headings, *rows = ([row[i] for i in kept] for row in (headings, *rows))
-    shown = Table(title="accuracy: mean graded score / 5", box=SIMPLE_HEAD, collapse_padding=True)
-    for heading in headings:
-        is_name, is_long = heading == "setting", heading == "95% interval"
-        shown.add_column(
-            heading, justify="left" if is_name else "right", no_wrap=is_name or is_long
-        )
-    for row in rows:
-        shown.add_row(*row)
-    console.print(shown)
+    console.print(figures_table(headings, rows))
     joint = [path for path in written.pictures if path.parent == written.report.parent]
     for what, path in [
         *(("picture", path) for path in joint),
@@ -157,6 +149,26 @@ def show(table: pd.DataFrame, written: Written, losses: pd.DataFrame | None = No
         ("report", written.report),
     ]:
         console.print(f"{what:>8}  {path}", markup=False, highlight=False, soft_wrap=True)
+
+
+def figures_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    """Return a table of `summary_rows` for a screen.
+
+    On a narrow one headings and figures go on in the next line, for one that is cut would be
+    another figure. Names and intervals stay on one line.
+    """
+    shown = Table(title="accuracy: mean graded score / 5", box=SIMPLE_HEAD, collapse_padding=True)
+    for heading in headings:
+        is_name, is_long = heading == "setting", heading == "95% interval"
+        shown.add_column(
+            heading,
+            justify="left" if is_name else "right",
+            no_wrap=is_name or is_long,
+            overflow="ellipsis" if is_name or is_long else "fold",
+        )
+    for row in rows:
+        shown.add_row(*row)
+    return shown
 
 
 def _show_outputs(table: pd.DataFrame, out: Path) -> None:
@@ -178,4 +190,4 @@ def _show_outputs(table: pd.DataFrame, out: Path) -> None:
     console.print(f"   table  {out / 'table.csv'}", markup=False, highlight=False, soft_wrap=True)
 
 
-__all__ = ["heads_to_keep", "model_card", "niah", "show"]
+__all__ = ["figures_table", "heads_to_keep", "model_card", "niah", "show"]

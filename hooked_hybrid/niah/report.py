@@ -152,7 +152,7 @@ def summary_rows(
     of_text = {} if losses is None else losses.set_index("setting").to_dict("index")
     rows = []
     for row in figures.to_dict("records"):
-        interval = "one needle: none" if row["low"] != row["low"] else _interval(row)
+        interval = "one needle" if row["low"] != row["low"] else _interval(row)
         texts = [str(row["setting"]), str(row["n"]), _percent(row["accuracy"]), interval]
         texts.append(_percent(row["binary"]))
         texts += [_percent(row["inside"]), _percent(row["outside"])] if windowed else []

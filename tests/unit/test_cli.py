@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import re
 import shlex
 import sys
@@ -12,11 +13,12 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
+from rich.console import Console
 from typer.testing import CliRunner
 
 from hooked_hybrid import HookedHybrid, cli
 from hooked_hybrid.niah import command
-from hooked_hybrid.niah.command import model_card
+from hooked_hybrid.niah.command import figures_table, model_card
 from hooked_hybrid.niah.lengths import longest_prompt
 from hooked_hybrid.niah.needles import PAPER, held_out_needles
 from hooked_hybrid.niah.prompts import Prompt, default_depths, default_lengths, shortest_length
@@ -297,6 +299,21 @@ def test_it_ends_with_the_figures_and_the_paths(sweep: Sweep):
     for name in ("accuracy_by_k.png", "table.csv", "report.html", "maps"):
         assert str(Path("somewhere") / name) in result.stdout
     assert sweep.calls[0]["command"] == "hooked-hybrid niah --out somewhere"
+
+
+@pytest.mark.parametrize("width", [60, 80])
+def test_no_figure_is_cut_on_a_narrow_screen(width: int):
+    headings, _ = summary_rows(sweep_table(ks=(0, 4)))
+    row = ["generation k=4", "12,345", "100.0%", "12.3 to 100.0%", "98.7%", "65.4%", "32.1%"]
+    console = Console(width=width, record=True, file=io.StringIO())
+    console.print(figures_table(headings, [row]))
+    lines = console.export_text().splitlines()
+    assert not any("…" in line for line in lines)
+    # Below the rule stands the row, all its characters column by column.
+    below = lines[next(i for i, line in enumerate(lines) if "───" in line) + 1 :]
+    assert sorted("".join("".join(below).split())) == sorted("".join(row).replace(" ", ""))
+    if width == 80:
+        assert " ".join(below[0].split()) == " ".join(row)
 
 
 def test_help_explains_every_option_with_an_example():

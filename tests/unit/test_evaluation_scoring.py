@@ -218,6 +218,11 @@ def test_means_weigh_documents_or_tasks() -> None:
     by_documents = mean(parts, [300, 100], "documents")
     assert by_documents.value == pytest.approx(17.5)
     assert by_documents.stderr == pytest.approx((0.75**2 + 0.5**2) ** 0.5)
+    assert by_documents.interval is None  # no task has one
+    ends = [replace(parts[0], interval=(6.0, 18.0)), replace(parts[1], interval=(28.0, 44.0))]
+    by_documents = mean(ends, [300, 100], "documents")  # distances 3 and 3 below, 6 and 1 above
+    assert by_documents.interval == pytest.approx((17.5 - 18**0.5, 17.5 + 37**0.5))
+    assert mean([ends[0], parts[1]], [1, 1], "tasks").interval is None
     assert mean(parts, [300, 100], "tasks").value == pytest.approx(25)
     assert mean([parts[0], Estimate(1.0, None)], [1, 1], "tasks").stderr is None
 
