@@ -109,7 +109,9 @@ def test_quantised_blocks_kept_elsewhere_are_refused(
 def test_auto_counts_quantised_weights_and_uses_no_disk(checkpoint: Path, tmp_path: Path):
     options: dict[str, Any] = {"device_map": "auto"}
     with pytest.raises(ValueError, match="offload_folder=.* has no effect: quantised weights stay"):
-        HookedHybrid.from_pretrained(checkpoint, quantize="int8", offload_folder=tmp_path, **options)
+        HookedHybrid.from_pretrained(
+            checkpoint, quantize="int8", offload_folder=tmp_path, **options
+        )
     with pytest.raises(MemoryError, match="quantised blocks stay where they run.*GB of CPU memory"):
         HookedHybrid.from_pretrained(
             checkpoint, quantize="int8", max_memory={"cpu": "1MB"}, **options
