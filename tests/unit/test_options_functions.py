@@ -62,6 +62,7 @@ RUN = dict.fromkeys((1, 3), torch.linspace(-1, 1, 2 * N_POS * 4 * 8).view(2, N_P
 WRITES = {0: torch.linspace(-1, 1, 2 * N_POS * 24).view(2, N_POS, 24)}
 HEADS = {ATTENTION: [1]}
 MEAN = {"method": "mean", "values": RUN}
+BY_HAND = {"donor": "tensors"}  # of no known run: a cache knows the padding of its own
 
 # Factory -> arguments, and for each option: how it is given (with what else), and idle calls.
 Option = tuple[dict[str, Any], dict[str, Any], tuple[dict[str, Any], ...]]
@@ -197,12 +198,16 @@ INTERVENTIONS: dict[str, tuple[tuple[Any, ...], dict[str, Option]]] = {
             "positions": ({}, {"positions": [3]}, ({"positions": [-1]},)),
             "rows": ({}, {"rows": [0]}, ({"rows": [-1]},)),
             "heads": ({}, {"heads": [0]}, ({"heads": [-1]},)),
-            "attention_mask": ({"positions": [4, 5]}, {"attention_mask": MASK}, ()),
+            "attention_mask": (
+                {**BY_HAND, "positions": [4, 5]},
+                {"attention_mask": MASK},
+                ({"attention_mask": MASK},),
+            ),
         },
     ),
     "freeze": (
         ("other", ("z", ATTENTION)),
-        {"attention_mask": ({}, {"attention_mask": MASK}, ())},
+        {"attention_mask": (BY_HAND, {"attention_mask": MASK}, ({"attention_mask": MASK},))},
     ),
     "knock_out_crossings": (
         ("cfg", 5),
@@ -240,6 +245,8 @@ def run_intervention(name: str, args: tuple[Any, ...], options: dict[str, Any]) 
     ]
     if "mode" in options:
         given[0] = options.pop("mode")
+    if options.pop("donor", None) == "tensors":
+        given[0] = dict(given[0])
     result = made(*given, **options)
     if name == "mean_over_tokens":
         return result

@@ -610,10 +610,10 @@ def test_what_is_no_span_is_refused_at_once(spans: Any):
     ("options", "message"),
     [
         ({"mode": "all"}, "mode='all': give one of keep, null, only"),
-        ({"layers": []}, "layers=.*one or more"),
+        ({"layers": []}, "layers \\(\\): give one or more"),
         ({"layers": [-1]}, "counted from 0"),
-        ({"heads": []}, "heads=.*one or more"),
-        ({"heads": {2: [-1]}}, "heads.2.=.*counted from 0"),
+        ({"heads": []}, "heads \\(\\): give one or more"),
+        ({"heads": {2: [-1]}}, "heads\\[2\\] \\(-1,\\): .*counted from 0"),
         ({"heads": {}}, "one or more"),
         ({"heads": {2: [1]}, "layers": [2]}, "leave layers out"),
     ],
