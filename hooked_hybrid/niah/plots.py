@@ -252,7 +252,7 @@ def _add_colour_bar(figure: Figure, image: Any, axes: Sequence[Axes], aspect: in
 
 def _depth_label(thesis_depth: bool) -> str:
     zero = "end" if thesis_depth else "beginning"
-    return f"depth of the needle (%): asked, and where it stands\n0% = {zero} of the haystack"
+    return f"depth of the needle (%):\nasked, and where it stands\n0% = {zero} of the haystack"
 
 
 def _depth_said(cells: pd.DataFrame, thesis_depth: bool) -> str:
