@@ -351,8 +351,8 @@ class HookedRootModule(nn.Module):
         self, names_filter: NameFilter | None, saver: Saver, incl_bwd: bool
     ) -> list[LensHandle]:
         fwd, bwd = self._caching_hooks(names_filter, saver, incl_bwd)
-        added = [self.hook_dict[name].add_hook(hook, "fwd") for name, hook in fwd]
-        return added + [self.hook_dict[name].add_hook(hook, "bwd") for name, hook in bwd]
+        added = [self.hook_dict[str(name)].add_hook(hook, "fwd") for name, hook in fwd]
+        return added + [self.hook_dict[str(name)].add_hook(hook, "bwd") for name, hook in bwd]
 
     def _may_cache_pieces(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:  # noqa: ARG002
         """Whether this forward tells `PieceSaver` where its pieces belong."""

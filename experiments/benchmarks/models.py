@@ -162,7 +162,8 @@ def cache_keyword(kind: type[nn.Module]) -> str:
 
 def hf_cached(hf: Any, tokens: Tensor, past: Any, **options: Any) -> Tensor:
     """Return the logits [b s d_vocab] of a forward with a cache."""
-    return hf(tokens, **{cache_keyword(type(hf)): past}, use_cache=True, **options).logits
+    kind: Any = type(hf)
+    return hf(tokens, **{cache_keyword(kind): past}, use_cache=True, **options).logits
 
 
 def hf_prefill(hf: Any, tokens: Tensor) -> tuple[Tensor, Any]:
