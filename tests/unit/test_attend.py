@@ -332,6 +332,7 @@ in_layouts = pytest.mark.parametrize(
 def test_unhooked_blocks_give_the_logits_of_the_definition(name: str, layout: str, ways: list[str]):
     model, tokens = model_of(name), random_tokens(2, N_POS)
     options, real = options_of(name, layout)
+    ways.clear()  # a state may just have been made
     with torch.no_grad():
         ways.clear()
         logits = model(tokens, **options)
@@ -346,6 +347,7 @@ def test_hooks_on_blocks_see_the_values_of_the_whole(
 ):
     model, tokens = model_of(name), random_tokens(2, N_POS)
     options, real = options_of(name, layout)
+    ways.clear()  # a state may just have been made
     names = attention(model, leaf)
     with torch.no_grad(), as_defined():
         _, defined = model.run_with_cache(tokens, names_filter=names, **options)
@@ -484,6 +486,7 @@ def test_an_edit_of_blocks_is_that_edit_of_the_whole(
 ):
     model, tokens = model_of(name), random_tokens(2, N_POS)
     options, real = options_of(name, layout)
+    ways.clear()  # a state may just have been made
     with torch.no_grad():
         marked = edits_of(model, edit, per_position)
         blocks = model.run_with_hooks(tokens, fwd_hooks=marked, **options)
@@ -504,6 +507,7 @@ def test_what_one_hook_leaves_for_the_next_holds_block_by_block(
 ):
     model, tokens = model_of(name), random_tokens(2, N_POS)
     options, real = options_of(name, layout)
+    ways.clear()  # a state may just have been made
     make = {
         "keep_top_heads": lambda: interventions.keep_top_heads(2, "l2", ties="lowest"),
         "boost_span": lambda: interventions.boost_span(2, (1, 4), 1.5, ties="lowest"),
@@ -526,6 +530,7 @@ def test_watchers_of_a_whole_run_get_the_scores_and_patterns_of_the_definition(
 ):
     model, tokens = model_of(name), random_tokens(2, N_POS)
     options, real = options_of(name, layout)
+    ways.clear()  # a state may just have been made
     names = [
         *attention(model, INSIDE[0]),
         *attention(model, INSIDE[1]),
@@ -665,6 +670,7 @@ def test_no_edit_of_blocks_opens_a_hidden_edge(name: str, layout: str, leaf: str
 def test_a_query_without_any_edge_attends_to_nothing(name: str, layout: str, ways: list[str]):
     model, tokens = model_of(name), random_tokens(2, N_POS)
     options, real = options_of(name, layout)
+    ways.clear()  # a state may just have been made
     gone = [12, 13, 15]
     hooks = interventions.knock_out_edges(gone, None)
     seen: dict[str, list[Tensor]] = {n: [] for n in attention(model, "hook_z")}
