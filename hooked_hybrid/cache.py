@@ -101,13 +101,9 @@ class ActivationCache(CachePositions, ResidualStacks, Mapping[Any, Tensor]):
             return resolve(key, self.cache_dict.keys(), self.n_layers)
         except HookNameError:
             points = {} if self._model is None else self._model.hook_dict
-            grads = {f"{name}_grad": point for name, point in points.items()}
-            try:
-                name = resolve(key, {**points, **grads}.keys(), self.n_layers)
-            except HookNameError:
-                raise
-            is_large = {**points, **grads}[name].is_large
-            raise HookNameError(not_kept(name, is_large)) from None
+            known = {**points, **{f"{name}_grad": point for name, point in points.items()}}
+            name = resolve(key, known.keys(), self.n_layers)
+            raise HookNameError(not_kept(name, known[name].is_large)) from None
 
     def __getitem__(self, key: Shorthand) -> Tensor:
         """Return the value at a full name or shorthand.

@@ -12,26 +12,20 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import closing
 from itertools import groupby
 from os import PathLike
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from tqdm.auto import tqdm
 
 from hooked_hybrid.extras import require
-from hooked_hybrid.identity.model import hashed_once, model_identity
 from hooked_hybrid.model import HookedHybrid
 from hooked_hybrid.niah.cached_ways import CASES, WAYS, Answer, Case, way_of
-from hooked_hybrid.niah.cells import cell_of, with_places
+from hooked_hybrid.niah.cells import cell_of
 from hooked_hybrid.niah.groups import MOST_ROWS, Cells, shortest_window
-from hooked_hybrid.niah.prompts import Prompt, prompts_identity
-from hooked_hybrid.niah.settings import Setting, settings_identity
-from hooked_hybrid.niah.store import Store
-from hooked_hybrid.niah.sweep import check_run
-from hooked_hybrid.niah.work import Job, ordered, results
+from hooked_hybrid.niah.prompts import Prompt
+from hooked_hybrid.niah.settings import Setting
+from hooked_hybrid.niah.sweep import PromptsJob, check_run, kept_cells
 
 if TYPE_CHECKING:
     import pandas
@@ -76,30 +70,12 @@ def cached_state(
     if not prompts or len({prompt.id for prompt in prompts}) < len(prompts):
         raise ValueError("give at least one prompt, and each once")
     job = CachedStateJob(prompts, settings, max_new_tokens)
-    with hashed_once():
-        experiment: dict[str, Any] = {}
-        if out is not None:  # what is kept in memory is not gone on with
-            experiment = {
-                "identity": model_identity(model),
-                "settings": settings_identity(model, [s for _, _, s in settings.values()]),
-                **prompts_identity(prompts),
-                "max_new_tokens": max_new_tokens,
-            }
-        store = Store(None if out is None else Path(out), experiment, resume)
-        with closing(store):
-            done = store.done()
-            counts = {"total": len(prompts) * len(settings), "initial": len(done) * len(settings)}
-            bar = tqdm(**counts, unit="cell", disable=not verbose)
-            found = results(model, job, job.units(done), workers)
-            with bar, torch.no_grad(), closing(found):
-                for _, cells in found:
-                    store.add(cells)
-                    bar.update(len(cells))
-            ids = [prompt.id for part in job.parts for prompt in part]
-            return with_places(ordered(store.table(), ids, list(settings)), prompts)
+    options = {"max_new_tokens": max_new_tokens}
+    chosen = [setting for _, _, setting in settings.values()]
+    return kept_cells(model, job, prompts, chosen, options, out, resume, workers, verbose)
 
 
-class CachedStateJob(Job[int, Cells]):
+class CachedStateJob(PromptsJob[int]):
     """The work of `cached_state`: an item is a few prompts, its result their cells."""
 
     def __init__(
@@ -110,6 +86,11 @@ class CachedStateJob(Job[int, Cells]):
     ) -> None:
         self.parts = list(_parts(prompts, len(settings)))
         self.settings, self.max_new_tokens = settings, max_new_tokens
+
+    @property
+    def prompt_ids(self) -> list[str]:
+        """The prompts' ids, in the order in which one process runs them."""
+        return [prompt.id for part in self.parts for prompt in part]
 
     def units(self, done: set[str]) -> list[list[int]]:
         """Return each part with a prompt that is not done: parts have nothing in common."""

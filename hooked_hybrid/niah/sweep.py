@@ -12,6 +12,7 @@ done already. So a sweep may be spread over the workers of a Ray cluster.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from itertools import chain
@@ -37,7 +38,7 @@ from hooked_hybrid.niah.settings import (
     top_k_settings,
 )
 from hooked_hybrid.niah.store import Store
-from hooked_hybrid.niah.work import Job, ordered, results
+from hooked_hybrid.niah.work import Item, Job, ordered, results
 from hooked_hybrid.options import check_choice, check_count, refuse_ignored
 
 if TYPE_CHECKING:
@@ -106,27 +107,49 @@ def niah(
     if workers is not None:
         workers.check(model, {f"setting {setting.name!r}": setting for setting in chosen})
     job = SweepJob(prompts, chosen, max_new_tokens, first_token_stage)
+    options = {"max_new_tokens": max_new_tokens, "first_token_stage": first_token_stage}
+    return kept_cells(model, job, prompts, chosen, options, out, resume, workers, verbose)
+
+
+def kept_cells(
+    model: HookedHybrid,
+    job: PromptsJob[Any],
+    prompts: Sequence[Prompt],
+    settings: Sequence[Setting],
+    options: Mapping[str, Any],
+    out: str | PathLike[str] | None,
+    resume: bool,
+    workers: RayWorkers | None,
+    verbose: bool,
+) -> pandas.DataFrame:
+    """Run what a store does not hold yet, keep it there, and return the table of all cells.
+
+    Args:
+        model, job: what runs, and what is done.
+        prompts, settings: of the job; every prompt has a cell in every setting.
+        options: what else the results depend on, as the store records it.
+        out, resume, workers, verbose: as in `niah`.
+    """
     with hashed_once():
         experiment: dict[str, Any] = {}
         if out is not None:  # what is kept in memory is not gone on with
             experiment = {
                 "identity": model_identity(model),
-                "settings": settings_identity(model, chosen),
+                "settings": settings_identity(model, settings),
                 **prompts_identity(prompts),
-                "max_new_tokens": max_new_tokens,
-                "first_token_stage": first_token_stage,
+                **options,
             }
         store = Store(None if out is None else Path(out), experiment, resume)
         with closing(store):
             done = store.done()
-            counts = {"total": len(prompts) * len(chosen), "initial": len(done) * len(chosen)}
+            counts = {"total": len(prompts) * len(settings), "initial": len(done) * len(settings)}
             bar = tqdm(**counts, unit="cell", disable=not verbose)
             found = results(model, job, job.units(done), workers)
             with bar, torch.no_grad(), closing(found):
                 for _, cells in found:
                     store.add(cells)
                     bar.update(len(cells))
-            table = ordered(store.table(), job.prompt_ids, [s.name for s in chosen])
+            table = ordered(store.table(), job.prompt_ids, [s.name for s in settings])
             return with_places(table, prompts)
 
 
@@ -141,7 +164,20 @@ def check_run(out: str | PathLike[str] | None, resume: bool, max_new_tokens: int
     check_count("max_new_tokens", max_new_tokens)
 
 
-class SweepJob(Job[Part, Cells]):
+class PromptsJob(Job[Item, Cells]):
+    """Work whose results are the cells of prompts."""
+
+    @property
+    @abstractmethod
+    def prompt_ids(self) -> list[str]:
+        """The prompts' ids, in the order in which one process runs them."""
+
+    @abstractmethod
+    def units(self, done: set[str]) -> list[list[Item]]:
+        """Return the items with a prompt that is not done, in units."""
+
+
+class SweepJob(PromptsJob[Part]):
     """The work of a sweep: an item is a part of a group, its result that part's cells."""
 
     def __init__(
