@@ -220,7 +220,7 @@ KILL = textwrap.dedent(
 
     begun = time.perf_counter()
     os.waitpid(start(sys.argv[1] + "/0"), 0)
-    longest, rng = (time.perf_counter() - begun) / 20, random.Random(0)
+    longest, rng = (time.perf_counter() - begun) / 8, random.Random(0)
     kills, folder = 0, 1
     while kills < 30:
         child = start(f"{{sys.argv[1]}}/{{folder}}")
