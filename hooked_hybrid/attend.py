@@ -167,8 +167,8 @@ def attend(q: Queries, k: KeysValues, v: KeysValues, sight: Sight, hooks: Hooks)
         hooks: the points on scores, pattern and z.
     """
     way = attention_way(hooks.scores, hooks.pattern, hooks.z, q.device)
-    if q.shape[1] > 1 and not is_finite(k, v):
-        way = "whole"  # which reads nothing of keys that are masked: 0 times NaN is NaN
+    if way != "whole" and q.shape[1] > 1 and not is_finite(k, v):
+        way = "whole"  # which asks for itself, and reads nothing of masked keys: 0 times NaN is NaN
     if way == "whole":
         return hooks.z(attend_whole(q, k, v, sight, hooks))
     if way == "fused" or (q.shape[1] == 1 and not hooks.are_inside):

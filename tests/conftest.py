@@ -17,3 +17,10 @@ def unchecked() -> Iterator[None]:
     config.update("jaxtyping_disable", True)
     yield
     config.update("jaxtyping_disable", False)
+
+
+@pytest.fixture
+def plainly(unchecked: None) -> Iterator[None]:
+    """Meet the library as its users do: without type checks, and mostly without gradients."""
+    with torch.no_grad():
+        yield

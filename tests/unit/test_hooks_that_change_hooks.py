@@ -7,7 +7,7 @@ stays attached.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -22,14 +22,9 @@ from tests.models import griffin_config, jamba_config, random_model, random_toke
 from tests.tolerances import FP32_PARITY
 
 FAMILIES = {"griffin": griffin_config("RA"), "jamba": jamba_config("MA")}  # one layer of each kind
+pytestmark = pytest.mark.usefixtures("plainly")
 every_family = pytest.mark.parametrize("family", FAMILIES)
 Fn = Callable[[Tensor, HookPoint], Any]
-
-
-@pytest.fixture(autouse=True)
-def plainly(unchecked: None) -> Iterator[None]:
-    with torch.no_grad():
-        yield
 
 
 @cache

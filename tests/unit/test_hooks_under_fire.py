@@ -9,7 +9,7 @@ import copy
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -23,17 +23,11 @@ from tests.models import griffin_config, jamba_config, random_model, random_toke
 from tests.tolerances import FP32_PARITY
 
 FAMILIES = {"griffin": griffin_config("RA"), "jamba": jamba_config("MA")}  # one layer of each kind
+pytestmark = pytest.mark.usefixtures("plainly")
 every_family = pytest.mark.parametrize("family", FAMILIES)
 POINT = "blocks.1.hook_resid_mid"
 N_FORWARDS = int(os.environ.get("UNDER_FIRE_FORWARDS", "30"))
 """Of each thread."""
-
-
-@pytest.fixture(autouse=True)
-def plainly(unchecked: None) -> Iterator[None]:
-    """Meet the library as its users do: without type checks, and mostly without gradients."""
-    with torch.no_grad():
-        yield
 
 
 @cache

@@ -6,7 +6,7 @@ hook at each point: at padding, at the last token, in an earlier document.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -21,15 +21,10 @@ from tests.models import griffin_config, jamba_config, random_model, random_toke
 from tests.tolerances import FP32_PARITY
 
 FAMILIES = {"griffin": griffin_config("RAR"), "jamba": jamba_config("MAM")}
+pytestmark = pytest.mark.usefixtures("plainly")
 every_family = pytest.mark.parametrize("family", FAMILIES)
 every_value = pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 LONG = 70  # more than a block of queries, and than two chunks of a scan
-
-
-@pytest.fixture(autouse=True)
-def plainly(unchecked: None) -> Iterator[None]:
-    with torch.no_grad():
-        yield
 
 
 @cache
