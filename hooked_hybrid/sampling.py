@@ -105,11 +105,11 @@ class Sampling:
         """
         logits = logits.float()
         best = logits.topk(min(2, logits.shape[-1])).values  # a NaN counts as the largest
-        is_none = best[:, 0].isnan() | (best[:, 0] == -torch.inf)
+        is_some = best[:, 0] > -torch.inf  # which a NaN is not
         if uniform is not None:
-            is_none |= best[:, 0] == torch.inf
-        if bool(is_none.any()):
-            raise NoChoiceError(is_none.nonzero()[:, 0].tolist())
+            is_some &= best[:, 0] < torch.inf
+        if not bool(is_some.all()):
+            raise NoChoiceError((~is_some).nonzero()[:, 0].tolist())
         chosen = logits.argmax(-1) if uniform is None else _at(uniform, self.probabilities(logits))
         return (
             chosen,

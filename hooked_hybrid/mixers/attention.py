@@ -69,7 +69,8 @@ class Attention(Mixer[AttentionState]):
             q = self.hook_rot_q(rotate(q, layout, self.cfg.rotary))
             k = self.hook_rot_k(rotate(k, layout, self.cfg.rotary))
         # What stands at padding is never read: 0 times what is not finite would be.
-        q, k, v = (layout.zero_padding(t) for t in (q, k, v))
+        if layout.has_padding:
+            q, k, v = (layout.zero_padding(t) for t in (q, k, v))
         keys = with_new_keys(state, k, v, layout.pos, are_seen)
         hooks = Hooks(self.hook_attn_scores, self.hook_pattern, self.hook_z)
         z = attend(q, keys.k, keys.v, Sight(layout, keys.pos, self.cfg.n_keys), hooks)
