@@ -21,14 +21,16 @@ from tests.seams.edits import Edit, draw_edits, hooks_of
 TOLERANCE = 3e-5
 """Of the largest entry: sums in other orders, in up to 140 positions and under edits."""
 LONG = 10**6
+PAD, N_SPECIAL = 0, 4
+"""Of the tokenizer: the padding token, and how many tokens are no words."""
 
 
-def assert_close(got: Tensor, wanted: Tensor, what: str) -> None:
-    """Fail unless two tensors agree to rounding."""
+def assert_close(got: Tensor, wanted: Tensor, what: str, of: Tensor | None = None) -> None:
+    """Fail unless two tensors agree to the rounding of what they were computed from, `of`."""
     assert got.shape == wanted.shape, f"{what}: {tuple(got.shape)}, not {tuple(wanted.shape)}"
     if not wanted.numel():
         return
-    largest = max(float(wanted.detach().abs().max()), 1e-6)
+    largest = max(float((wanted if of is None else of).detach().abs().max()), 1e-6)
     apart = float((got.detach() - wanted.detach()).abs().max())
     assert apart <= TOLERANCE * largest, f"{what}: {apart / largest:.2g} of the largest entry"
 
@@ -37,11 +39,13 @@ def assert_close(got: Tensor, wanted: Tensor, what: str) -> None:
 class Batch:
     """Rows of tokens, each after a history of its own, and one spelling of them.
 
-    `places[r]` are the columns of row r's new tokens.
+    `input` is what is passed: `tokens`, or the texts that become them. `places[r]` are the columns
+    of row r's new tokens.
     """
 
     histories: list[list[int]]
     rows: list[list[int]]
+    input: Any
     tokens: Tensor
     options: dict[str, Any]
     places: list[range]
@@ -73,11 +77,11 @@ def draw_batch(random: Random, model: HookedHybrid) -> Batch:
     """Draw rows, what they continue from, a spelling and edits."""
     n_rows = random.choice([1, 1, 2, 3, 4])
     longest = random.choice([2, 5, 12, 40, 70])
-    spelling = random.choice(["equal", "left", "right", "both", "packed"])
+    spelling = random.choice(["equal", "left", "right", "both", "packed", "unmasked", "texts"])
     continues = spelling != "packed" and random.random() < 0.5
 
     def row(n: int) -> list[int]:
-        return [random.randrange(3, D_VOCAB) for _ in range(n)]
+        return [random.randrange(N_SPECIAL, D_VOCAB) for _ in range(n)]
 
     lengths = [random.randint(1, longest) for _ in range(n_rows)]
     lengths = [lengths[0]] * n_rows if spelling == "equal" else lengths
@@ -90,13 +94,17 @@ def draw_batch(random: Random, model: HookedHybrid) -> Batch:
     if spelling == "packed":  # one row: documents are told by their positions alone
         starts, stops = (0,), (LONG,)
     edits, marked = draw_edits(random, model, starts, stops)
-    return Batch(histories, rows, tokens, options, places, edits, marked)
+    given: Any = tokens
+    if spelling == "texts":
+        given = [" ".join(f"w{token}" for token in row) for row in rows]
+        given = given[0] if n_rows == 1 and random.random() < 0.5 else given
+    return Batch(histories, rows, given, tokens, options, places, edits, marked)
 
 
 def spelled(
     random: Random, rows: list[list[int]], spelling: str
 ) -> tuple[Tensor, dict[str, Any], list[range]]:
-    """Return tokens, their mask or segment ids, and where each row's tokens stand."""
+    """Return tokens, the options that say what they are, and where each row's tokens stand."""
     if spelling == "equal":
         return torch.tensor(rows), {}, [range(len(row)) for row in rows]
     if spelling == "packed":
@@ -109,21 +117,29 @@ def spelled(
         segments = torch.tensor([[0] * n_left + ids + [0] * n_right])
         moved = [range(p.start + n_left, p.stop + n_left) for p in places]
         return tokens, {"segment_ids": segments}, moved
-    width = max(map(len, rows)) + random.choice([0, 0, 1, 5])
+    width = max(map(len, rows)) + (0 if spelling == "texts" else random.choice([0, 0, 1, 5]))
     tokens, mask = torch.randint(3, D_VOCAB, (len(rows), width)), torch.zeros(len(rows), width)
-    places = []
+    if spelling in ("unmasked", "texts"):
+        tokens.fill_(PAD)
+    places, side = [], random.choice(["left", "right"])
     for i, row in enumerate(rows):
         room = width - len(row)
-        first = {"left": room, "right": 0, "both": random.randint(0, room)}[spelling]
+        where = random.choice(["left", "right"]) if spelling == "unmasked" else spelling
+        where = side if where == "texts" else where
+        first = {"left": room, "right": 0, "both": random.randint(0, room)}[where]
         tokens[i, first : first + len(row)] = torch.tensor(row)
         mask[i, first : first + len(row)] = 1
         places.append(range(first, first + len(row)))
+    if spelling == "unmasked":  # padding is known by its token
+        return tokens, {}, places
+    if spelling == "texts":
+        return tokens, {"prepend_bos": False, "padding_side": side}, places
     return tokens, {"attention_mask": mask.long()}, places
 
 
 def read(model: HookedHybrid, random: Random, rows: list[list[int]]) -> Any:
     """Return the state after some rows, read in any spelling that keeps them rows."""
-    tokens, options, _ = spelled(random, rows, random.choice(["left", "right", "both"]))
+    tokens, options, _ = spelled(random, rows, random.choice(["left", "right", "both", "unmasked"]))
     return model(tokens, return_type=None, return_state=True, **options)[1]
 
 
@@ -141,7 +157,7 @@ def check_forward(random: Random, model: HookedHybrid) -> None:
             return
         options["loss_per_token"] = random.random() < 0.5
     options["return_state"] = not batch.is_packed or random.random() < 0.5
-    out = model.run_with_hooks(batch.tokens, fwd_hooks=batch.fwd_hooks, **options)
+    out = model.run_with_hooks(batch.input, fwd_hooks=batch.fwd_hooks, **options)
     out, state = out if options["return_state"] else (out, None)
     alone = [batch.alone(model, r)[0] for r in range(len(batch.rows))]
     if return_type is None:
@@ -210,7 +226,7 @@ def check_cache(random: Random, model: HookedHybrid) -> None:
     if random.random() < 0.3:
         options["device"] = "cpu"
     with model.hooks(batch.fwd_hooks):
-        logits, cache = model.run_with_cache(batch.tokens, names_filter=name, **options)
+        logits, cache = model.run_with_cache(batch.input, names_filter=name, **options)
     value, point = cache[name], model.hook_dict[name]
     columns = list(range(n_pos)) if picked is None else picked
     dim = point.pos_dim

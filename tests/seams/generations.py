@@ -37,7 +37,7 @@ def check_generation(random: Random, model: HookedHybrid) -> None:
     eos = random.sample(range(3, D_VOCAB), random.choice([0, 0, 20]))
     names = keepable(random, model)
     out = model.generate(
-        batch.tokens,
+        batch.input,
         n_new,
         fwd_hooks=batch.fwd_hooks,
         prefill_hooks=hooks_of(prefill, prefill_marks),
@@ -77,19 +77,21 @@ def check_row(
     new = out.new_tokens[row].tolist()
     with model.hooks(hooks_of(edits, [False] * len(edits), row)):
         for i, token in enumerate(new):
-            logits = model(torch.tensor([ids]))[0, -1]
+            whole = torch.tensor([ids])  # which may end with a padding token that was chosen
+            logits = model(whole, attention_mask=torch.ones_like(whole))[0, -1]
             best = logits.topk(2).values
             if float(best[0] - best[1]) > TIE:
                 assert token == int(logits.argmax()), f"row {row}, token {i}"
             logprob = log_softmax(logits, dim=-1)[token]
-            assert_close(out.logprobs[row, i], logprob, f"log-probability {i} of row {row}")
+            assert_close(out.logprobs[row, i], logprob, f"log-probability {i} of row {row}", logits)
             ids.append(token)
             if token in eos:
                 assert bool(out.finished[row])
                 assert not out.logprobs[row, i + 1 :].any()
                 break
         read = torch.tensor([ids[:-1]])
-        cached = model.run_with_cache(read, names_filter=names)[1] if names else None
+        options = {"names_filter": names, "attention_mask": torch.ones_like(read)}
+        cached = model.run_with_cache(read, **options)[1] if names else None
     if cached is not None:
         check_kept(model, batch, row, out, cached, before, n_read, len(ids) - 1 - before)
 

@@ -11,9 +11,10 @@ import torch
 
 from hooked_hybrid import HookedHybrid
 from tests.models import CONFIGS, tiny_model
-from tests.seams.calls import check_cache, check_forward
+from tests.seams.calls import N_SPECIAL, check_cache, check_forward
 from tests.seams.generations import check_generation
 from tests.seams.programs import check_program
+from tests.unit.test_text import SPECIAL, toy_tokenizer
 
 COUNT = int(os.environ.get("SEAMS", "8"))
 SEED = int(os.environ.get("SEAMS_SEED", "0"))
@@ -30,6 +31,8 @@ CHECKS: dict[str, Callable[[Random, HookedHybrid], None]] = {
 @pytest.mark.parametrize("name", CONFIGS)
 def test_random_calls_equal_each_row_alone(name: str, check: str):
     model = tiny_model(name)
+    model.tokenizer = toy_tokenizer()
+    assert len(SPECIAL) == N_SPECIAL
     failed: list[str] = []
     for i in range(COUNT):
         seed = SEED + i
