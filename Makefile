@@ -56,11 +56,12 @@ interop: $(INTEROP:%=interop-%)
 $(INTEROP:%=interop-%): interop-%: .venv-interop-%/.installed
 	.venv-interop-$*/bin/python -m pytest -c interop/pytest.ini interop/$*
 
-# The parity tests against other versions of transformers than the one that `make test` has.
+# The parity and tokenizer tests against other versions of transformers than that of `make test`.
 transformers: $(TRANSFORMERS:%=transformers-%)
 
 $(TRANSFORMERS:%=transformers-%): transformers-%: .venv-interop-transformers-%/.installed
-	.venv-interop-transformers-$*/bin/python -m pytest tests/parity
+	.venv-interop-transformers-$*/bin/python -m pytest tests/parity \
+		tests/unit/test_reference_tokenizers.py tests/unit/test_tokenizers.py
 
 .venv-interop-%/.installed: pyproject.toml interop/%/requirements.txt interop/%/constraints.txt
 	$(PYTHON) -m venv .venv-interop-$*
