@@ -16,18 +16,17 @@ import threading
 import warnings
 from collections.abc import Callable, Sequence, Sized
 from itertools import chain
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 from weakref import WeakSet
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from hooked_hybrid.config import AttentionConfig
 from hooked_hybrid.hooks import HookPoint
+from hooked_hybrid.host_waits import AsksNothing
 from hooked_hybrid.kernels import grouped_experts
 from hooked_hybrid.layout import lay_out
 from hooked_hybrid.mlps.moe import MoE
@@ -45,8 +44,12 @@ MAX_STEPS = 1024
 KEYS_MULTIPLE = 64
 """Keys of a step, in layers without a window: masks of such a length are aligned."""
 
-ASKING = torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape
 TORCH_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+REPLAYED = {torch.float64: 1e-6, torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.1}
+"""How far a replay may be from the step it repeats, over the largest entry; integers not at all.
+
+Its kernels are the same; a product may be summed in another order. An empty graph is off by all.
+"""
 Step = Callable[[], None]
 Capture = Callable[[Step, torch.device], Step]
 _one_capture = threading.Lock()  # torch allows no two at a time
@@ -133,7 +136,9 @@ def record(step: Step, device: torch.device) -> Step:
                 with AsksNothing():
                     step()
             stream.wait_stream(side)
-            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            # Without `stream`, torch captures on one made for the first capture of the process,
+            # which may be another GPU's: the graph would be empty.
+            with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
                 step()
         finally:
             torch.cuda.set_stream(stream)  # a capture that fails leaves another
@@ -143,29 +148,6 @@ def record(step: Step, device: torch.device) -> Step:
 
 CAPTURES: dict[str, Capture] = {"cuda": record}
 """How each type of device captures; others have no graphs."""
-
-
-class AsksNothing(TorchDispatchMode):
-    """Raises a RuntimeError at operations that the host waits for, before a capture meets them.
-
-    A capture that fails leaves torch's random generator unusable. Other threads are not watched.
-    """
-
-    def __torch_dispatch__(
-        self, func: Any, _types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        kwargs, name = kwargs or {}, func.overloadpacket.__name__
-        out = func(*args, **kwargs)
-        if name in ("index", "index_put", "index_put_"):  # by a mask, they look for what is true
-            asks = any(t is not None and t.dtype == torch.bool for t in args[1])
-        elif name in ("copy_", "_to_copy"):
-            leaves = tree_leaves((args, out))
-            asks = len({t.device for t in leaves if isinstance(t, Tensor)}) > 1
-        else:
-            asks = not {*func.tags}.isdisjoint(ASKING)
-        if asks:
-            raise RuntimeError(f"the host waits for the result of {func}")
-        return out
 
 
 # --- what -------------------------------------------------------------------------------------
@@ -209,7 +191,8 @@ class StepGraph:
         self._logits = torch.zeros(batch, model.cfg.d_vocab, dtype=model.dtype, device=device)
         self.load(state)
         self._replay = (capture or CAPTURES[device.type])(self._step, device)
-        self.load(state)  # the steps before the capture have changed it
+        self._require_the_step(state)
+        self.load(state)  # the steps before the capture, and those compared, have changed it
 
     @torch.no_grad()
     def load(self, state: HybridState) -> None:
@@ -290,6 +273,24 @@ class StepGraph:
             elif mine.shape[1]:
                 mine.index_copy_(1, self._count % mine.shape[1], new[:, -1:])
         self._count.add_(1)
+
+    def _require_the_step(self, state: HybridState) -> None:
+        """Refuse a replay that does not do what the step does, as that of an empty graph."""
+        expected, found = (self._changes(state, run) for run in (self._step, self._replay))
+        for name, wanted in expected.items():
+            bound = REPLAYED.get(wanted.dtype, 0.0)
+            most = float(wanted.nan_to_num(0, 0, 0).abs().max()) if wanted.numel() else 0.0
+            if not torch.allclose(found[name], wanted, 0, bound * most, equal_nan=True):
+                raise RuntimeError(f"a replay of the captured step gives another {name}")
+
+    def _changes(self, state: HybridState, run: Step) -> dict[str, Tensor]:
+        """Return what one step from a state gives: logits, and the buffers where it writes."""
+        self.load(state)
+        self._logits.fill_(torch.finfo(self._logits.dtype).max)  # no logits that a step leaves
+        run()
+        first = {n: t[:, :1] if n in self._windows else t for n, t in self._buffers.items()}
+        now = {"logits": self._logits, "count of steps": self._count, **first}
+        return {name: t.clone() for name, t in now.items()}
 
     def _room_for(self, name: str, shape: Sequence[int], n_steps: int) -> list[int]:
         """Return the shape of a buffer, with places for all keys that a step sees but its own."""

@@ -11,6 +11,7 @@ import gc
 import warnings
 import weakref
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import cache
 from typing import Any
 
@@ -20,10 +21,11 @@ from torch import Tensor
 
 from hooked_hybrid import HookedHybrid, step_graph
 from hooked_hybrid.config import HybridConfig
+from hooked_hybrid.host_waits import AsksNothing
 from hooked_hybrid.kernels import grouped_experts
 from hooked_hybrid.sampling import Sampling
 from hooked_hybrid.state import HybridState
-from hooked_hybrid.step_graph import AsksNothing, StepGraph, captured, record, usable
+from hooked_hybrid.step_graph import StepGraph, captured, record, usable
 from tests.models import (
     CONFIGS,
     griffin_config,
@@ -314,13 +316,50 @@ ASKS = {
     "counts": lambda x: torch.bincount(x.long()),
     "equality": lambda x: torch.equal(x, x + 1),
     "another device": lambda x: x.to("meta"),
+    "another device and dtype": lambda x: x.to("meta", torch.float64),
+    "numbers for another device": lambda x: torch.tensor([1.0, 2.0], device="meta"),
+    "copying to another device": lambda x: torch.empty(4, device="meta").copy_(x),
+    "where, of a mask alone": lambda x: torch.where(x > 0),
+    "a condition in Python": lambda x: 1 if x[1] > 0 else 2,
+    "repeats that a tensor counts": lambda x: torch.repeat_interleave(x.long()),
+    "repeats of another, that it counts": lambda x: torch.repeat_interleave(x, x.long()),
+    "a list": lambda x: x.tolist(),
+    "an array": lambda x: x.numpy(),
+    "draws": lambda x: torch.multinomial(x, 1),
+    "what is different": lambda x: torch.unique(x),
+    "closeness": lambda x: torch.allclose(x, x + 1),
 }
 
 
+@pytest.mark.parametrize("below", [False, True], ids=["with autograd", "where a step runs"])
 @pytest.mark.parametrize("kind", ASKS)
-def test_what_the_host_waits_for_is_found_before_a_capture(kind):
-    with pytest.raises(RuntimeError, match="the host waits"), AsksNothing():
+def test_what_the_host_waits_for_is_found_before_a_capture(kind, below):
+    """Below autograd, as `plan.dispatch` runs a step, composite operations come whole."""
+    skipping = torch._C._AutoDispatchBelowAutograd() if below else nullcontext()
+    with skipping, pytest.raises(RuntimeError, match="the host waits"), AsksNothing():
         ASKS[kind](torch.arange(4.0))
+
+
+ASKS_NOTHING: dict[str, Callable[[Tensor], Any]] = {
+    "another dtype": lambda x: x.to(torch.float64).to(x),
+    "the same device": lambda x: x.to("cpu"),
+    "where, of two": lambda x: torch.where(x > 0, x, 0),
+    "repeats of a number": lambda x: torch.repeat_interleave(x, 3),
+    "filling at a mask": lambda x: x.masked_fill(x > 0, 1),
+    "indices": lambda x: x[torch.tensor([1, 2])],
+    "a product": lambda x: torch.nn.functional.linear(x, torch.ones(3, 4)),
+    "a copy": lambda x: x.clone().copy_(x),
+}
+
+
+@pytest.mark.parametrize("below", [False, True], ids=["with autograd", "where a step runs"])
+@pytest.mark.parametrize("kind", ASKS_NOTHING)
+def test_what_a_gpu_does_alone_may_be_captured(kind, below):
+    x = torch.arange(4.0)
+    expected = ASKS_NOTHING[kind](x)
+    with torch._C._AutoDispatchBelowAutograd() if below else nullcontext(), AsksNothing():
+        found = ASKS_NOTHING[kind](x)
+    assert torch.equal(found, expected)
 
 
 @pytest.mark.parametrize("way", ["fused", "blocks"])
@@ -368,7 +407,8 @@ def test_a_capture_that_fails_is_told_once_and_not_tried_again(griffin, forced, 
 
 def test_a_graph_and_its_buffers_go_with_their_owner(griffin):
     def replays(step: Callable[[], None], device: torch.device) -> Callable[[], None]:
-        return noop  # like a graph, it does not hold the step
+        mine = weakref.WeakMethod(step)  # like a graph, it does not hold the step
+        return lambda: mine()()
 
     state = after(griffin, random_tokens(1, 5))
     gc.disable()
