@@ -7,7 +7,9 @@
     grouped_experts  all experts in three products          torch        twin of `MoE._run_sorted`
 
 Each module has a `usable`, to be asked before its function is called, and imports what it needs
-only then. `import hooked_hybrid` imports none of them, and works without any of their packages.
+only then. A kernel is tried on small inputs before it is first used on a GPU (`trials`), and left
+out where it does not run or is wrong. Second derivatives are the definition's (`twice`).
+`import hooked_hybrid` imports none of them, and works without any of their packages.
 """
 
 from __future__ import annotations
@@ -59,17 +61,18 @@ def need_gradients(*tensors: Tensor) -> bool:
 def importable(module: str) -> bool:
     """Return whether `module` of an optional package can be imported.
 
-    Compiled packages break when torch is updated; such a one is not used, which a warning says.
+    Compiled packages break when torch is updated, others by what they import, with any error; such
+    a one is not used, which a warning says.
     """
     package = module.partition(".")[0]
     if not _is_installed(package):
         return False
     try:
         importlib.import_module(module)
-    except (ImportError, OSError, RuntimeError) as error:
+    except Exception as error:
         warnings.warn(
             f"{package} is installed but cannot be imported, so that plain torch is used instead: "
-            f"{error}",
+            f"{type(error).__name__}: {error}",
             stacklevel=2,
         )
         return False
@@ -86,4 +89,7 @@ def _is_capable(device: torch.device) -> bool:
 
 @cache
 def _is_installed(package: str) -> bool:
-    return find_spec(package) is not None
+    try:
+        return find_spec(package) is not None
+    except ValueError:  # a module of this name that no import made
+        return False

@@ -1,4 +1,4 @@
-"""The causal convolution by the CUDA kernels of causal-conv1d, which are differentiable."""
+"""The causal convolution by the CUDA kernels of causal-conv1d, which are differentiable once."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from hooked_hybrid.kernels import importable
+from hooked_hybrid import transforms
+from hooked_hybrid.kernels import importable, need_gradients
+from hooked_hybrid.kernels.trials import waves, works
+from hooked_hybrid.kernels.twice import twice_differentiable
 
 MODULE = "causal_conv1d"
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -24,7 +27,9 @@ def usable(u: Tensor, state: Tensor, weight: Tensor, bias: Tensor | None) -> boo
         and weight.shape[0] in WIDTHS
         and u.shape[2] % CHANNELS == 0
         and u.numel() > 0
+        and not transforms.are_active()
         and importable(MODULE)
+        and _works(u, need_gradients(*floats))
     )
 
 
@@ -37,8 +42,8 @@ def convolve(
     """Return `b + sum_j w_j u_{t-j}` and the last inputs, which later positions need.
 
     The twin of `layers.CausalConv1d` on plain rows. It sums in fp32 and rounds once, where the
-    definition rounds after every tap: apart by a rounding in half precision. It has first
-    derivatives only.
+    definition rounds after every tap: apart by a rounding in half precision. First derivatives are
+    the package's, second ones the definition's.
 
     Args:
         u: new inputs.
@@ -58,7 +63,51 @@ def convolve(
         return_final_states=True,
         activation=None,
     )
-    return y.transpose(1, 2), after.transpose(1, 2)
+    y, after = twice_differentiable(
+        (y.transpose(1, 2), after.transpose(1, 2)), _definition, (u, state, weight, bias)
+    )
+    return y, after
+
+
+def _definition(
+    u: Tensor, state: Tensor, weight: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Return what `convolve` does, tap by tap."""
+    inputs = torch.cat([state, u], dim=1)
+    y = torch.zeros_like(u) if bias is None else bias.expand_as(u)
+    for tap, w in enumerate(weight):
+        y = torch.addcmul(y, inputs[:, tap : tap + u.shape[1]], w)
+    return y, inputs[:, u.shape[1] :]
+
+
+def _works(u: Tensor, with_gradients: bool) -> bool:
+    name, trial = "causal-conv1d", _trial
+    if with_gradients:
+        name, trial = "causal-conv1d (with gradients)", _trial_of_gradients
+    return works(name, trial, u.device, u.dtype)
+
+
+def _inputs(device: torch.device, dtype: torch.dtype) -> list[Tensor]:
+    shapes = ((2, 5, 16), (2, 3, 16), (4, 16), (16,))
+    return [waves(*shape, seed=i).to(device, dtype) for i, shape in enumerate(shapes)]
+
+
+def _trial(
+    device: torch.device, dtype: torch.dtype
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    inputs = _inputs(device, dtype)
+    return convolve(*inputs), _definition(*inputs)
+
+
+def _trial_of_gradients(
+    device: torch.device, dtype: torch.dtype
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    inputs = [t.requires_grad_() for t in _inputs(device, dtype)]
+    pair = convolve(*inputs), _definition(*inputs)
+    found, expected = (
+        torch.autograd.grad([t.square().sum() for t in outputs], inputs) for outputs in pair
+    )
+    return found, expected
 
 
 def _channels_last(x: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from hooked_hybrid.config import Activation
+from hooked_hybrid.kernels.trials import waves, works
 from hooked_hybrid.layers import activate
 from hooked_hybrid.shapes import Resid
 
@@ -28,6 +29,7 @@ def usable(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> bool:
         and x.numel() > 0
         and gate.shape[0] <= MAX_EXPERTS
         and all(_is_aligned(t) for t in (gate, up, down))
+        and works("grouped_mm", _trial, x.device, x.dtype)
     )
 
 
@@ -85,3 +87,20 @@ def _is_aligned(weight: Tensor) -> bool:
         and weight.data_ptr() % ALIGNMENT == 0
         and all(n % in_row == 0 for n in weight.shape[1:])
     )
+
+
+@torch.no_grad()
+def _trial(
+    device: torch.device, dtype: torch.dtype
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """Return what three experts write, in grouped products and in one product each."""
+    shapes = ((2, 5, 16), (2, 5, 2), (3, 32, 16), (3, 32, 16), (3, 16, 32))
+    x, shares, gate, up, down = (
+        waves(*shape, seed=i).to(device, dtype) for i, shape in enumerate(shapes)
+    )
+    indices = torch.arange(20, device=device).view(2, 5, 2) % 3
+    found = run_experts(x, shares, indices, gate, up, down, "silu")
+    post = activate(torch.einsum("bsd,emd->bsem", x, gate), "silu")
+    written = torch.einsum("bsem,edm->bsed", post * torch.einsum("bsd,emd->bsem", x, up), down)
+    chosen = written.gather(2, indices[..., None].expand(*indices.shape, x.shape[-1]))
+    return (found,), ((chosen * shares[..., None]).sum(2),)

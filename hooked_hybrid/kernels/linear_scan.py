@@ -14,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hooked_hybrid.kernels import need_gradients, triton_reads
+from hooked_hybrid.kernels.trials import waves, works
 
 CHUNK = 64
 BLOCK = 128  # channels of a program, which is one warp: 16 bytes a thread
@@ -32,6 +33,7 @@ def usable(a: Tensor, x: Tensor, h0: Tensor) -> bool:
         and a.dtype == h0.dtype == x.dtype
         and triton_reads(a, x, h0)
         and not need_gradients(a, x, h0)
+        and works("the Triton kernel of linear scans", _trial, x.device, x.dtype)
     )
 
 
@@ -100,3 +102,20 @@ def _check(a: Tensor, x: Tensor, h0: Tensor) -> None:
         raise ValueError("this kernel has no gradient; `scan.scan` has, and runs it inside its own")
     if not triton_reads(a, x, h0):
         raise ValueError(f"Triton cannot run on {a.device}, {x.device} and {h0.device}; use `scan`")
+
+
+@torch.no_grad()
+def _trial(
+    device: torch.device, dtype: torch.dtype
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """Return the states of two chunks, both ways, by the kernels and by the loop."""
+    from hooked_hybrid.scan import scan_loop
+
+    shapes = ((2, CHUNK + 6, 16), (2, CHUNK + 6, 16), (2, 16))
+    a, x, h0 = (waves(*shape, seed=i).to(device, dtype) for i, shape in enumerate(shapes))
+    a = a.abs()
+    backwards = scan_loop(a.flip(1), x.flip(1), h0).flip(1)
+    return (
+        (linear_scan(a, x, h0), linear_scan(a, x, h0, reverse=True)),
+        (scan_loop(a, x, h0), backwards),
+    )

@@ -1,4 +1,4 @@
-"""Mamba's selective scan by the CUDA kernels of mamba-ssm, which are differentiable."""
+"""Mamba's selective scan by the CUDA kernels of mamba-ssm, which are differentiable once."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from hooked_hybrid.kernels import importable, need_gradients
+from hooked_hybrid.kernels.trials import waves, works
+from hooked_hybrid.kernels.twice import twice_differentiable
 from hooked_hybrid.shapes import Inner
 
 MODULE = "mamba_ssm.ops.selective_scan_interface"
@@ -39,6 +41,7 @@ def usable(
         and 0 < A.shape[1] <= MAX_D_STATE
         and u.numel() > 0
         and importable(MODULE)
+        and works("mamba-ssm", _trial, u.device, u.dtype)
     )
 
 
@@ -52,13 +55,19 @@ def selective_scan(
     """Return C h at every position and the last state, from a state of zero.
 
     Its products of decays are in fp32, over up to 2048 positions; `kernels.selective_scan` is the
-    closer one where memories are long. It has first derivatives only.
+    closer one where memories are long. First derivatives are the package's, second ones the
+    definition's.
 
     Args:
         u, dt, A, B, C: as in `hooked_hybrid.selective_scan.selective_scan_loop`.
 
     Source: `selective_scan_fn` of mamba-ssm 2.3, without its D, z and softplus.
     """
+    y, last = twice_differentiable(_by_package(u, dt, A, B, C), _definition, (u, dt, A, B, C))
+    return y, last
+
+
+def _by_package(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
     from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
 
     n_pos, d_state = u.shape[1], A.shape[1]
@@ -72,3 +81,27 @@ def selective_scan(
     entries = torch.eye(d_state, dtype=C.dtype, device=C.device).expand(len(C), -1, -1)
     y = selective_scan_fn(u, dt, A, B, torch.cat([C, entries], dim=2))
     return y[..., :n_pos].transpose(1, 2), y[..., n_pos:]
+
+
+def _definition(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
+    """Return what `selective_scan` does, one position after another."""
+    from hooked_hybrid.selective_scan import selective_scan_loop
+
+    return selective_scan_loop(u, dt, A, B, C, u.new_zeros(u.shape[0], *A.shape))
+
+
+def _trial(
+    device: torch.device, dtype: torch.dtype
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """Return outputs and gradients, by the kernels and by the definition."""
+    shapes = ((2, 5, 16), (2, 5, 16), (16, 4), (2, 5, 4), (2, 5, 4))
+    u, dt, A, B, C = (waves(*shape, seed=i) for i, shape in enumerate(shapes))
+    given = (u, 0.6 + 0.5 * dt, -1.1 - A, B, C)  # step sizes are positive, decay rates negative
+    with torch.enable_grad():
+        inputs = [t.to(device, dtype).requires_grad_() for t in given]
+        pair = selective_scan(*inputs), _definition(*inputs)
+        found, expected = (
+            (*outputs, *torch.autograd.grad([t.square().sum() for t in outputs], inputs))
+            for outputs in pair
+        )
+    return found, expected

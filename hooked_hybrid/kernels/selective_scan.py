@@ -7,9 +7,11 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from hooked_hybrid.kernels import need_gradients, triton_reads
+from hooked_hybrid.kernels.trials import waves, works
 from hooked_hybrid.shapes import Inner
 
-BLOCK_D = 16  # channels of a program, which is one warp
+BLOCK_D = 16  # channels of a program, which is one warp, at most
+ENTRIES = 1024  # of a state in a program: more than 32 a thread do not stay in registers
 STAGES = 4  # positions that are read ahead
 # Products fuse into sums, as in `addcmul`; Triton 3.10 changes its default.
 OPTIONS = {"num_warps": 1, "enable_fp_fusion": True}
@@ -32,6 +34,7 @@ def usable(
         all(t.dtype == torch.float32 for t in floats)
         and triton_reads(*floats, *(() if resets is None else (resets,)))
         and not need_gradients(*floats)
+        and works("the Triton kernel of selective scans", _trial, u.device, u.dtype)
     )
 
 
@@ -68,14 +71,37 @@ def selective_scan(
     last = torch.empty_like(h0, memory_format=torch.contiguous_format)
     inputs = [t.contiguous() for t in (u, dt, A, B, C, h0)]
     forget = None if resets is None else resets.int().contiguous()
-    block_n = 1 << (A.shape[1] - 1).bit_length()
+    block_d, block_n = blocks(A.shape[1])
     with torch.cuda.device_of(u):
-        triton_kernels.selective_scan[(-(-d_inner // BLOCK_D), batch)](
+        triton_kernels.selective_scan[(-(-d_inner // block_d), batch)](
             *(*inputs, forget, y, last, n_pos, d_inner, A.shape[1]),
-            *(resets is not None, BLOCK_D, block_n, STAGES),
+            *(resets is not None, block_d, block_n, STAGES),
             **OPTIONS,
         )
     return y, last
+
+
+def blocks(d_state: int) -> tuple[int, int]:
+    """Return how many channels, and entries of each state, a program holds: powers of 2."""
+    block_n = 1 << (d_state - 1).bit_length()
+    return max(1, min(BLOCK_D, ENTRIES // block_n)), block_n
+
+
+@torch.no_grad()
+def _trial(
+    device: torch.device, dtype: torch.dtype
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """Return outputs and last states, with resets and without, by the kernel and by the loop."""
+    from hooked_hybrid.selective_scan import selective_scan_loop
+
+    shapes = ((2, 9, 16), (2, 9, 16), (16, 16), (2, 9, 16), (2, 9, 16), (2, 16, 16))
+    u, dt, A, B, C, h0 = (waves(*shape, seed=i) for i, shape in enumerate(shapes))
+    given = (u, 0.6 + 0.5 * dt, -1.1 - A, B, C, h0)  # step sizes are positive, rates negative
+    inputs = [t.to(device, dtype) for t in given]
+    resets = inputs[0][:, :, 0] > 0.5
+    found = (*selective_scan(*inputs), *selective_scan(*inputs, resets))
+    expected = (*selective_scan_loop(*inputs), *selective_scan_loop(*inputs, resets))
+    return found, expected
 
 
 def _check(

@@ -14,6 +14,7 @@ import sys
 import types
 from collections.abc import Callable
 from importlib.machinery import ModuleSpec
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -27,7 +28,7 @@ from hooked_hybrid.kernels import causal_conv1d, grouped_experts, mamba_ssm
 from hooked_hybrid.kernels.grouped_experts import run_experts
 from hooked_hybrid.kernels.linear_scan import BLOCK, CHUNK, OPTIONS, STAGES, linear_scan
 from hooked_hybrid.kernels.linear_scan import usable as usable_linear
-from hooked_hybrid.kernels.selective_scan import BLOCK_D, selective_scan
+from hooked_hybrid.kernels.selective_scan import BLOCK_D, blocks, selective_scan
 from hooked_hybrid.kernels.selective_scan import usable as usable_selective
 from hooked_hybrid.layers import CausalConv1d
 from hooked_hybrid.layout import lay_out
@@ -194,7 +195,13 @@ class TestTriton:
     @pytest.mark.parametrize("has_resets", [False, True])
     @pytest.mark.parametrize(
         ("batch", "n_pos", "d_inner", "d_state"),
-        [(1, 1, 3, 1), (3, 20, 6, 4), (2, 17, BLOCK_D + 1, 5), (1, 30, BLOCK_D, 16)],
+        [
+            (1, 1, 3, 1),
+            (3, 20, 6, 4),
+            (2, 17, BLOCK_D + 1, 5),
+            (1, 30, BLOCK_D, 16),
+            (1, 4, 5, 130),
+        ],
     )
     def test_selective_scan_equals_its_definition(
         self, batch: int, n_pos: int, d_inner: int, d_state: int, has_resets: bool
@@ -300,6 +307,33 @@ def test_kernels_compile_for_a_gpu_and_read_ahead(monkeypatch, tmp_path, reverse
         kernel = getattr(triton, name)
         ptx = compile_for(90, kernel, **{n: given[n] for n in kernel.arg_names})
         assert "cp.async" in ptx, name
+
+
+@pytest.mark.skipif(kernels.interpreting(), reason="the interpreter compiles nothing")
+@pytest.mark.parametrize("d_state", [16, 256])
+def test_states_of_the_selective_scan_stay_in_registers(monkeypatch, tmp_path, d_state: int):
+    triton = pytest.importorskip("triton")
+    from hooked_hybrid.kernels import triton_kernels
+
+    assemblers = [*Path(triton.__file__).parent.glob("backends/nvidia/bin/ptxas-*")]
+    if not assemblers:
+        pytest.skip("this Triton brings no assembler of its PTX")
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    block_d, block_n = blocks(d_state)
+    floats = "u_ptr dt_ptr A_ptr B_ptr C_ptr h0_ptr y_ptr last_ptr".split()
+    ptx = compile_for(
+        90,
+        triton_kernels.selective_scan,
+        **dict.fromkeys(floats, "*fp32"),
+        **dict.fromkeys(("n_pos", "d_inner", "d_state"), "i32"),
+        **{"resets_ptr": "*i32", "HAS_RESETS": True},
+        **{"BLOCK_D": block_d, "BLOCK_N": block_n, "STAGES": STAGES},
+    )
+    source = tmp_path / "scan.ptx"
+    source.write_text(ptx)
+    command = [assemblers[0], "--verbose", "--gpu-name=sm_90a", source, "-o", tmp_path / "scan"]
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert run.returncode == 0 and " 0 bytes stack frame, 0 bytes spill" in run.stderr, run.stderr
 
 
 def test_nothing_is_imported_before_it_is_needed_nor_needed():
