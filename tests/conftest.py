@@ -7,8 +7,18 @@ import pytest
 import torch
 from jaxtyping import config
 
+from tests.skips import lines_of
+
 os.environ["HF_HUB_OFFLINE"] = "1"
 torch.set_num_threads(1)
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> Iterator[None]:
+    """Say at the very end what was skipped, and which command runs it."""
+    yield
+    for line in lines_of(terminalreporter.stats.get("skipped", ())):
+        terminalreporter.write_line(line, yellow=True, bold=True)
 
 
 @pytest.fixture

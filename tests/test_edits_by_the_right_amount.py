@@ -340,5 +340,7 @@ def test_editing_the_chosen_experts_runs_the_others():
         weight = kept["expert_weights", 1] * (kept["expert_indices", 1] == expert)
         wanted += weight.sum(-1, keepdim=True) * (post @ mlp.W_out[expert])
     assert relative(kept["mlp_out", 1], wanted) < FP32_PARITY
-    with pytest.raises(ValueError, match="there are 4, from 0"):
-        model.run_with_hooks(tokens, fwd_hooks=[(at, lambda i, hook: i + 9)])
+    for outside in (-1, 4, 9):
+        said = f"chose experts {outside} to {outside}; there are 4, from 0"
+        with pytest.raises(ValueError, match=said):
+            model.run_with_hooks(tokens, fwd_hooks=[(at, lambda i, hook: i * 0 + outside)])  # noqa: B023

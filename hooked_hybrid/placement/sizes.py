@@ -38,6 +38,9 @@ WIDE = torch.float32.itemsize
 OF_MASK = torch.long.itemsize + 3
 """Bytes of a query and a key while it is worked out whether one sees the other: by distance."""
 
+OF_TOKEN = 10 * torch.long.itemsize
+"""Bytes of what is known of a token beside its values: its id, positions, document and row."""
+
 
 @dataclass(frozen=True)
 class Piece:
@@ -151,7 +154,11 @@ class Sizes:
         plain = stored.to_multiply + piece.n * stored.d_out * piece.width
         plain += self._widening(stored, piece.n)
         # The stream before and between, what was written, and the norm of it in fp32 and narrow.
-        return max(mixer, mlp) + plain + stream * (4 * piece.width + piece.wide)
+        own = max(mixer, mlp) + plain + stream * (4 * piece.width + piece.wide)
+        # While a norm is taken: that in fp32, normalised, weighted, and rounded.
+        rounded = piece.wide + piece.width if piece.width < WIDE else 0
+        norm = stream * (4 * piece.width + 2 * piece.wide + rounded)
+        return max(own, norm) + piece.n * OF_TOKEN
 
     def ends(self, length: int) -> int:
         """Return the bytes of embedding a piece and of choosing a token, logits of one position."""
@@ -227,9 +234,10 @@ def _most_keys(cfg: AttentionConfig, piece: Piece, n_queries: int) -> int:
 
 
 def _rglru(cfg: RGLRUConfig, d_model: int, piece: Piece) -> int:
-    """Return the bytes of both branches, the convolution, two gates, decay, write and states."""
+    """Return the bytes of branches, convolution, gates, decay, write, states, what is written."""
     narrow, wide = 8, 4
-    return piece.n * (cfg.d_rnn * (narrow * piece.width + wide * piece.wide) + d_model)
+    written = d_model * piece.width
+    return piece.n * (cfg.d_rnn * (narrow * piece.width + wide * piece.wide) + written)
 
 
 def _mamba(cfg: MambaConfig, d_model: int, piece: Piece) -> int:

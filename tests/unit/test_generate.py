@@ -264,6 +264,13 @@ def test_top_k_and_top_p_say_what_can_be_drawn(options, possible):
     assert_close(margins, (top[0] - top[1]).expand(3000))
 
 
+@pytest.mark.parametrize(("top_p", "n"), [(0.25, 1), (0.26, 2), (0.5, 2), (0.75, 3), (1.0, 4)])
+def test_tokens_that_hold_just_the_share_asked_for_are_enough(top_p, n):
+    """Four tokens of a quarter each, which sum without rounding."""
+    kept = Sampling(True, top_p=top_p).probabilities(torch.zeros(1, 4))
+    assert kept.sort(descending=True).values[0].tolist() == [1 / n] * n + [0.0] * (4 - n)
+
+
 def test_temperature_divides_the_logits():
     chosen, _, _ = Sampling(True, 2.0).choose(PROBABILITIES.log().repeat(3000, 1), EVEN)
     share = torch.bincount(chosen, minlength=5) / 3000
@@ -372,6 +379,8 @@ def test_a_row_stops_at_eos_and_the_others_go_on_unchanged(model, tokens):
         assert_close(out.logprobs[row, :n], free.logprobs[row, :n])
         assert (out.new_tokens[row, n:] == eos).all(), "padded with the end token"
         assert (out.logprobs[row, n:] == 0).all()
+        assert_close(out.margins[row, :n], free.margins[row, :n])
+        assert (out.margins[row, n:] == torch.inf).all(), "nothing was chosen there"
     assert out.finished.tolist() == [
         n < N_NEW or eos in free.new_tokens[r, n - 1 : n] for r, n in enumerate(lengths)
     ]
@@ -393,6 +402,15 @@ def test_several_tokens_can_each_be_an_end(model, tokens):
         n = min(lengths_until(free.new_tokens, t)[row] for t in (eos, other))
         assert torch.equal(out.new_tokens[row, :n], free.new_tokens[row, :n])
         assert (out.logprobs[row, n:] == 0).all()
+
+
+def test_a_row_that_has_ended_is_padded_with_the_first_of_several_end_tokens(model, tokens):
+    """As transformers pads where no padding token is known."""
+    free, eos = with_an_end(model, tokens)
+    unused = next(t for t in range(3, D_VOCAB) if t not in free.new_tokens)
+    for ends in ([unused, eos], [eos, unused]):
+        out = model.generate(tokens, N_NEW, eos_token_id=ends, **QUIET)
+        assert out.new_tokens[0, END + 1 :].tolist() == ends[:1] * (N_NEW - END - 1)
 
 
 def test_generation_ends_early_when_all_rows_have(model, tokens):

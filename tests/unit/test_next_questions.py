@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from hooked_hybrid import HookedHybrid, cli
 from hooked_hybrid.interventions import follow_span, keep_top_heads
 from hooked_hybrid.niah.cached_state import cached_state, settings_of
 from hooked_hybrid.niah.cached_state_command import accuracy_by_case
-from hooked_hybrid.niah.cached_ways import CASES, Case
+from hooked_hybrid.niah.cached_ways import CASES, WAYS, Case
 from hooked_hybrid.niah.experiments import FOLLOW_MODES, weight_matrix
 from hooked_hybrid.niah.needles import PAPER
 from hooked_hybrid.niah.prompts import Prompt, grid
@@ -25,6 +27,7 @@ from hooked_hybrid.niah.settings import hooks_for
 from hooked_hybrid.niah.sweep import niah, top_k_settings
 from tests.models import griffin_config, jamba_config, random_model, random_tokens, relative
 from tests.tolerances import FP32_PARITY
+from tests.unit.test_text import toy_tokenizer
 
 N_POS, N_KEYS = 23, 9
 SPANS, BEGIN = [(8, 12), (6, 9)], [13, 17]  # tokens of the first leave the window while written
@@ -227,6 +230,41 @@ def test_a_prompt_gives_only_the_parts_that_are_named(part: str):
     assert table["output"].tolist() == expected.text
     assert table["min_margin"][0] == pytest.approx(float(expected.margins.min()), rel=1e-4)
     assert state != clean and state != damaged
+
+
+CARRIED = {
+    "steps: carry nothing": (),
+    "steps: carry keys and values": ("kv",),
+    "steps: carry recurrent states": ("ssm", "conv"),
+    "steps: carry convolution inputs": ("conv",),
+    "steps: carry recurrences": ("ssm",),
+    "steps: carry all": ("ssm", "conv", "kv"),
+}
+"""What of a state is as a step with silenced heads left it, by the name of the case."""
+
+
+def test_each_case_carries_on_what_its_name_says():
+    cfg = replace(griffin_config("ARAR", n_keys=N_KEYS), tied_embedding=False, eos_token_id=None)
+    model, prompt = random_model(cfg, seed=5), random_tokens(1, 9, seed=1)
+    model.tokenizer = toy_tokenizer()
+    cases = [(case, 2) for case in CASES if case.name in CARRIED]
+    found = WAYS["in parts"](model, prompt, torch.zeros(len(cases), dtype=torch.long), cases, 6)
+    _, start = model(prompt[:, :-1], return_type=None, return_state=True)
+    expected = []
+    for case, k in cases:
+        state, last, margins = start, prompt[:, -1:], []
+        for _ in range(6):
+            options: dict[str, Any] = {"state": state, "return_state": True, "stage": "generation"}
+            _, state = model(last, return_type=None, **options)
+            logits, left = model.run_with_hooks(last, fwd_hooks=keep_top_heads(k), **options)
+            if CARRIED[case.name]:
+                state = state.replace(left, kinds=CARRIED[case.name])
+            best = logits[:, -1].topk(2)
+            margins.append(float(best.values[0, 0] - best.values[0, 1]))
+            last = best.indices[:, :1]
+        expected.append(min(margins))
+    assert [margin for _, _, margin in found] == pytest.approx(expected, rel=1e-3)
+    assert all(b - a > 0.01 * b for a, b in pairwise(sorted(expected)))  # none is another's
 
 
 def test_a_run_goes_on_where_it_stopped(tmp_path: Path):

@@ -23,7 +23,14 @@ from tokenizers.pre_tokenizers import ByteLevel, Metaspace, Whitespace
 
 from hooked_hybrid import HookedHybrid
 from hooked_hybrid.niah import haystack as generated
-from hooked_hybrid.niah.boundaries import TERMINALS, sentence_ends, token_ends
+from hooked_hybrid.niah.boundaries import (
+    NONE,
+    SENTENCE,
+    TERMINALS,
+    WORD,
+    sentence_ends,
+    token_ends,
+)
 from hooked_hybrid.niah.needles import (
     PAPER,
     Needle,
@@ -37,6 +44,8 @@ from hooked_hybrid.niah.needles import (
     needle_ids,
     training_cities,
 )
+from hooked_hybrid.niah.prompt_tokens import Filler, Maker
+from hooked_hybrid.niah.prompt_tokens import Haystack as Stretch
 from hooked_hybrid.niah.prompts import (
     TEMPLATES,
     Haystack,
@@ -426,6 +435,56 @@ def test_distractors_stand_whole_at_ends_of_sentences_away_from_the_needle(model
             assert all(start not in (at, at + 22) for at in found)
     assert starts[0] == sorted(starts[0]) and all(found == starts[0] for found in starts)
     assert all(b - a > 22 for a, b in pairwise(starts[0]))
+
+
+def filler_of(lengths: list[int], distractors: list[list[int]]) -> Filler:
+    """Return a haystack of sentences of so many tokens, each 0, with distractors spread over it."""
+    kinds = [kind for n in lengths for kind in [WORD] * (n - 1) + [SENTENCE]]
+    maker = Maker(model_with(word_tokenizer()).text, iter(()), "{haystack}{question}", False, None)
+    return maker._spread(Stretch([0] * len(kinds), kinds, is_closed=True), distractors)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "n", "starts"),
+    [
+        ([5] * 6, 1, [15]),  # 30 tokens: one in the middle
+        ([5] * 6, 2, [10, 20]),  # two at the thirds
+        ([7] * 3, 2, [7, 14]),
+        ([7] * 3, 1, [7]),  # the last end before 10
+        ([12, 4, 4], 1, [12]),  # none ends before 10: the first end, never the very start
+        ([12, 4, 4], 2, [12, 16]),  # the first end is taken
+    ],
+)
+def test_distractors_stand_where_a_sentence_ends_at_even_shares(
+    lengths: list[int], n: int, starts: list[int]
+):
+    filler = filler_of(lengths, [[7, 7, 7], [8, 8, 8]][:n])
+    wanted = [0] * sum(lengths)
+    for start, other in reversed([*zip(starts, [7, 8], strict=False)]):
+        wanted[start:start] = [other] * 3
+    assert filler.tokens == wanted
+    for i, start in enumerate(starts):
+        at = start + 3 * i
+        assert filler.before[at : at + 4] == [NONE] * 4  # no needle beside a distractor
+    assert filler.before.count(SENTENCE) == 1 + len(lengths) - n
+
+
+@pytest.mark.parametrize(
+    ("ends", "depth", "at"),
+    [
+        ([4, 5, 6], 0.5, 5),  # just there
+        ([4, 6], 0.5, 4),  # the nearest before, not after
+        ([4, 6], 0.6, 6),
+        ([4, 6], 0.59, 4),
+        ([1], 0.1, 1),
+        ([1], 0.09, 0),
+        ([9], 0.999, 9),
+        ([9], 1.0, 10),
+    ],
+)
+def test_a_needle_is_placed_at_the_last_end_up_to_its_depth(ends: list[int], depth: float, at: int):
+    before = [SENTENCE if i in (0, *ends) else WORD for i in range(10)]
+    assert Filler([0] * 10, before, True).place(depth) == (at, SENTENCE)
 
 
 def test_drawn_distractors_are_of_other_cities_and_share_no_phrase_with_the_needle():

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from hooked_hybrid import HookedHybrid, HybridConfig, presets
+from hooked_hybrid import HookedHybrid, HybridConfig, presets, products
 from hooked_hybrid.placement import Machine
 from hooked_hybrid.placement.planner import Planner
 from hooked_hybrid.placement.sizes import Sizes
@@ -23,6 +23,10 @@ VIEWS = presets.griffin("A" * 12, d_model=32, d_head=64, d_vocab=99, n_heads=1, 
 HEADS = presets.griffin("A", d_model=64, d_vocab=99, n_heads=8, n_keys=600)
 SCORES = presets.jamba("MA", d_model=32, d_vocab=300, n_heads=4, n_kv_heads=4, n_experts=8)
 """Long rows of it are mostly scores."""
+STREAM = presets.griffin("RR", d_model=1024, d_rnn=8, d_mlp=8, d_vocab=99, n_heads=1)
+"""Its own values are few beside its residual stream."""
+MATRICES = presets.griffin("RR", d_model=256, d_rnn=64, d_mlp=2048, d_vocab=99, n_heads=4)
+"""Short rows of it are mostly weights in fp32, where a CPU multiplies in that alone."""
 LARGE = presets.jamba("MA", d_model=256, d_vocab=300, n_heads=4, n_kv_heads=2, n_experts=4)
 
 
@@ -51,12 +55,22 @@ def test_the_planned_state_is_the_state(name: str):
         (JAMBA, torch.float32, 1, 40, 2),
         (SCORES, torch.bfloat16, 1, 1700, 2),
         (VIEWS, torch.float32, 1, 1536, 2),
+        (STREAM, torch.float32, 1, 500, 2),
+        (STREAM, torch.bfloat16, 1, 500, 2),
+        (MATRICES, torch.bfloat16, 1, 20, 2),
     ],
 )
 def test_the_planned_activations_hold_and_are_not_much_too_large(
-    cfg: HybridConfig, dtype: torch.dtype, batch: int, length: int, most: float
+    cfg: HybridConfig,
+    dtype: torch.dtype,
+    batch: int,
+    length: int,
+    most: float,
+    monkeypatch: pytest.MonkeyPatch,
 ):
     """Rows of a batch are padded, but for the last."""
+    slow = frozenset({torch.bfloat16, torch.float16})  # which is planned for
+    monkeypatch.setattr(products, "_slow_dtypes", lambda: slow)
     model = HookedHybrid(cfg, dtype=dtype).requires_grad_(False)
     tokens = torch.randint(3, 98, (batch, length))
     mask = torch.ones_like(tokens)

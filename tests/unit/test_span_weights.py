@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hooked_hybrid import HookedHybrid, HookPoint, interventions
 from hooked_hybrid.interventions.rows import check_spans
-from hooked_hybrid.interventions.weights import MODES, boost_span, manipulate_span
+from hooked_hybrid.interventions.weights import MODES, boost_span, manipulate_span, normalised
 from hooked_hybrid.names import HookNameError
 from hooked_hybrid.plan import piece_length
 from tests.models import griffin_config, jamba_config, random_model, random_tokens, relative
@@ -260,6 +260,17 @@ def test_layers_and_heads_outside_those_named_are_left(model: HookedHybrid, mode
     assert torch.equal(each[0][:, 1:], first[:, 1:])
     assert_close(patterns(heads={4: [2]})[1][:, 2], changed_last[:, 2])
     assert torch.equal(patterns(heads={4: [2]})[1][:, [0, 1, 3]], last[:, [0, 1, 3]])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_weights_of_16_bits_are_summed_in_32(dtype: torch.dtype):
+    """By hand: 1 + 0.42 steps is 1 in the dtype, but its inverse is not."""
+    step = torch.finfo(dtype).eps
+    weights = torch.tensor([1.0, 0.4375 * step, 0.0], dtype=dtype)
+    shares = normalised(weights.expand(1, 1, 1, 3))[0, 0, 0].double()
+    assert shares[0] == 1 - step / 2  # the number below 1
+    assert shares[1] == float(torch.tensor(0.4375 * step / (1 + 0.4375 * step)).to(dtype))
+    assert shares[2] == 0
 
 
 @models

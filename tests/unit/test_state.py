@@ -142,6 +142,17 @@ def test_a_state_cannot_be_written_to(state):
         state.blocks[0].ssm = torch.zeros(3)
 
 
+def test_states_are_equal_where_all_they_hold_is(state):
+    assert state == state.clone() and state != state[[0, 0]]
+    assert state.n_seen is not None
+    assert state != dataclasses.replace(state, n_seen=None)
+    assert state != dataclasses.replace(state, next_pos=state.next_pos + 1)
+    for name in state.tensors():
+        other = {k: t + (k == name) for k, t in state.tensors().items()}
+        assert state != HybridState.from_tensors(other, state.n_seen), name
+    assert state != "state"
+
+
 def test_tensors_are_named_by_block_and_rebuild_the_state(state):
     names = set(state.tensors())
     assert {"next_pos", "segment", "blocks.0.conv", "blocks.0.ssm"} <= names

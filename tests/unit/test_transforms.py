@@ -17,7 +17,7 @@ from hooked_hybrid import HookedHybrid
 from hooked_hybrid.fused_gradient import twice_differentiable
 from hooked_hybrid.interventions import edit_state, keep_top_heads, knock_out_edges, limit_window
 from hooked_hybrid.layers import constant
-from hooked_hybrid.mixers.rglru import MAX_SQRT_GRADIENT, sqrt_bounded
+from hooked_hybrid.mixers.rglru import sqrt_bounded
 from hooked_hybrid.scan import CHUNK
 from tests.models import CONFIGS, random_tokens, relative, tiny_model
 from tests.tolerances import FINITE_DIFFERENCE
@@ -258,10 +258,13 @@ def test_a_constant_made_inside_a_transform_stays_there():
 
 
 def test_the_bounded_square_root_is_differentiated_in_every_way():
-    """By hand: sqrt(x), 1 / (2 sqrt(x)) and -1 / (4 x^1.5); bounded, 1000 and 0."""
-    x = torch.tensor([0.0, 1e-9, 0.25, 4.0], dtype=torch.float64)
-    first = torch.tensor([MAX_SQRT_GRADIENT, MAX_SQRT_GRADIENT, 1.0, 0.25], dtype=torch.float64)
-    second = torch.tensor([0.0, 0.0, -2.0, -1 / 32], dtype=torch.float64)
+    """By hand: sqrt(x), 1 / (2 sqrt(x)) and -1 / (4 x^1.5); bounded as Griffin is, 1000 and 0."""
+    x = torch.tensor([0.0, 1e-9, 1e-6, 0.25, 4.0], dtype=torch.float64)
+    first = torch.tensor([1000.0, 1000.0, 500.0, 1.0, 0.25], dtype=torch.float64)
+    second = torch.tensor([0.0, 0.0, -2.5e8, -2.0, -1 / 32], dtype=torch.float64)
+    plain = x.clone().requires_grad_()
+    sqrt_bounded(plain).sum().backward()
+    assert plain.grad is not None and torch.allclose(plain.grad, first, rtol=1e-12)
     one = torch.ones_like(x)
     assert torch.allclose(jvp(sqrt_bounded, (x,), (one,))[1], first, rtol=1e-12)
     assert torch.allclose(vmap(grad(sqrt_bounded))(x), first, rtol=1e-12)
