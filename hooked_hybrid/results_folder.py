@@ -9,13 +9,13 @@ from __future__ import annotations
 import errno
 import json
 import os
-import re
 import shlex
 import socket
+import stat
 import sys
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
@@ -23,16 +23,20 @@ from threading import get_ident
 
 from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
 
+from hooked_hybrid.foreign import LARGEST_SMALL, one_line, read_json
+from hooked_hybrid.whole_files import (
+    HELD,
+    UNFINISHED,
+    refuse_linked_below_held,
+    replacing,
+    unwritten,
+)
+
 LOCK = ".hooked-hybrid.lock"
 WAIT = 0.5
 """Seconds after which a folder that another run holds is given up."""
-_UNFINISHED = re.compile(r"\..+\.\d+\.tmp(-journal)?")
+_NOT_THROUGH = getattr(os, "O_NOFOLLOW", 0)
 _NO_LOCKS = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK}
-_FULL = {errno.ENOSPC, errno.EDQUOT}
-_CLOSED = {errno.EROFS, errno.EACCES, errno.EPERM}
-_GO_ON = "then go on (--resume, where there is one)"
-_HELD: dict[Path, tuple[int, int]] = {}
-"""Folders that this process holds, with the process (a fork has a copy) and thread that do."""
 
 
 class FolderInUseError(OSError):
@@ -53,11 +57,12 @@ def claimed(folder: Path, resume: bool) -> Iterator[None]:
     Raises:
         FolderInUseError: another run holds it; the message says which.
         FileExistsError: it holds something, and `resume` is false.
-        OSError: it cannot be made or written.
+        OSError: it cannot be made or written, or a link inside a folder of results leads to it.
 
     Warns:
         UserWarning: the file system has no locks, so that another run would not be noticed.
     """
+    refuse_linked_below_held(folder)
     missing = [path for path in (folder, *folder.parents) if not _exists(path)]
     with ExitStack() as stack:
         try:
@@ -75,10 +80,16 @@ def claimed(folder: Path, resume: bool) -> Iterator[None]:
         yield
 
 
-def holds_results(folder: Path) -> bool:
-    """Return whether a folder holds anything but a lock and files that were never finished."""
+def holds_results(folder: Path, begun: Collection[Path] = ()) -> bool:
+    """Return whether a folder holds anything but a lock and files that were never finished.
+
+    Args:
+        folder: of results, or to be.
+        begun: further files that were never finished.
+    """
     return folder.is_dir() and any(
-        path.name != LOCK and not _UNFINISHED.fullmatch(path.name) for path in folder.iterdir()
+        path.name != LOCK and not UNFINISHED.fullmatch(path.name) and path not in begun
+        for path in folder.iterdir()
     )
 
 
@@ -90,83 +101,49 @@ def remove_unfinished(folder: Path) -> None:
     inner = (path for path in folder.iterdir() if path.is_dir() and not path.is_symlink())
     for place in (folder, *(path for path in inner if not (path / LOCK).exists())):
         for path in place.iterdir():
-            if _UNFINISHED.fullmatch(path.name) and path.is_file():
+            if UNFINISHED.fullmatch(path.name) and path.is_file():
                 path.unlink(missing_ok=True)
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Give a name to write to that becomes `path` when all went well, and is removed otherwise.
-
-    The file is on the disk before it gets its name, so that a cut of power leaves the old one or
-    the new one.
-
-    Raises:
-        OSError: it cannot be written; the message says why and what to do. One that names a file
-            elsewhere, such as one that was to be read, passes as it is.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
-        _to_disk(temporary)
-        os.replace(temporary, path)
-        with suppress(OSError):  # not every system can do this with a folder
-            _to_disk(path.parent)
-    except OSError as error:
-        if _is_elsewhere(error, path):
-            raise
-        raise unwritten(path, error, "one that was there is as it was") from error
-    finally:
-        with suppress(OSError):  # of which the first error said enough
-            temporary.unlink(missing_ok=True)
-
-
-def unwritten(path: Path, error: OSError, kept: str = "") -> OSError:
-    """Return an error that says what could not be written, why, and what to do about it.
-
-    Args:
-        path: that could not be written.
-        error: what the system said; one that says as much already is returned as it is.
-        kept: what there is nevertheless.
-    """
-    if error.errno is None:
-        return error
-    place = path if os.path.isdir(path) else path.parent
-    remedy = "give another folder"
-    if error.errno in _FULL:
-        remedy = f"free some space on the disk of {place}, {_GO_ON}"
-    elif error.errno == errno.EFBIG:
-        remedy = f"raise the limit on the size of files (ulimit -f), {_GO_ON}"
-    elif error.errno == errno.EBUSY:
-        remedy = f"close what else has it open, {_GO_ON}"
-    elif error.errno in _CLOSED:
-        remedy = f"make {place} writable, or give another folder"
-    return OSError(
-        f"{path} cannot be written ({error.strerror or error}){kept and '; '}{kept}: {remedy}"
-    )
 
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
     """Hold the folder's lock; nothing to do where this thread holds it already."""
     place, me = folder.resolve(), (os.getpid(), get_ident())
-    if _HELD.get(place) == me:
+    if HELD.get(place) == me:
         yield
         return
+    _refuse_other_lock(place / LOCK)
     lock = _acquired(place / LOCK, folder)
-    _HELD[place] = me
+    HELD[place] = me
     try:
         with suppress(OSError):  # on a full disk the lock still holds, without a name
-            (place / LOCK).write_text(json.dumps(_holder()), encoding="utf-8")
+            _write_over(place / LOCK, json.dumps(_holder()))
         yield
     finally:
         if os.getpid() == me[0]:  # a fork that ends here holds nothing that it could let go
-            _HELD.pop(place, None)
+            HELD.pop(place, None)
             with suppress(OSError):  # before the release: afterwards it may be another run's
                 (place / LOCK).unlink(missing_ok=True)
             if lock is not None:
                 lock.release()
+
+
+def _refuse_other_lock(path: Path) -> None:
+    """Refuse a lock that is no file of its own: what is written to it would go elsewhere."""
+    with suppress(FileNotFoundError):
+        about = path.lstat()
+        if not stat.S_ISREG(about.st_mode) or about.st_nlink > 1:
+            raise OSError(
+                f"{path} is no file of its own but a link, a pipe or a folder, which no run of "
+                "this library leaves: remove it, or give another folder"
+            )
+
+
+def _write_over(path: Path, text: str) -> None:
+    """Write to a file, and to nothing that a link of its name points to."""
+    descriptor = os.open(path, os.O_CREAT | os.O_WRONLY | os.O_TRUNC | _NOT_THROUGH, 0o666)
+    with open(descriptor, "w", encoding="utf-8") as file:
+        file.write(text)
 
 
 def _acquired(path: Path, folder: Path) -> BaseFileLock | None:
@@ -215,8 +192,9 @@ def _in_use(path: Path, folder: Path) -> str:
     who = "another run"
     for _ in range(3):  # it may be about to write its name
         with suppress(OSError, ValueError, KeyError, TypeError):
-            said = json.loads(path.read_text(encoding="utf-8"))
-            who = "{command} (process {pid} on {host}, since {since})".format(**said)
+            said = read_json(path, LARGEST_SMALL)
+            told = {name: one_line(said[name], 300) for name in ("command", "pid", "host", "since")}
+            who = "{command} (process {pid} on {host}, since {since})".format(**told)
             break
         time.sleep(WAIT / 10)
     return f"{folder} is in use by {who}: wait for it, stop it, or give another folder"
@@ -229,28 +207,11 @@ def _exists(path: Path) -> bool:
         return False
 
 
-def _is_elsewhere(error: OSError, path: Path) -> bool:
-    """Return whether an error names a file that lies neither beside a path nor above it."""
-    if not isinstance(error.filename, str | Path):
-        return False
-    named = Path(error.filename)
-    return named.parent != path.parent and named not in path.parents
-
-
 def _remove_empty(folders: list[Path]) -> None:
     """Remove folders from the innermost up, as far as they are empty."""
     with suppress(OSError):
         for folder in folders:
             folder.rmdir()
-
-
-def _to_disk(path: Path) -> None:
-    # Windows can do this only with what is open to be written.
-    descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 __all__ = [

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from hooked_hybrid.evaluation.forms import HeadChoice, Stage
+from hooked_hybrid.foreign import LARGEST_RESULTS, read_json, refuse_link
 from hooked_hybrid.identity.comparing import changes, refusal
 from hooked_hybrid.results_folder import holds_results, remove_unfinished, replacing
 
@@ -64,6 +65,7 @@ class Cells:
 
     def __init__(self, folder: Path, experiment: Mapping[str, Any], resume: bool = False) -> None:
         self.folder, path = folder, folder / EXPERIMENT
+        refuse_link(folder / "cells", path, folder / CALLS)
         is_used = holds_results(folder)
         if is_used and not resume:
             raise FileExistsError(
@@ -157,7 +159,7 @@ def _cell_in(path: Path) -> Cell:
 
 def _read(path: Path) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return read_json(path, LARGEST_RESULTS)
     except ValueError as error:
         raise _damaged(path, str(error)) from error
 

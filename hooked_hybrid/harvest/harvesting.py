@@ -30,7 +30,14 @@ from hooked_hybrid.harvest.recipe import (
     special_tokens,
 )
 from hooked_hybrid.harvest.running import Runner, bytes_of_row, hooks_to_keep
-from hooked_hybrid.harvest.shards import INDEX, index_of, remove_begun, shard_name, write_json
+from hooked_hybrid.harvest.shards import (
+    INDEX,
+    begun_in,
+    index_of,
+    remove_begun,
+    shard_name,
+    write_json,
+)
 from hooked_hybrid.hooked_root import HookSpec
 from hooked_hybrid.identity.model import hashed_once
 from hooked_hybrid.model import HookedHybrid
@@ -110,8 +117,9 @@ def harvest(
     folder = Path(out)
     with hashed_once(), claimed(folder, resume):
         identity = recipe_identity(model, fwd_hooks)
-        remove_begun(folder)
-        if holds_results(folder) and not (folder / FILE).exists():
+        is_begun = (folder / FILE).exists()
+        others = set() if is_begun else begun_in(folder)
+        if not is_begun and holds_results(folder, others):
             raise ValueError(f"{folder} holds no harvest: give another folder")
         read = _read(model, documents, is_text, bos, folder, verbose)
         recipe = Recipe(
@@ -129,8 +137,9 @@ def harvest(
         )
         plan = recipe.plan(read)
         recipe = recipe.keep(folder, model.cfg)
+        remove_begun(folder, others)  # now that the folder is known to be of this harvest
         make_missing(runner, plan, recipe, folder, workers, verbose)
-        remove_begun(folder)  # of workers that died
+        remove_begun(folder, others)  # of workers that died
         paths = [folder / shard_name(i, plan.n_shards) for i in range(plan.n_shards)]
         write_json(folder / INDEX, index_of(folder, asdict(recipe), paths))
     return HarvestedActivations(folder)

@@ -7,7 +7,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -261,8 +261,13 @@ def shard_paths(folder: Path) -> list[Path]:
     return sorted(folder.glob("shard-*.safetensors"))
 
 
-def remove_begun(folder: Path) -> None:
-    """Remove what killed runs began to write; only for who holds the folder."""
+def begun_in(folder: Path) -> set[Path]:
+    """Return what safetensors writes to at first; it says of none whose it is."""
+    return set(folder.glob(".tmp??????"))
+
+
+def remove_begun(folder: Path, others: Collection[Path] = ()) -> None:
+    """Remove what killed runs began to write, but for others' files; for who holds the folder."""
     remove_unfinished(folder)
-    for path in folder.glob(".tmp??????"):  # what safetensors itself writes to at first
+    for path in begun_in(folder).difference(others):
         path.unlink(missing_ok=True)

@@ -12,6 +12,7 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from hooked_hybrid.foreign import refuse_link
 from hooked_hybrid.niah.plots import (
     accuracy_by_k,
     file_name,
@@ -123,6 +124,7 @@ def save_pictures(
     beyond it.
     """
     folder = Path(folder)
+    refuse_link(folder / "maps")
     cells = scored(table)
     figures = {"retrieval_maps": retrieval_maps(cells, thesis_depth)}
     if cells["k"].notna().any() and cells["read_twice"].nunique() == 1:

@@ -10,15 +10,26 @@ from __future__ import annotations
 import errno
 import json
 import sqlite3
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
-from hashlib import sha256
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hooked_hybrid.extras import require
+from hooked_hybrid.foreign import parse_json
 from hooked_hybrid.identity.comparing import changes, refusal
+from hooked_hybrid.niah.store_checks import (
+    COLUMNS,
+    FORMAT,
+    SCHEMA,
+    check,
+    check_schema,
+    damaged,
+    digest_of,
+    refuse_foreign_files,
+    restrain,
+)
 from hooked_hybrid.results_folder import (
     claimed,
     holds_results,
@@ -31,42 +42,9 @@ if TYPE_CHECKING:
     import pandas
 
 FILE = "cells.sqlite"
-FORMAT = 3
 PATIENCE = 30.0
 """Seconds to wait for another program that reads or writes the file."""
 
-COLUMNS: dict[str, str] = {
-    "prompt_id": "TEXT NOT NULL",
-    "setting": "TEXT NOT NULL",
-    "stage": "TEXT",
-    "k": "INTEGER",
-    "needle_id": "TEXT",
-    "city": "TEXT",
-    "template": "TEXT",
-    "read_twice": "INTEGER",
-    "n_distractors": "INTEGER",
-    "length": "INTEGER",
-    "depth": "REAL",
-    "needle_start": "INTEGER",
-    "needle_stop": "INTEGER",
-    "in_window": "INTEGER",
-    "output": "TEXT",
-    "graded": "REAL",
-    "accuracy": "REAL",
-    "binary": "INTEGER",
-    "released": "REAL",
-    "n_new_tokens": "INTEGER",
-    "min_margin": "REAL",
-    "seconds": "REAL",
-    "real_depth": "REAL",
-    "placed_between": "TEXT",
-}
-_SINCE_3 = ("real_depth", "placed_between")
-_SCHEMA = (
-    "CREATE TABLE meta (key PRIMARY KEY, value)",
-    f"CREATE TABLE cells ({', '.join(f'{n} {kind}' for n, kind in COLUMNS.items())}, "
-    "PRIMARY KEY (prompt_id, setting))",
-)
 _SYSTEM_ERRORS = {
     sqlite3.SQLITE_FULL: errno.ENOSPC,
     sqlite3.SQLITE_READONLY: errno.EROFS,
@@ -110,7 +88,7 @@ class Store:
                 self._digest = 0
                 self.columns = tuple(COLUMNS)
                 if self.path is not None:
-                    self._digest, self.columns = _check(self.connection, self.path)
+                    self._digest, self.columns = check(self.connection, self.path)
                     _compare(self.connection, self.path, experiment)
             if folder is not None:
                 remove_unfinished(folder)
@@ -138,7 +116,7 @@ class Store:
                 marks = ", ".join(f":{name}" for name in self.columns)
                 connection.executemany(f"INSERT INTO cells ({names}) VALUES ({marks})", cells)
                 added = f"SELECT {names} FROM cells WHERE rowid > {last}"
-                digest = _digest_of(connection.execute(added), self._digest_before())
+                digest = digest_of(connection.execute(added), self._digest_before())
                 is_new = len(self.columns) == len(COLUMNS)
                 kept = [("format", FORMAT if is_new else 2), ("digest", f"{digest:x}")]
                 connection.executemany("REPLACE INTO meta VALUES (?, ?)", kept)
@@ -180,7 +158,7 @@ def read_cells(folder: str | PathLike[str]) -> pandas.DataFrame:
     if not path.is_file():
         raise FileNotFoundError(f"{path.parent} holds no {FILE}: give the folder of a sweep")
     with claimed(path.parent, resume=True), _explained(path), closing(_opened(path, {})) as file:
-        _check(file, path)
+        check(file, path)
         return _table(file)
 
 
@@ -202,9 +180,17 @@ def _opened(path: Path | None, experiment: Mapping[str, Any]) -> sqlite3.Connect
         connection = sqlite3.connect(":memory:")
         _make(connection, experiment)
         return connection
+    refuse_foreign_files(path)
     if not path.exists():
         _create(path, experiment)
-    return sqlite3.connect(f"{path.resolve().as_uri()}?mode=rw", timeout=PATIENCE, uri=True)
+    uri = path.resolve().as_uri()
+    # As it lies there, without undoing what its journal says: that changes the file.
+    with closing(sqlite3.connect(f"{uri}?mode=ro&immutable=1", uri=True)) as before:
+        restrain(before)
+        check_schema(before, path)
+    connection = sqlite3.connect(f"{uri}?mode=rw", timeout=PATIENCE, uri=True)
+    restrain(connection)
+    return connection
 
 
 def _make(connection: sqlite3.Connection, experiment: Mapping[str, Any]) -> None:
@@ -215,7 +201,7 @@ def _make(connection: sqlite3.Connection, experiment: Mapping[str, Any]) -> None
         ("digest", "0"),
     ]
     with connection:
-        for statement in _SCHEMA:
+        for statement in SCHEMA:
             connection.execute(statement)
         connection.executemany("INSERT INTO meta VALUES (?, ?)", said)
 
@@ -227,75 +213,19 @@ def _create(path: Path, experiment: Mapping[str, Any]) -> None:
             f"{path.parent} holds other files and no {FILE}: give another folder, nothing is "
             "overwritten"
         )
-    # A dead run may have had our number: the journal that it left would be undone in our file.
-    remove_unfinished(path.parent)
     with replacing(path) as temporary, closing(sqlite3.connect(temporary)) as connection:
         _make(connection, experiment)
-
-
-def _check(connection: sqlite3.Connection, path: Path) -> tuple[int, tuple[str, ...]]:
-    """Return the digest of the cells and their columns; raise an error where it is not whole."""
-    (n_bytes,) = connection.execute(  # reading undoes what a killed run had half written
-        "SELECT page_count * page_size FROM pragma_page_count, pragma_page_size"
-    ).fetchone()
-    tables = {name for (name,) in connection.execute("SELECT name FROM sqlite_master")}
-    if n_bytes == 0:
-        raise _damaged(path, "it is empty")
-    if "meta" not in tables:
-        raise _refused(path, "holds no sweep", "give another folder")
-    kept = dict(connection.execute("SELECT key, value FROM meta"))
-    if isinstance(kept.get("format"), int) and kept["format"] > FORMAT:
-        raise _refused(
-            path,
-            f"was written by a newer version of this library (format {kept['format']}, this one "
-            f"reads {FORMAT})",
-            "update the library, or give another folder",
-        )
-    found = {name: kind for _, name, kind, *_ in connection.execute("PRAGMA table_info(cells)")}
-    if not {"format", "experiment"} <= set(kept) or not isinstance(kept["format"], int):
-        raise _damaged(path, "it does not say of which experiment it is")
-    late = () if kept["format"] > 2 else _SINCE_3
-    wanted = {name: kind.split()[0] for name, kind in COLUMNS.items() if name not in late}
-    if found != wanted:
-        raise _damaged(path, "it has other columns")
-    if n_bytes != path.stat().st_size:
-        raise _damaged(path, f"of {n_bytes} bytes it has {path.stat().st_size}")
-    ((said,),) = connection.execute("PRAGMA integrity_check(1)")
-    if said != "ok":
-        raise _damaged(path, said)
-    digest = _digest_of(connection.execute(f"SELECT {', '.join(wanted)} FROM cells"))
-    if kept["format"] > 1 and kept.get("digest") != f"{digest:x}":
-        raise _damaged(path, "its cells are not those that were written")
-    connection.execute("BEGIN IMMEDIATE")  # can it be written?
-    connection.rollback()
-    return digest, tuple(wanted)
 
 
 def _compare(connection: sqlite3.Connection, path: Path, experiment: Mapping[str, Any]) -> None:
     """Raise an error where the file is of another experiment."""
     (kept,) = connection.execute("SELECT value FROM meta WHERE key = 'experiment'").fetchone()
     try:
-        before = dict(json.loads(kept))
+        before = dict(parse_json(kept, path))
     except (TypeError, ValueError):
-        raise _damaged(path, "it does not say of which experiment it is") from None
+        raise damaged(path, "it does not say of which experiment it is") from None
     if changed := changes(before, experiment):
         raise ValueError(refusal(path, "experiment", changed, _READING))
-
-
-def _digest_of(rows: Iterable[tuple[Any, ...]], before: int = 0) -> int:
-    """Return the digest of cells, whatever their order, put to that of others."""
-    hashes = (sha256(repr(row).encode("utf-8", "surrogatepass")).digest()[:16] for row in rows)
-    return (before + sum(int.from_bytes(found) for found in hashes)) % 2**128
-
-
-def _refused(path: Path, why: str, remedy: str) -> ValueError:
-    return ValueError(f"{path} {why}: {remedy}; nothing in it was changed")
-
-
-def _damaged(path: Path, why: str) -> ValueError:
-    return _refused(
-        path, f"is damaged ({why})", "bring it back from a copy, or run anew in another folder"
-    )
 
 
 @contextmanager
@@ -315,4 +245,4 @@ def _explained(path: Path | None) -> Iterator[None]:
         if code & 0xFF in _SYSTEM_ERRORS:
             said = OSError(_SYSTEM_ERRORS[code & 0xFF], str(error))
             raise unwritten(place, said, "the cells that it holds are whole") from error
-        raise _damaged(place, str(error)) from error
+        raise damaged(place, str(error)) from error

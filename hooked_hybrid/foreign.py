@@ -1,0 +1,128 @@
+"""What others wrote, taken as data.
+
+Plain files of a bounded size, JSON of a bounded depth, text that a terminal shows and does not
+obey: whatever reads a file, an index or a lock that may come from someone else reads it by these.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from pathlib import Path
+from typing import Any
+
+LARGEST_SMALL, LARGEST_JSON, LARGEST_RESULTS = 2**20, 2**23, 2**28
+"""Bytes of a config, of an index, and of results, which grow with what was run."""
+DEEPEST = 100
+"""Levels of a JSON value; ours have ten, and what walks through one calls itself once a level."""
+
+_HIDDEN = [*range(0x00, 0x09), *range(0x0B, 0x20), *range(0x7F, 0xA0), 0x200E, 0x200F]
+_HIDDEN += [*range(0x2028, 0x202F), *range(0x2066, 0x206A), 0xFEFF]
+_SHOWN = {code: f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}" for code in _HIDDEN}
+
+
+def printable(text: object) -> str:
+    """Return text with everything escaped that a terminal would obey instead of showing it.
+
+    These are control characters but for line feed and tab, what changes the direction of writing,
+    separators of lines, and halves of surrogate pairs, which cannot be printed at all.
+    """
+    shown = str(text).translate(_SHOWN)
+    return shown if shown.isascii() else shown.encode("utf-8", "backslashreplace").decode()
+
+
+def one_line(text: object, most: int = 200) -> str:
+    """Return text of others on one line, cut where it is longer than so many characters."""
+    shown = " ".join(printable(str(text)[: 4 * most]).split())
+    return shown if len(shown) <= most else f"{shown[: most - 3]}..."
+
+
+def require_plain_file(path: Path, largest: int | None = None) -> int:
+    """Return the bytes of a file, after it is known to be one.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: a pipe, a device or a folder, or larger than `largest` bytes.
+    """
+    about = path.stat()
+    if not stat.S_ISREG(about.st_mode):
+        raise ValueError(f"{printable(path)} is no plain file")
+    if largest is not None and about.st_size > largest:
+        raise ValueError(
+            f"{printable(path)} has {about.st_size:,} bytes, more than {largest:,}: it is another "
+            "file"
+        )
+    return about.st_size
+
+
+def refuse_link(*paths: Path) -> None:
+    """Refuse a link where this library writes: what it points to lies elsewhere.
+
+    Raises:
+        OSError: one of the paths is a link.
+    """
+    for path in paths:
+        if os.path.islink(path):  # of a name that is too long it says no
+            raise OSError(
+                f"{printable(path)} is a link, to {one_line(os.readlink(path))!a}: files of "
+                "results are not read or written through links, put the real ones there"
+            )
+
+
+def parse_json(text: str | bytes, where: object) -> Any:
+    """Return the value of a JSON text.
+
+    Args:
+        text: of a size that was looked at.
+        where: it stands, for the message.
+
+    Raises:
+        ValueError: no UTF-8, no JSON, or deeper than `DEEPEST` levels.
+    """
+    try:
+        value = json.loads(text.decode("utf-8") if isinstance(text, bytes) else text)
+    except (ValueError, RecursionError) as error:
+        why = "it is too deep" if isinstance(error, RecursionError) else one_line(error)
+        raise ValueError(f"{printable(where)} is not JSON ({why})") from error
+    if _is_deeper(value, DEEPEST):
+        raise ValueError(f"{printable(where)} is no JSON of ours: it has over {DEEPEST} levels")
+    return value
+
+
+def _is_deeper(value: Any, levels: int) -> bool:
+    level = [value]
+    for _ in range(levels):
+        level = [
+            inner
+            for each in level
+            if isinstance(each, dict | list)
+            for inner in (each.values() if isinstance(each, dict) else each)
+        ]
+        if not level:
+            return False
+    return True
+
+
+def read_json(path: Path, largest: int = LARGEST_JSON) -> Any:
+    """Return the value that a JSON file holds.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: no plain file, larger than `largest` bytes, no UTF-8, no JSON, or too deep.
+    """
+    require_plain_file(path, largest)
+    return parse_json(path.read_bytes(), path)
+
+
+__all__ = [
+    "LARGEST_JSON",
+    "LARGEST_RESULTS",
+    "LARGEST_SMALL",
+    "one_line",
+    "parse_json",
+    "printable",
+    "read_json",
+    "refuse_link",
+    "require_plain_file",
+]
