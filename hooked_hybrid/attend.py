@@ -14,19 +14,17 @@ import torch
 from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
 
 from hooked_hybrid.finite import is_finite
 from hooked_hybrid.fused_gradient import twice_differentiable
 from hooked_hybrid.hooks import HookPoint, Run, changed_meanwhile
+from hooked_hybrid.kernels import fused_attention
 from hooked_hybrid.layout import Layout
 from hooked_hybrid.plan import attention_way
 from hooked_hybrid.shapes import KeysValues, Mask, Pattern, Queries
 
 BLOCK = 64
 """Queries of a block on a CPU: few masked scores are computed, and the rest stay in its cache."""
-FUSED_BLOCK = 1024
-"""Queries of one call of torch's kernel on a GPU, where a long sequence has a window."""
 
 HeadQueries = Float[Tensor, "batch_kv group_query d_head"]
 HeadKeys = Float[Tensor, "batch_kv key d_head"]
@@ -81,6 +79,11 @@ class Sight:
     def sees_all(self, start: int, stop: int) -> bool:
         """Whether each of these queries sees every key of `keys_of(start, stop)`."""
         return self.layout.is_plain and stop - start == 1
+
+    def is_causal(self, start: int, stop: int) -> bool:
+        """Whether these queries see those of their own places up to each, and nothing else."""
+        is_first = self.layout.is_plain and self.n_cached == start == 0
+        return is_first and (self.n_keys is None or stop <= self.n_keys)
 
     def hide(self, scores: Pattern, start: int, stop: int) -> Pattern:
         """Return a block's scores, in place, with the lowest finite value where none is seen.
@@ -211,28 +214,24 @@ def _read_one_by_one(
 
 def attend_fused(q: Queries, k: KeysValues, v: KeysValues, sight: Sight) -> Queries:
     """Return z without materialising scores, by torch's kernel."""
-    n_kv, length = k.shape[2], q.shape[1]
+    length = q.shape[1]
     if sight.sees_all(0, length):
-        # The queries of a group are the kernel's queries: no key is repeated, none is masked.
         keys = sight.keys_of(0, length)
-        grouped_q, k, v = q.reshape(q.shape[0], n_kv, -1, q.shape[-1]), k[:, keys], v[:, keys]
-        z = scaled_dot_product_attention(grouped_q, k.transpose(1, 2), v.transpose(1, 2))
-        return twice_differentiable(z.reshape(q.shape), q, k, v, None)
-    block = length if torch.is_grad_enabled() or sight.n_keys is None else FUSED_BLOCK
+        k, v = k[:, keys], v[:, keys]
+        return twice_differentiable(fused_attention.read_all(q, k, v), q, k, v, None)
+    block = fused_attention.block_length(length, sight.n_keys, q.is_cuda)
     parts = []
     for start in range(0, length, block):
         stop = min(start + block, length)
         keys = sight.keys_of(start, stop)
-        read, mask = (q[:, start:stop], k[:, keys], v[:, keys]), sight.mask(start, stop)
-        heads_q, heads_k, heads_v = (t.transpose(1, 2) for t in read)
-        z = scaled_dot_product_attention(
-            heads_q,
-            heads_k,
-            heads_v,
-            attn_mask=mask[:, None],
-            enable_gqa=q.shape[2] != n_kv,
-        )
-        parts.append(twice_differentiable(z.transpose(1, 2), *read, mask))
+        read = q[:, start:stop], k[:, keys], v[:, keys]
+        if q.is_cuda and sight.is_causal(start, stop):
+            z = fused_attention.read_causal(*read)
+            parts.append(twice_differentiable(z, *read, None, is_causal=True))
+        else:
+            mask = sight.mask(start, stop)
+            z = fused_attention.read_masked(*read, mask)
+            parts.append(twice_differentiable(z, *read, mask))
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
 

@@ -12,7 +12,12 @@ from hooked_hybrid.shapes import KeysValues, Mask, Queries
 
 
 def twice_differentiable(
-    z: Queries, q: Queries, k: KeysValues, v: KeysValues, mask: Mask | None
+    z: Queries,
+    q: Queries,
+    k: KeysValues,
+    v: KeysValues,
+    mask: Mask | None,
+    is_causal: bool = False,
 ) -> Queries:
     """Return `z`, which torch's kernel computed from q, k and v, such that its gradient has one.
 
@@ -23,8 +28,9 @@ def twice_differentiable(
         z: with the kernel's graph.
         q, k, v: what it was computed from; there are as many query heads, or more, for each key.
         mask: True where a query sees a key; None where each sees all.
+        is_causal: whether, of as many keys as queries, each sees those up to its own.
     """
-    return _Fused.apply(z, q, k, v, mask) if z.requires_grad else z
+    return _Fused.apply(z, q, k, v, mask, is_causal) if z.requires_grad else z
 
 
 class _Fused(torch.autograd.Function):
@@ -32,16 +38,27 @@ class _Fused(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, z: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None
+        ctx: Any,
+        z: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor | None,
+        is_causal: bool,
     ) -> Tensor:
         ctx.save_for_backward(q, k, v, mask)
+        ctx.is_causal = is_causal
         return z.detach()  # no view: a hook may edit it in place
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         if not torch.is_grad_enabled():
-            return grad, None, None, None, None
-        return (None, *_gradients(grad, *ctx.saved_tensors), None)
+            return grad, None, None, None, None, None
+        q, k, v, mask = ctx.saved_tensors
+        if ctx.is_causal:
+            n = q.shape[1]
+            mask = torch.ones(1, n, n, dtype=torch.bool, device=q.device).tril()
+        return (None, *_gradients(grad, q, k, v, mask), None, None)
 
 
 def _gradients(

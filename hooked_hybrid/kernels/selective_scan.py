@@ -98,9 +98,9 @@ def _trial(
     u, dt, A, B, C, h0 = (waves(*shape, seed=i) for i, shape in enumerate(shapes))
     given = (u, 0.6 + 0.5 * dt, -1.1 - A, B, C, h0)  # step sizes are positive, rates negative
     inputs = [t.to(device, dtype) for t in given]
-    resets = inputs[0][:, :, 0] > 0.5
-    found = (*selective_scan(*inputs), *selective_scan(*inputs, resets))
-    expected = (*selective_scan_loop(*inputs), *selective_scan_loop(*inputs, resets))
+    with_resets = (*inputs, inputs[0][:, :, 0] > 0.5)
+    found = (*selective_scan(*inputs), *selective_scan(*with_resets))
+    expected = (*selective_scan_loop(*inputs), *selective_scan_loop(*with_resets))
     return found, expected
 
 

@@ -165,7 +165,7 @@ def test_blocks_and_kernel_equal_the_definition(
     layout: str, window: str, batch: int, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr("hooked_hybrid.attend.BLOCK", 4)
-    monkeypatch.setattr("hooked_hybrid.attend.FUSED_BLOCK", 5)
+    monkeypatch.setattr("hooked_hybrid.kernels.fused_attention.BLOCK", 5)
     with torch.no_grad():
         where = case(layout, 13, batch, *WINDOWS[window])
         for heads in HEADS if batch > 1 else ["GQA"]:
@@ -179,7 +179,7 @@ def test_blocks_and_kernel_equal_the_definition_at_any_length(
     layout: str, length: int, window: Any, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr("hooked_hybrid.attend.BLOCK", 4)
-    monkeypatch.setattr("hooked_hybrid.attend.FUSED_BLOCK", 4)
+    monkeypatch.setattr("hooked_hybrid.kernels.fused_attention.BLOCK", 4)
     with torch.no_grad():
         assert_twins_agree(case(layout, length, 3, *window), "GQA")
 

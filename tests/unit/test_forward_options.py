@@ -10,7 +10,16 @@ import torch
 from torch import Tensor
 
 from hooked_hybrid import HookedHybrid, HookNameError, memory
-from tests.models import CONFIGS, D_VOCAB, random_tokens, relative, tiny_model
+from hooked_hybrid.layout import lay_out
+from tests.models import (
+    CONFIGS,
+    D_VOCAB,
+    griffin_config,
+    random_model,
+    random_tokens,
+    relative,
+    tiny_model,
+)
 from tests.tolerances import FP32_PARITY
 
 models = pytest.mark.parametrize("name", list(CONFIGS))
@@ -256,6 +265,51 @@ def test_hooked_values_that_do_not_fit_are_refused_with_the_option_that_avoids_t
     model.run_with_cache(tokens, names_filter="hook_embed", logits_to_keep=1)
 
 
+@pytest.fixture
+def trained() -> HookedHybrid:
+    return random_model(griffin_config("RARA", n_keys=None)).requires_grad_()
+
+
+def test_masks_that_attention_keeps_for_gradients_are_counted(trained, monkeypatch):
+    """By hand, in units of one mask: booleans and fp32 numbers, 60 x 60."""
+    mask = 60 * 60 * (1 + 4)
+    monkeypatch.setattr(memory, "WORTH_CHECKING", 0)
+    padded = torch.ones(2, 60)
+    padded[0, :3] = 0
+    sizes = {}
+    for name, options in (("plain", {}), ("padded", {"attention_mask": padded})):
+        layout = lay_out(random_tokens(2, 60), None, options.get("attention_mask"), None)
+        sizes[name] = memory.attention_bytes(trained, layout, None, 60)
+    assert sizes == {"plain": {1: mask, 3: mask}, "padded": {1: 2 * mask, 3: 2 * mask}}
+    monkeypatch.setattr(memory, "available_bytes", lambda device: 2 * mask + 2 * 2 * 61 * 4)
+    trained(random_tokens(2, 60), logits_to_keep=1)
+    monkeypatch.setattr(memory, "available_bytes", lambda device: 2 * mask + 2 * 2 * 61 * 4 - 1)
+    with pytest.raises(MemoryError, match="masks and scores of attention.*no_grad"):
+        trained(random_tokens(2, 60), logits_to_keep=1)
+    with torch.no_grad():  # in blocks on a CPU: nothing is kept
+        trained(random_tokens(2, 60), logits_to_keep=1)
+
+
+def test_on_a_gpu_scores_count_where_no_kernel_keeps_them_away(trained, monkeypatch):
+    """By hand: 60 x 60 pairs of 3 heads of 8 numbers, one of 2 layers; fp64 is never fused."""
+    pairs, gpu = 60 * 60, torch.device("cuda")
+    monkeypatch.setattr(HookedHybrid, "layer_devices", (gpu,) * 4)
+
+    def sizes(dtype: torch.dtype, **options: Any) -> dict[int, int]:
+        layout = lay_out(random_tokens(2, 60), None, options.get("mask"), None)
+        return memory.attention_bytes(trained.to(dtype), layout, None, 60)
+
+    n_heads = trained.cfg.layers[1].mixer.n_heads
+    with torch.no_grad():
+        assert sizes(torch.float32) == sizes(torch.bfloat16) == {1: 0, 3: 0}  # causal: no mask
+        mask = torch.ones(2, 60)
+        mask[0, :3] = 0
+        masks = 2 * n_heads * pairs * (1 + 2)  # of both rows, for each head of the one group
+        assert sizes(torch.bfloat16, mask=mask) == {1: masks, 3: masks}
+        scores = 2 * 2 * n_heads * pairs * 8  # scores and patterns of both rows
+        assert sizes(torch.float64) == {1: scores, 3: scores}
+
+
 def test_the_estimate_is_what_the_tensors_take():
     model, tokens = model_of("griffin"), random_tokens(2, 50)
     sizes: dict[str, int] = {}
@@ -265,8 +319,6 @@ def test_the_estimate_is_what_the_tensors_take():
 
     points = ["blocks.2.attn.hook_pattern", "blocks.2.attn.hook_attn_scores"]
     with model.hooks([(points, weigh)]):
-        from hooked_hybrid.layout import lay_out
-
         layout = lay_out(tokens, None, None, None)
         estimate = memory.large_bytes(model, layout, None, piece=50)
         logits = model(tokens)
