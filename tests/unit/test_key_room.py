@@ -148,6 +148,46 @@ def test_few_of_many_keys_do_not_keep_the_others_in_memory():
 
 
 @torch.no_grad()
+def test_half_of_the_keys_are_a_view_and_fewer_a_copy():
+    many = with_new_keys(None, *keys(100))
+    half, fewer = last_keys(many, 50), last_keys(many, 49)
+    assert half.k.untyped_storage().data_ptr() == many.k.untyped_storage().data_ptr()
+    assert fewer.k.untyped_storage().nbytes() == fewer.k.nbytes
+    assert torch.equal(half.k, many.k[:, 50:]) and torch.equal(fewer.v, many.v[:, 51:])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("n_old", "n_new", "more"),
+    [(4, 1, 64), (4, 16, 64), (4, 17, 0), (511, 1, 64), (519, 1, 65), (800, 1, 100)],
+)
+def test_room_is_made_for_64_steps_or_an_eighth_of_the_keys(n_old: int, n_new: int, more: int):
+    """And none behind a piece of more than 16 keys, after which no step is expected."""
+    state = with_new_keys(with_new_keys(None, *keys(n_old)), *keys(n_new))
+    a_key = state.k.nbytes // (n_old + n_new)
+    assert state.k.untyped_storage().nbytes() == (n_old + n_new + more) * a_key
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("n", [64, 65])
+def test_the_last_entry_of_the_room_is_taken_too(n: int):
+    state = with_new_keys(with_new_keys(None, *keys(4)), *keys(1))
+    after = with_new_keys(state, *keys(n, 1))
+    assert (after.k.data_ptr() == state.k.data_ptr()) == (n == 64)
+    assert_holds(after, [keys(4), keys(1), keys(n, 1)])
+
+
+@torch.no_grad()
+def test_the_first_keys_are_copied_where_a_hook_may_have_kept_them():
+    k, v, pos = keys(3)
+    kept, copied = (with_new_keys(None, k, v, pos, are_seen=seen) for seen in (False, True))
+    assert kept.k is k and kept.v is v and kept.pos is pos
+    shared = {t.data_ptr() for t in (k, v, pos)}
+    assert not shared & {t.data_ptr() for t in (copied.k, copied.v, copied.pos)}
+    assert_holds(copied, [(k, v, pos)])
+
+
+@torch.no_grad()
 def test_a_state_rebuilt_from_the_same_tensors_has_no_room_to_take():
     old = with_new_keys(with_new_keys(None, *keys(4)), *keys(1, 1))
     copy = AttentionState(old.k, old.v, old.pos)

@@ -20,6 +20,7 @@ from tokenizers.decoders import ByteLevel as ByteLevelDecoder
 from tokenizers.decoders import Metaspace as MetaspaceDecoder
 from tokenizers.models import BPE, Unigram, WordLevel
 from tokenizers.pre_tokenizers import ByteLevel, Metaspace, Whitespace
+from transformers import PreTrainedTokenizerFast  # noqa: TID251
 
 from hooked_hybrid import HookedHybrid
 from hooked_hybrid.niah import haystack as generated
@@ -335,6 +336,8 @@ def test_places_of_tokens_are_found_with_and_without_a_tokenizer_that_tells_them
     assert token_ends(chat_tokenizer(), text, encoded.ids, words.decode) == [
         b for _, b in encoded.offsets
     ]
+    fast = PreTrainedTokenizerFast(tokenizer_object=words)  # whose own `encode` tells no places
+    assert token_ends(fast, text, encoded.ids, words.decode) == [b for _, b in encoded.offsets]
     silent = SimpleNamespace(encode=lambda *_, **__: encoded.ids)
     found = token_ends(silent, text, encoded.ids, words.decode)
     known = [i for i, token in enumerate(encoded.tokens) if token != "<unk>"]
@@ -342,6 +345,16 @@ def test_places_of_tokens_are_found_with_and_without_a_tokenizer_that_tells_them
     assert [found[i] for i in known] == [encoded.offsets[i][1] for i in known]
     by_byte = bytes_tokenizer().encode("é.").ids
     assert token_ends(bytes_tokenizer(), "é.", by_byte, bytes_tokenizer().decode) == [-1, 1, 2]
+
+
+def test_a_tokenizer_of_transformers_gives_the_prompts_of_its_own_backend():
+    marks = {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>"}
+    fast = PreTrainedTokenizerFast(tokenizer_object=word_tokenizer(), **marks)
+    ours, theirs = (
+        grid(model_with(each), [PAPER], [150], [0.0, 0.6, 1.0], distractors=1, prepend_bos=False)
+        for each in (word_tokenizer(), fast)
+    )
+    assert ours == theirs
 
 
 def test_terminal_marks_are_unicodes():

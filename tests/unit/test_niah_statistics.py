@@ -9,6 +9,10 @@ import pandas as pd
 import pytest
 from scipy import stats
 
+from hooked_hybrid.niah.cells import cell_of, with_places
+from hooked_hybrid.niah.needles import PAPER
+from hooked_hybrid.niah.prompts import Prompt
+from hooked_hybrid.niah.settings import Setting
 from hooked_hybrid.niah.statistics import interval_of, scored, summary
 
 
@@ -96,6 +100,48 @@ def test_cells_without_a_needle_count_nowhere():
     pd.testing.assert_frame_equal(summary(both), summary(table))
     with pytest.raises(ValueError, match="no prompt held a needle"):
         scored(empty)
+
+
+@pytest.mark.parametrize(
+    ("window", "seen"), [(None, True), (41, True), (40, True), (39, False), (1, False)]
+)
+def test_a_needle_is_in_the_window_where_its_first_token_is(window: int | None, seen: bool):
+    """Of 100 tokens, the last copy of the needle at 60: the last token sees 60 to 99 of them."""
+    prompt = Prompt(
+        "p", tuple(range(100)), 100, 0.5, PAPER, "paper", ((9, 15), (60, 66)), "base", True, 3,
+        0.48, "words",
+    )  # fmt: skip
+    setting = Setting("s", spec={"kept": 2, "k": 2})
+    cell = cell_of(prompt, setting, "is to eat a sandwich", 7, 0.5, 1.5, window)
+    assert cell["in_window"] is seen
+    assert (cell["needle_start"], cell["needle_stop"], cell["stage"]) == (9, 15, "generation")
+    assert (cell["n_new_tokens"], cell["min_margin"], cell["seconds"]) == (7, 0.5, 1.5)
+    assert cell["graded"] == 1.0 and cell["accuracy"] == 0.2 and not cell["binary"]
+    assert (cell["k"], cell["length"], cell["n_distractors"], cell["depth"]) == (2, 100, 3, 0.5)
+    assert (cell["real_depth"], cell["placed_between"]) == (0.48, "words")
+
+
+def test_a_cell_without_a_needle_has_no_score_and_no_place():
+    prompt = Prompt("p", (1, 2), 2, 0.5, None, "none", (), "base", False, 0)
+    cell = cell_of(prompt, Setting("s"), "anything", 1, 0.5, 0.1, None)
+    about = ("city", "needle_start", "needle_stop", "in_window", "graded", "accuracy", "binary")
+    assert [cell[name] for name in about] == [None] * 7
+    assert cell["released"] is None and cell["k"] is None
+
+
+def test_places_of_older_tables_are_those_of_their_prompts():
+    def prompt(name: str, real: float) -> Prompt:
+        return Prompt(name, (1,), 1, 0.5, PAPER, "p", ((0, 1),), "base", False, 0, real, "words")
+
+    prompts = [prompt("a", 0.25), prompt("b", 0.75)]
+    table = pd.DataFrame({"prompt_id": ["b", "a", "b"]})
+    known = table.assign(real_depth=0.5, placed_between="sentences")
+    assert with_places(known, prompts) is known
+    found = with_places(table.assign(real_depth=None, placed_between=None), prompts)
+    assert found["real_depth"].tolist() == [0.75, 0.25, 0.75]
+    assert found["placed_between"].tolist() == ["words"] * 3
+    part = known.assign(placed_between=["sentences", None, None])
+    assert with_places(part, prompts)["real_depth"].tolist() == [0.75, 0.25, 0.75]
 
 
 def test_without_a_window_nothing_is_outside():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import pytest
@@ -16,8 +17,22 @@ from hooked_hybrid.config import (
     RGLRUConfig,
     RotaryConfig,
 )
-from hooked_hybrid.placement.changes import _largest, _narrower, _smallest, changes
-from hooked_hybrid.placement.machine import Machine, gpus_of, shown, size_of
+from hooked_hybrid.placement.changes import (
+    _largest,
+    _narrower,
+    _of_gpus,
+    _size,
+    _smallest,
+    changes,
+)
+from hooked_hybrid.placement.machine import (
+    ANY_DISK,
+    Machine,
+    gpus_of,
+    shown,
+    size_of,
+    this_machine,
+)
 from hooked_hybrid.placement.planner import Planner
 from hooked_hybrid.placement.planning import plan
 from hooked_hybrid.placement.sizes import WORKING_OF, Piece, Sizes
@@ -354,3 +369,70 @@ def test_changes_that_would_do_are_the_smallest_by_trying_all(monkeypatch: pytes
     assert fits(Machine(machine.gpus, 0, 2**60)) and not fits(machine, 1)
     assert not plan(cfg, machine, (64,), 1, torch.bfloat16).fits
     assert list(changes(found)) == list(found.changes)
+
+
+def test_more_gpus_and_larger_ones_are_tried_up_to_64_and_to_a_million_gigabytes():
+    machine = Machine((40 * GB, 40 * GB))
+
+    def options(fits: Any) -> list[tuple[str, str | None]]:
+        return [tuple(change) for change in _of_gpus(machine, fits)]  # type: ignore[misc]
+
+    assert options(lambda m: len(m.gpus) >= 64) == [("--gpus 64x40GB", "64 GPUs of 40 GB")]
+    assert options(lambda m: len(m.gpus) >= 65) == []
+    assert options(lambda m: m.gpus[0] >= 2**20 * GB) == [
+        ("--gpus 2x1048576GB", "2 x 1048576 GB of GPU memory")
+    ]
+    assert options(lambda m: m.gpus[0] > 2**20 * GB) == []
+    assert [*_of_gpus(Machine((GB, 2 * GB)), lambda m: True)] == []
+    assert [_size(n) for n in (3 * GB, 1500 * MB, 7, MB + 1)] == [
+        "3GB", "1500MB", "7B", "1000001B",
+    ]  # fmt: skip
+
+
+def test_this_machine_is_what_is_allowed_of_it(monkeypatch: pytest.MonkeyPatch):
+    free: dict[Any, int] = {0: 5 * GB, 1: 6 * GB, "cpu": 7 * GB}
+    monkeypatch.setattr("accelerate.utils.get_max_memory", lambda: free)
+    assert this_machine(None, False) == Machine((5 * GB, 6 * GB), 7 * GB, None)
+    assert this_machine({1: "2GB", "cpu": 3}, True) == Machine((0, 2 * GB), 3, ANY_DISK)
+    assert this_machine({"cpu": "1KB"}, False) == Machine((), 1000)
+    assert this_machine({0: 9}, False) == Machine((9,), 0)
+    with pytest.raises(ValueError, match="max_memory names 2; this machine has 0, 1, 'cpu'"):
+        this_machine({2: 1}, False)
+    monkeypatch.setitem(sys.modules, "accelerate.utils", None)
+    with pytest.raises(ImportError, match=r"hooked-hybrid\[offload\]"):
+        this_machine(None, False)
+
+
+def test_a_plan_is_made_for_the_longest_of_its_lengths():
+    found = plan(CFG, Machine((), GB), (30, 20, 30), 2, torch.float32)
+    assert found.lengths == (20, 30) and found.split == Split((4,)) and found.fits
+    assert found.sizes.on_cpu and not plan(CFG, Machine((GB * 9,)), (5,)).sizes.on_cpu
+    by_length = [found.usages(length)[0] for length in (20, 30)]
+    assert by_length[0].state < by_length[1].state == found.whole.state
+    assert list(found.require()) == [
+        "embed", *(f"blocks.{i}" for i in range(4)), "ln_final", "unembed",
+    ]  # fmt: skip
+    for wrong in ({"lengths": ()}, {"lengths": (0,)}, {"batch": 0}):
+        with pytest.raises(ValueError, match="give 1 or more of each"):
+            plan(CFG, Machine((), GB), **wrong)
+
+
+@pytest.mark.parametrize(
+    ("machine", "beside"),
+    [
+        (Machine((1, 2), 5), "2 GPUs offer 3 B, beside 5 B of CPU memory and nothing on the disk"),
+        (Machine((0, 2), 5), "the GPU offers 2 B, beside 5 B of CPU memory and nothing"),
+        (Machine((), 5), "the CPU offers 5 B, beside nothing on the disk"),
+        (Machine((), 5, ANY_DISK), "the CPU offers 5 B, beside room on the disk"),
+        (Machine((), 5, 7), "the CPU offers 5 B, beside 7 B on the disk"),
+    ],
+)
+def test_why_a_model_has_no_place_names_what_there_is(machine: Machine, beside: str):
+    found = plan(CFG, machine, (20,), 3, torch.float32)
+    assert found.why_not.endswith(beside) or beside in found.why_not
+    whole = found.whole
+    assert f"weights of {shown(whole.weights)}, and for 3 x 20 tokens" in found.why_not
+    assert f"a state of {shown(whole.state)} and {shown(whole.working)} to work" in found.why_not
+    assert ("to load it in" in found.why_not) == (whole.loading > whole.running)
+    assert found.remedy([]) == "No single change will do"
+    assert found.remedy(["a", "b"]) == "It would fit with a, or b"
