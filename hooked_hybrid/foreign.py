@@ -70,6 +70,28 @@ def refuse_link(*paths: Path) -> None:
             )
 
 
+def require_safetensors(path: Path) -> None:
+    """Refuse what the safetensors library would wait for, or take much more memory for than it has.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: no plain file, or a header larger than `LARGEST_JSON` bytes.
+    """
+    size = require_plain_file(path)
+    with path.open("rb") as file:
+        n_bytes = int.from_bytes(file.read(8), "little")
+    if LARGEST_JSON < n_bytes < size:  # a header beyond its end is for the library to say
+        raise ValueError(
+            f"{printable(path)} has a header of {n_bytes:,} bytes, more than {LARGEST_JSON:,}: "
+            "none of ours and no model's has"
+        )
+
+
+def bare_name(name: object) -> bool:
+    """Return whether a value names a file of a folder, and none elsewhere."""
+    return isinstance(name, str) and name not in ("", ".", "..") and not set(name) & set("/\\\0")
+
+
 def parse_json(text: str | bytes, where: object) -> Any:
     """Return the value of a JSON text.
 
@@ -119,10 +141,12 @@ __all__ = [
     "LARGEST_JSON",
     "LARGEST_RESULTS",
     "LARGEST_SMALL",
+    "bare_name",
     "one_line",
     "parse_json",
     "printable",
     "read_json",
     "refuse_link",
     "require_plain_file",
+    "require_safetensors",
 ]

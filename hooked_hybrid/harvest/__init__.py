@@ -4,8 +4,8 @@
 batches, `read_texts` gives the documents of files; `hooked-hybrid harvest` is the command.
 """
 
-from hooked_hybrid.harvest.documents import read_texts
 from hooked_hybrid.harvest.harvesting import harvest
 from hooked_hybrid.harvest.reading import ActivationBatches, HarvestedActivations
+from hooked_hybrid.harvest.texts import read_texts
 
 __all__ = ["ActivationBatches", "HarvestedActivations", "harvest", "read_texts"]

@@ -12,11 +12,11 @@ from rich.console import Console
 from rich.table import Table
 
 from hooked_hybrid.evaluation.forms import form_of
-from hooked_hybrid.harvest.documents import read_texts
 from hooked_hybrid.harvest.harvesting import harvest as run_harvest
 from hooked_hybrid.harvest.reading import HarvestedActivations
 from hooked_hybrid.harvest.running import hooks_to_keep
 from hooked_hybrid.harvest.shards import INDEX
+from hooked_hybrid.harvest.texts import read_texts
 from hooked_hybrid.names import HookNameError
 from hooked_hybrid.niah.run_options import RunOptions
 from hooked_hybrid.option_groups import grouped

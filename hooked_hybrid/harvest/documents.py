@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -18,9 +16,9 @@ from jaxtyping import Int
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from hooked_hybrid.foreign import one_line, parse_json, require_safetensors
 from hooked_hybrid.harvest.shards import save
-from hooked_hybrid.options import refuse_ignored
-from hooked_hybrid.results_folder import replacing
+from hooked_hybrid.whole_files import replacing, unfinished_name
 
 FILE = "tokens.safetensors"
 Document = str | Sequence[int] | Tensor
@@ -50,11 +48,35 @@ class Documents:
         """
         path = folder / FILE
         try:
+            require_safetensors(path)
             with safe_open(path, "pt") as file:
-                said = json.loads(file.metadata()["documents"])
-                return cls(file.get_tensor("tokens"), file.get_tensor("starts"), **said)
+                said = parse_json((file.metadata() or {})["documents"], "its header")
+                found = cls(file.get_tensor("tokens"), file.get_tensor("starts"), **said)
+            found.require_possible()
         except (SafetensorError, KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{path} is damaged ({error}): harvest into another folder") from error
+            why = one_line(error)
+            raise ValueError(f"{path} is damaged ({why}): harvest into another folder") from error
+        return found
+
+    def require_possible(self, d_vocab: int | None = None) -> None:
+        """Look whether tokens and starts can be what they are said to be.
+
+        Args:
+            d_vocab: number of tokens there are; None reads no token.
+
+        Raises:
+            ValueError: they cannot.
+        """
+        tokens, starts = self.tokens, self.starts
+        if not all(isinstance(t, str) for t in (self.digest, self.encoding, self.sha256)):
+            raise ValueError("its header holds values of other kinds")
+        kinds = (tokens.dtype, tokens.ndim, starts.dtype, starts.ndim)
+        if kinds != (torch.int32, 1, torch.int64, 1) or not len(starts):
+            raise ValueError("its tensors are of other kinds")
+        if starts[0] != 0 or starts[-1] != len(tokens) or bool((starts.diff() < 0).any()):
+            raise ValueError("its documents begin where there are no tokens")
+        if d_vocab is not None and not (tokens.min() >= 0 and tokens.max() < d_vocab):
+            raise ValueError("it holds tokens that are not in the vocabulary")
 
     @property
     def is_whole(self) -> bool:
@@ -111,9 +133,9 @@ def digest_of(documents: Iterable[Document]) -> str:
 
 @contextmanager
 def _raw_file(folder: Path) -> Iterator[BinaryIO]:
-    path = folder / f".tokens.raw.{os.getpid()}.tmp"
+    path = unfinished_name(folder / "tokens.raw")
     try:
-        with path.open("wb") as file:
+        with path.open("xb") as file:
             yield file
     finally:
         path.unlink(missing_ok=True)
@@ -160,81 +182,4 @@ def _row(document: Sequence[int] | Tensor) -> Tensor:
     return ids.cpu()
 
 
-# --- sources --------------------------------------------------------------------------------------
-
-
-def read_texts(source: str | Path, field: str | None = None) -> Iterator[str]:
-    """Yield the documents of a file or a folder, in the order of names and lines.
-
-    Args:
-        source: a .txt file (one document), a .jsonl file (one a line), a folder of such files at
-            any depth, or a folder that `datasets.Dataset.save_to_disk` wrote.
-        field: of a line or a row, where the text is; None is "text".
-
-    Raises:
-        ValueError: nothing is there, a field of .txt files alone, a file is neither, not UTF-8 or
-            not JSON, the field or `datasets` is missing: before the first document where that can
-            be seen, else at it.
-    """
-    source = Path(source)
-    if not source.exists():
-        raise ValueError(f"texts {source}: there is no such file or folder")
-    if (source / "dataset_info.json").exists():
-        if find_spec("datasets") is None:
-            raise ValueError(f"texts {source} is a saved data set: pip install datasets to read it")
-        return _rows_of(source, field or "text")
-    if (source / "dataset_dict.json").exists():
-        splits = sorted(folder.name for folder in source.iterdir() if folder.is_dir())
-        raise ValueError(f"texts {source} has parts: give the folder of one, {', '.join(splits)}")
-    files = [source]
-    if source.is_dir():
-        found = (f for f in source.rglob("*") if f.suffix in _READERS and f.is_file())
-        files = sorted(found, key=lambda file: file.relative_to(source).parts)
-    if not files or files[0].suffix not in _READERS:
-        raise ValueError(f"texts {source}: give a .txt or .jsonl file, or a folder of such files")
-    if all(file.suffix == ".txt" for file in files):
-        refuse_ignored("a .txt file is one document and has no fields", field=field)
-    return (text for file in files for text in _read(file, field or "text"))
-
-
-def _read(file: Path, field: str) -> Iterator[str]:
-    try:
-        yield from _READERS[file.suffix](file, field)
-    except OSError as error:
-        raise ValueError(f"texts {file} cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise ValueError(f"texts {file} is not UTF-8 ({error})") from error
-
-
-def _whole(file: Path, field: str) -> Iterator[str]:  # noqa: ARG001  (a text has no fields)
-    yield file.read_text(encoding="utf-8-sig")
-
-
-def _lines(file: Path, field: str) -> Iterator[str]:
-    with file.open(encoding="utf-8-sig") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"texts {file}, line {number}: no JSON ({error})") from None
-            yield _text_of(row, field, f"{file}, line {number}")
-
-
-def _rows_of(folder: Path, field: str) -> Iterator[str]:
-    from datasets import load_from_disk
-
-    for number, row in enumerate(load_from_disk(str(folder))):
-        yield _text_of(row, field, f"{folder}, row {number}")
-
-
-def _text_of(row: Any, field: str, where: str) -> str:
-    text = row.get(field) if isinstance(row, dict) else None
-    if not isinstance(text, str):
-        has = f"; it has {', '.join(map(str, row))}" if isinstance(row, dict) else ""
-        raise ValueError(f"texts {where}: no text in the field {field!r}{has}: give another field")
-    return text
-
-
-_READERS: dict[str, Callable[[Path, str], Iterator[str]]] = {".txt": _whole, ".jsonl": _lines}
+__all__ = ["FILE", "Document", "Documents", "digest_of", "ids_of", "write_documents"]

@@ -172,6 +172,10 @@ def _read(
                 "another tokenizer or another prepend_bos: give another folder, nothing is "
                 "overwritten"
             )
+        try:
+            before.require_possible(model.cfg.d_vocab)
+        except ValueError as error:
+            raise ValueError(f"{folder / FILE} is damaged ({error})") from error
         return before
 
     def encode(document: Document) -> Sequence[int]:

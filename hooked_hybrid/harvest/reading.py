@@ -11,10 +11,12 @@ from random import Random
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
+from hooked_hybrid.foreign import require_plain_file, require_safetensors
+from hooked_hybrid.harvest.index import read_index
 from hooked_hybrid.harvest.shards import (
     AGAIN,
     BESIDE,
@@ -22,7 +24,6 @@ from hooked_hybrid.harvest.shards import (
     check_shard,
     index_of,
     read_header,
-    read_index,
     short_hash,
 )
 from hooked_hybrid.names import Shorthand, resolve
@@ -52,12 +53,13 @@ class HarvestedActivations:
         self.index = read_index(self.folder)
         self.paths = [self.folder / shard["file"] for shard in self.index["shards"]]
         for path, shard in zip(self.paths, self.index["shards"], strict=True):
-            n_bytes = path.stat().st_size if path.exists() else 0
+            n_bytes = require_plain_file(path) if path.exists() else 0
             if n_bytes != shard["bytes"]:
                 raise ValueError(
                     f"{path} has {n_bytes} bytes, and {INDEX} says {shard['bytes']}: {AGAIN}"
                 )
-        if read_header(self.paths[0]).recipe != short_hash(self.index["recipe"]):
+        header, n_tokens = read_header(self.paths[0]), self.index["shards"][0]["tokens"]
+        if (header.recipe, header.n_tokens) != (short_hash(self.index["recipe"]), n_tokens):
             raise ValueError(f"{self.folder / INDEX} is not of the shards beside it: {AGAIN}")
 
     def __len__(self) -> int:
@@ -96,8 +98,25 @@ class HarvestedActivations:
             shard: its number.
             name: a hook point, or one of "token", "document" and "position".
         """
-        with safe_open(self.paths[shard], "pt") as file:
+        with self.opened(shard) as file:
             return file.get_tensor(self.resolve(name))
+
+    def opened(self, shard: int) -> Any:
+        """Return a shard's file, opened.
+
+        Raises:
+            ValueError: it has not as many tokens as the index says, or a header of others.
+        """
+        path, n_tokens = self.paths[shard], self.index["shards"][shard]["tokens"]
+        require_safetensors(path)
+        try:
+            file = safe_open(path, "pt")
+            found = file.get_slice("token").get_shape()
+        except SafetensorError as error:
+            raise ValueError(f"{path} is no whole shard of a harvest ({error})") from error
+        if found != [n_tokens]:
+            raise ValueError(f"{path} has {found} tokens, and {INDEX} says {n_tokens}: {AGAIN}")
+        return file
 
     def batches(
         self,
@@ -203,7 +222,7 @@ class ActivationBatches(IterableDataset[Any]):
             generator = torch.Generator().manual_seed(stream.getrandbits(63))
         pool: dict[str, Tensor] = {}
         blocks = self._blocks(range(of, len(self.harvest.paths), n), generator)
-        opened = lru_cache(MOST_OPEN)(lambda path: safe_open(path, "pt"))
+        opened = lru_cache(MOST_OPEN)(self.harvest.opened)
         while True:
             is_last = not self._fill(pool, blocks, opened, generator)
             n_pool = len(pool[self.names[0]]) if pool else 0
@@ -237,14 +256,14 @@ class ActivationBatches(IterableDataset[Any]):
         self,
         pool: dict[str, Tensor],
         blocks: Iterator[tuple[int, int]],
-        opened: Callable[[Path], Any],
+        opened: Callable[[int], Any],
         generator: torch.Generator | None,
     ) -> bool:
         """Add blocks to the pool until it is full, and mix it; False where there are no more."""
         parts = {name: [pool[name]] if pool else [] for name in self.names}
         n_held, is_full = (len(pool[self.names[0]]) if pool else 0), False
         for shard, start in blocks:
-            file = opened(self.harvest.paths[shard])
+            file = opened(shard)
             for name in self.names:
                 parts[name].append(file.get_slice(name)[start : start + BLOCK])
             n_held += len(parts[self.names[0]][-1])

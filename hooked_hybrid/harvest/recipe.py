@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from hooked_hybrid.config import HybridConfig
+from hooked_hybrid.foreign import LARGEST_RESULTS, one_line, read_json
 from hooked_hybrid.harvest.contexts import Plan
 from hooked_hybrid.harvest.documents import Documents
 from hooked_hybrid.harvest.shards import FORMAT, RECIPE, shard_paths, short_hash, write_json
@@ -80,11 +80,13 @@ class Recipe:
         """
         path, now = folder / RECIPE, asdict(self)
         try:
-            before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+            before = read_json(path, LARGEST_RESULTS) if path.exists() else {}
             is_newer = before.get("format", 0) > FORMAT
             changed = [] if is_newer or not before else _changes(before, now, cfg)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{path} is damaged ({error}): give another folder") from error
+            raise ValueError(
+                f"{path} is damaged ({one_line(error)}): give another folder"
+            ) from error
         if before == now:
             return self
         if not before or not shard_paths(folder):

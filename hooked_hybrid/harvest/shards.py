@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from hooked_hybrid.foreign import one_line, parse_json, require_safetensors
 from hooked_hybrid.results_folder import remove_unfinished, replacing
 
 FORMAT = 1
@@ -90,16 +91,31 @@ def read_header(path: Path) -> Header:
         ValueError: the file is damaged, or no shard of a harvest.
     """
     try:
+        require_safetensors(path)
         with safe_open(path, "pt") as file:
-            said = json.loads((file.metadata() or {})["harvest"])
+            said = parse_json((file.metadata() or {})["harvest"], "its header")
             said["sums"] = {name: HookSums(**sums) for name, sums in said["sums"].items()}
             header = Header(**said)
+            _require_types(header)
             rows = {name: file.get_slice(name).get_shape()[0] for name in header.sha256}
             if set(rows.values()) != {header.n_tokens} or {*rows} != {*header.sums, *BESIDE}:
                 raise ValueError("its header does not fit its tensors")
     except (SafetensorError, AttributeError, LookupError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} is no whole shard of a harvest ({error})") from error
+        why = one_line(error)
+        raise ValueError(f"{path} is no whole shard of a harvest ({why})") from error
     return header
+
+
+def _require_types(header: Header) -> None:
+    """Raise ValueError where a header holds values of other kinds than were written."""
+    numbers = [n for sums in header.sums.values() for n in (sums.norm, sums.squared_norm)]
+    if not (
+        isinstance(header.recipe, str)
+        and type(header.shard) is type(header.n_tokens) is int
+        and all(n is None or type(n) is float for n in numbers)
+        and all(isinstance(value, str) for value in header.sha256.values())
+    ):
+        raise ValueError("its header holds values of other kinds")
 
 
 def check_shard(path: Path, hooks: Mapping[str, Mapping[str, Any]]) -> None:
@@ -162,44 +178,6 @@ def index_of(folder: Path, recipe: Mapping[str, Any], paths: Iterable[Path]) -> 
         "recipe": dict(recipe),
         "shards": shards,
     }
-
-
-def read_index(folder: Path) -> dict[str, Any]:
-    """Return the index of a finished harvest.
-
-    Raises:
-        ValueError: there is none, or it is not whole or of a newer version.
-    """
-    path = folder / INDEX
-    if not path.exists():
-        if not (folder / RECIPE).exists():
-            raise ValueError(f"{folder} holds no harvest")
-        raise ValueError(
-            f"the harvest in {folder} is not finished ({len(shard_paths(folder))} shards are "
-            "there): go on with --resume"
-        )
-    try:
-        index = json.loads(path.read_text(encoding="utf-8"))
-        is_newer = index["format"] > FORMAT
-        is_whole = is_newer or _adds_up(index)
-    except (AttributeError, LookupError, TypeError, ValueError):
-        is_newer = is_whole = False
-    if not is_whole:
-        raise ValueError(f"{path} is damaged: {AGAIN}")
-    if is_newer:
-        raise ValueError(f"{path} was written by a newer version of this library")
-    return index
-
-
-def _adds_up(index: dict[str, Any]) -> bool:
-    """Whether an index has all its parts, and its tokens are those of its shards."""
-    shards, hooks = index["shards"], index["hooks"]
-    return (
-        {"recipe", "beside"} <= {*index}
-        and all({"file", "tokens", "bytes", "sha256"} <= {*shard} for shard in shards)
-        and all({"dtype", "shape", "mean_norm"} <= {*hook} for hook in hooks.values())
-        and sum(shard["tokens"] for shard in shards) == index["tokens"] > 0 < len(hooks)
-    )
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -7,6 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
+from hooked_hybrid.foreign import printable
+
 MOST_NAMED = 4
 """Differences of one kind that an error names; of the rest it says how many there are."""
 _NAMES = {
@@ -68,9 +70,9 @@ def refusal(place: object, what: str, changed: Sequence[str], reading: str = "")
     end = "give another folder, nothing is overwritten"
     differ = [clause for clause in changed if not clause.endswith(_UNRECORDED)]
     if differ:
-        return f"{place} holds another {what}: {'; '.join(differ)}; {end}"
+        return printable(f"{place} holds another {what}: {'; '.join(differ)}; {end}")
     unproven = [clause.removesuffix(_UNRECORDED).strip() for clause in changed]
-    return (
+    return printable(
         f"{place} was begun by an older version of this library, which did not record all of "
         f"{', '.join(unproven)}: that they are the same cannot be proven; {end}{reading}"
     )

@@ -241,7 +241,7 @@ def test_texts_of_files_and_folders(tmp_path):
         with pytest.raises(ValueError, match=match):
             make()
     (tmp_path / "a.jsonl").write_text('{"text": "x"}\n{')
-    with pytest.raises(ValueError, match="a.jsonl, line 2: no JSON"):
+    with pytest.raises(ValueError, match="a.jsonl, line 2 is not JSON"):
         list(read_texts(tmp_path / "a.jsonl"))
     (tmp_path / "b.txt").write_bytes(b"\xff")
     with pytest.raises(ValueError, match="b.txt is not UTF-8"):
@@ -276,7 +276,7 @@ def test_texts_of_a_saved_data_set(tmp_path, monkeypatch):
     datasets.DatasetDict(train=saved, test=saved).save_to_disk(str(tmp_path / "sets"))
     with pytest.raises(ValueError, match="has parts: give the folder of one, test, train"):
         read_texts(tmp_path / "sets")
-    monkeypatch.setattr("hooked_hybrid.harvest.documents.find_spec", lambda name: None)
+    monkeypatch.setattr("hooked_hybrid.harvest.texts.find_spec", lambda name: None)
     with pytest.raises(ValueError, match="pip install datasets"):
         read_texts(tmp_path / "set")
 
