@@ -1,9 +1,13 @@
-"""How few heads retrieve: the best cut, as many others cut, and the best alone."""
+"""How few heads retrieve: the best cut, as many others cut, the best alone, and every other set."""
 
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
+from itertools import combinations
 from math import ceil
+
+import pandas as pd
 
 from experiments.beside.frame import (
     HARMFUL,
@@ -18,12 +22,49 @@ from experiments.beside.frame import (
     spares,
 )
 from hooked_hybrid.analysis.heads import retrieval_scores
+from hooked_hybrid.config import HybridConfig
 from hooked_hybrid.interventions import cut_heads, keep_heads
-from hooked_hybrid.niah.experiments import WHOLE
+from hooked_hybrid.niah.experiments import WHOLE, cut_settings, heads_of
+from hooked_hybrid.niah.settings import Setting
 from hooked_hybrid.niah.static import other_prompts
 
+WHOLLY = (4, 5)
+"""Sizes of sets of which every one within a layer is cut, and kept."""
 SCORED_ON, DRAWS, RETRIEVES = 4, 3, 0.1
 """Needles that heads are scored on; sets by lot; score from which the source counts a head."""
+
+
+def every_set(cfg: HybridConfig, ranked: Sequence[tuple[int, int]]) -> tuple[int, list[Setting]]:
+    """Return the layer of most of the best heads, and all its sets of so many cut, or kept alone.
+
+    Whether a score finds heads, or only their layer, shows where the best stand among these.
+    """
+    best = [layer for layer, _ in ranked[: max(WHOLLY)]]
+    layer = max(set(best), key=best.count)
+    heads = range(heads_of(cfg)[layer])
+    others = {i: list(range(n)) for i, n in heads_of(cfg).items() if i != layer}
+    names: list[str] = []
+    cuts: list[dict[int, list[int]]] = []
+    for n in WHOLLY:
+        for chosen in combinations(heads, n):
+            said = "+".join(map(str, chosen))
+            names += [f"cut {n} of layer {layer}: {said}", f"keep {n} of layer {layer}: {said}"]
+            kept = [head for head in heads if head not in chosen]
+            cuts += [{layer: list(chosen)}, {layer: kept, **others}]
+    return layer, cut_settings(cfg, names, cuts)
+
+
+def _among(table: pd.DataFrame, word: str, n: int) -> str:
+    """Return where the best so many stand among all such sets of their layer."""
+    rows = named(table, f"{word} {n} of layer")["accuracy"]
+    (best,) = named(table, f"{word} the best {n}")["accuracy"]
+    worse = int((rows < best - 1e-9).sum()) if word == "keep" else int((rows > best + 1e-9).sum())
+    as_good = int(((rows - best).abs() <= 1e-9).sum())
+    return (
+        f"every set of {n} {'kept alone' if word == 'keep' else word}: {len(rows)} sets leave "
+        f"{100 * rows.min():.1f} to {100 * rows.max():.1f}%, {100 * rows.mean():.1f}% on average, "
+        f"{worse} of them show less by it than the best do, {as_good} as much"
+    )
 
 
 def run(bench: Bench) -> Finding:
@@ -40,7 +81,8 @@ def run(bench: Bench) -> Finding:
             drawn = cut_heads(rng.sample(ranked, n))
             settings.append(both(f"cut {n} by lot #{i}", drawn))
     settings += [both(f"keep the best {n}", keep_heads(ranked[:n])) for n in (few, 2, 4, 5)]
-    table = bench.measure(settings)
+    layer, sets = every_set(bench.model.cfg, ranked)
+    table = bench.measure([*settings, *sets])
     best, kept = accuracies(table, "cut the best"), accuracies(table, "keep the best")
     lot = accuracies(table, f"cut {few} by lot")
     enough = [name for name, share in kept.items() if share >= HARMLESS]
@@ -51,6 +93,8 @@ def run(bench: Bench) -> Finding:
         f"{few} by lot {lot.min():.0%} at worst; it falls below half without "
         + (f"the best {min(fatal)} ({min(fatal) / n_heads:.0%})" if fatal else "none of the sets")
         + (f"; {enough[0]!r} leaves {kept[enough[0]]:.0%}" if enough else "; no few are enough")
+        + f"; of layer {layer}, "
+        + "; ".join(_among(table, word, n) for n in WHOLLY for word in ("cut", "keep"))
     )
     base, first = table["accuracy"].iloc[0], named(table, f"cut the best {few}")
     as_many = named(table, f"cut {few} by lot")

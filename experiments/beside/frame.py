@@ -19,6 +19,7 @@ from hooked_hybrid.niah.prompts import Haystack, Prompt, grid
 from hooked_hybrid.niah.settings import Setting
 from hooked_hybrid.niah.statistics import summary
 from hooked_hybrid.niah.sweep import niah
+from hooked_hybrid.verdicts import FAILS, HOLDS, OPEN, Claimed, Word, ruled
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -114,12 +115,28 @@ def accuracies(table: pd.DataFrame, prefix: str) -> pd.Series:
 
 def harms(rows: pd.DataFrame, base: float) -> pd.Series:
     """Whether each setting leaves less than half of an accuracy, its whole interval with it."""
-    return rows["high"] < HARMFUL * base
+    return _words(rows, "below", base) == HOLDS
 
 
 def spares(rows: pd.DataFrame, base: float) -> pd.Series:
     """Whether each setting leaves 90% of an accuracy, and its whole interval at least half."""
-    return (rows["accuracy"] >= HARMLESS * base) & (rows["low"] >= HARMFUL * base)
+    return (rows["accuracy"] >= HARMLESS * base) & leaves_half(rows, base)
+
+
+def leaves_half(rows: pd.DataFrame, base: float) -> pd.Series:
+    """Whether each setting leaves half of an accuracy or more, its whole interval with it."""
+    return _words(rows, "at least", base) == HOLDS
+
+
+def _words(rows: pd.DataFrame, claimed: Claimed, base: float) -> pd.Series:
+    ends = zip(rows["low"], rows["high"], strict=True)
+    return pd.Series([ruled(claimed, *end, HARMFUL * base) for end in ends], rows.index, object)
+
+
+def verdict(word: Word) -> Verdict:
+    """Return what is said of a claim by what `hooked_hybrid.verdicts` makes of it."""
+    said: dict[Word, Verdict] = {HOLDS: "shows it", FAILS: "does not show it", OPEN: "cannot say"}
+    return said[word]
 
 
 def named(table: pd.DataFrame, prefix: str) -> pd.DataFrame:
@@ -177,5 +194,5 @@ def save(finding: Finding, experiment: Experiment, model: str, folder: Path) -> 
 
 __all__ = [
     "HARMFUL", "HARMLESS", "Bench", "Experiment", "Finding", "accuracies", "both", "harms",
-    "interval", "named", "picture", "save", "spares",
+    "interval", "leaves_half", "named", "picture", "save", "spares", "verdict",
 ]  # fmt: skip

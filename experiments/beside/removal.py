@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from experiments.beside.frame import Bench, Experiment, Finding
+from experiments.beside.frame import Bench, Experiment, Finding, verdict
 from hooked_hybrid.niah.experiments import layer_settings
+from hooked_hybrid.verdicts import all_of, apart, ruled
 
 NEEDED = 1.5
 """Times perplexity from which a kind of layer counts as needed for text."""
@@ -25,12 +26,9 @@ def run(bench: Bench) -> Finding:
         for name in (recurrence, "no attention")
     }
     ours = "; ".join(f"{name}: perplexity {words}" for name, words in said.items())
-    attention = of.loc["no attention"]
-    is_most = of.loc[recurrence, "ratio_low"] > attention["ratio_high"]
-    if is_most and attention["ratio_low"] > NEEDED:
-        return Finding("shows it", ours, table)
-    is_other = not is_most or attention["ratio_high"] < NEEDED
-    return Finding("does not show it" if is_other else "cannot say", ours, table)
+    ends = [tuple(of.loc[n, ["ratio_low", "ratio_high"]]) for n in (recurrence, "no attention")]
+    word = all_of([apart(*ends), ruled("above", *ends[1], NEEDED)])
+    return Finding(verdict(word), ours, table)
 
 
 EXPERIMENT = Experiment(

@@ -7,7 +7,7 @@ options for these are common to all.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from inspect import Parameter, Signature, signature
 from pathlib import Path
@@ -18,6 +18,8 @@ from rich.console import Console
 
 from hooked_hybrid.cli import command_line
 from hooked_hybrid.model import HookedHybrid
+from hooked_hybrid.niah import experiments
+from hooked_hybrid.niah import static as static_choices
 from hooked_hybrid.niah.command import heads_to_keep, model_card, show
 from hooked_hybrid.niah.experiments import (
     FOLLOW_MODES,
@@ -27,6 +29,7 @@ from hooked_hybrid.niah.experiments import (
     layer_settings,
     weight_matrix,
 )
+from hooked_hybrid.niah.head_sets import standings
 from hooked_hybrid.niah.language import text_loss, texts_of
 from hooked_hybrid.niah.plots import replacing
 from hooked_hybrid.niah.prompt_options import FirstToken, PromptOptions, ThesisDepth
@@ -71,11 +74,27 @@ Follow = Annotated[
     bool,
     typer.Option("--follow", help="Weights that move with the token being written, too: --follow."),
 ]
-FewDraws = Annotated[int, typer.Option(help="Random sets of each size: --draws 20.", min=0)]
+FewDraws = Annotated[
+    int | None,
+    typer.Option(
+        help="Sets of each size that nothing chose, all of them where there are no more: "
+        "--draws 20.",
+        min=0,
+        show_default="all of up to 100, else 5 by lot",
+    ),
+]
 ScoredOn = Annotated[
     int, typer.Option(help="Needles that heads are chosen by: --scored-on 16.", min=1)
 ]
-Draws = Annotated[int, typer.Option(help="Random sets of heads, and of layers: --draws 50.", min=1)]
+Draws = Annotated[
+    int | None,
+    typer.Option(
+        help="Sets of heads, and of layers, by lot, or all of them where there are no more: "
+        "--draws 50.",
+        min=1,
+        show_default="all of up to 100 sets of heads, else 20 by lot",
+    ),
+]
 
 
 @dataclass(frozen=True)
@@ -87,6 +106,8 @@ class Plan:
     read_twice: tuple[bool, ...] = (False,)
     picture: Callable[[pd.DataFrame], Figure] | None = None
     title: str = ""
+    families: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    """Names of the sets of heads that a choice of heads stands among, by the choice's."""
 
 
 @dataclass(frozen=True)
@@ -166,20 +187,26 @@ def heads(model: HookedHybrid) -> Plan:
 
 
 @experiment
-def controls(model: HookedHybrid, k: HalfKs = None, draws: Draws = 20) -> Plan:
-    """Set the most peaked heads beside random ones, and attention beside recurrent layers.
+def controls(model: HookedHybrid, k: HalfKs = None, draws: Draws = None) -> Plan:
+    """Set the most peaked heads beside other sets, and attention beside recurrent layers.
+
+    Every other set where there are few; sets.csv says where each choice stands among them.
 
     Example: hooked-hybrid controls --model tiny-griffin --k 4 --draws 20 --out results/controls
     """
     most = _all_heads(model)[0]
-    return Plan(control_settings(model.cfg, list(dict.fromkeys(k or [(most + 1) // 2])), draws))
+    settings = control_settings(model.cfg, list(dict.fromkeys(k or [(most + 1) // 2])), draws)
+    return Plan(settings, families=experiments.sets_beside(settings))
 
 
 @experiment
 def static(
-    model: HookedHybrid, k: EveryK = None, draws: FewDraws = 5, scored_on: ScoredOn = 8
+    model: HookedHybrid, k: EveryK = None, draws: FewDraws = None, scored_on: ScoredOn = 8
 ) -> Plan:
     """Keep heads chosen once, by retrieval score or by weights, beside the choice at run time.
+
+    And beside every other set of as many heads, where these are few; sets.csv says where each
+    choice stands among them.
 
     Retrieval scores are taken on other prompts: needles, cities and haystack that no sweep has.
 
@@ -191,6 +218,7 @@ def static(
     return Plan(
         settings,
         picture=partial(accuracy_by_heads_kept, sizes=sizes_of(settings)),
+        families=static_choices.sets_beside(settings),
         title="Accuracy by heads kept",
     )
 
@@ -263,6 +291,10 @@ def _report(
         if losses is not None:
             with replacing(out / "text_loss.csv") as temporary:
                 losses.to_csv(temporary, index=False)
+        among = standings(table, plan.families)
+        if not among.empty:
+            with replacing(out / "sets.csv") as temporary:
+                among.to_csv(temporary, index=False)
         written = write_report(
             shown,
             plan.settings,
@@ -273,6 +305,7 @@ def _report(
             thesis_depth=thesis_depth,
             losses=losses,
             figures=figures,
+            among=among,
         )
     show(shown, written, losses)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ from hooked_hybrid.interventions import (
     random_score,
     reversed_score,
 )
+from hooked_hybrid.niah.head_sets import head_sets, n_sets
 from hooked_hybrid.niah.prompts import Prompt
 from hooked_hybrid.niah.settings import Hooks, PerRow, Setting
 
@@ -39,6 +40,8 @@ FOLLOW_MODES: dict[str, dict[str, Any]] = {
     }.items()
 }
 """Manipulations that move with the token being written, and their options of `follow_span`."""
+USUAL_DRAWS = 20
+"""Sets of heads, and of layers, by lot where all of them are too many."""
 WHOLE = Setting("whole", spec={"kind": "whole"})
 _MIXERS = {"attention": "attention", "rglru": "RG-LRU", "mamba": "Mamba"}
 
@@ -116,19 +119,21 @@ def cut_settings(
 
 
 def control_settings(
-    cfg: HybridConfig, ks: Sequence[int], n_draws: int = 20, seed: int = 0
+    cfg: HybridConfig, ks: Sequence[int], n_draws: int | None = None, seed: int = 0
 ) -> list[Setting]:
     """Return what a claim about the most peaked heads has to stand beside.
 
     For each k, in both stages: the k most peaked heads of each token; as many by reversed score, by
-    attention to the needle, by lot at each token, and `n_draws` sets of heads drawn once. And with
+    attention to the needle, by lot at each token, and fixed sets of heads: every one ("every k=4
+    #0") where there are no more than `n_draws`, else so many drawn once ("drawn k=4 #0"). And with
     as many recurrent layers silenced as there are attention layers: every such set, or `n_draws`.
+    Where `n_draws` is None it is `head_sets.EVERY` for heads where that is every set, else 20.
 
     Raises:
         ValueError: a k out of range, or fewer than one draw.
     """
     counts = heads_of(cfg)
-    if n_draws < 1 or any(not 0 < k < min(counts.values()) for k in ks):
+    if (n_draws is not None and n_draws < 1) or any(not 0 < k < min(counts.values()) for k in ks):
         raise ValueError(
             f"--k {list(ks)}, --draws {n_draws}: give 1 to {min(counts.values()) - 1} heads and "
             "1 draw or more"
@@ -142,15 +147,35 @@ def control_settings(
             _kept(f"by lot k={k}", k, lambda k, _: keep_top_heads(k, random_score(seed))),
             _kept(f"needle k={k}", k, _to_needle),
         ]
-        draws = [
-            {layer: rng.sample(range(n), n - k) for layer, n in counts.items()}
-            for _ in range(n_draws)
-        ]
-        settings += cut_settings(cfg, [f"drawn k={k} #{i}" for i in range(n_draws)], draws)
+        kept = head_sets(counts, k, n_draws, rng, USUAL_DRAWS)
+        word = "every" if len(kept) == n_sets(counts, k) else "drawn"
+        settings += cut_settings(
+            cfg,
+            [f"{word} k={k} #{i}" for i in range(len(kept))],
+            [all_but(counts, heads) for heads in kept],
+        )
     recurrent = [i for i in range(cfg.n_layers) if i not in cfg.attention_layers]
-    for layers in _sets_of(recurrent, min(len(cfg.attention_layers), len(recurrent)), n_draws, rng):
+    n_layers = min(len(cfg.attention_layers), len(recurrent))
+    for layers in _sets_of(recurrent, n_layers, n_draws or USUAL_DRAWS, rng):
         settings.append(_silenced(f"no recurrence {'+'.join(map(str, layers))}", layers, "mixer"))
     return settings
+
+
+def sets_beside(settings: Sequence[Setting]) -> dict[str, list[str]]:
+    """Return the sets of heads that each choice of `control_settings` stands among, by name."""
+    found: dict[str, list[str]] = {}
+    names = [setting.name for setting in settings]
+    for name in names:
+        way, _, k = name.partition(" k=")
+        if k.isdigit() and way not in ("every", "drawn"):
+            same = tuple(f"{word} k={k} #" for word in ("every", "drawn"))
+            found[name] = [other for other in names if other.startswith(same)]
+    return found
+
+
+def all_but(counts: Mapping[int, int], kept: Collection[tuple[int, int]]) -> dict[int, list[int]]:
+    """Return the heads of each layer that are not kept."""
+    return {i: [h for h in range(n) if (i, h) not in kept] for i, n in counts.items()}
 
 
 def _sets_of(
@@ -212,10 +237,12 @@ __all__ = [
     "GENERATION_MODES",
     "PREFILL_MODES",
     "WHOLE",
+    "all_but",
     "control_settings",
     "cut_settings",
     "head_settings",
     "heads_of",
     "layer_settings",
+    "sets_beside",
     "weight_matrix",
 ]

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from hooked_hybrid.foreign import refuse_link
+from hooked_hybrid.niah.head_sets import standing_said
 from hooked_hybrid.niah.plots import (
     accuracy_by_k,
     file_name,
@@ -66,6 +67,7 @@ def write_report(
     thesis_depth: bool = False,
     losses: pd.DataFrame | None = None,
     figures: Mapping[str, Figure] | None = None,
+    among: pd.DataFrame | None = None,
 ) -> Written:
     """Write `report.html`, `table.csv` and the pictures of a sweep, each whole or not at all.
 
@@ -79,6 +81,7 @@ def write_report(
         thesis_depth: see `retrieval_maps`.
         losses: of `hooked_hybrid.niah.language.text_loss`, shown beside the accuracies.
         figures: further pictures, by title.
+        among: of `hooked_hybrid.niah.head_sets.standings`, listed where it has rows.
 
     Raises:
         ValueError: no cell has a score.
@@ -101,6 +104,8 @@ def write_report(
         f"<h2>Retrieval maps</h2>{_image(shown.pop('maps'), 'retrieval maps')}",
         *(f"<h2>{_TITLES[name]}</h2>{_image(path, name)}" for name, path in shown.items()),
     ]
+    if among is not None and not among.empty:
+        body.append(f"<h2>Among sets of heads</h2>{_standings(among)}")
     if published:
         beside = f"<p><strong>{CAUTION}</strong></p>{_beside(table, published)}"
         body.append(f"<h2>Beside the papers</h2>{beside}")
@@ -241,6 +246,22 @@ def _accuracy(table: pd.DataFrame, losses: pd.DataFrame | None = None) -> str:
 def _beside(table: pd.DataFrame, published: Sequence[Published]) -> str:
     rows = [[p.what, p.model, p.value, ours(p, table), p.source] for p in published]
     return _table(["result", "their model", "published", "this model", "source"], rows)
+
+
+def _standings(among: pd.DataFrame) -> str:
+    rows = [
+        [
+            str(row["setting"]),
+            _percent(row["accuracy"]),
+            standing_said(row),
+            f"{_percent(row['mean'])} ({_percent(row['lowest'])} to {_percent(row['highest'])})",
+        ]
+        for row in among.to_dict("records")
+    ]
+    return _table(["choice", "accuracy", "among", "the sets: mean (range)"], rows) + (
+        '<p class="note">Needles inside the window. A set keeps as many heads of each attention '
+        "layer as the choice does. A rank is of these sets on these prompts.</p>"
+    )
 
 
 def _table(headings: Iterable[str], rows: Iterable[Sequence[str]]) -> str:

@@ -12,13 +12,16 @@ from hooked_hybrid.analysis.scores import HeadScores
 from hooked_hybrid.analysis.token_circuits import copying_scores
 from hooked_hybrid.config import HybridConfig
 from hooked_hybrid.model import HookedHybrid
-from hooked_hybrid.niah.experiments import WHOLE, cut_settings, heads_of
+from hooked_hybrid.niah.experiments import WHOLE, all_but, cut_settings, heads_of
+from hooked_hybrid.niah.head_sets import head_sets, n_sets
 from hooked_hybrid.niah.lengths import longest_prompt
 from hooked_hybrid.niah.needles import draw_needles, training_cities
 from hooked_hybrid.niah.prompts import Haystack, Prompt, grid, shortest_length
 from hooked_hybrid.niah.settings import Setting, top_k_settings
 
-RUN_TIME, BY_LOT = "run time, entropy", "by lot"
+RUN_TIME, BY_LOT, EVERY_SET = "run time, entropy", "by lot", "every set"
+USUAL_DRAWS = 5
+"""Sets of each size by lot where all of them are too many."""
 OTHER_SEED = 2000
 """Of needles and haystack of the prompts that heads are chosen on; no sweep has it by default."""
 
@@ -27,21 +30,23 @@ def static_settings(
     cfg: HybridConfig,
     rankings: Mapping[str, HeadScores],
     ks: Sequence[int],
-    n_draws: int = 5,
+    n_draws: int | None = None,
     seed: int = 0,
 ) -> list[Setting]:
     """Return fixed sets of heads of several sizes beside as many heads chosen at run time.
 
     Everything is silenced in both stages. For each k, of L attention layers: the k most peaked
     heads of each layer and token; of each ranking, the k best of each layer ("a layer") and the
-    k x L best of all ("overall"); `n_draws` sets with k heads by lot in each layer. "overall" is
-    also there with the k best of all.
+    k x L best of all ("overall"); every set with k heads in each layer ("every set") where there
+    are no more than `n_draws`, else so many by lot, no two alike ("by lot"). "overall" is also
+    there with the k best of all.
 
     Args:
         cfg: of the model.
         rankings: scores of its heads, by name; the largest are kept.
         ks: heads kept in each layer.
-        n_draws: random sets of each size.
+        n_draws: sets of each size that nothing chose; None for every one of up to
+            `head_sets.EVERY`, or 5 of more.
         seed: of these.
 
     Raises:
@@ -58,17 +63,15 @@ def static_settings(
             sizes = sorted({n for k in ks for n in (k, k * len(counts))})
             chosen += [(f"{name}, overall", ranking.top(n)) for n in sizes]
     rng = random.Random(seed)
-    draws = [
-        [(i, h) for i, n in counts.items() for h in rng.sample(range(n), k)]
-        for k in ks
-        for _ in range(n_draws)
-    ]
-    chosen += [(BY_LOT, heads) for heads in draws]
+    for k in ks:
+        sets = head_sets(counts, k, n_draws, rng, USUAL_DRAWS)
+        kind = EVERY_SET if len(sets) == n_sets(counts, k) else BY_LOT
+        chosen += [(kind, list(heads)) for heads in sets]
     nothing = cut_settings(cfg, ["no heads"], [{i: list(range(n)) for i, n in counts.items()}])
     return [WHOLE, *nothing, *_run_time(ks, len(counts)), *_static(cfg, chosen)]
 
 
-def check_sizes(cfg: HybridConfig, ks: Sequence[int], n_draws: int) -> dict[int, int]:
+def check_sizes(cfg: HybridConfig, ks: Sequence[int], n_draws: int | None) -> dict[int, int]:
     """Return how many heads each attention layer has.
 
     Raises:
@@ -76,7 +79,7 @@ def check_sizes(cfg: HybridConfig, ks: Sequence[int], n_draws: int) -> dict[int,
     """
     counts = heads_of(cfg)
     most = min(counts.values()) - 1
-    if not ks or any(not 0 < k <= most for k in ks) or n_draws < 0:
+    if not ks or any(not 0 < k <= most for k in ks) or (n_draws or 0) < 0:
         raise ValueError(
             f"--k {list(ks)}, --draws {n_draws}: give 1 to {most} heads and 0 draws or more"
         )
@@ -111,9 +114,8 @@ def _static(
     for kind, heads in chosen:
         name = f"{kind} {len(heads)}"
         same = sum(other.split(" #")[0] == name for other in names)
-        names.append(f"{name} #{same}" if kind == BY_LOT else name)
-        everything = heads_of(cfg).items()
-        cuts.append({i: [h for h in range(n) if (i, h) not in heads] for i, n in everything})
+        names.append(f"{name} #{same}" if kind in (BY_LOT, EVERY_SET) else name)
+        cuts.append(all_but(heads_of(cfg), heads))
     made = cut_settings(cfg, names, cuts)
     return [
         replace(s, spec={**s.spec, "kind": kind, "n_heads": len(heads)})
@@ -125,6 +127,19 @@ def sizes_of(settings: Sequence[Setting]) -> dict[str, tuple[str, int]]:
     """Return what each setting of `static_settings` is by name: how it chooses, and heads kept."""
     found: dict[str, Any] = {s.name: (s.spec.get("kind"), s.spec.get("n_heads")) for s in settings}
     return {name: (kind, n) for name, (kind, n) in found.items() if n is not None}
+
+
+def sets_beside(settings: Sequence[Setting]) -> dict[str, list[str]]:
+    """Return the sets of heads that each choice of `static_settings` stands among, by name.
+
+    Those with as many heads in each layer: a choice from all layers has none.
+    """
+    sizes, sets = sizes_of(settings), (BY_LOT, EVERY_SET)
+    return {
+        name: [other for other, (way, m) in sizes.items() if way in sets and m == n]
+        for name, (kind, n) in sizes.items()
+        if kind not in sets and not kind.endswith(", overall")
+    }
 
 
 def rankings_of(model: HookedHybrid, n_needles: int = 8) -> dict[str, HeadScores]:
@@ -157,10 +172,12 @@ def other_prompts(model: HookedHybrid, n_needles: int = 8) -> list[Prompt]:
 
 __all__ = [
     "BY_LOT",
+    "EVERY_SET",
     "RUN_TIME",
     "check_sizes",
     "other_prompts",
     "rankings_of",
+    "sets_beside",
     "sizes_of",
     "static_settings",
 ]

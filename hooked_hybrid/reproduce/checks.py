@@ -20,6 +20,7 @@ from hooked_hybrid.reproduce.evidence import (
     estimate,
     tipping,
 )
+from hooked_hybrid.verdicts import HOLDS, OPEN, Claimed, Word, ruled
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -57,9 +58,15 @@ def needs_retrieval(*runs: str) -> Callable[[Check], Check]:
     return guarded
 
 
-def undecided(low: float, border: float, high: float) -> str:
-    """Return what to say where an interval holds the border, else nothing."""
-    return UNDECIDED if low <= border <= high else ""
+def by_rule(ours: str, claimed: Claimed, low: float, high: float, *borders: float) -> Finding:
+    """Return a finding by `hooked_hybrid.verdicts.ruled`, which says so where it is undecided."""
+    return by_word(ours, ruled(claimed, low, high, *borders))
+
+
+def by_word(ours: str, word: Word, *notes: str) -> Finding:
+    """Return the finding of a word of the rule; an open claim is not shown, and says so."""
+    said = filter(None, (*notes, UNDECIDED if word == OPEN else ""))
+    return Finding(word == HOLDS, ours, "; ".join(said))
 
 
 def _points(gap: Estimate) -> str:
@@ -86,8 +93,7 @@ def at_most(run: str, settings: Callable[[Evidence], Sequence[str]], most: float
         worst = max(found, key=lambda name: found[name][1])
         highest = "" if len(found) == 1 else f"highest of {len(found)}, {worst}: "
         low, top, ours = found[worst]
-        note = "" if top <= most else undecided(low, most, top)
-        return Finding(top <= most, f"{highest}{ours}", note)
+        return by_rule(f"{highest}{ours}", "at most", low, top, most)
 
     return check
 
@@ -122,12 +128,13 @@ def tips_at(k: int, of: int) -> Check:
         cells = table[(table["stage"] == "generation") & table["k"].notna()]
         found, wanted = tipping(cells), evidence.scaled(k, of)
         ours = f"{found.k} of {evidence.n_heads} (95% {found.low} to {found.high})"
-        holds = found.k == wanted and found.low == wanted == found.high
         same = "" if evidence.n_heads == of else f"the same share of {evidence.n_heads}: {wanted}"
         beyond = evidence.n_heads + 1  # where nothing is retrieved at any k
         ends = [float(beyond if end is None else end) for end in (found.low, found.high)]
-        note = "" if holds else undecided(ends[0], float(wanted), ends[1])
-        return Finding(holds, ours, "; ".join(filter(None, (same, note))))
+        word = ruled("within", *ends, float(wanted), float(wanted))
+        if word == HOLDS and found.k != wanted:  # the mean tips outside of its own interval
+            word = OPEN
+        return by_word(ours, word, same)
 
     return check
 
@@ -148,9 +155,8 @@ def as_good(k: int, of: int, stage: str = "generation", lacking: float = ABOUT) 
 
 
 def _lacks_at_most(gap: Estimate, lacking: float, ours: str) -> Finding:
-    holds = gap.at_least >= -lacking
-    note = "" if holds else undecided(gap.at_least, -lacking, gap.at_most)
-    return Finding(holds, f"{ours}; at least {100 * gap.at_least:+.1f}", note)
+    ours = f"{ours}; at least {100 * gap.at_least:+.1f}"
+    return by_rule(ours, "at least", gap.at_least, gap.at_most, -lacking)
 
 
 def every_k_from(k: int, of: int) -> Check:
@@ -212,10 +218,9 @@ def above(more: Side, less: Side, by: float = POINT, what: str = "") -> Check:
         many = [side.of_many(evidence) for side in (more, less)]
         wide = None if many[0] is None or many[1] is None else difference(many[0], many[1])
         low, high = bounds(gap, wide)
-        note = "" if low > by else undecided(low, by, high)
         ours = f"{what}{means}: {_points(gap)}{_at_one_place(many[0], wide, 'points')}"
         ours = f"{ours}; at least {100 * low:+.1f}"
-        return Finding(low > by, ours, note)
+        return by_rule(ours, "above", low, high, by)
 
     return check
 
@@ -276,11 +281,12 @@ __all__ = [
     "at_most",
     "below",
     "both_hold",
+    "by_rule",
+    "by_word",
     "cells_at",
     "cells_of",
     "every_k_from",
     "needs_retrieval",
     "tips_at",
-    "undecided",
     "without_heads",
 ]

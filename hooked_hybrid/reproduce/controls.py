@@ -89,7 +89,7 @@ def _heads_line(evidence: Evidence) -> str:
 def _drawn(evidence: Evidence, k: int) -> list[float]:
     """Return the accuracy of each set of heads that was drawn once, inside the window."""
     names = evidence.tables["controls"]["setting"].unique()
-    own = [name for name in names if name.startswith(f"drawn k={k} #")]
+    own = [name for name in names if name.startswith((f"drawn k={k} #", f"every k={k} #"))]
     return [estimate(evidence.cells("controls", name, True)).mean for name in own]
 
 

@@ -16,8 +16,10 @@ from hooked_hybrid.evaluation.cells import Cell
 from hooked_hybrid.evaluation.forms import FORMS
 from hooked_hybrid.model import HookedHybrid
 from hooked_hybrid.niah.plots import new_figure
+from hooked_hybrid.reproduce.checks import by_word
 from hooked_hybrid.reproduce.claims import Check, Finding
 from hooked_hybrid.reproduce.evidence import Evidence
+from hooked_hybrid.verdicts import ruled
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -127,7 +129,8 @@ def gap(suite: str, form: str, least: float, most: float, under: str = "base") -
         ours = f"{said} (95% {low:+.1f} to {high:+.1f})"
         if found.stderr == 0:
             return Finding(None, f"{ours}: all documents alike", _how(scores, tasks))
-        return Finding(least <= low and high <= most, ours, _how(scores, tasks))
+        word = ruled("within", low, high, least, most)
+        return by_word(ours, word, _how(scores, tasks))
 
     return check
 
@@ -150,8 +153,8 @@ def near_chance(suite: str, form: str, within: float) -> Check:
             return Finding(None, f"{mean.value:.1f}, without an interval")
         low, high = mean.interval
         ours = f"{mean.value:.1f} (95% {low:.1f} to {high:.1f}), by lot {by_lot:.1f}"
-        holds = by_lot - within <= low and high <= by_lot + within
-        return Finding(holds, ours, _how(scores, list(cells)))
+        word = ruled("within", low, high, by_lot - within, by_lot + within)
+        return by_word(ours, word, _how(scores, list(cells)))
 
     return check
 

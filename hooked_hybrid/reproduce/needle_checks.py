@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from hooked_hybrid.reproduce.checks import NOTHING, POINT, UNDECIDED, needs_retrieval
+from hooked_hybrid.reproduce.checks import NOTHING, POINT, by_word, needs_retrieval
 from hooked_hybrid.reproduce.claims import Check, Finding
 from hooked_hybrid.reproduce.evidence import Evidence, Untested, estimate
+from hooked_hybrid.verdicts import all_of, ruled
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -62,9 +63,13 @@ def left_beyond_window(setting: str) -> Check:
         if not beyond.n:
             return Finding(None, "no needle lies beyond an attention window of this model")
         ours = f"inside the window {inside}; beyond it {beyond}"
-        holds = inside.at_most <= NOTHING < beyond.at_least
-        is_open = inside.at_least <= NOTHING < beyond.at_most and not holds
-        return Finding(holds, ours, UNDECIDED if is_open else "")
+        word = all_of(
+            [
+                ruled("at most", inside.at_least, inside.at_most, NOTHING),
+                ruled("above", beyond.at_least, beyond.at_most, NOTHING),
+            ]
+        )
+        return by_word(ours, word)
 
     return check
 
@@ -91,9 +96,8 @@ def complement(first: str, second: str, whole: str) -> Check:
         if min(a.mean(), b.mean()) < POINT:
             least = first if a.mean() < b.mean() else second
             return Finding(False, ours, f"no complement: {least} retrieves nothing of them")
-        holds = lost.at_most <= NOTHING and shared.at_most <= NOTHING
-        is_open = max(lost.at_least, shared.at_least) <= NOTHING and not holds
-        return Finding(holds, ours, UNDECIDED if is_open else "")
+        words = [ruled("at most", e.at_least, e.at_most, NOTHING) for e in (lost, shared)]
+        return by_word(ours, all_of(words))
 
     return check
 

@@ -19,6 +19,7 @@ from hooked_hybrid.niah.experiments import (
     cut_settings,
     head_settings,
     layer_settings,
+    sets_beside,
     weight_matrix,
 )
 from hooked_hybrid.niah.language import text_loss, texts_of
@@ -164,6 +165,15 @@ def test_controls_silence_as_many_heads_as_the_claim():
     recurrent = [s for s in settings if s.name.startswith("no recurrence")]
     assert all(len(s.spec["layers"]) == len(cfg.attention_layers) for s in recurrent)
     assert control_settings(cfg, [3], 5)[6].spec == settings[6].spec  # seeded
+
+
+def test_controls_are_every_set_of_heads_of_a_model_with_one_attention_layer():
+    settings = control_settings(model_of("tiny-jamba").cfg, [4])
+    every = [s for s in settings if s.name.startswith("every k=4 #")]
+    assert len({str(s.spec["heads"]) for s in every}) == len(every) == 70
+    beside = sets_beside(settings)
+    assert set(beside) == {f"{way} k=4" for way in ("peaked", "reversed", "by lot", "needle")}
+    assert all(names == [s.name for s in every] for names in beside.values())
 
 
 @pytest.mark.parametrize("ks", [[0], [8], [3, 9]])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import random
 from functools import cache
+from itertools import combinations
 from pathlib import Path
 
 import pandas as pd
@@ -15,14 +17,17 @@ from hooked_hybrid.analysis.answers import NeedlePrompt
 from hooked_hybrid.analysis.heads import retrieval_scores
 from hooked_hybrid.analysis.scores import HeadScores
 from hooked_hybrid.interventions import keep_heads, keep_top_heads
+from hooked_hybrid.niah.head_sets import head_sets, standing_said, standings
 from hooked_hybrid.niah.needles import PAPER, held_out_needles
 from hooked_hybrid.niah.prompts import grid
 from hooked_hybrid.niah.setting_plots import accuracy_by_heads_kept
 from hooked_hybrid.niah.settings import Setting
 from hooked_hybrid.niah.static import (
     BY_LOT,
+    EVERY_SET,
     RUN_TIME,
     other_prompts,
+    sets_beside,
     sizes_of,
     static_settings,
 )
@@ -195,3 +200,77 @@ def test_the_command_writes_its_picture_and_resumes(tmp_path: Path):
         table["setting"]
     )
     assert CliRunner().invoke(cli.build_app(), [*command, "--resume"]).exit_code == 0
+
+
+# --- every set of heads ---------------------------------------------------------------------------
+
+
+def test_every_set_of_heads_is_tried_where_there_are_few():
+    """Four of eight heads can be chosen in 70 ways; of two layers 4,900: then some are drawn."""
+    one = head_sets({2: 8}, 4, None, random.Random(0), usual=20)
+    assert len(one) == len(set(one)) == 70
+    assert {heads for heads in one} == set(combinations([(2, h) for h in range(8)], 4))
+    two = head_sets({2: 8, 5: 8}, 4, None, random.Random(0), usual=20)
+    assert len(two) == len(set(two)) == 20
+    assert all([layer for layer, _ in heads] == [2] * 4 + [5] * 4 for heads in two)
+
+
+@pytest.mark.parametrize(("most", "n"), [(0, 0), (1, 1), (69, 69), (70, 70), (71, 70)])
+def test_so_many_sets_as_are_asked_for_and_no_two_alike(most: int, n: int):
+    found = head_sets({2: 8}, 4, most, random.Random(0), usual=20)
+    assert len(found) == len(set(found)) == n
+
+
+def test_sets_drawn_once_differ_where_the_draws_would_not():
+    """Twenty draws of 70 with this seed hold one set twice."""
+    rng = random.Random(0)
+    plain = [tuple(sorted(rng.sample(range(8), 4))) for _ in range(20)]
+    assert len(set(plain)) == 19
+    found = head_sets({2: 8}, 4, 20, random.Random(0), usual=20)
+    assert len(set(found)) == 20
+
+
+def test_a_choice_stands_among_the_sets_of_its_size():
+    rows = [("mine", 0.5), ("a", 0.2), ("b", 0.5), ("c", 0.9), ("d", 1.0)]
+    cells = [
+        {"setting": name, "accuracy": value if inside else 0.0, "in_window": inside}
+        for name, value in rows
+        for inside in (True, False)
+    ]
+    (row,) = standings(pd.DataFrame(cells), {"mine": ["a", "b", "c", "d"], "other": ["e"]}).to_dict(
+        "records"
+    )
+    assert (row["setting"], row["accuracy"], row["n_sets"]) == ("mine", 0.5, 4)
+    assert (row["n_below"], row["n_equal"], row["n_above"]) == (1, 1, 2)
+    assert (row["lowest"], row["highest"]) == (0.2, 1.0) and row["mean"] == pytest.approx(0.65)
+    assert standing_said(row) == "above 1, equal to 1, below 2 of 4 sets"
+
+
+def test_choices_of_one_layer_stand_among_every_set_and_of_all_layers_among_none():
+    ranking = HeadScores((1,), torch.arange(4.0)[None])
+    made = static_settings(griffin_config("RA"), {"mine": ranking}, [2])
+    beside = sets_beside(made)
+    assert set(beside) == {f"{RUN_TIME} 2", "mine, a layer 2"}
+    assert beside["mine, a layer 2"] == [f"{EVERY_SET} 2 #{i}" for i in range(6)]
+    of = {s.name: s for s in made}
+    kept = {
+        tuple(sorted({0, 1, 2, 3} - set(of[name].spec["heads"]["1"])))
+        for name in beside[f"{RUN_TIME} 2"]
+    }
+    assert kept == set(combinations(range(4), 2))
+    assert "mine, overall 2" not in sets_beside(list(settings_of().values()))
+
+
+def test_the_report_says_where_a_choice_stands_among_every_set(tmp_path: Path):
+    out = tmp_path / "r"
+    small = "--model tiny-jamba --k 1 --scored-on 1 --texts 0 --lengths 180 --depths 1"
+    command = ["static", *small.split(), "--max-new-tokens", "4", "--out", str(out)]
+    result = CliRunner().invoke(cli.build_app(), command)
+    assert result.exit_code == 0, result.output
+    sets = pd.read_csv(out / "sets.csv").set_index("setting")
+    assert set(sets.index) == {f"{RUN_TIME} 1", "retrieval, a layer 1", "copying, a layer 1"}
+    assert (sets["n_sets"] == 8).all()
+    table = pd.read_csv(out / "table.csv").set_index("setting")["accuracy"]
+    every = table[[f"{EVERY_SET} 1 #{i}" for i in range(8)]]
+    assert sets.loc[f"{RUN_TIME} 1", "n_above"] == (every > table[f"{RUN_TIME} 1"] + 1e-9).sum()
+    assert "Among sets of heads" in (out / "report.html").read_text()

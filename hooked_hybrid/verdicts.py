@@ -1,0 +1,65 @@
+"""The one rule by which a claim about a figure is judged: by its interval, never by its mean."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Literal
+
+Word = Literal["holds", "does not hold", "open"]
+Claimed = Literal["at most", "at least", "above", "below", "within"]
+HOLDS: Word = "holds"
+FAILS: Word = "does not hold"
+OPEN: Word = "open"
+
+
+def ruled(claimed: Claimed, low: float, high: float, *borders: float) -> Word:
+    """Return whether a figure lies where it is claimed to, by the ends of its interval.
+
+    "holds" where the whole interval does, "does not hold" where none of it does, else "open": the
+    interval holds the border. So it is where an end is NaN, which bounds nothing.
+
+    Args:
+        claimed: "at most" and "at least" hold at the border itself, "above" and "below" do not;
+            "within" holds from the first border to the second, both included.
+        low: lower end of the interval, or the one-sided bound.
+        high: upper end.
+        borders: one, or two for "within".
+
+    Raises:
+        ValueError: ends or borders in the wrong order, or another number of borders.
+    """
+    if len(borders) != (2 if claimed == "within" else 1) or list(borders) != sorted(borders):
+        raise ValueError(f"{claimed} {borders}: give one border, or two in order for 'within'")
+    if low > high:
+        raise ValueError(f"an interval from {low} to {high}: give the lower end first")
+    first, last = borders[0], borders[-1]
+    if claimed == "at most":
+        return _word(high <= first, low > first)
+    if claimed == "at least":
+        return _word(low >= first, high < first)
+    if claimed == "above":
+        return _word(low > first, high <= first)
+    if claimed == "below":
+        return _word(high < first, low >= first)
+    return _word(first <= low and high <= last, high < first or low > last)
+
+
+def all_of(words: Iterable[Word]) -> Word:
+    """Return the word of a claim with several parts: it holds where each does."""
+    found = set(words)
+    return FAILS if FAILS in found else OPEN if OPEN in found else HOLDS
+
+
+def apart(upper: tuple[float, float], lower: tuple[float, float]) -> Word:
+    """Return whether one figure is above another, by two intervals that are not paired.
+
+    It holds where the intervals do not meet, and does not where they stand the other way round.
+    """
+    return _word(upper[0] > lower[1], upper[1] <= lower[0])
+
+
+def _word(holds: bool, fails: bool) -> Word:
+    return HOLDS if holds else FAILS if fails else OPEN
+
+
+__all__ = ["FAILS", "HOLDS", "OPEN", "Claimed", "Word", "all_of", "apart", "ruled"]
