@@ -1,4 +1,9 @@
-"""Every tolerance of the tests, with its reason. Differences are relative to the largest entry."""
+"""How far two computations may be apart: every bound on `tests.models.relative`, with its reason.
+
+`relative` is the largest difference over the largest entry. A test holds these bounds by name
+(`test_tolerances.py`). What is compared in another way (a figure as it is printed, a float64 sum by
+`assert_close`, a share of correct tokens) has its bound beside it, with what it is a bound of.
+"""
 
 FP32_PARITY = 1e-5
 """Against a reference or another cut of the same sequence: rounding of sums in another order.
@@ -14,6 +19,38 @@ FINITE_DIFFERENCE = 1e-5
 """Gradient against a central difference, both in float64 with a step of 1e-6: the difference's
 own error. Measured: 1e-8 to 1e-6."""
 
+FLOAT64 = 1e-12
+"""The same sums in float64, in another order."""
+
+FLOAT64_LONG = 1e-10
+"""Gradients through a whole sequence in float64, first and second ones."""
+
+FLOAT64_ONE_STEP = 1e-14
+"""One function of each entry in float64, by another formula."""
+
+FP32_COUNTS = 1e-6
+"""Counts over counts in fp32: no sum, one division."""
+
+FP32_EIGENVALUES = 1e-4
+"""Eigenvalues of a matrix that is not normal: they lose a digit more than its entries."""
+
+FP32_CANCELLED = 1e-3
+"""What is left of a matrix when a direction a hundred times as large is taken out of it in fp32."""
+
+HALF_LIFE_BY_MASK = 0.1
+"""A Mamba layer's half-life over padding that nobody masked beside that with the mask: padding lets
+hardly any time pass."""
+
 BF16 = 0.03
 """Whole tiny models in bfloat16 (8 bits of mantissa) with operations in another order. The
 references differ from each other by 0.06 to 0.10 on logits of up to 5."""
+
+BF16_ONE_STEP = 2**-7
+"""One rounding to bfloat16 or float16, of a sum of a few entries."""
+
+INT8 = 0.05
+"""Logits of a random tiny model with int8 weights beside its own: one part in 254 a weight."""
+
+QUANTIZED_BF16 = 0.1
+"""A tiny model with quantised weights in bfloat16 beside the plain model of the same values: the
+products are rounded at other places."""

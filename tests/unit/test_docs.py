@@ -106,6 +106,29 @@ def test_names_on_the_page_for_users_of_transformerlens_exist():
     assert all(callable(getattr(ActivationCache, name)) for name in theirs)
 
 
+def test_files_that_the_page_says_test_a_name_use_it():
+    """Each name of "The same" is called, given or read in one of the files beside it."""
+    text = (ROOT / "docs" / "transformerlens.md").read_text(encoding="utf-8")
+    rows = [
+        [re.findall(r"`([^`]+)`", cell) for cell in line.strip("| ").split(" | ")]
+        for line in text.split("## The same")[1].split("## Different")[0].splitlines()
+        if line.startswith("| `")
+    ]
+    unused = {}
+    for names, *_, files in rows:
+        tests = "\n".join((ROOT / file).read_text(encoding="utf-8") for file in files)
+        for name in names:
+            used = rf"\.{name}\b|\b{name}=|\b{name}\(|\b{name}\.|\"{name}\"|isinstance\(.*{name}"
+            if not re.search(used.replace("()", ""), tests):
+                unused[name] = files
+    built_in = {
+        "in",
+        "len",
+        "forward",
+    }  # no call is spelled so: `in cache`, `len(cache)`, `model(...)`
+    assert set(unused) <= built_in, unused
+
+
 # --- the site -----------------------------------------------------------------------------------
 
 

@@ -108,6 +108,8 @@ def test_weights_are_the_ones_the_forward_uses():
     _, kept = model.run_with_cache(tokens)
     attn, block = model.blocks[1].attn, model.blocks[1]
     x = kept["normalized", 1, "ln1"] * block.ln1.w
+    rows = model.W_E[tokens] * (model.embed.scale or 1)
+    assert relative(kept["hook_embed"], rows) < FP32_PARITY
     for W, leaf in ((attn.W_Q, "q"), (attn.W_K, "k"), (attn.W_V, "v")):
         assert relative(torch.einsum("bsd,hde->bshe", x, W), kept[leaf, 1]) < FP32_PARITY
     written = torch.einsum("bshe,hed->bsd", kept["z", 1], attn.W_O) + attn.b_O

@@ -21,7 +21,7 @@ from hooked_hybrid.interventions import hook_at, on_rows
 from hooked_hybrid.mixers.mamba import Mamba
 from hooked_hybrid.mlps.moe import MoE
 from tests.models import jamba_config, random_model, random_tokens, relative
-from tests.tolerances import FAST_SCAN, FP32_PARITY
+from tests.tolerances import FAST_SCAN, FLOAT64_LONG, FP32_PARITY
 
 INPUTS = ("u", "dt", "A", "B", "C", "h0")
 
@@ -148,8 +148,8 @@ def test_second_derivatives_are_the_definitions(power: int):
         [grad] = torch.autograd.grad(total, w, create_graph=True)
         found.append((grad.detach(), torch.autograd.grad(grad, w)[0]))
     (first, second), (exact_first, exact_second) = found
-    assert relative(first, exact_first) < 1e-10
-    assert relative(second, exact_second) < 1e-10
+    assert relative(first, exact_first) < FLOAT64_LONG
+    assert relative(second, exact_second) < FLOAT64_LONG
 
 
 def test_autograd_keeps_inputs_and_the_states_between_chunks_only():

@@ -22,6 +22,7 @@ from hooked_hybrid.analysis.answers import NeedlePrompt
 from hooked_hybrid.hooks import Run
 from hooked_hybrid.planted import planted_retrieval
 from tests.models import griffin_config, jamba_config, random_model, random_tokens, relative
+from tests.tolerances import BF16_ONE_STEP, FP32_EIGENVALUES, FP32_PARITY
 
 FAMILIES = {
     "griffin": griffin_config("RARA", n_keys=9),
@@ -344,16 +345,16 @@ def test_a_16_bit_factored_matrix_is_decomposed_in_fp32(dtype: torch.dtype):
     torch.manual_seed(0)
     A, B = torch.randn(2, 7, 3).to(dtype), torch.randn(2, 3, 7).to(dtype)
     product, wide = FactoredMatrix(A, B), A.double() @ B.double()
-    assert relative(product.S.double(), torch.linalg.svdvals(wide)[:, :3]) < 1e-5
+    assert relative(product.S.double(), torch.linalg.svdvals(wide)[:, :3]) < FP32_PARITY
     U, S, V = product.svd()
-    assert relative((U @ S.diag_embed() @ V.mT).double(), wide) < 1e-5
+    assert relative((U @ S.diag_embed() @ V.mT).double(), wide) < FP32_PARITY
     found = product.eigenvalues.abs().sort(descending=True).values.double()
     by_size = torch.linalg.eigvals(wide).abs().sort(descending=True).values[:, :3]
-    assert relative(found, by_size) < 1e-4
-    assert relative(product.norm().double(), torch.linalg.matrix_norm(wide)) < 1e-5
+    assert relative(found, by_size) < FP32_EIGENVALUES
+    assert relative(product.norm().double(), torch.linalg.matrix_norm(wide)) < FP32_PARITY
     for same in (product.make_even().AB, product.U @ product.collapse_l()):
-        assert relative(same.double(), wide) < 1e-5
-    assert relative((product.collapse_r() @ product.Vh.mT).double(), wide) < 1e-5
+        assert relative(same.double(), wide) < FP32_PARITY
+    assert relative((product.collapse_r() @ product.Vh.mT).double(), wide) < FP32_PARITY
 
 
 def test_scores_in_fp16_are_numbers_and_say_what_they_say_in_fp32():
@@ -362,7 +363,7 @@ def test_scores_in_fp16_are_numbers_and_say_what_they_say_in_fp32():
     hook = HookPoint()
     for dtype in (torch.float16, torch.bfloat16, torch.float32):
         found = iv.negative_entropy(pattern.to(dtype), hook).float()[0, :, 0]
-        assert relative(found, torch.tensor([-0.811278, -2.0])) < 2**-7
+        assert relative(found, torch.tensor([-0.811278, -2.0])) < BF16_ONE_STEP
 
 
 def test_a_boost_beyond_the_range_of_fp16_keeps_the_pattern_a_distribution():

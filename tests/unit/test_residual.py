@@ -377,7 +377,10 @@ def test_slices_of_positions_and_rows():
         tokens = TOKENS[:, slice(*pos) if isinstance(pos, tuple) else pos]
         assert relative(cache.logit_attrs(stack, tokens, pos_slice=pos), wanted) < FP32_PARITY
         full = cache.get_full_resid_decomposition(pos_slice=pos, apply_ln=True)
-        assert relative(full.sum(0), cache.apply_ln_to_stack(stack, pos_slice=pos).sum(0)) < 1e-5
+        assert (
+            relative(full.sum(0), cache.apply_ln_to_stack(stack, pos_slice=pos).sum(0))
+            < FP32_PARITY
+        )
     stack = cache.decompose_resid()
     assert relative(cache.logit_attrs(stack, TOKENS[1], batch_slice=1), whole[:, 1]) < FP32_PARITY
     rows = cache.logit_attrs(stack, TOKENS[1:], batch_slice=[1])
@@ -400,7 +403,9 @@ def test_without_the_batch_axis(config):
         at = cache.get_full_resid_decomposition(pos_slice=-1, apply_ln=True)
         assert relative(at.sum(0), read_by(cache, 4, False)[-1]) < FP32_PARITY
     one_row = MODELS[config].run_with_cache(TOKENS[1:])[1]
-    assert relative(one_row.logit_attrs(stack, TOKENS[1], has_batch_dim=False), wanted) < 1e-5
+    assert (
+        relative(one_row.logit_attrs(stack, TOKENS[1], has_batch_dim=False), wanted) < FP32_PARITY
+    )
 
 
 @pytest.mark.parametrize("config", ["griffin", "jamba"])
