@@ -16,6 +16,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from experiments.benchmarks.machine import commit_and_day
+from experiments.pages.writing import block
 from hooked_hybrid import HookedHybrid
 from hooked_hybrid.analysis import Agreement, compare_with_patching
 from hooked_hybrid.niah.needles import PAPER, draw_needle
@@ -24,6 +26,7 @@ from hooked_hybrid.niah.prompts import build_prompt
 from hooked_hybrid.packaged import packaged_models
 
 LENGTH, DEPTH = 128, 0.5
+COMMAND = "python -m experiments.attribution_ranks docs/attribution_ranks.md"
 MENDED = ("q", "k", "rot_q", "rot_k", "attn_scores")
 HEAD = f"""# Attribution patching against true patching
 
@@ -74,8 +77,12 @@ def main() -> None:
     page = [HEAD]
     for name in packaged_models():
         plain, mended = compared(name, args.cells)
-        page += [f"## {name}\n", f"{plain}\n", "With the softmax taken exactly (`qk_fix`):\n"]
-        page += [f"{mended}\n"]
+        blocks = {name: plain, f"{name}-exact": mended}
+        marks = [
+            block(what, f"{table}", COMMAND, commit_and_day()) for what, table in blocks.items()
+        ]
+        page += [f"## {name}\n", f"{marks[0]}\n"]
+        page += ["With the softmax taken exactly (`qk_fix`):\n", f"{marks[1]}\n"]
     with replacing(args.out) as temporary:
         temporary.write_text("\n".join(page), encoding="utf-8")
     print("\n".join(page))

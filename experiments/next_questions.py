@@ -1,9 +1,9 @@
-"""Tables of `docs/next_questions.md` from finished folders, and a control that runs here.
+"""The control of `docs/next_questions.md`: weights that follow ordinary text.
 
-    python -m experiments.next_questions FOLDER [FOLDER ...] [--control tiny-griffin]
+    python -m experiments.next_questions --control tiny-griffin [--page docs/next_questions.md]
 
-A folder is one that `hooked-hybrid cached-state` or `hooked-hybrid weights --follow` wrote. The
-control makes the weights follow ordinary text instead of the needle.
+The weights follow a stretch of the haystack instead of the needle. (The page's other tables are of
+`hooked-hybrid cached-state` and `hooked-hybrid weights --follow`, see `experiments.pages`.)
 """
 
 from __future__ import annotations
@@ -14,35 +14,17 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from experiments.findings import accuracy
+from experiments.benchmarks.machine import commit_and_day
+from experiments.pages.writing import filled
 from hooked_hybrid import HookedHybrid
 from hooked_hybrid.intervals import SHARE, mean_interval
 from hooked_hybrid.interventions import follow_span
 from hooked_hybrid.niah.experiments import FOLLOW_MODES
 from hooked_hybrid.niah.needles import PAPER, held_out_needles
 from hooked_hybrid.niah.prompts import Haystack, grid
-from hooked_hybrid.niah.statistics import scored
+from hooked_hybrid.results_folder import replacing
 
 LENGTH, N_NEEDLES = 160, 8
-
-
-def table_of(folder: Path) -> str:
-    """Return accuracies in percent with intervals, needles inside the window: [kind, k or stage].
-
-    Settings are "prefill-generation" or "case k=K"; what stands before is a row, after it a column.
-    """
-    cells = scored(pd.read_csv(folder / "table.csv"))
-    cells = cells[cells["in_window"].astype(bool)]
-    split = cells["setting"].str.extract(r"^(?:(?P<case>.+) k=(?P<k>\d+)|(?P<a>\w+)-(?P<b>.+))$")
-    row = split["case"].fillna(split["a"]).fillna(cells["setting"])
-    column = split["k"].radd("k = ").fillna(split["b"]).fillna("")
-    rows, columns = row.unique(), [c for c in column.unique() if c]
-    lines = [f"| | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
-    for name in rows:
-        mine = [cells[(row == name) & column.isin([c, ""])] for c in columns]
-        lines.append(f"| {name} | {' | '.join(accuracy(part) for part in mine)} |")
-    n, needles = cells["prompt_id"].nunique(), cells["needle_id"].nunique()
-    return f"{folder.name}: {n} prompts of {needles} needles.\n\n" + "\n".join(lines) + "\n"
 
 
 @torch.no_grad()
@@ -84,16 +66,21 @@ def control(name: str) -> str:
 
 
 def main() -> None:
-    """Print the tables."""
+    """Print the tables, or write them into a page."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("folders", type=Path, nargs="*")
-    parser.add_argument("--control", action="append", default=[], help="tiny-griffin")
+    parser.add_argument("--control", action="append", required=True, help="tiny-griffin")
+    parser.add_argument("--page", type=Path, help="that has a block for them")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    for folder in args.folders:
-        print(table_of(folder))
-    for name in args.control:
-        print(control(name))
+    tables = "\n".join(control(name) for name in args.control).rstrip()
+    print(tables)
+    if args.page is not None:
+        ran = " ".join(f"--control {name}" for name in args.control)
+        command = f"python -m experiments.next_questions {ran} --page {args.page}"
+        text = args.page.read_text(encoding="utf-8")
+        new = filled(text, "control", tables, command, commit_and_day())
+        with replacing(args.page) as temporary:
+            temporary.write_text(new, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -52,6 +52,11 @@ def provenance() -> dict[str, str]:
     return {"date": now, "commit": _commit()}
 
 
+def commit_and_day() -> str:
+    """Return the commit and the day as marks of pages have them: "1a2b3c4+, 2026-11-30"."""
+    return f"{_commit()}, {datetime.now().astimezone():%Y-%m-%d}"
+
+
 def speeds() -> dict[str, float]:
     """Return the speed of matrix products and of memory, fp32."""
     found = {f"GEMM {m} x {D} x {3 * D}, GFLOP/s": _gemm(m) for m in (512, 4096)}

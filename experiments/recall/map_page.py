@@ -8,10 +8,13 @@ from statistics import mean
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from experiments.benchmarks.machine import commit_and_day
+from experiments.pages.writing import filled
 from experiments.recall.map import D_INNER, D_STATES, FACTS, HEAD_STARTS, LEARNED, LENGTHS, Found
 from hooked_hybrid.niah.plots import new_figure, replacing
 
-BEGIN, END = "<!-- measured: written by experiments.recall.map -->", "<!-- end -->"
+BLOCK, COMMAND = "map", "python -m experiments.recall.map"
+"""Name of the block of the page (`experiments.pages`), and what writes it."""
 
 
 def picture(found: list[Found]) -> Figure:
@@ -89,17 +92,14 @@ def _order(f: Found) -> tuple[int, ...]:
 
 
 def write(found: list[Found], page: Path) -> None:
-    """Write the picture beside a page, and the table into it, between its two marks.
+    """Write the picture beside a page, and the table into it, into its block.
 
     Raises:
-        ValueError: the page lacks the marks.
+        ValueError: the page lacks the block.
     """
     text = page.read_text(encoding="utf-8")
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise ValueError(f"{page} lacks the lines {BEGIN!r} and {END!r}: give a page with them")
+    new = filled(text, BLOCK, table(found), COMMAND, commit_and_day())
     with replacing(page.parent / "images" / "recall_map.png") as temporary:
         picture(found).savefig(temporary, dpi=150, format="png")
     with replacing(page) as temporary:
-        temporary.write_text(f"{before}{BEGIN}\n{table(found)}\n{END}{after}", encoding="utf-8")
+        temporary.write_text(new, encoding="utf-8")

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 from typer.testing import CliRunner
 
-from experiments.next_questions import table_of
 from hooked_hybrid import HookedHybrid, cli
 from hooked_hybrid.interventions import follow_span, keep_top_heads
 from hooked_hybrid.niah.cached_state import cached_state, settings_of
@@ -297,22 +296,6 @@ def test_the_picture_has_a_line_for_every_case():
     assert labels[1] == {c.name.split(": ")[1] for c in CASES if c.name.startswith("steps:")} | {
         "whole model"
     }
-
-
-def test_the_tables_of_the_page_are_means_of_the_cells(tmp_path: Path):
-    cells = [("keep-follow next", 1.0), ("keep-follow next", 0.2), ("omit-keep", 0.5), ("x k=3", 0)]
-    made = pd.concat([carried().iloc[:1]] * 4, ignore_index=True).assign(
-        setting=[name for name, _ in cells],
-        accuracy=[value for _, value in cells],
-        needle_id=["a", "b", "a", "b"],
-        in_window=[True, True, True, False],
-    )
-    made.to_csv(tmp_path / "table.csv", index=False)
-    text = table_of(tmp_path)
-    assert "| | follow next | keep |" in text
-    assert "| keep | 60.0 [7.1, 99.0] | - |" in text  # Gaffke's, of 0.2 and 1
-    assert "| omit | - | 50.0 |" in text  # one needle has no interval
-    assert "k = 3" not in text  # beyond the window
 
 
 def test_the_command_is_there_and_refuses_a_prompt_without_a_needle(tmp_path: Path):

@@ -7,7 +7,7 @@ import torch
 
 from experiments.recall import map as recall_map
 from experiments.recall.map import Cell, Found, boundary, grid, read_all, todo
-from experiments.recall.map_page import BEGIN, END, picture, write
+from experiments.recall.map_page import picture, write
 from experiments.recall.score import Score, answered, scores
 from experiments.recall.task import ASK, BOS, Task, draw, drill
 from experiments.recall.train import Recipe, Training, levels_of, small_config, train
@@ -174,14 +174,15 @@ def test_a_cell_is_run_once_and_the_page_shows_it(tmp_path, monkeypatch):
     monkeypatch.setattr(recall_map, "train", fail)
     assert recall_map.run_cell(cell, tmp_path) == found
     page = tmp_path / "page.md"
-    page.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
+    mark = "<!-- measured: elsewhere map | a command | 1a2b3c4 -->"
+    page.write_text(f"before\n{mark}\nold\n<!-- end -->\nafter\n")
     write([found, found_at((1, 4, 64, 0), 0.9), found_at((16, 4, 64, 0), -0.9)], page)
     text = page.read_text()
     assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
     assert "| 64 | 0 | 4 | 1024 | 0 | 100.0% ± 1.0% |" in text
     assert (tmp_path / "images" / "recall_map.png").stat().st_size > 5000
     page.write_text("no marks")
-    with pytest.raises(ValueError, match="lacks the lines"):
+    with pytest.raises(ValueError, match="0 blocks elsewhere 'map'"):
         write([found], page)
 
 

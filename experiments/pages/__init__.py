@@ -1,0 +1,1 @@
+"""Measured figures of the pages, written into them from results kept in the tree."""
