@@ -121,11 +121,7 @@ def test_files_that_the_page_says_test_a_name_use_it():
             calls = rf"\.{name}\b|\b{name}[=(.]|\"{name}\"|isinstance\(.*{name}|\({name}\)"
             if not re.search(calls.replace("()", ""), tests):
                 unused[name] = files
-    built_in = {
-        "in",
-        "len",
-        "forward",
-    }  # it is called as `model(...)`
+    built_in = {"in", "len", "forward"}  # `in cache`, `len(cache)`, `model(...)`
     assert set(unused) <= built_in, unused
 
 
