@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from datetime import datetime
 from typing import Any
 
 import jinja2
+from jinja2 import meta
 from jinja2.ext import Extension, loopcontrols
 from jinja2.nodes import CallBlock, Node
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from hooked_hybrid.options import is_given, refuse_ignored, shown
 
 
 class _Generation(Extension):
@@ -28,6 +32,50 @@ class _Generation(Extension):
         return str(caller())
 
 
+def checked_conversation(messages: Any) -> list[dict[str, Any]]:
+    """Return the messages of one conversation as a list.
+
+    Raises:
+        ValueError: none, several conversations, or a message that is no object with a role. A
+            template writes nothing in place of what it does not find.
+    """
+    is_one = not isinstance(messages, str | Mapping)
+    found = list(messages) if is_one else []
+    if not found:
+        raise ValueError(
+            f"a conversation is a list of messages, each a dict such as {{'role': 'user', "
+            f"'content': 'Hello'}}: give at least one, not {shown(messages)}"
+        )
+    for i, message in enumerate(found):
+        if isinstance(message, list | tuple):
+            raise ValueError("these are several conversations: give one at a time")
+        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+            raise ValueError(
+                f"message {i} is {shown(message)}: give a dict with a 'role', and what it says as "
+                "'content'"
+            )
+        if len(message) < 2:
+            raise ValueError(f"message {i} has a role ({message['role']!r}) and no content")
+    return found
+
+
+def refuse_unread(template: str, variables: Mapping[str, Any]) -> None:
+    """Refuse variables that a template does not read: they would change nothing.
+
+    Raises:
+        ValueError: it names them, and what the template reads.
+    """
+    given = {name: value for name, value in variables.items() if is_given(value)}
+    if not given:
+        return
+    try:
+        read = meta.find_undeclared_variables(_environment().parse(template))
+    except jinja2.TemplateError:
+        return  # said when it is rendered
+    unread = {name: value for name, value in given.items() if name not in read}
+    refuse_ignored(f"the chat template reads {', '.join(sorted(read))}", **unread)
+
+
 def render_chat(template: str, **variables: Any) -> str:
     """Return the text of a conversation.
 
@@ -39,17 +87,22 @@ def render_chat(template: str, **variables: Any) -> str:
     Raises:
         ValueError: the template refuses the conversation, or reaches for what it may not.
     """
+    try:
+        parsed = _environment().from_string(template)
+        return parsed.render(**{"tools": None, "documents": None, **variables})
+    except jinja2.TemplateError as error:
+        raise ValueError(f"the chat template refuses this conversation: {error}") from error
+
+
+def _environment() -> ImmutableSandboxedEnvironment:
+    """Return the sandbox, with what transformers gives templates."""
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _Generation]
     )
     environment.filters["tojson"] = _to_json
     environment.globals["raise_exception"] = _raise
     environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-    try:
-        parsed = environment.from_string(template)
-        return parsed.render(**{"tools": None, "documents": None, **variables})
-    except jinja2.TemplateError as error:
-        raise ValueError(f"the chat template refuses this conversation: {error}") from error
+    return environment
 
 
 def _to_json(

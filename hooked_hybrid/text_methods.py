@@ -202,22 +202,29 @@ class TextMethods:
         return self.W_U.T[torch.as_tensor(tokens, device=self.device)]
 
     def apply_chat_template(
-        self, messages: Sequence[dict[str, str]], add_generation_prompt: bool = True
+        self, messages: Sequence[dict[str, Any]], add_generation_prompt: bool = True
     ) -> Tokens:
         """Return the tokens [1 pos] of a conversation, as the model was trained to read it.
+
+        All of them, also beyond `cfg.n_ctx`: cut, it would lose what the model is to answer. What
+        the template writes is all there is: no second BOS.
 
         Args:
             messages: each with a "role" and a "content".
             add_generation_prompt: end with the opening of the model's turn.
 
         Raises:
-            ValueError: no tokenizer, or a checkpoint without a chat template.
+            ValueError: no tokenizer, a checkpoint without a chat template or one that refuses the
+                conversation, no message, several conversations, or a message without a role.
         """
         template = getattr(self.text.tokenizer, "apply_chat_template", None)
         if template is None:
             raise ValueError("this tokenizer has no chat template: load one that has")
-        text = template(messages, add_generation_prompt=add_generation_prompt, tokenize=False)
-        return self.to_tokens(text, prepend_bos=False)
+        from hooked_hybrid.chat import checked_conversation  # brings `jinja2`
+
+        said = checked_conversation(messages)
+        text = template(said, add_generation_prompt=add_generation_prompt, tokenize=False)
+        return self.to_tokens(text, prepend_bos=False, truncate=False)
 
     def encode_texts(
         self,

@@ -8,10 +8,10 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from hooked_hybrid.chat import render_chat
+from hooked_hybrid.chat import checked_conversation, refuse_unread, render_chat
 from hooked_hybrid.tokenizer_files import read_backend, read_chat_template, read_files
 
-Message = dict[str, str]
+Message = dict[str, Any]
 
 
 class CheckpointTokenizer:
@@ -83,16 +83,19 @@ class CheckpointTokenizer:
             variables: further variables of the template.
 
         Raises:
-            ValueError: the checkpoint has no chat template, or it refuses the conversation.
+            ValueError: the checkpoint has no chat template, it refuses the conversation or does
+                not read a variable, or this is not one conversation.
         """
         if self.chat_template is None:
             raise ValueError(
                 "this checkpoint has no chat template: it was not tuned on conversations; write "
                 "the prompt as plain text"
             )
+        messages = checked_conversation(conversation)
+        refuse_unread(self.chat_template, variables)
         text = render_chat(
             self.chat_template,
-            messages=list(conversation),
+            messages=messages,
             add_generation_prompt=add_generation_prompt,
             **{**self._special_texts(), **variables},
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer  # noqa: TID251
 
 from hooked_hybrid import HookedHybrid
+from hooked_hybrid.chat import checked_conversation
 from hooked_hybrid.tokenizer import CheckpointTokenizer, read_tokenizer
 from tests.models import D_VOCAB, tiny_model
 
@@ -112,6 +114,63 @@ def test_without_a_chat_template_the_error_says_so(tmp_path: Path):
         checkpoint(tmp_path / "m", **NAMED).apply_chat_template(CHAT)
     with pytest.raises(ValueError, match="no tokenizer"):
         tiny_model("griffin").apply_chat_template(CHAT)
+
+
+def chatting(folder: Path) -> HookedHybrid:
+    """Return a model whose files transformers reads too."""
+    named = {**NAMED, "eos_token": "<eos>", "tokenizer_class": "PreTrainedTokenizerFast"}
+    return checkpoint(folder, **named, chat_template=TEMPLATE)
+
+
+def test_a_conversation_longer_than_the_context_keeps_its_end(tmp_path: Path):
+    model = chatting(tmp_path / "m")
+    reference = AutoTokenizer.from_pretrained(tmp_path / "m")
+    short = HookedHybrid(replace(model.cfg, n_ctx=4), tokenizer=model.tokenizer)
+    wanted = reference.apply_chat_template(CHAT, add_generation_prompt=True, return_dict=False)
+    assert short.apply_chat_template(CHAT).tolist() == [wanted] and len(wanted) == 7
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ([], "at least one"),
+        (CHAT[0], "a list of messages"),
+        ("w1", "a list of messages"),
+        ([CHAT, CHAT], "one at a time"),
+        (["w1"], "message 0 is 'w1'"),
+        ([*CHAT, {"content": "w1"}], f"message {len(CHAT)}"),
+        ([{"role": "user"}], "no content"),
+    ],
+)
+def test_what_is_no_conversation_is_refused(given: Any, said: str):
+    with pytest.raises(ValueError, match=said):
+        checked_conversation(given)
+
+
+def test_a_model_refuses_what_is_no_conversation_whoevers_tokenizer_it_has(tmp_path: Path):
+    model = chatting(tmp_path / "m")
+    reference = AutoTokenizer.from_pretrained(tmp_path / "m")
+    for tokenizer in (None, reference):
+        which = HookedHybrid.from_pretrained(tmp_path / "m", tokenizer=tokenizer)
+        with pytest.raises(ValueError, match="message 0"):
+            which.apply_chat_template([{"content": "w1"}])
+    with pytest.raises(ValueError, match="message 0"):
+        model.text.tokenizer.apply_chat_template([{"rol": "user", "content": "w1"}])
+
+
+def test_a_variable_that_the_chat_template_does_not_read_is_refused(tmp_path: Path):
+    tokenizer = checkpoint(tmp_path / "m", **NAMED, chat_template=TEMPLATE).tokenizer
+    for name, value in [
+        ("continue_final_message", True),
+        ("chat_template", "{{ bos_token }}"),
+        ("return_tensors", "pt"),
+        ("tools", [{"name": "f"}]),
+    ]:
+        with pytest.raises(ValueError, match=rf"{name}=.* has no effect.*messages"):
+            tokenizer.apply_chat_template(CHAT, **{name: value})
+    tokenizer.chat_template = "{% for m in messages %}{{ m.role }}{% endfor %} {{ name }}"
+    assert tokenizer.apply_chat_template([{"role": "w1", "content": ""}], name="w2") == [8, 9]
+    assert tokenizer.apply_chat_template([{"role": "w1", "content": ""}], tools=None) == [8]
 
 
 def test_saving_keeps_the_tokenizer_and_its_template(tmp_path: Path):
