@@ -157,8 +157,9 @@ def hf_breaks_left_padding(spec: JambaSpec) -> bool:
     """Whether padding on the left is seen: it is zero before `in_proj`, but its bias after it.
 
     The convolution reads that before the first tokens. The published models have no such bias.
+    transformers 4 masks after it.
     """
-    return spec.proj_bias and bool(spec.recurrent_layers)
+    return VERSION >= (5,) and spec.proj_bias and bool(spec.recurrent_layers)
 
 
 def hf_jamba(spec: JambaSpec) -> JambaForCausalLM:

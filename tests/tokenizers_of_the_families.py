@@ -14,8 +14,8 @@ from tokenizers.models import BPE
 from tokenizers.processors import TemplateProcessing
 from tokenizers.trainers import BpeTrainer
 from transformers import (  # noqa: TID251
-    GemmaTokenizer,
-    LlamaTokenizer,
+    GemmaTokenizerFast,
+    LlamaTokenizerFast,
     PreTrainedTokenizerFast,
 )
 
@@ -113,8 +113,8 @@ def byte_level_folder(folder: Path, **settings: Any) -> Path:
 
 
 CLASSES: dict[str, Any] = {
-    "gemma": GemmaTokenizer,
-    "llama": LlamaTokenizer,
+    "gemma": GemmaTokenizerFast,  # which since 5.0 is GemmaTokenizer, and so is Llama's
+    "llama": LlamaTokenizerFast,
     "byte_level": PreTrainedTokenizerFast,
 }
 KINDS = ("gemma.model", "gemma.json", "llama.model", "llama.json", "byte_level.json")

@@ -26,7 +26,7 @@ from hooked_hybrid.config import (
 )
 from tests.models import relative
 from tests.tolerances import FP32_PARITY
-from tests.transformers_versions import EAGER_EXPERTS
+from tests.transformers_versions import EAGER_EXPERTS, VERSION
 from weights_conversion import CheckpointError
 
 N_MODELS = 8
@@ -123,6 +123,8 @@ def test_a_saved_model_loads_as_it_was_and_transformers_computes_the_same(
     assert again.cfg == model.cfg
     assert again.cfg.default_prepend_bos == model.cfg.default_prepend_bos
     assert all(t.equal(again.state_dict()[name]) for name, t in model.state_dict().items())
+    if VERSION < (5,):
+        pytest.skip("transformers 4: Jamba has no head_dim, RecurrentGemma rotates half alone")
     theirs, info = AutoModelForCausalLM.from_pretrained(
         tmp_path / "saved",
         attn_implementation="eager",

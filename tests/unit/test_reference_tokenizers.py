@@ -25,6 +25,7 @@ from tests.tokenizers_of_the_families import (
     folder_of,
     reference_of,
 )
+from tests.transformers_versions import VERSION
 
 TEXTS = awkward_texts()
 CFG = dataclasses.replace(
@@ -70,7 +71,19 @@ def without_second_bos(reference: Any, text: str) -> list[int]:
     return ids[1:] if ids[:2] == [reference.bos_token_id] * 2 else ids
 
 
-def test_tokens_are_the_references(model: HookedHybrid, reference: Any):
+def skip_what_transformers_5_changed(folder: Path) -> None:
+    """Skip where transformers 4 and 5 make other tokens of one `tokenizer.model`; ours are 5's.
+
+    Version 4 puts a blank in front of a Llama text that begins with one, and splits runs of blanks
+    between Gemma's pieces of blanks in another order.
+    """
+    if VERSION < (5,) and folder.suffix == ".model":
+        pytest.skip("transformers 4: other tokens of a tokenizer.model than transformers 5")
+
+
+def test_tokens_are_the_references(model: HookedHybrid, reference: Any, folder: Path):
+    if isinstance(model.tokenizer, CheckpointTokenizer):
+        skip_what_transformers_5_changed(folder)
     assert reference("a").input_ids[0] == reference.bos_token_id and model.text.prepends_bos
     for text in texts_for(model):
         assert model.to_tokens(text)[0].tolist() == without_second_bos(reference, text), text
@@ -145,6 +158,7 @@ def test_bos_and_eos_stand_where_the_reference_puts_them(
     tmp_path: Path, kind: str, settings: dict[str, bool]
 ):
     folder = folder_of(tmp_path, kind, **settings)
+    skip_what_transformers_5_changed(folder)
     reference = reference_of(folder)
     read = read_tokenizer(folder)
     assert read is not None
