@@ -102,7 +102,12 @@ def with_adapter(base: TensorSource, folder: Path, is_tied: bool) -> AdaptedSour
         if found is None:
             if ".lora_" in name:
                 raise _unsupported(folder, f"the tensor {name!a}")
-            replaced[_in_base(folder, name, base)] = name
+            target = _in_base(folder, name, base, is_tied)
+            if (other := replaced.setdefault(target, name)) != name:
+                raise CheckpointError(
+                    f"{folder}: {other!a} and {name!a} both replace {target}: save the adapter "
+                    "with peft's save_pretrained, which writes one"
+                )
             continue
         of_embedding = "lora_embedding" in name
         factors.setdefault((found["module"], of_embedding), {})[found["part"]] = name
@@ -110,7 +115,7 @@ def with_adapter(base: TensorSource, folder: Path, is_tied: bool) -> AdaptedSour
     for (module, of_embedding), parts in factors.items():
         if parts.keys() != {"A", "B"}:
             raise CheckpointError(f"{folder}: {next(iter(parts.values()))!a} has no other factor")
-        target = _in_base(folder, f"{module}.weight", base)
+        target = _in_base(folder, f"{module}.weight", base, is_tied)
         rank = _rank(folder, adapter, parts, base.shapes[target], of_embedding)
         scale = _scale(folder, settings, module, rank)
         updates[target] = Update(parts["A"], parts["B"], scale, of_embedding)
@@ -153,9 +158,10 @@ def _tensors(folder: Path) -> TensorSource:
     raise CheckpointError(f"{folder} has {CONFIG} and neither of {', '.join(WEIGHTS)}")
 
 
-def _in_base(folder: Path, name: str, base: TensorSource) -> str:
+def _in_base(folder: Path, name: str, base: TensorSource, is_tied: bool) -> str:
     """Return the base's name of a tensor that the adapter changes."""
     plain = _WRAPPERS.sub("", name.removeprefix(PREFIX))
+    _refuse_tied(folder, is_tied, {plain})  # a head that is the embedding is not in the file
     for candidate in (plain, f"{BASE}{plain}"):
         if candidate in base.shapes:
             return candidate
@@ -198,8 +204,13 @@ def _for_module(
     by_name = settings.get(patterns) or {}
     if not isinstance(by_name, dict) or not all(_PLAIN_NAME.fullmatch(key) for key in by_name):
         raise _unsupported(folder, f"{patterns}={str(by_name)[:60]!a}")
-    hits = [v for key, v in by_name.items() if f".{module}".endswith(f".{key}")]
-    value = hits[0] if hits else settings.get(default)
+    hits = {k: v for k, v in by_name.items() if f".{module}".endswith(f".{k}")}
+    if patterns == "alpha_pattern" and len(set(map(str, hits.values()))) > 1:
+        raise CheckpointError(
+            f"{folder}: {patterns} has {', '.join(hits)} for {module!a}: peft takes the first, and "
+            "has put them in another order when it saved them; leave the one that is meant"
+        )
+    value = next(iter(hits.values()), settings.get(default))
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e9:
         raise CheckpointError(f"{folder}: {CONFIG}: {default}={str(value)[:60]!a} is no number")
     return value

@@ -161,6 +161,15 @@ BROKEN: dict[str, Callable[[dict[str, Tensor]], object]] = {
     "which embedding and head share": lambda t: t.update(
         {"base_model.model.model.embed_tokens.weight": torch.zeros(97, 48)}
     ),
+    "final_norm.original_module.* both replace": lambda t: t.update(
+        {
+            f"base_model.model.model.final_norm.{wrapper}.weight": torch.ones(48)
+            for wrapper in ("modules_to_save", "original_module")
+        }
+    ),
+    "changes lm_head.weight, which embedding and head share": lambda t: t.update(
+        {"base_model.model.lm_head.weight": torch.zeros(97, 48)}
+    ),
     "lora_magnitude_vector": lambda t: t.update(
         {Q.replace("lora_A", "lora_magnitude_vector"): torch.ones(3)}
     ),
@@ -179,6 +188,23 @@ def test_a_scale_that_is_no_number_is_refused(value: Any, copy: Callable[[str], 
     folder = changed_settings(copy("jamba"), lora_alpha=value)
     with pytest.raises(CheckpointError, match="lora_alpha"):
         HookedHybrid.from_pretrained(BASES["jamba"], adapter=folder)
+
+
+def test_scales_of_a_module_that_hang_on_the_order_of_patterns_are_refused(
+    copy: Callable[[str], Path],
+):
+    """peft takes the first pattern that fits, and saves them in the order of the alphabet."""
+    both = {"q_proj": 3, "2.temporal_block.q_proj": 5}
+    folder = changed_settings(copy("griffin"), alpha_pattern=both)
+    with pytest.raises(CheckpointError, match="q_proj, 2.temporal_block.q_proj for .*the first"):
+        HookedHybrid.from_pretrained(BASES["griffin"], adapter=folder)
+    alike = HookedHybrid.from_pretrained(
+        BASES["griffin"], adapter=changed_settings(folder, alpha_pattern=dict.fromkeys(both, 3))
+    )
+    one = HookedHybrid.from_pretrained(
+        BASES["griffin"], adapter=changed_settings(folder, alpha_pattern={"q_proj": 3})
+    )
+    assert all(one.state_dict()[k].equal(v) for k, v in alike.state_dict().items())
 
 
 def test_no_adapter_where_one_is_asked_for_is_refused(tmp_path: Path):
