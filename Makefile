@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 INTEROP := saelens transformerlens
 TRANSFORMERS := 4.57 5.24
 
-.PHONY: install test lint niah docs interop $(INTEROP:%=interop-%) \
+.PHONY: install test lint mutants niah docs interop $(INTEROP:%=interop-%) \
 	transformers $(TRANSFORMERS:%=transformers-%) format clean
 .SECONDARY:
 
@@ -34,6 +34,10 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# Small faults in the code, one at a time, which the tests must notice: an hour on two cores.
+mutants: install
+	$(BIN)/python -m tests.mutation
 
 # The main job: results/niah gets the table, the pictures and a report; a stopped run goes on.
 niah: $(VENV)/.ready

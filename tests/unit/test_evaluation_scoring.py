@@ -125,6 +125,39 @@ def test_what_is_shared_is_read_once() -> None:
     assert sum(counted) == choices + family < whole
 
 
+@pytest.mark.parametrize(("marked", "n_logits"), [(True, 3), (False, 8)])
+def test_hooks_on_whole_inputs_are_given_all_logits_and_others_those_asked_about(
+    marked: bool, n_logits: int
+) -> None:
+    """Of 6 tokens and a continuation of 3, of which the last is not read."""
+    seen: list[int] = []
+
+    def look(logits: torch.Tensor, hook: Any) -> None:
+        seen.append(logits.shape[1])
+
+    hooks = [("unembed.hook_logits", per_position(look) if marked else look)]
+    score(model("griffin"), [Request((3, 4, 5, 6, 7, 8), (9, 10, 11))], hooks)
+    assert seen == [n_logits]
+
+
+@pytest.mark.parametrize(
+    ("n", "n_shared", "is_shared"),
+    [(FAMILY, LONG, True), (FAMILY - 1, LONG, False), (FAMILY, LONG - 1, False)],
+)
+def test_a_beginning_is_shared_from_so_many_contexts_and_tokens_on(
+    n: int, n_shared: int, is_shared: bool
+) -> None:
+    start, counted = tuple(range(3, 3 + n_shared)), []
+
+    @per_position
+    def count(embed: torch.Tensor, hook: Any) -> None:
+        counted.append(int((hook.run.query_pos >= 0).sum()))
+
+    some = [Request((*start, 20 + i, 40), (5,)) for i in range(n)]
+    score(model("griffin"), some, [("hook_embed", count)], 4)
+    assert sum(counted) == (n_shared + 2 * n if is_shared else n * (n_shared + 2))
+
+
 def test_scores_are_reported_as_they_come_and_in_the_order_asked() -> None:
     told: list[int] = []
     found = score(model("griffin"), requests(), batch_size=2, on_scored=told.append)

@@ -203,6 +203,14 @@ def test_the_needle_moves_through_a_haystack_that_stays(model: HookedHybrid, dis
         assert len({prompt.id for prompt in prompts}) == len(prompts)
 
 
+def test_a_length_must_hold_the_longest_of_the_needles(model: HookedHybrid):
+    short, long = (shortest_length(model, needle) for needle in (None, PAPER))
+    assert short < long and all(len(p.id) == 16 for p in grid(model, [PAPER], [long], [0.5]))
+    said = rf"lengths \[{long - 1}\]: .* take {long} tokens"
+    with pytest.raises(ValueError, match=said):
+        grid(model, [PAPER, None], [long - 1, long], [0.5])
+
+
 def test_a_prompt_without_needle_has_the_same_haystack_longer_and_the_papers_question(
     model: HookedHybrid,
 ):

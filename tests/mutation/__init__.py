@@ -1,0 +1,59 @@
+"""Mutation testing: small faults are put into the code, one at a time, and the tests must notice.
+
+    make mutants              # or: python -m tests.mutation --each 18 --seed 0 --only niah/scores
+
+For each module of `TARGETS` so many mutants are drawn by lot, the same for the same seed. A mutant
+differs from the code by one small change (see `mutants.py`): a comparison, a constant by one,
+"and" for "or", a statement or an option left out, a slice longer by one. Those tests of `TESTS` are
+run that reach its line, and those beside them in their files, the quickest first, until one fails:
+then the mutant is killed. What no test notices lives: either a test is missing, or the mutant is
+the same program by another spelling. `results/mutants` keeps what was found (a run that stopped
+goes on there; `--again` tries those that lived once more) and which lines each test reaches.
+
+How it is quick: one process imports everything and collects the tests once, then forks for each
+mutant, which changes the code of one function in memory and runs the tests chosen for it. A change
+outside functions (a constant, a default) needs a process that imports anew, and so has each mutant
+that lives: nothing that was computed at import hides it. Files are never changed.
+
+Not `mutmut`: it changes the bodies of functions alone, no constant of a module, and puts functions
+of its own in their place, while this library describes functions by their code. Not `cosmic-ray`:
+it starts an interpreter for each mutant, and does not know which tests reach a line.
+"""
+
+from __future__ import annotations
+
+TARGETS = (
+    "niah/scores",
+    "evaluation/scoring",
+    "niah/prompts",
+    "niah/prompt_tokens",
+    "niah/boundaries",
+    "niah/statistics",
+    "niah/cells",
+    "intervals",
+    "generate",
+    "sampling",
+    "niah/cached_state",
+    "niah/cached_ways",
+    "key_room",
+    "state",
+    "placement/changes",
+    "placement/files",
+    "placement/machine",
+    "placement/places",
+    "placement/placing",
+    "placement/planner",
+    "placement/planning",
+    "placement/running",
+    "placement/sizes",
+    "placement/split",
+    "placement/stored",
+)
+"""Modules whose mutants are drawn."""
+
+TESTS = (
+    "niah_scores evaluation_scoring niah_prompts niah_statistics intervals generate next_questions "
+    "key_room state placement placement_counts placement_doors placement_files placement_plan "
+    "placement_sizes padding"
+).split()
+"""Files of `tests/unit` that are run."""
