@@ -109,4 +109,5 @@ EXPERIMENT = Experiment(
     "recover over 95% of retrieval (2602.11374)",
     "arXiv 2404.15574 and 2602.11374",
     run,
+    undrawn=" of layer ",
 )

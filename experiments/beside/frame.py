@@ -91,7 +91,7 @@ class Experiment:
     """One claim of others, and how it is tried here.
 
     `run` measures on a bench; `column` is what its picture shows, with its interval in the columns
-    `low` and `high`, or in those named after it.
+    `low` and `high`, or in those named after it, of settings without `undrawn` in their name.
     """
 
     claim: str
@@ -99,6 +99,7 @@ class Experiment:
     run: Callable[[Bench], Finding]
     column: str = "accuracy"
     unit: str = "accuracy (mean score / 5)"
+    undrawn: str = ""
 
 
 def both(name: str, hooks: Iterable[HookSpec], **spec: Any) -> Setting:
@@ -155,6 +156,8 @@ def picture(finding: Finding, experiment: Experiment, title: str) -> Figure:
     Ratios far apart stand on a logarithmic axis, shares (none above 1) never do.
     """
     column, table = experiment.column, finding.table
+    if experiment.undrawn:
+        table = table[~table["setting"].str.contains(experiment.undrawn, regex=False)]
     ends = ("low", "high") if column == "accuracy" else (f"{column}_low", f"{column}_high")
     figure = new_figure(7.0, 1.4 + 0.19 * len(table))
     axes = figure.subplots()
