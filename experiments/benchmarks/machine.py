@@ -5,11 +5,9 @@ from __future__ import annotations
 import os
 import platform
 import statistics
-import subprocess
 from collections.abc import Callable
 from contextlib import suppress
 from datetime import datetime
-from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -18,6 +16,7 @@ import torch
 from torch.nn.functional import linear
 
 from experiments.benchmarks.timing import timed
+from hooked_hybrid.checkout import commit
 
 PACKAGES = ("torch", "transformers", "recurrentgemma", "transformer-lens")
 D = 512
@@ -49,12 +48,12 @@ def _versions() -> dict[str, str]:
 def provenance() -> dict[str, str]:
     """Return the date and the commit, with a plus where files differ from it."""
     now = datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %z")
-    return {"date": now, "commit": _commit()}
+    return {"date": now, "commit": commit()}
 
 
 def commit_and_day() -> str:
     """Return the commit and the day as marks of pages have them: "1a2b3c4+, 2026-11-30"."""
-    return f"{_commit()}, {datetime.now().astimezone():%Y-%m-%d}"
+    return f"{commit()}, {datetime.now().astimezone():%Y-%m-%d}"
 
 
 def speeds() -> dict[str, float]:
@@ -103,19 +102,3 @@ def _cpu() -> str:
 
 def _has(flag: str) -> bool:
     return f" {flag} " in Path("/proc/cpuinfo").read_text().replace("\n", " ")
-
-
-@cache
-def _commit() -> str:
-    """Return the commit at the first call: a run goes on with the code it began with."""
-    here = Path(__file__).parent
-
-    def git(*words: str) -> str:
-        command = ["git", "-C", str(here), *words]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-
-    try:
-        changed = git("status", "--porcelain", "--", ":/hooked_hybrid", ":/weights_conversion")
-        return git("rev-parse", "--short", "HEAD") + ("+" if changed else "")
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"

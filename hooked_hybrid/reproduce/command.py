@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from tqdm.auto import tqdm
 
+from hooked_hybrid.checkout import commit
 from hooked_hybrid.cli import command_line, explained
 from hooked_hybrid.identity.model import hashed_once
 from hooked_hybrid.model import HookedHybrid
@@ -146,6 +147,7 @@ def reproduce(
             refuse_given("--list runs nothing", *asked)
             _list(paper, items_of(paper, only or []))
         return
+    commit()  # of the code that the run begins with: the report names it
     with run.started() as workers, hashed_once():
         items = items_of(paper, only or [])
         if run.resume:

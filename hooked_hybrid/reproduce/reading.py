@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
+from hooked_hybrid.checkout import commit
 from hooked_hybrid.niah.report import CAUTION, SMALL_MARGIN, versions
 from hooked_hybrid.reproduce.evidence import Evidence
 from hooked_hybrid.reproduce.shares import TOLERANCE
@@ -76,6 +77,7 @@ def facts_of(evidence: Evidence, card: Mapping[str, str]) -> dict[str, str]:
         "cells": "; ".join(f"{run} {len(table):,}" for run, table in evidence.tables.items()),
         "close calls": f"{close:,} cells chose a token by less than {SMALL_MARGIN:g} in its logit: "
         "there a rounding may decide",
+        "code": f"commit {commit()}",
         "versions": ", ".join(f"{name} {version}" for name, version in versions().items()),
     }
 
