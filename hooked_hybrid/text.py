@@ -80,7 +80,11 @@ class Text:
         return self.pad_id is not None and self.pad_id not in (self.bos, *self.eos)
 
     def encode(
-        self, text: str, prepend_bos: bool | None = None, most: int | None = None
+        self,
+        text: str,
+        prepend_bos: bool | None = None,
+        most: int | None = None,
+        ends: bool = True,
     ) -> list[int]:
         """Return the tokens of a text.
 
@@ -91,11 +95,13 @@ class Text:
                 A text that begins with BOS gets no second one.
             most: as many tokens at most. The text's own are cut, on the tokenizer's
                 `truncation_side`; those around it stay.
+            ends: with what the tokenizer puts after a text; not where the text is to go on.
 
         Raises:
             ValueError: BOS is asked for and the model has none.
         """
         before, ids, after = self._parts(text, prepend_bos)
+        after = after if ends else []
         if most is not None and len(before) + len(ids) + len(after) > most:
             room = max(most - len(before) - len(after), 0)
             is_left = getattr(self.tokenizer, "truncation_side", None) == "left"

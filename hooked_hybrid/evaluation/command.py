@@ -62,7 +62,7 @@ StageOption = Annotated[
 Shots = Annotated[
     int | None,
     typer.Option(
-        help="Examples before each question.",
+        help="Examples before each question, where a task does not set 0 itself.",
         show_default="the thesis's for glue and mmlu, else each task's own",
         min=0,
     ),

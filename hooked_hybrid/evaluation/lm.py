@@ -169,14 +169,15 @@ class HookedHybridLM(TemplateLM):
     ) -> list[int]:
         """Return the tokens of a text, after BOS where asked; None is as the model was trained.
 
-        A text that begins with BOS, as chat templates write it, gets no second one.
+        A text that begins with BOS, as chat templates write it, gets no second one. None gets the
+        EOS that some tokenizers put after a text: something always follows here.
         """
         prepend = add_special_tokens
         if prepend is None:
             prepend = self.add_bos_token
         if prepend is None:
             prepend = self.model.text.prepends_bos
-        return self.model.text.encode(string, prepend_bos=prepend)
+        return self.model.text.encode(string, prepend_bos=prepend, ends=False)
 
     def apply_chat_template(
         self, chat_history: Sequence[dict[str, str]], add_generation_prompt: bool = True

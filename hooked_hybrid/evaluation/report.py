@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hooked_hybrid.evaluation.benchmarks import BENCHMARKS
+from hooked_hybrid.evaluation.cells import Cell
 from hooked_hybrid.evaluation.forms import Form, title
 from hooked_hybrid.evaluation.gaps import Estimate
 from hooked_hybrid.evaluation.gathered import gathered
@@ -109,7 +110,7 @@ def _report(
     others = [form for form in forms if form.name != "base"]
     parts = [f"# Language benchmarks: {card.get('model', 'a model')}"]
     parts.append(_table(["", ""], [[name, value] for name, value in card.items()]))
-    parts += [*commands, _how(options, forms)]
+    parts += [*commands, _how(options, forms, evaluation.cells)]
     if rows:
         head = ["task", "metric", "documents", *map(title, forms), "by lot"]
         body = [
@@ -145,8 +146,13 @@ _GAPS = (
 )
 
 
-def _how(options: Options, forms: Sequence[Form]) -> str:
+def _how(options: Options, forms: Sequence[Form], cells: Sequence[Cell]) -> str:
     shots = "each task's own" if options.num_fewshot is None else str(options.num_fewshot)
+    own = {cell.task: cell.n_fewshot for cell in cells if cell.n_fewshot != options.num_fewshot}
+    if own and options.num_fewshot is not None:
+        shots += f", but {', '.join(f'{n} in {task}' for task, n in own.items())}"
+    elif own:
+        shots += f" ({', '.join(map(str, sorted(set(own.values()))))})"
     chat = "in the chat template" if options.chat else "as plain text"
     turns = ", each example a turn of its own" if options.chat and options.multiturn else ""
     where = "in prefill and generation" if options.stage == "both" else "in generation only"

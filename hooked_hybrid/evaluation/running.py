@@ -104,6 +104,9 @@ def _evaluated(
     _check(model, name, forms, options)
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of defaults, task by task
     source = TaskSource(tasks, include_path)
+    if all(source.sets_no_examples(task) for task in source.leaves):
+        why = f"{', '.join(tasks)} set 0 examples themselves and keep them"
+        refuse_ignored(why, num_fewshot=options.num_fewshot or None)
     cells = Cells(out, experiment_of(model, name, options), resume)
     _check_kept(out, source, forms, options, say)
     job = EvaluationJob(source, tasks, include_path, name, forms, options)
@@ -119,6 +122,8 @@ def _evaluated(
                 say(f"{task} is left out: {read}")
             elif not isinstance(read, str):
                 asked[task] = read[1]
+                if options.num_fewshot and not read[0].n_fewshot:
+                    say(f"{task} sets 0 examples itself and keeps them")
                 for form in todo:
                     if workers is None:
                         say(f"task {i + 1} of {len(source.leaves)}: {task}, {form}")

@@ -38,6 +38,11 @@ class Loaded:
         self.task.set_fewshot_seed(seed=seed)
         return self.task
 
+    @property
+    def n_fewshot(self) -> int:
+        """Examples before each question, as the task stands."""
+        return int(self.task.get_config("num_fewshot") or 0)
+
     def hash(self, num_fewshot: int | None, seed: int, limit: int | float | None) -> str:
         """Return a short hash of what is asked: config, documents, and those of the examples.
 
@@ -99,6 +104,10 @@ class TaskSource:
         self.groups: dict[str, tuple[str, ...]] = {n: tuple(self._leaves(n)) for n in names}
         self.leaves = list(dict.fromkeys(leaf for found in self.groups.values() for leaf in found))
         self._unreachable: dict[Source, str] = {}
+
+    def sets_no_examples(self, name: str) -> bool:
+        """Whether a task's file says that it takes no examples, whatever is asked for."""
+        return (self.manager.task_index[name].cfg or {}).get("num_fewshot") == 0
 
     def load(self, name: str) -> Loaded | str:
         """Return a task with its data, or why it cannot be had.

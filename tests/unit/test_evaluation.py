@@ -16,6 +16,7 @@ from lm_eval import evaluate as run_lm_eval
 from lm_eval.api.registry import model_registry
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
+from tokenizers.processors import TemplateProcessing
 from typer.testing import CliRunner
 
 from hooked_hybrid import HookedHybrid
@@ -26,6 +27,7 @@ from hooked_hybrid.evaluation.lm import HookedHybridLM
 from hooked_hybrid.evaluation.running import Options, evaluate
 from tests.evaluation_references import SPECIAL, Asked, responses, tokenizer
 from tests.jamba_references import JambaSpec, hf_jamba
+from tests.models import jamba_config, random_model
 from tests.references import RGSpec, hf_recurrentgemma
 from tests.tolerances import FP32_PARITY
 
@@ -195,6 +197,36 @@ def test_arguments_that_would_be_misread_are_refused(unchecked: None, tmp_path: 
 
 
 # --- the whole evaluation -----------------------------------------------------------------------
+
+
+def test_choosing_by_lot_counts_each_answer_once(
+    tmp_path: Path, checkpoint: Callable[[str], str]
+) -> None:
+    """lm-eval asks for each of the four answers twice where it scores mutual information."""
+    text = (FOLDER / "choice.yaml").read_text().replace("local_choice", "informed")
+    (tmp_path / "informed.yaml").write_text(text.replace("acc_norm", "acc_mutual_info"))
+    found = evaluate(
+        HookedHybrid.from_pretrained(checkpoint("recurrentgemma")), "m", ["informed"],
+        [FORMS["base"]], Options(limit=2), tmp_path / "out", False, tmp_path, lambda text: None,
+    )  # fmt: skip
+    [cell] = found.cells
+    assert cell.chance == 0.25 and "acc_mutual_info,none" in cell.metrics
+
+
+def test_no_end_of_sequence_stands_between_a_context_and_what_follows() -> None:
+    theirs = tokenizer("jamba")
+    bos, eos = (theirs.convert_tokens_to_ids(f"<{name}>") for name in ("bos", "eos"))
+    theirs.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<bos> $A <eos>", special_tokens=[("<bos>", bos), ("<eos>", eos)]
+    )
+    model = random_model(jamba_config(d_vocab=len(theirs)))
+    model.tokenizer = theirs
+    w1, w2, w3 = theirs.convert_tokens_to_ids(["w1", "w2", "w3"])
+    lm = HookedHybridLM(model)
+    assert lm.tok_encode("w1 w2") == [bos, w1, w2]
+    [(found, _)] = lm.loglikelihood([Asked("w1 w2", " w3")], disable_tqdm=True)
+    logprobs = model(torch.tensor([[bos, w1, w2]])).log_softmax(-1)
+    assert found == pytest.approx(float(logprobs[0, -1, w3]), rel=1e-5)
 
 
 def test_a_form_without_heads_loses_the_needles(tmp_path: Path) -> None:

@@ -83,7 +83,7 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
         found.append((loaded.name, form.name))
         right = {str(i): float(form.k is None or i < 1) for i in range(4)}
         value = sum(right.values()) / 4
-        numbers = (value, 0.1, True, 4, 0, right, 0.5, {"acc,none": value}, 0.1)
+        numbers = (value, 0.1, True, 4, loaded.n_fewshot, right, 0.5, {"acc,none": value}, 0.1)
         return Cell(loaded.name, form.name, form.k, "acc,none", *numbers)
 
     monkeypatch.setattr(work, "_run", run)
@@ -159,6 +159,26 @@ def means(report: str) -> list[list[str]]:
     """Return the forms' figures in the lines of the group's mean: scores, then gaps."""
     rows = [line.split(" | ") for line in report.splitlines() if line.startswith("| pair, mean")]
     return [rows[0][3:-1], [cell.removesuffix(" |") for cell in rows[1][1:]]]
+
+
+def test_the_report_says_how_many_examples_there_were(
+    tmp_path: Path, call: Call, tasks: Path
+) -> None:
+    """lm-eval keeps the 0 examples of a task whose file says 0, whatever is asked for."""
+    told: list[str] = []
+    (tasks / "free.jsonl").write_text((tasks / "one.jsonl").read_text())
+    free = TASK.format(name="free", folder=tasks).replace("num_fewshot: 0\n", "")
+    (tasks / "free.yaml").write_text(free)
+    options = Options(num_fewshot=2)
+    found = call(["one", "free"], [BASE], options, say=told.append)
+    write(found, {"model": "m"}, options, tmp_path / "out")
+    report = (tmp_path / "out" / "report.md").read_text()
+    assert "Examples before a question: 2, but 0 in one." in report
+    assert "one sets 0 examples itself and keeps them" in told
+    own = call(["one", "free"], [BASE], out=tmp_path / "own")
+    write(own, {"model": "m"}, Options(), tmp_path / "own")
+    report = (tmp_path / "own" / "report.md").read_text()
+    assert "Examples before a question: each task's own (0)." in report
 
 
 def test_a_task_that_has_changed_is_refused_by_name(
@@ -256,6 +276,7 @@ def test_a_folder_of_other_things_is_refused_and_one_without_cells_is_not(tmp_pa
         (["--limit", "nan"], "limit=nan"),
         (["--include-path", "nowhere"], "there is no such folder"),
         (["--chat"], "no chat template"),
+        (["--num-fewshot", "3"], "num_fewshot=3 has no effect: needle_choice set 0 examples"),
     ],
 )
 def test_bad_arguments_leave_no_folder(tmp_path: Path, arguments: list[str], message: str) -> None:
