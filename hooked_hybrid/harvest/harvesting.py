@@ -42,6 +42,8 @@ from hooked_hybrid.hooked_root import HookSpec
 from hooked_hybrid.identity.model import hashed_once
 from hooked_hybrid.model import HookedHybrid
 from hooked_hybrid.names import NameFilter
+from hooked_hybrid.options import check_count
+from hooked_hybrid.padding import may_hold_padding
 from hooked_hybrid.results_folder import claimed, holds_results
 
 if TYPE_CHECKING:
@@ -99,8 +101,8 @@ def harvest(
 
     Raises:
         HookNameError: a hook point or a pattern that matches nothing.
-        ValueError: an argument out of range, a value that is not finite, or a folder of another
-            harvest; before any shard is written where it can be seen.
+        ValueError: an argument out of range, a padded row of tokens, a value that is not finite,
+            or a folder of another harvest; before any shard is written where it can be seen.
         FileExistsError: the folder is not empty and `resume` is false.
         OSError: another run writes there, the shards would not fit on the disk, or it fills.
     """
@@ -185,24 +187,36 @@ def _read(
             ids = model.text.encode(document, prepend_bos=False)
         else:
             ids = ids_of(document)
+            _refuse_padding(model, ids)
         return ids[1:] if bos is not None and ids[:1] == [bos] else ids
 
     write_documents(counted, encode, encoding, model.cfg.d_vocab, folder)
     return Documents.open(folder)
 
 
+def _refuse_padding(model: HookedHybrid, ids: Sequence[int]) -> None:
+    """Refuse a row of tokens that begins or ends as a padded one: it would be read as text."""
+    if model.tokenizer is None or not ids:
+        return
+    padded = may_hold_padding(torch.tensor([ids]), model.text)
+    if padded is not None and bool(padded):
+        raise ValueError(
+            f"it begins or ends with the padding token {model.text.pad_id}, and documents are read "
+            "without padding: give texts, or each row cut to its tokens (row[mask.bool()])"
+        )
+
+
 def _check(
     model: HookedHybrid, context_length: int, batch_size: int, shard_bytes: int, seed: int | None
 ) -> None:
-    if not -(2**63) <= (seed or 0) < 2**63:
-        raise ValueError(f"seed={seed}: give one of 64 bits")
+    if seed is not None:
+        check_count("seed", seed, -(2**63), 2**63 - 1, of="64 bits")
     for name, value in (
         ("context_length", context_length),
         ("batch_size", batch_size),
         ("shard_bytes", shard_bytes),
     ):
-        if value < 1:
-            raise ValueError(f"{name}={value}: give 1 or more")
+        check_count(name, value)
     longest = model.cfg.n_ctx
     if longest is not None and context_length > longest:
         raise ValueError(

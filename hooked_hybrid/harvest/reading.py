@@ -27,6 +27,7 @@ from hooked_hybrid.harvest.shards import (
     short_hash,
 )
 from hooked_hybrid.names import Shorthand, resolve
+from hooked_hybrid.options import check_count, refuse_ignored
 
 BLOCK = 256
 """Neighbouring tokens that are read together."""
@@ -95,9 +96,13 @@ class HarvestedActivations:
         """Return one tensor of a shard, [token ...], as a memory map: what is read is loaded.
 
         Args:
-            shard: its number.
+            shard: its number, from 0.
             name: a hook point, or one of "token", "document" and "position".
+
+        Raises:
+            ValueError: there are not so many shards.
         """
+        check_count("shard", shard, 0, len(self.paths) - 1, of="the shards")
         with self.opened(shard) as file:
             return file.get_tensor(self.resolve(name))
 
@@ -141,10 +146,18 @@ class HarvestedActivations:
             pool_tokens: tokens that are held and drawn from.
             drop_last: leave out a last batch that is not full.
             dtype: of floating-point values; None is that of the files.
+
+        Raises:
+            ValueError: an argument out of range, or a dtype of whole numbers or for such alone.
         """
         return ActivationBatches(
             self, name, batch_size, seed, epochs, pool_tokens, drop_last, dtype
         )
+
+    def is_floating(self, name: Shorthand) -> bool:
+        """Whether a hook point's values, or a column's, are floating-point numbers."""
+        full = self.resolve(name)
+        return full not in BESIDE and "float" in self.index["hooks"][full]["dtype"]
 
     def verify(self) -> None:
         """Compare every tensor with the hash of what was written, and the index with the shards.
@@ -188,9 +201,10 @@ class ActivationBatches(IterableDataset[Any]):
         drop_last: bool = False,
         dtype: torch.dtype | None = None,
     ) -> None:
-        for what, value in (("batch_size", batch_size), ("epochs", epochs)):
-            if value is not None and value < 1:
-                raise ValueError(f"{what}={value}: give 1 or more")
+        check_count("batch_size", batch_size)
+        if epochs is not None:
+            check_count("epochs", epochs)
+        check_count("pool_tokens", pool_tokens)
         if pool_tokens < batch_size:
             raise ValueError(
                 f"pool_tokens={pool_tokens}: give {batch_size}, the size of a batch, or more"
@@ -202,6 +216,10 @@ class ActivationBatches(IterableDataset[Any]):
         if not chosen:
             raise ValueError("name is an empty list: give one hook point or more")
         self.names = list(dict.fromkeys(harvest.resolve(one) for one in chosen))
+        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            raise ValueError(f"dtype={dtype}: give a dtype of floating-point values, torch.float32")
+        if not any(harvest.is_floating(one) for one in self.names):
+            refuse_ignored("these are whole numbers, which stay as they are", dtype=dtype)
 
     def __iter__(self) -> Iterator[Any]:
         for epoch in count() if self.epochs is None else range(self.epochs):

@@ -39,6 +39,8 @@ def hooks_to_keep(model: HookedHybrid, names_filter: NameFilter) -> list[str]:
     has_rows = [n for n, point in model.hook_dict.items() if point.axes[:2] == ("batch", "pos")]
     if callable(names_filter):
         return matching(names_filter, has_rows)
+    if names_filter is None:
+        raise ValueError("names_filter=None: name what is to be kept, such as 'blocks.*.hook_z'")
     given = [names_filter] if isinstance(names_filter, str) else names_filter
     found: set[str] = set()
     for name in given:

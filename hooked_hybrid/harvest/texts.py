@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from hooked_hybrid.foreign import bare_name, one_line, parse_json, read_json, require_plain_file
-from hooked_hybrid.options import refuse_ignored
+from hooked_hybrid.options import refuse_ignored, shown
 
 
 def read_texts(source: str | Path, field: str | None = None) -> Iterator[str]:
@@ -122,6 +122,10 @@ def _arrow_files(folder: Path) -> list[Path]:
 
 def _text_of(row: Any, field: str, where: str) -> str:
     text = row.get(field) if isinstance(row, dict) else None
+    if isinstance(row, dict) and field in row and not isinstance(text, str):
+        raise ValueError(
+            f"texts {where}: the field {field!r} holds {one_line(shown(text))}, which is no text"
+        )
     if not isinstance(text, str):
         raise _no_text(where, field, list(row) if isinstance(row, dict) else [])
     return text

@@ -99,7 +99,7 @@ def accuracy_by_case(table: pd.DataFrame) -> Figure:
             mean = cells.loc[cells["stage"] == name, "accuracy"].mean()
             axes.axhline(mean, color="#444444", linestyle=":", linewidth=1, label=name)
         axes.set(title=kind, xlabel="k, heads kept in each layer", ylim=(-0.02, 1.02))
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axes.yaxis.set_major_formatter(PercentFormatter(1))
         axes.grid(alpha=0.3)
         axes.legend(fontsize=7, loc="best")

@@ -292,7 +292,7 @@ def _draw_curves(axes: Axes, cells: pd.DataFrame) -> None:
         axes.axhline(rows["accuracy"].mean(), color="#555555", linestyle=":", label=str(name))
     axes.set_ylim(-0.02, 1.02)
     axes.yaxis.set_major_formatter(PercentFormatter(1))
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axes.set_xlabel("k, heads kept in each attention layer")
     axes.grid(alpha=0.3)
 

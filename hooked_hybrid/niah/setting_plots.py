@@ -151,7 +151,7 @@ def accuracy_by_heads_kept(table: pd.DataFrame, sizes: Mapping[str, tuple[str, i
         _draw_ways(axes, means.to_dict(), sizes)
         axes.set(title=title, xlabel="heads kept, in all attention layers", ylim=(-0.02, 1.02))
         axes.yaxis.set_major_formatter(PercentFormatter(1))
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axes.grid(alpha=0.3)
     grid[0].set_ylabel("accuracy (mean score / 5)")
     labels = grid[0].get_legend_handles_labels()

@@ -297,10 +297,13 @@ def test_texts_of_a_saved_data_set(tmp_path, monkeypatch):
         ([[3, 4], "text"], {}, "texts and rows of tokens are mixed"),
         (["text"], {}, "no tokenizer"),
         ([[3, 4]], {"context_length": 0}, "context_length=0: give 1 or more"),
+        ([[3, 4]], {"context_length": 7.5}, "context_length=7.5: give a whole number"),
+        ([[3, 4]], {"batch_size": True}, "batch_size=True: give a whole number"),
+        ([[3, 4]], {"seed": 1.5}, "seed=1.5: give a whole number"),
         ([[3, 4]], {"batch_size": -1}, "batch_size=-1"),
         ([[3, 4]], {"dtype": torch.float64}, "give 'float32', 'bfloat16' or 'float16'"),
         ([[3, 4]], {"dtype": "fp16"}, "dtype=fp16: give 'float32', 'bfloat16' or 'float16'"),
-        ([[3, 4]], {"seed": 2**70}, "give one of 64 bits"),
+        ([[3, 4]], {"seed": 2**70}, "give .* 64 bits"),
         ([[3, 4]], {"prepend_bos": True, "context_length": 1}, "no room beside BOS"),
     ],
 )  # fmt: skip
@@ -308,6 +311,31 @@ def test_bad_input_is_refused_before_work(tmp_path, unchecked, documents, change
     with pytest.raises(ValueError, match=match):
         harvest(model_named(), documents, "hook_embed", tmp_path / "out", verbose=False, **changes)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_padded_row_is_refused_for_its_padding_would_be_read(tmp_path):
+    model = packaged()
+    texts = ["the old man can see the river", "the sea"]
+    for side in ("left", "right"):
+        tokens, mask = model.to_tokens(texts, padding_side=side, return_mask=True)
+        with pytest.raises(ValueError, match=r"document 1: it begins or ends with the padding"):
+            harvest(model, tokens, "hook_embed", tmp_path / side, verbose=False)
+    cut = [row[kept.bool()] for row, kept in zip(tokens, mask, strict=True)]
+    name = "blocks.5.hook_resid_post"
+    found = rows_of(harvest(model, cut, name, tmp_path / "cut", verbose=False))[name]
+    wanted = [model.run_with_cache(row[None], names_filter=name)[1][name][0, 1:] for row in cut]
+    assert relative(found, torch.cat(wanted)) < FP32_PARITY
+
+
+def test_nothing_to_keep_is_no_name(unchecked):
+    with pytest.raises(ValueError, match="names_filter=None: name what"):
+        hooks_to_keep(packaged(), None)
+
+
+def test_a_field_that_is_no_text_is_not_called_missing(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": 5}')
+    with pytest.raises(ValueError, match="line 1: the field 'text' holds 5, which is no text"):
+        list(read_texts(tmp_path / "a.jsonl"))
 
 
 def test_a_plan_holds_every_token_once_and_keeps_to_its_sizes():

@@ -96,6 +96,29 @@ def test_sizes_of_batches(read):
         read.batches("hook_embd", 10)
 
 
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("hook_embed", {"batch_size": 2.5}, "batch_size=2.5: give a whole number"),
+        ("hook_embed", {"batch_size": 2, "epochs": 1.5}, "epochs=1.5: give a whole number"),
+        ("hook_embed", {"batch_size": 2, "pool_tokens": 8.5}, "pool_tokens=8.5"),
+        ("hook_embed", {"batch_size": 2, "dtype": torch.int32}, "dtype=torch.int32: give"),
+        ("hook_embed", {"batch_size": 2, "dtype": "bfloat16"}, "dtype=bfloat16: give"),
+        (["token"], {"batch_size": 2, "dtype": torch.float16}, "dtype=.* has no effect"),
+    ],
+)
+def test_options_of_batches_that_would_be_misread_are_refused(
+    read, unchecked, name, options, message
+):
+    with pytest.raises(ValueError, match=message):
+        read.batches(name, **options)
+
+
+def test_a_shard_that_is_not_there_is_said(read):
+    with pytest.raises(ValueError, match=f"shard={len(read.paths)}: give 0 to"):
+        read.load(len(read.paths), "hook_embed")
+
+
 def test_what_follows_the_token_axis_is_flattened_for_one_name(tmp_path):
     name = "blocks.2.attn.hook_z"
     harvested = harvest(model_named(), documents_of(), name, tmp_path, verbose=False, resume=True)
