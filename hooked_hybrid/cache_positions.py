@@ -16,10 +16,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from hooked_hybrid.foreign import one_line, parse_json, require_safetensors
 from hooked_hybrid.layout import lay_out
 from hooked_hybrid.names import Shorthand
 from hooked_hybrid.places import Places, last_index, take_per_row
 from hooked_hybrid.slicing import PosSlice, read_indices
+from hooked_hybrid.whole_files import replacing
 
 if TYPE_CHECKING:
     from hooked_hybrid.cache import ActivationCache
@@ -169,7 +171,6 @@ class CachePositions:
         """
         from safetensors.torch import save_file
 
-        path = Path(path)
         tensors = {name: t.detach().contiguous() for name, t in self.cache_dict.items()}
         if len({t.untyped_storage().data_ptr() for t in tensors.values()}) < len(tensors):
             tensors = {name: t.clone() for name, t in tensors.items()}
@@ -191,9 +192,8 @@ class CachePositions:
             "pos_slice": _as_json(self.pos_slice),
             "n_layers": self.n_layers,
         }
-        partial = path.with_name(path.name + ".partial")
-        save_file(tensors, partial, metadata={"about": json.dumps(about)})
-        os.replace(partial, path)
+        with replacing(Path(path)) as partial:
+            save_file(tensors, partial, metadata={"about": json.dumps(about)})
 
     @classmethod
     def load(
@@ -215,9 +215,10 @@ class CachePositions:
         """
         from safetensors import safe_open
 
+        require_safetensors(Path(path))
         with safe_open(path, "pt", device=str(device)) as file:
             try:
-                about = json.loads((file.metadata() or {}).get("about", "null"))
+                about = parse_json((file.metadata() or {}).get("about", "null"), path)
                 is_ours = isinstance(about, dict) and about.get("format") == _FORMAT
             except ValueError:
                 is_ours = False
@@ -233,7 +234,7 @@ class CachePositions:
             new.has_batch_dim, new.n_layers = bool(about["has_batch_dim"]), int(about["n_layers"])
             new.pos_slice, new._model = _of_json(about["pos_slice"]), None
         except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{path} holds no whole cache: {error!r}") from error
+            raise ValueError(f"{path} holds no whole cache: {one_line(repr(error))}") from error
         if model is not None:
             if unknown := [n for n in new.axes if n.removesuffix("_grad") not in model.hook_dict]:
                 raise ValueError(f"{path} holds {unknown[0]!r}, which this model does not have")

@@ -1,4 +1,4 @@
-"""Chat templates, rendered as transformers renders them, in a sandbox."""
+"""Chat templates, rendered as transformers renders them, in a sandbox with bounds."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from jinja2 import meta
 from jinja2.ext import Extension, loopcontrols
 from jinja2.nodes import CallBlock, Node
 from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from hooked_hybrid.chat_bounds import BoundedEnvironment, BoundsError
+from hooked_hybrid.foreign import one_line
 from hooked_hybrid.options import is_given, refuse_ignored, shown
 
 
@@ -70,7 +71,7 @@ def refuse_unread(template: str, variables: Mapping[str, Any]) -> None:
         return
     try:
         read = meta.find_undeclared_variables(_environment().parse(template))
-    except jinja2.TemplateError:
+    except (jinja2.TemplateError, RecursionError):
         return  # said when it is rendered
     unread = {name: value for name, value in given.items() if name not in read}
     refuse_ignored(f"the chat template reads {', '.join(sorted(read))}", **unread)
@@ -85,21 +86,28 @@ def render_chat(template: str, **variables: Any) -> str:
             `tools` and `documents` are None unless given.
 
     Raises:
-        ValueError: the template refuses the conversation, or reaches for what it may not.
+        ValueError: the template refuses the conversation, fails on it, reaches for what it may not,
+            or goes beyond the bounds of `chat_bounds`.
     """
+    environment = _environment()
     try:
-        parsed = _environment().from_string(template)
-        return parsed.render(**{"tools": None, "documents": None, **variables})
-    except jinja2.TemplateError as error:
-        raise ValueError(f"the chat template refuses this conversation: {error}") from error
+        parsed = environment.from_string(template)
+        pieces = parsed.generate(**{"tools": None, "documents": None, **variables})
+        return environment.joined(pieces)
+    except (jinja2.TemplateError, BoundsError) as error:
+        said = one_line(error, 1000)
+        raise ValueError(f"the chat template refuses this conversation: {said}") from error
+    except Exception as error:  # it may do to a conversation what Python refuses in any way
+        said = f"{type(error).__name__}: {one_line(error)}"
+        raise ValueError(f"the chat template fails on this conversation: {said}") from error
 
 
-def _environment() -> ImmutableSandboxedEnvironment:
+def _environment() -> BoundedEnvironment:
     """Return the sandbox, with what transformers gives templates."""
-    environment = ImmutableSandboxedEnvironment(
+    environment = BoundedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _Generation]
     )
-    environment.filters["tojson"] = _to_json
+    environment.filters["tojson"] = environment.bounded(_to_json)
     environment.globals["raise_exception"] = _raise
     environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
     return environment

@@ -11,6 +11,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from hooked_hybrid.foreign import printable
+
 if TYPE_CHECKING:
     import typer
 
@@ -115,7 +117,8 @@ def command_line() -> str:
 def _say(text: str, style: str) -> None:
     from rich.console import Console
 
-    Console(stderr=True).print(text, style=style, markup=False, highlight=False, soft_wrap=True)
+    shown = printable(text)  # it may quote what others wrote
+    Console(stderr=True).print(shown, style=style, markup=False, highlight=False, soft_wrap=True)
 
 
 __all__ = [

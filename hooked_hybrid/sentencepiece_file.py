@@ -10,6 +10,8 @@ from typing import Any
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers
 from tokenizers.models import BPE, Unigram
 
+from hooked_hybrid.tokenizer_guard import require_charsmap
+
 BLANK = "▁"
 """What a vocabulary writes for a blank."""
 _UNKNOWN, _CONTROL, _USER_DEFINED = 2, 3, 4  # types of pieces
@@ -66,8 +68,8 @@ def read_sentencepiece(content: bytes) -> SentencePieceFile:
     kind = trainer.get(3, 1)
     if not pieces or kind not in (1, 2) or max(ids.values()) >= len(pieces):
         raise ValueError("it holds no BPE or unigram vocabulary")
-    if charsmap and struct.unpack("<I", charsmap[:4].ljust(4))[0] > len(charsmap) - 4:
-        raise ValueError("its table of normalised characters is cut off")
+    if charsmap:
+        require_charsmap(charsmap)
     return SentencePieceFile(
         pieces=tuple(pieces),
         is_unigram=kind == 1,

@@ -21,7 +21,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.functional import pad
 
+from hooked_hybrid.foreign import one_line, parse_json, require_safetensors
 from hooked_hybrid.slicing import Indices, indices_on
+from hooked_hybrid.whole_files import replacing
 
 Rows = Indices
 
@@ -245,11 +247,9 @@ class HybridState:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the state to a safetensors file, whole or not at all."""
-        path = Path(path)
-        partial = path.with_name(path.name + ".partial")
         tensors = {name: t.detach().contiguous().clone() for name, t in self.tensors().items()}
-        save_file(tensors, partial, metadata={"n_seen": json.dumps(self.n_seen)})
-        os.replace(partial, path)
+        with replacing(Path(path)) as partial:
+            save_file(tensors, partial, metadata={"n_seen": json.dumps(self.n_seen)})
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], device: str = "cpu") -> HybridState:
@@ -257,14 +257,23 @@ class HybridState:
 
         Raises:
             FileNotFoundError, safetensors.SafetensorError: no such file, or no safetensors file.
-            ValueError: a safetensors file that holds something else.
+            ValueError: a pipe or the like, or a safetensors file that holds something else.
         """
+        require_safetensors(Path(path))
         with safe_open(path, "pt", device=device) as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            n_seen = json.loads((file.metadata() or {}).get("n_seen", "null"))
+            n_seen = parse_json((file.metadata() or {}).get("n_seen", "null"), path)
         if not {"next_pos", "segment"} <= tensors.keys():
             raise ValueError(f"{path} holds no state: write one with state.save(path)")
-        return cls.from_tensors(tensors, n_seen)
+        try:
+            if n_seen is not None and (type(n_seen) is not int or n_seen < 0):
+                raise ValueError(f"n_seen={one_line(n_seen)}")
+            state = cls.from_tensors(tensors, n_seen)
+            if any(t.ndim == 0 or len(t) != state.batch_size for t in tensors.values()):
+                raise ValueError("its tensors are of other numbers of rows")
+        except (AttributeError, LookupError, TypeError, ValueError) as error:
+            raise ValueError(f"{path} holds no whole state ({one_line(error)})") from error
+        return state
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor], n_seen: int | None = None) -> HybridState:

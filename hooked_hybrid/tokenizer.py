@@ -10,6 +10,7 @@ from tokenizers import Tokenizer
 
 from hooked_hybrid.chat import checked_conversation, refuse_unread, render_chat
 from hooked_hybrid.tokenizer_files import read_backend, read_chat_template, read_files
+from hooked_hybrid.tokenizer_guard import breaking_off
 
 Message = dict[str, Any]
 
@@ -41,11 +42,13 @@ class CheckpointTokenizer:
 
     def encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
         """Return the tokens of a text; with special tokens, those that the files put around it."""
-        return list(self.backend.encode(text, add_special_tokens=add_special_tokens).ids)
+        with breaking_off("the tokenizer cannot read this text"):
+            return list(self.backend.encode(text, add_special_tokens=add_special_tokens).ids)
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = False) -> str:
         """Return the text of tokens."""
-        return str(self.backend.decode(list(ids), skip_special_tokens=skip_special_tokens))
+        with breaking_off("the tokenizer cannot write these tokens"):
+            return str(self.backend.decode(list(ids), skip_special_tokens=skip_special_tokens))
 
     @property
     def bos_token_id(self) -> int | None:

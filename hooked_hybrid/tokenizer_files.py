@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,14 @@ from typing import Any
 from tokenizers import AddedToken, Tokenizer
 from tokenizers.processors import TemplateProcessing
 
+from hooked_hybrid.foreign import parse_json
 from hooked_hybrid.sentencepiece_file import read_sentencepiece, sentencepiece_tokenizer
+from hooked_hybrid.tokenizer_guard import (
+    breaking_off,
+    read_bytes,
+    refuse_bombs,
+    refuse_growth,
+)
 
 _FILES = (
     "tokenizer.json",
@@ -25,8 +31,12 @@ _NAMES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 
 
 def read_files(folder: Path) -> dict[str, bytes]:
-    """Return the contents of the tokenizer's files in a folder, by name."""
-    return {n: (folder / n).read_bytes() for n in _FILES if (folder / n).is_file()}
+    """Return the contents of the tokenizer's files in a folder, by name.
+
+    Raises:
+        ValueError: one is no plain file, or larger than any tokenizer's.
+    """
+    return {n: read_bytes(folder / n) for n in _FILES if (folder / n).exists()}
 
 
 def read_backend(files: dict[str, bytes], folder: Path) -> tuple[Tokenizer, dict[str, Any]] | None:
@@ -43,22 +53,17 @@ def read_backend(files: dict[str, bytes], folder: Path) -> tuple[Tokenizer, dict
     else:
         return None
     settings = {**named, **_settings(files, folder)}
-    try:
+    path = folder / "tokenizer_config.json"
+    with breaking_off(f"{path}: its tokens are not those of a tokenizer"):
         _add_special_tokens(backend, settings)
         if "tokenizer.json" not in files:
             _put_around(backend, settings)
-    except (AttributeError, TypeError, ValueError) as error:
-        path = folder / "tokenizer_config.json"
-        raise ValueError(f"{path}: its tokens are not those of a tokenizer ({error})") from error
     return backend, settings
 
 
 def _object(files: dict[str, bytes], name: str, folder: Path) -> dict[str, Any]:
     """Return a JSON object, empty where there is no such file."""
-    try:
-        content = json.loads(files.get(name, b"{}"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{folder / name} is not JSON ({error})") from error
+    content = parse_json(files.get(name, b"{}"), folder / name)
     if not isinstance(content, dict):
         raise ValueError(f"{folder / name} does not hold an object")
     return content
@@ -109,12 +114,12 @@ def read_chat_template(files: dict[str, bytes], folder: Path) -> str | None:
 
 
 def _from_json(files: dict[str, bytes], folder: Path) -> Tokenizer:
-    try:
+    with breaking_off(f"{folder / 'tokenizer.json'} is not a tokenizer"):
+        refuse_bombs(files["tokenizer.json"])
         tokenizer = Tokenizer.from_buffer(files["tokenizer.json"])
-    except Exception as error:  # the library raises a bare Exception
-        raise ValueError(f"{folder / 'tokenizer.json'} is not a tokenizer ({error})") from error
-    tokenizer.no_padding()  # texts are padded and cut here
-    tokenizer.no_truncation()
+        refuse_growth(tokenizer)
+        tokenizer.no_padding()  # texts are padded and cut here
+        tokenizer.no_truncation()
     return tokenizer
 
 
@@ -124,11 +129,9 @@ def _from_sentencepiece(files: dict[str, bytes], folder: Path) -> tuple[Tokenize
     prefix = "always" if settings.get("legacy") is True else "first"
     prefix = "never" if settings.get("add_prefix_space") is False else prefix
     path = folder / "tokenizer.model"
-    try:
+    with breaking_off(f"{path} is not a sentencepiece model"):
         file = read_sentencepiece(files["tokenizer.model"])
         return sentencepiece_tokenizer(file, prefix), dict(file.names)
-    except Exception as error:  # `tokenizers` raises a bare one
-        raise ValueError(f"{path} is not a sentencepiece model ({error})") from error
 
 
 def _add_special_tokens(backend: Tokenizer, settings: dict[str, Any]) -> None:

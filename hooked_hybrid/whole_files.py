@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import os
 import re
-import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -67,7 +66,7 @@ def refuse_linked_below_held(folder: Path) -> None:
 
 def unfinished_name(path: Path) -> Path:
     """Return a name beside a path that `UNFINISHED` matches and no file has."""
-    return path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(8)}.tmp")
+    return path.with_name(f".{path.name}.{os.getpid()}.{os.urandom(8).hex()}.tmp")
 
 
 def unwritten(path: Path, error: OSError, kept: str = "") -> OSError:

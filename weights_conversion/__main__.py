@@ -7,6 +7,7 @@ import sys
 
 import torch
 
+from hooked_hybrid.foreign import printable
 from weights_conversion import check, load, save
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -56,7 +57,7 @@ def main(arguments: list[str] | None = None) -> int:
             save(model, args.target)
             print(f"wrote {args.target}")
     except (OSError, TypeError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(printable(f"error: {error}"), file=sys.stderr)
         return 1
     return 0
 

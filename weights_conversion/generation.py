@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from hooked_hybrid.config import HybridConfig
+from hooked_hybrid.foreign import one_line
 from weights_conversion.config_keys import GENERATION_DEFAULTS
 from weights_conversion.hf_config import named, special_tokens
 from weights_conversion.json_files import LARGEST_CONFIG, read_json
@@ -95,7 +96,7 @@ def not_honoured(content: Mapping[str, Any]) -> list[str]:
             continue
         if key in SAMPLING and not content.get("do_sample"):
             continue
-        found.append(f"{key}={str(value)[:40]}")
+        found.append(f"{key}={one_line(value, 40)}")
     return found
 
 

@@ -14,9 +14,10 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from hooked_hybrid.foreign import printable, require_safetensors
 from hooked_hybrid.packaged import packaged_models
 from weights_conversion.errors import CheckpointError
-from weights_conversion.json_files import LARGEST_CONFIG, LARGEST_INDEX, read_json
+from weights_conversion.json_files import LARGEST_CONFIG, read_json
 from weights_conversion.torch_files import read_torch_file
 from weights_conversion.weight_files import find_weights, stale
 
@@ -70,7 +71,10 @@ class SafetensorsSource:
         halves: dict[str, str] = {}
         for path, promised in files.items():
             _require_file(path)
-            _refuse_long_header(path)
+            try:
+                require_safetensors(path)
+            except ValueError as error:
+                raise CheckpointError(str(error)) from error
             try:
                 handle = safe_open(path, "pt", device="cpu")
                 names = list(handle.keys())
@@ -172,7 +176,7 @@ class Checkpoint:
             return open_torch_file(self.tensor_files[0])
         weights = find_weights(self.folder)
         if weights.left:
-            warnings.warn(stale(self.folder, weights), stacklevel=2)
+            warnings.warn(printable(stale(self.folder, weights)), stacklevel=2)
         if weights.are_safetensors:
             return SafetensorsSource(weights.files)
         return open_torch_files(weights.files)
@@ -257,16 +261,6 @@ def _download(repo: str, revision: str | None) -> Path:
             f"give it ({type(error).__name__}): check the name, the network, and for gated models "
             "`hf auth login`"
         ) from error
-
-
-def _refuse_long_header(path: Path) -> None:
-    """Refuse a safetensors header that would take much more memory than its file."""
-    with path.open("rb") as file:
-        n_bytes = int.from_bytes(file.read(8), "little")
-    if LARGEST_INDEX < n_bytes < path.stat().st_size:  # a header beyond its end is safetensors' say
-        raise CheckpointError(
-            f"{path} has a header of {n_bytes:,} bytes, more than {LARGEST_INDEX:,}: no model's has"
-        )
 
 
 __all__ = [

@@ -70,7 +70,8 @@ def _pickles(path: Path, is_zip: bool) -> Iterator[IO[bytes]]:
     with zipfile.ZipFile(path) as archive:
         _refuse_compressed(path, archive)
         for info in archive.infolist():
-            if info.filename.endswith("/data.pkl"):
+            # torch's own reader takes DATA.PKL for data.pkl
+            if info.filename.lower().endswith(".pkl"):
                 if info.file_size > LARGEST_PICKLE:
                     raise _too_long(path)
                 yield io.BytesIO(archive.read(info))
@@ -84,6 +85,9 @@ def _refuse_compressed(path: Path, archive: zipfile.ZipFile) -> None:
                 f"{path} is compressed at {info.filename!r}, which torch.save never does: "
                 "unpack it where you trust it and save it again"
             )
+    names = [info.filename.lower() for info in archive.infolist()]
+    if len({*names}) < len(names) or not all(name.isascii() for name in names):
+        raise CheckpointError(f"{path} holds two parts of one name, or odd names: save it again")
     if archive.comment or min(info.header_offset for info in archive.infolist()):
         # torch would find another list of contents in it than zipfile did
         raise CheckpointError(f"{path} is not laid out as torch.save does it: save it again")

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Any
 
 from hooked_hybrid import presets
 from hooked_hybrid.config import HybridConfig
+from hooked_hybrid.foreign import LARGEST_SMALL, read_json
 from hooked_hybrid.packaged import packaged_models
 
 PUBLISHED: dict[str, HybridConfig] = {
@@ -89,10 +89,7 @@ def config_of(name_or_path: str | os.PathLike[str]) -> HybridConfig:
 def _read(path: Path) -> HybridConfig:
     from weights_conversion.families import family_of_config
 
-    try:
-        config: Any = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not JSON ({error})") from error
+    config: Any = read_json(path, LARGEST_SMALL)
     if not isinstance(config, dict):
         raise ValueError(f"{path} holds a {type(config).__name__}, not the settings of a model")
     return family_of_config(config).read(config, {})

@@ -9,8 +9,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from hooked_hybrid.evaluation.forms import HeadChoice, Stage
-from hooked_hybrid.foreign import LARGEST_RESULTS, read_json, refuse_link
+from hooked_hybrid.evaluation.forms import Form, HeadChoice, Stage
+from hooked_hybrid.foreign import LARGEST_RESULTS, one_line, printable, read_json, refuse_link
 from hooked_hybrid.identity.comparing import changes, refusal
 from hooked_hybrid.results_folder import holds_results, remove_unfinished, replacing
 
@@ -124,11 +124,23 @@ def calls_of(folder: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     found = _read(path)
-    if not isinstance(found, list) or not all(
-        isinstance(call, dict) and call.keys() >= _CALL for call in found
-    ):
+    if not isinstance(found, list) or not all(map(_is_call, found)):
         raise _damaged(path, "no list of calls")
     return found
+
+
+def _is_call(call: Any) -> bool:
+    if not isinstance(call, dict) or not call.keys() >= _CALL:
+        return False
+    groups, forms, missing = call["groups"], call["forms"], call["missing"]
+    try:
+        return (
+            all(isinstance(t, str) for leaves in groups.values() for t in leaves)
+            and all(isinstance(form["name"], str) and Form(**form) for form in forms)
+            and all(isinstance(reason, str) for reason in missing.values())
+        )
+    except (AttributeError, LookupError, TypeError, ValueError):
+        return False
 
 
 def _files(folder: Path) -> Iterator[Path]:
@@ -152,9 +164,32 @@ def _experiment_in(path: Path) -> dict[str, Any]:
 def _cell_in(path: Path) -> Cell:
     found = _read(path)
     try:
-        return Cell(**found)
+        cell = Cell(**found)
+        _require_types(cell)
     except TypeError as error:
-        raise _damaged(path, f"no cell of this version: {error}") from error
+        raise _damaged(path, f"no cell of this version: {one_line(error)}") from error
+    return cell
+
+
+def _require_types(cell: Cell) -> None:
+    """Raise TypeError where a field is of another kind than was written."""
+    kinds: dict[type | tuple[type, ...], str] = {
+        str: "task form main by stage asked",
+        int: "n_documents n_fewshot",
+        (int, float): "value seconds",
+        (int, float, type(None)): "stderr chance",
+        (int, type(None)): "k",
+        dict: "documents metrics",
+        bool: "higher_is_better",
+    }
+    for kind, names in kinds.items():
+        for name in names.split():
+            value = getattr(cell, name)
+            if not isinstance(value, kind) or (kind is not bool and isinstance(value, bool)):
+                raise TypeError(f"{name} is {one_line(value, 60)!a}")
+    for name, value in (*cell.documents.items(), *cell.metrics.items()):
+        if isinstance(value, bool) or not isinstance(value, int | float | str | None):
+            raise TypeError(f"{one_line(name, 60)!a} is {one_line(value, 60)!a}")
 
 
 def _read(path: Path) -> Any:
@@ -166,9 +201,8 @@ def _read(path: Path) -> Any:
 
 def _damaged(path: Path, why: str) -> ValueError:
     other = "give another folder" if path.name == EXPERIMENT else "remove it, to have it made anew"
-    return ValueError(
-        f"{path} is damaged ({why}): bring it back from a copy, or {other}; nothing was changed"
-    )
+    message = f"{path} is damaged ({why}): bring it back from a copy, or {other}"
+    return ValueError(printable(f"{message}; nothing was changed"))
 
 
 def _write(path: Path, value: Any) -> None:

@@ -85,7 +85,8 @@ MaxLength = Annotated[
     typer.Option(help="Tokens read at most.", min=2, show_default="what the checkpoint says"),
 ]
 IncludePath = Annotated[
-    Path | None, typer.Option(help="Folder of further tasks, in lm-eval's own format.")
+    Path | None,
+    typer.Option(help="Folder of further tasks, in lm-eval's own format; their code is run."),
 ]
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from hooked_hybrid.evaluation import OWN_TASKS
+from hooked_hybrid.foreign import one_line
 
 DOCUMENTS_READ = 50_000
 """Documents of a split that a task's hash looks at: a few seconds."""
@@ -120,8 +121,7 @@ class TaskSource:
             try:
                 return Loaded(name, self.manager.load([name])["tasks"][name])
             except Exception as error:  # whatever a loader raises, the other tasks go on
-                text = " ".join(str(error).split())
-                reason = f"{type(error).__name__}: {text}"[:300]
+                reason = one_line(f"{type(error).__name__}: {error}", 300)
                 if not isinstance(error, ConnectionError):
                     return reason
                 self._unreachable[source] = reason

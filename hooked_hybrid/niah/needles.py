@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 import re
 from collections.abc import Sequence
@@ -10,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hooked_hybrid.foreign import one_line, read_json
 from hooked_hybrid.niah import words
 
 N_HELD_OUT = 60
@@ -203,11 +203,11 @@ def load_needles(path: str | Path) -> list[KeywordNeedle]:
             message says which.
     """
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        content = read_json(Path(path))
     except OSError as error:
         raise ValueError(f"the needles {path} cannot be read: {error.strerror}") from error
     except ValueError as error:  # not JSON, or not UTF-8
-        raise ValueError(f"the needles {path} are not JSON ({error})") from error
+        raise ValueError(f"the needles {path} are not JSON ({one_line(error)})") from error
     if not isinstance(content, list) or not content:
         raise ValueError(f"{path} holds no needles: give a JSON list of at least one")
     return [_parsed(entry, f"{path}, needle {i}") for i, entry in enumerate(content)]
@@ -217,7 +217,7 @@ def _parsed(entry: Any, place: str) -> KeywordNeedle:
     wanted = {"sentence", "question", "keywords"}
     if not isinstance(entry, dict) or set(entry) != wanted:
         found = sorted(entry) if isinstance(entry, dict) else entry
-        raise ValueError(f"{place}: give exactly {sorted(wanted)}; found {found!r}")
+        raise ValueError(f"{place}: give exactly {sorted(wanted)}; found {one_line(found)}")
     texts, keywords = (entry["sentence"], entry["question"]), entry["keywords"]
     if not (isinstance(keywords, list) and all(isinstance(t, str) for t in (*texts, *keywords))):
         raise ValueError(f"{place}: sentence and question are texts, keywords is a list of texts")

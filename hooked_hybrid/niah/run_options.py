@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -14,6 +13,7 @@ import torch
 import typer
 
 from hooked_hybrid.cli import explained, folder
+from hooked_hybrid.foreign import one_line, parse_json, read_json
 from hooked_hybrid.model import HookedHybrid
 from hooked_hybrid.niah.ray_options import GpusPerWorker, Ray, Workers, where, workers_of
 from hooked_hybrid.results_folder import claimed
@@ -207,15 +207,16 @@ def device_map_of(text: str) -> DeviceMap | Literal["auto"]:
     try:
         if not text.lstrip().startswith("{"):
             source = f"--device-map {text}"
-            text = Path(text).read_text(encoding="utf-8")
-        found = json.loads(text)
+            found = read_json(Path(text))
+        else:
+            found = parse_json(text, "it")
     except OSError as error:
         raise ValueError(
             f"{source}: it cannot be read ({error.strerror}); give auto, a JSON object or a file "
             "that holds one"
         ) from error
     except ValueError as error:
-        raise ValueError(f"{source} is no JSON: {error}") from error
+        raise ValueError(f"{source} is no JSON: {one_line(error)}") from error
     if isinstance(found, dict) and "fits" in found:
         if not found["fits"]:
             raise ValueError(f"{source} is a plan that does not fit: {found.get('why_not')}")

@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 
 from hooked_hybrid.checkout import commit
 from hooked_hybrid.cli import command_line, explained
+from hooked_hybrid.foreign import one_line, printable
 from hooked_hybrid.identity.model import hashed_once
 from hooked_hybrid.model import HookedHybrid
 from hooked_hybrid.niah.command import model_card
@@ -109,8 +110,8 @@ ThesisDepth = Annotated[
 IncludePath = Annotated[
     Path | None,
     _option(
-        "Folder of tasks in lm-eval's format; a group glue or mmlu there is read in place of "
-        "lm-eval's: --include-path tasks/."
+        "Folder of tasks in lm-eval's format, whose code is run; a group glue or mmlu there is "
+        "read in place of lm-eval's. Give it again with --resume: --include-path tasks/."
     ),
 ]
 
@@ -153,8 +154,8 @@ def reproduce(
         if run.resume:
             items = _with_those_before(paper, items, run.out)
         _refuse_idle(items)  # what the folder was begun with is given again for items without runs
-        if run.resume:
-            include_path = include_path or recorded_include_path(run.out)
+        recorded = recorded_include_path(run.out) if run.resume else None
+        _refuse_untyped(items, run.out, include_path, recorded)
         _check_folder(include_path)
         model = run.load()
         documents = () if haystack is None else Haystack.read(haystack).documents
@@ -168,7 +169,7 @@ def reproduce(
             template=template,
             first_token=first_token,
             documents=documents,
-            include_path=include_path,
+            include_path=include_path or recorded,  # the latter to be compared, never to be read
         )
         check([name for item in items for name in runs_of(item)], model, recipe, documents)
         recipe.save(run.out, paper, run.resume)
@@ -292,6 +293,17 @@ def _show(done: Sequence[Judged], evidence: Evidence, page: Path) -> None:
 def _check_folder(include_path: Path | None) -> None:
     if include_path is not None and not include_path.is_dir():
         raise ValueError(f"--include-path {include_path}: there is no such folder")
+
+
+def _refuse_untyped(
+    items: Sequence[Item], out: Path, include_path: Path | None, recorded: Path | None
+) -> None:
+    """Refuse to take a folder whose code is run from a file, which may be another's."""
+    if recorded is not None and include_path is None and any(item.suites for item in items):
+        raise ValueError(
+            f"{printable(out)} was begun with --include-path {one_line(recorded)}, and the code of "
+            "tasks there is run: give --include-path again, if you trust that folder"
+        )
 
 
 def _complain(done: Sequence[Judged]) -> None:

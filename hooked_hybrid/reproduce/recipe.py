@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from hooked_hybrid.config import MambaConfig, RGLRUConfig
+from hooked_hybrid.foreign import read_json
 from hooked_hybrid.identity.comparing import changes, refusal
 from hooked_hybrid.identity.model import model_identity
 from hooked_hybrid.model import HookedHybrid
@@ -154,15 +155,22 @@ class Recipe:
 
 
 def recorded_include_path(folder: Path) -> Path | None:
-    """Return the folder of benchmarks that the recipe in a folder names, None where none is."""
+    """Return the folder of benchmarks that the recipe in a folder names, None where none is.
+
+    It is what a file says, which may be another's: to be compared and shown, not to be read.
+    """
     path = folder / FILE
     found = _read(path).get("include_path") if path.exists() else None
-    return None if found is None else Path(found)
+    if found is None:
+        return None
+    if not isinstance(found, str) or "\0" in found:
+        raise ValueError(f"{path} holds no recipe: give another --out")
+    return Path(found)
 
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = read_json(path)
     except (OSError, ValueError) as error:
         raise ValueError(
             f"{path.parent} holds files of something else ({path.name} cannot be read): give "

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from hooked_hybrid.foreign import LARGEST_RESULTS, require_plain_file
 from hooked_hybrid.niah.plots import replacing, save_figure
 from hooked_hybrid.reproduce.checks import UNDECIDED
 from hooked_hybrid.reproduce.claims import (
@@ -98,6 +99,7 @@ def items_in(folder: Path) -> list[str]:
     if not path.exists():
         return []
     try:
+        require_plain_file(path, LARGEST_RESULTS)
         return list(map(str, pd.read_csv(path)["item"].unique()))
     except (KeyError, ValueError) as error:
         raise ValueError(

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hooked_hybrid.foreign import LARGEST_RESULTS, read_json, require_plain_file
 from hooked_hybrid.hooked_root import HookSpec
 from hooked_hybrid.identity.comparing import changes, refusal
 from hooked_hybrid.identity.model import model_identity
@@ -244,7 +245,8 @@ def text_losses(
             temporary.write_text(json.dumps(said, indent=1) + "\n", encoding="utf-8")
     before: dict[str, Any] = {}
     try:
-        before = dict(json.loads(beside.read_text(encoding="utf-8")))
+        before = dict(read_json(beside))
+        require_plain_file(path, LARGEST_RESULTS)
         losses = pd.read_csv(path)
         is_whole = list(losses["setting"]) == [setting.name for setting in settings]
     except (KeyError, TypeError, ValueError):

@@ -9,8 +9,10 @@ from typing import Any
 
 import pandas as pd
 import pytest
+from typer.testing import CliRunner
 
 from hooked_hybrid import presets
+from hooked_hybrid.cli import build_app
 from hooked_hybrid.evaluation.cells import Cell
 from hooked_hybrid.reproduce import checks, command, language, needle_checks, shares
 from hooked_hybrid.reproduce.catalogue import items_of, runs_of
@@ -269,7 +271,7 @@ def test_the_folder_of_benchmarks_is_kept_with_the_recipe(
     (out / "recipe.json").write_text(json.dumps(before))
     assert invoke(*wanted, "--resume").exit_code == 0
     assert invoke(*wanted, "--resume", "--include-path", str(tasks)).exit_code == 0
-    assert invoke(*wanted, "--resume").exit_code == 0
+    assert invoke(*wanted, "--resume", "--include-path", str(tasks)).exit_code == 0
     assert seen == [None, None, tasks, tasks]
     other = invoke(*wanted, "--resume", "--include-path", str(tmp_path))
     assert other.exit_code == 1 and "another recipe: include_path" in " ".join(other.output.split())
@@ -277,6 +279,33 @@ def test_the_folder_of_benchmarks_is_kept_with_the_recipe(
         "documents of each task | the first 2; none could be read"
         in (out / "report.md").read_text()
     )
+
+
+def test_a_folder_whose_code_would_run_is_never_taken_from_a_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """The recipe may be another's; what it names is asked for again, and read by nobody."""
+    out, tasks, seen = tmp_path / "r", tmp_path / "tasks", []
+    tasks.mkdir()
+    wanted = ["--paper", "thesis2025", "--only", "Figure C.1", "--quick", "--out", str(out)]
+
+    def measured(*arguments: Any) -> language.Scores:
+        seen.append(arguments[5])
+        return language.Scores(why_not=language.NO_DATA)
+
+    monkeypatch.setattr(command, "measured", measured)
+    assert invoke(*wanted).exit_code == 0
+    recipe = json.loads((out / "recipe.json").read_text())
+    for name in (str(tasks), "\x1b[31mtasks", ["tasks"], "a\0b"):
+        (out / "recipe.json").write_text(json.dumps({**recipe, "include_path": name}))
+        result = invoke(*wanted, "--resume")
+        assert result.exit_code == 1 and "\x1b" not in result.stderr, result.output
+        expected = "give --include-path again" if isinstance(name, str) else "holds no recipe"
+        assert expected in " ".join(result.output.split()) or "\0" in name
+    assert seen == [None]
+    for name in ("reproduce", "eval"):
+        shown = CliRunner().invoke(build_app(), [name, "--help"]).output
+        assert "code is run" in " ".join(shown.replace("│", " ").split())
 
 
 def test_a_folder_of_benchmarks_that_is_not_there_is_said_before_anything_runs(tmp_path: Path):
