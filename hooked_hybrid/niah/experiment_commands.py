@@ -306,8 +306,13 @@ def _report(
             losses=losses,
             figures=figures,
             among=among,
+            unmapped={name for name in _sets(plan) if name.startswith("every")},
         )
     show(shown, written, losses)
+
+
+def _sets(plan: Plan) -> set[str]:
+    return {name for names in plan.families.values() for name in names}
 
 
 def _joined(tables: Sequence[pd.DataFrame]) -> pd.DataFrame:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import platform
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from html import escape
 from importlib import metadata
 from os import PathLike
@@ -68,6 +68,7 @@ def write_report(
     losses: pd.DataFrame | None = None,
     figures: Mapping[str, Figure] | None = None,
     among: pd.DataFrame | None = None,
+    unmapped: Collection[str] = (),
 ) -> Written:
     """Write `report.html`, `table.csv` and the pictures of a sweep, each whole or not at all.
 
@@ -82,6 +83,7 @@ def write_report(
         losses: of `hooked_hybrid.niah.language.text_loss`, shown beside the accuracies.
         figures: further pictures, by title.
         among: of `hooked_hybrid.niah.head_sets.standings`, listed where it has rows.
+        unmapped: settings without maps: every set of heads there is would be a picture each.
 
     Raises:
         ValueError: no cell has a score.
@@ -92,7 +94,7 @@ def write_report(
         title: save_figure(figure, folder / file_name(title))[0]
         for title, figure in (figures or {}).items()
     }
-    pictures = save_pictures(table, folder, thesis_depth)
+    pictures = save_pictures(table[~table["setting"].isin(unmapped)], folder, thesis_depth)
     shown = {"maps": pictures[0]} | {p.stem: p for p in pictures if p.stem.startswith("accuracy")}
     with replacing(folder / "table.csv") as temporary:
         table.to_csv(temporary, index=False)

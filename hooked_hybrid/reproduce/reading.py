@@ -77,7 +77,7 @@ def facts_of(evidence: Evidence, card: Mapping[str, str]) -> dict[str, str]:
         "cells": "; ".join(f"{run} {len(table):,}" for run, table in evidence.tables.items()),
         "close calls": f"{close:,} cells chose a token by less than {SMALL_MARGIN:g} in its logit: "
         "there a rounding may decide",
-        "code": f"commit {commit()}",
+        "code": f"commit {commit()} wrote this report",
         "versions": ", ".join(f"{name} {version}" for name, version in versions().items()),
     }
 

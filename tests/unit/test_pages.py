@@ -9,14 +9,14 @@ import pandas as pd
 import pytest
 
 from experiments.pages import figures, results, tables, writing
-from experiments.pages.results import COMMIT, KEPT, Kept, keep, kept
+from experiments.pages.results import COMMIT, DOCS, KEPT, Kept, keep, kept
 from experiments.pages.writing import BLOCK, ELSEWHERE, FIGURE, filled, pages, written
 from hooked_hybrid.niah.head_sets import standings
 from hooked_hybrid.niah.statistics import summary
 from hooked_hybrid.results_folder import replacing
 
 PAGES = {path.name: path for path in pages()}
-PROGRAMS = re.compile(r"hooked-hybrid [a-z]|python -m experiments\.|make |as before|notebooks/")
+PROGRAMS = re.compile(r"hooked-hybrid [a-z]|python -m experiments\.|no program kept")
 
 
 # --- the pages ------------------------------------------------------------------------------------
@@ -46,6 +46,16 @@ def test_results_in_the_tree_say_what_made_them_and_stand_on_a_page(name: str):
     assert found.settings
     text = "\n".join(path.read_text(encoding="utf-8") for path in PAGES.values())
     assert re.search(rf"<!-- measured: \w+ {name} \||<!--={name}@", text)
+
+
+@pytest.mark.parametrize("report", sorted((DOCS / "reproduced").glob("*/report.md")), ids=str)
+def test_a_report_of_a_reproduction_names_its_command_and_its_commit(report: Path):
+    text = report.read_text(encoding="utf-8")
+    (code,) = re.findall(r"^\| code \| commit (\S+?),? .*wrote this report", text, re.MULTILINE)
+    assert COMMIT.fullmatch(code)
+    paper, _, model = report.parent.name.partition("-")
+    (command,) = re.findall(r"^hooked-hybrid reproduce .*$", text, re.MULTILINE)
+    assert f"--paper {paper} " in command and f"--model {model} " in command
 
 
 # --- what is written ------------------------------------------------------------------------------

@@ -274,3 +274,5 @@ def test_the_report_says_where_a_choice_stands_among_every_set(tmp_path: Path):
     every = table[[f"{EVERY_SET} 1 #{i}" for i in range(8)]]
     assert sets.loc[f"{RUN_TIME} 1", "n_above"] == (every > table[f"{RUN_TIME} 1"] + 1e-9).sum()
     assert "Among sets of heads" in (out / "report.html").read_text()
+    maps = [path.name for path in (out / "maps").iterdir() if path.suffix == ".png"]
+    assert maps and len(maps) == table.index.nunique() - 8  # none of a set
