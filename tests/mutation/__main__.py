@@ -16,7 +16,7 @@ import pytest
 
 from tests.mutation import TARGETS, TESTS
 from tests.mutation.mutants import Mutant, drawn
-from tests.mutation.running import Baseline, Reached, Warm, in_a_fork, run_anew
+from tests.mutation.running import FAULT, Baseline, Reached, Warm, in_a_fork, run_anew
 
 ROOT = Path(__file__).parents[2]
 OPTIONS = ["-q", "-s", "-p", "no:cacheprovider", "-o", "tmp_path_retention_policy=none"]
@@ -26,8 +26,8 @@ TO_WARM = "torch pandas scipy.stats transformers tokenizers matplotlib.pyplot be
 LONGER = 8
 """Times as many seconds of tests for a mutant that lives after those of `--seconds`."""
 KILLED, LIVES, NOT_REACHED = "killed", "lives", "no test reaches it"
-ENDS = {0: LIVES, 1: KILLED, 2: KILLED, None: "killed by time"}
-"""By the exit status of pytest: 2 is an error at import; None ran for too long."""
+ENDS = {0: LIVES, FAULT: "not tried", None: "killed by time"}
+"""By the exit status; None ran for too long, and any other says that tests fail."""
 
 
 class Run:
@@ -46,7 +46,7 @@ class Run:
         paths = [ROOT / "hooked_hybrid" / f"{target}.py" for target in chosen]
         every = [m for path in paths for m in drawn(path, self.args.each, self.args.seed)]
         part, parts = map(int, self.args.part.split("/"))
-        known = {KILLED, ENDS[None]} if self.args.again else {*ENDS.values(), NOT_REACHED}
+        known = {KILLED, ENDS[None], *([] if self.args.again else [LIVES, NOT_REACHED])}
         return [m for m in every[part::parts] if self.found.get(key_of(m)) not in known]
 
     def look(self) -> None:
@@ -89,7 +89,8 @@ class Run:
     def _try(self, mutant: Mutant, child: Callable[[], int], tests: list[str], more: float) -> None:
         start = time.monotonic()
         expected = sum(self.reached.seconds[test] for test in tests)
-        end = in_a_fork(child, self.args.patience * (more + 2 * expected))
+        log = self.args.out.with_suffix(".last.log")
+        end = in_a_fork(child, self.args.patience * (more + 2 * expected), log)
         self.say(mutant, ENDS.get(end, KILLED), time.monotonic() - start, len(tests))
 
     def _tests(self, mutant: Mutant, times: float = 1) -> list[str]:

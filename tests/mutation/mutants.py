@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import copy
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
 
@@ -42,6 +42,7 @@ class Mutant:
         function: qualified name of the outermost function it is in the body of, None outside.
         kind: what is done.
         was: the code that is changed.
+        source: of the whole module, for files may change while mutants are tried.
     """
 
     path: Path
@@ -51,6 +52,7 @@ class Mutant:
     function: str | None
     kind: str
     was: str
+    source: str = field(repr=False)
 
     @property
     def name(self) -> str:
@@ -59,12 +61,12 @@ class Mutant:
 
     def tree(self) -> ast.Module:
         """Return the whole module with the change."""
-        tree = ast.parse(self.path.read_text(encoding="utf-8"))
+        tree = ast.parse(self.source)
         for i, node in enumerate(ast.walk(tree)):
             if i == self.node:
                 _replace(tree, node, changes(node)[self.change][1](copy.deepcopy(node)))
                 return ast.fix_missing_locations(tree)
-        raise ValueError(f"{self.name}: {self.path} is another file now")
+        raise AssertionError(self.name)
 
 
 def drawn(path: Path, n: int, seed: int) -> list[Mutant]:
@@ -88,7 +90,8 @@ def drawn(path: Path, n: int, seed: int) -> list[Mutant]:
 
 def mutants(path: Path) -> Iterator[Mutant]:
     """Yield every mutant of a module."""
-    tree = ast.parse(path.read_text(encoding="utf-8"))
+    source = path.read_text(encoding="utf-8")
+    tree = ast.parse(source)
     functions, passed = _functions(tree), _passed_over(tree)
     for i, node in enumerate(ast.walk(tree)):
         if node in passed:
@@ -96,7 +99,7 @@ def mutants(path: Path) -> Iterator[Mutant]:
         for j, (kind, _) in enumerate(changes(node)):
             was = ast.unparse(node).split("\n")[0][:90]
             line = next(n.lineno for n in ast.walk(node) if hasattr(n, "lineno"))
-            yield Mutant(path, i, j, line, functions.get(node), kind, was)
+            yield Mutant(path, i, j, line, functions.get(node), kind, was, source)
 
 
 def changes(node: ast.AST) -> list[tuple[str, Change]]:

@@ -24,6 +24,8 @@ import pytest
 
 from tests.mutation.mutants import Mutant
 
+FAULT = 70
+"""Exit status of a process that could not try its mutant."""
 MANY_CALLS = 100
 """Calls of a function in one test, after which its lines are taken to be known."""
 
@@ -127,9 +129,9 @@ class Warm:
     def _child(
         self, session: pytest.Session, items: dict[str, pytest.Item], tests: list[str], m: Mutant
     ) -> int:
-        """Change a function in this process and run tests until one fails; 3 where it cannot."""
+        """Change a function in this process and run tests until one fails."""
         if not self._changed(m):
-            return 3
+            return FAULT
         chosen = [items[test] for test in tests]
         for item, after in zip(chosen, [*chosen[1:], None], strict=True):
             item.config.hook.pytest_runtest_protocol(item=item, nextitem=after)
@@ -179,7 +181,7 @@ def in_a_fork(child: Callable[[], int], seconds: float, log: Path | None = None)
     """Return what a function returned in a process of its own, None where it took too long."""
     pid = os.fork()
     if not pid:
-        code = 2
+        code = FAULT
         try:
             os.setsid()
             out = os.open(log or os.devnull, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)

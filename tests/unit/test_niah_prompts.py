@@ -491,6 +491,34 @@ def test_distractors_stand_where_a_sentence_ends_at_even_shares(
 
 
 @pytest.mark.parametrize(
+    ("lengths", "n", "tokens", "is_closed"),
+    [
+        ([5, 7, 9], 0, [], True),
+        ([5, 7, 9], 5, range(5), True),
+        ([5, 7, 9], 10, [*range(5), *range(7, 12)], True),  # the second without its first two
+        ([5, 7, 9], 12, range(12), True),
+        ([5, 7, 9], 13, [*range(12), 20], True),
+        ([256, 9], 100, range(156, 256), True),  # as long as a sentence may be
+        ([257, 9], 100, range(157, 257), False),
+        ([9, 247, 9], 100, [*range(9), *range(165, 256)], True),
+        ([1023, 9], 5, range(1018, 1023), False),
+        ([1029, 9], 5, range(1024, 1029), False),  # the last that is looked for
+        ([1030, 9], 5, range(5), False),  # no end near: the text as it begins
+    ],
+)
+def test_a_haystack_ends_with_the_end_of_a_sentence(
+    lengths: list[int], n: int, tokens: Any, is_closed: bool
+):
+    maker = Maker(model_with(word_tokenizer()).text, iter(()), "{haystack}{question}", False, None)
+    many = lengths * (3000 // sum(lengths) + 1)
+    maker._kinds = [kind for m in many for kind in [WORD] * (m - 1) + [SENTENCE]]
+    maker._stream = [*range(sum(many))]
+    found = maker._trimmed(n)
+    assert found.tokens == [*tokens] and found.is_closed == is_closed
+    assert found.kinds == [maker._kinds[token] for token in tokens]
+
+
+@pytest.mark.parametrize(
     ("ends", "depth", "at"),
     [
         ([4, 5, 6], 0.5, 5),  # just there
