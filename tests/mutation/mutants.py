@@ -236,9 +236,9 @@ def _is_text(node: ast.AST) -> bool:
 
 def _replace(tree: ast.AST, old: ast.AST, new: ast.AST) -> None:
     for parent in ast.walk(tree):
-        for field, value in ast.iter_fields(parent):
+        for name, value in ast.iter_fields(parent):
             if value is old:
-                setattr(parent, field, new)
+                setattr(parent, name, new)
                 return
             if isinstance(value, list) and any(each is old for each in value):
                 value[[each is old for each in value].index(True)] = new
