@@ -174,7 +174,8 @@ def run_anew(arguments: list[str], mutant: Mutant) -> int:
         return plain(self, name)
 
     importlib.machinery.SourceFileLoader.get_code = get_code  # type: ignore[method-assign]
-    return int(pytest.main(["-x", *arguments]))
+    code = int(pytest.main(["-x", *arguments]))
+    return FAULT if code == pytest.ExitCode.USAGE_ERROR else code
 
 
 def in_a_fork(child: Callable[[], int], seconds: float, log: Path | None = None) -> int | None:

@@ -651,6 +651,16 @@ def test_a_depth_that_is_no_fraction_is_refused(model: HookedHybrid, depth: floa
         build_prompt(model, PAPER, 100, depth)
 
 
+@pytest.mark.parametrize(
+    "said",
+    ["m.content | replace('relevant', 'fitting')", "m.content ~ m.content", "m.content | upper"],
+)
+def test_a_chat_template_that_changes_or_repeats_the_message_is_refused(said: str):
+    model = model_with(chat_tokenizer(CHAT.replace("m.content", said)))
+    with pytest.raises(ValueError, match="the chat template changes what the user says"):
+        build_prompt(model, PAPER, 300, 0.5, template="chat")
+
+
 def test_an_unknown_template_and_a_missing_chat_template_are_refused(model: HookedHybrid):
     with pytest.raises(ValueError, match="give one of base, instruct, chat"):
         build_prompt(model, PAPER, 100, 0.5, template="bass")

@@ -102,6 +102,14 @@ def test_cells_without_a_needle_count_nowhere():
         scored(empty)
 
 
+def test_a_setting_of_one_cell_has_its_figures_and_no_interval():
+    table = sweep_table(ks=(2,), stages=("both",), lengths=(100,), depths=(0.5,))
+    (row,) = summary(table).to_dict("records")
+    assert (row["setting"], row["stage"], row["k"], row["n"]) == ("both k=2", "both", 2, 1)
+    assert row["accuracy"] == table["accuracy"][0] and np.isnan(row["low"])
+    assert (row["n_inside"], row["n_outside"]) == (1, 0) and np.isnan(row["outside"])
+
+
 @pytest.mark.parametrize(
     ("window", "seen"), [(None, True), (41, True), (40, True), (39, False), (1, False)]
 )
