@@ -10,7 +10,15 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from hooked_hybrid.intervals import GAP, SHARE, combined, mean_interval, t_quantile
+from hooked_hybrid.intervals import (
+    GAP,
+    SHARE,
+    _chance_below_zero,
+    _root,
+    combined,
+    mean_interval,
+    t_quantile,
+)
 
 FEW = (2, 3, 5, 7, 10, 25, 61)
 FIFTHS = np.arange(6) / 5
@@ -175,6 +183,42 @@ def test_independent_figures_add_up_as_their_errors_do():
     low, high = combined(parts, (1.0, -1.0))
     below, above = (0.3**2 + 0.3**2) ** 0.5, (0.4**2 + 0.4**2) ** 0.5  # of the second, swapped
     assert (low, high) == pytest.approx((0.5 - below, 0.5 + above))
+
+
+@pytest.mark.parametrize(
+    ("factors", "repeats", "chance"),
+    [
+        ([1, -3], [1, 1], 3 / 4),  # P(X < 3 Y)
+        ([-3, 1], [1, 1], 3 / 4),
+        ([1, -1], [2, 1], 1 / 4),  # both of two come first, each by a half
+        ([2, -1], [1, 2], 1 - (2 / 3) ** 2),
+        ([1, 0, -1], [1, 5, 1], 1 / 2),
+        ([1e-3, -1], [1, 1], 1 / 1.001),
+        ([1, 2], [1, 3], 0),  # a sum of what is above 0
+        ([-1, -2], [1, 3], 1),
+        ([0, 1], [1, 1], 0),
+    ],
+)
+def test_chances_of_sums_of_exponential_variables_are_those_by_hand(
+    factors: list[float], repeats: list[int], chance: float
+):
+    found = _chance_below_zero(np.array(factors, dtype=float), np.array(repeats))
+    assert found == chance if chance in (0, 1) else found == pytest.approx(chance, abs=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("ends", "root"), [((0.0, 1.0), 0.3), ((1.0, 0.0), 0.3), ((2.0, 8.0), 5.5)]
+)
+def test_a_root_is_found_from_either_side(ends: tuple[float, float], root: float):
+    start, end = ends
+    falls = 1 if end > start else -1
+
+    def steep(x: float) -> float:
+        return falls * (root - x) * (1 + 50 * (x - root) ** 2)
+
+    assert _root(steep, start, end, 1e-9) == pytest.approx(root, abs=1e-7)
+    assert _root(lambda x: -1.0, start, end, 1e-9) == start  # it has fallen below before
+    assert _root(lambda x: 1.0, start, end, 1e-9) == end
 
 
 @pytest.mark.parametrize(

@@ -102,6 +102,13 @@ def test_cells_without_a_needle_count_nowhere():
         scored(empty)
 
 
+def test_cells_without_a_needles_name_are_those_of_one_needle_more():
+    table = sweep_table(ks=(2,), stages=("both",), needles=("paper", "other"))
+    table["needle_id"] = table["needle_id"].replace("other", None)
+    (row,) = summary(table).to_dict("records")
+    assert row["n_needles"] == 2 and row["low"] < row["accuracy"] < row["high"]
+
+
 def test_a_setting_of_one_cell_has_its_figures_and_no_interval():
     table = sweep_table(ks=(2,), stages=("both",), lengths=(100,), depths=(0.5,))
     (row,) = summary(table).to_dict("records")

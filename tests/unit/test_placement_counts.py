@@ -436,3 +436,24 @@ def test_why_a_model_has_no_place_names_what_there_is(machine: Machine, beside: 
     assert ("to load it in" in found.why_not) == (whole.loading > whole.running)
     assert found.remedy([]) == "No single change will do"
     assert found.remedy(["a", "b"]) == "It would fit with a, or b"
+
+
+def test_changes_are_for_the_longest_length_of_a_plan(monkeypatch: pytest.MonkeyPatch):
+    """Of a model whose keys and values take 520 bytes a token: 4 million of them take 2 GB."""
+    monkeypatch.setattr("hooked_hybrid.placement.changes.SCHEMES", ())
+    cfg = presets.griffin("A", d_model=8, d_head=64, d_vocab=99, n_heads=1, n_keys=None)
+    found = plan(cfg, Machine((), GB), (64, 4_000_000), 1, torch.float32)
+    assert not found.fits and found.sizes.state(0, 4_000_000) == 4_000_000 * 520
+
+    def fits(gb: int, length: int) -> bool:
+        return Planner(found.sizes, Machine((), gb * GB), length).fits()
+
+    said = dict(change.option.split(" ") for change in found.changes if " " in change.option)
+    length = int(said["--lengths"])
+    assert fits(1, length) and not fits(1, length + 1) and length > 10**5
+    assert said["--cpu"] == f"{next(n for n in range(2, 99) if fits(n, 4_000_000))}GB"
+    assert "--batch" not in said  # one row is the fewest
+    rows = plan(cfg, Machine((), GB), (400_000,), 9, torch.float32)
+    (batch,) = (int(c.option.split(" ")[1]) for c in rows.changes if "--batch" in c.option)
+    for n, does in ((batch, True), (batch + 1, False)):
+        assert plan(cfg, Machine((), GB), (400_000,), n, torch.float32).fits == does
