@@ -19,6 +19,7 @@ from hooked_hybrid.evaluation.picture import score_picture
 from hooked_hybrid.evaluation.running import Evaluation, Options
 from hooked_hybrid.extras import require
 from hooked_hybrid.niah.plots import replacing
+from hooked_hybrid.tables import markdown_cell, write_csv
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -51,8 +52,7 @@ def write(
     written = Written(out / "report.md", out / "results.csv", out / "results.json")
     n_new, evaluation = len(evaluation.cells), gathered(evaluation, out)
     rows = lines(evaluation)
-    with replacing(written.table) as temporary:
-        results_table(evaluation).to_csv(temporary, index=False)
+    write_csv(results_table(evaluation), written.table)
     said = {
         "model": dict(card),
         "options": asdict(options),
@@ -108,7 +108,7 @@ def _report(
 ) -> str:
     forms = evaluation.forms
     others = [form for form in forms if form.name != "base"]
-    parts = [f"# Language benchmarks: {card.get('model', 'a model')}"]
+    parts = [f"# Language benchmarks: {markdown_cell(card.get('model', 'a model'))}"]
     parts.append(_table(["", ""], [[name, value] for name, value in card.items()]))
     parts += [*commands, _how(options, forms, evaluation.cells)]
     if rows:
@@ -214,7 +214,7 @@ def _with_interval(estimate: Estimate | None) -> str:
 
 def _table(head: Sequence[str], body: Sequence[Sequence[Any]]) -> str:
     def line(cells: Sequence[Any]) -> str:
-        return "| " + " | ".join(str(c).replace("|", "\\|") for c in cells) + " |"
+        return "| " + " | ".join(map(markdown_cell, cells)) + " |"
 
     return "\n".join([line(head), "|" + " --- |" * len(head), *map(line, body)])
 

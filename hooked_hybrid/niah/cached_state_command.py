@@ -11,13 +11,14 @@ from rich.console import Console
 
 from hooked_hybrid.niah.cached_state import cached_state as run_cases
 from hooked_hybrid.niah.command import figures_table, heads_to_keep
-from hooked_hybrid.niah.plots import new_figure, replacing, save_figure
+from hooked_hybrid.niah.plots import new_figure, save_figure
 from hooked_hybrid.niah.prompt_options import PromptOptions
 from hooked_hybrid.niah.report import summary_rows
 from hooked_hybrid.niah.run_options import RunOptions
 from hooked_hybrid.niah.setting_plots import MARKERS, WAYS
 from hooked_hybrid.niah.statistics import interval_of, scored
 from hooked_hybrid.option_groups import grouped
+from hooked_hybrid.tables import write_csv
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -52,8 +53,7 @@ def cached_state(run: RunOptions, prompts: PromptOptions, k: Ks = None) -> None:
             max_new_tokens=prompts.max_new_tokens,
             workers=workers,
         )
-        with replacing(run.out / "table.csv") as temporary:
-            table.to_csv(temporary, index=False)
+        write_csv(table, run.out / "table.csv")
         paths = save_figure(accuracy_by_case(table), run.out / "accuracy_by_case")
         _show(table, [run.out / "table.csv", *paths])
 

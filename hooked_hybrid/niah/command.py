@@ -16,15 +16,16 @@ from rich.text import Text
 
 from hooked_hybrid.cli import command_line
 from hooked_hybrid.config import HybridConfig
+from hooked_hybrid.foreign import one_line
 from hooked_hybrid.model import HookedHybrid
 from hooked_hybrid.niah.lengths import attention_of
-from hooked_hybrid.niah.plots import replacing
 from hooked_hybrid.niah.prompt_options import FirstToken, PromptOptions, ReadTwice, ThesisDepth
 from hooked_hybrid.niah.report import Written, summary_rows, write_report
 from hooked_hybrid.niah.run_options import RunOptions
 from hooked_hybrid.niah.sweep import niah as run_sweep
 from hooked_hybrid.niah.sweep import top_k_settings
 from hooked_hybrid.option_groups import grouped, refuse_given
+from hooked_hybrid.tables import write_csv
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -176,15 +177,14 @@ def _show_outputs(table: pd.DataFrame, out: Path) -> None:
 
     A model that retrieves should not name what is not there.
     """
-    with replacing(out / "table.csv") as temporary:
-        table.to_csv(temporary, index=False)
+    write_csv(table, out / "table.csv")
     shown = Table(title="answers without a needle", box=SIMPLE_HEAD, collapse_padding=True)
     for heading in ("setting", "cells", "answer"):
         shown.add_column(heading)
     counts = table.groupby(["setting", "output"], sort=False).size()
     for setting, of_setting in counts.groupby(level="setting", sort=False):
         for (_, output), n in of_setting.nlargest(3).items():
-            shown.add_row(str(setting), str(n), Text(str(output)))
+            shown.add_row(str(setting), str(n), Text(one_line(output)))
     console = Console()
     console.print(shown)
     console.print(f"   table  {out / 'table.csv'}", markup=False, highlight=False, soft_wrap=True)

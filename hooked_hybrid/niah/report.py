@@ -24,6 +24,7 @@ from hooked_hybrid.niah.plots import (
 )
 from hooked_hybrid.niah.published import PUBLISHED, Published, ours
 from hooked_hybrid.niah.statistics import scored, summary
+from hooked_hybrid.tables import write_csv
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -96,8 +97,7 @@ def write_report(
     }
     pictures = save_pictures(table[~table["setting"].isin(unmapped)], folder, thesis_depth)
     shown = {"maps": pictures[0]} | {p.stem: p for p in pictures if p.stem.startswith("accuracy")}
-    with replacing(folder / "table.csv") as temporary:
-        table.to_csv(temporary, index=False)
+    write_csv(table, folder / "table.csv")
     body = [
         "<h1>Needle in a haystack</h1>",
         f"<h2>What was run</h2>{_what_was_run(table, settings, model_card, command)}",

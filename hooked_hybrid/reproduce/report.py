@@ -25,6 +25,7 @@ from hooked_hybrid.reproduce.controls import CONTROLS
 from hooked_hybrid.reproduce.evidence import Evidence, Untested
 from hooked_hybrid.reproduce.figures import value_rows
 from hooked_hybrid.reproduce.reading import facts_of, how_to_read
+from hooked_hybrid.tables import markdown_cell, write_csv
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -71,8 +72,7 @@ def write_item(item: Item, evidence: Evidence, folder: Path) -> Judged:
     if values:
         headings, lines = values
         table = base.with_suffix(".csv")
-        with replacing(table) as temporary:
-            pd.DataFrame(lines, columns=headings).to_csv(temporary, index=False)
+        write_csv(pd.DataFrame(lines, columns=headings), table)
     verdicts, findings = zip(*found, strict=True)
     return Judged(item, verdicts, findings, picture, table, values, controls)
 
@@ -129,10 +129,9 @@ def write_report(
     Raises:
         OSError: a file cannot be written.
     """
-    with replacing(folder / CLAIMS) as temporary:
-        _claims(done, evidence).to_csv(temporary, index=False)
+    write_csv(_claims(done, evidence), folder / CLAIMS)
     parts = [
-        f"# {TITLES[paper]}: tables and figures, run on {evidence.name}",
+        f"# {TITLES[paper]}: tables and figures, run on {markdown_cell(evidence.name)}",
         how_to_read(evidence),
         "## All items\n\n" + _overview(done, evidence),
         *(_section(entry, evidence) for entry in done),
@@ -166,9 +165,7 @@ def counted(entry: Judged) -> str:
 def markdown(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Return a Markdown table."""
     lines = [headings, ["---"] * len(headings), *rows]
-    return "\n".join(
-        "| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines
-    )
+    return "\n".join("| " + " | ".join(map(markdown_cell, line)) + " |" for line in lines)
 
 
 def _values(item: Item, evidence: Evidence) -> tuple[list[str], list[list[str]]] | None:
