@@ -233,7 +233,7 @@ class CachePositions:
             new.places = {str(n): Places(at(p), at(k)) for n, (p, k) in about["places"].items()}
             new.has_batch_dim, new.n_layers = bool(about["has_batch_dim"]), int(about["n_layers"])
             new.pos_slice, new._model = _of_json(about["pos_slice"]), None
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
             raise ValueError(f"{path} holds no whole cache: {one_line(repr(error))}") from error
         if model is not None:
             if unknown := [n for n in new.axes if n.removesuffix("_grad") not in model.hook_dict]:

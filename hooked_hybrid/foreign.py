@@ -126,15 +126,26 @@ def _is_deeper(value: Any, levels: int) -> bool:
     return True
 
 
-def read_json(path: Path, largest: int = LARGEST_JSON) -> Any:
+def read_json(path: Path, largest: int = LARGEST_JSON, may_be_pipe: bool = False) -> Any:
     """Return the value that a JSON file holds.
+
+    Args:
+        path: of the file.
+        largest: bytes that are read at most.
+        may_be_pipe: whether a user typed the path, which may be `<(a command)`; what is found in a
+            folder is no pipe.
 
     Raises:
         OSError: it cannot be read.
         ValueError: no plain file, larger than `largest` bytes, no UTF-8, no JSON, or too deep.
     """
-    require_plain_file(path, largest)
-    return parse_json(path.read_bytes(), path)
+    if not (may_be_pipe and path.is_fifo()):
+        require_plain_file(path, largest)
+    with path.open("rb") as file:
+        content = file.read(largest + 1)
+    if len(content) > largest:
+        raise ValueError(f"{printable(path)} has more than {largest:,} bytes: it is another file")
+    return parse_json(content, path)
 
 
 __all__ = [

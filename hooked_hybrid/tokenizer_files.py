@@ -108,7 +108,7 @@ def read_chat_template(files: dict[str, bytes], folder: Path) -> str | None:
             raise ValueError(f"{folder / 'chat_template.jinja'} is not UTF-8 text") from error
     found = _object(files, "tokenizer_config.json", folder).get("chat_template")
     if isinstance(found, list):
-        named = {t.get("name"): t.get("template") for t in found if isinstance(t, dict)}
+        named = {str(t.get("name")): t.get("template") for t in found if isinstance(t, dict)}
         found = named.get("default", next(iter(named.values()), None))
     return found if isinstance(found, str) else None
 

@@ -6,12 +6,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from hooked_hybrid.foreign import bare_name
 from weights_conversion.errors import CheckpointError
 from weights_conversion.json_files import LARGEST_INDEX, read_json
 
 SAFETENSORS, TORCH = "model.safetensors", "pytorch_model.bin"
 ORDER = (SAFETENSORS, f"{SAFETENSORS}.index.json", TORCH, f"{TORCH}.index.json")
 """The first that is there is the one that is read."""
+LONGEST = 200
+"""Characters of a file's name."""
 OF_OTHERS = ("*.h5", "*.msgpack", "*.gguf", "*.ckpt", "*.bin", "*.safetensors", "*.pt", "*.pth")
 """Files that look like weights."""
 
@@ -74,8 +77,8 @@ def _shards(index: Path) -> dict[Path, frozenset[str] | None]:
     weight_map = read_json(index, LARGEST_INDEX).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index} has no weight_map: it is not an index")
-    if outside := [f for f in weight_map.values() if Path(str(f)).name != f]:
-        raise CheckpointError(f"{index} points outside its directory, at {outside[0]!r}")
+    if outside := [f for f in weight_map.values() if not bare_name(f) or len(f) > LONGEST]:
+        raise CheckpointError(f"{index} points outside its directory, at {str(outside[0])[:60]!a}")
     suffix = ".safetensors" if SAFETENSORS in index.name else ".bin"
     if others := [f for f in weight_map.values() if Path(f).suffix != suffix]:
         raise CheckpointError(f"{index} names {others[0]!r}, which is no {suffix} file")

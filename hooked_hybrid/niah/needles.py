@@ -203,7 +203,7 @@ def load_needles(path: str | Path) -> list[KeywordNeedle]:
             message says which.
     """
     try:
-        content = read_json(Path(path))
+        content = read_json(Path(path), may_be_pipe=True)
     except OSError as error:
         raise ValueError(f"the needles {path} cannot be read: {error.strerror}") from error
     except ValueError as error:  # not JSON, or not UTF-8

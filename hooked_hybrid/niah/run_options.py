@@ -207,7 +207,7 @@ def device_map_of(text: str) -> DeviceMap | Literal["auto"]:
     try:
         if not text.lstrip().startswith("{"):
             source = f"--device-map {text}"
-            found = read_json(Path(text))
+            found = read_json(Path(text), may_be_pipe=True)
         else:
             found = parse_json(text, "it")
     except OSError as error:
@@ -219,7 +219,9 @@ def device_map_of(text: str) -> DeviceMap | Literal["auto"]:
         raise ValueError(f"{source} is no JSON: {one_line(error)}") from error
     if isinstance(found, dict) and "fits" in found:
         if not found["fits"]:
-            raise ValueError(f"{source} is a plan that does not fit: {found.get('why_not')}")
+            raise ValueError(
+                f"{source} is a plan that does not fit: {one_line(found.get('why_not'))}"
+            )
         found = found.get("device_map")
     if not isinstance(found, dict) or not all(isinstance(v, int | str) for v in found.values()):
         raise ValueError(f'{source}: give an object of parts and devices, such as {{"": "cpu"}}')

@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from hooked_hybrid.foreign import refuse_link
 from hooked_hybrid.results_folder import FolderInUseError, claimed, remove_unfinished, replacing
 
 FORMAT = 1
@@ -53,6 +54,8 @@ class OffloadFolder:
         if not os.fspath(folder).strip():
             raise ValueError("offload_folder is blank: give the name of a folder")
         self.is_kept = identity is not None
+        if identity is not None:
+            refuse_link(Path(folder) / identity)
         try:
             Path(folder).mkdir(parents=True, exist_ok=True)
             if identity is None:

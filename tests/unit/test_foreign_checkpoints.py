@@ -97,6 +97,8 @@ def readers_of_json(folder: Path) -> dict[str, tuple[Path, Callable[[], object]]
     }
 
 
+MAY_BE_PIPES = ("config", "generation config", "needles", "device map")
+"""The first two are then as if they were not there, the others are what the user typed."""
 CONTENTS = (DEEP.encode(), b"{" + b'"a": {' * 300, b"\xff\xfe", b'{"\x1b": }', b"9" * 5000)
 
 
@@ -110,7 +112,7 @@ def test_every_reader_of_json_refuses_what_is_none_with_one_kind_of_error(tmp_pa
             assert str(error.value).isprintable(), name
         path.unlink()
         os.mkfifo(path)
-        if name in ("config", "generation config"):  # a pipe there is as if there were none
+        if name in MAY_BE_PIPES:
             path.unlink()
         else:
             with within(20), pytest.raises(ValueError):
@@ -434,6 +436,57 @@ def test_a_state_and_a_cache_are_not_written_through_links(model: HookedHybrid, 
         assert not (tmp_path / name).is_symlink()
         type(value).load(tmp_path / name)
     assert (tmp_path / "mine.txt").read_text() == "mine"
+
+
+def test_an_offload_folder_whose_inner_one_is_a_link_is_not_filled(tmp_path: Path):
+    model = packaged_models()["tiny-griffin"]
+    how = {"device_map": {"": "disk"}, "offload_folder": tmp_path / "off"}
+    HookedHybrid.from_pretrained(model, **how)
+    (inner,) = (tmp_path / "off").iterdir()
+    shutil.rmtree(inner)
+    (tmp_path / "elsewhere").mkdir()
+    inner.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(OSError, match="is a link"):
+        HookedHybrid.from_pretrained(model, **how)
+    assert not list((tmp_path / "elsewhere").iterdir())
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["../x.safetensors", "a\\b.safetensors", "a\0.safetensors", {"a": 1}, "x" * 300, "..", ""],
+)
+def test_an_index_names_files_of_its_folder_alone(name: object, tmp_path: Path):
+    folder = Path(shutil.copytree(packaged_models()["tiny-griffin"], tmp_path / "m"))
+    (folder / "model.safetensors").unlink()
+    index = {"weight_map": {"a": name}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match="points outside its directory"):
+        HookedHybrid.from_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    "change", [{"n_layers": 1e400}, {"names": [1]}, {"axes": []}, {"places": 3}]
+)
+def test_a_cache_that_says_what_cannot_be_is_refused(
+    change: dict[str, Any], model: HookedHybrid, tmp_path: Path
+):
+    from safetensors import safe_open
+
+    _, cache = model.run_with_cache("the old man", names_filter="hook_embed")
+    cache.save(tmp_path / "c")
+    with safe_open(tmp_path / "c", "pt") as file:
+        about = json.loads(file.metadata()["about"])
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    save_file(tensors, tmp_path / "c", {"about": json.dumps(about | change)})
+    with pytest.raises(ValueError, match="no whole cache"):
+        ActivationCache.load(tmp_path / "c")
+
+
+@pytest.mark.parametrize("said", [[{"name": ["x"], "template": "a"}], {"a": 1}, 3, [3]])
+def test_a_chat_template_of_another_kind_is_none_or_named(said: object, tmp_path: Path):
+    read_from(tmp_path, plain_tokenizer())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": said}))
+    assert read_tokenizer(tmp_path).chat_template in ("a", None)
 
 
 # --- messages -------------------------------------------------------------------------------------
