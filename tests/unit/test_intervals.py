@@ -154,6 +154,13 @@ def test_one_cluster_has_no_interval_and_equal_losses_have_no_width():
     assert mean_interval([0.5, 0.5, 0.5], range(3), None) == (0.5, 0.5)
 
 
+def test_without_bounds_clusters_weigh_as_many_values_as_they_have():
+    """By hand: sums 3 and 4 of 2 and 1 values lie 5/3 below and above their shares of 7."""
+    low, high = mean_interval([1.0, 2.0, 4.0], "aab", None)
+    half = stats.t.ppf(0.975, 1) * (2 * 2 * (5 / 3) ** 2) ** 0.5 / 3
+    assert (low, high) == pytest.approx((7 / 3 - half, 7 / 3 + half), rel=1e-9)
+
+
 def test_a_higher_level_gives_a_wider_interval_around_the_mean():
     values = [0.0, 0.4, 0.6, 1.0, 1.0]
     ends = [mean_interval(values, range(5), SHARE, level) for level in (0.99, 0.95, 0.9, 0.5)]
