@@ -328,6 +328,17 @@ def test_what_makes_no_sense_is_refused_before_any_forward(
     assert not forwards
 
 
+@pytest.mark.parametrize("options", [{"return_type": "str"}, {"stop_strings": "w7"}])
+def test_what_needs_a_tokenizer_is_refused_without_one_before_any_forward(tokens, options):
+    model, forwards = random_model(CONFIGS["griffin"]), []
+    with (
+        model.hooks([(EMBED, lambda value, hook: forwards.append(1))]),
+        pytest.raises(ValueError, match="tokenizer"),
+    ):
+        model.generate(tokens, 3, verbose=False, **options)
+    assert not forwards
+
+
 @pytest.mark.parametrize("stage", ["prefill", "generation"])
 def test_an_error_in_a_hook_leaves_no_hook_behind(model, tokens, stage):
     def broken(value: Tensor, hook: HookPoint) -> None:

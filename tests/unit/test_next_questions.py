@@ -279,6 +279,16 @@ def test_a_run_goes_on_where_it_stopped(tmp_path: Path):
 
 
 @pytest.mark.parametrize(
+    ("options", "said"),
+    [({"resume": True}, "give out="), ({"max_new_tokens": 0}, "max_new_tokens"), ({}, "each once")],
+)
+def test_options_without_sense_are_refused_before_any_work(options: dict[str, Any], said: str):
+    prompts = prompts_of("tiny-griffin")[:1] * (1 if options else 2)
+    with pytest.raises(ValueError, match=said):
+        cached_state(packaged("tiny-griffin"), prompts, [4], verbose=False, **options)
+
+
+@pytest.mark.parametrize(
     ("cases", "ks", "said"),
     [([], [1], "at least one case"), (CASES, [], "at least one"), (CASES, [1, 1], "twice")],
 )
