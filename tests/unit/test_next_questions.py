@@ -16,10 +16,11 @@ from typer.testing import CliRunner
 
 from hooked_hybrid import HookedHybrid, cli
 from hooked_hybrid.interventions import follow_span, keep_top_heads
-from hooked_hybrid.niah.cached_state import cached_state, settings_of
+from hooked_hybrid.niah.cached_state import CachedStateJob, cached_state, settings_of
 from hooked_hybrid.niah.cached_state_command import accuracy_by_case
 from hooked_hybrid.niah.cached_ways import CASES, WAYS, Case
 from hooked_hybrid.niah.experiments import FOLLOW_MODES, weight_matrix
+from hooked_hybrid.niah.groups import MOST_ROWS
 from hooked_hybrid.niah.needles import PAPER
 from hooked_hybrid.niah.prompts import Prompt, grid
 from hooked_hybrid.niah.settings import hooks_for
@@ -276,6 +277,44 @@ def test_a_run_goes_on_where_it_stopped(tmp_path: Path):
         cached_state(model, few, [4], cases, out=tmp_path / "a", verbose=False)
     with pytest.raises(ValueError, match="another experiment: setting .*k=3.: added"):
         cached_state(model, few, [3], cases, out=tmp_path / "a", resume=True, verbose=False)
+
+
+def job_of(lengths: list[int], n_settings: int) -> CachedStateJob:
+    """Return the work of prompts "0", "1", ... of so many tokens."""
+    prompts = [
+        Prompt(str(i), tuple(range(n)), n, 0.5, None, "none", (), "base", False, 0)
+        for i, n in enumerate(lengths)
+    ]
+    return CachedStateJob(prompts, settings_of([Case("all", ("kv",))], range(n_settings)), 5)
+
+
+def test_the_work_is_cut_into_parts_of_one_length():
+    """Of at most 2 x 32 rows: three prompts in 20 settings, one where there are more settings."""
+    assert MOST_ROWS == 32
+    job = job_of([9, 7, 9, 9, 9, 7], 20)
+    parts = [[prompt.id for prompt in part] for part in job.parts]
+    assert sorted(parts) == [["0", "2", "3"], ["1", "5"], ["4"]]
+    assert sorted(job.prompt_ids) == list("012345")
+    assert all(len(part) == 1 for part in job_of([9, 9], 65).parts)
+    assert [len(part) for part in job_of([9] * 3, 32).parts] == [2, 1]
+    whole = parts.index(["0", "2", "3"])
+    assert job.cost(whole) == 27.0 and job.describe([whole]) == "prompts 0, 2, 3"
+
+
+@pytest.mark.parametrize("case", [CASES[0], CASES[5], CASES[-2], CASES[-1]])
+def test_each_way_of_answering_runs_without_the_others(case: Case):
+    model, prompts = packaged("tiny-griffin"), prompts_of("tiny-griffin")[:1]
+    table = cached_state(model, prompts, [8], [case], max_new_tokens=1, verbose=False)
+    assert table["n_new_tokens"].tolist() == [1]
+
+
+def test_a_part_of_which_one_prompt_is_missing_is_run():
+    job = job_of([9, 9, 7], 20)
+    of = {part[0].id: i for i, part in enumerate(job.parts)}
+    assert sorted(job.units(set())) == [[0], [1]]
+    assert job.units({"0"}) == [[of["0"]], [of["2"]]] or job.units({"0"}) == [[of["2"]], [of["0"]]]
+    assert job.units({"0", "2"}) == [[of["0"]]] and job.units({"0", "1"}) == [[of["2"]]]
+    assert job.units({"0", "1", "2"}) == []
 
 
 @pytest.mark.parametrize(

@@ -453,6 +453,7 @@ def test_changes_are_for_the_longest_length_of_a_plan(monkeypatch: pytest.Monkey
     assert fits(1, length) and not fits(1, length + 1) and length > 10**5
     assert said["--cpu"] == f"{next(n for n in range(2, 99) if fits(n, 4_000_000))}GB"
     assert "--batch" not in said  # one row is the fewest
+    assert "--disk" not in {change.option for change in found.changes}  # it holds weights alone
     rows = plan(cfg, Machine((), GB), (400_000,), 9, torch.float32)
     (batch,) = (int(c.option.split(" ")[1]) for c in rows.changes if "--batch" in c.option)
     for n, does in ((batch, True), (batch + 1, False)):
