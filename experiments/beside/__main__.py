@@ -18,6 +18,8 @@ import torch
 
 from experiments.beside.frame import Bench, Experiment, save
 from hooked_hybrid import HookedHybrid
+from hooked_hybrid.identity.comparing import changes, refusal
+from hooked_hybrid.identity.model import model_identity
 from hooked_hybrid.niah.plots import replacing
 
 NAMES = (
@@ -40,15 +42,29 @@ def experiment_of(name: str) -> Experiment:
 
 
 def run_one(name: str, model: str, out: Path) -> None:
-    """Run an experiment on a model, if it has not been; write its finding, table and picture."""
+    """Run an experiment on a model, if it has not been; write its finding, table and picture.
+
+    Raises:
+        ValueError: the folder holds the finding of another model of this name, or of one that
+            cannot be known.
+    """
     folder = folder_of(name, model, out)
+    hybrid = HookedHybrid.from_pretrained(model).requires_grad_(False)
+    about = {} if name in MODEL_FREE else {"identity": model_identity(hybrid)}
     if (folder / "finding.json").exists():
+        before = json.loads((folder / "finding.json").read_text(encoding="utf-8"))
+        if about.keys() - before.keys():
+            raise ValueError(
+                f"{folder} holds a finding that does not say of which weights: give another --out, "
+                "nothing is overwritten"
+            )
+        if changed := changes({key: before[key] for key in about}, about):
+            raise ValueError(refusal(folder, "finding", changed))
         print(f"{folder}: done")
         return
-    hybrid = HookedHybrid.from_pretrained(model).requires_grad_(False)
     experiment = experiment_of(name)
     finding = experiment.run(Bench(hybrid, folder))
-    save(finding, experiment, folder.parent.name, folder)
+    save(finding, experiment, folder.parent.name, folder, about)
     print(f"{folder}: {finding.verdict}: {finding.ours}")
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -182,8 +182,17 @@ def picture(finding: Finding, experiment: Experiment, title: str) -> Figure:
     return figure
 
 
-def save(finding: Finding, experiment: Experiment, model: str, folder: Path) -> None:
-    """Write `table.csv`, the picture and, when all is there, `finding.json`."""
+def save(
+    finding: Finding,
+    experiment: Experiment,
+    model: str,
+    folder: Path,
+    about: Mapping[str, Any] | None = None,
+) -> None:
+    """Write `table.csv`, the picture and, when all is there, `finding.json`.
+
+    `about` is kept in it: what the finding depends on.
+    """
     with replacing(folder / "table.csv") as temporary:
         finding.table.to_csv(temporary, index=False)
     with replacing(folder / "picture.png") as temporary:
@@ -192,6 +201,7 @@ def save(finding: Finding, experiment: Experiment, model: str, folder: Path) -> 
     said = {k: v for k, v in asdict(finding).items() if k != "table"}
     with replacing(folder / "finding.json") as temporary:
         said = {"model": model, "claim": experiment.claim, "source": experiment.source, **said}
+        said |= about or {}
         temporary.write_text(json.dumps(said, indent=2), encoding="utf-8")
 
 

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from hooked_hybrid.niah.cached_state import cached_state as run_cases
 from hooked_hybrid.niah.command import figures_table, heads_to_keep
-from hooked_hybrid.niah.plots import new_figure, save_figure
+from hooked_hybrid.niah.plots import intervals_said, new_figure, save_figure
 from hooked_hybrid.niah.prompt_options import PromptOptions
 from hooked_hybrid.niah.report import summary_rows
 from hooked_hybrid.niah.run_options import RunOptions
@@ -95,6 +95,7 @@ def accuracy_by_case(table: pd.DataFrame) -> Figure:
             style = {"color": WAYS[i], "marker": MARKERS[i], "linestyle": "--" if i % 2 else "-"}
             axes.plot(ks, means, label=name.split(": ")[1], ms=4, **style)
             axes.fill_between(ks, low, high, color=WAYS[i], alpha=0.15, linewidth=0)
+            axes.vlines(ks, low, high, color=WAYS[i], linewidth=1)  # of one k a band has no width
         for name in (n for n in names if ":" not in n):
             mean = cells.loc[cells["stage"] == name, "accuracy"].mean()
             axes.axhline(mean, color="#444444", linestyle=":", linewidth=1, label=name)
@@ -104,6 +105,7 @@ def accuracy_by_case(table: pd.DataFrame) -> Figure:
         axes.grid(alpha=0.3)
         axes.legend(fontsize=7, loc="best")
     figure.axes[0].set_ylabel("accuracy (mean score / 5)")
+    figure.supxlabel(intervals_said(cells, "bands: 95% intervals"), fontsize=9)
     return figure
 
 

@@ -126,8 +126,7 @@ def accuracy_by_k(table: pd.DataFrame, by_window: bool = False) -> Figure:
         parts = [(name, part) for name, part in named if not part.empty]
     figure = new_figure(4.6 * len(parts) + 0.6, 4.6)
     grid = figure.subplots(1, len(parts), squeeze=False, sharey=True)[0]
-    n = cells["needle_id"].nunique(dropna=False)
-    bands = f"bands: 95% intervals over {n} needles" if n > 1 else "one needle: no intervals"
+    bands = intervals_said(cells, "bands: 95% intervals")
     for axes, (name, part) in zip(grid, parts, strict=True):
         _draw_curves(axes, part)
         axes.set_title(name)
@@ -245,6 +244,12 @@ def _add_window_legend(figure: Figure, cells: pd.DataFrame, n_columns: int) -> N
     )
 
 
+def intervals_said(cells: pd.DataFrame, what: str) -> str:
+    """Return what a picture's intervals are over; of a single needle, that there are none."""
+    n = cells["needle_id"].nunique(dropna=False)
+    return f"{what} over {n} needles" if n > 1 else "one needle: no intervals"
+
+
 def _add_colour_bar(figure: Figure, image: Any, axes: Sequence[Axes], aspect: int = 30) -> None:
     bar = figure.colorbar(image, ax=axes, aspect=aspect, pad=0.02)
     bar.set_label("accuracy (mean score / 5)")
@@ -300,6 +305,7 @@ def _draw_curves(axes: Axes, cells: pd.DataFrame) -> None:
 __all__ = [
     "accuracy_by_k",
     "file_name",
+    "intervals_said",
     "new_figure",
     "replacing",
     "retrieval_map",

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from hooked_hybrid.niah.plots import COLORS, new_figure
+from hooked_hybrid.niah.plots import COLORS, intervals_said, new_figure
 from hooked_hybrid.niah.statistics import interval_of, scored
 
 if TYPE_CHECKING:
@@ -46,7 +46,9 @@ def accuracy_by_setting(table: pd.DataFrame, losses: pd.DataFrame | None = None)
         ends = np.abs(np.stack([of["more"] - of["more_low"], of["more_high"] - of["more"]]))
         panels[1].errorbar(of["more"], range(len(names)), xerr=ends, fmt="d", color=LOSS, ms=4)
         panels[1].axvline(0, color="black", linewidth=0.8)
-        panels[1].set_xlabel(f"text loss above {names[0]!r}\n(nats a token)")
+        panels[1].set_xlabel(
+            f"text loss above {names[0]!r}\n(nats a token; bars: 95% intervals over texts)"
+        )
         panels[1].grid(alpha=0.3)
         if of["more"].max() > 1:
             panels[1].set_xscale("symlog", linthresh=0.1)
@@ -76,7 +78,8 @@ def _draw_accuracies(axes: Axes, cells: pd.DataFrame, names: list[str]) -> None:
                 ms=4,
                 label=label if i == 0 else None,
             )
-    axes.set(xlabel="accuracy (mean score / 5)", xlim=(-0.03, 1.03))
+    bars = intervals_said(cells, "bars: 95% intervals")
+    axes.set(xlabel=f"accuracy (mean score / 5)\n({bars})", xlim=(-0.03, 1.03))
     axes.grid(alpha=0.3)
     if len(halves) > 1:
         axes.legend(fontsize=8, loc="lower left", bbox_to_anchor=(0, 1))
@@ -155,7 +158,10 @@ def accuracy_by_heads_kept(table: pd.DataFrame, sizes: Mapping[str, tuple[str, i
         axes.grid(alpha=0.3)
     grid[0].set_ylabel("accuracy (mean score / 5)")
     labels = grid[0].get_legend_handles_labels()
-    figure.legend(*labels, loc="outside lower center", ncols=3, frameon=False, fontsize=8)
+    legend: dict[str, Any] = {"ncols": 3, "frameon": False, "fontsize": 8}
+    if any(axes.collections for axes in grid):
+        legend["title"] = "band: range of several sets; no intervals"
+    figure.legend(*labels, loc="outside lower center", **legend)
     return figure
 
 
@@ -174,6 +180,7 @@ def _draw_ways(
         if any(len(values) > 1 for values in by_n.values()):
             low, high = [min(by_n[n]) for n in ns], [max(by_n[n]) for n in ns]
             axes.fill_between(ns, low, high, color=style["color"], alpha=0.15, linewidth=0)
+            axes.vlines(ns, low, high, color=style["color"], linewidth=1)  # one n: no width
     for i, (name, mean) in enumerate((n, m) for n, m in means.items() if n not in sizes):
         axes.axhline(mean, color=LOSS, linestyle=":" if i else "-.", linewidth=1, label=name)
 

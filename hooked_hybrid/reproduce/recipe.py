@@ -130,7 +130,8 @@ class Recipe:
     def save(self, folder: Path, paper: str, resume: bool) -> None:
         """Write recipe and paper into a new folder, or check that those there are the same.
 
-        A folder of benchmarks may be added to a recipe that had none.
+        A folder of benchmarks may be added to a recipe that had none. Where nothing has been run
+        yet, as with tables that follow from the config, prompts and sizes may change.
 
         Raises:
             FileExistsError: the folder is not empty and `resume` is false.
@@ -145,6 +146,9 @@ class Recipe:
             before = _read(path)
             added = {"include_path"} if before.get("include_path") is None else set()
             left = [{k: v for k, v in each.items() if k not in added} for each in (before, now)]
+            if "identity" in before and not holds_results(folder / "runs"):
+                fixed = ("paper", "identity", "include_path")
+                left = [{k: each[k] for k in fixed if k in each} for each in left]
             if changed := changes(*left):
                 raise ValueError(refusal(folder, "recipe", changed))
             remove_unfinished(folder)

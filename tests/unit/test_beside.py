@@ -209,6 +209,29 @@ def test_the_program_runs_what_is_not_done(
     assert "done" in capsys.readouterr().out
 
 
+def test_a_finding_of_another_model_of_the_name_is_not_taken_for_this_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    row = {"setting": ["whole"], "accuracy": [1.0], "low": [0.9], "high": [1.0]}
+    found = Finding("cannot say", "nothing", pd.DataFrame(row))
+    made = Experiment("a claim", "nowhere", lambda bench: found)
+    monkeypatch.setattr(program, "experiment_of", lambda name: made)
+    other = HookedHybrid.from_pretrained("tiny-griffin")
+    with torch.inference_mode():
+        other.W_E[5] += 1
+    other.save_pretrained(tmp_path / "tiny-griffin")
+    program.run_one("removal", "tiny-griffin", tmp_path / "out")
+    with pytest.raises(ValueError, match="another finding: the weights"):
+        program.run_one("removal", str(tmp_path / "tiny-griffin"), tmp_path / "out")
+    program.run_one("removal", "tiny-griffin", tmp_path / "out")
+    assert "done" in capsys.readouterr().out
+    path = tmp_path / "out/tiny-griffin/removal/finding.json"
+    said = json.loads(path.read_text())
+    path.write_text(json.dumps({k: v for k, v in said.items() if k != "identity"}))
+    with pytest.raises(ValueError, match="does not say of which weights"):
+        program.run_one("removal", "tiny-griffin", tmp_path / "out")
+
+
 @pytest.mark.parametrize(("values", "scale"), [([1, 0.003], "linear"), ([1, 320.0], "log")])
 def test_a_picture_of_shares_is_linear_one_of_ratios_far_apart_is_not(values: list, scale: str):
     table = pd.DataFrame({"setting": ["whole", "cut"], "induction": values})

@@ -326,6 +326,10 @@ def test_pictures_show_every_setting_and_the_numbers():
     figure = accuracy_by_setting(table, losses)
     labels = [text.get_text() for text in figure.axes[0].get_yticklabels()]
     assert labels == list(table["setting"].unique())
+    assert "over texts" in figure.axes[1].get_xlabel()
+    n = table["needle_id"].nunique()
+    said = f"95% intervals over {n} needles" if n > 1 else "one needle: no intervals"
+    assert said in figure.axes[0].get_xlabel()
     matrix = weight_matrix_picture(table)
     shown = [float(text.get_text()) for text in matrix.axes[0].texts]
     means = 100 * table.groupby("setting", sort=False)["accuracy"].mean()

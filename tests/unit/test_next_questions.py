@@ -11,6 +11,7 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
+from matplotlib.collections import LineCollection
 from torch import Tensor
 from typer.testing import CliRunner
 
@@ -345,6 +346,20 @@ def test_the_picture_has_a_line_for_every_case():
     assert labels[1] == {c.name.split(": ")[1] for c in CASES if c.name.startswith("steps:")} | {
         "whole model"
     }
+
+
+def test_intervals_are_seen_where_there_is_one_k_and_the_picture_says_what_they_are():
+    one = carried().assign(needle_id="a", accuracy=1.0)
+    figure = accuracy_by_case(pd.concat([one, one.assign(needle_id="b", accuracy=0.0)]))
+    assert "95% intervals over 2 needles" in figure._supxlabel.get_text()
+    ends = [
+        lines.get_segments()[0][:, 1]
+        for axes in figure.axes
+        for lines in axes.collections
+        if isinstance(lines, LineCollection)
+    ]
+    assert len(ends) == len(CASES) - 1  # the whole model has no k
+    assert all(high - low > 0.5 for low, high in ends)
 
 
 def test_the_command_is_there_and_refuses_a_prompt_without_a_needle(tmp_path: Path):

@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 from typer.testing import CliRunner
 
-from hooked_hybrid import presets
+from hooked_hybrid import HookedHybrid, presets
 from hooked_hybrid.cli import build_app
 from hooked_hybrid.evaluation.cells import Cell
 from hooked_hybrid.reproduce import checks, command, language, needle_checks, shares
@@ -19,7 +19,7 @@ from hooked_hybrid.reproduce.catalogue import items_of, runs_of
 from hooked_hybrid.reproduce.claims import Finding, Verdict, found_by, judged
 from hooked_hybrid.reproduce.evidence import Evidence, Untested, estimate, tipping
 from hooked_hybrid.reproduce.reading import how_to_read
-from hooked_hybrid.reproduce.recipe import PACKAGED, prompts_of, recipe_for
+from hooked_hybrid.reproduce.recipe import PACKAGED, QUICK, prompts_of, recipe_for
 from hooked_hybrid.reproduce.report import items_in, not_run
 from tests.unit.test_reproduce import (
     FOUR,
@@ -238,6 +238,22 @@ def test_items_that_read_no_prompt_join_a_report_with_options_of_prompts(tmp_pat
     (out / "claims.csv").write_text(f"item\n{reads}\n")
     again = invoke(*arguments_of(out, "Table 1"), *options, "--resume")
     assert again.exit_code == 1 and "another recipe" in again.output
+
+
+def test_a_folder_in_which_nothing_was_run_takes_other_prompts(tmp_path: Path):
+    """As one that a table of the config began, with the lengths that nobody gave."""
+    model = HookedHybrid.from_pretrained("tiny-griffin")
+    begun = recipe_for(model, QUICK, lengths=[150, 190])
+    begun.save(tmp_path, "sllm2025", resume=False)
+    other = replace(begun, lengths=(160, 200))
+    other.save(tmp_path, "sllm2025", resume=True)
+    assert json.loads((tmp_path / "recipe.json").read_text())["lengths"] == [160, 200]
+    with pytest.raises(ValueError, match="another recipe: paper"):
+        other.save(tmp_path, "thesis2025", resume=True)
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "cells.sqlite").touch()
+    with pytest.raises(ValueError, match="another recipe: lengths"):
+        begun.save(tmp_path, "sllm2025", resume=True)
 
 
 def test_resuming_some_items_keeps_the_others_in_the_report(tmp_path: Path):

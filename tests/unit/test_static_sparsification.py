@@ -171,7 +171,8 @@ def test_the_picture_has_a_line_for_each_way_and_a_band_for_the_draws():
     mean = (of[f"{BY_LOT} 2 #0"] + of[f"{BY_LOT} 2 #1"]) / 2
     assert lines[BY_LOT].get_xydata()[0] == pytest.approx([2, mean])
     assert lines["mine, overall"].get_xdata().tolist() == [1, 2, 4]
-    assert len(figure.axes[0].collections) == 1  # the band
+    assert len(figure.axes[0].collections) == 2  # the band, and a line where it has no width
+    assert figure.legends[0].get_title().get_text().startswith("band: range of several sets")
 
 
 def test_the_command_writes_its_picture_and_resumes(tmp_path: Path):
