@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
 from importlib.util import find_spec
+from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from hooked_hybrid.foreign import printable
 
 if TYPE_CHECKING:
     import typer
+    from typer.core import TyperCommand
 
 _EXPERIMENTS = "hooked_hybrid.niah.experiment_commands"
 _ACCOUNTING = "hooked_hybrid.accounting.commands"
@@ -59,9 +61,39 @@ def build_app() -> typer.Typer:
         help="Experiments on hybrid language models (recurrence + attention).",
     )
     app.callback()(_keep_commands_named)
+    command = _command()
     for name, module in COMMANDS.items():
-        app.command(name)(getattr(import_module(module), name.replace("-", "_")))
+        app.command(name, cls=command)(getattr(import_module(module), name.replace("-", "_")))
     return app
+
+
+def _command() -> type[TyperCommand]:
+    """Return the kind of the commands: one that shows the value that it cannot read."""
+    import typer
+    from typer.core import TyperCommand
+
+    class Command(TyperCommand):
+        def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+            given = list(args)
+            try:
+                return super().parse_args(ctx, args)
+            except typer.BadParameter as error:
+                error.message += _unread(error.param, given, error.message)
+                raise
+
+    return Command
+
+
+def _unread(parameter: Any, words: Sequence[str], message: str) -> str:
+    """Return what a message on an option lacks: what was given, and how to give several values."""
+    names = getattr(parameter, "opts", None) or []
+    pairs = [*pairwise(words), *(tuple(w.split("=", 1)) for w in words)]
+    values = [pair[1] for pair in pairs if len(pair) == 2 and pair[0] in names]
+    said = "" if any(value in message for value in values) else ", ".join(map(repr, values))
+    parts = [part.strip() for value in values for part in value.split(",") if part.strip()]
+    if getattr(parameter, "multiple", False) and len(parts) > len(values):
+        said += f"; give them one by one: {' '.join(f'{names[0]} {part}' for part in parts)}"
+    return printable(f": {said}" if said else "")
 
 
 def _keep_commands_named() -> None:

@@ -89,6 +89,20 @@ def run(*arguments: str) -> Any:
         return CliRunner().invoke(cli.build_app(), ["niah", *arguments])
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--depths", "0.0,0.5"], ["'0.0,0.5'", "--depths 0.0 --depths 0.5"]),
+        (["--depths", "0", "--lengths=1k"], ["'--lengths'", "'1k'"]),
+        (["--k", "1", "--k", "two"], ["'--k'", "'two'"]),
+        (["--score", "peak"], ["'peak'", "entropy"]),
+    ],
+)
+def test_a_value_that_cannot_be_read_is_shown_with_the_remedy(words: list[str], said: list[str]):
+    found = CliRunner().invoke(cli.build_app(), ["niah", *words], env={"COLUMNS": "200"})
+    assert found.exit_code == 2 and all(part in found.output for part in said), found.output
+
+
 def test_without_options_it_runs_the_papers_experiment(sweep: Sweep):
     result = run()
     assert result.exit_code == 0, result.output
