@@ -406,7 +406,12 @@ class HookPoint(nn.Module):
     def _called(self, handle: LensHandle, value: Tensor) -> Any:
         """Return what a hook returns; an error of its own gets a note that says where it was."""
         here = None
-        if self.is_stepwise and not (handle.is_watcher or is_per_position(handle.hook)):
+        is_plain = type(value) is Tensor  # a subclass of another kind, a fake one say, stays itself
+        if (
+            self.is_stepwise
+            and is_plain
+            and not (handle.is_watcher or is_per_position(handle.hook))
+        ):
             value = here = OnePosition.of(value, str(self.name))
         try:
             result = handle.hook(value, hook=self)

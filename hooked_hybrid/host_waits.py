@@ -28,6 +28,13 @@ class AsksNothing(TorchDispatchMode):
     whole: they are taken apart, so that each is seen by what it does.
     """
 
+    only_watches = True
+    """Tensors that are made inside are good outside."""
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # else torch imports its compiler for the first operation: seconds
+
     def __init__(self) -> None:
         super().__init__()
         self._reads = _ReadsNothing()

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from hooked_hybrid import transforms
 from hooked_hybrid.component import Component
@@ -376,11 +377,16 @@ def inverse_rms(x: Float[Tensor, "batch pos width"], eps: float) -> Float[Tensor
 def constant(value: float, dtype: torch.dtype, device: torch.device) -> Float[Tensor, ""]:
     """Return a number as a tensor, made once: making one costs more than adding it.
 
-    One made inside a transform or a dispatch mode (a fake tensor, say) is good there only.
+    One made inside a transform or a dispatch mode (a fake tensor, say) is good there only, unless
+    the mode does no more than watch, and says so.
     """
-    if transforms.are_active() or _n_modes():
+    if transforms.are_active() or (_n_modes() and not _are_only_watching()):
         return torch.tensor(value, dtype=dtype, device=device)
     return _constant(value, dtype, device)
+
+
+def _are_only_watching() -> bool:
+    return all(getattr(m, "only_watches", False) for m in _get_current_dispatch_mode_stack())
 
 
 @cache

@@ -48,7 +48,7 @@ class _Convolution(torch.autograd.Function):
         taps = weight.float().unbind(1)
         y = sum(both[:, :, i : i + length] * tap[:, None] for i, tap in enumerate(taps))
         if bias is not None:
-            y = y + bias.float()[:, None]
+            y = (y.mT + bias.float()).mT  # no view of a parameter: inference mode would refuse it
         ctx.save_for_backward(x, weight, bias, initial)
         out = torch.empty_like(x)  # channels last, as x
         after = both[:, :, length:].mT.contiguous().mT.to(x.dtype)
@@ -89,8 +89,18 @@ def causal_conv1d_fn(
     """`causal_conv1d.causal_conv1d_fn`, with the initial and final states that are always given."""
     assert seq_idx is None and final_states_out is None and activation is None
     assert initial_states is not None and return_final_states
-    y, after = _Convolution.apply(x, weight, bias, initial_states)
+    given = (x, weight, bias, initial_states)
+    if not torch.is_grad_enabled():
+        return _Convolution.forward(_Nothing(), *given)
+    y, after = _Convolution.apply(*given)
     return y, after
+
+
+class _Nothing:
+    """A context of a function that keeps nothing."""
+
+    def save_for_backward(self, *_: Any) -> None:
+        pass
 
 
 # --- mamba-ssm ------------------------------------------------------------------------------------
