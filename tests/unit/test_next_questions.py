@@ -19,7 +19,7 @@ from hooked_hybrid import HookedHybrid, cli
 from hooked_hybrid.interventions import follow_span, keep_top_heads
 from hooked_hybrid.niah.cached_state import CachedStateJob, cached_state, settings_of
 from hooked_hybrid.niah.cached_state_command import accuracy_by_case
-from hooked_hybrid.niah.cached_ways import CASES, WAYS, Case
+from hooked_hybrid.niah.cached_ways import ALL, CASES, WAYS, Case, way_of
 from hooked_hybrid.niah.experiments import FOLLOW_MODES, weight_matrix
 from hooked_hybrid.niah.groups import MOST_ROWS
 from hooked_hybrid.niah.needles import PAPER
@@ -307,6 +307,18 @@ def test_each_way_of_answering_runs_without_the_others(case: Case):
     model, prompts = packaged("tiny-griffin"), prompts_of("tiny-griffin")[:1]
     table = cached_state(model, prompts, [8], [case], max_new_tokens=1, verbose=False)
     assert table["n_new_tokens"].tolist() == [1]
+
+
+def test_steps_that_carry_all_or_nothing_special_are_kept_and_others_run_in_parts():
+    ways = {case.name: way_of(case) for case in CASES}
+    in_parts = {name for name, way in ways.items() if way == "in parts"}
+    assert in_parts == CARRIED.keys() - {"steps: carry all"}
+    assert (
+        ways["no cache: everywhere"] == "everywhere" and ways["no cache: last position"] == "last"
+    )
+    kept = ("whole model", "prompt: all", "steps: carry all", "prompt and steps: all")
+    assert {ways[name] for name in kept} == {"kept"}
+    assert way_of(Case("backwards", (), ALL[::-1])) == "kept"
 
 
 def test_a_part_of_which_one_prompt_is_missing_is_run():

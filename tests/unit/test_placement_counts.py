@@ -342,6 +342,7 @@ def test_where_no_number_fits_none_is_found():
     assert _smallest(lambda n: True, 64, 64) is None
     assert _largest(lambda n: n < 1, 9) is None
     assert _largest(lambda n: True, 1) is None
+    assert _largest(lambda n: n < 2, 2) == _largest(lambda n: n < 2, 9) == 1
     assert _narrower(None) == ("int8", "nf4") and _narrower("int8") == ("nf4",)
     assert _narrower("nf4") == ()
 
@@ -458,3 +459,22 @@ def test_changes_are_for_the_longest_length_of_a_plan(monkeypatch: pytest.Monkey
     (batch,) = (int(c.option.split(" ")[1]) for c in rows.changes if "--batch" in c.option)
     for n, does in ((batch, True), (batch + 1, False)):
         assert plan(cfg, Machine((), GB), (400_000,), n, torch.float32).fits == does
+
+
+@pytest.mark.parametrize(
+    ("fitting", "said"),
+    [(("int8", "nf4"), ["--quantize int8"]), (("nf4",), ["--quantize nf4"]), ((), [])],
+)
+def test_of_schemes_that_would_do_the_least_narrow_is_named(
+    monkeypatch: pytest.MonkeyPatch, fitting: tuple[str, ...], said: list[str]
+):
+    class Fits:
+        def __init__(self, sizes: Sizes, machine: Machine, length: int) -> None:
+            self.scheme = sizes.quantize
+
+        def fits(self) -> bool:
+            return self.scheme in fitting
+
+    found = plan(CFG, Machine((), 5), (20,))
+    monkeypatch.setattr("hooked_hybrid.placement.changes.Planner", Fits)
+    assert [change.option for change in changes(found)] == said

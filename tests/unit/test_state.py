@@ -224,6 +224,14 @@ def test_a_row_outside_is_an_index_error_that_says_how_many_there_are(state, row
         state[rows]
 
 
+@pytest.mark.parametrize("rows", [0.5, [0.5], "0", torch.tensor([0.5])])
+def test_rows_that_are_no_numbers_of_rows_are_refused(state, unchecked, rows):
+    with pytest.raises(ValueError, match="rows"):
+        state[rows]
+    with pytest.raises(ValueError, match="rows"):
+        state.replace(state, rows=rows)
+
+
 @pytest.mark.parametrize("mask", [[True, False], torch.ones(4, dtype=torch.bool)], ids=str)
 def test_a_row_mask_of_another_length_is_refused(state, mask):
     with pytest.raises(IndexError, match="3 rows"):
