@@ -24,6 +24,7 @@ _NAMES = {
     "changes": "what is not as the config makes it:",
 }
 _UNRECORDED_NAMES = {"changes": "what a model's modules hold"}
+_OF_ANOTHER_FORM = "what it says of itself is not of the form that this library writes"
 _UNRECORDED = "cannot be proven the same"
 
 
@@ -37,20 +38,10 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
             "spec" and "hooks".
     """
     now = json.loads(json.dumps(dict(now)))
-    if "identity" in now and "identity" not in before:
-        before = _adopted(before)
-    found: list[str] = []
-    for key in dict.fromkeys([*now, *before]):
-        old, new, name = before.get(key), now.get(key), _NAMES.get(key, key)
-        if key == "identity":
-            found += _of_models(old or {}, new or {})
-        elif key == "settings" and isinstance(old, dict) and isinstance(new, dict):
-            found += _few(_of_settings(old, new))
-        elif key not in before:
-            found.append(f"{name} {_UNRECORDED}")
-        elif not _same(old, new):
-            found.append(_change(name, old, new))
-    return found
+    try:
+        return _changes(before, now)
+    except (AttributeError, LookupError, TypeError):  # values of kinds that no version wrote
+        return [_OF_ANOTHER_FORM]
 
 
 def identity_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
@@ -76,6 +67,23 @@ def refusal(place: object, what: str, changed: Sequence[str], reading: str = "")
         f"{place} was begun by an older version of this library, which did not record all of "
         f"{', '.join(unproven)}: that they are the same cannot be proven; {end}{reading}"
     )
+
+
+def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    if "identity" in now and "identity" not in before:
+        before = _adopted(before)
+    found: list[str] = []
+    for key in dict.fromkeys([*now, *before]):
+        old, new, name = before.get(key), now.get(key), _NAMES.get(key, key)
+        if key == "identity":
+            found += _of_models(old or {}, new or {})
+        elif key == "settings" and isinstance(old, dict) and isinstance(new, dict):
+            found += _few(_of_settings(old, new))
+        elif key not in before:
+            found.append(f"{name} {_UNRECORDED}")
+        elif not _same(old, new):
+            found.append(_change(name, old, new))
+    return found
 
 
 def _adopted(before: Mapping[str, Any]) -> dict[str, Any]:

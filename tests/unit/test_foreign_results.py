@@ -18,6 +18,7 @@ import pytest
 
 from hooked_hybrid.evaluation.cells import Cells
 from hooked_hybrid.harvest import harvest
+from hooked_hybrid.identity.comparing import changes, refusal
 from hooked_hybrid.niah.report import write_report
 from hooked_hybrid.niah.store import COLUMNS, FILE, Store, read_cells
 from hooked_hybrid.reproduce.recipe import QUICK, recipe_for
@@ -234,6 +235,32 @@ def test_an_experiment_too_deep_to_read_is_refused(tmp_path: Path):
     changed(tmp_path / "r", f"UPDATE meta SET value = {deep} WHERE key = 'experiment'")
     with pytest.raises(ValueError, match="damaged .*does not say of which experiment"):
         Store(tmp_path / "r", EXPERIMENT, resume=True)
+
+
+JUNK = (None, 3, True, "s", [1], [[1]], {"a": 1}, {"a": [1]}, [{"a": 1}], {"spec": 3}, ESCAPE)
+
+
+def test_whatever_an_experiment_says_of_itself_is_another_or_the_same():
+    """Each value of what was written in turn becomes one of another kind."""
+    hook = {"point": "p", "direction": "fwd", "hash": "h"}
+    now = {
+        "identity": {"weights": "w", "config": {"layers": [1]}, "hooks": [hook], "changes": {}},
+        "settings": {"a": {"spec": {"k": 1}, "hooks": [hook]}},
+        "prompts": ["p0"],
+    }
+    places = [(key,) for key in now] + [("identity", key) for key in now["identity"]]
+    places += [("settings", "a"), ("settings", "a", "spec"), ("settings", "a", "hooks")]
+    assert changes(now, now) == []
+    for place in places:
+        for value in JUNK:
+            before = json.loads(json.dumps(now))
+            inner = before
+            for key in place[:-1]:
+                inner = inner[key]
+            inner[place[-1]] = value
+            found = changes(before, now)
+            assert found, (place, value)
+            assert refusal("here", "experiment", found).isprintable()
 
 
 # --- links and pipes ------------------------------------------------------------------------------
