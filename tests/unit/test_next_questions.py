@@ -321,6 +321,15 @@ def test_steps_that_carry_all_or_nothing_special_are_kept_and_others_run_in_part
     assert way_of(Case("backwards", (), ALL[::-1])) == "kept"
 
 
+@pytest.mark.parametrize("way", [way for way in WAYS if way != "kept"])
+def test_logits_among_which_there_is_no_order_are_an_error(way: str):
+    model, prompt = random_model(CONFIGS["griffin"]), random_tokens(1, 6)
+    model.tokenizer = toy_tokenizer()
+    lost = ("unembed.hook_logits", lambda logits, hook: logits * torch.nan)
+    with model.hooks([lost]), pytest.raises(ValueError, match="the two largest logits"):
+        WAYS[way](model, prompt, torch.zeros(1, dtype=torch.long), [(CASES[4], 2)], 3)
+
+
 def test_a_part_of_which_one_prompt_is_missing_is_run():
     job = job_of([9, 9, 7], 20)
     of = {part[0].id: i for i, part in enumerate(job.parts)}

@@ -146,6 +146,24 @@ def test_files_of_a_process_leave_as_soon_as_they_are_mapped(tmp_path: Path, mon
     assert torch.equal(model(random_tokens()), tiny_model("griffin")(random_tokens()))
 
 
+def test_a_folder_in_which_one_of_two_tensors_is_missing_is_filled(
+    tmp_path: Path, monkeypatch: Any
+):
+    folder, there, missing = OffloadFolder(tmp_path, "x"), torch.zeros(4), torch.ones(5)
+    folder.write("there", there, there)
+    full = SimpleNamespace(free=19)
+    monkeypatch.setattr("hooked_hybrid.placement.files.shutil.disk_usage", lambda path: full)
+    with folder.filling({"there": there}):
+        assert folder.has("there", there) and not folder.has("there", missing)
+    both = {"there": there, "missing": missing}
+    with pytest.raises(OSError, match="would take"), folder.filling(both):  # of 20 bytes
+        pass
+    full.free = 20
+    with folder.filling(both):
+        folder.write("missing", missing, missing)
+    assert torch.equal(folder.read("missing", missing), missing)
+
+
 def test_a_blank_folder_and_a_model_without_weights_are_refused(checkpoint: Path):
     with pytest.raises(ValueError, match="offload_folder is blank"):
         HookedHybrid.from_pretrained(checkpoint, offload_folder=" ", **ON_DISK)
