@@ -161,8 +161,9 @@ def _count(value: Any) -> None:
 
 
 def _through(name: str, node: Any) -> nodes.Filter:
-    line = 0 if node is None else node.lineno
-    return nodes.Filter(node, name, [], [], None, None).set_lineno(line)
+    through = nodes.Filter(node, name, [], [], None, None)
+    through.set_lineno(0 if node is None else node.lineno)
+    return through
 
 
 def _wrap_concatenations(node: nodes.Node) -> None:
