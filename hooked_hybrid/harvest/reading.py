@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
 from hooked_hybrid.foreign import require_plain_file, require_safetensors
-from hooked_hybrid.harvest.index import read_index
+from hooked_hybrid.harvest.index_file import read_index
 from hooked_hybrid.harvest.shards import (
     AGAIN,
     BESIDE,
