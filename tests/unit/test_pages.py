@@ -39,6 +39,20 @@ def test_every_mark_names_its_command_and_its_commit(name: str):
         assert COMMIT.fullmatch(block["commit"]), block["what"]
 
 
+NO_MEASUREMENT = (
+    "| | layers | width of the MLPs |",  # sizes of the twins
+    "| scheme | what is stored |",
+    "| experiment | published |",  # words, each with a section of its own
+)
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_a_table_of_a_page_with_marks_stands_between_marks(name: str):
+    outside = BLOCK.sub("", PAGES[name].read_text(encoding="utf-8"))
+    heads = re.findall(r"(?<!\|)\n(\|[^\n]*)\n\|-", outside)
+    assert not [head for head in heads if not head.startswith(NO_MEASUREMENT)]
+
+
 @pytest.mark.parametrize("name", sorted(path.stem for path in KEPT.glob("*.csv")))
 def test_results_in_the_tree_say_what_made_them_and_stand_on_a_page(name: str):
     found = kept(name)
