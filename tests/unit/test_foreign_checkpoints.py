@@ -357,7 +357,7 @@ BOMBS = [
 def test_a_template_of_others_ends_soon_and_in_a_value_error(
     template: str, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr("hooked_hybrid.chat_bounds.STEPS", 20_000)
+    monkeypatch.setattr("hooked_hybrid.chat_bounds.STEPS", 3_000)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with within(60), pytest.raises(ValueError, match="the chat template (refuses|fails)"):
         render_chat(template, messages=[{"role": "user", "content": "hello"}])
