@@ -72,7 +72,7 @@ def kept(name: str) -> Kept:
     if not path.exists():
         raise ValueError(f"no results {name!r} in {KEPT}: keep them, or write another name")
     first, second, body = path.read_text(encoding="utf-8").split("\n", 2)
-    said = [line.partition(": ")[2] for line in (first, second)]
-    if not first.startswith("# command: ") or not COMMIT.fullmatch(said[1]):
+    command, commit = (line.partition(": ")[2] for line in (first, second))
+    if not first.startswith("# command: ") or not COMMIT.fullmatch(commit):
         raise ValueError(f"{path} does not begin with its command and its commit")
-    return Kept(name, *said, pd.read_csv(StringIO(body)))
+    return Kept(name, command, commit, pd.read_csv(StringIO(body)))

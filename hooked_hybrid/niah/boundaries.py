@@ -118,7 +118,7 @@ def token_ends(tokenizer: Any, text: str, tokens: Sequence[int], decode: Any) ->
 def _spans(tokenizer: Any, text: str) -> tuple[list[int], list[tuple[int, int]]] | None:
     """Return tokens and their places in the text, of tokenizers that tell them."""
     own = getattr(tokenizer, "backend", None)  # of one that was read from a checkpoint
-    backend = own if hasattr(own, "encode_batch") else tokenizer  # transformers' is a word
+    backend: Any = own if hasattr(own, "encode_batch") else tokenizer  # transformers' is a word
     encoded = backend.encode(text, add_special_tokens=False)
     if hasattr(encoded, "offsets"):
         return list(encoded.ids), list(encoded.offsets)
