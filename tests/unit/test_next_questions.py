@@ -28,7 +28,7 @@ from hooked_hybrid.niah.settings import hooks_for
 from hooked_hybrid.niah.sweep import niah, top_k_settings
 from tests.models import griffin_config, jamba_config, random_model, random_tokens, relative
 from tests.tolerances import FP32_PARITY
-from tests.unit.test_text import toy_tokenizer
+from tests.unit.test_text import PAD, toy_tokenizer
 
 N_POS, N_KEYS = 23, 9
 SPANS, BEGIN = [(8, 12), (6, 9)], [13, 17]  # tokens of the first leave the window while written
@@ -328,6 +328,25 @@ def test_logits_among_which_there_is_no_order_are_an_error(way: str):
     lost = ("unembed.hook_logits", lambda logits, hook: logits * torch.nan)
     with model.hooks([lost]), pytest.raises(ValueError, match="the two largest logits"):
         WAYS[way](model, prompt, torch.zeros(1, dtype=torch.long), [(CASES[4], 2)], 3)
+
+
+@pytest.mark.parametrize("way", ["everywhere", "last"])
+def test_a_prompt_that_ends_with_padding_tokens_is_read_whole(way: str):
+    model, prompt = random_model(CONFIGS["griffin"], seed=3), random_tokens(1, 8)
+    model.tokenizer = toy_tokenizer()
+    prompt[:, -2:] = PAD
+    (_, _, margin), *_ = WAYS[way](
+        model, prompt, torch.zeros(1, dtype=torch.long), [(Case(way, recomputed=way), 1)], 1
+    )
+    model.tokenizer = None  # then no token is padding
+    hooks = keep_top_heads(1)
+    if way == "last":
+        _, state = model(prompt[:, :-1], return_type=None, return_state=True)
+        logits = model.run_with_hooks(prompt[:, -1:], fwd_hooks=hooks, state=state)
+    else:
+        logits = model.run_with_hooks(prompt, fwd_hooks=hooks)
+    best = logits[0, -1].topk(2).values
+    assert margin == pytest.approx(float(best[0] - best[1]), rel=1e-4)
 
 
 def test_a_part_of_which_one_prompt_is_missing_is_run():

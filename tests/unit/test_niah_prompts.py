@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import regex
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, normalizers
 from tokenizers.decoders import ByteLevel as ByteLevelDecoder
 from tokenizers.decoders import Metaspace as MetaspaceDecoder
 from tokenizers.models import BPE, Unigram, WordLevel
@@ -111,10 +111,21 @@ def llama_like_tokenizer() -> Tokenizer:
     return tokenizer
 
 
+def llama_tokenizer() -> Tokenizer:
+    """Return a tokenizer that puts a blank in front of every text, also of one that has a blank."""
+    tokenizer = llama_like_tokenizer()
+    tokenizer.pre_tokenizer = None
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    )
+    return tokenizer
+
+
 SENTENCES = [PAPER.sentence, "Startup founders work late.", "Nobody sleeps."]
 OTHERS: dict[str, Callable[[], Tokenizer]] = {
     "bytes": bytes_tokenizer,
     "llama-like": llama_like_tokenizer,
+    "llama": llama_tokenizer,
 }
 
 
