@@ -217,7 +217,7 @@ def _parsed(entry: Any, place: str) -> KeywordNeedle:
     wanted = {"sentence", "question", "keywords"}
     if not isinstance(entry, dict) or set(entry) != wanted:
         found = sorted(entry) if isinstance(entry, dict) else entry
-        raise ValueError(f"{place}: give exactly {sorted(wanted)}; found {one_line(found)}")
+        raise ValueError(f"{place}: give exactly {sorted(wanted)}; found {one_line(repr(found))}")
     texts, keywords = (entry["sentence"], entry["question"]), entry["keywords"]
     if not (isinstance(keywords, list) and all(isinstance(t, str) for t in (*texts, *keywords))):
         raise ValueError(f"{place}: sentence and question are texts, keywords is a list of texts")

@@ -30,7 +30,8 @@ from hooked_hybrid.harvest import harvest
 from hooked_hybrid.niah.cached_state import CASES, cached_state
 from hooked_hybrid.niah.prompts import Prompt
 from hooked_hybrid.niah.settings import PerRow, Setting
-from hooked_hybrid.niah.store import COLUMNS, FILE, _digest_of
+from hooked_hybrid.niah.store import COLUMNS, FILE
+from hooked_hybrid.niah.store_checks import digest_of
 from hooked_hybrid.niah.sweep import niah
 from hooked_hybrid.reproduce.recipe import Recipe
 from hooked_hybrid.reproduce.runs import text_losses
@@ -171,7 +172,7 @@ def half_of_cells(folder: Path) -> None:
     with sqlite3.connect(folder / FILE) as kept:
         (last,) = kept.execute("SELECT max(prompt_id) FROM cells").fetchone()
         kept.execute("DELETE FROM cells WHERE prompt_id = ?", (last,))
-        digest = _digest_of(kept.execute(f"SELECT {', '.join(COLUMNS)} FROM cells"))
+        digest = digest_of(kept.execute(f"SELECT {', '.join(COLUMNS)} FROM cells"))
         kept.execute("UPDATE meta SET value = ? WHERE key = 'digest'", (f"{digest:x}",))
     kept.close()
 
