@@ -269,18 +269,24 @@ def test_resuming_some_items_keeps_the_others_in_the_report(tmp_path: Path):
     assert broken.exit_code == 1 and "claims.csv cannot be read" in " ".join(broken.output.split())
 
 
-def test_the_folder_of_benchmarks_is_kept_with_the_recipe(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    out, tasks, seen = tmp_path / "r", tmp_path / "tasks", []
-    tasks.mkdir()
-    wanted = ["--paper", "thesis2025", "--only", "Figure C.1", "--quick", "--out", str(out)]
+def folders_of_benchmarks(monkeypatch: pytest.MonkeyPatch) -> list[Path | None]:
+    """Return the folders that runs measure from, one for each; nothing is measured."""
+    seen: list[Path | None] = []
 
     def measured(*arguments: Any) -> language.Scores:
         seen.append(arguments[5])
         return language.Scores(why_not=language.NO_DATA)
 
     monkeypatch.setattr(command, "measured", measured)
+    return seen
+
+
+def test_the_folder_of_benchmarks_is_kept_with_the_recipe(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    out, tasks, seen = tmp_path / "r", tmp_path / "tasks", folders_of_benchmarks(monkeypatch)
+    tasks.mkdir()
+    wanted = ["--paper", "thesis2025", "--only", "Figure C.1", "--quick", "--out", str(out)]
     assert invoke(*wanted).exit_code == 0
     before = json.loads((out / "recipe.json").read_text())
     del before["include_path"]  # as recipes were written once
@@ -301,15 +307,9 @@ def test_a_folder_whose_code_would_run_is_never_taken_from_a_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """The recipe may be another's; what it names is asked for again, and read by nobody."""
-    out, tasks, seen = tmp_path / "r", tmp_path / "tasks", []
+    out, tasks, seen = tmp_path / "r", tmp_path / "tasks", folders_of_benchmarks(monkeypatch)
     tasks.mkdir()
     wanted = ["--paper", "thesis2025", "--only", "Figure C.1", "--quick", "--out", str(out)]
-
-    def measured(*arguments: Any) -> language.Scores:
-        seen.append(arguments[5])
-        return language.Scores(why_not=language.NO_DATA)
-
-    monkeypatch.setattr(command, "measured", measured)
     assert invoke(*wanted).exit_code == 0
     recipe = json.loads((out / "recipe.json").read_text())
     for name in (str(tasks), "\x1b[31mtasks", ["tasks"], "a\0b"):
