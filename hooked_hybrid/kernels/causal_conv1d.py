@@ -8,7 +8,7 @@ from torch import Tensor
 
 from hooked_hybrid import transforms
 from hooked_hybrid.kernels import importable, need_gradients
-from hooked_hybrid.kernels.trials import waves, works
+from hooked_hybrid.kernels.trials import Pair, gradients_of, waves, works
 from hooked_hybrid.kernels.twice import twice_differentiable
 
 MODULE = "causal_conv1d"
@@ -92,22 +92,14 @@ def _inputs(device: torch.device, dtype: torch.dtype) -> list[Tensor]:
     return [waves(*shape, seed=i).to(device, dtype) for i, shape in enumerate(shapes)]
 
 
-def _trial(
-    device: torch.device, dtype: torch.dtype
-) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+def _trial(device: torch.device, dtype: torch.dtype) -> Pair:
     inputs = _inputs(device, dtype)
     return convolve(*inputs), _definition(*inputs)
 
 
-def _trial_of_gradients(
-    device: torch.device, dtype: torch.dtype
-) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+def _trial_of_gradients(device: torch.device, dtype: torch.dtype) -> Pair:
     inputs = [t.requires_grad_() for t in _inputs(device, dtype)]
-    pair = convolve(*inputs), _definition(*inputs)
-    found, expected = (
-        torch.autograd.grad([t.square().sum() for t in outputs], inputs) for outputs in pair
-    )
-    return found, expected
+    return gradients_of((convolve(*inputs), _definition(*inputs)), inputs)
 
 
 def _channels_last(x: Tensor) -> Tensor:

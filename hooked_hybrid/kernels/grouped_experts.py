@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from hooked_hybrid.config import Activation
-from hooked_hybrid.kernels.trials import waves, works
+from hooked_hybrid.kernels.trials import Pair, waves, works
 from hooked_hybrid.layers import activate
 from hooked_hybrid.shapes import Resid
 
@@ -90,9 +90,7 @@ def _is_aligned(weight: Tensor) -> bool:
 
 
 @torch.no_grad()
-def _trial(
-    device: torch.device, dtype: torch.dtype
-) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+def _trial(device: torch.device, dtype: torch.dtype) -> Pair:
     """Return what three experts write, in grouped products and in one product each."""
     shapes = ((2, 5, 16), (2, 5, 2), (3, 32, 16), (3, 32, 16), (3, 16, 32))
     x, shares, gate, up, down = (

@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hooked_hybrid.kernels import need_gradients, triton_reads
-from hooked_hybrid.kernels.trials import waves, works
+from hooked_hybrid.kernels.trials import Pair, waves, works
 
 CHUNK = 64
 BLOCK = 128  # channels of a program, which is one warp: 16 bytes a thread
@@ -105,9 +105,7 @@ def _check(a: Tensor, x: Tensor, h0: Tensor) -> None:
 
 
 @torch.no_grad()
-def _trial(
-    device: torch.device, dtype: torch.dtype
-) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+def _trial(device: torch.device, dtype: torch.dtype) -> Pair:
     """Return the states of two chunks, both ways, by the kernels and by the loop."""
     from hooked_hybrid.scan import scan_loop
 

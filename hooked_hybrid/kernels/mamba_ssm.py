@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from hooked_hybrid.kernels import importable, need_gradients
-from hooked_hybrid.kernels.trials import waves, works
+from hooked_hybrid.kernels.trials import Pair, gradients_of, waves, works
 from hooked_hybrid.kernels.twice import twice_differentiable
 from hooked_hybrid.shapes import Inner
 
@@ -90,9 +90,7 @@ def _definition(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor) -> tuple
     return selective_scan_loop(u, dt, A, B, C, u.new_zeros(u.shape[0], *A.shape))
 
 
-def _trial(
-    device: torch.device, dtype: torch.dtype
-) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+def _trial(device: torch.device, dtype: torch.dtype) -> Pair:
     """Return outputs and gradients, by the kernels and by the definition."""
     shapes = ((2, 5, 16), (2, 5, 16), (16, 4), (2, 5, 4), (2, 5, 4))
     u, dt, A, B, C = (waves(*shape, seed=i) for i, shape in enumerate(shapes))
@@ -100,8 +98,5 @@ def _trial(
     with torch.enable_grad():
         inputs = [t.to(device, dtype).requires_grad_() for t in given]
         pair = selective_scan(*inputs), _definition(*inputs)
-        found, expected = (
-            (*outputs, *torch.autograd.grad([t.square().sum() for t in outputs], inputs))
-            for outputs in pair
-        )
-    return found, expected
+        found, expected = gradients_of(pair, inputs)
+    return (*pair[0], *found), (*pair[1], *expected)

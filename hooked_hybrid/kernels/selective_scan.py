@@ -7,7 +7,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from hooked_hybrid.kernels import need_gradients, triton_reads
-from hooked_hybrid.kernels.trials import waves, works
+from hooked_hybrid.kernels.trials import Pair, waves, works
 from hooked_hybrid.shapes import Inner
 
 BLOCK_D = 16  # channels of a program, which is one warp, at most
@@ -88,9 +88,7 @@ def blocks(d_state: int) -> tuple[int, int]:
 
 
 @torch.no_grad()
-def _trial(
-    device: torch.device, dtype: torch.dtype
-) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+def _trial(device: torch.device, dtype: torch.dtype) -> Pair:
     """Return outputs and last states, with resets and without, by the kernel and by the loop."""
     from hooked_hybrid.selective_scan import selective_scan_loop
 

@@ -8,7 +8,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-Trial = Callable[[torch.device, torch.dtype], tuple[Sequence[Tensor], Sequence[Tensor]]]
+Pair = tuple[Sequence[Tensor], Sequence[Tensor]]
+"""What a kernel and its definition give."""
+Trial = Callable[[torch.device, torch.dtype], Pair]
 """Gives what a kernel and its definition compute on a device from small inputs of a dtype."""
 BOUNDS = {torch.float64: 1e-8, torch.float32: 1e-3}
 """How far a kernel may be from its definition, over the largest entry: wrong ones are far off."""
@@ -72,10 +74,18 @@ def _apart(found: Tensor, expected: Tensor) -> float:
     return apart if apart == apart else float("inf")
 
 
+def gradients_of(pair: Pair, inputs: Sequence[Tensor]) -> Pair:
+    """Return gradients by the inputs, through a kernel and through its definition."""
+    found, expected = (
+        torch.autograd.grad([t.square().sum() for t in outputs], inputs) for outputs in pair
+    )
+    return found, expected
+
+
 def waves(*shape: int, seed: int = 0) -> Tensor:
     """Return numbers between -1 and 1 on the CPU, always the same: no generator is touched."""
     n = torch.arange(torch.Size(shape).numel(), dtype=torch.float64)
     return (n * (1.7 + 0.3 * seed) + seed).sin().view(shape)
 
 
-__all__ = ["Trial", "waves", "works"]
+__all__ = ["Pair", "Trial", "gradients_of", "waves", "works"]
