@@ -31,7 +31,6 @@ from hooked_hybrid.niah.experiments import (
 )
 from hooked_hybrid.niah.head_sets import standings
 from hooked_hybrid.niah.language import text_loss, texts_of
-from hooked_hybrid.niah.plots import replacing
 from hooked_hybrid.niah.prompt_options import FirstToken, PromptOptions, ThesisDepth
 from hooked_hybrid.niah.published import READ_TWICE, WEIGHTS, Published
 from hooked_hybrid.niah.report import write_report
@@ -45,6 +44,7 @@ from hooked_hybrid.niah.settings import Setting, top_k_settings
 from hooked_hybrid.niah.static import check_sizes, rankings_of, sizes_of, static_settings
 from hooked_hybrid.niah.sweep import niah as run_sweep
 from hooked_hybrid.option_groups import grouped
+from hooked_hybrid.tables import write_csv
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -289,12 +289,10 @@ def _report(
         if plan.picture is not None:
             figures = {plan.title: plan.picture(shown), **figures}
         if losses is not None:
-            with replacing(out / "text_loss.csv") as temporary:
-                losses.to_csv(temporary, index=False)
+            write_csv(losses, out / "text_loss.csv")
         among = standings(table, plan.families)
         if not among.empty:
-            with replacing(out / "sets.csv") as temporary:
-                among.to_csv(temporary, index=False)
+            write_csv(among, out / "sets.csv")
         written = write_report(
             shown,
             plan.settings,
