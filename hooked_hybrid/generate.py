@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -193,6 +193,8 @@ class _Decoder:
         self.model, self.tokens, self.mask, self.state = model, tokens, mask, state
         self.sampling, self.draws, self.stop_strings = sampling, sampling.draws(), stop_strings
         self.eos = torch.tensor(list(eos), device=tokens.device, dtype=torch.long)
+        self.pad = next(iter(eos), 0)
+        self.has_ends = bool(eos or stop_strings)
         self.batch = tokens.shape[0]
         self.rows = torch.arange(self.batch, device=tokens.device)
         self.step = 0
@@ -288,11 +290,11 @@ class _Decoder:
                 f"{', '.join(map(str, rows))} (step {self.step}): the logits are NaN or infinite, "
                 "so that no token is the best. A hook left them so, or a value outgrew the dtype"
             ) from error
-        pad = self.eos[0] if self.eos.numel() else self.tokens.new_zeros(())
-        self.new.append(pad.repeat(self.batch).index_copy(0, self.rows, chosen))
-        self.logprobs.append(logprobs.new_zeros(self.batch).index_copy(0, self.rows, logprobs))
-        endless = margins.new_full((self.batch,), torch.inf)
-        self.margins.append(endless.index_copy(0, self.rows, margins))
+        self.new.append(self._in_all_rows(chosen, self.pad))
+        self.logprobs.append(self._in_all_rows(logprobs, 0.0))
+        self.margins.append(self._in_all_rows(margins, torch.inf))
+        if not self.has_ends:
+            return chosen[:, None]
         ends = torch.isin(chosen, self.eos) | self._meets_stop_string()
         if not bool(ends.any()):
             return chosen[:, None]
@@ -305,6 +307,14 @@ class _Decoder:
         else:
             self.graph.keep(~ends)
         return chosen[~ends][:, None]
+
+    def _in_all_rows(
+        self, x: Shaped[Tensor, " going_on"], fill: int | float
+    ) -> Shaped[Tensor, " batch"]:
+        """Return a value of the rows that go on, with `fill` in those that have ended."""
+        if len(self.rows) == self.batch:
+            return x
+        return x.new_full((self.batch,), fill).index_copy(0, self.rows, x)
 
     def _meets_stop_string(self) -> Tensor:
         if not self.stop_strings:

@@ -98,4 +98,7 @@ def may_overwrite(*points: HookPoint) -> bool:
     """
     if transforms.is_followed():
         return False
-    return not any(p.fwd_hooks for p in points)
+    for point in points:  # noqa: SIM110 (asked 25 times a token; a generator costs twice as much)
+        if point.fwd_hooks:
+            return False
+    return True
