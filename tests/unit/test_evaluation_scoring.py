@@ -48,10 +48,17 @@ def requests() -> list[Request]:
 
 
 def one_by_one(model: HookedHybrid, hooks: Any = ()) -> list[tuple[float, bool]]:
-    """Return each score by the definition: one forward, log-softmax, gather."""
+    """Return each score by the definition."""
+    return by_definition(model, requests(), hooks)
+
+
+def by_definition(
+    model: HookedHybrid, requests: list[Request], hooks: Any = ()
+) -> list[tuple[float, bool]]:
+    """Return scores of a forward, log-softmax and gather for each."""
     found = []
     with torch.no_grad(), model.hooks(fwd_hooks=hooks):
-        for context, continuation in requests():
+        for context, continuation in requests:
             tokens = torch.tensor([context + continuation[:-1]])
             logits = model(tokens, stage="prefill")[0, -len(continuation) :]
             targets = torch.tensor(continuation)
@@ -80,6 +87,13 @@ def test_batches_and_shared_beginnings_score_as_single_forwards(name: str, k: in
     for batch_size, shares in ((3, True), (4, False)):
         found = score(model(name), requests(), hooks, batch_size, shares)
         assert relative_error(found, wanted) < FP32_PARITY
+
+
+def test_a_context_with_several_continuations_shares_a_forward_with_one_that_has_one() -> None:
+    first, second = ((*row[:6],) for row in random_tokens(2, 6, seed=3).tolist())
+    asked = [Request(first, (7, 8)), Request(first, (9, 5)), Request(second, (7,))]
+    found = score(model("griffin"), asked, batch_size=2)
+    assert relative_error(found, by_definition(model("griffin"), asked)) < FP32_PARITY
 
 
 def test_interventions_change_the_scores() -> None:

@@ -19,7 +19,7 @@ from hooked_hybrid import HookedHybrid, cli
 from hooked_hybrid.interventions import follow_span, keep_top_heads
 from hooked_hybrid.niah.cached_state import CachedStateJob, cached_state, settings_of
 from hooked_hybrid.niah.cached_state_command import accuracy_by_case
-from hooked_hybrid.niah.cached_ways import ALL, CASES, WAYS, Case, way_of
+from hooked_hybrid.niah.cached_ways import ALL, CASES, WAYS, Case, _decoded, way_of
 from hooked_hybrid.niah.experiments import FOLLOW_MODES, weight_matrix
 from hooked_hybrid.niah.groups import MOST_ROWS
 from hooked_hybrid.niah.needles import PAPER
@@ -347,6 +347,26 @@ def test_a_prompt_that_ends_with_padding_tokens_is_read_whole(way: str):
         logits = model.run_with_hooks(prompt, fwd_hooks=hooks)
     best = logits[0, -1].topk(2).values
     assert margin == pytest.approx(float(best[0] - best[1]), rel=1e-4)
+
+
+def test_no_step_is_run_after_all_rows_have_ended():
+    """Row 1 ends with its first token, row 0 with its second: logits of rows by step."""
+    model = random_model(CONFIGS["griffin"])
+    model.tokenizer = toy_tokenizer()
+    (eos,) = model.text.eos
+    asked: list[tuple[int, list[int]]] = []
+
+    def step(so_far: Tensor, going: Tensor) -> Tensor:
+        asked.append((so_far.shape[1], going.tolist()))
+        logits = torch.zeros(len(going), 9)
+        for i, row in enumerate(going.tolist()):
+            says = eos if len(asked) + row == 2 else 5
+            logits[i, [says, 7]] = torch.tensor([3.0 - row + len(asked), 2.0])
+        return logits
+
+    found = _decoded(model, torch.full((2, 4), 6), step, 8)
+    assert asked == [(4, [0, 1]), (5, [0])]
+    assert found == [("w5", 2, 2.0), ("", 1, 1.0)]
 
 
 def test_a_part_of_which_one_prompt_is_missing_is_run():

@@ -364,6 +364,10 @@ def test_places_of_tokens_are_found_with_and_without_a_tokenizer_that_tells_them
     assert [found[i] for i in known] == [encoded.offsets[i][1] for i in known]
     by_byte = bytes_tokenizer().encode("é.").ids
     assert token_ends(bytes_tokenizer(), "é.", by_byte, bytes_tokenizer().decode) == [-1, 1, 2]
+    of_bytes = bytes_tokenizer()
+    silent = SimpleNamespace(encode=lambda text, **_: of_bytes.encode(text).ids)
+    by_byte = silent.encode("a  é.")
+    assert token_ends(silent, "a  é.", by_byte, of_bytes.decode) == [1, 1, 1, -1, 4, 5]
 
 
 def test_a_tokenizer_of_transformers_gives_the_prompts_of_its_own_backend():

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from hooked_hybrid import HookedHybrid
-from hooked_hybrid.sampling import Draws, Sampling, splitmix64, uniforms
+from hooked_hybrid.sampling import Draws, Sampling, _signed, splitmix64, uniforms
 from tests.models import random_tokens, tiny_model
 from tests.options import Row, check_acts, check_complete, check_refuses
 
@@ -520,6 +520,8 @@ def test_the_stream_of_numbers_is_splitmix64():
     ]
     made = splitmix64(torch.tensor(1234567), torch.arange(5))
     assert [int(x) % 2**64 for x in made] == expected
+    given = [0, 2**63 - 1, 2**63, 2**64 - 1]
+    assert [_signed(x) for x in given] == [0, 2**63 - 1, -(2**63), -1]  # of the same bits
 
 
 def test_uniform_numbers_are_even_and_independent_between_rows_and_steps():
