@@ -92,6 +92,8 @@ def test_blocks_kept_elsewhere_run_on_the_accelerator_of_the_part_before_them(mo
         CONFIGS["jamba"], {"": 0, "blocks.1": 1, "blocks.2": "disk", "blocks.3": "cpu"}
     )
     assert [str(places[f"blocks.{i}"].runs_on) for i in range(4)] == ["cuda:0", *["cuda:1"] * 3]
+    names = [place.name for place in places.values()]
+    assert names == ["cuda:0", "cuda:0", "cuda:1", "disk", "cpu", "cuda:0", "cuda:0"]
     first = resolve(CONFIGS["jamba"], {"": "cpu", "blocks.2": 1})
     assert {str(first[f"blocks.{i}"].runs_on) for i in range(4)} == {"cuda:1"}
     with pytest.raises(ValueError, match="this machine has 2 GPUs"):
@@ -328,6 +330,7 @@ def test_a_load_cut_off_leaves_nothing_that_bears_a_name(
         ({"device_map": {"": "cpu"}, "device": "meta"}, "and a device_map: give one of them"),
         ({"max_memory": {"cpu": "1GB"}}, "go with device_map"),
         ({"device_map": {"": "cpu"}, "max_memory": {"cpu": "1GB"}}, "for device_map='auto'"),
+        ({"device_map": {"": "cpu"}, "offload_folder": "x"}, "puts nothing on the disk"),
         ({"device_map": "auto", "max_memory": {9: "1GB"}}, "max_memory names 9"),
         ({"device_map": "auto", "max_memory": {"cpu": "much"}}, "'much' is no size"),
     ],

@@ -169,3 +169,7 @@ def test_a_blank_folder_and_a_model_without_weights_are_refused(checkpoint: Path
         HookedHybrid.from_pretrained(checkpoint, offload_folder=" ", **ON_DISK)
     with pytest.raises(ValueError, match="has no weights"):
         place(HookedHybrid.meta(tiny_model("griffin").cfg), {"": "cpu"})
+    partly = tiny_model("griffin")
+    partly.blocks[1].to("meta")
+    with pytest.raises(ValueError, match="has no weights"):
+        place(partly, {"": "cpu"})
