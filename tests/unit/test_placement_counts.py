@@ -292,6 +292,9 @@ def test_what_no_device_holds_goes_to_the_cpu_and_then_to_the_disk_to_the_byte()
     assert planner_of(room, cpu=rest - 1, disk=weights[3] - 1).find() is None
     assert planner_of(room, disk=rest).find() == Split((1,), 0, 3)
     assert planner_of(room - 1, cpu=rest).find() != Split((1,), on_cpu=3)
+    room = planner_of(GB).usage(range(0), range(4), is_first=True).total  # none of them
+    assert planner_of(room, cpu=rest + weights[0]).find() == Split((0,), on_cpu=4)
+    assert planner_of(room - 1, cpu=rest + weights[0]).find() is None
 
 
 # --- sizes in words, and the smallest changes -----------------------------------------------------
@@ -413,7 +416,8 @@ def test_a_plan_is_made_for_the_longest_of_its_lengths():
     assert list(found.require()) == [
         "embed", *(f"blocks.{i}" for i in range(4)), "ln_final", "unembed",
     ]  # fmt: skip
-    for wrong in ({"lengths": ()}, {"lengths": (0,)}, {"batch": 0}):
+    assert plan(CFG, Machine((), GB), (1,), 1).lengths == (1,)
+    for wrong in ({"lengths": ()}, {"lengths": (0, 5)}, {"batch": 0}):
         with pytest.raises(ValueError, match="give 1 or more of each"):
             plan(CFG, Machine((), GB), **wrong)
 
@@ -432,6 +436,7 @@ def test_why_a_model_has_no_place_names_what_there_is(machine: Machine, beside: 
     found = plan(CFG, machine, (20,), 3, torch.float32)
     assert found.why_not.endswith(beside) or beside in found.why_not
     whole = found.whole
+    assert whole.weights == sum(found.sizes.weights.values())
     assert f"weights of {shown(whole.weights)}, and for 3 x 20 tokens" in found.why_not
     assert f"a state of {shown(whole.state)} and {shown(whole.working)} to work" in found.why_not
     assert ("to load it in" in found.why_not) == (whole.loading > whole.running)

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from hooked_hybrid.placement import place, running
-from hooked_hybrid.placement.running import Door
+from hooked_hybrid.placement import place, resolve, running
+from hooked_hybrid.placement.running import Door, Placement, is_one_device
 from tests.models import random_tokens, tiny_model
 
 
@@ -33,13 +33,48 @@ def test_a_door_brings_weights_for_as_long_as_anyone_is_inside(monkeypatch: Any)
     assert all(p is before[n] for n, p in model.named_parameters())
 
 
+@pytest.mark.parametrize(
+    ("device_map", "brings", "is_on_one", "needs_none"),
+    [
+        ({"": "cpu"}, False, True, True),
+        ({"": "cpu", "blocks": "meta"}, False, False, False),
+        ({"": "cpu", "blocks": "meta", "blocks.0": "cpu"}, True, False, False),
+        ({"": "cpu", "blocks.1": "disk"}, True, True, False),
+        ({"": "disk"}, True, True, False),
+    ],
+)
+def test_where_parts_lie_says_whether_weights_are_brought(
+    device_map: dict[str, Any], brings: bool, is_on_one: bool, needs_none: bool
+):
+    model = tiny_model("griffin")
+    places = resolve(model.cfg, device_map)
+    placement = Placement(model, places)
+    assert (placement.brings_weights, placement.is_on_one_device) == (brings, is_on_one)
+    assert is_one_device(places) == needs_none
+
+
 def test_a_door_that_cannot_bring_everything_leaves_the_block_as_it_was(monkeypatch: Any):
     model = tiny_model("griffin")
     before = dict(model.named_parameters())
-    monkeypatch.setattr(running, "_there", _out_of_memory_after(3))
-    with pytest.raises(MemoryError), Door(model.blocks[0], torch.device("cpu"), is_streamed=True):
-        pass
+    door = Door(model.blocks[0], torch.device("cpu"), is_streamed=True)
+    with monkeypatch.context() as patched:
+        patched.setattr(running, "_there", _out_of_memory_after(3))
+        with pytest.raises(MemoryError), door:
+            pass
     assert all(p is before[n] for n, p in model.named_parameters())
+    monkeypatch.setattr(running, "_there", lambda p, device: nn.Parameter(p.detach() + 0))
+    with door:  # now there is room
+        assert all(p is not before[f"blocks.0.{n}"] for n, p in model.blocks[0].named_parameters())
+    assert all(p is before[n] for n, p in model.named_parameters())
+
+
+def test_weights_that_are_brought_take_gradients_where_those_kept_do():
+    frozen, trained = (nn.Parameter(torch.ones(3), requires_grad=grad) for grad in (False, True))
+    device = torch.device("meta")
+    brought = running._there(frozen, device)
+    assert brought.device == device and not brought.requires_grad
+    running._there(trained, torch.device("cpu")).sum().backward()
+    assert trained.grad is not None and trained.grad.tolist() == [1.0] * 3
 
 
 @pytest.mark.parametrize("name", ["griffin", "jamba"])
