@@ -1,6 +1,7 @@
 """Every test runs on one core and without a network."""
 
 import os
+from collections import Counter
 from collections.abc import Iterator
 
 import pytest
@@ -11,6 +12,8 @@ from tests.skips import lines_of
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 torch.set_num_threads(1)
+CHECKED_ONE_IN = 1
+"""Of a test's cases, one in so many runs with types and shapes checked at run time."""
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
@@ -21,12 +24,31 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> Iterat
         terminalreporter.write_line(line, yellow=True, bold=True)
 
 
-@pytest.fixture
-def unchecked() -> Iterator[None]:
-    """Turn the run-time type checks off, to meet the library as its users do."""
-    config.update("jaxtyping_disable", True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the cases that run with checks: of each test the first, the ninth and so on."""
+    seen: Counter[str] = Counter()
+    for item in items:
+        test = item.nodeid.partition("[")[0]
+        if seen[test] % CHECKED_ONE_IN == 0:
+            item.add_marker("checked")
+        seen[test] += 1
+
+
+@pytest.fixture(autouse=True)
+def checks(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Check types and shapes of every call at run time in marked tests, and in no others.
+
+    The checks cost more than the tests themselves: 2.3 times over the whole suite.
+    """
+    config.update("jaxtyping_disable", request.node.get_closest_marker("checked") is None)
     yield
     config.update("jaxtyping_disable", False)
+
+
+@pytest.fixture
+def unchecked(checks: None) -> None:
+    """Turn the run-time type checks off, to meet the library as its users do."""
+    config.update("jaxtyping_disable", True)
 
 
 @pytest.fixture
