@@ -12,7 +12,7 @@ from tests.skips import lines_of
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 torch.set_num_threads(1)
-CHECKED_ONE_IN = 1
+CHECKED_ONE_IN = 8
 """Of a test's cases, one in so many runs with types and shapes checked at run time."""
 
 
