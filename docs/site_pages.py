@@ -26,8 +26,8 @@ DOCUMENTS = {
     "README.md": "index.md",
     "CHANGELOG.md": "changelog.md",
     "interop/README.md": "interop.md",
-    "hooked_hybrid/tiny-griffin/README.md": "tiny-griffin.md",
-    "hooked_hybrid/tiny-jamba/README.md": "tiny-jamba.md",
+    "hooked_hybrid/presets/tiny-griffin/README.md": "tiny-griffin.md",
+    "hooked_hybrid/presets/tiny-jamba/README.md": "tiny-jamba.md",
 }
 """Files outside `docs/`, and the pages they become."""
 
@@ -60,13 +60,13 @@ PACKAGES = {
     "hooked_hybrid.niah": "Needle in a haystack",
     "hooked_hybrid.accounting": "Parameters, compute and memory",
     "hooked_hybrid.evaluation": "Language benchmarks",
-    "hooked_hybrid.reproduce": "The papers' tables and figures",
+    "hooked_hybrid.papers": "The papers' tables and figures",
     "hooked_hybrid.harvest": "Harvesting activations",
-    "hooked_hybrid.placement": "Models larger than a device",
-    "hooked_hybrid.identity": "What a stored result depends on",
-    "hooked_hybrid.mixers": "Mixers",
-    "hooked_hybrid.mlps": "MLPs",
-    "hooked_hybrid.kernels": "Kernels",
+    "hooked_hybrid.network.placement": "Models larger than a device",
+    "hooked_hybrid.runs.identity": "What a stored result depends on",
+    "hooked_hybrid.network.mixers": "Mixers",
+    "hooked_hybrid.network.mlps": "MLPs",
+    "hooked_hybrid.network.kernels": "Kernels",
     "weights_conversion": "Checkpoints",
     "hooked_hybrid": "The other modules",
 }

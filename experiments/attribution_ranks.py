@@ -21,9 +21,9 @@ from experiments.pages.writing import block
 from hooked_hybrid import HookedHybrid
 from hooked_hybrid.analysis import Agreement, compare_with_patching
 from hooked_hybrid.niah.needles import PAPER, draw_needle
-from hooked_hybrid.niah.plots import replacing
 from hooked_hybrid.niah.prompts import build_prompt
-from hooked_hybrid.packaged import packaged_models
+from hooked_hybrid.niah.report.plots import replacing
+from hooked_hybrid.presets.packaged import packaged_models
 
 LENGTH, DEPTH = 128, 0.5
 COMMAND = "python -m experiments.attribution_ranks docs/attribution_ranks.md"

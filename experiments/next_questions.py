@@ -17,12 +17,12 @@ import torch
 from experiments.benchmarks.machine import commit_and_day
 from experiments.pages.writing import filled
 from hooked_hybrid import HookedHybrid
-from hooked_hybrid.intervals import SHARE, mean_interval
 from hooked_hybrid.interventions import follow_span
-from hooked_hybrid.niah.experiments import FOLLOW_MODES
 from hooked_hybrid.niah.needles import PAPER, held_out_needles
 from hooked_hybrid.niah.prompts import Haystack, grid
-from hooked_hybrid.results_folder import replacing
+from hooked_hybrid.niah.settings.papers import FOLLOW_MODES
+from hooked_hybrid.outputs.folders import replacing
+from hooked_hybrid.runs.intervals import SHARE, mean_interval
 
 LENGTH, N_NEEDLES = 160, 8
 

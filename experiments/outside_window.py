@@ -27,14 +27,14 @@ from torch import Tensor
 from experiments import window_figures, window_relay
 from hooked_hybrid import HookedHybrid
 from hooked_hybrid.analysis import generic_activation_patch
-from hooked_hybrid.hooked_root import HookSpec
+from hooked_hybrid.hooks.root import HookSpec
 from hooked_hybrid.interventions import knock_out_crossings, limit_window
 from hooked_hybrid.niah.needles import Needle, draw_needle, find_needle, known_needles
-from hooked_hybrid.niah.plots import replacing, save_figure
 from hooked_hybrid.niah.prompts import Prompt, build_prompt, grid
-from hooked_hybrid.niah.settings import Setting
-from hooked_hybrid.niah.statistics import interval_of
+from hooked_hybrid.niah.report.plots import replacing, save_figure
+from hooked_hybrid.niah.settings.setting import Setting
 from hooked_hybrid.niah.sweep import niah
+from hooked_hybrid.runs.statistics import interval_of
 
 WINDOW = 256
 """Keys that a query of tiny-griffin sees, itself included."""

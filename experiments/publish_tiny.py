@@ -21,13 +21,13 @@ from matplotlib.figure import Figure
 import hooked_hybrid
 from experiments.train_tiny import LEVELS, cut
 from hooked_hybrid import HookedHybrid
+from hooked_hybrid.niah.haystacks.word_tokenizer import word_tokenizer
+from hooked_hybrid.niah.haystacks.words import SPECIAL
 from hooked_hybrid.niah.lengths import longest_prompt
 from hooked_hybrid.niah.needles import PAPER, held_out_needles
-from hooked_hybrid.niah.plots import save_figure
 from hooked_hybrid.niah.prompts import default_depths, default_lengths, grid, shortest_length
+from hooked_hybrid.niah.report.plots import save_figure
 from hooked_hybrid.niah.sweep import Setting, niah, top_k_settings
-from hooked_hybrid.niah.word_tokenizer import word_tokenizer
-from hooked_hybrid.niah.words import SPECIAL
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -23,15 +23,16 @@ from jaxtyping import Float
 from torch import Tensor
 
 from experiments.window_relay import kept
-from hooked_hybrid import HookedHybrid, presets
+from hooked_hybrid import HookedHybrid
 from hooked_hybrid.accounting.configs import PUBLISHED
-from hooked_hybrid.intervals import GAP, SHARE, mean_interval
+from hooked_hybrid.network.weights.plain import stored_bytes
+from hooked_hybrid.network.weights.quantized import Only, quantizable, quantize_weights
 from hooked_hybrid.niah.needles import Needle, known_needles
 from hooked_hybrid.niah.prompts import grid
 from hooked_hybrid.niah.sweep import niah
-from hooked_hybrid.quantized import Only, quantizable, quantize_weights
-from hooked_hybrid.results_folder import replacing
-from hooked_hybrid.weights import stored_bytes
+from hooked_hybrid.outputs.folders import replacing
+from hooked_hybrid.presets import configs as presets
+from hooked_hybrid.runs.intervals import GAP, SHARE, mean_interval
 
 PACKAGED = ("tiny-griffin", "tiny-jamba")
 WIDE = {

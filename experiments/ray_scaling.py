@@ -22,13 +22,13 @@ import torch
 
 from experiments.benchmarks.timing import interleaved
 from hooked_hybrid import HookedHybrid
-from hooked_hybrid.niah.experiments import heads_of
 from hooked_hybrid.niah.lengths import longest_prompt
 from hooked_hybrid.niah.needles import PAPER
 from hooked_hybrid.niah.prompts import default_depths, default_lengths, grid
-from hooked_hybrid.niah.ray_calls import connect
-from hooked_hybrid.niah.ray_workers import RayWorkers
+from hooked_hybrid.niah.settings.papers import heads_of
 from hooked_hybrid.niah.sweep import niah, top_k_settings
+from hooked_hybrid.runs.ray_calls import connect
+from hooked_hybrid.runs.ray_workers import RayWorkers
 
 
 def _check(tables: dict[str, pd.DataFrame]) -> None:

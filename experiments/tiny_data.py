@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hooked_hybrid.niah.haystack import sentences
+from hooked_hybrid.niah.haystacks.haystack import sentences
+from hooked_hybrid.niah.haystacks.word_tokenizer import BOS, EOS
+from hooked_hybrid.niah.haystacks.words import SPECIAL, vocabulary
 from hooked_hybrid.niah.needles import Needle, draw_needles, training_cities
-from hooked_hybrid.niah.word_tokenizer import BOS, EOS
-from hooked_hybrid.niah.words import SPECIAL, vocabulary
 
 ASK = "\nQUESTION:\n{question}\nANSWER: Here is the most relevant sentence in the context:"
 ASK_TUNED = (

@@ -28,11 +28,12 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm import tqdm
 
 from experiments.tiny_data import ANSWER, CONTENT, DRILL, TEXT, Batch, Maker, Size
-from hooked_hybrid import HookedHybrid, HookPoint, HybridConfig, presets
-from hooked_hybrid.hooked_root import HookSpec
-from hooked_hybrid.hooks import HookFn
-from hooked_hybrid.mixers.rglru import DECAY_STRENGTH
-from hooked_hybrid.niah.words import vocabulary
+from hooked_hybrid import HookedHybrid, HookPoint, HybridConfig
+from hooked_hybrid.hooks.point import HookFn
+from hooked_hybrid.hooks.root import HookSpec
+from hooked_hybrid.network.mixers.rglru import DECAY_STRENGTH
+from hooked_hybrid.niah.haystacks.words import vocabulary
+from hooked_hybrid.presets import configs as presets
 
 SPECIAL: dict[str, Any] = {"bos_token_id": 2, "eos_token_id": 1, "pad_token_id": 0}
 LEVELS = [

@@ -8,9 +8,9 @@ import numpy as np
 import pandas as pd
 
 from experiments.window_relay import BINS, GROUPS
-from hooked_hybrid.intervals import SHARE, mean_interval
-from hooked_hybrid.niah.plots import new_figure
-from hooked_hybrid.niah.statistics import interval_of
+from hooked_hybrid.niah.report.plots import new_figure
+from hooked_hybrid.runs.intervals import SHARE, mean_interval
+from hooked_hybrid.runs.statistics import interval_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -23,14 +23,14 @@ from experiments.recall.score import HELD_OUT
 from experiments.recall.task import Batch, Task, draw
 from experiments.recall.train import Recipe, small_config, train
 from hooked_hybrid import HookedHybrid
-from hooked_hybrid.hooked_root import HookSpec
+from hooked_hybrid.hooks.root import HookSpec
 from hooked_hybrid.interventions import (
     knock_out_crossings,
     knock_out_edges,
     knock_out_state_edges,
     limit_window,
 )
-from hooked_hybrid.niah.plots import replacing
+from hooked_hybrid.niah.report.plots import replacing
 
 N_KEYS = 16
 """Keys that a query of these models sees, itself included."""

@@ -5,17 +5,17 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from hooked_hybrid import presets
-from hooked_hybrid.cache import ActivationCache
 from hooked_hybrid.config import HybridConfig
-from hooked_hybrid.factored_matrix import FactoredMatrix
-from hooked_hybrid.folding import FoldRecord, fold_ln, unfold_ln
-from hooked_hybrid.generate import GenerationOutput
-from hooked_hybrid.hooked_root import HookedRootModule
-from hooked_hybrid.hooks import HookPoint
-from hooked_hybrid.model import HookedHybrid
-from hooked_hybrid.names import HookNameError, get_act_name
-from hooked_hybrid.state import HybridState
+from hooked_hybrid.hooks.names import HookNameError, get_act_name
+from hooked_hybrid.hooks.point import HookPoint
+from hooked_hybrid.hooks.root import HookedRootModule
+from hooked_hybrid.model.cache import ActivationCache
+from hooked_hybrid.model.folding import FoldRecord, fold_ln, unfold_ln
+from hooked_hybrid.model.generate import GenerationOutput
+from hooked_hybrid.model.hybrid import HookedHybrid
+from hooked_hybrid.network.state import HybridState
+from hooked_hybrid.network.weights.factored import FactoredMatrix
+from hooked_hybrid.presets import configs as presets
 
 if TYPE_CHECKING:
     from hooked_hybrid import analysis, interventions

@@ -11,6 +11,7 @@ import math
 import operator
 from collections.abc import Sequence
 from enum import Enum
+from importlib.util import find_spec
 from numbers import Real
 from typing import Any, Final, Literal
 
@@ -28,6 +29,18 @@ class Unset(Enum):
 
 UNSET: Final = Unset.UNSET
 UnsetType = Literal[Unset.UNSET]
+
+EXTRAS = {
+    "accelerate": "offload",
+    "lm_eval": "eval",
+    "matplotlib": "analysis",
+    "pandas": "analysis",
+    "ray": "ray",
+    "rich": "niah",
+    "torchao": "quantized",
+    "typer": "niah",
+}
+"""Packages, and the extra of hooked-hybrid that each comes with."""
 
 
 def is_given(value: Any) -> bool:
@@ -131,7 +144,30 @@ def check_number(
     raise ValueError(f"{name}={shown(value)}: give {wanted}{f', or {rather}' if rather else ''}")
 
 
+def require(*packages: str) -> None:
+    """Refuse, before any work, what needs packages that are not installed.
+
+    Raises:
+        ModuleNotFoundError: names them and what to install.
+    """
+    missing = [name for name in packages if not _is_installed(name)]
+    if missing:
+        extras = ",".join(dict.fromkeys(EXTRAS[name] for name in missing))
+        raise ModuleNotFoundError(
+            f"this needs {' and '.join(missing)}: pip install 'hooked-hybrid[{extras}]'",
+            name=missing[0],
+        )
+
+
+def _is_installed(package: str) -> bool:
+    try:
+        return find_spec(package) is not None
+    except ValueError:  # a module that was put in place of the package, without a spec
+        return True
+
+
 __all__ = [
+    "EXTRAS",
     "UNSET",
     "Unset",
     "UnsetType",
@@ -140,5 +176,6 @@ __all__ = [
     "check_number",
     "is_given",
     "refuse_ignored",
+    "require",
     "shown",
 ]

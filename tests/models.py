@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hooked_hybrid import HookedHybrid, HybridConfig, presets
+from hooked_hybrid import HookedHybrid, HybridConfig
+from hooked_hybrid.presets import configs as presets
 
 D_VOCAB = 61
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hooked_hybrid import HookedHybrid, HookPoint, interventions
-from hooked_hybrid.state import HybridState, RecurrentState
+from hooked_hybrid.network.state import HybridState, RecurrentState
 from tests.models import CONFIGS, griffin_config, random_model, random_tokens, relative, tiny_model
 from tests.tolerances import FLOAT64_LONG, FP32_PARITY
 

@@ -16,12 +16,13 @@ from tokenizers.pre_tokenizers import Whitespace
 from tokenizers.processors import TemplateProcessing
 from torch import Tensor
 
-from hooked_hybrid import HookedHybrid, HookPoint, HybridState, interventions, memory
-from hooked_hybrid.chat import render_chat
+from hooked_hybrid import HookedHybrid, HookPoint, HybridState, interventions
+from hooked_hybrid.commands.convert import main
+from hooked_hybrid.network import memory
+from hooked_hybrid.text.chat import render_chat
 from tests.models import CONFIGS, griffin_config, random_model, random_tokens, relative, tiny_model
 from tests.tokenizers_of_the_families import sentencepiece_folder
 from weights_conversion import CheckpointError
-from weights_conversion.__main__ import main
 from weights_conversion.sources import open_torch_file
 
 models = pytest.mark.parametrize("name", list(CONFIGS))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from hooked_hybrid import HookedHybrid, HookPoint, interventions
-from hooked_hybrid.plan import piece_length
+from hooked_hybrid.network.plan import piece_length
 from tests.models import CONFIGS, random_tokens, relative, tiny_model
 from tests.tolerances import FP32_PARITY
 
@@ -128,7 +128,7 @@ def test_padded_equals_unpadded_and_continues_alike(name: str, hooks: str, side:
 @pytest.mark.parametrize("cut", CUTS[1:4], ids=str)
 def test_padded_rows_may_be_cut_too(name: str, hooks: str, side: str, cut: list[int]):
     """A part may be all padding for some rows, so this runs below the checks of `forward`."""
-    from hooked_hybrid.layout import lay_out
+    from hooked_hybrid.network.layout import lay_out
 
     model = model_of(name)
     tokens, mask = padded(side)
@@ -217,7 +217,7 @@ def test_pieces_of_a_long_forward_equal_the_whole(
 
     with torch.no_grad():
         whole, state = run(model, tokens, hooks, attention_mask=mask, return_state=True)
-        monkeypatch.setattr("hooked_hybrid.model.piece_length", small)
+        monkeypatch.setattr("hooked_hybrid.model.hybrid.piece_length", small)
         cut, end = run(model, tokens, hooks, attention_mask=mask, return_state=True)
         assert pieces == [4]
         assert relative(cut[mask.bool()], whole[mask.bool()]) < FP32_PARITY

@@ -1,6 +1,6 @@
 """The one error a checkpoint can cause."""
 
-from hooked_hybrid.foreign import printable
+from hooked_hybrid.outputs.foreign import printable
 
 
 class CheckpointError(ValueError):

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from hooked_hybrid.config import HybridConfig
-from hooked_hybrid.foreign import one_line
+from hooked_hybrid.outputs.foreign import one_line
 from weights_conversion.config_keys import GENERATION_DEFAULTS
 from weights_conversion.hf_config import named, special_tokens
 from weights_conversion.json_files import LARGEST_CONFIG, read_json

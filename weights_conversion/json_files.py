@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from hooked_hybrid.foreign import LARGEST_JSON as LARGEST_INDEX
-from hooked_hybrid.foreign import LARGEST_SMALL as LARGEST_CONFIG
-from hooked_hybrid.foreign import read_json as read_any
+from hooked_hybrid.outputs.foreign import LARGEST_JSON as LARGEST_INDEX
+from hooked_hybrid.outputs.foreign import LARGEST_SMALL as LARGEST_CONFIG
+from hooked_hybrid.outputs.foreign import read_json as read_any
 from weights_conversion.errors import CheckpointError
 
 

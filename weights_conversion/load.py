@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from hooked_hybrid.config import HybridConfig
-from hooked_hybrid.model import HookedHybrid
-from hooked_hybrid.placement.files import identity_of
-from hooked_hybrid.placement.places import DeviceMap
-from hooked_hybrid.placement.placing import Homes, MaxMemory, homes_of, one_home
-from hooked_hybrid.quantized import Only, Quantizer
-from hooked_hybrid.text import as_tokenizer
-from hooked_hybrid.tokenizer import read_tokenizer
+from hooked_hybrid.model.hybrid import HookedHybrid
+from hooked_hybrid.network.placement.homes import Homes, MaxMemory, homes_of, one_home
+from hooked_hybrid.network.placement.offload import identity_of
+from hooked_hybrid.network.placement.places import DeviceMap
+from hooked_hybrid.network.weights.quantized import Only, Quantizer
+from hooked_hybrid.text.text import as_tokenizer
+from hooked_hybrid.text.tokenizer import read_tokenizer
 from weights_conversion.adapters import adapter_files
 from weights_conversion.errors import CheckpointError
 from weights_conversion.families import family_of_config

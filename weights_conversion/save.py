@@ -13,14 +13,14 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from hooked_hybrid.weights import require_plain_weights
+from hooked_hybrid.network.weights.plain import require_plain_weights
 from weights_conversion.families import family_that_writes
 from weights_conversion.generation import FILE as GENERATION_FILE
 from weights_conversion.generation import generation_config_to_save
 from weights_conversion.rules import Rule, revert
 
 if TYPE_CHECKING:
-    from hooked_hybrid.model import HookedHybrid
+    from hooked_hybrid.model.hybrid import HookedHybrid
 
 
 def save(

@@ -14,8 +14,8 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from hooked_hybrid.foreign import printable, require_safetensors
-from hooked_hybrid.packaged import packaged_models
+from hooked_hybrid.outputs.foreign import printable, require_safetensors
+from hooked_hybrid.presets.packaged import packaged_models
 from weights_conversion.errors import CheckpointError
 from weights_conversion.json_files import LARGEST_CONFIG, read_json
 from weights_conversion.torch_files import read_torch_file

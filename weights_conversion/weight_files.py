@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from hooked_hybrid.foreign import bare_name
+from hooked_hybrid.outputs.foreign import bare_name
 from weights_conversion.errors import CheckpointError
 from weights_conversion.json_files import LARGEST_INDEX, read_json
 

@@ -22,7 +22,7 @@ import torch
 from experiments.benchmarks.cases import CASES
 from experiments.benchmarks.harness import render, run
 from experiments.benchmarks.options import Options
-from hooked_hybrid.packaged import packaged_models
+from hooked_hybrid.presets.packaged import packaged_models
 
 
 def parser() -> argparse.ArgumentParser:

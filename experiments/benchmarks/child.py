@@ -54,7 +54,7 @@ def prefill_memory(folder: str, length: str) -> dict[str, float]:
 def scan_memory(length: str) -> dict[str, float]:
     """Return the megabytes the selective scan takes for a while, above inputs and output."""
     from experiments.benchmarks.cases.scans import D_INNER, D_STATE, selective_inputs
-    from hooked_hybrid.selective_scan import selective_scan
+    from hooked_hybrid.network.scans.selective_scan import selective_scan
 
     h0 = torch.zeros(1, D_INNER, D_STATE)
     selective_scan(*selective_inputs(64), h0)

@@ -16,7 +16,7 @@ import torch
 from torch.nn.functional import linear
 
 from experiments.benchmarks.timing import timed
-from hooked_hybrid.checkout import commit
+from hooked_hybrid.outputs.checkout import commit
 
 PACKAGES = ("torch", "transformers", "recurrentgemma", "transformer-lens")
 D = 512

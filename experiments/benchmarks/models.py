@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from hooked_hybrid import HookedHybrid
-from hooked_hybrid.state import HybridState
+from hooked_hybrid.network.state import HybridState
 
 RG_MID: dict[str, Any] = {
     "vocab_size": 8192,

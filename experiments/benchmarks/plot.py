@@ -9,7 +9,7 @@ from typing import Any
 
 from experiments.benchmarks.bars import GEMM, GOOGLE, HF
 from experiments.benchmarks.figures import OURS, Figures
-from hooked_hybrid.niah.plots import new_figure, replacing
+from hooked_hybrid.niah.report.plots import new_figure, replacing
 
 FILE = "tokens_per_second.png"
 PANELS = {

@@ -18,9 +18,9 @@ import torch
 
 from experiments.beside.frame import Bench, Experiment, save
 from hooked_hybrid import HookedHybrid
-from hooked_hybrid.identity.comparing import changes, refusal
-from hooked_hybrid.identity.model import model_identity
-from hooked_hybrid.niah.plots import replacing
+from hooked_hybrid.niah.report.plots import replacing
+from hooked_hybrid.runs.identity.comparing import changes, refusal
+from hooked_hybrid.runs.identity.model import model_identity
 
 NAMES = (
     "gather_aggregate",

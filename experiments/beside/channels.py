@@ -20,12 +20,12 @@ from experiments.beside.frame import (
 )
 from hooked_hybrid.analysis.answers import Copied, copies
 from hooked_hybrid.analysis.channels import GroupScores, channel_scores
-from hooked_hybrid.hooked_root import HookSpec
-from hooked_hybrid.hooks import HookPoint, per_position
-from hooked_hybrid.model import HookedHybrid
-from hooked_hybrid.niah.experiments import WHOLE
+from hooked_hybrid.hooks.point import HookPoint, per_position
+from hooked_hybrid.hooks.root import HookSpec
+from hooked_hybrid.model.hybrid import HookedHybrid
 from hooked_hybrid.niah.prompts import Prompt
-from hooked_hybrid.niah.static import other_prompts
+from hooked_hybrid.niah.settings.papers import WHOLE
+from hooked_hybrid.niah.settings.static import other_prompts
 
 GROUPS, SCORED_ON, DRAWS = 16, 2, 3
 """Groups of neighbouring channels in a layer; needles they are scored on; sets by lot."""

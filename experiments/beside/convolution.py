@@ -17,11 +17,11 @@ from experiments.beside.frame import (
     leaves_half,
     spares,
 )
-from hooked_hybrid.hooked_root import HookSpec
-from hooked_hybrid.hooks import HookPoint
-from hooked_hybrid.intervals import SHARE, mean_interval
-from hooked_hybrid.model import HookedHybrid
-from hooked_hybrid.niah.experiments import WHOLE
+from hooked_hybrid.hooks.point import HookPoint
+from hooked_hybrid.hooks.root import HookSpec
+from hooked_hybrid.model.hybrid import HookedHybrid
+from hooked_hybrid.niah.settings.papers import WHOLE
+from hooked_hybrid.runs.intervals import SHARE, mean_interval
 
 
 def cut_taps(model: HookedHybrid, layer: int, lags: Sequence[int]) -> list[HookSpec]:

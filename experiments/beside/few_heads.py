@@ -24,9 +24,9 @@ from experiments.beside.frame import (
 from hooked_hybrid.analysis.heads import retrieval_scores
 from hooked_hybrid.config import HybridConfig
 from hooked_hybrid.interventions import cut_heads, keep_heads
-from hooked_hybrid.niah.experiments import WHOLE, cut_settings, heads_of
-from hooked_hybrid.niah.settings import Setting
-from hooked_hybrid.niah.static import other_prompts
+from hooked_hybrid.niah.settings.papers import WHOLE, cut_settings, heads_of
+from hooked_hybrid.niah.settings.setting import Setting
+from hooked_hybrid.niah.settings.static import other_prompts
 
 WHOLLY = (4, 5)
 """Sizes of sets of which every one within a layer is cut, and kept."""

@@ -10,16 +10,16 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import pandas as pd
 
-from hooked_hybrid.hooked_root import HookSpec
-from hooked_hybrid.model import HookedHybrid
+from hooked_hybrid.hooks.root import HookSpec
+from hooked_hybrid.model.hybrid import HookedHybrid
 from hooked_hybrid.niah.language import text_loss
 from hooked_hybrid.niah.needles import PAPER, held_out_needles
-from hooked_hybrid.niah.plots import new_figure, replacing
 from hooked_hybrid.niah.prompts import Haystack, Prompt, grid
-from hooked_hybrid.niah.settings import Setting
-from hooked_hybrid.niah.statistics import summary
+from hooked_hybrid.niah.report.plots import new_figure, replacing
+from hooked_hybrid.niah.settings.setting import Setting
 from hooked_hybrid.niah.sweep import niah
-from hooked_hybrid.verdicts import FAILS, HOLDS, OPEN, Claimed, Word, ruled
+from hooked_hybrid.runs.statistics import summary
+from hooked_hybrid.runs.verdicts import FAILS, HOLDS, OPEN, Claimed, Word, ruled
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -135,7 +135,7 @@ def _words(rows: pd.DataFrame, claimed: Claimed, base: float) -> pd.Series:
 
 
 def verdict(word: Word) -> Verdict:
-    """Return what is said of a claim by what `hooked_hybrid.verdicts` makes of it."""
+    """Return what is said of a claim by what `hooked_hybrid.runs.verdicts` makes of it."""
     said: dict[Word, Verdict] = {HOLDS: "shows it", FAILS: "does not show it", OPEN: "cannot say"}
     return said[word]
 

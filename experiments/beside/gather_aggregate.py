@@ -11,7 +11,7 @@ import torch
 
 from experiments.beside.frame import Bench, Experiment, Finding, harms, spares
 from hooked_hybrid.analysis.watching import no_totals
-from hooked_hybrid.niah.experiments import head_settings
+from hooked_hybrid.niah.settings.papers import head_settings
 
 LABEL = 0.5
 """A head has a label from this share of its weight on."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from experiments.beside.frame import Bench, Experiment, Finding, verdict
-from hooked_hybrid.niah.experiments import layer_settings
-from hooked_hybrid.verdicts import all_of, apart, ruled
+from hooked_hybrid.niah.settings.papers import layer_settings
+from hooked_hybrid.runs.verdicts import all_of, apart, ruled
 
 NEEDED = 1.5
 """Times perplexity from which a kind of layer counts as needed for text."""

@@ -12,7 +12,7 @@ from experiments.recall.score import HELD_OUT, answered, score
 from experiments.recall.task import Task, draw
 from experiments.recall.train import Recipe, small_config, train
 from experiments.train_tiny import cut
-from hooked_hybrid.verdicts import FAILS, OPEN, apart
+from hooked_hybrid.runs.verdicts import FAILS, OPEN, apart
 
 TASK = Task(length=64, n_facts=4)
 WINDOWS, SEEDS = (8, 24, 64), (0, 1, 2)

@@ -24,7 +24,7 @@ from pathlib import Path
 
 from experiments.pages.results import keep
 from experiments.pages.writing import pages, written
-from hooked_hybrid.results_folder import replacing
+from hooked_hybrid.outputs.folders import replacing
 
 
 def main() -> None:

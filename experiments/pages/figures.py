@@ -9,7 +9,7 @@ from typing import NamedTuple
 import pandas as pd
 
 from experiments.pages.results import Kept, kept
-from hooked_hybrid.intervals import SHARE, mean_interval
+from hooked_hybrid.runs.intervals import SHARE, mean_interval
 
 _SIDES = {"inside": True, "beyond": False, "all": None}
 _SETS = {"every set": "every set {} #*", "by lot": "by lot {} #*"}

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import pandas as pd
 
-from hooked_hybrid.results_folder import replacing
+from hooked_hybrid.outputs.folders import replacing
 
 DOCS = Path(__file__).parents[2] / "docs"
 KEPT = DOCS / "measured"

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from experiments.benchmarks.machine import commit_and_day
 from experiments.pages.writing import filled
 from experiments.recall.map import D_INNER, D_STATES, FACTS, HEAD_STARTS, LEARNED, LENGTHS, Found
-from hooked_hybrid.niah.plots import new_figure, replacing
+from hooked_hybrid.niah.report.plots import new_figure, replacing
 
 BLOCK, COMMAND = "map", "python -m experiments.recall.map"
 """Name of the block of the page (`experiments.pages`), and what writes it."""

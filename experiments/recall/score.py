@@ -12,8 +12,8 @@ from torch import Tensor
 from experiments.recall.task import Batch, Task, draw
 from experiments.train_tiny import CUTS, cut
 from hooked_hybrid import HookedHybrid
-from hooked_hybrid.hooked_root import HookSpec
-from hooked_hybrid.intervals import SHARE, mean_interval
+from hooked_hybrid.hooks.root import HookSpec
+from hooked_hybrid.runs.intervals import SHARE, mean_interval
 
 HELD_OUT = 10**9
 """Added to the seed of sequences to score on; no training goes so far."""

@@ -22,8 +22,9 @@ from tqdm import tqdm
 
 from experiments.recall.task import Task, draw, drill
 from experiments.train_tiny import cut, start_calm
-from hooked_hybrid import HookedHybrid, HybridConfig, presets
-from hooked_hybrid.niah.plots import replacing
+from hooked_hybrid import HookedHybrid, HybridConfig
+from hooked_hybrid.niah.report.plots import replacing
+from hooked_hybrid.presets import configs as presets
 
 PASS = 0.9
 SHORTEST = 32

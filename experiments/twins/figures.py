@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from experiments.twins.models import DRILLS, LONG, TASK
-from hooked_hybrid.niah.plots import new_figure, replacing, save_figure
+from hooked_hybrid.niah.report.plots import new_figure, replacing, save_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

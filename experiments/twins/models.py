@@ -12,7 +12,7 @@ import torch
 from experiments.recall.task import Task
 from experiments.recall.train import Recipe, Training, small_config, train
 from hooked_hybrid import HookedHybrid, HybridConfig
-from hooked_hybrid.mixers.rglru import DECAY_STRENGTH
+from hooked_hybrid.network.mixers.rglru import DECAY_STRENGTH
 
 TASK = Task(length=48, n_facts=4, n_keys=16, n_values=16)
 LONG = "long-start hybrid"

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import torch
 
-from hooked_hybrid import HookedHybrid, HybridConfig, presets
-from hooked_hybrid.packaged import packaged_models
+from hooked_hybrid import HookedHybrid, HybridConfig
+from hooked_hybrid.presets import configs as presets
+from hooked_hybrid.presets.packaged import packaged_models
 from weights_conversion import google
 from weights_conversion.rules import revert
 

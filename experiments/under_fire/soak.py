@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from experiments.under_fire.memory import private_bytes
 from hooked_hybrid import HookedHybrid
-from hooked_hybrid.packaged import packaged_models
+from hooked_hybrid.presets.packaged import packaged_models
 
 PROMPTS = ("the pass key is 7, remember it", "one two three", "a", "the grass is green. " * 3)
 POINT = "blocks.1.hook_resid_mid"

@@ -6,10 +6,10 @@ import os
 from pathlib import Path
 from typing import Any
 
-from hooked_hybrid import presets
 from hooked_hybrid.config import HybridConfig
-from hooked_hybrid.foreign import LARGEST_SMALL, read_json
-from hooked_hybrid.packaged import packaged_models
+from hooked_hybrid.outputs.foreign import LARGEST_SMALL, read_json
+from hooked_hybrid.presets import configs as presets
+from hooked_hybrid.presets.packaged import packaged_models
 
 PUBLISHED: dict[str, HybridConfig] = {
     "recurrentgemma-2b": presets.griffin(

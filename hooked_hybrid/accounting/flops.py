@@ -21,10 +21,10 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from hooked_hybrid.accounting.operations import OF_LAYER, OF_PAIR, Flops, norm, read_out
 from hooked_hybrid.accounting.parameters import KINDS
-from hooked_hybrid.attend import BLOCK
 from hooked_hybrid.config import HybridConfig
-from hooked_hybrid.extras import require
-from hooked_hybrid.plan import PIECE
+from hooked_hybrid.network.attention.attend import BLOCK
+from hooked_hybrid.network.plan import PIECE
+from hooked_hybrid.options import require
 
 if TYPE_CHECKING:
     import pandas as pd

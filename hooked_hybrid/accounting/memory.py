@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from hooked_hybrid.config import AttentionConfig, HybridConfig, MambaConfig, RGLRUConfig
-from hooked_hybrid.extras import require
+from hooked_hybrid.options import require
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, NamedTuple
 from torch import nn
 
 from hooked_hybrid.config import HybridConfig
-from hooked_hybrid.extras import require
-from hooked_hybrid.layers import Embed, RMSNorm, Unembed
-from hooked_hybrid.mixers import RGLRU, Attention, Mamba
-from hooked_hybrid.mlps import GatedMLP, MoE
-from hooked_hybrid.model import HookedHybrid
+from hooked_hybrid.model.hybrid import HookedHybrid
+from hooked_hybrid.network.layers import Embed, RMSNorm, Unembed
+from hooked_hybrid.network.mixers import RGLRU, Attention, Mamba
+from hooked_hybrid.network.mlps import GatedMLP, MoE
+from hooked_hybrid.options import require
 
 if TYPE_CHECKING:
     import pandas as pd

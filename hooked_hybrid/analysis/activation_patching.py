@@ -17,15 +17,15 @@ from tqdm.auto import tqdm
 
 from hooked_hybrid.analysis.metrics import Metric, measured
 from hooked_hybrid.analysis.patch_grid import PatchGrid
-from hooked_hybrid.checks import checked_batch
-from hooked_hybrid.hooked_root import HookSpec
+from hooked_hybrid.hooks.names import NameFilter, matching
+from hooked_hybrid.hooks.root import HookSpec
+from hooked_hybrid.hooks.slicing import Indices, whole_numbers
 from hooked_hybrid.interventions.patching import patch
 from hooked_hybrid.interventions.places import Positions, at_positions, read_positions
-from hooked_hybrid.layout import lay_out
-from hooked_hybrid.model import HookedHybrid
-from hooked_hybrid.names import NameFilter, matching
+from hooked_hybrid.model.hybrid import HookedHybrid
+from hooked_hybrid.network.checks import checked_batch
+from hooked_hybrid.network.layout import lay_out
 from hooked_hybrid.shapes import Logits, Tokens
-from hooked_hybrid.slicing import Indices, whole_numbers
 
 Axis = Literal["pos", "head"]
 Cache = Mapping[Any, Tensor]

@@ -10,7 +10,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from hooked_hybrid.model import HookedHybrid
+from hooked_hybrid.model.hybrid import HookedHybrid
 
 
 @runtime_checkable

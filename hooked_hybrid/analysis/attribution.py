@@ -20,11 +20,11 @@ from tqdm.auto import tqdm
 from hooked_hybrid.analysis.metrics import Metric, measured
 from hooked_hybrid.analysis.scores import HeadScores
 from hooked_hybrid.analysis.slopes import Slopes, through_softmax
-from hooked_hybrid.checks import checked_batch
-from hooked_hybrid.finite import require_numbers
-from hooked_hybrid.hooks import HookPoint, watcher
-from hooked_hybrid.model import HookedHybrid
-from hooked_hybrid.names import NameFilter, Shorthand, matching, resolve
+from hooked_hybrid.hooks.names import NameFilter, Shorthand, matching, resolve
+from hooked_hybrid.hooks.point import HookPoint, watcher
+from hooked_hybrid.model.hybrid import HookedHybrid
+from hooked_hybrid.network.checks import checked_batch
+from hooked_hybrid.network.finite import require_numbers
 from hooked_hybrid.shapes import Tokens
 
 Axis = Literal["position", "head", "channel"]

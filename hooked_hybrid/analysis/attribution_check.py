@@ -14,9 +14,9 @@ from tqdm.auto import tqdm
 from hooked_hybrid.analysis.activation_patching import Cells
 from hooked_hybrid.analysis.attribution import Attribution, attribution_patching, checked_pair
 from hooked_hybrid.analysis.metrics import Metric, measured
+from hooked_hybrid.hooks.names import NameFilter
 from hooked_hybrid.interventions.patching import patch
-from hooked_hybrid.model import HookedHybrid
-from hooked_hybrid.names import NameFilter
+from hooked_hybrid.model.hybrid import HookedHybrid
 from hooked_hybrid.shapes import Tokens
 
 Points = Float[Tensor, " cell"]

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from hooked_hybrid.factored_matrix import FactoredMatrix
+from hooked_hybrid.network.weights.factored import FactoredMatrix
 
 Kind = Literal["eigenvalues", "rank", "top1"]
 

@@ -15,11 +15,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hooked_hybrid.config import AttentionConfig
-from hooked_hybrid.factored_matrix import FactoredMatrix
-from hooked_hybrid.layers import at_least_fp32, rotate
-from hooked_hybrid.layout import lay_out
-from hooked_hybrid.mixers import RGLRU, Attention, Mamba
-from hooked_hybrid.model import HookedHybrid
+from hooked_hybrid.model.hybrid import HookedHybrid
+from hooked_hybrid.network.layers import at_least_fp32, rotate
+from hooked_hybrid.network.layout import lay_out
+from hooked_hybrid.network.mixers import RGLRU, Attention, Mamba
+from hooked_hybrid.network.weights.factored import FactoredMatrix
 
 # --- one layer --------------------------------------------------------------------------------
 

@@ -34,9 +34,9 @@ from hooked_hybrid.analysis.circuits import (
 )
 from hooked_hybrid.analysis.pair_scores import PairScores, Part
 from hooked_hybrid.analysis.token_circuits import NO_ATTENTION, TokenSource, full_qk_circuit
-from hooked_hybrid.factored_matrix import FactoredMatrix
-from hooked_hybrid.layers import at_least_fp32
-from hooked_hybrid.model import HookedHybrid
+from hooked_hybrid.model.hybrid import HookedHybrid
+from hooked_hybrid.network.layers import at_least_fp32
+from hooked_hybrid.network.weights.factored import FactoredMatrix
 from hooked_hybrid.options import refuse_ignored
 
 Mode = Literal["Q", "K", "V", "in", "gate"]

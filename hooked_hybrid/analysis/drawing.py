@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 
-from hooked_hybrid.extras import require
+from hooked_hybrid.options import require
 
 if TYPE_CHECKING:
     import numpy as np

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from hooked_hybrid.analysis.linear_form import Index, PerChannel, Recurrence, Terms
 from hooked_hybrid.config import MambaConfig, RGLRUConfig
-from hooked_hybrid.layers import at_least_fp32
-from hooked_hybrid.layout import Layout
+from hooked_hybrid.network.layers import at_least_fp32
+from hooked_hybrid.network.layout import Layout
 
 Through = Literal["scan", "block"]
 Rows = Float[Tensor, "batch channel query key"]

@@ -22,11 +22,11 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from hooked_hybrid.analysis.linear_form import PerState, Recurrence
-from hooked_hybrid.cache import ActivationCache
 from hooked_hybrid.config import AttentionConfig, MambaConfig, RGLRUConfig
-from hooked_hybrid.mixers.mamba import Mamba
-from hooked_hybrid.mixers.rglru import RGLRU
-from hooked_hybrid.model import HookedHybrid
+from hooked_hybrid.model.cache import ActivationCache
+from hooked_hybrid.model.hybrid import HookedHybrid
+from hooked_hybrid.network.mixers.mamba import Mamba
+from hooked_hybrid.network.mixers.rglru import RGLRU
 
 Tokens = Float[Tensor, "channel *d_state"]
 SCRATCH = 2**26

@@ -15,18 +15,18 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from hooked_hybrid.layers import at_least_fp32, inverse_rms
+from hooked_hybrid.hooks.slicing import PosSlice
+from hooked_hybrid.model.residual.norms import TokenChoice, ids_at
+from hooked_hybrid.model.residual.parts import stream, weigh
+from hooked_hybrid.model.residual.reading import require_room
+from hooked_hybrid.network.layers import at_least_fp32, inverse_rms
+from hooked_hybrid.network.weights.products import linear
 from hooked_hybrid.options import refuse_ignored
-from hooked_hybrid.products import linear
-from hooked_hybrid.residual_norms import TokenChoice, ids_at
-from hooked_hybrid.residual_parts import stream, weigh
-from hooked_hybrid.residual_reading import require_room
-from hooked_hybrid.slicing import PosSlice
 
 if TYPE_CHECKING:
-    from hooked_hybrid.cache import ActivationCache
-    from hooked_hybrid.generate import GenerationOutput
-    from hooked_hybrid.model import HookedHybrid
+    from hooked_hybrid.model.cache import ActivationCache
+    from hooked_hybrid.model.generate import GenerationOutput
+    from hooked_hybrid.model.hybrid import HookedHybrid
 
 Kind = Literal["logits", "probs", "logprobs"]
 TokenKind = Literal["logits", "probs", "logprobs", "ranks"]

@@ -23,14 +23,14 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from hooked_hybrid.cache import ActivationCache
 from hooked_hybrid.config import MambaConfig, RGLRUConfig
-from hooked_hybrid.layers import at_least_fp32
-from hooked_hybrid.layout import Layout, lay_out
-from hooked_hybrid.mixers.mamba import forget
-from hooked_hybrid.names import HookNameError
-from hooked_hybrid.scan import scan
-from hooked_hybrid.state import HybridState, RecurrentState
+from hooked_hybrid.hooks.names import HookNameError
+from hooked_hybrid.model.cache import ActivationCache
+from hooked_hybrid.network.layers import at_least_fp32
+from hooked_hybrid.network.layout import Layout, lay_out
+from hooked_hybrid.network.mixers.mamba import forget
+from hooked_hybrid.network.scans.scan import scan
+from hooked_hybrid.network.state import HybridState, RecurrentState
 
 PerChannel = Float[Tensor, "batch pos channel"]
 PerState = Float[Tensor, "batch pos channel n"]

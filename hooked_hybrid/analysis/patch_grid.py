@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hooked_hybrid.analysis.scores import HeadScores
-from hooked_hybrid.finite import require_numbers
+from hooked_hybrid.network.finite import require_numbers
 
 
 @dataclass(frozen=True)

@@ -36,11 +36,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hooked_hybrid.config import AttentionConfig, MambaConfig, RGLRUConfig
-from hooked_hybrid.layers import at_least_fp32
-from hooked_hybrid.model import HookedHybrid
-from hooked_hybrid.names import resolve
+from hooked_hybrid.hooks.names import resolve
+from hooked_hybrid.hooks.slicing import whole_numbers
+from hooked_hybrid.model.hybrid import HookedHybrid
+from hooked_hybrid.network.layers import at_least_fp32
 from hooked_hybrid.shapes import Resid
-from hooked_hybrid.slicing import whole_numbers
 
 End = tuple[Any, ...]
 """A sender or a receiver: a name, then a layer, then a head or channels."""

@@ -21,7 +21,7 @@ from hooked_hybrid.analysis.path_ends import End
 from hooked_hybrid.analysis.path_runs import PathOptions, Paths
 from hooked_hybrid.analysis.scores import HeadScores
 from hooked_hybrid.analysis.watching import attention_of
-from hooked_hybrid.model import HookedHybrid
+from hooked_hybrid.model.hybrid import HookedHybrid
 from hooked_hybrid.shapes import Tokens
 
 

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from hooked_hybrid.finite import require_numbers
+from hooked_hybrid.network.finite import require_numbers
 
 
 @dataclass(frozen=True)

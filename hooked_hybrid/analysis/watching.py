@@ -8,8 +8,8 @@ import torch
 
 from hooked_hybrid.analysis.scores import HeadScores
 from hooked_hybrid.config import AttentionConfig
-from hooked_hybrid.hooks import HookFn
-from hooked_hybrid.model import HookedHybrid
+from hooked_hybrid.hooks.point import HookFn
+from hooked_hybrid.model.hybrid import HookedHybrid
 from hooked_hybrid.shapes import Tokens
 
 

@@ -7,7 +7,7 @@ from typing import Any, Literal, TypeVar
 
 import torch
 
-from hooked_hybrid.hooks import HookPoint
+from hooked_hybrid.hooks.point import HookPoint
 
 MOST_ROWS = 64
 """Rows that `batch_size="auto"` begins with; a memory error halves it."""

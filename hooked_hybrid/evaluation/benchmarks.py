@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from hooked_hybrid.niah.published import THESIS
+from hooked_hybrid.niah.report.published import THESIS
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from hooked_hybrid.evaluation.forms import Form, HeadChoice, Stage
-from hooked_hybrid.foreign import LARGEST_RESULTS, one_line, printable, read_json, refuse_link
-from hooked_hybrid.identity.comparing import changes, refusal
-from hooked_hybrid.results_folder import holds_results, remove_unfinished, replacing
+from hooked_hybrid.outputs.folders import holds_results, remove_unfinished, replacing
+from hooked_hybrid.outputs.foreign import (
+    LARGEST_RESULTS,
+    one_line,
+    printable,
+    read_json,
+    refuse_link,
+)
+from hooked_hybrid.runs.identity.comparing import changes, refusal
 
 EXPERIMENT, CALLS = "evaluation.json", "calls.json"
 FORMAT = 1

@@ -9,7 +9,7 @@ from statistics import stdev
 from typing import Literal
 
 from hooked_hybrid.evaluation.cells import Cell
-from hooked_hybrid.intervals import GAP, SHARE, combined, mean_interval
+from hooked_hybrid.runs.intervals import GAP, SHARE, combined, mean_interval
 
 SHARES = {"acc", "acc_norm", "acc_mutual_info", "exact_match", "em", "f1", "mcc"}
 """Metrics from 0 to 1 (mcc from -1), shown in points of a hundred."""
@@ -20,9 +20,9 @@ _NORMAL = 1.959964
 class Estimate:
     """A figure, its standard error and 95% interval, None where there is none.
 
-    `is_paired`: whether it is of a difference taken document by document. The interval is that of
-    `hooked_hybrid.intervals.mean_interval` over documents where the figure is a mean over these,
-    else the normal one of the standard error (lm-eval's, of a correlation or the like).
+    `is_paired`: whether it is of a difference taken document by document. The interval is that
+    of `hooked_hybrid.runs.intervals.mean_interval` over documents where the figure is a mean over
+    these, else the normal one of the standard error (lm-eval's, of a correlation or the like).
     """
 
     value: float

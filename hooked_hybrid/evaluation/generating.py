@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from hooked_hybrid.evaluation.batching import Batching
-from hooked_hybrid.extras import require
-from hooked_hybrid.generate import stages_of
-from hooked_hybrid.model import HookedHybrid
-from hooked_hybrid.text import Text, pad_rows
+from hooked_hybrid.model.generate import stages_of
+from hooked_hybrid.model.hybrid import HookedHybrid
+from hooked_hybrid.options import require
+from hooked_hybrid.text.text import Text, pad_rows
 
 Tokens = Sequence[int]
 _PROMPT_END = 64  # tokens of a prompt that new ones are read after

@@ -19,10 +19,9 @@ from hooked_hybrid.evaluation.forms import Form, HeadChoice, Stage
 from hooked_hybrid.evaluation.generating import Plan, read_plan, texts_after
 from hooked_hybrid.evaluation.loading import loaded
 from hooked_hybrid.evaluation.scoring import Score, score, truncated
-from hooked_hybrid.extras import require
-from hooked_hybrid.hooked_root import HookSpec
-from hooked_hybrid.model import HookedHybrid
-from hooked_hybrid.options import check_choice, refuse_ignored
+from hooked_hybrid.hooks.root import HookSpec
+from hooked_hybrid.model.hybrid import HookedHybrid
+from hooked_hybrid.options import check_choice, refuse_ignored, require
 
 try:
     from lm_eval.api.model import TemplateLM

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from hooked_hybrid.model import HookedHybrid
-from hooked_hybrid.text import as_tokenizer
+from hooked_hybrid.model.hybrid import HookedHybrid
+from hooked_hybrid.text.text import as_tokenizer
 
 
 def loaded(

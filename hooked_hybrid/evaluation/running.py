@@ -14,15 +14,14 @@ from hooked_hybrid.evaluation.conversation import has_template
 from hooked_hybrid.evaluation.forms import FORMS, Form
 from hooked_hybrid.evaluation.tasks import TaskSource
 from hooked_hybrid.evaluation.work import FEWSHOT_SEED, EvaluationJob, Options, as_lm
-from hooked_hybrid.extras import require
-from hooked_hybrid.identity.model import hashed_once, model_identity
-from hooked_hybrid.model import HookedHybrid
-from hooked_hybrid.niah.work import results
-from hooked_hybrid.options import refuse_ignored
-from hooked_hybrid.results_folder import claimed
+from hooked_hybrid.model.hybrid import HookedHybrid
+from hooked_hybrid.options import refuse_ignored, require
+from hooked_hybrid.outputs.folders import claimed
+from hooked_hybrid.runs.identity.model import hashed_once, model_identity
+from hooked_hybrid.runs.work import results
 
 if TYPE_CHECKING:
-    from hooked_hybrid.niah.ray_workers import RayWorkers
+    from hooked_hybrid.runs.ray_workers import RayWorkers
 
 
 @dataclass(frozen=True)

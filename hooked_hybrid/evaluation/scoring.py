@@ -18,10 +18,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hooked_hybrid.evaluation.batching import Batching, BatchSize, may_cut
-from hooked_hybrid.hooked_root import HookSpec
-from hooked_hybrid.model import HookedHybrid
-from hooked_hybrid.state import HybridState
-from hooked_hybrid.text import pad_rows
+from hooked_hybrid.hooks.root import HookSpec
+from hooked_hybrid.model.hybrid import HookedHybrid
+from hooked_hybrid.network.state import HybridState
+from hooked_hybrid.text.text import pad_rows
 
 LONG_BEGINNING = 64
 """Tokens that contexts must share for their beginning to be a forward of its own."""

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from hooked_hybrid.evaluation import OWN_TASKS
-from hooked_hybrid.foreign import one_line
+from hooked_hybrid.outputs.foreign import one_line
 
 DOCUMENTS_READ = 50_000
 """Documents of a split that a task's hash looks at: a few seconds."""

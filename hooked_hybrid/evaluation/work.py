@@ -18,8 +18,8 @@ from hooked_hybrid.evaluation.batching import read_batch_size
 from hooked_hybrid.evaluation.cells import Cell
 from hooked_hybrid.evaluation.forms import Form, Stage
 from hooked_hybrid.evaluation.tasks import Loaded, TaskSource
-from hooked_hybrid.model import HookedHybrid
-from hooked_hybrid.niah.work import Job
+from hooked_hybrid.model.hybrid import HookedHybrid
+from hooked_hybrid.runs.work import Job
 
 if TYPE_CHECKING:
     from hooked_hybrid.evaluation.lm import HookedHybridLM

@@ -16,9 +16,9 @@ from jaxtyping import Int
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from hooked_hybrid.foreign import one_line, parse_json, require_safetensors
 from hooked_hybrid.harvest.shards import save
-from hooked_hybrid.whole_files import replacing, unfinished_name
+from hooked_hybrid.outputs.foreign import one_line, parse_json, require_safetensors
+from hooked_hybrid.outputs.whole_files import replacing, unfinished_name
 
 FILE = "tokens.safetensors"
 Document = str | Sequence[int] | Tensor

@@ -38,16 +38,16 @@ from hooked_hybrid.harvest.shards import (
     shard_name,
     write_json,
 )
-from hooked_hybrid.hooked_root import HookSpec
-from hooked_hybrid.identity.model import hashed_once
-from hooked_hybrid.model import HookedHybrid
-from hooked_hybrid.names import NameFilter
+from hooked_hybrid.hooks.names import NameFilter
+from hooked_hybrid.hooks.root import HookSpec
+from hooked_hybrid.model.hybrid import HookedHybrid
 from hooked_hybrid.options import check_count
-from hooked_hybrid.padding import may_hold_padding
-from hooked_hybrid.results_folder import claimed, holds_results
+from hooked_hybrid.outputs.folders import claimed, holds_results
+from hooked_hybrid.runs.identity.model import hashed_once
+from hooked_hybrid.text.padding import may_hold_padding
 
 if TYPE_CHECKING:
-    from hooked_hybrid.niah.ray_workers import RayWorkers
+    from hooked_hybrid.runs.ray_workers import RayWorkers
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -6,7 +6,6 @@ import re
 from pathlib import Path
 from typing import Any
 
-from hooked_hybrid.foreign import LARGEST_RESULTS, read_json
 from hooked_hybrid.harvest.shards import (
     AGAIN,
     BESIDE,
@@ -16,6 +15,7 @@ from hooked_hybrid.harvest.shards import (
     shard_name,
     shard_paths,
 )
+from hooked_hybrid.outputs.foreign import LARGEST_RESULTS, read_json
 
 _HOOK_NAME = re.compile(r"[\w.]+")
 _DTYPE = re.compile(r"(bfloat|float|int|uint)\d+|bool")

@@ -21,12 +21,12 @@ from hooked_hybrid.harvest.documents import Documents
 from hooked_hybrid.harvest.recipe import Recipe
 from hooked_hybrid.harvest.running import Runner, ShardMaker, bytes_of_row
 from hooked_hybrid.harvest.shards import Header, read_header, shard_name
-from hooked_hybrid.hooked_root import HookSpec
-from hooked_hybrid.model import HookedHybrid
-from hooked_hybrid.niah.work import Job
+from hooked_hybrid.hooks.root import HookSpec
+from hooked_hybrid.model.hybrid import HookedHybrid
+from hooked_hybrid.runs.work import Job
 
 if TYPE_CHECKING:
-    from hooked_hybrid.niah.ray_workers import RayWorkers
+    from hooked_hybrid.runs.ray_workers import RayWorkers
 
 SEEN_WITHIN = 60
 """Seconds after which a worker's shard must be seen here: a shared disk may show files late."""

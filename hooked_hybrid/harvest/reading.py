@@ -15,7 +15,6 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
-from hooked_hybrid.foreign import require_plain_file, require_safetensors
 from hooked_hybrid.harvest.index_file import read_index
 from hooked_hybrid.harvest.shards import (
     AGAIN,
@@ -26,8 +25,9 @@ from hooked_hybrid.harvest.shards import (
     read_header,
     short_hash,
 )
-from hooked_hybrid.names import Shorthand, resolve
+from hooked_hybrid.hooks.names import Shorthand, resolve
 from hooked_hybrid.options import check_count, refuse_ignored
+from hooked_hybrid.outputs.foreign import require_plain_file, require_safetensors
 
 BLOCK = 256
 """Neighbouring tokens that are read together."""

@@ -9,15 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from hooked_hybrid.config import HybridConfig
-from hooked_hybrid.foreign import LARGEST_RESULTS, one_line, read_json
 from hooked_hybrid.harvest.contexts import Plan
 from hooked_hybrid.harvest.documents import Documents
 from hooked_hybrid.harvest.shards import FORMAT, RECIPE, shard_paths, short_hash, write_json
-from hooked_hybrid.hooked_root import HookSpec
-from hooked_hybrid.identity.comparing import changes, refusal
-from hooked_hybrid.identity.model import described, known_of, model_identity, without_tokenizer
-from hooked_hybrid.identity.tokenizers import tokenizer_identity
-from hooked_hybrid.model import HookedHybrid
+from hooked_hybrid.hooks.root import HookSpec
+from hooked_hybrid.model.hybrid import HookedHybrid
+from hooked_hybrid.outputs.foreign import LARGEST_RESULTS, one_line, read_json
+from hooked_hybrid.runs.identity.comparing import changes, refusal
+from hooked_hybrid.runs.identity.model import described, known_of, model_identity, without_tokenizer
+from hooked_hybrid.runs.identity.tokenizers import tokenizer_identity
 
 _TOKENIZER = "tokenizer"
 _NONE_BEFORE = hashlib.sha256(b"list()").hexdigest()[:16]

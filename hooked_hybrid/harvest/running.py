@@ -15,10 +15,10 @@ from torch import Tensor
 
 from hooked_hybrid.harvest.contexts import Batch, Plan
 from hooked_hybrid.harvest.shards import Header, shard_name, write_shard
-from hooked_hybrid.hooked_root import HookSpec
-from hooked_hybrid.hooks import HookPoint, is_per_position, watcher
-from hooked_hybrid.model import HookedHybrid
-from hooked_hybrid.names import HookNameError, NameFilter, matching
+from hooked_hybrid.hooks.names import HookNameError, NameFilter, matching
+from hooked_hybrid.hooks.point import HookPoint, is_per_position, watcher
+from hooked_hybrid.hooks.root import HookSpec
+from hooked_hybrid.model.hybrid import HookedHybrid
 
 WILD = frozenset("*?[")
 

@@ -17,8 +17,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from hooked_hybrid.foreign import one_line, parse_json, require_safetensors
-from hooked_hybrid.results_folder import remove_unfinished, replacing
+from hooked_hybrid.outputs.folders import remove_unfinished, replacing
+from hooked_hybrid.outputs.foreign import one_line, parse_json, require_safetensors
 
 FORMAT = 1
 INDEX, RECIPE = "index.json", "recipe.json"

@@ -7,8 +7,14 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from hooked_hybrid.foreign import bare_name, one_line, parse_json, read_json, require_plain_file
 from hooked_hybrid.options import refuse_ignored, shown
+from hooked_hybrid.outputs.foreign import (
+    bare_name,
+    one_line,
+    parse_json,
+    read_json,
+    require_plain_file,
+)
 
 
 def read_texts(source: str | Path, field: str | None = None) -> Iterator[str]:

@@ -16,15 +16,15 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from hooked_hybrid.config import AttentionConfig, HybridConfig, MambaConfig, RGLRUConfig
-from hooked_hybrid.hooked_root import HookSpec
-from hooked_hybrid.hooks import HookPoint, per_position
+from hooked_hybrid.hooks.places import Places
+from hooked_hybrid.hooks.point import HookPoint, per_position
+from hooked_hybrid.hooks.root import HookSpec
+from hooked_hybrid.hooks.slicing import whole_numbers
 from hooked_hybrid.interventions.donors import Donor, mask_of, read_kept
 from hooked_hybrid.interventions.patching import Cache
 from hooked_hybrid.interventions.pickling import picklable
 from hooked_hybrid.interventions.places import index_of_rows
-from hooked_hybrid.places import Places
 from hooked_hybrid.shapes import Resid
-from hooked_hybrid.slicing import whole_numbers
 
 Heads = Mapping[int, Iterable[int] | Bool[Tensor, "..."]] | Iterable[tuple[int, int]]
 HeadSets = dict[int, tuple[int, ...] | Tensor]

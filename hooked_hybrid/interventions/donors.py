@@ -11,12 +11,12 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from hooked_hybrid.cache import ActivationCache
-from hooked_hybrid.hooks import HookPoint
+from hooked_hybrid.hooks.places import Places
+from hooked_hybrid.hooks.point import HookPoint
+from hooked_hybrid.hooks.savers import fill_of
 from hooked_hybrid.interventions.places import index_of_rows
-from hooked_hybrid.layout import lay_out
-from hooked_hybrid.places import Places
-from hooked_hybrid.savers import fill_of
+from hooked_hybrid.model.cache import ActivationCache
+from hooked_hybrid.network.layout import lay_out
 
 
 def read_kept(cache: Mapping[Any, Tensor], key: Any) -> tuple[Tensor, Places | None]:

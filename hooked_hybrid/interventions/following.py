@@ -8,8 +8,8 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from hooked_hybrid.hooked_root import HookSpec
-from hooked_hybrid.hooks import HookPoint, per_position, watcher
+from hooked_hybrid.hooks.point import HookPoint, per_position, watcher
+from hooked_hybrid.hooks.root import HookSpec
 from hooked_hybrid.interventions.pickling import picklable
 from hooked_hybrid.interventions.rows import (
     Handover,

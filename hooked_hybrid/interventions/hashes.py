@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from hooked_hybrid.hooks import HookPoint
+from hooked_hybrid.hooks.point import HookPoint
 
 _MASK = 2**32 - 1
 

@@ -14,9 +14,11 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from hooked_hybrid.cache import ActivationCache
-from hooked_hybrid.hooked_root import HookSpec
-from hooked_hybrid.hooks import HookPoint, per_position
+from hooked_hybrid.hooks.names import NameFilter, Shorthand, matching, resolve
+from hooked_hybrid.hooks.places import Places
+from hooked_hybrid.hooks.point import HookPoint, per_position
+from hooked_hybrid.hooks.root import HookSpec
+from hooked_hybrid.hooks.slicing import Indices, whole_numbers
 from hooked_hybrid.interventions.donors import Donor, read_kept
 from hooked_hybrid.interventions.pickling import picklable
 from hooked_hybrid.interventions.places import (
@@ -27,10 +29,8 @@ from hooked_hybrid.interventions.places import (
     read_positions,
     read_rows,
 )
-from hooked_hybrid.names import NameFilter, Shorthand, matching, resolve
-from hooked_hybrid.places import Places
+from hooked_hybrid.model.cache import ActivationCache
 from hooked_hybrid.shapes import Pattern
-from hooked_hybrid.slicing import Indices, whole_numbers
 
 Names = Shorthand | list[Shorthand] | Callable[[str], bool]
 Cache = Mapping[Any, Tensor]

@@ -13,9 +13,9 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from hooked_hybrid.hooks import HookPoint
+from hooked_hybrid.hooks.point import HookPoint
+from hooked_hybrid.hooks.slicing import Indices, read_indices, whole_numbers
 from hooked_hybrid.interventions.rows import entries_of_rows
-from hooked_hybrid.slicing import Indices, read_indices, whole_numbers
 
 Positions = Indices
 Chosen = tuple[int, ...] | Bool[Tensor, "*batch pos"]

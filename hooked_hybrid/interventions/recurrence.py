@@ -11,15 +11,15 @@ from functools import partial
 from jaxtyping import Int
 from torch import Tensor
 
-from hooked_hybrid.hooked_root import HookSpec
-from hooked_hybrid.hooks import HookFn, HookPoint, per_position, watcher
+from hooked_hybrid.hooks.names import NameFilter
+from hooked_hybrid.hooks.point import HookFn, HookPoint, per_position, watcher
+from hooked_hybrid.hooks.root import HookSpec
+from hooked_hybrid.hooks.slicing import Indices, whole_numbers
 from hooked_hybrid.interventions.pickling import picklable
 from hooked_hybrid.interventions.places import Positions, read_positions
 from hooked_hybrid.interventions.rows import PerRow, entries_of_rows, read_per_row
 from hooked_hybrid.interventions.state_edges import WATCHED, Cut, Edges, is_chosen
 from hooked_hybrid.interventions.where import hook_at
-from hooked_hybrid.names import NameFilter
-from hooked_hybrid.slicing import Indices, whole_numbers
 
 
 @picklable

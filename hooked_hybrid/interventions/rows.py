@@ -9,8 +9,8 @@ import torch
 from jaxtyping import Bool, Int, Shaped
 from torch import Tensor
 
-from hooked_hybrid.hooks import HookPoint, Run
-from hooked_hybrid.slicing import read_indices, whole_numbers
+from hooked_hybrid.hooks.point import HookPoint, Run
+from hooked_hybrid.hooks.slicing import read_indices, whole_numbers
 
 PerRow = int | Sequence[int] | Int[Tensor, " batch"] | Any
 """A whole number, or one for each row of the batch. (Any: a numpy array.)"""

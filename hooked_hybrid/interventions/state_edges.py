@@ -13,11 +13,11 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from hooked_hybrid.hooks import HookPoint, Run, per_position, watcher
+from hooked_hybrid.hooks.point import HookPoint, Run, per_position, watcher
 from hooked_hybrid.interventions.places import Chosen, is_among
 from hooked_hybrid.interventions.rows import Handover
-from hooked_hybrid.layers import at_least_fp32
-from hooked_hybrid.scan import scan
+from hooked_hybrid.network.layers import at_least_fp32
+from hooked_hybrid.network.scans.scan import scan
 
 WATCHED = ("log_decay", "ssm_decay", "ssm_write", "ssm_C", "ssm_state")
 """Points that say what a recurrence computed with; each kind has some of them."""

@@ -11,9 +11,10 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from hooked_hybrid.attend import softmax_or_zero
-from hooked_hybrid.hooked_root import HookSpec
-from hooked_hybrid.hooks import HookPoint, per_position, watcher
+from hooked_hybrid.hooks.names import NameFilter
+from hooked_hybrid.hooks.point import HookPoint, per_position, watcher
+from hooked_hybrid.hooks.root import HookSpec
+from hooked_hybrid.hooks.slicing import whole_numbers
 from hooked_hybrid.interventions.hashes import hashes
 from hooked_hybrid.interventions.heads import SCORES, HeadScore, at_tokens, best_heads
 from hooked_hybrid.interventions.pickling import picklable
@@ -26,10 +27,9 @@ from hooked_hybrid.interventions.rows import (
     read_k,
     read_spans,
 )
-from hooked_hybrid.names import NameFilter
+from hooked_hybrid.network.attention.attend import softmax_or_zero
 from hooked_hybrid.options import refuse_ignored
 from hooked_hybrid.shapes import Pattern, Queries
-from hooked_hybrid.slicing import whole_numbers
 
 Mode = Literal["keep", "null", "only", "omit", "binary", "permute"]
 Heads = Iterable[int] | Mapping[int, Iterable[int]]

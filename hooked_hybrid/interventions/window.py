@@ -10,13 +10,13 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from hooked_hybrid.config import AttentionConfig, HybridConfig
-from hooked_hybrid.hooked_root import HookSpec
-from hooked_hybrid.hooks import HookPoint, per_position
+from hooked_hybrid.hooks.names import NameFilter
+from hooked_hybrid.hooks.point import HookPoint, per_position
+from hooked_hybrid.hooks.root import HookSpec
+from hooked_hybrid.hooks.slicing import whole_numbers
 from hooked_hybrid.interventions.pickling import picklable
 from hooked_hybrid.interventions.rows import PerRow, entries_of_rows, read_per_row
-from hooked_hybrid.names import NameFilter
 from hooked_hybrid.shapes import Pattern
-from hooked_hybrid.slicing import whole_numbers
 
 
 @picklable

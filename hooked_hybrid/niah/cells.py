@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from hooked_hybrid.niah.prompts import Prompt
 from hooked_hybrid.niah.scores import FULL, binary, graded, released
-from hooked_hybrid.niah.settings import Setting
+from hooked_hybrid.niah.settings.setting import Setting
 
 if TYPE_CHECKING:
     import pandas as pd

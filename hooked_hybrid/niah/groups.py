@@ -18,13 +18,13 @@ from typing import Any, Literal
 import torch
 
 from hooked_hybrid.config import AttentionConfig
-from hooked_hybrid.generate import stages_of
-from hooked_hybrid.hooks import is_per_position
-from hooked_hybrid.model import HookedHybrid
+from hooked_hybrid.hooks.point import is_per_position
+from hooked_hybrid.model.generate import stages_of
+from hooked_hybrid.model.hybrid import HookedHybrid
+from hooked_hybrid.network.state import HybridState
 from hooked_hybrid.niah.cells import cell_of
 from hooked_hybrid.niah.prompts import Prompt
-from hooked_hybrid.niah.settings import Setting, hooks_for, hooks_of_rows
-from hooked_hybrid.state import HybridState
+from hooked_hybrid.niah.settings.setting import Setting, hooks_for, hooks_of_rows
 
 FirstToken = Literal["prefill", "generation"]
 Cells = list[dict[str, Any]]

@@ -12,18 +12,18 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from tqdm.auto import tqdm
 
-from hooked_hybrid.extras import require
-from hooked_hybrid.intervals import mean_interval
-from hooked_hybrid.model import HookedHybrid
+from hooked_hybrid.model.hybrid import HookedHybrid
 from hooked_hybrid.niah.needles import PAPER
 from hooked_hybrid.niah.prompts import Haystack, Prompt, build_prompt
-from hooked_hybrid.niah.settings import Setting, hooks_of_rows
-from hooked_hybrid.niah.work import Job, results
+from hooked_hybrid.niah.settings.setting import Setting, hooks_of_rows
+from hooked_hybrid.options import require
+from hooked_hybrid.runs.intervals import mean_interval
+from hooked_hybrid.runs.work import Job, results
 
 if TYPE_CHECKING:
     import pandas as pd
 
-    from hooked_hybrid.niah.ray_workers import RayWorkers
+    from hooked_hybrid.runs.ray_workers import RayWorkers
 
 FIRST_SEED = 1000
 """Seeds of the texts: haystacks that no prompt of a sweep has by default."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from hooked_hybrid.config import AttentionConfig, HybridConfig
-from hooked_hybrid.model import HookedHybrid
+from hooked_hybrid.model.hybrid import HookedHybrid
 from hooked_hybrid.niah.needles import AnyNeedle
 from hooked_hybrid.niah.prompts import default_lengths, shortest_length
 

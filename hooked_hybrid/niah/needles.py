@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hooked_hybrid.foreign import one_line, read_json
-from hooked_hybrid.niah import words
+from hooked_hybrid.niah.haystacks import words
+from hooked_hybrid.outputs.foreign import one_line, read_json
 
 N_HELD_OUT = 60
 _HELD_OUT_SEED = 20251

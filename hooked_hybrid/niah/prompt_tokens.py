@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from hooked_hybrid.niah.boundaries import CHARACTER, NONE, SENTENCE, WORD, kinds_of, token_ends
-from hooked_hybrid.text import Text
+from hooked_hybrid.text.text import Text
 
 HAYSTACK, QUESTION = "{haystack}", "{question}"
 _SEARCH = 1024  # tokens beyond the haystack in which the end of its last sentence is looked for

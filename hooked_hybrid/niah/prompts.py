@@ -12,12 +12,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from random import Random
 
-from hooked_hybrid.identity.values import describe
 from hooked_hybrid.niah.boundaries import NAMES, SENTENCE
-from hooked_hybrid.niah.haystack import sentences
+from hooked_hybrid.niah.haystacks.haystack import sentences
 from hooked_hybrid.niah.needles import PAPER, AnyNeedle, distractors_for, needle_ids
 from hooked_hybrid.niah.prompt_tokens import HAYSTACK, LONGEST, QUESTION, Maker, Parts
-from hooked_hybrid.text_methods import TextMethods
+from hooked_hybrid.runs.identity.values import describe
+from hooked_hybrid.text.methods import TextMethods
 
 _ONCE = f"CONTEXT:\n{HAYSTACK}\nQUESTION:\n{QUESTION}"
 _TUNED = f"{_ONCE} Output the most relevant sentence in the context, word by word!"

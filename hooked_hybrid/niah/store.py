@@ -16,9 +16,6 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hooked_hybrid.extras import require
-from hooked_hybrid.foreign import parse_json
-from hooked_hybrid.identity.comparing import changes, refusal
 from hooked_hybrid.niah.store_checks import (
     COLUMNS,
     FORMAT,
@@ -30,13 +27,16 @@ from hooked_hybrid.niah.store_checks import (
     refuse_foreign_files,
     restrain,
 )
-from hooked_hybrid.results_folder import (
+from hooked_hybrid.options import require
+from hooked_hybrid.outputs.folders import (
     claimed,
     holds_results,
     remove_unfinished,
     replacing,
     unwritten,
 )
+from hooked_hybrid.outputs.foreign import parse_json
+from hooked_hybrid.runs.identity.comparing import changes, refusal
 
 if TYPE_CHECKING:
     import pandas

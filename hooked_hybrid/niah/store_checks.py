@@ -13,7 +13,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from hooked_hybrid.foreign import printable, refuse_link, require_plain_file
+from hooked_hybrid.outputs.foreign import printable, refuse_link, require_plain_file
 
 FORMAT = 3
 

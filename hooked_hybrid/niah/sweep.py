@@ -23,14 +23,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from tqdm.auto import tqdm
 
-from hooked_hybrid.extras import require
-from hooked_hybrid.hooked_root import HookSpec
-from hooked_hybrid.identity.model import hashed_once, model_identity
-from hooked_hybrid.model import HookedHybrid
+from hooked_hybrid.hooks.root import HookSpec
+from hooked_hybrid.model.hybrid import HookedHybrid
 from hooked_hybrid.niah.cells import with_places
 from hooked_hybrid.niah.groups import Cells, FirstToken, Group, groups_of, shortest_window
 from hooked_hybrid.niah.prompts import Prompt, prompts_identity
-from hooked_hybrid.niah.settings import (
+from hooked_hybrid.niah.settings.setting import (
     Setting,
     depends_on_prompt,
     hooks_for,
@@ -38,13 +36,14 @@ from hooked_hybrid.niah.settings import (
     top_k_settings,
 )
 from hooked_hybrid.niah.store import Store
-from hooked_hybrid.niah.work import Item, Job, ordered, results
-from hooked_hybrid.options import check_choice, check_count, refuse_ignored
+from hooked_hybrid.options import check_choice, check_count, refuse_ignored, require
+from hooked_hybrid.runs.identity.model import hashed_once, model_identity
+from hooked_hybrid.runs.work import Item, Job, ordered, results
 
 if TYPE_CHECKING:
     import pandas
 
-    from hooked_hybrid.niah.ray_workers import RayWorkers
+    from hooked_hybrid.runs.ray_workers import RayWorkers
 
 Part = tuple[int, int]
 """A group of prompts, and a part of it."""

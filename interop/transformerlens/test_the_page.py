@@ -24,7 +24,8 @@ from transformer_lens.utilities import get_act_name
 from transformers import AutoTokenizer  # noqa: TID251
 
 import hooked_hybrid
-from hooked_hybrid import HookedHybrid, names
+from hooked_hybrid import HookedHybrid
+from hooked_hybrid.hooks import names
 
 PAGE = (Path(__file__).parents[2] / "docs" / "transformerlens.md").read_text()
 WORDS = " ".join(PAGE.split())

@@ -19,7 +19,7 @@ from transformer_lens.model_protocol import TransformerLensModel
 
 from hooked_hybrid import ActivationCache as OurCache
 from hooked_hybrid import HookedHybrid
-from hooked_hybrid.folding import fold_ln
+from hooked_hybrid.model.folding import fold_ln
 
 MODELS = ("tiny-griffin", "tiny-jamba")
 ANSWER = 11

@@ -12,10 +12,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from hooked_hybrid import HookedHybrid
+from hooked_hybrid.commands.convert import main
 from tests.models import relative
 from tests.tolerances import FP32_PARITY
 from weights_conversion import CheckpointError, check
-from weights_conversion.__main__ import main
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 # written by peft, with the logits of its model before a merge: `golden_meta.json` says of which

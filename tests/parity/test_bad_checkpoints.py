@@ -21,9 +21,9 @@ from torch import Tensor
 from transformers import RecurrentGemmaForCausalLM  # noqa: TID251
 
 from hooked_hybrid import HookedHybrid, HybridConfig
+from hooked_hybrid.commands.convert import main
 from tests.references import SPECS, google_griffin, hf_recurrentgemma
 from weights_conversion import CheckpointError, check, google, recurrentgemma
-from weights_conversion.__main__ import main
 from weights_conversion.load import shapes_of
 from weights_conversion.rules import account
 

@@ -15,8 +15,8 @@ from torch import Tensor
 from transformers import JambaForCausalLM  # noqa: TID251
 
 from hooked_hybrid import HookedHybrid, HookPoint
-from hooked_hybrid.generate import GenerationOutput
-from hooked_hybrid.state import HybridState, RecurrentState
+from hooked_hybrid.model.generate import GenerationOutput
+from hooked_hybrid.network.state import HybridState, RecurrentState
 from tests.jamba_references import (
     SPECS,
     hf_breaks_left_padding,

@@ -28,11 +28,11 @@ from hooked_hybrid.config import (
     MoEConfig,
     RGLRUConfig,
 )
-from hooked_hybrid.layers import InnerNorm, RMSNorm
-from hooked_hybrid.mixers.attention import Attention
-from hooked_hybrid.mixers.mamba import Mamba
-from hooked_hybrid.mlps.gated import GatedMLP
-from hooked_hybrid.mlps.moe import MoE
+from hooked_hybrid.network.layers import InnerNorm, RMSNorm
+from hooked_hybrid.network.mixers.attention import Attention
+from hooked_hybrid.network.mixers.mamba import Mamba
+from hooked_hybrid.network.mlps.gated import GatedMLP
+from hooked_hybrid.network.mlps.moe import MoE
 from tests.jamba_references import SPECS, JambaSpec, hf_jamba, hf_logits_uncached, randomise
 from tests.models import layouts, relative
 from tests.references import random_tokens

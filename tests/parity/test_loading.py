@@ -24,11 +24,12 @@ from transformers import (  # noqa: TID251
 )
 
 from hooked_hybrid import HookedHybrid, HybridConfig
+from hooked_hybrid.commands.convert import main
 from hooked_hybrid.config import AttentionConfig, RGLRUConfig, RotaryConfig
-from hooked_hybrid.layers import RMSNorm
-from hooked_hybrid.mixers.attention import Attention
-from hooked_hybrid.mixers.rglru import RGLRU
-from hooked_hybrid.mlps.gated import GatedMLP
+from hooked_hybrid.network.layers import RMSNorm
+from hooked_hybrid.network.mixers.attention import Attention
+from hooked_hybrid.network.mixers.rglru import RGLRU
+from hooked_hybrid.network.mlps.gated import GatedMLP
 from tests.models import layouts, relative
 from tests.references import (
     SPECS,
@@ -42,7 +43,6 @@ from tests.references import (
 from tests.tolerances import FP32_PARITY
 from tests.transformers_versions import VERSION, needs_window, since_5
 from weights_conversion import CheckpointError, check, google, recurrentgemma
-from weights_conversion.__main__ import main
 from weights_conversion.load import shapes_of
 from weights_conversion.rules import account, revert
 

@@ -19,7 +19,7 @@ from hooked_hybrid.config import AttentionConfig, MambaConfig, MoEConfig, RGLRUC
 from hooked_hybrid.niah.needles import PAPER, held_out_needles
 from hooked_hybrid.niah.prompts import grid
 from hooked_hybrid.niah.sweep import Setting, niah, top_k_settings
-from hooked_hybrid.packaged import packaged_models
+from hooked_hybrid.presets.packaged import packaged_models
 from tests.tolerances import FP32_PARITY
 from tests.transformers_versions import SLOW_MAMBA, WINDOWED
 from weights_conversion import CheckpointError

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import Tensor
 
-from hooked_hybrid.selective_scan import CHUNK, selective_scan, selective_scan_loop
+from hooked_hybrid.network.scans.selective_scan import CHUNK, selective_scan, selective_scan_loop
 from tests.models import relative
 from tests.tolerances import FAST_SCAN, SLOW_SCAN_NEAR_ONE
 

@@ -8,8 +8,10 @@ from unittest import mock
 
 import torch
 
-from hooked_hybrid import HookedHybrid, HybridConfig, interventions, presets, step_graph
-from hooked_hybrid.host_waits import AsksNothing
+from hooked_hybrid import HookedHybrid, HybridConfig, interventions
+from hooked_hybrid.model import step_graph
+from hooked_hybrid.network.host_waits import AsksNothing
+from hooked_hybrid.presets import configs as presets
 from tests.models import random_model, random_tokens
 from tests.pretended_gpu.device import PretendedGPU
 from tests.pretended_gpu.kernels import pretended_kernels

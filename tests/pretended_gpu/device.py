@@ -31,7 +31,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
 from torch.utils._pytree import tree_map_only
 
-from hooked_hybrid import layers
+from hooked_hybrid.network import layers
 from tests.pretended_gpu.backends import backend
 
 CUDA = torch.device("cuda", 0)

@@ -10,12 +10,12 @@ import torch
 
 from hooked_hybrid import HookedHybrid
 from hooked_hybrid.harvest import harvest
+from hooked_hybrid.network.placement.homes import place
+from hooked_hybrid.network.weights.quantized import quantize_weights
 from hooked_hybrid.niah.language import text_loss
 from hooked_hybrid.niah.needles import PAPER
 from hooked_hybrid.niah.prompts import grid
 from hooked_hybrid.niah.sweep import Setting, niah, top_k_settings
-from hooked_hybrid.placement.placing import place
-from hooked_hybrid.quantized import quantize_weights
 from tests.harvests import rows_of
 from tests.models import random_tokens
 from tests.pretended_gpu.device import PretendedGPU, real

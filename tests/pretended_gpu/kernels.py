@@ -12,10 +12,10 @@ from unittest import mock
 
 from torch import Tensor
 
-from hooked_hybrid import kernels
-from hooked_hybrid.kernels import linear_scan, trials
-from hooked_hybrid.scan import scan_loop
-from hooked_hybrid.selective_scan import selective_scan_loop
+from hooked_hybrid.network import kernels
+from hooked_hybrid.network.kernels import linear_scan, trials
+from hooked_hybrid.network.scans.scan import scan_loop
+from hooked_hybrid.network.scans.selective_scan import selective_scan_loop
 from tests.pretended_gpu import packages
 from tests.pretended_gpu.device import PretendedGPU
 
@@ -92,7 +92,7 @@ def pretended_kernels(with_packages: bool = True) -> Iterator[None]:
     given = {"selective_scan_fn": packages.selective_scan_fn}
     modules = dict(_module("mamba_ssm.ops.selective_scan_interface", **given))
     modules |= dict(_module("causal_conv1d", causal_conv1d_fn=packages.causal_conv1d_fn))
-    triton_kernels = types.ModuleType("hooked_hybrid.kernels.triton_kernels")
+    triton_kernels = types.ModuleType("hooked_hybrid.network.kernels.triton_kernels")
     triton_kernels.selective_scan = _SelectiveScan()  # type: ignore[attr-defined]
     installed = {"mamba_ssm": with_packages, "causal_conv1d": with_packages, "triton": True}
     cached = kernels.importable, kernels._is_capable

@@ -16,9 +16,10 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from hooked_hybrid import HookedHybrid, interventions, plan
-from hooked_hybrid.folding import fold_ln, unfold_ln
-from hooked_hybrid.state import HybridState
+from hooked_hybrid import HookedHybrid, interventions
+from hooked_hybrid.model.folding import fold_ln, unfold_ln
+from hooked_hybrid.network import plan
+from hooked_hybrid.network.state import HybridState
 from tests.models import random_tokens
 
 At = Callable[[Tensor], Tensor]
@@ -76,7 +77,7 @@ def pieces(m: HookedHybrid, at: At) -> Any:
     def short(n_pos: int, points: Any) -> int:
         return plan.piece_length(n_pos, points, 40)
 
-    with mock.patch("hooked_hybrid.model.piece_length", short):
+    with mock.patch("hooked_hybrid.model.hybrid.piece_length", short):
         return m(at(random_tokens(2, 90)))
 
 

@@ -20,11 +20,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner
 
-from hooked_hybrid import HookedHybrid, HybridConfig, cli
+from hooked_hybrid import HookedHybrid, HybridConfig
 from hooked_hybrid.accounting import (
     PUBLISHED,
     Flops,
-    commands,
     configs,
     count_pairs,
     count_parameters,
@@ -36,15 +35,17 @@ from hooked_hybrid.accounting import (
     step_flops,
     tokens_where_attention_is_larger,
 )
-from hooked_hybrid.accounting.commands import lengths_up_to, windows_of
 from hooked_hybrid.accounting.configs import ALIASES, config_of
 from hooked_hybrid.accounting.memory import OF_MIXER
 from hooked_hybrid.accounting.operations import OF_LAYER
 from hooked_hybrid.accounting.parameters import KINDS
 from hooked_hybrid.accounting.plots import compute_figure
+from hooked_hybrid.commands import accounting as commands
+from hooked_hybrid.commands import program as cli
+from hooked_hybrid.commands.accounting import lengths_up_to, windows_of
 from hooked_hybrid.config import AttentionConfig
-from hooked_hybrid.mixers import MIXERS
-from hooked_hybrid.mlps import MLPS
+from hooked_hybrid.network.mixers import MIXERS
+from hooked_hybrid.network.mlps import MLPS
 from tests.models import CONFIGS, griffin_config, jamba_config, random_model, random_tokens
 from tests.parity import test_jamba_loading, test_loading
 from weights_conversion import jamba, recurrentgemma

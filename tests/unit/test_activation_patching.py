@@ -20,7 +20,7 @@ from hooked_hybrid.analysis.activation_patching import (
     patch_states,
 )
 from hooked_hybrid.analysis.metrics import normalised
-from hooked_hybrid.names import HookNameError
+from hooked_hybrid.hooks.names import HookNameError
 from tests.models import griffin_config, jamba_config, random_model, random_tokens, relative
 from tests.tolerances import BF16, FP32_PARITY
 

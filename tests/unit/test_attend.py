@@ -13,12 +13,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from hooked_hybrid import HookedHybrid, HookPoint, attend, interventions
-from hooked_hybrid.attend import Hooks, Sight, attend_blocks, attend_fused, attend_whole
-from hooked_hybrid.hooks import per_position, watcher
-from hooked_hybrid.layout import lay_out
-from hooked_hybrid.plan import piece_length
-from hooked_hybrid.state import HybridState
+from hooked_hybrid import HookedHybrid, HookPoint, interventions
+from hooked_hybrid.hooks.point import per_position, watcher
+from hooked_hybrid.network.attention import attend
+from hooked_hybrid.network.attention.attend import (
+    Hooks,
+    Sight,
+    attend_blocks,
+    attend_fused,
+    attend_whole,
+)
+from hooked_hybrid.network.layout import lay_out
+from hooked_hybrid.network.plan import piece_length
+from hooked_hybrid.network.state import HybridState
 from tests.models import CONFIGS, griffin_config, random_model, random_tokens, relative, tiny_model
 from tests.tolerances import FP32_PARITY
 
@@ -164,8 +171,8 @@ def test_the_definition_is_what_loops_over_visible_keys_compute(
 def test_blocks_and_kernel_equal_the_definition(
     layout: str, window: str, batch: int, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr("hooked_hybrid.attend.BLOCK", 4)
-    monkeypatch.setattr("hooked_hybrid.kernels.fused_attention.BLOCK", 5)
+    monkeypatch.setattr("hooked_hybrid.network.attention.attend.BLOCK", 4)
+    monkeypatch.setattr("hooked_hybrid.network.kernels.fused_attention.BLOCK", 5)
     with torch.no_grad():
         where = case(layout, 13, batch, *WINDOWS[window])
         for heads in HEADS if batch > 1 else ["GQA"]:
@@ -178,8 +185,8 @@ def test_blocks_and_kernel_equal_the_definition(
 def test_blocks_and_kernel_equal_the_definition_at_any_length(
     layout: str, length: int, window: Any, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr("hooked_hybrid.attend.BLOCK", 4)
-    monkeypatch.setattr("hooked_hybrid.kernels.fused_attention.BLOCK", 4)
+    monkeypatch.setattr("hooked_hybrid.network.attention.attend.BLOCK", 4)
+    monkeypatch.setattr("hooked_hybrid.network.kernels.fused_attention.BLOCK", 4)
     with torch.no_grad():
         assert_twins_agree(case(layout, length, 3, *window), "GQA")
 
@@ -236,7 +243,7 @@ def test_gradients_inside_the_kernel_equal_those_of_the_definition(layout: str, 
 def test_half_precision_blocks_round_no_more_than_the_definition(
     dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr("hooked_hybrid.attend.BLOCK", 4)
+    monkeypatch.setattr("hooked_hybrid.network.attention.attend.BLOCK", 4)
     where = case("plain", 13, 3, 5, 4)
     exact = queries_keys_values(where.sight, "GQA", torch.float64)
     rounded = [t.to(dtype) for t in exact]
@@ -270,9 +277,9 @@ def ways(monkeypatch: pytest.MonkeyPatch, unchecked: None) -> list[str]:
     for way in ("whole", "blocks", "fused"):
         fn = getattr(attend, f"attend_{way}")
         monkeypatch.setattr(attend, f"attend_{way}", counting(fn, way, taken))
-    monkeypatch.setattr("hooked_hybrid.attend.BLOCK", 4)
+    monkeypatch.setattr("hooked_hybrid.network.attention.attend.BLOCK", 4)
     monkeypatch.setattr(
-        "hooked_hybrid.model.piece_length",
+        "hooked_hybrid.model.hybrid.piece_length",
         lambda n_pos, points, **options: piece_length(n_pos, points, **{**options, "piece": 10}),
     )
     return taken
@@ -282,8 +289,8 @@ def ways(monkeypatch: pytest.MonkeyPatch, unchecked: None) -> list[str]:
 def as_defined() -> Iterator[None]:
     """Compute attention as it is defined, and the sequence whole."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("hooked_hybrid.attend.attention_way", lambda *_: "whole")
-        patch.setattr("hooked_hybrid.model.piece_length", lambda n_pos, *_, **__: n_pos)
+        patch.setattr("hooked_hybrid.network.attention.attend.attention_way", lambda *_: "whole")
+        patch.setattr("hooked_hybrid.model.hybrid.piece_length", lambda n_pos, *_, **__: n_pos)
         yield
 
 

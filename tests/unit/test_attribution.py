@@ -17,10 +17,10 @@ from hooked_hybrid.analysis.attribution_check import (
     kind_of,
     rank_correlation,
 )
-from hooked_hybrid.names import HookNameError
+from hooked_hybrid.analysis.planted import Planted, planted_retrieval
+from hooked_hybrid.hooks.names import HookNameError
 from hooked_hybrid.niah.needles import PAPER, draw_needle
 from hooked_hybrid.niah.prompts import build_prompt
-from hooked_hybrid.planted import Planted, planted_retrieval
 from tests.models import griffin_config, jamba_config, random_model, random_tokens, relative
 from tests.tolerances import FINITE_DIFFERENCE, FP32_PARITY
 

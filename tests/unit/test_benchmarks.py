@@ -26,7 +26,8 @@ from experiments.benchmarks.figures import (
 from experiments.benchmarks.floors import PIECE, Product, gemm_floor, pieces, products, read_floor
 from experiments.benchmarks.options import Options
 from experiments.benchmarks.timing import DisagreementError, check_equal, interleaved
-from hooked_hybrid import HookedHybrid, presets
+from hooked_hybrid import HookedHybrid
+from hooked_hybrid.presets import configs as presets
 
 
 @pytest.fixture(autouse=True)

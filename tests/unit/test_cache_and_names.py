@@ -10,7 +10,14 @@ import torch
 from torch import Tensor
 
 from hooked_hybrid import ActivationCache, HookedHybrid
-from hooked_hybrid.names import ALIASES, GROUPS, HookNameError, get_act_name, matching, resolve
+from hooked_hybrid.hooks.names import (
+    ALIASES,
+    GROUPS,
+    HookNameError,
+    get_act_name,
+    matching,
+    resolve,
+)
 from tests.models import CONFIGS, griffin_config, random_model, random_tokens
 
 RECURRENT, ATTENTION = (0, 1), 2

@@ -10,7 +10,7 @@ from types import ModuleType
 
 import pytest
 
-from hooked_hybrid import checkout
+from hooked_hybrid.outputs import checkout
 
 
 def git(folder: Path, *words: str) -> str:

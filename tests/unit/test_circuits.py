@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hooked_hybrid import FactoredMatrix, HookedHybrid, presets
+from hooked_hybrid import FactoredMatrix, HookedHybrid
 from hooked_hybrid.analysis.circuit_scores import (
     centre,
     eigenvalue_score,
@@ -24,6 +24,7 @@ from hooked_hybrid.analysis.circuits import (
     qk_circuit,
     recurrent_circuit,
 )
+from hooked_hybrid.analysis.planted import BOS, N_SPECIAL, N_SYMBOLS, Planted, planted_retrieval
 from hooked_hybrid.analysis.token_circuits import (
     copying_scores,
     full_ov_circuit,
@@ -32,8 +33,8 @@ from hooked_hybrid.analysis.token_circuits import (
     token_directions,
     written_tokens,
 )
-from hooked_hybrid.folding import fold_ln
-from hooked_hybrid.planted import BOS, N_SPECIAL, N_SYMBOLS, Planted, planted_retrieval
+from hooked_hybrid.model.folding import fold_ln
+from hooked_hybrid.presets import configs as presets
 from tests.models import (
     CONFIGS,
     D_VOCAB,

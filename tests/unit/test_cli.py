@@ -16,15 +16,16 @@ import torch
 from rich.console import Console
 from typer.testing import CliRunner
 
-from hooked_hybrid import HookedHybrid, cli
-from hooked_hybrid.niah import command
-from hooked_hybrid.niah.command import figures_table, model_card
+from hooked_hybrid import HookedHybrid
+from hooked_hybrid.commands import niah as command
+from hooked_hybrid.commands import program as cli
+from hooked_hybrid.commands.niah import figures_table, model_card
+from hooked_hybrid.niah.haystacks.word_tokenizer import word_tokenizer
+from hooked_hybrid.niah.haystacks.words import vocabulary
 from hooked_hybrid.niah.lengths import longest_prompt
 from hooked_hybrid.niah.needles import PAPER, held_out_needles
 from hooked_hybrid.niah.prompts import Prompt, default_depths, default_lengths, shortest_length
-from hooked_hybrid.niah.report import Written, summary_rows
-from hooked_hybrid.niah.word_tokenizer import word_tokenizer
-from hooked_hybrid.niah.words import vocabulary
+from hooked_hybrid.niah.report.report import Written, summary_rows
 from tests.models import griffin_config, jamba_config, random_model
 from tests.unit.test_niah_statistics import sweep_table
 from weights_conversion import CheckpointError

@@ -20,9 +20,9 @@ from hooked_hybrid.analysis.composition import (
     composition_scores,
 )
 from hooked_hybrid.analysis.pair_scores import PairScores, Part
+from hooked_hybrid.analysis.planted import N_SPECIAL, N_SYMBOLS, Planted, planted_retrieval
 from hooked_hybrid.analysis.token_circuits import matching_scores
-from hooked_hybrid.folding import fold_ln
-from hooked_hybrid.planted import N_SPECIAL, N_SYMBOLS, Planted, planted_retrieval
+from hooked_hybrid.model.folding import fold_ln
 from tests.models import (
     CONFIGS,
     griffin_config,

@@ -14,17 +14,17 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from hooked_hybrid.cli import build_app
+from hooked_hybrid.commands.convert import main as convert
+from hooked_hybrid.commands.program import build_app
 from hooked_hybrid.evaluation.cells import Cell, calls_of, cells_of
-from hooked_hybrid.model import HookedHybrid
-from hooked_hybrid.niah.report import write_report
+from hooked_hybrid.model.hybrid import HookedHybrid
+from hooked_hybrid.niah.report.report import write_report
 from hooked_hybrid.niah.store import FILE, Store
 from hooked_hybrid.niah.sweep import Setting, niah
-from hooked_hybrid.results_folder import claimed, replacing
+from hooked_hybrid.outputs.folders import claimed, replacing
 from tests.stores import CELL, EXPERIMENT, N_SETTINGS, cells_for, evaluated, stored, table_of
 from tests.unit.test_niah_statistics import sweep_table
 from tests.unit.test_niah_sweep import QUIET, model_of, prompts_of, same_but_for_times
-from weights_conversion.__main__ import main as convert
 
 FULL = "free some space on the disk of .* then go on"
 

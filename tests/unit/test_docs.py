@@ -11,7 +11,7 @@ import pytest
 
 from docs import generate_hooks, site_pages
 from hooked_hybrid import ActivationCache, HookedHybrid
-from hooked_hybrid.hooks import HookPoint
+from hooked_hybrid.hooks.point import HookPoint
 from tests.models import CONFIGS, random_tokens, tiny_model
 
 ROOT = Path(__file__).parent.parent.parent
@@ -98,7 +98,11 @@ def test_names_on_the_page_for_users_of_transformerlens_exist():
     assert len(names) > 15
     for name in names:
         path, _, leaf = f"hooked_hybrid.{name}".rpartition(".")
-        where = ActivationCache if path == "hooked_hybrid.cache" else importlib.import_module(path)
+        where = (
+            ActivationCache
+            if path == "hooked_hybrid.model.cache"
+            else importlib.import_module(path)
+        )
         assert callable(getattr(where, leaf, None)), name
     theirs = re.findall(r"`cache\.(\w+)`.*\| the same \|", text)
     theirs += re.findall(r"^\| `cache\.\w+`, `cache\.(\w+)` \| the same \|", text, re.MULTILINE)
@@ -149,9 +153,9 @@ def test_links_are_turned_into_links_between_pages():
 
     assert relink("docs/hooks.md#mamba") == "hooks.md#mamba"
     assert relink("docs/images/niah.png") == "images/niah.png"
-    assert relink("hooked_hybrid/tiny-jamba/README.md") == "tiny-jamba.md"
+    assert relink("hooked_hybrid/presets/tiny-jamba/README.md") == "tiny-jamba.md"
     assert relink("training.png", "tiny-jamba.md") == "tiny-jamba-training.png"
-    assert relink("hooked_hybrid/plan.py") == "reference/hooked_hybrid/plan.md"
+    assert relink("hooked_hybrid/network/plan.py") == "reference/hooked_hybrid/plan.md"
     assert relink("../README.md", "findings.md") == "index.md"
     assert relink("figure.png", "reproduced/thesis/report.md") == "figure.png"
     assert relink("../../findings.md", "reproduced/thesis/report.md") == "../../findings.md"
@@ -177,4 +181,5 @@ def test_a_notebook_becomes_a_page(tmp_path):
 def test_a_package_that_exports_names_links_to_them():
     page = site_pages.reference_page("hooked_hybrid.interventions")
     assert "- [`keep_top_heads`][hooked_hybrid.interventions.keep_top_heads]" in page
-    assert site_pages.reference_page("hooked_hybrid.scan") == "::: hooked_hybrid.scan\n"
+    scan = "hooked_hybrid.network.scans.scan"
+    assert site_pages.reference_page(scan) == f"::: {scan}\n"

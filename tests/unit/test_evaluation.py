@@ -20,7 +20,7 @@ from tokenizers.processors import TemplateProcessing
 from typer.testing import CliRunner
 
 from hooked_hybrid import HookedHybrid
-from hooked_hybrid.cli import build_app
+from hooked_hybrid.commands.program import build_app
 from hooked_hybrid.evaluation import OWN_TASKS, PLUGIN
 from hooked_hybrid.evaluation.forms import FORMS, form_of
 from hooked_hybrid.evaluation.lm import HookedHybridLM

@@ -12,7 +12,7 @@ import torch
 from typer.testing import CliRunner
 
 from hooked_hybrid import HookedHybrid
-from hooked_hybrid.cli import build_app
+from hooked_hybrid.commands.program import build_app
 from hooked_hybrid.evaluation import work
 from hooked_hybrid.evaluation.cells import Cell, Cells
 from hooked_hybrid.evaluation.forms import FORMS, Form, form_of
@@ -20,7 +20,7 @@ from hooked_hybrid.evaluation.lm import HookedHybridLM
 from hooked_hybrid.evaluation.report import write
 from hooked_hybrid.evaluation.running import Evaluation, Options, evaluate
 from hooked_hybrid.evaluation.tasks import Loaded, TaskSource, source_of
-from hooked_hybrid.identity.model import model_identity
+from hooked_hybrid.runs.identity.model import model_identity
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 

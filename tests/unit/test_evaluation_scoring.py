@@ -17,9 +17,9 @@ from hooked_hybrid.evaluation.conversation import as_text
 from hooked_hybrid.evaluation.forms import FORMS, Form, form_of
 from hooked_hybrid.evaluation.gaps import Estimate, gap, mean
 from hooked_hybrid.evaluation.scoring import FAMILY, Request, score, truncated
-from hooked_hybrid.hooks import per_position
+from hooked_hybrid.hooks.point import per_position
 from hooked_hybrid.interventions import keep_top_heads
-from hooked_hybrid.tokenizer import CheckpointTokenizer
+from hooked_hybrid.text.tokenizer import CheckpointTokenizer
 from tests.models import random_tokens, tiny_model
 from tests.tolerances import FP32_PARITY
 

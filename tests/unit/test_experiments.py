@@ -11,9 +11,14 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from hooked_hybrid import HookedHybrid, HookPoint, cli, interventions
-from hooked_hybrid.identity.values import describe
-from hooked_hybrid.niah.experiments import (
+from hooked_hybrid import HookedHybrid, HookPoint, interventions
+from hooked_hybrid.commands import program as cli
+from hooked_hybrid.niah.language import text_loss, texts_of
+from hooked_hybrid.niah.needles import PAPER, custom_needle
+from hooked_hybrid.niah.prompts import Haystack, build_prompt, grid, shortest_length
+from hooked_hybrid.niah.report.published import WEIGHTS, ours
+from hooked_hybrid.niah.report.setting_plots import accuracy_by_setting, weight_matrix_picture
+from hooked_hybrid.niah.settings.papers import (
     WHOLE,
     control_settings,
     cut_settings,
@@ -22,12 +27,8 @@ from hooked_hybrid.niah.experiments import (
     sets_beside,
     weight_matrix,
 )
-from hooked_hybrid.niah.language import text_loss, texts_of
-from hooked_hybrid.niah.needles import PAPER, custom_needle
-from hooked_hybrid.niah.prompts import Haystack, build_prompt, grid, shortest_length
-from hooked_hybrid.niah.published import WEIGHTS, ours
-from hooked_hybrid.niah.setting_plots import accuracy_by_setting, weight_matrix_picture
 from hooked_hybrid.niah.sweep import Setting, niah, top_k_settings
+from hooked_hybrid.runs.identity.values import describe
 from tests.tolerances import FP32_PARITY
 
 QUIET: dict[str, Any] = {"verbose": False, "max_new_tokens": 30}

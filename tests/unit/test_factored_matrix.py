@@ -8,7 +8,7 @@ from jaxtyping import TypeCheckError
 from torch import Tensor
 from torch.testing import assert_close
 
-from hooked_hybrid.factored_matrix import FactoredMatrix
+from hooked_hybrid.network.weights.factored import FactoredMatrix
 
 LOW_RANK = (7, 3, 5)  # ldim, mdim, rdim
 SQUARE = (6, 3, 6)

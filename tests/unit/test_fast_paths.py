@@ -21,9 +21,9 @@ from torch.nn.modules.module import (
 )
 
 from hooked_hybrid import HookedHybrid, HookPoint
-from hooked_hybrid.component import Component
-from hooked_hybrid.hooks import per_position, watcher
-from hooked_hybrid.layers import (
+from hooked_hybrid.hooks.point import per_position, watcher
+from hooked_hybrid.network.component import Component
+from hooked_hybrid.network.layers import (
     BlockDiagonalLinear,
     CausalConv1d,
     Linear,
@@ -31,9 +31,9 @@ from hooked_hybrid.layers import (
     gelu_tanh_,
     inverse_rms,
 )
-from hooked_hybrid.layout import lay_out
-from hooked_hybrid.plan import may_overwrite, piece_length
-from hooked_hybrid.weight_layout import empty_weight, laid_out
+from hooked_hybrid.network.layout import lay_out
+from hooked_hybrid.network.plan import may_overwrite, piece_length
+from hooked_hybrid.network.weights.layout import empty_weight, laid_out
 from tests.models import CONFIGS, D_VOCAB, layouts, random_tokens, relative, tiny_model
 from tests.tolerances import FLOAT64_ONE_STEP, FP32_PARITY
 
@@ -60,10 +60,10 @@ def small(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         chosen.append(piece_length(n_pos, points, piece=PIECE))
         return chosen[-1]
 
-    monkeypatch.setattr("hooked_hybrid.model.piece_length", length)
-    monkeypatch.setattr("hooked_hybrid.attend.BLOCK", 3)
-    monkeypatch.setattr("hooked_hybrid.layers.WORTH_SPLITTING", 1)
-    monkeypatch.setattr("hooked_hybrid.layers.GELU_ROWS", 4)
+    monkeypatch.setattr("hooked_hybrid.model.hybrid.piece_length", length)
+    monkeypatch.setattr("hooked_hybrid.network.attention.attend.BLOCK", 3)
+    monkeypatch.setattr("hooked_hybrid.network.layers.WORTH_SPLITTING", 1)
+    monkeypatch.setattr("hooked_hybrid.network.layers.GELU_ROWS", 4)
     return chosen
 
 

@@ -13,8 +13,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM  # noqa: TID251
 
 from hooked_hybrid import HookedHybrid, interventions
-from hooked_hybrid.folding import FoldRecord, fold_ln, unfold_ln
-from hooked_hybrid.layers import InnerNorm, RMSNorm
+from hooked_hybrid.model.folding import FoldRecord, fold_ln, unfold_ln
+from hooked_hybrid.network.layers import InnerNorm, RMSNorm
 from tests.models import (
     CONFIGS,
     griffin_config,

@@ -23,16 +23,16 @@ from tokenizers import Tokenizer, decoders, models, normalizers
 
 from hooked_hybrid import ActivationCache, HookedHybrid
 from hooked_hybrid.accounting.configs import config_of
-from hooked_hybrid.chat import render_chat
+from hooked_hybrid.commands.run_options import device_map_of
 from hooked_hybrid.evaluation.cells import Cells
-from hooked_hybrid.foreign import DEEPEST, one_line, parse_json, printable, read_json
+from hooked_hybrid.network.state import HybridState
 from hooked_hybrid.niah.needles import load_needles
-from hooked_hybrid.niah.run_options import device_map_of
-from hooked_hybrid.packaged import packaged_models
-from hooked_hybrid.reproduce.recipe import recorded_include_path
-from hooked_hybrid.sentencepiece_file import read_sentencepiece
-from hooked_hybrid.state import HybridState
-from hooked_hybrid.tokenizer import read_tokenizer
+from hooked_hybrid.outputs.foreign import DEEPEST, one_line, parse_json, printable, read_json
+from hooked_hybrid.papers.recipe import recorded_include_path
+from hooked_hybrid.presets.packaged import packaged_models
+from hooked_hybrid.text.chat import render_chat
+from hooked_hybrid.text.sentencepiece_file import read_sentencepiece
+from hooked_hybrid.text.tokenizer import read_tokenizer
 from tests.stores import EXPERIMENT, evaluated
 from tests.unit.test_foreign_results import ESCAPE, within
 from weights_conversion.errors import CheckpointError
@@ -268,7 +268,7 @@ def test_steps_that_make_a_book_of_a_letter_are_refused(parts: dict[str, Any], t
 
 def test_a_tokenizer_that_breaks_off_raises_a_value_error(tmp_path: Path):
     """Panics of the tokenizers library are no `Exception`; whichever part panics, it is caught."""
-    from hooked_hybrid.tokenizer_guard import breaking_off
+    from hooked_hybrid.text.tokenizer_guard import breaking_off
 
     class PanicException(BaseException):
         """As pyo3 names its own."""
@@ -357,7 +357,7 @@ BOMBS = [
 def test_a_template_of_others_ends_soon_and_in_a_value_error(
     template: str, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr("hooked_hybrid.chat_bounds.STEPS", 3_000)
+    monkeypatch.setattr("hooked_hybrid.text.chat_bounds.STEPS", 3_000)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with within(60), pytest.raises(ValueError, match="the chat template (refuses|fails)"):
         render_chat(template, messages=[{"role": "user", "content": "hello"}])
@@ -365,7 +365,7 @@ def test_a_template_of_others_ends_soon_and_in_a_value_error(
 
 
 def test_a_template_stops_after_some_seconds(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("hooked_hybrid.chat_bounds.SECONDS", 0.2)
+    monkeypatch.setattr("hooked_hybrid.text.chat_bounds.SECONDS", 0.2)
     start = time.monotonic()
     with pytest.raises(ValueError, match="seconds"):
         render_chat("{% for a in range(9999) %}{% set x = range(9999)|list %}{% endfor %}")

@@ -18,11 +18,11 @@ import pytest
 
 from hooked_hybrid.evaluation.cells import Cells
 from hooked_hybrid.harvest import harvest
-from hooked_hybrid.identity.comparing import changes, refusal
-from hooked_hybrid.niah.report import write_report
+from hooked_hybrid.niah.report.report import write_report
 from hooked_hybrid.niah.store import COLUMNS, FILE, Store, read_cells
-from hooked_hybrid.reproduce.recipe import QUICK, recipe_for
-from hooked_hybrid.results_folder import LOCK, FolderInUseError, claimed, replacing
+from hooked_hybrid.outputs.folders import LOCK, FolderInUseError, claimed, replacing
+from hooked_hybrid.papers.recipe import QUICK, recipe_for
+from hooked_hybrid.runs.identity.comparing import changes, refusal
 from tests.harvests import RESID, documents_of, model_named, packaged
 from tests.stores import EXPERIMENT, cells_for, evaluated, stored, table_of
 from tests.unit.test_niah_statistics import sweep_table

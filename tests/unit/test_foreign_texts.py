@@ -9,9 +9,9 @@ import pandas as pd
 import pytest
 
 from hooked_hybrid.evaluation.report import _table
-from hooked_hybrid.niah.report import write_report
-from hooked_hybrid.reproduce.report import markdown
-from hooked_hybrid.tables import markdown_cell, read_csv, write_csv
+from hooked_hybrid.niah.report.report import write_report
+from hooked_hybrid.outputs.tables import markdown_cell, read_csv, write_csv
+from hooked_hybrid.papers.report import markdown
 from tests.unit.test_niah_statistics import sweep_table
 
 OUTPUTS = [

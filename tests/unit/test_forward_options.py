@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from hooked_hybrid import HookedHybrid, HookNameError, memory
-from hooked_hybrid.layout import lay_out
+from hooked_hybrid import HookedHybrid, HookNameError
+from hooked_hybrid.network import memory
+from hooked_hybrid.network.layout import lay_out
 from tests.models import (
     CONFIGS,
     D_VOCAB,

@@ -13,10 +13,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from hooked_hybrid import attend
-from hooked_hybrid.attend import Sight, attend_fused, attend_whole
-from hooked_hybrid.kernels import fused_attention
-from hooked_hybrid.kernels.fused_attention import Call, block_length
+from hooked_hybrid.network.attention import attend
+from hooked_hybrid.network.attention.attend import Sight, attend_fused, attend_whole
+from hooked_hybrid.network.kernels import fused_attention
+from hooked_hybrid.network.kernels.fused_attention import Call, block_length
 from tests.models import random_model, random_tokens, relative
 from tests.pretended_gpu.backends import backend
 from tests.unit.test_attend import (

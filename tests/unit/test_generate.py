@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from hooked_hybrid import HookedHybrid, HookPoint
-from hooked_hybrid.hooks import Run, per_position, watcher
-from hooked_hybrid.names import HookNameError
-from hooked_hybrid.sampling import Sampling
-from hooked_hybrid.state import AttentionState, HybridState
+from hooked_hybrid.hooks.names import HookNameError
+from hooked_hybrid.hooks.point import Run, per_position, watcher
+from hooked_hybrid.model.sampling import Sampling
+from hooked_hybrid.network.state import AttentionState, HybridState
 from tests.models import (
     D_VOCAB,
     griffin_config,

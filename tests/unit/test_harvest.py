@@ -10,12 +10,12 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 from hooked_hybrid import interventions
-from hooked_hybrid.cli import build_app
+from hooked_hybrid.commands.program import build_app
 from hooked_hybrid.harvest import HarvestedActivations, harvest, read_texts
 from hooked_hybrid.harvest.contexts import Plan
 from hooked_hybrid.harvest.documents import Documents
 from hooked_hybrid.harvest.running import hooks_to_keep
-from hooked_hybrid.names import HookNameError
+from hooked_hybrid.hooks.names import HookNameError
 from tests.harvests import (
     CONTEXT,
     LENGTHS,

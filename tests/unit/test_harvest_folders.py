@@ -25,7 +25,7 @@ from hooked_hybrid.harvest.documents import FILE, Documents
 from hooked_hybrid.harvest.recipe import Recipe
 from hooked_hybrid.harvest.running import Runner, ShardMaker
 from hooked_hybrid.harvest.shards import INDEX, RECIPE, read_header, short_hash
-from hooked_hybrid.results_folder import FolderInUseError, claimed
+from hooked_hybrid.outputs.folders import FolderInUseError, claimed
 from tests.harvests import (
     RESID,
     contents,

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 from torch.utils.data._utils.worker import WorkerInfo
 
 from hooked_hybrid.harvest import HarvestedActivations, harvest
-from hooked_hybrid.names import HookNameError
+from hooked_hybrid.hooks.names import HookNameError
 from tests.harvests import (
     documents_of,
     model_named,

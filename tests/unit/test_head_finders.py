@@ -16,9 +16,9 @@ from hooked_hybrid.analysis.answers import NeedlePrompt, copies
 from hooked_hybrid.analysis.channels import channel_scores
 from hooked_hybrid.analysis.entropies import entropy, entropy_profile
 from hooked_hybrid.analysis.heads import induction_scores, repeat_scores, retrieval_scores
+from hooked_hybrid.analysis.planted import Planted, planted_retrieval
 from hooked_hybrid.niah.needles import draw_needles, training_cities
 from hooked_hybrid.niah.prompts import grid
-from hooked_hybrid.planted import Planted, planted_retrieval
 from tests.models import (
     CONFIGS,
     griffin_config,

@@ -20,10 +20,10 @@ import torch
 from torch import Tensor, nn
 
 from hooked_hybrid import HookedHybrid, interventions
-from hooked_hybrid.hooks import per_position
-from hooked_hybrid.identity.comparing import changes, refusal
-from hooked_hybrid.identity.model import hashed_once, model_identity, weights_hash
-from hooked_hybrid.identity.values import UntoldError, describe, describe_callable
+from hooked_hybrid.hooks.point import per_position
+from hooked_hybrid.runs.identity.comparing import changes, refusal
+from hooked_hybrid.runs.identity.model import hashed_once, model_identity, weights_hash
+from hooked_hybrid.runs.identity.values import UntoldError, describe, describe_callable
 from tests.models import random_tokens, tiny_model
 
 ROOT = Path(__file__).parent.parent.parent
@@ -190,8 +190,8 @@ def test_cycles_end():
 PROGRAM = """
 import json, torch, functools, random, numpy
 from hooked_hybrid import interventions
-from hooked_hybrid.identity.values import describe
-from hooked_hybrid.niah.experiments import weight_matrix
+from hooked_hybrid.runs.identity.values import describe
+from hooked_hybrid.niah.settings.papers import weight_matrix
 
 class Scale:
     names = {"c", "a", "b"}
@@ -343,7 +343,7 @@ def test_an_older_identity_proves_what_it_recorded_and_no_more():
 
 
 def tokenizer_with(**changes: Any) -> Any:
-    from hooked_hybrid.niah.word_tokenizer import word_tokenizer
+    from hooked_hybrid.niah.haystacks.word_tokenizer import word_tokenizer
 
     tokenizer = word_tokenizer()
     for name, value in changes.items():

@@ -16,8 +16,8 @@ from hooked_hybrid.analysis.implicit_attention import (
     effective_offset,
     effective_pattern,
 )
+from hooked_hybrid.hooks.names import HookNameError
 from hooked_hybrid.interventions.patching import freeze
-from hooked_hybrid.names import HookNameError
 from tests.models import CONFIGS, random_tokens, relative, tiny_model
 from tests.tolerances import BF16, FP32_PARITY
 

@@ -8,7 +8,7 @@ import sys
 import tomllib
 from pathlib import Path
 
-from hooked_hybrid.extras import EXTRAS
+from hooked_hybrid.options import EXTRAS
 
 ROOT = Path(__file__).parents[2]
 
@@ -72,7 +72,7 @@ from hooked_hybrid import HookedHybrid, analysis, interventions
 from hooked_hybrid.accounting import count_parameters, flops_table
 from hooked_hybrid.analysis.drawing import new_figure
 from hooked_hybrid.niah.cached_state import cached_state
-from hooked_hybrid.niah.plots import new_figure as figure_of_sweep
+from hooked_hybrid.niah.report.plots import new_figure as figure_of_sweep
 from hooked_hybrid.niah.sweep import niah
 
 model = HookedHybrid.from_pretrained("tiny-griffin")

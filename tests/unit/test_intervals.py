@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from hooked_hybrid.intervals import (
+from hooked_hybrid.runs.intervals import (
     GAP,
     SHARE,
     _chance_below_zero,

@@ -22,19 +22,19 @@ import torch
 from torch import Tensor
 from torch.nn.functional import conv1d
 
-from hooked_hybrid import kernels
 from hooked_hybrid.config import MoEConfig
-from hooked_hybrid.kernels import causal_conv1d, grouped_experts, mamba_ssm
-from hooked_hybrid.kernels.grouped_experts import run_experts
-from hooked_hybrid.kernels.linear_scan import BLOCK, CHUNK, OPTIONS, STAGES, linear_scan
-from hooked_hybrid.kernels.linear_scan import usable as usable_linear
-from hooked_hybrid.kernels.selective_scan import BLOCK_D, blocks, selective_scan
-from hooked_hybrid.kernels.selective_scan import usable as usable_selective
-from hooked_hybrid.layers import CausalConv1d
-from hooked_hybrid.layout import lay_out
-from hooked_hybrid.mlps.moe import MoE
-from hooked_hybrid.scan import scan_loop
-from hooked_hybrid.selective_scan import selective_scan_loop
+from hooked_hybrid.network import kernels
+from hooked_hybrid.network.kernels import causal_conv1d, grouped_experts, mamba_ssm
+from hooked_hybrid.network.kernels.grouped_experts import run_experts
+from hooked_hybrid.network.kernels.linear_scan import BLOCK, CHUNK, OPTIONS, STAGES, linear_scan
+from hooked_hybrid.network.kernels.linear_scan import usable as usable_linear
+from hooked_hybrid.network.kernels.selective_scan import BLOCK_D, blocks, selective_scan
+from hooked_hybrid.network.kernels.selective_scan import usable as usable_selective
+from hooked_hybrid.network.layers import CausalConv1d
+from hooked_hybrid.network.layout import lay_out
+from hooked_hybrid.network.mlps.moe import MoE
+from hooked_hybrid.network.scans.scan import scan_loop
+from hooked_hybrid.network.scans.selective_scan import selective_scan_loop
 from tests.models import relative
 from tests.parity.test_selective_scan import SOURCE, selective_scan_ref
 from tests.tolerances import BF16, FAST_SCAN, FP32_PARITY
@@ -116,7 +116,7 @@ class TestTriton:
 
     @pytest.mark.parametrize("scan", ["linear", "selective"])
     def test_the_kernels_are_what_runs(self, scan: str):
-        from hooked_hybrid.kernels import triton_kernels
+        from hooked_hybrid.network.kernels import triton_kernels
 
         kernel = getattr(triton_kernels, f"{scan}_scan", triton_kernels.write_states)
         assert type(kernel).__name__ == ("JITFunction" if HAS_GPU else "InterpretedFunction")
@@ -283,7 +283,7 @@ def compile_for(capability: int, kernel: Any, **arguments: Any) -> str:
 def test_kernels_compile_for_a_gpu_and_read_ahead(monkeypatch, tmp_path, reverse: bool):
     """The interpreter has no types; the compiler does, and it needs no GPU."""
     pytest.importorskip("triton")
-    from hooked_hybrid.kernels import triton_kernels as triton
+    from hooked_hybrid.network.kernels import triton_kernels as triton
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     inputs = dict.fromkeys(("a_ptr", "x_ptr", "h0_ptr", "states_ptr"), "*fp32")
@@ -313,7 +313,7 @@ def test_kernels_compile_for_a_gpu_and_read_ahead(monkeypatch, tmp_path, reverse
 @pytest.mark.parametrize("d_state", [16, 256])
 def test_states_of_the_selective_scan_stay_in_registers(monkeypatch, tmp_path, d_state: int):
     triton = pytest.importorskip("triton")
-    from hooked_hybrid.kernels import triton_kernels
+    from hooked_hybrid.network.kernels import triton_kernels
 
     assemblers = [*Path(triton.__file__).parent.glob("backends/nvidia/bin/ptxas-*")]
     if not assemblers:
@@ -341,8 +341,8 @@ def test_nothing_is_imported_before_it_is_needed_nor_needed():
 import sys
 import hooked_hybrid
 from hooked_hybrid import kernels
-from hooked_hybrid.kernels import causal_conv1d, grouped_experts, mamba_ssm
-from hooked_hybrid.kernels import linear_scan, selective_scan
+from hooked_hybrid.network.kernels import causal_conv1d, grouped_experts, mamba_ssm
+from hooked_hybrid.network.kernels import linear_scan, selective_scan
 packages = {"triton", "mamba_ssm", "causal_conv1d"}
 assert not packages & set(sys.modules), packages & set(sys.modules)
 sys.modules.update(dict.fromkeys(packages))  # as if none were installed

@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from hooked_hybrid import kernels
-from hooked_hybrid.kernels import (
+from hooked_hybrid.network import kernels
+from hooked_hybrid.network.kernels import (
     causal_conv1d,
     grouped_experts,
     linear_scan,
@@ -20,8 +20,8 @@ from hooked_hybrid.kernels import (
     selective_scan,
     trials,
 )
-from hooked_hybrid.scan import scan_loop
-from hooked_hybrid.selective_scan import selective_scan_loop
+from hooked_hybrid.network.scans.scan import scan_loop
+from hooked_hybrid.network.scans.selective_scan import selective_scan_loop
 from tests.pretended_gpu import packages
 from tests.unit.test_kernels import install
 
@@ -107,7 +107,7 @@ def triton_as_loops(monkeypatch, wrong: float = 0.0) -> None:
 
             return run
 
-    triton_kernels = pytest.importorskip("hooked_hybrid.kernels.triton_kernels")
+    triton_kernels = pytest.importorskip("hooked_hybrid.network.kernels.triton_kernels")
     monkeypatch.setattr(linear_scan, "_launch", launch)
     monkeypatch.setattr(triton_kernels, "selective_scan", Kernel())
     for module in (linear_scan, selective_scan):

@@ -8,7 +8,6 @@ import jaxtyping
 import pytest
 import torch
 
-from hooked_hybrid import residual_reading
 from hooked_hybrid.analysis import lens as lens_module
 from hooked_hybrid.analysis.lens import (
     lens_of_generation,
@@ -17,7 +16,8 @@ from hooked_hybrid.analysis.lens import (
     logit_lens,
     token_over_depth,
 )
-from hooked_hybrid.names import HookNameError
+from hooked_hybrid.hooks.names import HookNameError
+from hooked_hybrid.model.residual import reading as residual_reading
 from tests.models import CONFIGS, random_tokens, relative, tiny_model
 from tests.tolerances import FP32_PARITY
 

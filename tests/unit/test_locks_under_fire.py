@@ -18,9 +18,9 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from hooked_hybrid.cli import build_app
+from hooked_hybrid.commands.program import build_app
 from hooked_hybrid.niah.store import FILE, Store
-from hooked_hybrid.results_folder import (
+from hooked_hybrid.outputs.folders import (
     LOCK,
     FolderInUseError,
     claimed,
@@ -36,7 +36,7 @@ HOLD = """
 import sys, time
 from pathlib import Path
 sys.argv[0] = "/some/bin/hooked-hybrid"
-from hooked_hybrid.results_folder import claimed
+from hooked_hybrid.outputs.folders import claimed
 with claimed(Path(sys.argv[1]), False):
     (Path(sys.argv[1]) / "begun.csv").write_text("")
     time.sleep(600)
@@ -102,7 +102,7 @@ def test_a_fork_that_ends_does_not_let_go_of_what_it_never_held(tmp_path: Path):
 FORK = """
 import os, sys, threading
 from pathlib import Path
-from hooked_hybrid.results_folder import LOCK, claimed
+from hooked_hybrid.outputs.folders import LOCK, claimed
 
 def another_run():
     try:

@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hooked_hybrid import HookedHybrid, HookPoint, selective_scan
+from hooked_hybrid import HookedHybrid, HookPoint
 from hooked_hybrid.interventions import hook_at, on_rows
-from hooked_hybrid.mixers.mamba import Mamba
-from hooked_hybrid.mlps.moe import MoE
+from hooked_hybrid.network.mixers.mamba import Mamba
+from hooked_hybrid.network.mlps.moe import MoE
+from hooked_hybrid.network.scans import selective_scan
 from tests.models import jamba_config, random_model, random_tokens, relative
 from tests.tolerances import FAST_SCAN, FLOAT64_LONG, FP32_PARITY
 

@@ -9,8 +9,9 @@ import pickle
 import pytest
 import torch
 
-from hooked_hybrid import HookedHybrid, presets
+from hooked_hybrid import HookedHybrid
 from hooked_hybrid.config import GatedMLPConfig, LayerConfig
+from hooked_hybrid.presets import configs as presets
 from tests.models import CONFIGS, tiny_model
 
 

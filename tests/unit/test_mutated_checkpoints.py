@@ -29,7 +29,7 @@ from torch import Tensor
 from experiments.under_fire import checkpoints
 from experiments.under_fire.bases import Base
 from hooked_hybrid import HookedHybrid, HybridConfig
-from hooked_hybrid.packaged import packaged_models
+from hooked_hybrid.presets.packaged import packaged_models
 from tests.models import griffin_config, random_model
 from weights_conversion import CheckpointError, google
 from weights_conversion.rules import revert

@@ -15,12 +15,13 @@ from matplotlib.collections import LineCollection
 from torch import Tensor
 from typer.testing import CliRunner
 
-from hooked_hybrid import HookedHybrid, cli
+from hooked_hybrid import HookedHybrid
+from hooked_hybrid.commands import program as cli
 from hooked_hybrid.interventions import follow_span, keep_top_heads
 from hooked_hybrid.niah.cached_state import CachedStateJob, cached_state, settings_of
-from hooked_hybrid.niah.cached_state_command import accuracy_by_case
-from hooked_hybrid.niah.cached_ways import ALL, CASES, WAYS, Case, _decoded, way_of
-from hooked_hybrid.niah.experiments import FOLLOW_MODES, weight_matrix
+from hooked_hybrid.commands.cached_state import accuracy_by_case
+from hooked_hybrid.niah.cached_state.ways import ALL, CASES, WAYS, Case, _decoded, way_of
+from hooked_hybrid.niah.settings.papers import FOLLOW_MODES, weight_matrix
 from hooked_hybrid.niah.groups import MOST_ROWS
 from hooked_hybrid.niah.needles import PAPER
 from hooked_hybrid.niah.prompts import Prompt, grid

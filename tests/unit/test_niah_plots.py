@@ -15,7 +15,7 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
-from hooked_hybrid.niah.plots import (
+from hooked_hybrid.niah.report.plots import (
     accuracy_by_k,
     file_name,
     replacing,
@@ -23,7 +23,7 @@ from hooked_hybrid.niah.plots import (
     retrieval_maps,
     save_figure,
 )
-from hooked_hybrid.niah.statistics import interval_of
+from hooked_hybrid.runs.statistics import interval_of
 from tests.unit.test_niah_statistics import sweep_table
 
 NEEDLES = ("paper", "held-out-00", "held-out-01")
@@ -238,7 +238,7 @@ def test_file_names_hold_letters_digits_and_no_path():
 
 def test_importing_the_library_imports_none_of_the_extra():
     code = (
-        "import sys, hooked_hybrid, hooked_hybrid.niah.plots, hooked_hybrid.niah.statistics\n"
+        "import sys, hooked_hybrid.niah.report.plots, hooked_hybrid.runs.statistics\n"
         "print([m for m in ('matplotlib', 'pandas', 'typer', 'rich') if m in sys.modules])"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -23,7 +23,6 @@ from tokenizers.pre_tokenizers import ByteLevel, Metaspace, Whitespace
 from transformers import PreTrainedTokenizerFast  # noqa: TID251
 
 from hooked_hybrid import HookedHybrid
-from hooked_hybrid.niah import haystack as generated
 from hooked_hybrid.niah.boundaries import (
     NONE,
     SENTENCE,
@@ -32,6 +31,9 @@ from hooked_hybrid.niah.boundaries import (
     sentence_ends,
     token_ends,
 )
+from hooked_hybrid.niah.haystacks import haystack as generated
+from hooked_hybrid.niah.haystacks.word_tokenizer import BOS, word_tokenizer
+from hooked_hybrid.niah.haystacks.words import vocabulary
 from hooked_hybrid.niah.needles import (
     PAPER,
     Needle,
@@ -57,9 +59,7 @@ from hooked_hybrid.niah.prompts import (
     grid,
     shortest_length,
 )
-from hooked_hybrid.niah.word_tokenizer import BOS, word_tokenizer
-from hooked_hybrid.niah.words import vocabulary
-from hooked_hybrid.tokenizer import CheckpointTokenizer
+from hooked_hybrid.text.tokenizer import CheckpointTokenizer
 from tests.models import griffin_config, random_model
 
 DEPTHS = [0.0, 0.2, 0.5, 0.77, 0.999, 1.0]

@@ -13,10 +13,10 @@ import pandas as pd
 import pytest
 import torch
 
-from hooked_hybrid.niah.published import NOT_RUN, PUBLISHED, Measure, Published, ours
-from hooked_hybrid.niah.report import CAUTION, Written, summary_rows, write_report
-from hooked_hybrid.niah.statistics import summary
+from hooked_hybrid.niah.report.published import NOT_RUN, PUBLISHED, Measure, Published, ours
+from hooked_hybrid.niah.report.report import CAUTION, Written, summary_rows, write_report
 from hooked_hybrid.niah.sweep import top_k_settings
+from hooked_hybrid.runs.statistics import summary
 from tests.unit.test_niah_statistics import sweep_table
 
 CARD = {"model": "tiny <griffin>", "parameters": "1,800,000"}

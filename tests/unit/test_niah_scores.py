@@ -6,6 +6,7 @@ from random import Random
 
 import pytest
 
+from hooked_hybrid.niah.haystacks.word_tokenizer import word_tokenizer
 from hooked_hybrid.niah.needles import (
     PAPER,
     Needle,
@@ -15,7 +16,6 @@ from hooked_hybrid.niah.needles import (
     training_cities,
 )
 from hooked_hybrid.niah.scores import accuracy, binary, graded, released
-from hooked_hybrid.niah.word_tokenizer import word_tokenizer
 
 ANSWER = "eat a sandwich and sit in Dolores Park on a sunny day"
 

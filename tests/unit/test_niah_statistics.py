@@ -12,8 +12,8 @@ from scipy import stats
 from hooked_hybrid.niah.cells import cell_of, with_places
 from hooked_hybrid.niah.needles import PAPER
 from hooked_hybrid.niah.prompts import Prompt
-from hooked_hybrid.niah.settings import Setting
-from hooked_hybrid.niah.statistics import interval_of, scored, summary
+from hooked_hybrid.niah.settings.setting import Setting
+from hooked_hybrid.runs.statistics import interval_of, scored, summary
 
 
 def sweep_table(

@@ -18,13 +18,13 @@ import torch
 from torch import Tensor
 
 from hooked_hybrid import HookedHybrid, HookNameError, HookPoint
-from hooked_hybrid.identity.model import weights_hash
+from hooked_hybrid.niah.haystacks.word_tokenizer import word_tokenizer
+from hooked_hybrid.niah.haystacks.words import vocabulary
 from hooked_hybrid.niah.needles import PAPER
 from hooked_hybrid.niah.prompts import Prompt, grid
 from hooked_hybrid.niah.store import FILE, read_cells
 from hooked_hybrid.niah.sweep import Setting, niah, top_k_settings
-from hooked_hybrid.niah.word_tokenizer import word_tokenizer
-from hooked_hybrid.niah.words import vocabulary
+from hooked_hybrid.runs.identity.model import weights_hash
 from tests.models import griffin_config, jamba_config, random_model
 
 QUIET: dict[str, Any] = {"verbose": False, "max_new_tokens": 4}

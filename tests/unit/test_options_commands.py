@@ -13,7 +13,7 @@ import torch
 from typer.testing import CliRunner, Result
 
 from hooked_hybrid import HookedHybrid
-from hooked_hybrid.cli import COMMANDS, build_app
+from hooked_hybrid.commands.program import COMMANDS, build_app
 
 APP = build_app()
 
@@ -181,8 +181,8 @@ def reached(monkeypatch, tmp_path) -> Iterator[list[str]]:
 
     monkeypatch.setattr(HookedHybrid, "from_pretrained", load)
     monkeypatch.setattr(torch, "set_num_threads", lambda n: seen.append(f"{n} threads"))
-    monkeypatch.setattr("hooked_hybrid.accounting.commands.compute_figure", lambda *_: None)
-    monkeypatch.setattr("hooked_hybrid.accounting.commands.save_figure", lambda *_: [])
+    monkeypatch.setattr("hooked_hybrid.commands.accounting.compute_figure", lambda *_: None)
+    monkeypatch.setattr("hooked_hybrid.commands.accounting.save_figure", lambda *_: [])
     for module, name in (
         ("niah.command", "run_sweep"),
         ("niah.experiment_commands", "run_sweep"),

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from hooked_hybrid import ActivationCache, HookedHybrid, analysis, interventions
-from hooked_hybrid.residual import ResidualStacks
-from hooked_hybrid.residual_norms import ResidualNorms
+from hooked_hybrid.model.residual.norms import ResidualNorms
+from hooked_hybrid.model.residual.stacks import ResidualStacks
 from tests.models import griffin_config, random_model, random_tokens
 from tests.options import check_refuses, options_of, seen
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from hooked_hybrid import HookedHybrid
-from hooked_hybrid.sampling import Draws, Sampling, _signed, splitmix64, uniforms
+from hooked_hybrid.model.sampling import Draws, Sampling, _signed, splitmix64, uniforms
 from tests.models import random_tokens, tiny_model
 from tests.options import Row, check_acts, check_complete, check_refuses
 

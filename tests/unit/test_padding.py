@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hooked_hybrid import HookedHybrid, analysis
-from hooked_hybrid.text import Text
+from hooked_hybrid.text.text import Text
 from tests.models import griffin_config, jamba_config, random_model
 from tests.unit.test_text import BOS, EOS, PAD, toy_tokenizer
 

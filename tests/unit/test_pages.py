@@ -12,8 +12,8 @@ from experiments.pages import figures, results, tables, writing
 from experiments.pages.results import COMMIT, DOCS, KEPT, Kept, keep, kept
 from experiments.pages.writing import BLOCK, ELSEWHERE, FIGURE, filled, pages, written
 from hooked_hybrid.niah.head_sets import standings
-from hooked_hybrid.niah.statistics import summary
-from hooked_hybrid.results_folder import replacing
+from hooked_hybrid.outputs.folders import replacing
+from hooked_hybrid.runs.statistics import summary
 
 PAGES = {path.name: path for path in pages()}
 PROGRAMS = re.compile(r"hooked-hybrid [a-z]|python -m experiments\.|no program kept")

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from hooked_hybrid import HookedHybrid, HookPoint, interventions
+from hooked_hybrid.hooks.names import HookNameError
 from hooked_hybrid.interventions.patching import freeze, knock_out_edges, patch
-from hooked_hybrid.names import HookNameError
-from hooked_hybrid.plan import piece_length
+from hooked_hybrid.network.plan import piece_length
 from tests.models import griffin_config, jamba_config, random_model, random_tokens, relative
 from tests.tolerances import FP32_PARITY
 
@@ -66,7 +66,7 @@ def each_way(
     for piece in (False, True):
         with monkeypatch.context() as patched, torch.no_grad():
             if piece:
-                patched.setattr("hooked_hybrid.model.piece_length", in_pieces)
+                patched.setattr("hooked_hybrid.model.hybrid.piece_length", in_pieces)
                 yield "pieces", whole(input=tokens)
             for side in ("left", "right"):
                 ids, mask = padded([tokens[i, :n] for i, n in enumerate(LENGTHS)], side)

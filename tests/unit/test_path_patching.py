@@ -13,9 +13,9 @@ from torch.nn.functional import gelu, silu
 from hooked_hybrid import HookedHybrid, interventions
 from hooked_hybrid.analysis.metrics import normalised
 from hooked_hybrid.analysis.path_patching import path_patch, path_patch_each, path_patch_heads
+from hooked_hybrid.analysis.planted import planted_retrieval
 from hooked_hybrid.analysis.scores import HeadScores
-from hooked_hybrid.names import HookNameError
-from hooked_hybrid.planted import planted_retrieval
+from hooked_hybrid.hooks.names import HookNameError
 from tests.models import CONFIGS, griffin_config, jamba_config, random_model, random_tokens
 from tests.models import relative as difference
 from tests.tolerances import BF16, FP32_PARITY

@@ -17,15 +17,15 @@ import torch
 from torch import Tensor
 
 from hooked_hybrid import HookedHybrid, HookPoint, interventions
-from hooked_hybrid.folding import fold_ln
-from hooked_hybrid.hooks import watcher
-from hooked_hybrid.identity.model import model_identity
-from hooked_hybrid.layout import lay_out
-from hooked_hybrid.placement import Machine, place, resolve
-from hooked_hybrid.placement.files import OffloadFolder
-from hooked_hybrid.placement.planner import Planner
-from hooked_hybrid.placement.planning import plan
-from hooked_hybrid.placement.sizes import Sizes
+from hooked_hybrid.accounting.plan.planner import Planner
+from hooked_hybrid.accounting.plan.planning import plan
+from hooked_hybrid.accounting.plan.working import Sizes
+from hooked_hybrid.hooks.point import watcher
+from hooked_hybrid.model.folding import fold_ln
+from hooked_hybrid.network.layout import lay_out
+from hooked_hybrid.network.placement import Machine, place, resolve
+from hooked_hybrid.network.placement.offload import OffloadFolder
+from hooked_hybrid.runs.identity.model import model_identity
 from tests.models import CONFIGS, random_tokens, relative, tiny_model
 from tests.tolerances import FP32_PARITY
 
@@ -310,13 +310,15 @@ def test_a_load_cut_off_leaves_nothing_that_bears_a_name(
 
     options: dict[str, Any] = {"device_map": {"": "disk"}, "offload_folder": tmp_path / "offload"}
     with monkeypatch.context() as patched:
-        patched.setattr("hooked_hybrid.placement.files._make_room", full)
+        patched.setattr("hooked_hybrid.network.placement.offload._make_room", full)
         with pytest.raises(OSError, match="cannot be written .No space left"):
             HookedHybrid.from_pretrained(checkpoint, **options)
     assert not [p for folder in (tmp_path / "offload").iterdir() for p in folder.iterdir()]
     usage = type("Usage", (), {"free": 10})
     with monkeypatch.context() as patched:
-        patched.setattr("hooked_hybrid.placement.files.shutil.disk_usage", lambda _: usage)
+        patched.setattr(
+            "hooked_hybrid.network.placement.offload.shutil.disk_usage", lambda _: usage
+        )
         with pytest.raises(OSError, match="would take .* GB more"):
             HookedHybrid.from_pretrained(checkpoint, **options)
 
@@ -346,7 +348,7 @@ def test_auto_fills_memory_first_and_says_what_is_missing(
     checkpoint: Path, tmp_path: Path, monkeypatch: Any
 ):
     short = partial(plan, lengths=(4,))  # so that weights are most of what is needed
-    monkeypatch.setattr("hooked_hybrid.placement.planning.plan", short)
+    monkeypatch.setattr("hooked_hybrid.accounting.plan.planning.plan", short)
     sizes = Sizes(CONFIGS["jamba"], torch.float32, on_cpu=True)
     planner = Planner(sizes, Machine((), GB), 4)
     needed = planner.usage(range(4), range(0), is_first=True).total

@@ -8,7 +8,27 @@ from typing import Any
 import pytest
 import torch
 
-from hooked_hybrid import presets
+from hooked_hybrid.accounting.plan.changes import (
+    _largest,
+    _narrower,
+    _of_gpus,
+    _size,
+    _smallest,
+    changes,
+)
+from hooked_hybrid.accounting.plan.machine import (
+    ANY_DISK,
+    Machine,
+    gpus_of,
+    shown,
+    size_of,
+    this_machine,
+)
+from hooked_hybrid.accounting.plan.planner import Planner
+from hooked_hybrid.accounting.plan.planning import plan
+from hooked_hybrid.accounting.plan.split import Split, Usage
+from hooked_hybrid.accounting.plan.stored import Stored
+from hooked_hybrid.accounting.plan.working import WORKING_OF, Piece, Sizes
 from hooked_hybrid.config import (
     AttentionConfig,
     GatedMLPConfig,
@@ -17,27 +37,7 @@ from hooked_hybrid.config import (
     RGLRUConfig,
     RotaryConfig,
 )
-from hooked_hybrid.placement.changes import (
-    _largest,
-    _narrower,
-    _of_gpus,
-    _size,
-    _smallest,
-    changes,
-)
-from hooked_hybrid.placement.machine import (
-    ANY_DISK,
-    Machine,
-    gpus_of,
-    shown,
-    size_of,
-    this_machine,
-)
-from hooked_hybrid.placement.planner import Planner
-from hooked_hybrid.placement.planning import plan
-from hooked_hybrid.placement.sizes import WORKING_OF, Piece, Sizes
-from hooked_hybrid.placement.split import Split, Usage
-from hooked_hybrid.placement.stored import Stored
+from hooked_hybrid.presets import configs as presets
 
 BF16, FP32, FP64 = 2, 4, 8
 KB, MB, GB, TB = 10**3, 10**6, 10**9, 10**12
@@ -352,7 +352,7 @@ def test_where_no_number_fits_none_is_found():
 
 def test_changes_that_would_do_are_the_smallest_by_trying_all(monkeypatch: pytest.MonkeyPatch):
     """Of a model of some 3.5 GB, for a GPU of 2.5 GB of which CUDA takes one."""
-    monkeypatch.setattr("hooked_hybrid.placement.changes.SCHEMES", ())
+    monkeypatch.setattr("hooked_hybrid.accounting.plan.changes.SCHEMES", ())
     cfg = presets.jamba("MA" * 4, d_model=2048, d_mlp=8192, d_vocab=99, n_heads=4, n_experts=4)
     machine = Machine((2500 * MB,))
     found = plan(cfg, machine, (64,), 1, torch.float32)
@@ -446,7 +446,7 @@ def test_why_a_model_has_no_place_names_what_there_is(machine: Machine, beside: 
 
 def test_changes_are_for_the_longest_length_of_a_plan(monkeypatch: pytest.MonkeyPatch):
     """Of a model whose keys and values take 520 bytes a token: 4 million of them take 2 GB."""
-    monkeypatch.setattr("hooked_hybrid.placement.changes.SCHEMES", ())
+    monkeypatch.setattr("hooked_hybrid.accounting.plan.changes.SCHEMES", ())
     cfg = presets.griffin("A", d_model=8, d_head=64, d_vocab=99, n_heads=1, n_keys=None)
     found = plan(cfg, Machine((), GB), (64, 4_000_000), 1, torch.float32)
     assert not found.fits and found.sizes.state(0, 4_000_000) == 4_000_000 * 520
@@ -481,5 +481,5 @@ def test_of_schemes_that_would_do_the_least_narrow_is_named(
             return self.scheme in fitting
 
     found = plan(CFG, Machine((), 5), (20,))
-    monkeypatch.setattr("hooked_hybrid.placement.changes.Planner", Fits)
+    monkeypatch.setattr("hooked_hybrid.accounting.plan.changes.Planner", Fits)
     assert [change.option for change in changes(found)] == said

@@ -13,9 +13,10 @@ import pytest
 import torch
 
 from hooked_hybrid import HookedHybrid
-from hooked_hybrid.placement import files, place
-from hooked_hybrid.placement.files import OffloadFolder, identity_of, layout_of
-from hooked_hybrid.results_folder import claimed
+from hooked_hybrid.network.placement import offload as files
+from hooked_hybrid.network.placement import place
+from hooked_hybrid.network.placement.offload import OffloadFolder, identity_of, layout_of
+from hooked_hybrid.outputs.folders import claimed
 from tests.models import random_tokens, tiny_model
 
 ON_DISK: dict[str, Any] = {"device_map": {"": "disk"}}
@@ -152,7 +153,9 @@ def test_a_folder_in_which_one_of_two_tensors_is_missing_is_filled(
     folder, there, missing = OffloadFolder(tmp_path, "x"), torch.zeros(4), torch.ones(5)
     folder.write("there", there, there)
     full = SimpleNamespace(free=19)
-    monkeypatch.setattr("hooked_hybrid.placement.files.shutil.disk_usage", lambda path: full)
+    monkeypatch.setattr(
+        "hooked_hybrid.network.placement.offload.shutil.disk_usage", lambda path: full
+    )
     with folder.filling({"there": there}):
         assert folder.has("there", there) and not folder.has("there", missing)
     both = {"there": there, "missing": missing}

@@ -8,12 +8,14 @@ from typing import Any
 import pytest
 import torch
 
-from hooked_hybrid import HookedHybrid, HybridConfig, presets, products
-from hooked_hybrid.placement import Machine
-from hooked_hybrid.placement.planner import Planner
-from hooked_hybrid.placement.sizes import Sizes
-from hooked_hybrid.placement.split import Usage
-from hooked_hybrid.weights import stored_bytes
+from hooked_hybrid import HookedHybrid, HybridConfig
+from hooked_hybrid.accounting.plan.planner import Planner
+from hooked_hybrid.accounting.plan.split import Usage
+from hooked_hybrid.accounting.plan.working import Sizes
+from hooked_hybrid.network.placement import Machine
+from hooked_hybrid.network.weights import products
+from hooked_hybrid.network.weights.plain import stored_bytes
+from hooked_hybrid.presets import configs as presets
 from tests.models import CONFIGS, random_tokens, tiny_model
 
 GRIFFIN = presets.griffin("RRA", d_model=128, d_vocab=300, n_heads=4, n_keys=400)

@@ -8,9 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hooked_hybrid.hooks import HookPoint
-from hooked_hybrid.interventions import cut_heads, keep_heads
-from hooked_hybrid.planted import (
+from hooked_hybrid.analysis.planted import (
     BOS,
     N_SPECIAL,
     N_SYMBOLS,
@@ -18,6 +16,8 @@ from hooked_hybrid.planted import (
     PlantedPrompts,
     planted_retrieval,
 )
+from hooked_hybrid.hooks.point import HookPoint
+from hooked_hybrid.interventions import cut_heads, keep_heads
 from tests.models import relative
 from tests.tolerances import FP32_PARITY
 

@@ -19,7 +19,7 @@ from hooked_hybrid.analysis import (
     lens_ranks,
     logit_lens,
 )
-from hooked_hybrid.planted import Planted, PlantedPrompts, planted_retrieval
+from hooked_hybrid.analysis.planted import Planted, PlantedPrompts, planted_retrieval
 
 NOISE = 0.1
 

@@ -18,6 +18,7 @@ from hooked_hybrid import ActivationCache, HookedHybrid
 from hooked_hybrid.analysis.activation_patching import generic_activation_patch
 from hooked_hybrid.analysis.horizon import half_life
 from hooked_hybrid.analysis.lens import logit_lens
+from hooked_hybrid.hooks.names import HookNameError
 from hooked_hybrid.interventions import (
     ablate_heads,
     ablate_layers,
@@ -32,7 +33,6 @@ from hooked_hybrid.interventions import (
     on_rows,
     patch,
 )
-from hooked_hybrid.names import HookNameError
 from tests.models import griffin_config, jamba_config, random_model, random_tokens, relative
 from tests.tolerances import FP32_PARITY
 

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from hooked_hybrid import HookedHybrid, products
-from hooked_hybrid.products import MANY, linear
+from hooked_hybrid import HookedHybrid
+from hooked_hybrid.network.weights import products
+from hooked_hybrid.network.weights.products import MANY, linear
 from tests.models import CONFIGS, random_tokens, relative, tiny_model
 
 NARROW = {torch.bfloat16: 2**-8, torch.float16: 2**-11}

@@ -17,17 +17,17 @@ from torch import Tensor, nn
 
 from hooked_hybrid import HookedHybrid, HookPoint, fold_ln, interventions, unfold_ln
 from hooked_hybrid.analysis import all_composition_scores
-from hooked_hybrid.identity.model import weights_hash
-from hooked_hybrid.mixers import MIXERS
-from hooked_hybrid.mlps import MLPS, MoE
-from hooked_hybrid.quantized import (
+from hooked_hybrid.network.mixers import MIXERS
+from hooked_hybrid.network.mlps import MLPS, MoE
+from hooked_hybrid.network.weights.plain import as_matrix, is_quantized, stored_bytes
+from hooked_hybrid.network.weights.quantized import (
     LARGE,
     Quantizer,
     dequantize_weights,
     quantizable,
     quantize_weights,
 )
-from hooked_hybrid.weights import as_matrix, is_quantized, stored_bytes
+from hooked_hybrid.runs.identity.model import weights_hash
 from tests.models import griffin_config, jamba_config, random_model, random_tokens, relative
 from tests.test_every_hook_is_live import documented_shape, nudged
 from tests.tolerances import FP32_PARITY, INT8, QUANTIZED_BF16

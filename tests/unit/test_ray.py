@@ -29,22 +29,22 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 from hooked_hybrid import HookPoint
-from hooked_hybrid.cli import build_app
+from hooked_hybrid.commands.program import build_app
 from hooked_hybrid.evaluation.forms import FORMS
 from hooked_hybrid.evaluation.running import Options, evaluate
 from hooked_hybrid.harvest import harvest
-from hooked_hybrid.identity.model import model_identity
 from hooked_hybrid.interventions import keep_top_heads
-from hooked_hybrid.niah import ray_workers
-from hooked_hybrid.niah.cached_state import CASES, cached_state
-from hooked_hybrid.niah.experiments import weight_matrix
+from hooked_hybrid.niah.cached_state.sweep import CASES, cached_state
 from hooked_hybrid.niah.language import text_loss
 from hooked_hybrid.niah.prompts import Prompt
-from hooked_hybrid.niah.ray_actor import Worker, packed, unpacked
-from hooked_hybrid.niah.ray_workers import RayWorkers
+from hooked_hybrid.niah.settings.papers import weight_matrix
 from hooked_hybrid.niah.store import FILE, Store
 from hooked_hybrid.niah.sweep import Setting, niah, top_k_settings
-from hooked_hybrid.niah.work import Job, spread
+from hooked_hybrid.runs import ray_workers
+from hooked_hybrid.runs.identity.model import model_identity
+from hooked_hybrid.runs.ray_actor import Worker, packed, unpacked
+from hooked_hybrid.runs.ray_workers import RayWorkers
+from hooked_hybrid.runs.work import Job, spread
 from tests.unit.test_niah_sweep import (
     LENGTHS,
     QUIET,
@@ -291,7 +291,7 @@ COMMAND = (
 
 def test_a_killed_driver_is_resumed_and_ends_as_one_process(tmp_path: Path):
     alone, killed = ([*COMMAND.split(), "--out", str(tmp_path / name)] for name in "ab")
-    program = [sys.executable, "-m", "hooked_hybrid.cli", *killed]
+    program = [sys.executable, "-m", "hooked_hybrid.commands.program", *killed]
     driver = subprocess.Popen([*program, "--ray", "local", "--workers", "2"], cwd=ROOT)
     cells = tmp_path / "b" / FILE
     while driver.poll() is None and n_cells(cells) < 2:

@@ -12,12 +12,12 @@ import ray
 import torch
 from ray import cloudpickle
 
-from hooked_hybrid.identity.model import model_identity
-from hooked_hybrid.niah import ray_calls, ray_workers
-from hooked_hybrid.niah.ray_actor import Worker, packed, versions
-from hooked_hybrid.niah.ray_calls import DiedError, what_died
-from hooked_hybrid.niah.ray_workers import MOST_DEATHS, RayWorkers
-from hooked_hybrid.niah.work import Job
+from hooked_hybrid.runs import ray_calls, ray_workers
+from hooked_hybrid.runs.identity.model import model_identity
+from hooked_hybrid.runs.ray_actor import Worker, packed, versions
+from hooked_hybrid.runs.ray_calls import DiedError, what_died
+from hooked_hybrid.runs.ray_workers import MOST_DEATHS, RayWorkers
+from hooked_hybrid.runs.work import Job
 from tests.models import tiny_model
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from hooked_hybrid import HookedHybrid, HookPoint
 from hooked_hybrid.analysis.implicit_attention import effective_attention
+from hooked_hybrid.hooks.names import HookNameError
 from hooked_hybrid.interventions.patching import freeze, patch
 from hooked_hybrid.interventions.recurrence import (
     edit_state,
@@ -19,8 +20,7 @@ from hooked_hybrid.interventions.recurrence import (
     knock_out_state_edges,
 )
 from hooked_hybrid.interventions.where import on_rows
-from hooked_hybrid.names import HookNameError
-from hooked_hybrid.plan import piece_length
+from hooked_hybrid.network.plan import piece_length
 from tests.models import griffin_config, jamba_config, random_model, random_tokens, relative
 from tests.tolerances import BF16, FINITE_DIFFERENCE, FP32_PARITY
 
@@ -67,7 +67,7 @@ def each_way(
     for side in ("left", "right"):
         ids, mask = padded([tokens[i, :n] for i, n in enumerate(LENGTHS)], side)
         with monkeypatch.context() as patched, torch.no_grad():
-            patched.setattr("hooked_hybrid.model.piece_length", in_pieces)
+            patched.setattr("hooked_hybrid.model.hybrid.piece_length", in_pieces)
             out = whole(input=ids, attention_mask=mask)
             yield f"{side} in pieces", [out[i][mask[i] > 0] for i in range(3)]
     out = whole(input=ids, attention_mask=mask)

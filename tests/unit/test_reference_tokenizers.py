@@ -15,8 +15,8 @@ import torch
 from tokenizers import Tokenizer
 
 from hooked_hybrid import HookedHybrid
-from hooked_hybrid.text import Text
-from hooked_hybrid.tokenizer import CheckpointTokenizer, read_tokenizer
+from hooked_hybrid.text.text import Text
+from hooked_hybrid.text.tokenizer import CheckpointTokenizer, read_tokenizer
 from tests.models import griffin_config, random_model
 from tests.tokenizers_of_the_families import (
     CORPUS,

@@ -13,14 +13,15 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from hooked_hybrid import HookedHybrid, cli, presets
+from hooked_hybrid import HookedHybrid
+from hooked_hybrid.commands import program as cli
 from hooked_hybrid.evaluation.cells import Cell
-from hooked_hybrid.niah.experiments import weight_matrix
 from hooked_hybrid.niah.needles import PAPER
 from hooked_hybrid.niah.prompts import build_prompt
-from hooked_hybrid.reproduce import checks, command, exact, language, needle_checks
-from hooked_hybrid.reproduce.catalogue import CATALOGUE, items_of, runs_of
-from hooked_hybrid.reproduce.claims import (
+from hooked_hybrid.niah.settings.papers import weight_matrix
+from hooked_hybrid.papers import checks, command, exact, language, needle_checks
+from hooked_hybrid.papers.catalogue import CATALOGUE, items_of, runs_of
+from hooked_hybrid.papers.claims import (
     ALL,
     JAMBA,
     RG_2B,
@@ -34,11 +35,12 @@ from hooked_hybrid.reproduce.claims import (
     subject_of,
     together,
 )
-from hooked_hybrid.reproduce.evidence import Evidence, difference, estimate, tipping
-from hooked_hybrid.reproduce.recipe import QUICK, Recipe, prompts_of, recipe_for
-from hooked_hybrid.reproduce.report import markdown
-from hooked_hybrid.reproduce.runs import RUNS, Run, span_beside
-from hooked_hybrid.reproduce.thesis_weights import PUBLISHED_WEIGHTS
+from hooked_hybrid.papers.evidence import Evidence, difference, estimate, tipping
+from hooked_hybrid.papers.recipe import QUICK, Recipe, prompts_of, recipe_for
+from hooked_hybrid.papers.report import markdown
+from hooked_hybrid.papers.runs import RUNS, Run, span_beside
+from hooked_hybrid.papers.thesis_weights import PUBLISHED_WEIGHTS
+from hooked_hybrid.presets import configs as presets
 
 LISTED = {
     "sllm2025": ["Table 1", "Figure 2", "Figure 1", "Appendix C"],

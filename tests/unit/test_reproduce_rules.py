@@ -11,16 +11,17 @@ import pandas as pd
 import pytest
 from typer.testing import CliRunner
 
-from hooked_hybrid import HookedHybrid, presets
-from hooked_hybrid.cli import build_app
+from hooked_hybrid import HookedHybrid
+from hooked_hybrid.commands.program import build_app
 from hooked_hybrid.evaluation.cells import Cell
-from hooked_hybrid.reproduce import checks, command, language, needle_checks, shares
-from hooked_hybrid.reproduce.catalogue import items_of, runs_of
-from hooked_hybrid.reproduce.claims import Finding, Verdict, found_by, judged
-from hooked_hybrid.reproduce.evidence import Evidence, Untested, estimate, tipping
-from hooked_hybrid.reproduce.reading import how_to_read
-from hooked_hybrid.reproduce.recipe import PACKAGED, QUICK, prompts_of, recipe_for
-from hooked_hybrid.reproduce.report import items_in, not_run
+from hooked_hybrid.papers import checks, command, language, needle_checks, shares
+from hooked_hybrid.papers.catalogue import items_of, runs_of
+from hooked_hybrid.papers.claims import Finding, Verdict, found_by, judged
+from hooked_hybrid.papers.evidence import Evidence, Untested, estimate, tipping
+from hooked_hybrid.papers.reading import how_to_read
+from hooked_hybrid.papers.recipe import PACKAGED, QUICK, prompts_of, recipe_for
+from hooked_hybrid.papers.report import items_in, not_run
+from hooked_hybrid.presets import configs as presets
 from tests.unit.test_reproduce import (
     FOUR,
     NEEDLES,

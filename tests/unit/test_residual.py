@@ -8,12 +8,13 @@ import jaxtyping
 import pytest
 import torch
 
-from hooked_hybrid import ActivationCache, residual_reading
+from hooked_hybrid import ActivationCache
 from hooked_hybrid.config import AttentionConfig, MoEConfig, RGLRUConfig
-from hooked_hybrid.mixers import MIXERS
-from hooked_hybrid.mlps import MLPS
-from hooked_hybrid.names import HookNameError
-from hooked_hybrid.residual_parts import MIXER_KINDS, MLP_KINDS, RECURRENT_PARTS
+from hooked_hybrid.hooks.names import HookNameError
+from hooked_hybrid.model.residual import reading as residual_reading
+from hooked_hybrid.model.residual.parts import MIXER_KINDS, MLP_KINDS, RECURRENT_PARTS
+from hooked_hybrid.network.mixers import MIXERS
+from hooked_hybrid.network.mlps import MLPS
 from tests.models import CONFIGS, random_tokens, relative, tiny_model
 from tests.tolerances import BF16, FP32_PARITY
 

@@ -15,10 +15,10 @@ import typer
 from typer.testing import CliRunner
 
 from hooked_hybrid import HookedHybrid
-from hooked_hybrid.niah.command import model_card
-from hooked_hybrid.niah.ray_options import workers_of
-from hooked_hybrid.niah.run_options import Loading, RunOptions, device_map_of, memory_of
-from hooked_hybrid.option_groups import grouped
+from hooked_hybrid.commands.niah import model_card
+from hooked_hybrid.commands.option_groups import grouped
+from hooked_hybrid.commands.ray_options import workers_of
+from hooked_hybrid.commands.run_options import Loading, RunOptions, device_map_of, memory_of
 from tests.models import griffin_config, random_model
 
 

@@ -27,14 +27,14 @@ from hooked_hybrid import HookedHybrid
 from hooked_hybrid.evaluation.cells import Cell, Cells
 from hooked_hybrid.evaluation.running import Options, experiment_of
 from hooked_hybrid.harvest import harvest
-from hooked_hybrid.niah.cached_state import CASES, cached_state
+from hooked_hybrid.niah.cached_state.sweep import CASES, cached_state
 from hooked_hybrid.niah.prompts import Prompt
-from hooked_hybrid.niah.settings import PerRow, Setting
+from hooked_hybrid.niah.settings.setting import PerRow, Setting
 from hooked_hybrid.niah.store import COLUMNS, FILE
 from hooked_hybrid.niah.store_checks import digest_of
 from hooked_hybrid.niah.sweep import niah
-from hooked_hybrid.reproduce.recipe import Recipe
-from hooked_hybrid.reproduce.runs import text_losses
+from hooked_hybrid.papers.recipe import Recipe
+from hooked_hybrid.papers.runs import text_losses
 from tests.harvests import contents
 from tests.unit.test_niah_sweep import model_of, prompts_of
 

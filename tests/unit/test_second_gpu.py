@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 import torch
 
-from hooked_hybrid import step_graph
-from hooked_hybrid.step_graph import StepGraph, captured, record
+from hooked_hybrid.model import step_graph
+from hooked_hybrid.model.step_graph import StepGraph, captured, record
 from tests.models import random_tokens, tiny_model
 from tests.unit.test_step_graph import after, assert_follows, eager_step
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from hooked_hybrid import HookedHybrid, HookPoint
-from hooked_hybrid.state import AttentionState, HybridState, RecurrentState
+from hooked_hybrid.network.state import AttentionState, HybridState, RecurrentState
 from tests.models import CONFIGS, griffin_config, random_model, random_tokens, tiny_model
 
 N_KEYS, N_LAYERS = 7, 4
@@ -449,7 +449,7 @@ def test_a_failed_save_leaves_the_old_file(tmp_path, state, donor, monkeypatch):
     def fail(*_: Any, **__: Any) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr("hooked_hybrid.state.save_file", fail)
+    monkeypatch.setattr("hooked_hybrid.network.state.save_file", fail)
     with pytest.raises(OSError, match="disk full"):
         donor.save(path)
     assert same(HybridState.load(path), state)

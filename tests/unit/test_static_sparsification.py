@@ -12,17 +12,19 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from hooked_hybrid import HookedHybrid, cli
+from hooked_hybrid import HookedHybrid
 from hooked_hybrid.analysis.answers import NeedlePrompt
 from hooked_hybrid.analysis.heads import retrieval_scores
+from hooked_hybrid.analysis.planted import Planted, planted_retrieval
 from hooked_hybrid.analysis.scores import HeadScores
+from hooked_hybrid.commands import program as cli
 from hooked_hybrid.interventions import keep_heads, keep_top_heads
 from hooked_hybrid.niah.head_sets import head_sets, standing_said, standings
 from hooked_hybrid.niah.needles import PAPER, held_out_needles
 from hooked_hybrid.niah.prompts import grid
-from hooked_hybrid.niah.setting_plots import accuracy_by_heads_kept
-from hooked_hybrid.niah.settings import Setting
-from hooked_hybrid.niah.static import (
+from hooked_hybrid.niah.report.setting_plots import accuracy_by_heads_kept
+from hooked_hybrid.niah.settings.setting import Setting
+from hooked_hybrid.niah.settings.static import (
     BY_LOT,
     EVERY_SET,
     RUN_TIME,
@@ -31,7 +33,6 @@ from hooked_hybrid.niah.static import (
     sizes_of,
     static_settings,
 )
-from hooked_hybrid.planted import Planted, planted_retrieval
 from tests.models import griffin_config, random_model, random_tokens, relative
 from tests.tolerances import FP32_PARITY
 

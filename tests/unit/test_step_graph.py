@@ -19,13 +19,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from hooked_hybrid import HookedHybrid, step_graph
+from hooked_hybrid import HookedHybrid
 from hooked_hybrid.config import HybridConfig
-from hooked_hybrid.host_waits import AsksNothing
-from hooked_hybrid.kernels import grouped_experts
-from hooked_hybrid.sampling import Sampling
-from hooked_hybrid.state import HybridState
-from hooked_hybrid.step_graph import StepGraph, captured, record, usable
+from hooked_hybrid.model import step_graph
+from hooked_hybrid.model.sampling import Sampling
+from hooked_hybrid.model.step_graph import StepGraph, captured, record, usable
+from hooked_hybrid.network.host_waits import AsksNothing
+from hooked_hybrid.network.kernels import grouped_experts
+from hooked_hybrid.network.state import HybridState
 from tests.models import (
     CONFIGS,
     griffin_config,
@@ -364,7 +365,9 @@ def test_what_a_gpu_does_alone_may_be_captured(kind, below):
 
 @pytest.mark.parametrize("way", ["fused", "blocks"])
 def test_a_step_asks_nothing_but_how_many_tokens_each_expert_got(model, monkeypatch, way):
-    monkeypatch.setattr("hooked_hybrid.attend.attention_way", lambda *_: way)  # a GPU's, a CPU's
+    monkeypatch.setattr(
+        "hooked_hybrid.network.attention.attend.attention_way", lambda *_: way
+    )  # a GPU's, a CPU's
     asking = []
 
     def checking(step: Callable[[], None], device: torch.device) -> Callable[[], None]:

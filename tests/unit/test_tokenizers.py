@@ -17,8 +17,8 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer  # noqa: TID251
 
 from hooked_hybrid import HookedHybrid
-from hooked_hybrid.chat import checked_conversation
-from hooked_hybrid.tokenizer import CheckpointTokenizer, read_tokenizer
+from hooked_hybrid.text.chat import checked_conversation
+from hooked_hybrid.text.tokenizer import CheckpointTokenizer, read_tokenizer
 from tests.models import D_VOCAB, tiny_model
 
 WORDS = ["<pad>", "<eos>", "<bos>", "<unk>", "user", "model", ":", *(f"w{i}" for i in range(54))]

@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 
 from experiments.beside.frame import harms, spares
-from hooked_hybrid.verdicts import FAILS, HOLDS, OPEN, all_of, apart, ruled
+from hooked_hybrid.runs.verdicts import FAILS, HOLDS, OPEN, all_of, apart, ruled
 
 NAN = math.nan
 

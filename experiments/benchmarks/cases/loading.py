@@ -10,7 +10,8 @@ from experiments.benchmarks.child import run_child
 from experiments.benchmarks.figures import OURS, Measurement
 from experiments.benchmarks.options import Options
 from experiments.benchmarks.timing import progress
-from hooked_hybrid import HookedHybrid, presets
+from hooked_hybrid import HookedHybrid
+from hooked_hybrid.presets import configs as presets
 
 SIZES = {"100 MB": ("RRARRA", 512), "1 GB": ("RRARR", 2048)}
 """Layers and width; the vocabulary is 8192."""

@@ -13,8 +13,8 @@ from experiments.benchmarks.child import run_child
 from experiments.benchmarks.figures import OURS, Measurement
 from experiments.benchmarks.options import Options
 from experiments.benchmarks.timing import Work, check_equal, interleaved
-from hooked_hybrid.scan import scan as our_scan
-from hooked_hybrid.selective_scan import selective_scan
+from hooked_hybrid.network.scans.scan import scan as our_scan
+from hooked_hybrid.network.scans.selective_scan import selective_scan
 
 D_INNER, D_STATE = 1024, 16
 

@@ -18,7 +18,7 @@ from hooked_hybrid.niah.lengths import longest_prompt
 from hooked_hybrid.niah.needles import PAPER
 from hooked_hybrid.niah.prompts import Prompt, default_depths, grid
 from hooked_hybrid.niah.sweep import Setting, niah, top_k_settings
-from hooked_hybrid.packaged import packaged_models
+from hooked_hybrid.presets.packaged import packaged_models
 
 N_NEW, N_DEPTHS, N_SETTINGS = 40, 10, 11
 

@@ -17,7 +17,7 @@ from experiments.benchmarks.models import Family, jamba_peer, random_tokens, rg_
 from experiments.benchmarks.options import Options
 from experiments.benchmarks.timing import Work, check_equal, interleaved
 from hooked_hybrid import HookedHybrid
-from hooked_hybrid.packaged import packaged_models
+from hooked_hybrid.presets.packaged import packaged_models
 
 LENS = "TransformerLens"
 HOW = (

@@ -1,0 +1,128 @@
+"""What a machine offers a model: the memory of its GPUs and of its CPU, and the disk."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from hooked_hybrid.network.placement.homes import MaxMemory
+
+UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+ANY_DISK = 2**62
+"""Bytes of a disk that is large enough; what it has is asked for before it is written."""
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?i?B)", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Bytes of each GPU and of the CPU, and of the disk (None: nothing goes there).
+
+    A GPU of 0 bytes keeps its number and holds nothing.
+
+    Raises:
+        ValueError: a size below 0.
+    """
+
+    gpus: tuple[int, ...] = ()
+    cpu: int = 0
+    disk: int | None = None
+
+    def __post_init__(self) -> None:
+        if (least := min(*self.gpus, self.cpu, self.disk or 0)) < 0:
+            raise ValueError(f"a memory of {least} bytes: give 0 or more")
+        if not any(self.gpus):  # the CPU computes, and is no second place beside itself
+            object.__setattr__(self, "gpus", ())
+
+    @property
+    def devices(self) -> tuple[tuple[str, int], ...]:
+        """The devices that compute, with their bytes: the GPUs, or else the CPU."""
+        if self.gpus:
+            return tuple((f"cuda:{i}", n) for i, n in enumerate(self.gpus) if n)
+        return (("cpu", self.cpu),)
+
+    @property
+    def is_uniform(self) -> bool:
+        """Whether all GPUs are alike."""
+        return len(set(self.gpus)) == 1
+
+    def with_gpus(self, n: int, size: int) -> Machine:
+        """Return the machine with other GPUs, all alike."""
+        return replace(self, gpus=(size,) * n)
+
+
+def size_of(text: str) -> int:
+    """Return the bytes that a size such as "40GB" or "512MiB" says.
+
+    Raises:
+        ValueError: no such size.
+    """
+    match = _SIZE.fullmatch(text.strip())
+    if match is None or not (size := int(float(match[1]) * UNITS[match[2].upper()])):
+        raise ValueError(f"{text!r} is no size: give such as 40GB, 512MiB or 1.5TB")
+    return size
+
+
+def gpus_of(text: str) -> tuple[int, ...]:
+    """Return the bytes of each GPU that such as "8x40GB" or "2x80GB,1x24GB" says.
+
+    Raises:
+        ValueError: not of this form.
+    """
+    found: list[int] = []
+    for part in text.split(","):
+        count, times, size = part.strip().rpartition("x")
+        if times and not (count.isdecimal() and 0 < int(count) <= 1024):
+            raise ValueError(f"{part.strip()!r}: give GPUs such as 8x40GB or 2x80GB,1x24GB")
+        found += [size_of(size)] * (int(count) if times else 1)
+    return tuple(found)
+
+
+def shown(n_bytes: int) -> str:
+    """Return bytes for people, in decimal units: 1 GB is 10^9 bytes."""
+    for unit in ("TB", "GB", "MB", "KB"):
+        if n_bytes >= UNITS[unit]:
+            value = n_bytes / UNITS[unit]
+            return f"{value:.0f} {unit}" if value >= 100 else f"{value:.3g} {unit}"
+    return f"{n_bytes:.0f} B"
+
+
+def this_machine(max_memory: MaxMemory | None, has_folder: bool) -> Machine:
+    """Return what this machine has free, or what `max_memory` allows of it.
+
+    Args:
+        max_memory: bytes, or such as "20GB", by number of a GPU and for "cpu"; what it leaves out
+            offers nothing.
+        has_folder: whether something may go to the disk.
+
+    Raises:
+        ImportError: accelerate, which asks the machine, is not installed.
+        ValueError: a device that is not there, or what is no size.
+    """
+    disk = ANY_DISK if has_folder else None
+    try:
+        from accelerate.utils import get_max_memory
+    except ImportError as error:
+        raise ImportError(
+            "device_map='auto' needs accelerate: pip install 'hooked-hybrid[offload]', or give a "
+            "dict"
+        ) from error
+    free = get_max_memory()
+    if max_memory is not None:
+        if unknown := [name for name in max_memory if name not in free]:
+            raise ValueError(
+                f"max_memory names {unknown[0]!r}; this machine has {', '.join(map(repr, free))}"
+            )
+        free = {
+            name: size_of(size) if isinstance(size, str) else int(size)
+            for name, size in max_memory.items()
+        }
+    n_gpus = max((name + 1 for name in free if isinstance(name, int)), default=0)
+    gpus = tuple(free.get(i, 0) for i in range(n_gpus))  # those left out offer nothing
+    shared = free.get("mps", 0)  # of a Mac, whose GPU is not planned for
+    return Machine(gpus, free.get("cpu", shared), disk)
+
+
+__all__ = ["ANY_DISK", "Machine", "gpus_of", "shown", "size_of", "this_machine"]

@@ -1,0 +1,155 @@
+"""Which part of a model goes where, decided from the config before anything is loaded.
+
+Blocks go to the devices in order, so that the residual stream crosses each border once; the ends
+go to the first that has room for them. What fits on few devices stays on few, filled evenly. What
+no device has room for stays on the CPU, and then on the disk, and is brought to the last device
+that holds a block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from hooked_hybrid.accounting.plan.machine import ANY_DISK, Machine, shown
+from hooked_hybrid.accounting.plan.planner import CUDA_CONTEXT, Planner
+from hooked_hybrid.accounting.plan.split import Split, Usage
+from hooked_hybrid.accounting.plan.working import Sizes
+from hooked_hybrid.config import HybridConfig
+from hooked_hybrid.network.placement.places import DISK, ENDS
+
+if TYPE_CHECKING:
+    from hooked_hybrid.accounting.plan.changes import Change
+    from hooked_hybrid.network.weights.quantized import Only
+
+ROOM = 2048
+"""Tokens of a prompt for which `device_map="auto"` leaves room."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Where a model goes, what each device then holds by length, and why not if it cannot."""
+
+    sizes: Sizes
+    machine: Machine
+    lengths: tuple[int, ...]
+    split: Split | None
+    """For the longest of the lengths."""
+
+    @property
+    def fits(self) -> bool:
+        """Whether there is a place for everything, at every length."""
+        return self.split is not None
+
+    @property
+    def device_map(self) -> dict[str, str]:
+        """The places, as `from_pretrained` takes them.
+
+        Raises:
+            MemoryError: see `require`.
+        """
+        return self.require()
+
+    def require(self) -> dict[str, str]:
+        """Return the device map.
+
+        Raises:
+            MemoryError: there is none; says why, and what would do.
+        """
+        if self.split is None:
+            raise MemoryError(f"{self.why_not}. {self.remedy([c.option for c in self.changes])}")
+        names = [name for name, _ in self.machine.devices]
+        split = self.split
+        places = {part: names[split.first] for part in ENDS}
+        blocks = [name for name, n in zip(names, split.held, strict=True) for _ in range(n)]
+        blocks += ["cpu"] * split.on_cpu + [DISK] * split.on_disk
+        places |= {f"blocks.{i}": name for i, name in enumerate(blocks)}
+        order = ("embed", *(f"blocks.{i}" for i in range(len(blocks))), *ENDS[1:])
+        return {part: places[part] for part in order}
+
+    def usages(self, length: int) -> list[Usage]:
+        """Return what each device holds at a length, in the order of `machine.devices`."""
+        assert self.split is not None
+        return Planner(self.sizes, self.machine, length).usages(self.split)
+
+    @cached_property
+    def whole(self) -> Usage:
+        """What one device would hold of it all, at the longest length."""
+        planner = Planner(self.sizes, self.machine, max(self.lengths))
+        return planner.usage(range(planner.n_layers), range(0), is_first=True)
+
+    @property
+    def why_not(self) -> str:
+        """Why there is no place for everything."""
+        whole, devices = self.whole, self.machine.devices
+        needed = f"{shown(whole.working)} to work in"
+        if whole.loading > whole.running:
+            needed += f", or {shown(whole.loading)} to load it in"
+        n_gpus, offered = len(self.machine.gpus), shown(sum(n for _, n in devices))
+        who = "the CPU offers" if not n_gpus else "the GPU offers"
+        return (
+            f"weights of {shown(whole.weights)}, and for {self.sizes.batch} x "
+            f"{max(self.lengths):,} tokens a state of {shown(whole.state)} and {needed}, do not "
+            f"fit: {f'{len(devices)} GPUs offer' if len(devices) > 1 else who} {offered}"
+            f"{self._beside}"
+        )
+
+    @property
+    def _beside(self) -> str:
+        """Say what there is beside the devices."""
+        if self.sizes.quantize is not None:
+            return "; quantised blocks stay where they run"
+        cpu = f"{shown(self.machine.cpu)} of CPU memory and " if self.machine.gpus else ""
+        if self.machine.disk in (None, ANY_DISK):
+            return f", beside {cpu}{'nothing' if self.machine.disk is None else 'room'} on the disk"
+        return f", beside {cpu}{shown(self.machine.disk)} on the disk"
+
+    def remedy(self, changes: Sequence[str]) -> str:
+        """Say what would do, each by itself."""
+        if not changes:
+            return "No single change will do"
+        return f"It would fit with {', or '.join(changes)}"
+
+    @cached_property
+    def changes(self) -> tuple[Change, ...]:
+        """The smallest changes that would do, each by itself."""
+        from hooked_hybrid.accounting.plan.changes import changes
+
+        return tuple(changes(self))
+
+
+def plan(
+    cfg: HybridConfig,
+    machine: Machine,
+    lengths: Sequence[int] = (ROOM,),
+    batch: int = 1,
+    dtype: torch.dtype = torch.bfloat16,
+    quantize: str | Any | None = None,
+    quantize_only: Only | None = None,
+) -> Plan:
+    """Return where a model would go, from its config alone.
+
+    Args:
+        cfg: what the model is.
+        machine: what there is.
+        lengths: tokens of a prompt and its continuation; places are made for the longest.
+        batch: rows.
+        dtype: of weights, keys and activations.
+        quantize, quantize_only: as `from_pretrained` takes them.
+
+    Raises:
+        ValueError: no length, a number that cannot be, or what cannot be quantised.
+        ImportError: torchao, which says what quantised weights take, is not installed.
+    """
+    if not lengths or min(lengths) < 1 or batch < 1:
+        raise ValueError(f"lengths={list(lengths)}, batch={batch}: give 1 or more of each")
+    sizes = Sizes(cfg, dtype, batch, not machine.gpus, quantize, quantize_only)
+    lengths = tuple(sorted(set(lengths)))
+    return Plan(sizes, machine, lengths, Planner(sizes, machine, lengths[-1]).find())
+
+
+__all__ = ["CUDA_CONTEXT", "ROOM", "Plan", "Planner", "plan"]

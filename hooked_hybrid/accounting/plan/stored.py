@@ -1,0 +1,95 @@
+"""What the weights of each part of a model take, plain or quantised, from the config alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from hooked_hybrid.config import HybridConfig
+from hooked_hybrid.model.hybrid import HookedHybrid
+from hooked_hybrid.network.placement.places import part_of, parts_of
+
+if TYPE_CHECKING:
+    from hooked_hybrid.network.weights.quantized import Only
+
+NF4_CHUNK = 2**20
+"""Numbers that torchao compares with all 16 levels at a time."""
+
+
+@dataclass
+class Stored:
+    """Bytes of the weights of a part."""
+
+    bytes: int = 0
+    largest: int = 0
+    """Of the largest tensor as it is before it is quantised."""
+    to_multiply: int = 0
+    """What a product with a quantised matrix takes for the plain one, at most."""
+    to_quantize: int = 0
+    """What quantising one of its matrices takes beside it, at most."""
+    d_out: int = 0
+    """Numbers that a quantised matrix gives a token, which are there once more."""
+    matrix: int = 0
+    """Numbers of the largest plain matrix."""
+    sides: int = 0
+    """What a plain matrix reads of a token and gives it, in numbers, at most."""
+
+    def add_plain(self, weight: nn.Parameter) -> None:
+        """Count a tensor that stays as it is; a stack matrix by matrix."""
+        self._add(weight, weight.nbytes)
+        if weight.ndim > 1:
+            d_out, d_in = weight.shape[-2:]
+            self.matrix, self.sides = max(self.matrix, d_out * d_in), max(self.sides, d_out + d_in)
+
+    def add_quantized(self, weight: nn.Parameter, n_bytes: int, scheme: str | Any) -> None:
+        """Count a tensor that is quantised; a stack matrix by matrix.
+
+        As torchao 0.18 does it, on every device alike; other schemes are taken to need what NF4
+        does.
+        """
+        self._add(weight, n_bytes)
+        (d_out, d_in), width = weight.shape[-2:], weight.dtype.itemsize
+        n = d_out * d_in
+        # NF4: two 64-bit indices for two weights, then their levels, scaled, and put together.
+        by_level = torch.long.itemsize + 3 * width
+        to_multiply, compared = n * by_level, 2 * 16 * width * min(n, NF4_CHUNK)
+        if scheme == "int8":
+            to_multiply, compared = n * width, 0
+        self.to_multiply = max(self.to_multiply, to_multiply)
+        self.to_quantize = max(self.to_quantize, n * (by_level + width) + compared)
+        self.d_out = max(self.d_out, d_out)
+
+    def _add(self, weight: nn.Parameter, n_bytes: int) -> None:
+        self.bytes += n_bytes
+        self.largest = max(self.largest, weight.nbytes)
+
+
+def stored_weights(
+    cfg: HybridConfig, dtype: torch.dtype, quantize: str | Any | None, only: Only | None
+) -> dict[str, Stored]:
+    """Return what the weights of each part take.
+
+    Raises:
+        ValueError, ImportError: what cannot be quantised so, see `quantized.Quantizer`.
+    """
+    model, found = HookedHybrid.meta(cfg, dtype), {part: Stored() for part in parts_of(cfg)}
+    quantizer = None
+    if quantize is not None:
+        from hooked_hybrid.network.weights.quantized import Quantizer
+
+        quantizer = Quantizer(model, quantize, only)
+    for name, weight in model.named_parameters():
+        part = found[part_of(name)]
+        if quantizer is None or name not in quantizer.names:
+            part.add_plain(weight)
+            continue
+        shape = tuple(weight.shape[-2:])
+        n_matrices = weight.numel() // (shape[0] * shape[1])
+        part.add_quantized(weight, n_matrices * quantizer.bytes_of[shape], quantize)
+    return found
+
+
+__all__ = ["Stored", "stored_weights"]

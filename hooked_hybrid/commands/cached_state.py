@@ -1,0 +1,112 @@
+"""`hooked-hybrid cached-state`: what a state carries of heads that were silenced."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+
+from hooked_hybrid.commands.niah import figures_table, heads_to_keep
+from hooked_hybrid.commands.option_groups import grouped
+from hooked_hybrid.commands.prompt_options import PromptOptions
+from hooked_hybrid.commands.run_options import RunOptions
+from hooked_hybrid.niah.cached_state.sweep import cached_state as run_cases
+from hooked_hybrid.niah.report.plots import intervals_said, new_figure, save_figure
+from hooked_hybrid.niah.report.report import summary_rows
+from hooked_hybrid.niah.report.setting_plots import MARKERS, WAYS
+from hooked_hybrid.outputs.tables import write_csv
+from hooked_hybrid.runs.statistics import interval_of, scored
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.figure import Figure
+
+Ks = Annotated[
+    list[int] | None,
+    typer.Option("--k", help="Heads kept where some are silenced: --k 2 --k 4.", show_default="4"),
+]
+
+
+@grouped(out=Path("results/cached-state"))
+def cached_state(run: RunOptions, prompts: PromptOptions, k: Ks = None) -> None:
+    """Does the cache carry the damage? Heads silenced in prefill or in steps, states kept or not.
+
+    Parts of the prompt's state, and of what each step adds to it, are taken from a run with heads
+    silenced and the others from a whole one; and everything is run again for every token.
+
+    Example: hooked-hybrid cached-state --model tiny-griffin --k 3 --k 4 --out results/cached
+    """
+    with run.started() as workers:
+        model = run.load()
+        ks = heads_to_keep(k or [4], model.cfg)
+        if None in prompts.needles:
+            raise ValueError("--needle none: this experiment scores answers, give a needle")
+        table = run_cases(
+            model,
+            prompts.prompts(model),
+            ks,
+            out=run.out,
+            resume=run.resume,
+            max_new_tokens=prompts.max_new_tokens,
+            workers=workers,
+        )
+        write_csv(table, run.out / "table.csv")
+        paths = save_figure(accuracy_by_case(table), run.out / "accuracy_by_case")
+        _show(table, [run.out / "table.csv", *paths])
+
+
+def _show(table: pd.DataFrame, paths: Sequence[Path]) -> None:
+    """Print the accuracies, and where the files are."""
+    console = Console()
+    console.print(figures_table(*summary_rows(table)))
+    for path in paths:
+        console.print(str(path), markup=False, highlight=False, soft_wrap=True)
+
+
+def accuracy_by_case(table: pd.DataFrame) -> Figure:
+    """Return accuracy against k, a line a case, one panel for each kind of case.
+
+    Bands are 95% intervals over needles, of which a single one has none; the case without a k is a
+    dotted line.
+
+    Args:
+        table: of `hooked_hybrid.niah.cached_state.cached_state`.
+
+    Raises:
+        ValueError: no cell has a score.
+    """
+    from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+    cells = scored(table)
+    names = list(cells["stage"].unique())
+    kinds = {name.split(":")[0]: "" for name in names if ":" in name}
+    figure = new_figure(1.0 + 3.6 * len(kinds), 4.6)
+    for axes, kind in zip(
+        figure.subplots(1, len(kinds), sharey=True, squeeze=False)[0], kinds, strict=True
+    ):
+        for i, name in enumerate(n for n in names if n.startswith(f"{kind}:")):
+            own = cells[cells["stage"] == name]
+            groups = own.groupby(own["setting"].str.extract(r"k=(\d+)$")[0].astype(int))
+            ks, means = list(groups.groups), groups["accuracy"].mean()
+            low, high = zip(*(interval_of(rows) for _, rows in groups), strict=True)
+            style = {"color": WAYS[i], "marker": MARKERS[i], "linestyle": "--" if i % 2 else "-"}
+            axes.plot(ks, means, label=name.split(": ")[1], ms=4, **style)
+            axes.fill_between(ks, low, high, color=WAYS[i], alpha=0.15, linewidth=0)
+            axes.vlines(ks, low, high, color=WAYS[i], linewidth=1)  # of one k a band has no width
+        for name in (n for n in names if ":" not in n):
+            mean = cells.loc[cells["stage"] == name, "accuracy"].mean()
+            axes.axhline(mean, color="#444444", linestyle=":", linewidth=1, label=name)
+        axes.set(title=kind, xlabel="k, heads kept in each layer", ylim=(-0.02, 1.02))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+        axes.yaxis.set_major_formatter(PercentFormatter(1))
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=7, loc="best")
+    figure.axes[0].set_ylabel("accuracy (mean score / 5)")
+    figure.supxlabel(intervals_said(cells, "bands: 95% intervals"), fontsize=9)
+    return figure
+
+
+__all__ = ["accuracy_by_case", "cached_state"]

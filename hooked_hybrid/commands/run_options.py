@@ -1,0 +1,254 @@
+"""Options of a command that runs a model: which one, where, and where its results go."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import torch
+import typer
+
+from hooked_hybrid.commands.program import explained, folder
+from hooked_hybrid.commands.ray_options import GpusPerWorker, Ray, Workers, where, workers_of
+from hooked_hybrid.model.hybrid import HookedHybrid
+from hooked_hybrid.outputs.folders import claimed
+from hooked_hybrid.outputs.foreign import one_line, parse_json, read_json
+
+if TYPE_CHECKING:
+    from hooked_hybrid.network.placement.places import DeviceMap
+    from hooked_hybrid.runs.ray_workers import RayWorkers
+
+SMALL = 20_000_000
+"""Parameters below which one core is faster than several: they would wait for one another."""
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def _option(text: str, *names: str, **settings: Any) -> Any:
+    return typer.Option(*names, help=text, **settings)
+
+
+Model = Annotated[
+    str, _option("Packaged model, folder or hub id: --model google/recurrentgemma-2b.")
+]
+Out = Annotated[
+    Path, _option("Folder of the results, new or empty: --out results/mine.", parser=folder)
+]
+Resume = Annotated[
+    bool, _option("Go on with what --out holds: --out results/mine --resume.", "--resume")
+]
+Device = Annotated[str, where("Where the model runs: --device cuda.")]
+Dtype = Annotated[
+    Literal["float32", "bfloat16", "float16"], where("Of the weights: --dtype bfloat16.")
+]
+Quantize = Annotated[
+    Literal["int8", "nf4"] | None,
+    where("Large weights in 8 or 4 bits: --quantize int8.", show_default="weights as --dtype says"),
+]
+DeviceMapText = Annotated[
+    str | None,
+    where(
+        "Where each part of a model goes that is larger than a device: --device-map auto, or a "
+        'JSON object ({"": 0, "blocks.3": "cpu"}), or a file that holds one, such as what '
+        "`hooked-hybrid plan --json` prints: --device-map plan.json.",
+        show_default="all on --device",
+    ),
+]
+MaxMemory = Annotated[
+    list[str] | None,
+    where(
+        "What --device-map auto may take, of a GPU by its number and of the CPU: --max-memory "
+        "0=20GB --max-memory cpu=100GB.",
+        show_default="what is free",
+    ),
+]
+OffloadFolder = Annotated[
+    Path | None,
+    where(
+        "Folder for blocks that stay on the disk: --offload-folder /scratch/weights.",
+        show_default="nothing goes to the disk",
+        parser=folder,
+    ),
+]
+Threads = Annotated[
+    int | None,
+    where("Processor cores: --threads 2.", min=1, show_default="1 for a small model, else all"),
+]
+
+
+@dataclass(frozen=True)
+class Loading:
+    """How a model is loaded, here or by a worker."""
+
+    name: str
+    dtype: str
+    quantize: str | None = None
+    device_map: DeviceMap | Literal["auto"] | None = None
+    max_memory: dict[int | str, int | str] | None = None
+    offload_folder: str | None = None
+
+    def __call__(self, device: str = "cpu") -> HookedHybrid:
+        """Return the model, after a look at whether the device is there.
+
+        Args:
+            device: of a model without a device map.
+
+        Raises:
+            ValueError: no such device.
+        """
+        given: dict[str, Any] = {
+            "quantize": self.quantize,
+            "device_map": self.device_map,
+            "max_memory": self.max_memory,
+            "offload_folder": self.offload_folder,
+        }
+        if self.device_map is None:
+            _require_device(device)
+            given["device"] = device
+        asked = {name: value for name, value in given.items() if value is not None}
+        return HookedHybrid.from_pretrained(self.name, dtype=DTYPES[self.dtype], **asked)
+
+    def anywhere(self) -> Loading:
+        """Return the same with absolute paths: a worker may run in another folder."""
+        name = str(Path(self.name).resolve()) if Path(self.name).is_dir() else self.name
+        offload = None if self.offload_folder is None else str(Path(self.offload_folder).resolve())
+        return replace(self, name=name, offload_folder=offload)
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """Which model runs, where, and where its results go."""
+
+    model: Model = "tiny-griffin"
+    out: Out = Path("results/run")
+    resume: Resume = False
+    device: Device = "cpu"
+    dtype: Dtype = "float32"
+    quantize: Quantize = None
+    device_map: DeviceMapText = None
+    max_memory: MaxMemory = None
+    offload_folder: OffloadFolder = None
+    threads: Threads = None
+    ray: Ray = None
+    workers: Workers = None
+    gpus_per_worker: GpusPerWorker = 0.0
+
+    @contextmanager
+    def started(self) -> Iterator[RayWorkers | None]:
+        """Hold the folder of the results, and give the workers; None for this process.
+
+        What goes wrong inside is told in one line.
+
+        Raises:
+            typer.Exit: see `cli.explained`.
+        """
+        with (
+            explained(kept=str(self.out)),
+            claimed(self.out, self.resume),
+            workers_of(
+                self.ray,
+                self.workers,
+                self.gpus_per_worker,
+                self.threads,
+                self.device,
+                self._loading.anywhere(),
+            ) as on,
+        ):
+            yield on
+
+    def load(self) -> HookedHybrid:
+        """Return the model, and set this process's threads.
+
+        Raises:
+            ValueError: options that do not go together, or what cannot be loaded so.
+        """
+        model = self._loading(self.device)
+        torch.set_num_threads(self.threads or default_threads(model))
+        return model
+
+    @cached_property
+    def _loading(self) -> Loading:
+        if self.device_map is not None and self.device != "cpu":
+            raise ValueError(f"--device {self.device} and --device-map: give one of them")
+        if self.device_map is None and (self.max_memory or self.offload_folder is not None):
+            raise ValueError(
+                "--max-memory and --offload-folder go with --device-map: give --device-map auto"
+            )
+        return Loading(
+            self.model,
+            self.dtype,
+            self.quantize,
+            None if self.device_map is None else device_map_of(self.device_map),
+            memory_of(self.max_memory) if self.max_memory else None,
+            None if self.offload_folder is None else str(self.offload_folder),
+        )
+
+
+def default_threads(model: HookedHybrid) -> int:
+    """Return how many processor cores to use where none are asked for."""
+    n_parameters = sum(parameter.numel() for parameter in model.parameters())
+    return 1 if n_parameters < SMALL else torch.get_num_threads()
+
+
+def device_map_of(text: str) -> DeviceMap | Literal["auto"]:
+    """Return the device map that an option's text says: "auto", JSON, or the name of a JSON file.
+
+    The file may be what `hooked-hybrid plan --json` prints.
+
+    Raises:
+        ValueError: neither, or no JSON object of names and devices.
+    """
+    if text == "auto":
+        return "auto"
+    source = "--device-map"
+    try:
+        if not text.lstrip().startswith("{"):
+            source = f"--device-map {text}"
+            found = read_json(Path(text), may_be_pipe=True)
+        else:
+            found = parse_json(text, "it")
+    except OSError as error:
+        raise ValueError(
+            f"{source}: it cannot be read ({error.strerror}); give auto, a JSON object or a file "
+            "that holds one"
+        ) from error
+    except ValueError as error:
+        raise ValueError(f"{source} is no JSON: {one_line(error)}") from error
+    if isinstance(found, dict) and "fits" in found:
+        if not found["fits"]:
+            raise ValueError(
+                f"{source} is a plan that does not fit: {one_line(found.get('why_not'))}"
+            )
+        found = found.get("device_map")
+    if not isinstance(found, dict) or not all(isinstance(v, int | str) for v in found.values()):
+        raise ValueError(f'{source}: give an object of parts and devices, such as {{"": "cpu"}}')
+    return found
+
+
+def memory_of(given: Sequence[str]) -> dict[int | str, int | str]:
+    """Return `max_memory` from options such as "0=20GB" and "cpu=100GB".
+
+    Raises:
+        ValueError: not of this form.
+    """
+    found: dict[int | str, int | str] = {}
+    for text in given:
+        name, equals, size = (part.strip() for part in text.partition("="))
+        if not (equals and size and (name == "cpu" or name.isdecimal())):
+            raise ValueError(f"--max-memory {text}: give such as 0=20GB or cpu=100GB")
+        found[int(name) if name.isdecimal() else name] = size
+    return found
+
+
+def _require_device(device: str) -> None:
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"--device {device} cannot be used here: {reason}") from None
+
+
+__all__ = ["Loading", "RunOptions", "default_threads", "device_map_of", "memory_of"]

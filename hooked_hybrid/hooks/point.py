@@ -1,0 +1,544 @@
+"""`HookPoint`: a named identity on which functions read, replace and differentiate a value.
+
+Nothing here knows a model. A function attached to a point is called `fn(tensor, hook=point)` and
+returns a replacement or None, as in TransformerLens. What a function promises of itself is a mark
+on it (`per_position`, `positions`); the forward reads the marks to choose how it may run.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any, Literal, NoReturn, TypeVar
+
+import torch
+from jaxtyping import Int
+from torch import Tensor, nn
+
+from hooked_hybrid.network import transforms
+
+Stage = Literal["forward", "prefill", "generation"]
+Direction = Literal["fwd", "bwd"]
+HookFn = Callable[..., Any]
+F = TypeVar("F", bound=HookFn)
+
+
+@dataclass(frozen=True)
+class Run:
+    """Where in a run a hook is being called: `hook.run`.
+
+    `query_pos` and `key_pos` are positions within the document (-1 at padding), for exactly the
+    positions of the tensor the hook was given; `key_pos` is set at attention's score and pattern
+    points only. `step` is 0 in a forward and in prefill, then 1, 2, ... in generation. `rows` are
+    indices into the original batch of `n_rows` (None where a caller gave `rows` alone). The tensor
+    begins at index `first` of the forward's `n_pos` positions (None: at 0, and it holds all).
+    """
+
+    stage: Stage
+    step: int
+    query_pos: Int[Tensor, "batch query"]
+    rows: Int[Tensor, " batch"]
+    key_pos: Int[Tensor, "batch key"] | None = None
+    n_rows: int | None = None
+    first: int = 0
+    n_pos: int | None = None
+
+    def at(self, start: int, stop: int) -> Run:
+        """Return the run as seen by a piece of the positions."""
+        n_pos = self.query_pos.shape[1] if self.n_pos is None else self.n_pos
+        return replace(
+            self,
+            query_pos=self.query_pos[:, start:stop],
+            first=self.first + start,
+            n_pos=n_pos,
+        )
+
+    def of_rows(self, index: Int[Tensor, " row"]) -> Run:
+        """Return the run as seen by some rows of this forward."""
+        key_pos = None if self.key_pos is None else self.key_pos[index]
+        return replace(
+            self, query_pos=self.query_pos[index], rows=self.rows[index], key_pos=key_pos
+        )
+
+    def on(self, device: torch.device) -> Run:
+        """Return the run as layers on another device see it."""
+        key_pos = None if self.key_pos is None else self.key_pos.to(device)
+        return replace(
+            self,
+            query_pos=self.query_pos.to(device),
+            rows=self.rows.to(device),
+            key_pos=key_pos,
+        )
+
+    def with_keys(self, key_pos: Int[Tensor, "batch key"]) -> Run:
+        """Return the run as attention's score and pattern points see it."""
+        return replace(self, key_pos=key_pos)
+
+
+class RunHolder(threading.local):
+    """The current `Run` of each thread, shared by all hook points of one model."""
+
+    run: Run | None = None
+
+    def __reduce__(self) -> tuple[type[RunHolder], tuple[()]]:
+        """Copy and pickle as one that holds none: a run is not a part of a model."""
+        return RunHolder, ()
+
+
+def per_position(fn: F) -> F:
+    """Mark a hook that treats each position by itself.
+
+    Such a hook may be called on pieces of a sequence, so that a forward can run in chunks. It must
+    give position t the same result whatever other positions are in the tensor, and attach or remove
+    no hooks, of which the pieces before would know nothing.
+    """
+    return _marked(fn, "per_position", True)
+
+
+def watcher(fn: F) -> F:
+    """Mark a hook that only reads: its result is ignored, and fast paths give it whole tensors."""
+    return _marked(fn, "is_watcher", True)
+
+
+def is_per_position(fn: HookFn) -> bool:
+    """Whether `fn`, or the function inside a `functools.partial`, is marked `per_position`."""
+    return bool(_mark(fn, "per_position", False))
+
+
+def positions_of(fn: HookFn) -> tuple[int, ...] | None:
+    """Return the positions `interventions.hook_at` restricted `fn` to, or None for all."""
+    return _mark(fn, "positions", None)
+
+
+def _mark(fn: HookFn, name: str, default: Any) -> Any:
+    while isinstance(fn, functools.partial):  # by its own marks: a failed look-up costs more
+        if name in vars(fn):
+            return vars(fn)[name]
+        fn = fn.func
+    return getattr(fn, name, default)
+
+
+def _marked(fn: F, name: str, value: Any) -> F:
+    try:
+        setattr(fn, name, value)
+        return fn
+    except AttributeError:  # bound methods and builtins take no attributes
+        wrapped: Any = functools.partial(fn)
+        setattr(wrapped, name, value)
+        return wrapped
+
+
+@dataclass(eq=False)
+class LensHandle:
+    """One function on one hook point. A watcher only reads, and is given whole tensors."""
+
+    point: HookPoint
+    hook: HookFn
+    direction: Direction
+    is_permanent: bool = False
+    level: int | None = None
+    is_watcher: bool = False
+
+    @property
+    def user_hook(self) -> HookFn:
+        """The function as it was given."""
+        return self.hook
+
+    def remove(self) -> None:
+        """Detach the function; a second call does nothing."""
+        handles = self.point._handles(self.direction)
+        if self in handles:
+            handles.remove(self)
+
+
+class HookPoint(nn.Module):
+    """An identity with a name, on which hooks are called.
+
+    What is attached as a value arrives is called, in order, also where one of them removes another;
+    what a hook attaches here counts from the next value on.
+
+    Args:
+        axes: names of the value's axes, for example `"batch pos d_model"`.
+        large: whether `run_with_cache` keeps the value only when it is named.
+        lazy: whether the value is computed only when something is attached here.
+        integer: whether the value is an index, without a gradient.
+        stepwise: whether hooks are called once a position, with one entry on the position axis;
+            watchers are given all positions at once. A hook that is not marked `per_position`
+            may not select positions of that one: it would act at every position.
+    """
+
+    def __init__(
+        self,
+        axes: str = "",
+        *,
+        large: bool = False,
+        lazy: bool = False,
+        integer: bool = False,
+        stepwise: bool = False,
+    ) -> None:
+        super().__init__()
+        self.axes = tuple(axes.split())
+        self.is_large = large
+        self.is_lazy = lazy
+        self.is_integer = integer
+        self.is_stepwise = stepwise
+        self.name: str | None = None
+        self.ctx: dict[Any, Any] = {}
+        self.fwd_hooks: list[LensHandle] = []
+        self.bwd_hooks: list[LensHandle] = []
+        self._holder = RunHolder()
+
+    def __call__(
+        self,
+        x: Tensor,
+        constrain: Callable[[Tensor], Tensor] | None = None,
+        run: Run | None = None,
+    ) -> Tensor:
+        """Return `x` after every hook attached here; with none, return `x` itself.
+
+        Args:
+            x: the value, with the axes this point was made with.
+            constrain: applied after each hook that may have edited `x` (a mask, say).
+            run: what `hook.run` is during the call; None keeps the model's current one.
+        """
+        if not self.fwd_hooks and not self.bwd_hooks:  # bypasses nn.Module.__call__: 30x cheaper
+            return x
+        return self.apply_hooks(x, self.fwd_hooks, self.bwd_hooks, constrain, run)
+
+    forward = __call__
+
+    def branch(self, x: Tensor) -> Tensor:
+        """Hook one of several uses of `x`, so that an edit in place stays out of the others."""
+        if not self.fwd_hooks and not self.bwd_hooks:
+            return x
+        return self(x.clone() if self.has_editors else x)
+
+    def apply_hooks(
+        self,
+        x: Tensor,
+        fwd: Sequence[LensHandle],
+        bwd: Sequence[LensHandle],
+        constrain: Callable[[Tensor], Tensor] | None = None,
+        run: Run | None = None,
+    ) -> Tensor:
+        """Return `x` after the given handles of this point; see `__call__`."""
+        with nullcontext() if run is None else self.seeing(run):
+            for handle in tuple(fwd):
+                result = self._called(handle, x)
+                if result is not None and not handle.is_watcher:
+                    x = self._checked(result, x, handle.hook)
+                if constrain is not None and not handle.is_watcher:
+                    x = constrain(x)
+            if bwd and torch.is_grad_enabled():
+                x = self._listen(x, tuple(bwd))
+                # Where no edit can reach, the gradient is zero too.
+                x = x if constrain is None else constrain(x)
+            return x
+
+    # --- what is attached -------------------------------------------------------------------
+
+    @property
+    def is_hooked(self) -> bool:
+        """Whether anything is attached, in either direction."""
+        return bool(self.fwd_hooks or self.bwd_hooks)
+
+    @property
+    def has_editors(self) -> bool:
+        """Whether anything but a watcher is attached, in either direction."""
+        return any(not h.is_watcher for h in (*self.fwd_hooks, *self.bwd_hooks))
+
+    @property
+    def takes_pieces(self) -> bool:
+        """Whether everything attached may be called on pieces along the position axis."""
+        return all(is_per_position(h.hook) for h in (*self.fwd_hooks, *self.bwd_hooks))
+
+    @property
+    def run(self) -> Run:
+        """Where the model is in its run. Only inside a hook.
+
+        Raises:
+            RuntimeError: no forward of the model is running.
+        """
+        if self._holder.run is None:
+            raise RuntimeError(f"hook.run of {self.name!r} exists only while the model runs")
+        return self._holder.run
+
+    @property
+    def run_or_none(self) -> Run | None:
+        """`run`, or None where nothing says it: in a root module that lays out no positions."""
+        return self._holder.run
+
+    @property
+    def pos_dim(self) -> int:
+        """Index of the position axis: queries, in scores and patterns.
+
+        Raises:
+            ValueError: the point was made without a position axis.
+        """
+        for name in ("pos", "query"):
+            if name in self.axes:
+                return self.axes.index(name)
+        raise ValueError(f"{self.name!r} has axes {self.axes}, none of them a position")
+
+    @contextmanager
+    def seeing(self, run: Run) -> Iterator[None]:
+        """Let `hook.run` be another run for the length of a `with` block."""
+        outer, self._holder.run = self._holder.run, run
+        try:
+            yield
+        finally:
+            self._holder.run = outer
+
+    def has_hooks(
+        self,
+        dir: Literal["fwd", "bwd", "both"] = "both",
+        including_permanent: bool = True,
+        level: int | None = None,
+    ) -> bool:
+        """Whether hooks of this direction, and of this context level if given, are attached."""
+        return any(
+            (including_permanent or not h.is_permanent) and (level is None or h.level == level)
+            for direction in _directions(dir)
+            for h in self._handles(direction)
+        )
+
+    def layer(self) -> int:
+        """Index of the residual block this point lies in, read from its name.
+
+        Raises:
+            ValueError: the point lies outside the blocks.
+        """
+        parts = (self.name or "").split(".")
+        if len(parts) < 2 or parts[0] != "blocks":
+            raise ValueError(f"{self.name!r} lies in no block, so it has no layer")
+        return int(parts[1])
+
+    # --- attaching and removing -------------------------------------------------------------
+
+    def add_hook(
+        self,
+        hook: HookFn,
+        dir: Direction = "fwd",
+        is_permanent: bool = False,
+        level: int | None = None,
+        prepend: bool = False,
+    ) -> LensHandle:
+        """Attach `hook`; it is called as `hook(tensor, hook=self)`.
+
+        Args:
+            hook: returns a replacement of the same shape, dtype and device, or None. With
+                `dir="bwd"` it is given the gradient.
+            dir: "fwd" for the value, "bwd" for its gradient.
+            is_permanent: survives `remove_hooks` unless told otherwise.
+            level: context depth, for `remove_hooks(level=...)`.
+            prepend: run before those attached already, instead of after.
+
+        Raises:
+            ValueError: `dir` is neither.
+            TypeError: `hook` is not callable.
+        """
+        if not callable(hook):
+            raise TypeError(f"a hook on {self.name!r} must be callable, not {hook!r}")
+        handle = LensHandle(
+            self, hook, dir, is_permanent, level, is_watcher=bool(_mark(hook, "is_watcher", False))
+        )
+        handles = self._handles(dir)
+        handles.insert(0 if prepend else len(handles), handle)
+        return handle
+
+    def add_perma_hook(self, hook: HookFn, dir: Direction = "fwd") -> LensHandle:
+        """Attach a hook that survives `reset_hooks`."""
+        return self.add_hook(hook, dir, is_permanent=True)
+
+    def remove_hooks(
+        self,
+        dir: Literal["fwd", "bwd", "both"] = "fwd",
+        including_permanent: bool = False,
+        level: int | None = None,
+    ) -> None:
+        """Detach hooks of a direction, permanent ones only when told.
+
+        Raises:
+            ValueError: `dir` is none of "fwd", "bwd", "both".
+        """
+        for direction in _directions(dir):
+            handles = self._handles(direction)
+            handles[:] = [
+                h
+                for h in handles
+                if (h.is_permanent and not including_permanent)
+                or (level is not None and h.level != level)
+            ]
+
+    def clear_context(self) -> None:
+        """Empty `ctx`."""
+        self.ctx = {}
+
+    def register_forward_hook(self, *_: Any, **__: Any) -> NoReturn:
+        """Refuse: a torch hook here would be skipped by the idle guard; use `add_hook`."""
+        raise TypeError(f"use add_hook on {self.name!r}: torch's own hooks would not be called")
+
+    register_forward_pre_hook = register_forward_hook
+    register_full_backward_hook = register_forward_hook
+    register_full_backward_pre_hook = register_forward_hook
+    register_backward_hook = register_forward_hook
+
+    def extra_repr(self) -> str:
+        """Show the axes, and how many functions are attached, in the model's printout."""
+        counts = ((len(self.fwd_hooks), "fwd"), (len(self.bwd_hooks), "bwd"))
+        attached = [f"{n} {direction}" for n, direction in counts if n]
+        once = ["hooks are called once a position, on pos of length 1"] if self.is_stepwise else []
+        return ", ".join([" ".join(self.axes), *once, *attached])
+
+    def __repr__(self) -> str:
+        """Return the name, the axes and how many functions are attached."""
+        name = "" if self.name is None else f"{self.name!r}, "
+        return f"HookPoint({name}{self.extra_repr()})"
+
+    # --- inside -----------------------------------------------------------------------------
+
+    def _handles(self, direction: str) -> list[LensHandle]:
+        if direction not in ("fwd", "bwd"):
+            raise ValueError(f"direction {direction!r}: give 'fwd' or 'bwd'")
+        return self.fwd_hooks if direction == "fwd" else self.bwd_hooks
+
+    def _called(self, handle: LensHandle, value: Tensor) -> Any:
+        """Return what a hook returns; an error of its own gets a note that says where it was."""
+        here = None
+        is_plain = type(value) is Tensor  # a subclass of another kind, a fake one say, stays itself
+        if (
+            self.is_stepwise
+            and is_plain
+            and not (handle.is_watcher or is_per_position(handle.hook))
+        ):
+            value = here = OnePosition.of(value, str(self.name))
+        try:
+            result = handle.hook(value, hook=self)
+        except BaseException as error:
+            error.add_note(f"in the hook {_name_of(handle.hook)} on {self.name!r}")
+            if self.is_stepwise and isinstance(error, IndexError):
+                error.add_note(_ONCE)
+            raise
+        else:
+            return result
+        finally:
+            if here is not None:
+                here.close()
+
+    def _checked(self, result: object, x: Tensor, hook: HookFn) -> Tensor:
+        """Refuse a replacement that the rest of the forward could not use."""
+        name = _name_of(hook)
+        if not isinstance(result, Tensor):
+            raise TypeError(
+                f"the hook {name} on {self.name!r} returned {type(result).__name__}; "
+                "return a tensor, or None to leave the value as it is"
+            )
+        for what in ("shape", "dtype", "device"):
+            got, wanted = getattr(result, what), getattr(x, what)
+            if got != wanted:
+                shown = (tuple(got), tuple(wanted)) if what == "shape" else (got, wanted)
+                raise ValueError(
+                    f"the hook {name} on {self.name!r} returned {what} {shown[0]}; "
+                    f"the value it replaces has {what} {shown[1]}"
+                    + ("" if what == "shape" else " (use .to(tensor))")
+                )
+        return result
+
+    def _listen(self, x: Tensor, handles: tuple[LensHandle, ...]) -> Tensor:
+        """Return `x` as a node of its own whose gradient the handles are given."""
+        transforms.refuse(f"hooks on gradients, such as those on {self.name!r}, cannot be called")
+        if not x.is_floating_point():
+            raise ValueError(f"{self.name!r} holds {x.dtype} values, which have no gradient")
+        # A frozen model still has activations to differentiate: start the graph here.
+        x = x.view_as(x) if x.requires_grad else x.detach().requires_grad_()
+        run = self._holder.run
+
+        def backward(grad: Tensor) -> Tensor:
+            with nullcontext() if run is None else self.seeing(run):
+                for handle in handles:
+                    result = self._called(handle, grad)
+                    result = result[0] if isinstance(result, tuple) else result
+                    if result is not None and not handle.is_watcher:
+                        grad = self._checked(result, grad, handle.hook)
+                return grad
+
+        x.register_hook(backward)
+        return x
+
+
+def changed_meanwhile(point: HookPoint) -> str:
+    """Return the error of a forward whose hooks changed between its pieces."""
+    return (
+        f"hooks were attached to {point.name!r} or removed while the forward ran in pieces, some "
+        "of which they would miss: do that before the forward, or do not mark the hook that does "
+        "it as per_position"
+    )
+
+
+_ONCE = (
+    "hooks here are called once a position, with one entry on the position axis: to act at some "
+    "positions use interventions.hook_at(fn, positions) or edit_state(fn, positions); a function "
+    "marked per_position is meant for each"
+)
+
+
+class OnePosition(Tensor):
+    """What a hook is given of a value that comes position by position.
+
+    While the hook runs, selecting on the position axis is refused: `h[:, -1]` would be this
+    position, whichever it is, and not the last one.
+    """
+
+    point_name: str
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    @classmethod
+    def of(cls, value: Tensor, name: str) -> OnePosition:
+        """Return the value, in the same memory."""
+        here = value.as_subclass(cls)
+        here.point_name = name
+        return here
+
+    def close(self) -> None:
+        """Become a tensor like any other: the hook has run, and may have kept it."""
+        del self.point_name
+        self.__class__ = Tensor  # type: ignore[assignment]
+
+    def __getitem__(self, index: Any) -> Tensor:
+        """Return a selection that is the same at each position."""
+        self._check(index)
+        return super().__getitem__(index)
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        """Write to a selection that is the same at each position."""
+        self._check(index)
+        super().__setitem__(index, value)
+
+    def _check(self, index: Any) -> None:
+        if _axis_1(index, self.ndim) != slice(None):
+            raise IndexError(
+                f"{self.point_name!r} comes one position at a time: an index on axis 1"
+            )
+
+
+def _axis_1(index: Any, ndim: int) -> Any:
+    """Return what an index selects on axis 1: all, where it is too short or a mask of several."""
+    entries = [i for i in (index if isinstance(index, tuple) else (index,)) if i is not None]
+    if any(getattr(i, "ndim", 1) != 1 and getattr(i, "dtype", 0) == torch.bool for i in entries):
+        return slice(None)
+    gap = next((at for at, i in enumerate(entries) if i is ...), len(entries))
+    entries[gap : gap + 1] = [slice(None)] * (ndim - len(entries) + (gap < len(entries)))
+    return entries[1] if len(entries) > 1 and isinstance(entries[1], slice) else entries[1:2]
+
+
+def _name_of(hook: HookFn) -> str:
+    return getattr(hook, "__qualname__", None) or repr(hook)
+
+
+def _directions(dir: str) -> Iterable[str]:
+    if dir not in ("fwd", "bwd", "both"):
+        raise ValueError(f"direction {dir!r}: give 'fwd', 'bwd' or 'both'")
+    return ("fwd", "bwd") if dir == "both" else (dir,)

@@ -1,0 +1,251 @@
+"""Folding the norms' weights into what reads them, and back, bit for bit.
+
+    norm(x) W + b = (x / rms(x) * w) W + b = (x / rms(x)) (diag(w) W) + b
+
+A model so folded computes the same, and its matrices act on the normalised residual stream itself:
+products such as `W_O` of one head times `W_Q` of a later one then need no weight in between. What
+is folded where: `ln1` into the projections of the mixer, `ln2` into the gate and up projections (of
+every expert) and the router, `ln_final` into the unembedding, Mamba's norm of dt into `dt_proj`.
+Mamba's norms of B and C multiply elementwise what no linear map reads; they stay.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from hooked_hybrid.config import (
+    AttentionConfig,
+    GatedMLPConfig,
+    HybridConfig,
+    MambaConfig,
+    MoEConfig,
+    RGLRUConfig,
+)
+from hooked_hybrid.model.hybrid import HookedHybrid
+from hooked_hybrid.network.layers import InnerNorm, RMSNorm, at_least_fp32
+from hooked_hybrid.network.weights.plain import require_plain_weights
+
+UNEMBEDDING = "unembed.weight"
+WIDE = torch.float32, torch.float64
+
+READERS: dict[type, tuple[str, ...]] = {
+    AttentionConfig: ("q.weight", "k.weight", "v.weight"),
+    RGLRUConfig: ("linear_x.weight", "linear_y.weight"),
+    MambaConfig: ("in_proj.weight",),
+    GatedMLPConfig: ("gate.weight", "up.weight"),
+    MoEConfig: ("router.weight", "gate", "up"),
+}
+"""Weights [... d_model] that read what a block's norm gives, by the class of their config."""
+
+HOOKS_AFTER: dict[type, tuple[str, ...]] = {
+    AttentionConfig: ("hook_q_input", "hook_k_input", "hook_v_input")
+}
+"""Hook points between a block's norm and these weights."""
+
+
+@dataclass(frozen=True)
+class Fold:
+    """One norm folded.
+
+    Attributes:
+        norm: path of the norm, such as "blocks.0.ln1".
+        readers: names of the parameters that were multiplied.
+        hooks: hook points between the two: their values are no longer multiplied.
+        multiplier: what the norm multiplied by, `1 + weight` where that is the norm's style, in
+            float32 at least; the folded norm multiplies by exactly 1.
+    """
+
+    norm: str
+    readers: tuple[str, ...]
+    hooks: tuple[str, ...]
+    multiplier: Float[Tensor, " width"]
+
+
+@dataclass(frozen=True)
+class FoldRecord:
+    """What `fold_ln` changed, and what `unfold_ln` needs.
+
+    Attributes:
+        folds: one for each norm, in the order of the model.
+        originals: every parameter that was replaced, by name: the tensors themselves, not copies.
+        was_tied: the embedding was the unembedding too; the folded model has one of each.
+    """
+
+    folds: tuple[Fold, ...]
+    originals: dict[str, Tensor]
+    was_tied: bool
+
+    @property
+    def changed_hooks(self) -> tuple[str, ...]:
+        """Names of all hook points whose values mean something else in the folded model.
+
+        They come after a norm's weight: `hook_q_input`, `hook_k_input` and `hook_v_input` of
+        attention, and `hook_dt_low` of Mamba, each its old value over the multiplier.
+        """
+        return tuple(name for fold in self.folds for name in fold.hooks)
+
+    @property
+    def n_bytes(self) -> int:
+        """Size of the original tensors, which live as long as the record."""
+        return sum(t.numel() * t.element_size() for t in self.originals.values())
+
+
+def fold_ln(
+    model: HookedHybrid, inplace: bool = False, inner_norms: bool = True
+) -> tuple[HookedHybrid, FoldRecord]:
+    """Multiply each norm's weight into the weights that read it, so that the norm only normalises.
+
+    Logits, states and all hook points but those of `FoldRecord.changed_hooks` are as before, up to
+    a rounding. A tied embedding stays as it is, and the unembedding becomes a parameter of its own
+    (`cfg.tied_embedding` is then False). `save_pretrained` writes the folded model as any other,
+    in the published format: norms that multiply by 1, and a head of its own.
+
+    Memory: without `inplace`, a second model; the record keeps no tensor beyond the first one's.
+    With `inplace`, the record holds the old tensors: `record.n_bytes`, half to two thirds of the
+    model. Let go of the record to free them. An unembedding untied is one more matrix of its size.
+
+    Args:
+        model: left as it is unless `inplace`. Hooks attached to it stay on it alone.
+        inplace: fold this model, and return it.
+        inner_norms: also fold Mamba's norm of dt.
+
+    Returns:
+        The folded model, and what changed.
+
+    Warns:
+        RuntimeWarning: weights of less than float32: each product is made in float32 and rounded
+            again. Load or convert the model to float32 to fold it exactly.
+
+    Raises:
+        ValueError: a model without weights, or with quantised ones; or not in place, one that a
+            device map spread over several devices.
+
+    Source: TransformerLens's `fold_ln`, which folds on loading and for good; a norm without mean
+    or bias needs no centring.
+    """
+    require_plain_weights(
+        model, "fold_ln", "fold before quantising, or call quantized.dequantize_weights first"
+    )
+    if model.device.type == "meta":
+        raise ValueError("this model has no weights (it is on the meta device): nothing to fold")
+    if not (inplace or model.placement is None or model.placement.is_on_one_device):
+        raise ValueError("this model lies on several devices, and is not copied: inplace=True")
+    folds = tuple(_folds(model, inner_norms))
+    parameters = dict(model.named_parameters())
+    new = dict(_folded_tensors(model, folds, parameters))
+    if low := {str(t.dtype) for t in new.values() if t.dtype not in WIDE}:
+        warnings.warn(
+            f"folded weights are rounded to {', '.join(sorted(low))}, so the model computes a "
+            "little else than before; load or convert it to float32 to fold it exactly",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    originals: dict[str, Tensor] = {n: p for n, p in parameters.items() if n in new}
+    record = FoldRecord(folds, originals, was_tied=model.unembed.weight is None)
+    return _with(model, new, dataclasses.replace(model.cfg, tied_embedding=False), inplace), record
+
+
+def unfold_ln(folded: HookedHybrid, record: FoldRecord, inplace: bool = False) -> HookedHybrid:
+    """Return the model as it was before `fold_ln`, bit for bit.
+
+    Args:
+        folded: what `fold_ln` returned; left as it is unless `inplace`.
+        record: what it returned beside it.
+        inplace: unfold this model, and return it.
+
+    Raises:
+        ValueError: the model is not the one of this record, or a folded weight has changed since:
+            an edit would be lost.
+    """
+    require_plain_weights(
+        folded, "unfold_ln", "fold before quantising, or call quantized.dequantize_weights first"
+    )
+    parameters = dict(folded.named_parameters())
+    problem = "the record is of another model, or the weight was edited or converted since"
+    if missing := sorted(record.originals.keys() - parameters.keys()):
+        raise ValueError(f"the model has no {missing[0]}: the record is of another model")
+    for name, value in _folded_tensors(folded, record.folds, record.originals):
+        now = parameters.get(name)
+        if now is None or now.dtype != value.dtype or not torch.equal(now, value.to(now.device)):
+            raise ValueError(
+                f"{name} is not what fold_ln left ({problem}): unfold before you edit or convert"
+            )
+    cfg = dataclasses.replace(folded.cfg, tied_embedding=record.was_tied)
+    originals = {name: t.detach().clone() for name, t in record.originals.items()}
+    return _with(folded, originals, cfg, inplace)
+
+
+def _folds(model: HookedHybrid, inner_norms: bool) -> Iterator[Fold]:
+    """Yield what is folded into what, in the order of the model."""
+    for i, (block, layer) in enumerate(zip(model.blocks, model.cfg.layers, strict=True)):
+        mixer = f"blocks.{i}.{block.mixer_path}"
+        for norm, part, cfg in (("ln1", mixer, layer.mixer), ("ln2", f"blocks.{i}.mlp", layer.mlp)):
+            yield Fold(
+                f"blocks.{i}.{norm}",
+                tuple(f"{part}.{name}" for name in READERS[type(cfg)]),
+                tuple(f"{part}.{name}" for name in HOOKS_AFTER.get(type(cfg), ())),
+                _multiplier(getattr(block, norm)),
+            )
+            if inner_norms and isinstance(cfg, MambaConfig):
+                yield Fold(
+                    f"{mixer}.dt_norm",
+                    (f"{mixer}.dt_proj.weight",),
+                    (f"{mixer}.hook_dt_low",),
+                    _multiplier(block.any_mixer.dt_norm),
+                )
+    yield Fold("ln_final", (UNEMBEDDING,), (), _multiplier(model.ln_final))
+
+
+def _multiplier(norm: RMSNorm | InnerNorm) -> Float[Tensor, " width"]:
+    w = norm.w if isinstance(norm, RMSNorm) else norm.weight
+    return at_least_fp32(w.detach()).clone()
+
+
+def _folded_tensors(
+    model: HookedHybrid, folds: tuple[Fold, ...], originals: Mapping[str, Tensor]
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield every parameter that folding replaces; where a head was tied, it is the embedding's."""
+    for fold in folds:
+        norm: Any = model.get_submodule(fold.norm)
+        adds_one = isinstance(norm, RMSNorm) and norm.adds_one
+        unit = torch.full_like(norm.weight.detach(), 0.0 if adds_one else 1.0)
+        yield f"{fold.norm}.weight", unit
+        for name in fold.readers:
+            old = originals.get(name, model.W_E).detach()
+            multiplier = fold.multiplier.to(old.device)
+            yield name, (at_least_fp32(old) * multiplier).to(old.dtype)
+
+
+def _with(
+    model: HookedHybrid, tensors: Mapping[str, Tensor], cfg: HybridConfig, inplace: bool
+) -> HookedHybrid:
+    """Return the model, or a new one, with this config and some parameters replaced by these."""
+    old = dict(model.named_parameters())
+    target = model if inplace else _empty_like(model, cfg)
+    if cfg.tied_embedding:
+        target.unembed.weight = None
+    target.cfg = cfg
+    kept = {} if inplace else {n: p.detach().clone() for n, p in old.items() if n not in tensors}
+    if cfg.tied_embedding:
+        kept.pop(UNEMBEDDING, None)
+    for name, tensor in (kept | dict(tensors)).items():
+        path, _, leaf = name.rpartition(".")
+        like = old.get(name, model.W_E)
+        parameter = nn.Parameter(tensor.to(like.device), like.requires_grad)
+        setattr(target.get_submodule(path), leaf, parameter)
+    return target
+
+
+def _empty_like(model: HookedHybrid, cfg: HybridConfig) -> HookedHybrid:
+    """Return a model without weights yet, and without the hooks of this one."""
+    target = HookedHybrid.meta(cfg, model.dtype)
+    target.tokenizer = model.tokenizer
+    return target.train(model.training)

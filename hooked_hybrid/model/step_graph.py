@@ -1,0 +1,302 @@
+"""One step of decoding as a CUDA graph: captured once, then replayed for every token.
+
+A step of a small batch is about a thousand small kernels, and a GPU waits for each of their
+launches; a graph launches them all at once. It works on buffers that never move and shapes that
+never change, so each attention layer holds a fixed number of keys, absent ones at position -1, and
+masks come from positions. The eager step is the definition, apart by the rounding of sums.
+
+`captured` decides whether there is a graph: nothing attached, no autograd, few rows, and nothing
+that the host must read between two kernels. How to capture is an argument: calling the step again
+on the same buffers does all but the capture itself, on any machine.
+"""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from collections.abc import Callable, Sequence, Sized
+from itertools import chain
+from typing import TYPE_CHECKING
+from weakref import WeakSet
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
+
+from hooked_hybrid.config import AttentionConfig
+from hooked_hybrid.hooks.point import HookPoint
+from hooked_hybrid.network.host_waits import AsksNothing
+from hooked_hybrid.network.kernels import grouped_experts
+from hooked_hybrid.network.layout import lay_out
+from hooked_hybrid.network.mlps.moe import MoE
+from hooked_hybrid.network.state import HybridState
+
+if TYPE_CHECKING:
+    from hooked_hybrid.model.hybrid import HookedHybrid
+
+MAX_BATCH = 32
+"""Rows up to which launches, not arithmetic, take most of a step's time."""
+WORTH_CAPTURING = 16
+"""Steps from which on a capture, which costs a few of them, is won back."""
+MAX_STEPS = 1024
+"""Steps that one graph makes room for, in layers that forget no key."""
+KEYS_MULTIPLE = 64
+"""Keys of a step, in layers without a window: masks of such a length are aligned."""
+
+TORCH_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+REPLAYED = {torch.float64: 1e-6, torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.1}
+"""How far a replay may be from the step it repeats, over the largest entry; integers not at all.
+
+Its kernels are the same; a product may be summed in another order. An empty graph is off by all.
+"""
+Step = Callable[[], None]
+Capture = Callable[[Step, torch.device], Step]
+_one_capture = threading.Lock()  # torch allows no two at a time
+
+
+# --- whether ----------------------------------------------------------------------------------
+
+_failed: WeakSet[nn.Module] = WeakSet()
+"""Models of which a capture failed: it is not tried again."""
+
+
+def captured(model: HookedHybrid, state: HybridState, n_steps: int) -> StepGraph | None:
+    """Return the graph of the steps that go on from a state, or None where they run eagerly.
+
+    A graph makes room for `n_steps` more, or for as many as are reasonable.
+    """
+    if n_steps < WORTH_CAPTURING or model in _failed or not usable(model, state):
+        return None
+    try:
+        return StepGraph(model, state, min(n_steps, MAX_STEPS))
+    except RuntimeError as error:
+        _failed.add(model)
+        warnings.warn(
+            f"steps of this model cannot be captured, and run one kernel at a time: {error}",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return None
+
+
+def usable(model: HookedHybrid, state: HybridState) -> bool:
+    """Return whether a step from this state can be captured, as far as can be told beforehand."""
+    device = model.device
+    return (
+        device.type in CAPTURES
+        and model.placement is None  # weights that come and go would outlive no capture
+        and 0 < state.batch_size <= MAX_BATCH
+        and not torch.is_grad_enabled()
+        and not torch.is_autocast_enabled(device.type)  # its cached weights would not outlive it
+        and all(t.device == device for t in state.tensors().values())
+        and not is_watched(attachments(model))
+        and not _asks_for_counts(model)
+        and not (device.type == "cuda" and torch.cuda.is_current_stream_capturing())
+    )
+
+
+def attachments(model: HookedHybrid) -> list[Sized]:
+    """Return every list of functions that a replay would not call; they stay the same lists."""
+    points = chain(*((p.fwd_hooks, p.bwd_hooks) for p in model.hook_points()))
+    modules = (m for m in model.modules() if not isinstance(m, HookPoint))
+    return [*points, *(vars(m)[name] for m in modules for name in TORCH_HOOKS)]
+
+
+def _asks_for_counts(model: HookedHybrid) -> bool:
+    """Return whether a mixture of experts has the host read how many tokens each expert got."""
+    mlps = (block.mlp for block in model.blocks)
+    return any(
+        isinstance(m, MoE) and not (m.stacks and grouped_experts.usable(model.W_E[:1], *m.stacks))
+        for m in mlps
+    )
+
+
+def is_watched(attached: list[Sized]) -> bool:
+    """Return whether any of a model's `attachments` is there, or one of torch's for all modules."""
+    return any(attached) or bool(torch_module._has_any_global_hook())
+
+
+# --- how --------------------------------------------------------------------------------------
+
+
+def record(step: Step, device: torch.device) -> Step:
+    """Return what replays a step, captured in a CUDA graph after it has run twice.
+
+    Raises:
+        RuntimeError: it cannot be captured.
+    """
+    graph = torch.cuda.CUDAGraph()
+    with _one_capture, torch.cuda.device(device):
+        stream, side = torch.cuda.current_stream(), torch.cuda.Stream()
+        side.wait_stream(stream)
+        try:
+            with torch.cuda.stream(side):
+                step()
+                with AsksNothing():
+                    step()
+            stream.wait_stream(side)
+            # Without `stream`, torch captures on one made for the first capture of the process,
+            # which may be another GPU's: the graph would be empty.
+            with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
+                step()
+        finally:
+            torch.cuda.set_stream(stream)  # a capture that fails leaves another
+            stream.wait_stream(side)
+    return graph.replay  # holds no step, so that the buffers go with their owner
+
+
+CAPTURES: dict[str, Capture] = {"cuda": record}
+"""How each type of device captures; others have no graphs."""
+
+
+# --- what -------------------------------------------------------------------------------------
+
+
+class StepGraph:
+    """A step of decoding on buffers that never move: tokens in, logits out, the state inside.
+
+    Keys lie in a ring, where a new one takes the place of the oldest; absent ones stand first.
+    Attention sees their positions, and does not care in which order they lie.
+
+    Args:
+        model: reads the tokens; its weights may change in place, but not move.
+        state: what the first step continues from; it is copied.
+        n_steps: steps to make room for, where layers forget no key.
+        capture: how to capture; None takes what the model's device has.
+
+    Raises:
+        RuntimeError: the capture failed.
+    """
+
+    @torch.no_grad()
+    def __init__(
+        self, model: HookedHybrid, state: HybridState, n_steps: int, capture: Capture | None = None
+    ) -> None:
+        self.model, device, batch = model, model.device, state.batch_size
+        self._attached = attachments(model)
+        self._windows = {
+            f"blocks.{i}.{name}": layer.mixer.n_keys
+            for i, layer in enumerate(model.cfg.layers)
+            if isinstance(layer.mixer, AttentionConfig)
+            for name in ("k", "v", "pos")
+        }
+        self._buffers = {
+            name: t.new_zeros(self._room_for(name, t.shape, n_steps))
+            for name, t in state.tensors().items()
+        }
+        self._rows = torch.arange(batch, device=device)
+        self._count = torch.zeros(1, dtype=torch.long, device=device)
+        self._tokens = torch.zeros(batch, 1, dtype=torch.long, device=device)
+        self._logits = torch.zeros(batch, model.cfg.d_vocab, dtype=model.dtype, device=device)
+        self.load(state)
+        self._replay = (capture or CAPTURES[device.type])(self._step, device)
+        self._require_the_step(state)
+        self.load(state)  # the steps before the capture, and those compared, have changed it
+
+    @torch.no_grad()
+    def load(self, state: HybridState) -> None:
+        """Go on from another state of as many rows.
+
+        Raises:
+            ValueError: another number of rows, or more keys than there is room for.
+        """
+        if state.batch_size != len(self._rows):
+            raise ValueError(f"{state.batch_size} rows for a graph of {len(self._rows)}")
+        new = state.tensors()
+        self._n_keys = {name: new[name].shape[1] for name in self._windows}
+        unbounded = (name for name, window in self._windows.items() if window is None)
+        free = (self._buffers[name].shape[1] - self._n_keys[name] for name in unbounded)
+        self.n_left = min(free, default=float("inf"))
+        if self.n_left < 0:
+            raise ValueError(f"{-self.n_left} keys more than this graph has room for")
+        for name, mine in self._buffers.items():
+            if name not in self._windows:
+                mine.copy_(new[name])
+                continue
+            n = min(self._n_keys[name], mine.shape[1])
+            absent = mine.shape[1] - n
+            mine[:, :absent] = -1 if name.endswith("pos") else 0  # zero: a mask does not hide NaN
+            mine[:, absent:] = new[name][:, self._n_keys[name] - n :]
+        self._count.zero_()
+        self._live, self._n_seen, self._n_steps = self._rows, state.n_seen, 0
+
+    @property
+    def is_valid(self) -> bool:
+        """Whether the next step can be replayed: there is room, and still nothing attached."""
+        return self.n_left > 0 and not is_watched(self._attached)
+
+    @torch.no_grad()
+    def step(self, tokens: Int[Tensor, "row 1"]) -> Float[Tensor, "row d_vocab"]:
+        """Read one token of each row that is kept; return the logits of the next.
+
+        Raises:
+            ValueError: there is no room for it.
+        """
+        if self.n_left < 1:
+            raise ValueError(f"no room for a token after {self._n_steps}: go on from state()")
+        self._tokens.index_copy_(0, self._live, tokens)
+        self._replay()
+        self._n_steps += 1
+        self.n_left -= 1
+        return self._logits.index_select(0, self._live)
+
+    @torch.no_grad()
+    def keep(self, rows: Bool[Tensor, " row"]) -> None:
+        """Go on with some of the rows kept until now; the others run on, but nobody looks."""
+        self._live = self._live[rows]
+
+    @torch.no_grad()
+    def state(self) -> HybridState:
+        """Return a copy of the state of the rows that are kept, as eager steps would leave it."""
+        rows, values = self._live, {}
+        for name, t in self._buffers.items():
+            if name in self._windows:
+                n = min(self._n_keys[name] + self._n_steps, t.shape[1])
+                places = torch.arange(t.shape[1] - n, t.shape[1], device=t.device) + self._n_steps
+                values[name] = t[rows[:, None], places % max(t.shape[1], 1)]  # oldest first
+            else:
+                values[name] = t[rows]
+        n_seen = None if self._n_seen is None else self._n_seen + self._n_steps
+        return HybridState.from_tensors(values, n_seen)
+
+    def _step(self) -> None:
+        """Read the tokens into the logits and the buffers: what a replay repeats."""
+        state = HybridState.from_tensors(self._buffers)  # n_seen is None: masks from positions
+        layout = lay_out(self._tokens, state, None, None, "generation", 1, self._rows)
+        logits, after = self.model.run_layout(self._tokens, layout, state, logits_to_keep=1)
+        self._logits.copy_(logits[:, -1])
+        for name, new in after.tensors().items():
+            mine = self._buffers[name]
+            if name not in self._windows:
+                mine.copy_(new)
+            elif mine.shape[1]:
+                mine.index_copy_(1, self._count % mine.shape[1], new[:, -1:])
+        self._count.add_(1)
+
+    def _require_the_step(self, state: HybridState) -> None:
+        """Refuse a replay that does not do what the step does, as that of an empty graph."""
+        expected, found = (self._changes(state, run) for run in (self._step, self._replay))
+        for name, wanted in expected.items():
+            bound = REPLAYED.get(wanted.dtype, 0.0)
+            most = float(wanted.nan_to_num(0, 0, 0).abs().max()) if wanted.numel() else 0.0
+            if not torch.allclose(found[name], wanted, 0, bound * most, equal_nan=True):
+                raise RuntimeError(f"a replay of the captured step gives another {name}")
+
+    def _changes(self, state: HybridState, run: Step) -> dict[str, Tensor]:
+        """Return what one step from a state gives: logits, and the buffers where it writes."""
+        self.load(state)
+        self._logits.fill_(torch.finfo(self._logits.dtype).max)  # no logits that a step leaves
+        run()
+        first = {n: t[:, :1] if n in self._windows else t for n, t in self._buffers.items()}
+        now = {"logits": self._logits, "count of steps": self._count, **first}
+        return {name: t.clone() for name, t in now.items()}
+
+    def _room_for(self, name: str, shape: Sequence[int], n_steps: int) -> list[int]:
+        """Return the shape of a buffer, with places for all keys that a step sees but its own."""
+        if name not in self._windows:
+            return list(shape)
+        in_step = self._windows[name]
+        if in_step is None:
+            in_step = -(-(shape[1] + n_steps + 1) // KEYS_MULTIPLE) * KEYS_MULTIPLE
+        return [shape[0], in_step - 1, *shape[2:]]

@@ -1,0 +1,1 @@
+"""What computes: layers, mixers, MLPs, states and layouts."""

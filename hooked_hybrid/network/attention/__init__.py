@@ -1,0 +1,1 @@
+"""Attention, and the keys and values it remembers."""

@@ -1,0 +1,400 @@
+"""The parts that every kind of layer is made of: projections, norms, embedding, convolution."""
+
+from __future__ import annotations
+
+import math
+from functools import cache
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+
+from hooked_hybrid.config import Activation, HybridConfig, NormConfig, RotaryConfig
+from hooked_hybrid.hooks.point import HookPoint, Run
+from hooked_hybrid.network import transforms
+from hooked_hybrid.network.component import Component
+from hooked_hybrid.network.kernels import causal_conv1d
+from hooked_hybrid.network.layout import Layout
+from hooked_hybrid.network.plan import may_overwrite
+from hooked_hybrid.network.weights.layout import empty_weight
+from hooked_hybrid.network.weights.plain import as_matrix
+from hooked_hybrid.network.weights.products import linear
+from hooked_hybrid.shapes import Logits, Resid, Tokens
+
+INIT_STD = 0.02
+WORTH_SPLITTING = 2**16
+"""Values from which on a function of one argument is computed some rows at a time."""
+_n_modes = torch._C._len_torch_dispatch_stack
+GELU_ROWS = 32
+"""Rows worked on together: they and a temporary stay in a core's cache."""
+
+
+def draw_normal(weight: Tensor, std: float) -> None:
+    """Draw a weight from N(0, std^2): the same values however it lies in memory."""
+    with torch.no_grad():
+        weight.copy_(
+            torch.empty(weight.shape, dtype=weight.dtype, device=weight.device).normal_(0, std)
+        )
+
+
+class Linear(Component):
+    """`x @ W + b`. `W` is [d_in, d_out]; the parameter, `weight`, is its transpose."""
+
+    matrices = ("weight",)
+
+    def __init__(self, d_in: int, d_out: int, bias: bool) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(empty_weight(d_out, d_in))
+        self.bias = nn.Parameter(torch.empty(d_out)) if bias else None
+
+    def reset_parameters(self) -> None:
+        """Draw the weight from N(0, 1 / d_in); the bias is zero."""
+        draw_normal(self.weight, std=self.weight.shape[1] ** -0.5)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    @property
+    def W(self) -> Float[Tensor, "d_in d_out"]:
+        """The matrix as used: `x @ W`."""
+        return as_matrix(self.weight).T
+
+    def forward(self, x: Float[Tensor, "... d_in"]) -> Float[Tensor, "... d_out"]:
+        """Return `x @ W + b`."""
+        return linear(x, self.weight, self.bias)
+
+
+class BlockDiagonalLinear(Component):
+    """A linear map that keeps blocks of channels apart: `W` is [gate_block, in, out]."""
+
+    def __init__(self, n_blocks: int, width: int) -> None:
+        super().__init__()
+        d_block = width // n_blocks
+        self.weight = nn.Parameter(torch.empty(n_blocks, d_block, d_block))
+        self.bias = nn.Parameter(torch.empty(n_blocks, d_block))
+
+    def reset_parameters(self) -> None:
+        """Draw the weight from N(0, 1 / d_block); the bias is zero."""
+        nn.init.normal_(self.weight, std=self.weight.shape[1] ** -0.5)
+        nn.init.zeros_(self.bias)
+
+    def forward(self, x: Float[Tensor, "batch pos d_rnn"]) -> Float[Tensor, "batch pos d_rnn"]:
+        """Return each block of channels times its own matrix."""
+        n_blocks, d_block = self.bias.shape
+        if x.shape[0] * x.shape[1] == 1:
+            bias = self.bias.view(n_blocks, 1, d_block)
+            return torch.baddbmm(bias, x.view(n_blocks, 1, d_block), self.weight).view(x.shape)
+        blocks = x.reshape(-1, n_blocks, d_block).transpose(0, 1)
+        out = torch.baddbmm(self.bias[:, None], blocks, self.weight)
+        return out.transpose(0, 1).reshape(x.shape)
+
+
+class RMSNorm(Component):
+    """Root-mean-square norm, `x / hook_scale * weight`.
+
+    The sum of squares is taken in fp32. Style "one_plus_weight" (RecurrentGemma in transformers)
+    multiplies by `1 + weight` in fp32 and rounds once, after it; style "weight" (Llama, Jamba)
+    rounds before. Google's own code works in the model's dtype throughout: equal in fp32, and
+    apart by a bf16 rounding in bf16.
+    """
+
+    def __init__(self, d_model: int, cfg: NormConfig) -> None:
+        super().__init__()
+        self.eps = cfg.eps
+        self.adds_one = cfg.style == "one_plus_weight"
+        self.weight = nn.Parameter(torch.empty(d_model))
+        self.hook_scale = HookPoint("batch pos 1")
+        self.hook_normalized = HookPoint("batch pos d_model")
+
+    def reset_parameters(self) -> None:
+        """Start as a norm without a weight."""
+        nn.init.constant_(self.weight, 0.0 if self.adds_one else 1.0)
+
+    @property
+    def is_hooked(self) -> bool:
+        """Whether anything is attached to its points."""
+        return self.hook_scale.is_hooked or self.hook_normalized.is_hooked
+
+    @property
+    def w(self) -> Float[Tensor, " d_model"]:
+        """The factor that multiplies the normalised values, fp32 where one is added to it."""
+        return 1 + at_least_fp32(self.weight) if self.adds_one else self.weight
+
+    def forward(self, x: Resid) -> Resid:
+        """Return the normalised and weighted values in the dtype of `x`."""
+        wide = at_least_fp32(x)
+        inverse = inverse_rms(wide, self.eps)
+        if self.hook_scale.is_hooked:
+            inverse = self.hook_scale(inverse.reciprocal()).reciprocal()
+        normalized = wide * inverse
+        if not self.adds_one:
+            normalized = normalized.to(x.dtype)
+        normalized = self.hook_normalized(normalized)
+        if self.adds_one:  # n + n w
+            weight = at_least_fp32(self.weight)
+            out = torch.addcmul(normalized, normalized, weight)
+            return out if out.dtype == x.dtype else out.to(x.dtype)
+        return normalized * self.weight
+
+
+class InnerNorm(Component):
+    """A root-mean-square norm inside a mixer, whose result has a hook point there."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.empty(width))
+
+    def reset_parameters(self) -> None:
+        """Start as a norm without a weight."""
+        nn.init.ones_(self.weight)
+
+    def forward(self, x: Float[Tensor, "batch pos width"]) -> Float[Tensor, "batch pos width"]:
+        """Return the normalised values, rounded to the dtype of `x`, times the weight."""
+        wide = at_least_fp32(x)
+        return (wide * inverse_rms(wide, self.eps)).to(x.dtype) * self.weight
+
+
+class Embed(Component):
+    """Rows of `W_E`, times sqrt(d_model) rounded to bfloat16 where the config says so.
+
+    The rounding is part of the published models in every dtype: sqrt(2560) = 50.596 is 50.5.
+    """
+
+    def __init__(self, cfg: HybridConfig) -> None:
+        super().__init__()
+        tied = cfg.tied_embedding
+        shape = (cfg.d_vocab, cfg.d_model)
+        self.W_E = nn.Parameter(empty_weight(*shape) if tied else torch.empty(shape))
+        self.matrices = ("W_E",) if tied else ()
+        scale = torch.tensor(cfg.d_model**0.5, device="cpu").bfloat16().item()
+        self.scale = scale if cfg.scale_embedding else None
+
+    def reset_parameters(self) -> None:
+        """Draw embeddings so that the residual stream starts with entries of order one."""
+        draw_normal(self.W_E, std=1.0 if self.scale is None else 1 / self.scale)
+
+    def forward(self, tokens: Tokens) -> Resid:
+        """Return the embedding of each token."""
+        # Side by side along the vocabulary, one channel of all tokens after another reads faster.
+        along_vocab = self.W_E.stride(0) == 1 and not transforms.is_followed()
+        x = _columns(self.W_E.T, tokens) if along_vocab else self.W_E[tokens]
+        return x if self.scale is None else x * self.scale
+
+
+class Unembed(Component):
+    """`soft_cap(x @ W_U)`; `weight` is None where the embedding is used again."""
+
+    matrices = ("weight",)
+
+    def __init__(self, cfg: HybridConfig) -> None:
+        super().__init__()
+        self.soft_cap = cfg.logits_soft_cap
+        self.weight = (
+            None if cfg.tied_embedding else nn.Parameter(empty_weight(cfg.d_vocab, cfg.d_model))
+        )
+        self.hook_logits = HookPoint("batch pos d_vocab")
+
+    def reset_parameters(self) -> None:
+        """Draw an untied unembedding from N(0, 1 / d_model)."""
+        if self.weight is not None:
+            draw_normal(self.weight, std=self.weight.shape[1] ** -0.5)
+
+    def forward(self, x: Resid, W_E: Float[Tensor, "d_vocab d_model"], run: Run) -> Logits:
+        """Return logits, `cap * tanh(logits / cap)` under a cap; `run` is of these positions."""
+        weight = W_E if self.weight is None else self.weight
+        is_ours = may_overwrite(self.hook_logits)
+        logits = self.hook_logits(linear(x, weight), run=run)
+        if self.soft_cap is None:
+            return logits
+        if is_ours:
+            return logits.div_(self.soft_cap).tanh_().mul_(self.soft_cap)
+        return self.soft_cap * torch.tanh(logits / self.soft_cap)
+
+
+class CausalConv1d(Component):
+    """Depthwise convolution over the last `d_conv` positions; the last tap is the current one."""
+
+    def __init__(self, d_conv: int, channels: int, bias: bool = True) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(d_conv, channels))
+        self.bias = nn.Parameter(torch.empty(channels)) if bias else None
+
+    def reset_parameters(self) -> None:
+        """Draw taps from N(0, 1 / d_conv); the bias is zero."""
+        nn.init.normal_(self.weight, std=self.weight.shape[0] ** -0.5)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    def initial_state(
+        self, u: Float[Tensor, "batch pos channel"]
+    ) -> Float[Tensor, "batch tap channel"]:
+        """Return the zeros that stand before a sequence."""
+        return u.new_zeros(u.shape[0], self.weight.shape[0] - 1, u.shape[2])
+
+    def forward(
+        self,
+        u: Float[Tensor, "batch pos channel"],
+        state: Float[Tensor, "batch tap channel"],
+        layout: Layout,
+    ) -> tuple[Float[Tensor, "batch pos channel"], Float[Tensor, "batch tap channel"]]:
+        """Return `b + sum_j w_j u_{t-j}` and the inputs that later positions need.
+
+        Nothing is read across the start of a document, and nothing of what stands at padding.
+        """
+        n_past = state.shape[1]
+        if layout.doc is None and not layout.has_padding:
+            if u.is_cuda and causal_conv1d.usable(u, state, self.weight, self.bias):
+                return causal_conv1d.convolve(u, state, self.weight, self.bias)
+            inputs = torch.cat([state, u], dim=1)
+            if u.shape[1] == 1:
+                return self._one(inputs), inputs[:, 1:]
+            return self._taps(inputs, None), layout.last_real(inputs, None, n_past)
+        is_real = torch.cat([layout.is_real.new_ones(u.shape[0], n_past), layout.is_real], dim=1)
+        docs = layout.key_docs(n_past)
+        after = layout.last_real(torch.cat([state, u], dim=1), is_real, n_past)
+        if docs is not None and layout.last_doc is not None:
+            other = layout.last_real(docs, is_real, n_past) != layout.last_doc
+            after = after.masked_fill(other[..., None], 0)
+        if not layout.has_padding:
+            return self._taps(torch.cat([state, u], dim=1), docs), after
+        # Padding on the left of a continued row must not part its tokens from the state.
+        order = (~layout.is_real).int().argsort(dim=1, stable=True)
+        packed = u.gather(1, order[..., None].expand_as(u))
+        if docs is not None:
+            docs = torch.cat([docs[:, :n_past], docs[:, n_past:].gather(1, order)], dim=1)
+        y = self._taps(torch.cat([state, packed], dim=1), docs)
+        return y.gather(1, order.argsort(dim=1)[..., None].expand_as(y)), after
+
+    def _one(self, inputs: Float[Tensor, "batch tap channel"]) -> Float[Tensor, "batch 1 channel"]:
+        """Return the last position alone."""
+        y = (inputs * self.weight).sum(1, keepdim=True)
+        return y if self.bias is None else y + self.bias
+
+    def _taps(
+        self,
+        inputs: Float[Tensor, "batch n channel"],
+        docs: Int[Tensor, "batch n"] | None,
+    ) -> Float[Tensor, "batch pos channel"]:
+        n_taps = self.weight.shape[0]
+        n_pos = inputs.shape[1] - (n_taps - 1)
+        bias = inputs.new_zeros(()) if self.bias is None else self.bias
+        # Oldest tap first, products fused into the sum: bit for bit what conv1d gives on a CPU.
+        y = bias.expand(inputs.shape[0], n_pos, inputs.shape[2])
+        for tap in range(n_taps):
+            x = inputs[:, tap : tap + n_pos]
+            if docs is not None:
+                same = docs[:, tap : tap + n_pos] == docs[:, n_taps - 1 :]
+                x = x.masked_fill(~same[..., None], 0)
+            out = y if tap and may_overwrite() else None
+            y = torch.addcmul(y, x, self.weight[tap], out=out)
+        return y
+
+
+def _columns(W: Float[Tensor, "d_model d_vocab"], tokens: Tokens) -> Resid:
+    return W.index_select(1, tokens.flatten()).T.contiguous().unflatten(0, tokens.shape)
+
+
+class Rotation(NamedTuple):
+    """What turns channels x at some positions: `x cos + swap(x) sin`, sines with their signs."""
+
+    cos: Float[Tensor, "batch pos 1 d_rotary"]
+    sin: Float[Tensor, "batch pos 1 d_rotary"]
+
+
+def rotation(layout: Layout, cfg: RotaryConfig, dtype: torch.dtype) -> Rotation:
+    """Return the rotation at each position, made once for all layers of a forward.
+
+    Angles are in fp32, their cosines and sines in `dtype`; padding stands at position 0.
+    """
+
+    def make() -> Rotation:
+        half = cfg.d_rotary // 2
+        exponent = torch.arange(half, device=layout.pos.device, dtype=torch.float32) / half
+        angle = layout.pos.clamp_min(0)[:, :, None, None].float() * cfg.theta**-exponent
+        cos, sin = angle.cos().to(dtype), angle.sin().to(dtype)
+        return Rotation(torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1))
+
+    return layout.once((cfg, dtype), make)
+
+
+def rotate(
+    x: Float[Tensor, "batch pos n d_head"], layout: Layout, cfg: RotaryConfig
+) -> Float[Tensor, "batch pos n d_head"]:
+    """Return `x` with its first `d_rotary` channels rotated by position.
+
+    Channel i is paired with channel i + d_rotary / 2. Source: RoFormer (Su et al. 2021), in the
+    layout of GPT-NeoX.
+    """
+    cos, sin = rotation(layout, cfg, x.dtype)
+    turned, rest = x[..., : cfg.d_rotary], x[..., cfg.d_rotary :]
+    swapped = turned.unflatten(-1, (2, -1)).flip(-2).flatten(-2)
+    return torch.cat([torch.addcmul(turned * cos, swapped, sin), rest], dim=-1)
+
+
+def activate(x: Tensor, name: Activation, overwrite: bool = False) -> Tensor:
+    """Return the nonlinearity of `x`, in its memory if told; gelu is the tanh approximation."""
+    if name == "silu":
+        return nn.functional.silu(x, inplace=overwrite)
+    if x.numel() >= WORTH_SPLITTING and x.device.type == "cpu" and not transforms.is_followed():
+        return gelu_tanh_(x if overwrite else x.clone())
+    return nn.functional.gelu(x, approximate="tanh")
+
+
+def gelu_tanh_(x: Tensor) -> Tensor:
+    """Return gelu's tanh approximation, in the memory of `x` where its rows can be viewed.
+
+    As x sigmoid(2 c (x + 0.044715 x^3)): the same function as 0.5 x (1 + tanh(c (x + 0.044715
+    x^3))), c = sqrt(2 / pi); a CPU computes a sigmoid in a third of a tanh's time.
+    """
+    slope_at_0 = 2 * math.sqrt(2 / math.pi)
+    at_0 = constant(slope_at_0, x.dtype, x.device)
+    rows = x.reshape(-1, x.shape[-1])  # in memory of its own where a hook returned another layout
+    for block in rows.split(GELU_ROWS):
+        slope = torch.addcmul(at_0, block, block, value=0.044715 * slope_at_0)
+        block.mul_(slope.mul_(block).sigmoid_())
+    return rows.view(x.shape)
+
+
+def times(
+    a: Float[Tensor, "*shape"], b: Float[Tensor, "*#shape"], overwrite: bool
+) -> Float[Tensor, "*shape"]:
+    """Return `a * b`, in the memory of `a` if told."""
+    return a.mul_(b) if overwrite else a * b
+
+
+def inverse_rms(x: Float[Tensor, "batch pos width"], eps: float) -> Float[Tensor, "batch pos 1"]:
+    """Return 1 / sqrt(mean(x^2) + eps); a product with it rounds as the references do."""
+    if transforms.is_followed():
+        return torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return torch.addcmul(
+        constant(eps, x.dtype, x.device), norm, norm, value=1 / x.shape[-1]
+    ).rsqrt_()
+
+
+def constant(value: float, dtype: torch.dtype, device: torch.device) -> Float[Tensor, ""]:
+    """Return a number as a tensor, made once: making one costs more than adding it.
+
+    One made inside a transform or a dispatch mode (a fake tensor, say) is good there only, unless
+    the mode does no more than watch, and says so.
+    """
+    if transforms.are_active() or (_n_modes() and not _are_only_watching()):
+        return torch.tensor(value, dtype=dtype, device=device)
+    return _constant(value, dtype, device)
+
+
+def _are_only_watching() -> bool:
+    return all(getattr(m, "only_watches", False) for m in _get_current_dispatch_mode_stack())
+
+
+@cache
+def _constant(value: float, dtype: torch.dtype, device: torch.device) -> Float[Tensor, ""]:
+    with torch.inference_mode(False):
+        return torch.tensor(value, dtype=dtype, device=device)
+
+
+def at_least_fp32(x: Tensor) -> Tensor:
+    """Return `x` in fp32, or in fp64 where it is that."""
+    return x if x.dtype in (torch.float32, torch.float64) else x.float()

@@ -1,0 +1,159 @@
+"""Softmax attention with every score, pattern and head output hookable.
+
+MHA, MQA and GQA; an optional window of `n_keys` keys, the query itself included; optional partial
+rotary positions. Position t of a row reads the keys of its own document at t and before it.
+
+    q, k, v = x W_Q, x W_K, x W_V                    per head
+    scores  = rot(q) . rot(k) / sqrt(d_head)         masked outside what t may see
+    pattern = softmax(scores)                        fp32, then the model's dtype
+    z       = pattern v;    out = sum_heads z W_O + b_O
+"""
+
+from __future__ import annotations
+
+import torch
+from einops import rearrange
+from jaxtyping import Float
+from torch import Tensor
+
+from hooked_hybrid.config import AttentionConfig
+from hooked_hybrid.hooks.point import HookPoint
+from hooked_hybrid.network.attention.attend import Hooks, Sight, attend
+from hooked_hybrid.network.attention.key_room import last_keys, with_new_keys
+from hooked_hybrid.network.layers import Linear, rotate
+from hooked_hybrid.network.layout import Layout
+from hooked_hybrid.network.mixers.base import Mixer
+from hooked_hybrid.network.state import AttentionState
+from hooked_hybrid.network.weights.factored import FactoredMatrix
+from hooked_hybrid.network.weights.plain import as_matrix
+from hooked_hybrid.shapes import Queries, Resid
+
+
+class Attention(Mixer[AttentionState]):
+    """Multi-head attention over what the state remembers and the new positions."""
+
+    path = "attn"
+
+    def __init__(self, cfg: AttentionConfig, d_model: int) -> None:
+        super().__init__(cfg, d_model)
+        self.cfg: AttentionConfig = cfg
+        d_q, d_kv = cfg.n_heads * cfg.d_head, cfg.n_kv_heads * cfg.d_head
+        self.q = Linear(d_model, d_q, bias=cfg.qkv_bias)
+        self.k = Linear(d_model, d_kv, bias=cfg.qkv_bias)
+        self.v = Linear(d_model, d_kv, bias=cfg.qkv_bias)
+        self.o = Linear(d_q, d_model, bias=cfg.out_bias)
+
+        self.hook_q_input = HookPoint("batch pos head d_model", lazy=True, large=True)
+        self.hook_k_input = HookPoint("batch pos kv_head d_model", lazy=True, large=True)
+        self.hook_v_input = HookPoint("batch pos kv_head d_model", lazy=True, large=True)
+        self.hook_q = HookPoint("batch pos head d_head")
+        self.hook_k = HookPoint("batch pos kv_head d_head")
+        self.hook_v = HookPoint("batch pos kv_head d_head")
+        if cfg.rotary:
+            self.hook_rot_q = HookPoint("batch pos head d_head")
+            self.hook_rot_k = HookPoint("batch pos kv_head d_head")
+        self.hook_attn_scores = HookPoint("batch head query key", lazy=True)
+        self.hook_pattern = HookPoint("batch head query key", lazy=True)
+        self.hook_z = HookPoint("batch pos head d_head")
+        self.hook_result = HookPoint("batch pos head d_model", lazy=True, large=True)
+
+    def forward(
+        self, x: Resid, state: AttentionState | None, layout: Layout
+    ) -> tuple[Resid, AttentionState]:
+        """Return what the heads write, and the keys and values that later positions may see."""
+        are_seen = state is None and self._keys_are_seen()
+        q = self.hook_q(self._project(self.q, self.hook_q_input, x, self.cfg.n_heads))
+        k = self.hook_k(self._project(self.k, self.hook_k_input, x, self.cfg.n_kv_heads))
+        v = self.hook_v(self._project(self.v, self.hook_v_input, x, self.cfg.n_kv_heads))
+        if self.cfg.rotary:
+            q = self.hook_rot_q(rotate(q, layout, self.cfg.rotary))
+            k = self.hook_rot_k(rotate(k, layout, self.cfg.rotary))
+        # What stands at padding is never read: 0 times what is not finite would be.
+        if layout.has_padding:
+            q, k, v = (layout.zero_padding(t) for t in (q, k, v))
+        keys = with_new_keys(state, k, v, layout.pos, are_seen)
+        hooks = Hooks(self.hook_attn_scores, self.hook_pattern, self.hook_z)
+        z = attend(q, keys.k, keys.v, Sight(layout, keys.pos, self.cfg.n_keys), hooks)
+        return self._write(layout.detach_padding(z)), self._remember(keys, layout)
+
+    def state_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of this layer's state, without batch and keys."""
+        heads = (self.cfg.n_kv_heads, self.cfg.d_head)
+        return {"k": heads, "v": heads, "pos": ()}
+
+    # --- weights as circuits --------------------------------------------------------------------
+
+    @property
+    def W_Q(self) -> Float[Tensor, "head d_model d_head"]:
+        """Query weights of each head: `q = x @ W_Q`."""
+        return rearrange(as_matrix(self.q.weight), "(h e) d -> h d e", h=self.cfg.n_heads)
+
+    @property
+    def W_K(self) -> Float[Tensor, "kv_head d_model d_head"]:
+        """Key weights of each key-value head."""
+        return rearrange(as_matrix(self.k.weight), "(h e) d -> h d e", h=self.cfg.n_kv_heads)
+
+    @property
+    def W_V(self) -> Float[Tensor, "kv_head d_model d_head"]:
+        """Value weights of each key-value head."""
+        return rearrange(as_matrix(self.v.weight), "(h e) d -> h d e", h=self.cfg.n_kv_heads)
+
+    @property
+    def W_O(self) -> Float[Tensor, "head d_head d_model"]:
+        """Output weights of each head: what it writes is `z @ W_O`."""
+        return rearrange(as_matrix(self.o.weight), "d (h e) -> h e d", h=self.cfg.n_heads)
+
+    @property
+    def b_O(self) -> Float[Tensor, " d_model"] | None:
+        """Output bias, shared by the heads; None where the model has none."""
+        return self.o.bias
+
+    @property
+    def QK(self) -> FactoredMatrix:
+        """`W_Q W_K^T` [head d_model d_model] per query head, before rotation and scaling."""
+        return FactoredMatrix(self.W_Q, self._per_query_head(self.W_K).transpose(-1, -2))
+
+    @property
+    def OV(self) -> FactoredMatrix:
+        """`W_V W_O` [head d_model d_model] per query head."""
+        return FactoredMatrix(self._per_query_head(self.W_V), self.W_O)
+
+    # --- the parts of the forward ---------------------------------------------------------------
+
+    def _project(
+        self, linear: Linear, hook_input: HookPoint, x: Resid, n_heads: int
+    ) -> Float[Tensor, "batch pos n_heads d_head"]:
+        """Return `x W` split into heads; hooked, each head reads its own copy of `x`."""
+        if not hook_input.is_hooked:
+            return linear(x).unflatten(-1, (n_heads, self.cfg.d_head))
+        copies = hook_input(x[:, :, None].repeat(1, 1, n_heads, 1))
+        weight = rearrange(as_matrix(linear.weight), "(h e) d -> h e d", h=n_heads)
+        out = torch.einsum("bshd,hed->bshe", copies, weight)
+        return out if linear.bias is None else out + linear.bias.view(n_heads, -1)
+
+    def _keys_are_seen(self) -> bool:
+        """Whether a hook is given the tensors that the state would hold."""
+        last_of_k = self.hook_rot_k if self.cfg.rotary else self.hook_k
+        return self.hook_k.is_hooked or last_of_k.is_hooked or self.hook_v.is_hooked
+
+    def _write(self, z: Queries) -> Resid:
+        if not self.hook_result.is_hooked:
+            return self.o(z.flatten(-2))
+        result = self.hook_result(torch.einsum("bshe,hed->bshd", z, self.W_O)).sum(dim=2)
+        return result if self.b_O is None else result + self.b_O
+
+    def _remember(self, keys: AttentionState, layout: Layout) -> AttentionState:
+        """Return the keys that a later token of each row's last document may see."""
+        n = keys.k.shape[1] if self.cfg.n_keys is None else self.cfg.n_keys - 1
+        docs = layout.key_docs(keys.k.shape[1] - layout.length)
+        if docs is None and not layout.has_padding:
+            return last_keys(keys, n)
+        pos = keys.pos
+        if docs is not None and layout.last_doc is not None:
+            pos = pos.masked_fill(docs != layout.last_doc, -1)
+        k, v, pos = (layout.last_real(t, pos >= 0, n) for t in (keys.k, keys.v, pos))
+        gone = (pos < 0)[..., None, None]  # steps hide these, and must not find a NaN there
+        return AttentionState(k.masked_fill(gone, 0), v.masked_fill(gone, 0), pos)
+
+    def _per_query_head(self, W: Float[Tensor, "kv_head m n"]) -> Float[Tensor, "head m n"]:
+        return W.repeat_interleave(self.cfg.n_heads // self.cfg.n_kv_heads, dim=0)

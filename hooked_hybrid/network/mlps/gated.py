@@ -1,0 +1,54 @@
+"""The gated MLP: `down(act(x W_gate) * (x W_in))`."""
+
+from __future__ import annotations
+
+from jaxtyping import Float
+from torch import Tensor
+
+from hooked_hybrid.config import GatedMLPConfig
+from hooked_hybrid.hooks.point import HookPoint
+from hooked_hybrid.network.component import Component
+from hooked_hybrid.network.layers import Linear, activate, times
+from hooked_hybrid.network.layout import Layout
+from hooked_hybrid.network.plan import may_overwrite
+from hooked_hybrid.shapes import Resid
+
+
+class GatedMLP(Component):
+    """GeGLU or SwiGLU, by the config's activation."""
+
+    def __init__(self, cfg: GatedMLPConfig, d_model: int) -> None:
+        super().__init__()
+        self.cfg = cfg
+        self.gate = Linear(d_model, cfg.d_mlp, bias=cfg.bias)
+        self.up = Linear(d_model, cfg.d_mlp, bias=cfg.bias)
+        self.down = Linear(cfg.d_mlp, d_model, bias=cfg.bias)
+        self.hook_pre = HookPoint("batch pos d_mlp")
+        self.hook_act = HookPoint("batch pos d_mlp")
+        self.hook_pre_linear = HookPoint("batch pos d_mlp")
+        self.hook_post = HookPoint("batch pos d_mlp")
+
+    @property
+    def W_gate(self) -> Float[Tensor, "d_model d_mlp"]:
+        """Weights of the gate."""
+        return self.gate.W
+
+    @property
+    def W_in(self) -> Float[Tensor, "d_model d_mlp"]:
+        """Weights of the linear branch."""
+        return self.up.W
+
+    @property
+    def W_out(self) -> Float[Tensor, "d_mlp d_model"]:
+        """Output weights."""
+        return self.down.W
+
+    def forward(self, x: Resid, layout: Layout) -> Resid:  # noqa: ARG002  (experts need it)
+        """Return the MLP's write."""
+        is_ours = may_overwrite(self.hook_pre)
+        pre = self.hook_pre(self.gate(x))
+        act = activate(pre, self.cfg.act, is_ours)
+        is_ours = is_ours and may_overwrite(self.hook_act)
+        act = self.hook_act(act)
+        post = times(act, self.hook_pre_linear(self.up(x)), is_ours)
+        return self.down(self.hook_post(post))

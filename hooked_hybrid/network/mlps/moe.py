@@ -1,0 +1,158 @@
+"""A mixture of experts as Jamba has it (Lieber et al. 2024): top-k of a softmax over all experts.
+
+p       = softmax(x W_router)                       fp32, over all experts
+weights = the n_chosen largest of p                 not renormalised
+out     = sum_chosen weight_e down_e(act(gate_e x) * up_e x)
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from hooked_hybrid.config import MoEConfig
+from hooked_hybrid.hooks.point import HookPoint
+from hooked_hybrid.network import transforms
+from hooked_hybrid.network.component import Component
+from hooked_hybrid.network.kernels import grouped_experts
+from hooked_hybrid.network.layers import Linear, activate, draw_normal, times
+from hooked_hybrid.network.layout import Layout
+from hooked_hybrid.network.plan import may_overwrite
+from hooked_hybrid.network.weights.layout import empty_weight
+from hooked_hybrid.network.weights.plain import Stored, as_matrix
+from hooked_hybrid.network.weights.products import linear
+from hooked_hybrid.shapes import Resid
+
+Weights = Float[Tensor, "batch pos n_chosen"]
+Indices = Int[Tensor, "batch pos n_chosen"]
+
+
+class MoE(Component):
+    """A router and its experts, whose weights are stacked on a leading axis."""
+
+    matrices = ("gate", "up", "down")
+
+    def __init__(self, cfg: MoEConfig, d_model: int) -> None:
+        super().__init__()
+        self.cfg = cfg
+        self.router = Linear(d_model, cfg.n_experts, bias=False)
+        self.gate: Stored = nn.Parameter(empty_weight(cfg.n_experts, cfg.d_mlp, d_model))
+        self.up: Stored = nn.Parameter(empty_weight(cfg.n_experts, cfg.d_mlp, d_model))
+        self.down: Stored = nn.Parameter(empty_weight(cfg.n_experts, d_model, cfg.d_mlp))
+        self.hook_router_logits = HookPoint("batch pos n_experts")
+        self.hook_expert_weights = HookPoint("batch pos n_chosen")
+        self.hook_expert_indices = HookPoint("batch pos n_chosen", integer=True)
+        self.hook_expert_post = HookPoint("batch pos n_chosen d_mlp", lazy=True, large=True)
+        self.hook_expert_out = HookPoint("batch pos n_chosen d_model", lazy=True, large=True)
+
+    def reset_parameters(self) -> None:
+        """Draw experts from N(0, 1 / d_in)."""
+        for weight in self.stacks or ():
+            draw_normal(weight, std=weight.shape[-1] ** -0.5)
+
+    @property
+    def W_gate(self) -> Float[Tensor, "expert d_model d_mlp"]:
+        """Gate weights of each expert."""
+        return as_matrix(self.gate).mT
+
+    @property
+    def W_in(self) -> Float[Tensor, "expert d_model d_mlp"]:
+        """Weights of each expert's linear branch."""
+        return as_matrix(self.up).mT
+
+    @property
+    def W_out(self) -> Float[Tensor, "expert d_mlp d_model"]:
+        """Output weights of each expert."""
+        return as_matrix(self.down).mT
+
+    @property
+    def stacks(self) -> tuple[Tensor, Tensor, Tensor] | None:
+        """Gate, up and down as they are stored; None where quantised matrices stand one by one."""
+        stored = [w for w in (self.gate, self.up, self.down) if isinstance(w, Tensor)]
+        return (stored[0], stored[1], stored[2]) if len(stored) == 3 else None
+
+    def forward(self, x: Resid, layout: Layout) -> Resid:  # noqa: ARG002  (one signature for MLPs)
+        """Return the weighted sum of what the chosen experts write."""
+        weights, indices = self._route(x)
+        if transforms.are_active():
+            return self._run_all(x, weights, indices)
+        if self.hook_expert_post.is_hooked or self.hook_expert_out.is_hooked:
+            return self._run_hooked(x, weights, indices)
+        if x.is_cuda and (stacks := self.stacks) and grouped_experts.usable(x, *stacks):
+            return grouped_experts.run_experts(x, weights, indices, *stacks, self.cfg.act)
+        run = self._run_one if x.shape[:2].numel() == 1 else self._run_sorted
+        return run(x, weights, indices)
+
+    def _route(self, x: Resid) -> tuple[Weights, Indices]:
+        """Return the chosen experts of each token and their shares."""
+        wide = torch.promote_types(x.dtype, torch.float32)
+        logits = self.hook_router_logits(self.router(x))
+        shares, indices = logits.softmax(-1, dtype=wide).topk(self.cfg.n_chosen, dim=-1)
+        weights = self.hook_expert_weights(shares.to(x.dtype))
+        is_edited = self.hook_expert_indices.has_editors
+        indices = self.hook_expert_indices(indices)
+        return weights, self._checked(indices) if is_edited else indices
+
+    def _run_sorted(self, x: Resid, weights: Weights, indices: Indices) -> Resid:
+        """Return the sum, each expert run once on all tokens that chose it."""
+        flat, (experts, slots) = x.flatten(0, 1), indices.flatten().sort(stable=True)
+        tokens = slots // self.cfg.n_chosen
+        counts = torch.bincount(experts, minlength=self.cfg.n_experts).tolist()
+        inputs, shares = flat[tokens].split(counts), weights.reshape(-1, 1)[slots].split(counts)
+        out = torch.zeros_like(flat)
+        for expert, chosen in enumerate(tokens.split(counts)):
+            if not counts[expert]:
+                continue
+            written = linear(self._post(inputs[expert], expert), self.down[expert])
+            written = times(written.to(x.dtype), shares[expert], may_overwrite())
+            add = out.index_add_ if may_overwrite() else out.index_add
+            out = add(0, chosen, written)
+        return out.view_as(x)
+
+    def _run_one(self, x: Resid, weights: Weights, indices: Indices) -> Resid:
+        """Return the sum for a single token: there is nothing to sort."""
+        chosen = zip(indices.flatten().tolist(), weights.flatten().unbind(), strict=True)
+        written = [linear(self._post(x, e), self.down[e]).to(x.dtype) * s for e, s in chosen]
+        return torch.stack(written).sum(0)
+
+    def _run_hooked(self, x: Resid, weights: Weights, indices: Indices) -> Resid:
+        """Return the sum through each chosen expert's own values: the definition."""
+        post = x.new_zeros(*indices.shape, self.cfg.d_mlp)
+        for expert in indices.unique().tolist():
+            b, s, slot = (indices == expert).nonzero(as_tuple=True)
+            post = post.index_put((b, s, slot), self._post(x[b, s], expert).to(x.dtype))
+        post = self.hook_expert_post(post)
+        out = x.new_zeros(*indices.shape, x.shape[-1])
+        for expert in indices.unique().tolist():
+            b, s, slot = (indices == expert).nonzero(as_tuple=True)
+            written = linear(post[b, s, slot], self.down[expert])
+            out = out.index_put((b, s, slot), written.to(x.dtype))
+        return self.hook_expert_out(out * weights[..., None]).sum(dim=2)
+
+    def _run_all(self, x: Resid, weights: Weights, indices: Indices) -> Resid:
+        """Return what `_run_hooked` does, by every expert on every token: no index is read."""
+        is_chosen = [(indices == expert)[..., None] for expert in range(self.cfg.n_experts)]
+        post = x.new_zeros(*indices.shape, self.cfg.d_mlp)
+        for expert, here in enumerate(is_chosen):
+            post = torch.where(here, self._post(x, expert)[:, :, None].to(x.dtype), post)
+        post = self.hook_expert_post(post)
+        out = x.new_zeros(*indices.shape, x.shape[-1])
+        for expert, here in enumerate(is_chosen):
+            out = torch.where(here, linear(post, self.down[expert]).to(x.dtype), out)
+        return self.hook_expert_out(out * weights[..., None]).sum(dim=2)
+
+    def _post(
+        self, x: Float[Tensor, "*token d_model"], expert: int
+    ) -> Float[Tensor, "*token d_mlp"]:
+        act = activate(linear(x, self.gate[expert]), self.cfg.act, may_overwrite())
+        return times(act, linear(x, self.up[expert]), may_overwrite())
+
+    def _checked(self, indices: Indices) -> Indices:
+        low, high = (int(v) for v in torch.aminmax(transforms.plain_rows(indices)))
+        if low < 0 or high >= self.cfg.n_experts:
+            raise ValueError(
+                f"a hook on {self.hook_expert_indices.name!r} chose experts {low} to {high}; "
+                f"there are {self.cfg.n_experts}, from 0"
+            )
+        return indices

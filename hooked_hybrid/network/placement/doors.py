@@ -1,0 +1,197 @@
+"""Running a model whose blocks lie in several places.
+
+The residual stream and the layout go to a block's device at its door, and its weights with them
+where they are kept elsewhere; its state is made there and stays. accelerate's hooks do this for
+modules whose inputs are tensors in lists and dicts; ours take a layout and a state, and their call
+passes torch's by.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+
+from hooked_hybrid.network.layout import Layout
+from hooked_hybrid.network.placement.places import Place
+from hooked_hybrid.network.state import BlockState
+from hooked_hybrid.shapes import Resid, Tokens
+
+if TYPE_CHECKING:
+    from hooked_hybrid.model.hybrid import HookedHybrid
+
+
+class Placement:
+    """Where each part of a model is, and the way in and out of its blocks.
+
+    Args:
+        model: whose weights are in their places.
+        places: of every part, see `places.resolve`.
+    """
+
+    def __init__(self, model: HookedHybrid, places: Mapping[str, Place]) -> None:
+        self.places = dict(places)
+        blocks = [places[f"blocks.{i}"] for i in range(model.cfg.n_layers)]
+        self.layer_devices = tuple(place.runs_on for place in blocks)
+        self.brings_weights = any(place.is_streamed or place.on_disk for place in blocks)
+        self._doors = [
+            Door(block, place.runs_on, place.is_streamed)
+            for block, place in zip(model.blocks, blocks, strict=True)
+        ]
+
+    @property
+    def device_map(self) -> dict[str, str]:
+        """The places by part, as `from_pretrained` takes them."""
+        return {part: place.name for part, place in self.places.items()}
+
+    @property
+    def is_on_one_device(self) -> bool:
+        """Whether every part is kept and runs on one device, if partly mapped from the disk."""
+        return len({d for p in self.places.values() for d in (p.device, p.runs_on)}) == 1
+
+    @contextmanager
+    def inside(self, model: HookedHybrid, i: int, layout: Layout) -> Iterator[Layout]:
+        """Bring block `i` to where it runs; hooks see a run on its device."""
+        here = layout.on(self.layer_devices[i])
+        device = torch.cuda.device(here.pos.device) if here.pos.is_cuda else nullcontext()
+        door = self._doors[i]
+        with device, door, door.graph(), model._running(here):  # kernels go to the current GPU
+            yield here
+
+    def run_block(
+        self, model: HookedHybrid, i: int, resid: Resid, state: BlockState | None, layout: Layout
+    ) -> tuple[Resid, BlockState]:
+        """Return what block `i` does, on its device."""
+        with self.inside(model, i, layout) as here:
+            return model.blocks[i](resid.to(self.layer_devices[i]), state, here)
+
+    def run_pieces(
+        self,
+        model: HookedHybrid,
+        tokens: Tokens,
+        layout: Layout,
+        states: Sequence[BlockState | None],
+        piece: int,
+    ) -> tuple[Iterator[Resid], Sequence[BlockState]]:
+        """Return the residual stream of each piece after all blocks, and the blocks' states.
+
+        Each block reads all pieces before the next block does, so that its weights are brought
+        once, not once a piece; the values are those of the other order.
+        """
+        parts = [layout.piece(at, at + piece) for at in range(0, layout.length, piece)]
+        streams: list[Resid] = []
+        after: list[BlockState] = []
+        for part, own in zip(parts, tokens.split(piece, dim=1), strict=True):
+            with model._running(part):
+                streams.append(model.hook_embed(model.embed(own)))
+        for i, state in enumerate(states):
+            with self._doors[i]:
+                for number, part in enumerate(parts):
+                    streams[number], state = self.run_block(model, i, streams[number], state, part)
+            assert state is not None  # there is a piece
+            after.append(state)
+        return iter(streams), after
+
+    def __reduce__(self) -> NoReturn:
+        """Refuse a copy, whose weights would all be brought into memory."""
+        raise TypeError(
+            "a model placed by a device_map is not copied or pickled: load it again with the same "
+            "device_map and offload_folder"
+        )
+
+
+class Brought(NamedTuple):
+    """What a graph keeps of a weight that was brought: how to bring it again."""
+
+    kept: nn.Parameter
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    offset: int
+
+
+class Door:
+    """Brings the weights of a block to where it runs, for as long as anyone is inside.
+
+    Between times they are where they are kept, for all to read. A graph for gradients holds none
+    of them where the block ran: the backward pass brings each again.
+    """
+
+    def __init__(self, block: nn.Module, device: torch.device, is_streamed: bool) -> None:
+        self.block, self.device, self.is_streamed = block, device, is_streamed
+        self._lock, self._n_inside = threading.Lock(), 0
+        self._kept: list[tuple[nn.Module, dict[str, Any]]] = []
+        self._origins: dict[int, nn.Parameter] = {}
+
+    def graph(self) -> AbstractContextManager[Any]:
+        """Return a context in which operations of the block save their inputs for gradients."""
+        if not self.is_streamed or not torch.is_grad_enabled():
+            return nullcontext()
+        return saved_tensors_hooks(self._saved, self._restored)
+
+    def _saved(self, value: Tensor) -> Tensor | Brought:
+        kept = self._origins.get(value.untyped_storage().data_ptr())
+        if kept is None:
+            return value.detach()  # as it is, a result would keep its own graph alive
+        return Brought(kept, tuple(value.shape), value.stride(), int(value.storage_offset()))
+
+    def _restored(self, saved: Tensor | Brought) -> Tensor:
+        if isinstance(saved, Tensor):
+            return saved
+        again = saved.kept.detach().to(self.device)
+        return again.as_strided(saved.shape, saved.stride, saved.offset)
+
+    def __enter__(self) -> None:
+        if self.is_streamed:
+            with self._lock:
+                self._n_inside += 1
+                if self._n_inside == 1:
+                    self._bring()
+
+    def __exit__(self, *_: object) -> None:
+        if self.is_streamed:
+            with self._lock:
+                self._n_inside -= 1
+                if self._n_inside == 0:
+                    self._let_go()
+
+    def _bring(self) -> None:
+        try:
+            for module in self.block.modules():
+                if own := {n: p for n, p in module._parameters.items() if p is not None}:
+                    self._kept.append((module, own))
+                    moved = {n: _there(p, self.device) for n, p in own.items()}
+                    module._parameters.update(moved)
+                    if self.device.type != "meta":  # where all storages are at address 0
+                        self._origins |= {
+                            moved[n].untyped_storage().data_ptr(): p for n, p in own.items()
+                        }
+        except BaseException:
+            self._let_go()
+            self._n_inside -= 1
+            raise
+
+    def _let_go(self) -> None:
+        for module, own in self._kept:
+            module._parameters.update(own)
+        self._kept, self._origins = [], {}
+
+
+def _there(parameter: nn.Parameter, device: torch.device) -> Any:
+    """Return a parameter's values on a device; a gradient finds its way back where one is due."""
+    moved = parameter.to(device)
+    return moved if parameter.requires_grad else nn.Parameter(moved, requires_grad=False)
+
+
+def is_one_device(places: Mapping[str, Place]) -> bool:
+    """Whether these are the places of a model that lies on one device, and nothing on the disk."""
+    return len({(p.device, p.runs_on, p.on_disk) for p in places.values()}) == 1 and not any(
+        p.on_disk for p in places.values()
+    )
+
+
+__all__ = ["Door", "Placement", "is_one_device"]

@@ -1,0 +1,211 @@
+"""Putting a model's weights in their places: while a checkpoint is read, or from memory."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from hooked_hybrid.network.placement.doors import Placement, is_one_device
+from hooked_hybrid.network.placement.offload import OffloadFolder, layout_of
+from hooked_hybrid.network.placement.places import DeviceMap, Place, part_of, parts_of, resolve
+from hooked_hybrid.network.weights.plain import require_plain_weights
+from hooked_hybrid.options import refuse_ignored
+
+if TYPE_CHECKING:
+    from hooked_hybrid.config import HybridConfig
+    from hooked_hybrid.model.hybrid import HookedHybrid
+    from hooked_hybrid.network.weights.quantized import Only
+
+MaxMemory = Mapping[int | str, int | str]
+
+
+@dataclass(frozen=True)
+class Homes:
+    """The place of each parameter of a model, and the folder of those on the disk."""
+
+    places: Mapping[str, Place]
+    folder: OffloadFolder | None
+
+    def device_of(self, name: str) -> torch.device:
+        """Return the device that a parameter is kept on."""
+        return self.places[part_of(name)].device
+
+    def on_disk(self, name: str) -> bool:
+        """Return whether a parameter is kept on the disk."""
+        return self.places[part_of(name)].on_disk
+
+    def filling(self, parameters: Mapping[str, Tensor]) -> AbstractContextManager[None]:
+        """Return a context in which parameters go to the disk; see `OffloadFolder.filling`."""
+        if self.folder is None:
+            return nullcontext()
+        return self.folder.filling({n: t for n, t in parameters.items() if self.on_disk(n)})
+
+    def found(self, name: str, like: Tensor) -> Tensor | None:
+        """Return a parameter that is on the disk from an earlier time, or None."""
+        if self.folder is None or not self.on_disk(name) or not self.folder.has(name, like):
+            return None
+        return self.folder.read(name, like)
+
+    def on_disk_now(self, name: str, tensor: Tensor, like: Tensor) -> Tensor:
+        """Write a parameter to the disk, and return it from there."""
+        assert self.folder is not None  # `homes_of` made one
+        self.folder.write(name, tensor, like)
+        return self.folder.read(name, like)
+
+    def close(self) -> None:
+        """Remove what nobody else may use; see `OffloadFolder.close`."""
+        if self.folder is not None:
+            self.folder.close()
+
+    def finish(self, model: HookedHybrid) -> HookedHybrid:
+        """Let the model run as its weights lie; those kept elsewhere are frozen.
+
+        Their gradients would take as much memory as they do, where there is too little.
+        """
+        for name, parameter in model.named_parameters():
+            place = self.places[part_of(name)]
+            if place.on_disk or place.is_streamed:
+                parameter.requires_grad_(False)
+        model.placement = None if is_one_device(self.places) else Placement(model, self.places)
+        return model
+
+
+def one_home(cfg: HybridConfig, device: torch.device) -> Homes:
+    """Return the places of a model that goes to one device as a whole."""
+    return Homes(dict.fromkeys(parts_of(cfg), Place(device, device)), None)
+
+
+def homes_of(
+    model: HookedHybrid,
+    device_map: DeviceMap | Literal["auto"],
+    max_memory: MaxMemory | None = None,
+    offload_folder: str | os.PathLike[str] | None = None,
+    identity: str | None = None,
+    quantize: str | Any | None = None,
+    quantize_only: Only | None = None,
+) -> Homes:
+    """Return where each parameter will go, before any is read.
+
+    Args:
+        model: what is placed, with or without weights.
+        device_map: see `places.resolve`; "auto" takes the plan for what this machine has free.
+        max_memory: bytes, or such as "20GB", by number of a GPU and for "cpu"; for "auto".
+        offload_folder: of what goes to the disk.
+        identity: of the weights, see `OffloadFolder`.
+        quantize, quantize_only: how the weights will be quantised.
+
+    Raises:
+        ValueError: a map that cannot be, that needs a folder and has none, or that keeps quantised
+            blocks elsewhere than where they run.
+        MemoryError: the model does not fit; says what is missing.
+    """
+    was_given = device_map != "auto"
+    if not was_given and quantize is not None:
+        refuse_ignored(
+            "quantised weights stay where they run, none on the disk",
+            offload_folder=offload_folder,
+        )
+    if device_map == "auto":
+        device_map = _planned(model, max_memory, offload_folder, quantize, quantize_only)
+    elif max_memory is not None:
+        raise ValueError("max_memory is for device_map='auto'; a dict says all there is to say")
+    places = resolve(model.cfg, device_map)
+    if quantize is not None:
+        _require_at_home(places)
+    if not any(place.on_disk for place in places.values()):
+        if was_given:
+            refuse_ignored("device_map puts nothing on the disk", offload_folder=offload_folder)
+        return Homes(places, None)
+    if offload_folder is None:
+        part = next(part for part, place in places.items() if place.on_disk)
+        raise ValueError(f"device_map puts {part} on the disk: say where with offload_folder=")
+    if identity is not None:
+        identity += f"-{layout_of(dict(model.named_parameters()))}"
+    return Homes(places, OffloadFolder(offload_folder, identity))
+
+
+def _planned(
+    model: HookedHybrid,
+    max_memory: MaxMemory | None,
+    offload_folder: str | os.PathLike[str] | None,
+    quantize: str | Any | None,
+    quantize_only: Only | None,
+) -> DeviceMap:
+    """Return the map of the plan for this machine, or say what would do."""
+    from hooked_hybrid.accounting.plan.machine import this_machine
+    from hooked_hybrid.accounting.plan.planning import plan
+
+    machine = this_machine(max_memory, offload_folder is not None)
+    found = plan(
+        model.cfg, machine, dtype=model.dtype, quantize=quantize, quantize_only=quantize_only
+    )
+    if found.fits:
+        return found.device_map
+    would_do = [change.to_load for change in found.changes if change.to_load is not None]
+    raise MemoryError(f"{found.why_not}. {found.remedy(would_do)}")
+
+
+def _require_at_home(places: Mapping[str, Place]) -> None:
+    """Refuse places from which weights would be brought: quantised ones are not.
+
+    Raises:
+        ValueError: names the first.
+    """
+    for part, place in places.items():
+        if place.is_streamed or place.on_disk:
+            raise ValueError(
+                f"device_map keeps {part} on {place.name} and runs it on {place.runs_on}: "
+                "quantised weights stay where they run, so give each part a device, or leave "
+                "quantize out"
+            )
+
+
+def place(
+    model: HookedHybrid,
+    device_map: DeviceMap,
+    offload_folder: str | os.PathLike[str] | None = None,
+) -> HookedHybrid:
+    """Put a model that is in memory in several places, and return it.
+
+    What goes to the disk is this process's own: its files leave with it.
+
+    Args:
+        model: whose weights are moved.
+        device_map: see `places.resolve`.
+        offload_folder: of what goes to the disk.
+
+    Raises:
+        ValueError: a model that is placed already, quantised or without weights, or as in
+            `homes_of`.
+        OSError: the disk is full, or cannot be written; the model is as it was.
+    """
+    if model.placement is not None:
+        raise ValueError("this model is placed already: load it again with another device_map")
+    require_plain_weights(model, "place", "load it with device_map and quantize together")
+    parameters, moved = dict(model.named_parameters()), {}
+    if any(parameter.is_meta for parameter in parameters.values()):
+        raise ValueError("this model has no weights (it is on the meta device): nothing to place")
+    homes = homes_of(model, device_map, offload_folder=offload_folder)
+    try:
+        with homes.filling(parameters):
+            for name, parameter in parameters.items():
+                if homes.on_disk(name):
+                    moved[name] = homes.on_disk_now(name, parameter, parameter)
+                else:
+                    moved[name] = parameter.detach().to(homes.device_of(name))
+    finally:
+        homes.close()
+    for name, tensor in moved.items():
+        path, _, leaf = name.rpartition(".")
+        new = nn.Parameter(tensor, requires_grad=parameters[name].requires_grad)
+        setattr(model.get_submodule(path), leaf, new)
+    return homes.finish(model)
+
+
+__all__ = ["Homes", "MaxMemory", "homes_of", "one_home", "place"]

@@ -1,0 +1,352 @@
+"""What a hybrid model remembers between two forwards, as a value.
+
+A forward takes a state and returns another; the one passed in is not changed. Every tensor has
+the batch as its first axis, so that rows can be picked, repeated and exchanged.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.nn.functional import pad
+
+from hooked_hybrid.hooks.slicing import Indices, indices_on
+from hooked_hybrid.outputs.foreign import one_line, parse_json, require_safetensors
+from hooked_hybrid.outputs.whole_files import replacing
+
+Rows = Indices
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionState:
+    """Keys and values that later queries may still see, oldest first.
+
+    `k` is after rotation and after every hook. `pos` is the position of each key in its
+    document, or -1 where a row has none (padding, or an earlier document).
+    """
+
+    k: Float[Tensor, "batch key kv_head d_head"]
+    v: Float[Tensor, "batch key kv_head d_head"]
+    pos: Int[Tensor, "batch key"]
+
+
+@dataclass(frozen=True, eq=False)
+class RecurrentState:
+    """The last inputs of the short convolution, oldest first, and the recurrence's state.
+
+    `ssm` is fp32 (or wider) in every model dtype.
+    """
+
+    conv: Float[Tensor, "batch tap channel"]
+    ssm: Float[Tensor, "batch channel ..."]
+
+
+BlockState = AttentionState | RecurrentState
+_KINDS = {"k": "kv", "v": "kv", "pos": "kv", "conv": "conv", "ssm": "ssm"}
+
+
+@dataclass(frozen=True, eq=False)
+class HybridState:
+    """The state of a whole model.
+
+    States that follow one another may share memory: their tensors are to be read. Change a state by
+    `replace`, or change the tensors of its `clone`.
+
+    `next_pos` is the position of each row's next token in its document; `segment` is the id of
+    that document (1 where no `segment_ids` were given). `n_seen` counts the tokens of every row
+    where all rows have the same number and one document, else it is None.
+    """
+
+    blocks: tuple[BlockState, ...]
+    next_pos: Int[Tensor, " batch"]
+    segment: Int[Tensor, " batch"]
+    n_seen: int | None = None
+
+    @property
+    def batch_size(self) -> int:
+        """Number of rows."""
+        return self.next_pos.shape[0]
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes of all tensors, counting shared storage once per tensor."""
+        return sum(t.numel() * t.element_size() for t in self.tensors().values())
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the row counters; blocks live with their layers."""
+        return self.next_pos.device
+
+    def __eq__(self, other: object) -> bool:
+        """Whether every tensor is the same, bit for bit."""
+        if not isinstance(other, HybridState) or self.n_seen != other.n_seen:
+            return False
+        mine, theirs = self.tensors(), other.tensors()
+        return mine.keys() == theirs.keys() and all(
+            torch.equal(t, theirs[name].to(t.device)) for name, t in mine.items()
+        )
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def detach(self) -> HybridState:
+        """Return the state without its graph."""
+        return self._map(lambda t: t.detach())
+
+    def clone(self) -> HybridState:
+        """Return the state in memory of its own."""
+        return self._map(lambda t: t.clone())
+
+    def fork(self, n: int) -> HybridState:
+        """Return a state with each row `n` times in a row: 0 0 1 1 for two rows and n = 2.
+
+        Raises:
+            ValueError: `n` is not positive.
+        """
+        if n < 1:
+            raise ValueError(f"fork({n}): give the number of copies of each row, 1 or more")
+        return self._map(lambda t: t.repeat_interleave(n, dim=0))
+
+    def __getitem__(self, rows: Rows) -> HybridState:
+        """Return the state of some rows, in the order given; an int keeps the batch axis.
+
+        Raises:
+            IndexError: a row that is not there, or a mask of another number of rows.
+            ValueError: fractions, or what chooses no rows.
+        """
+        index = self._indices(rows)
+        return self._map(lambda t: t[index.to(t.device)])
+
+    def to(
+        self,
+        device: torch.device | str | Sequence[torch.device] | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> HybridState:
+        """Return the state on a device, with keys, values and convolution inputs in a dtype.
+
+        Args:
+            device: for everything; or a device for each block (`model.layer_devices`).
+            dtype: None leaves each part its own.
+
+        Raises:
+            ValueError: another number of devices than of blocks.
+        """
+        n, counters, devices = len(self.blocks), None, []
+        if device is None or isinstance(device, (torch.device, str)):
+            counters, devices = device, [device] * n
+        else:
+            devices = [*device]  # the counters stay: a forward takes them to its layers
+        if len(devices) != n:
+            raise ValueError(f"{len(devices)} devices for a state of {n} blocks")
+
+        def moved(name: str, t: Tensor, to: Any) -> Tensor:
+            keeps_dtype = name in ("ssm", "pos") or not t.is_floating_point()
+            return t.to(device=to, dtype=None if keeps_dtype else dtype)
+
+        blocks = tuple(
+            _rebuilt(b, {name: moved(name, t, to) for name, t in vars(b).items()})
+            for b, to in zip(self.blocks, devices, strict=True)
+        )
+        return dataclasses.replace(
+            self,
+            blocks=blocks,
+            next_pos=self.next_pos.to(device=counters),
+            segment=self.segment.to(device=counters),
+        )
+
+    def replace(
+        self,
+        other: HybridState,
+        kinds: Collection[str] = ("ssm", "conv", "kv"),
+        layers: Collection[int] | None = None,
+        rows: Rows | None = None,
+    ) -> HybridState:
+        """Return this state with parts taken from another of the same model.
+
+        Args:
+            other: the donor; row i gives to row i.
+            kinds: any of "ssm" (recurrent state), "conv" (convolution inputs), "kv" (keys, values
+                and their positions).
+            layers: block indices; None means all.
+            rows: rows that receive; None means all.
+
+        Returns:
+            A state that counts positions as this one does. Where the two hold different numbers
+            of keys, the shorter is filled up on the left with empty places.
+
+        Raises:
+            ValueError: unknown kinds, a layer out of range, or a donor of another shape.
+            IndexError: a row out of range, or a mask of another number of rows.
+        """
+        kinds = {kinds} if isinstance(kinds, str) else set(kinds)
+        if unknown := kinds - {"ssm", "conv", "kv"}:
+            raise ValueError(f"state kinds are 'ssm', 'conv' and 'kv', not {sorted(unknown)}")
+        if other.batch_size != self.batch_size or len(other.blocks) != len(self.blocks):
+            raise ValueError(
+                f"the donor has {other.batch_size} rows and {len(other.blocks)} blocks, this state "
+                f"{self.batch_size} and {len(self.blocks)}; both must be of one model and batch"
+            )
+        chosen = set(range(len(self.blocks))) if layers is None else set(layers)
+        if outside := [i for i in chosen if not 0 <= i < len(self.blocks)]:
+            raise ValueError(f"no block {outside}: there are {len(self.blocks)}, from 0")
+        where = torch.full((self.batch_size,), rows is None, device=self.device)
+        if rows is not None:
+            where[self._indices(rows)] = True
+        blocks = tuple(
+            _graft(mine, theirs, kinds, where) if i in chosen else mine
+            for i, (mine, theirs) in enumerate(zip(self.blocks, other.blocks, strict=True))
+        )
+        # The donor's keys may stand at other positions, so nothing is assumed of them any more.
+        return dataclasses.replace(
+            self, blocks=blocks, n_seen=None if "kv" in kinds else self.n_seen
+        )
+
+    @classmethod
+    def cat(cls, states: Sequence[HybridState]) -> HybridState:
+        """Return one state with the rows of several, in order.
+
+        Where they hold different numbers of keys, the shorter are filled up on the left with
+        empty places.
+
+        Raises:
+            ValueError: no state, or states of different models.
+        """
+        if not states or len({len(s.blocks) for s in states}) != 1:
+            raise ValueError("cat takes one or more states of one model")
+        blocks = tuple(
+            _cat_blocks(parts) for parts in zip(*(s.blocks for s in states), strict=True)
+        )
+        n_seen = {s.n_seen for s in states}
+        return cls(
+            blocks,
+            torch.cat([s.next_pos for s in states]),
+            torch.cat([s.segment for s in states]),
+            n_seen.pop() if len(n_seen) == 1 else None,
+        )
+
+    # --- as plain tensors ---------------------------------------------------------------------
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return every tensor by a name such as `blocks.2.k`."""
+        named = {
+            f"blocks.{i}.{name}": t
+            for i, b in enumerate(self.blocks)
+            for name, t in vars(b).items()
+        }
+        return {**named, "next_pos": self.next_pos, "segment": self.segment}
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the state to a safetensors file, whole or not at all."""
+        tensors = {name: t.detach().contiguous().clone() for name, t in self.tensors().items()}
+        with replacing(Path(path)) as partial:
+            save_file(tensors, partial, metadata={"n_seen": json.dumps(self.n_seen)})
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], device: str = "cpu") -> HybridState:
+        """Read a state that `save` wrote.
+
+        Raises:
+            FileNotFoundError, safetensors.SafetensorError: no such file, or no safetensors file.
+            ValueError: a pipe or the like, or a safetensors file that holds something else.
+        """
+        require_safetensors(Path(path))
+        with safe_open(path, "pt", device=device) as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            n_seen = parse_json((file.metadata() or {}).get("n_seen", "null"), path)
+        if not {"next_pos", "segment"} <= tensors.keys():
+            raise ValueError(f"{path} holds no state: write one with state.save(path)")
+        try:
+            if n_seen is not None and (type(n_seen) is not int or n_seen < 0):
+                raise ValueError(f"n_seen={one_line(n_seen)}")
+            state = cls.from_tensors(tensors, n_seen)
+            if any(t.ndim == 0 or len(t) != state.batch_size for t in tensors.values()):
+                raise ValueError("its tensors are of other numbers of rows")
+        except (AttributeError, LookupError, TypeError, ValueError) as error:
+            raise ValueError(f"{path} holds no whole state ({one_line(error)})") from error
+        return state
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor], n_seen: int | None = None) -> HybridState:
+        """Rebuild a state from `tensors()`."""
+        parts: dict[int, dict[str, Tensor]] = {}
+        for name, t in tensors.items():
+            if name.startswith("blocks."):
+                _, index, leaf = name.split(".")
+                parts.setdefault(int(index), {})[leaf] = t
+        blocks = tuple(
+            AttentionState(**parts[i]) if "k" in parts[i] else RecurrentState(**parts[i])
+            for i in sorted(parts)
+        )
+        return cls(blocks, tensors["next_pos"], tensors["segment"], n_seen)
+
+    # --- inside -------------------------------------------------------------------------------
+
+    def _map(self, fn: Callable[[Tensor], Tensor]) -> HybridState:
+        blocks = tuple(
+            _rebuilt(b, {name: fn(t) for name, t in vars(b).items()}) for b in self.blocks
+        )
+        return dataclasses.replace(
+            self, blocks=blocks, next_pos=fn(self.next_pos), segment=fn(self.segment)
+        )
+
+    def _indices(self, rows: Any) -> Tensor:
+        try:
+            return indices_on(rows, self.batch_size, "rows", may_be_empty=True).to(self.device)
+        except TypeError as error:
+            raise ValueError(str(error)) from error
+
+
+def _rebuilt(block: BlockState, tensors: dict[str, Tensor]) -> BlockState:
+    """Return a state of the same kind with these tensors."""
+    return type(block)(**tensors)
+
+
+def _graft(mine: BlockState, theirs: BlockState, kinds: set[str], rows: Tensor) -> BlockState:
+    if type(mine) is not type(theirs):
+        raise ValueError("the donor's layers are of other kinds: both states must be of one model")
+    if "kv" in kinds:
+        mine, theirs = _same_number_of_keys(mine, theirs)
+    new = {}
+    for name, t in vars(mine).items():
+        donor = getattr(theirs, name)
+        if _KINDS[name] not in kinds:
+            continue
+        if donor.shape != t.shape:
+            raise ValueError(
+                f"the donor's {name} has shape {tuple(donor.shape)}, this state's {tuple(t.shape)}"
+            )
+        where = rows.to(t.device).view(-1, *(1,) * (t.ndim - 1))
+        new[name] = torch.where(where, donor.to(t), t)
+    return _rebuilt(mine, {**vars(mine), **new})
+
+
+def _same_number_of_keys(*blocks: BlockState) -> tuple[BlockState, ...]:
+    """Return attention states of one length, the shorter filled up on the left."""
+    lengths = [b.k.shape[1] for b in blocks if isinstance(b, AttentionState)]
+    return tuple(_widened(b, max(lengths)) if isinstance(b, AttentionState) else b for b in blocks)
+
+
+def _widened(s: AttentionState, n: int) -> AttentionState:
+    more = n - s.k.shape[1]
+    if more == 0:
+        return s
+    k, v = (pad(t, (0, 0, 0, 0, more, 0)) for t in (s.k, s.v))
+    return AttentionState(k, v, pad(s.pos, (more, 0), value=-1))
+
+
+def _cat_blocks(parts: Sequence[BlockState]) -> BlockState:
+    parts = _same_number_of_keys(*parts)
+    if len({type(p) for p in parts}) != 1:
+        raise ValueError("cat takes states of one model: their layers are of different kinds")
+    together = {name: torch.cat([getattr(p, name) for p in parts]) for name in vars(parts[0])}
+    return _rebuilt(parts[0], together)

@@ -1,0 +1,1 @@
+"""Weights: plain, factored, quantised."""

@@ -1,0 +1,87 @@
+"""Weights as plain numbers, whether they are stored so or quantised (see `quantized`)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from hooked_hybrid.model.hybrid import HookedHybrid
+
+Stored = Tensor | nn.ParameterList
+"""A weight as a module holds it: a tensor, or the quantised matrices of a stack one by one."""
+
+
+def is_quantized(weight: Stored) -> bool:
+    """Return whether a weight, or any matrix of a stack, is one of torchao's tensors."""
+    if isinstance(weight, nn.ParameterList):
+        return any(is_quantized(w) for w in weight)
+    return type(weight).__module__.startswith("torchao.")
+
+
+def as_matrix(weight: Stored) -> Tensor:
+    """Return a weight as plain numbers: itself, or the values that a quantised one stands for.
+
+    Those are computed anew at each call, in the dtype that the weight had before.
+    """
+    if isinstance(weight, nn.ParameterList):
+        return torch.stack([as_matrix(w) for w in weight])
+    if not is_quantized(weight):
+        return weight
+    read = getattr(weight, "get_original_weight", None) or weight.dequantize
+    return read()
+
+
+def stored_bytes(weights: Iterable[Tensor]) -> int:
+    """Return the bytes that tensors take: of quantised ones their integers and scales.
+
+    Of a whole model: `stored_bytes(model.parameters())`. A tensor on the meta device counts as what
+    it would take.
+    """
+    return sum(sum(part.nbytes for part in _parts(w)) for w in weights)
+
+
+def exact_copy(weight: Tensor) -> nn.Parameter:
+    """Return a copy of a quantised weight, number for number.
+
+    `clone` may not: that of torchao's NF4 quantises the values again.
+    """
+    names, context = weight.__tensor_flatten__()  # type: ignore[attr-defined]
+    parts = {name: getattr(weight, name).clone() for name in names}
+    copied = type(weight).__tensor_unflatten__(  # type: ignore[attr-defined]
+        parts, context, weight.size(), weight.stride()
+    )
+    return nn.Parameter(copied, requires_grad=False)
+
+
+def require_plain_weights(model: HookedHybrid, task: str, remedy: str) -> None:
+    """Refuse a task that rewrites or writes weights, on a model whose weights are quantised.
+
+    Raises:
+        ValueError: names the task and the remedy.
+    """
+    if model.quantization is not None:
+        raise ValueError(
+            f"{task}: the weights of this model are quantised ({model.quantization.scheme}); "
+            f"{remedy}"
+        )
+
+
+def _parts(weight: Tensor) -> list[Tensor]:
+    if not is_quantized(weight):
+        return [weight]
+    names, _ = weight.__tensor_flatten__()  # type: ignore[attr-defined]
+    return [getattr(weight, name) for name in names]
+
+
+__all__ = [
+    "Stored",
+    "as_matrix",
+    "exact_copy",
+    "is_quantized",
+    "require_plain_weights",
+    "stored_bytes",
+]

@@ -1,0 +1,15 @@
+"""NIAH on states that were cached before."""
+
+from hooked_hybrid.niah.cached_state.sweep import (
+    CASES,
+    Case,
+    cached_state,
+    settings_of,
+)
+
+__all__ = [
+    "CASES",
+    "Case",
+    "cached_state",
+    "settings_of",
+]

@@ -1,0 +1,1 @@
+"""Texts that needles are placed in."""

@@ -1,0 +1,154 @@
+"""Settings of a sweep: which hooks run in prefill and in generation, for one prompt or a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from hooked_hybrid.hooks.root import HookSpec
+from hooked_hybrid.interventions import keep_top_heads, on_rows
+from hooked_hybrid.model.hybrid import HookedHybrid
+from hooked_hybrid.niah.prompts import Prompt
+from hooked_hybrid.runs.identity.model import described, known_of
+
+Hooks = tuple[HookSpec, ...] | Callable[[Prompt], Sequence[HookSpec]]
+
+
+@dataclass(frozen=True)
+class PerRow:
+    """Hooks that take one argument a row: settings that share `make` run as one set of hooks.
+
+    `make` is given a tensor [batch] of the arguments and returns hooks for the whole batch; they
+    stand for the setting's `generation`, and for its `prefill` where it has one.
+    """
+
+    make: Callable[[Tensor], list[HookSpec]]
+    argument: int
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One way to run every prompt.
+
+    Hooks must treat rows alike: a sweep makes batches of its own, in which other settings have rows
+    too, so that a hook for certain rows (`patch(rows=...)`, an argument a row) meets wrong ones.
+
+    Args:
+        name: unique in a sweep.
+        prefill: hooks of the prefill stage, or a function that returns them for a prompt.
+        generation: hooks of the generation stage, or such a function.
+        spec: what the setting is, in JSON-able values; it is kept with the results.
+        per_row: another form of these hooks, for many settings at a time.
+    """
+
+    name: str
+    prefill: Hooks = ()
+    generation: Hooks = ()
+    spec: Mapping[str, Any] = field(default_factory=dict)
+    per_row: PerRow | None = None
+
+
+def top_k_settings(
+    ks: Sequence[int],
+    stages: Sequence[str] = ("generation", "both"),
+    score: Literal["entropy", "l2"] = "entropy",
+    ties: Literal["torch", "lowest"] = "torch",
+    score_dtype: torch.dtype | None = None,
+) -> list[Setting]:
+    """Return one setting for each stage and k: keep the k most peaked heads.
+
+    Args:
+        ks: heads kept.
+        stages: "generation" (steps of one token only) and "both" (prefill too).
+        score, ties, score_dtype: of `interventions.keep_top_heads`.
+
+    Raises:
+        ValueError: another stage, or a k below 0.
+    """
+    if unknown := set(stages) - {"generation", "both"}:
+        raise ValueError(f"stages {sorted(unknown)}: give 'generation' and 'both'")
+
+    def make(k: Tensor) -> list[HookSpec]:
+        return keep_top_heads(k, score, ties, score_dtype)
+
+    settings = []
+    for stage in stages:
+        for k in ks:
+            hooks = tuple(keep_top_heads(k, score, ties, score_dtype))
+            spec = {"kind": "top-k", "k": k, "stage": stage, "score": score, "ties": ties}
+            spec["score_dtype"] = str(score_dtype)
+            prefill = hooks if stage == "both" else ()
+            settings.append(Setting(f"{stage} k={k}", prefill, hooks, spec, PerRow(make, k)))
+    return settings
+
+
+def depends_on_prompt(setting: Setting) -> bool:
+    """Whether its hooks are made for each prompt."""
+    return callable(setting.prefill) or callable(setting.generation)
+
+
+def hooks_for(hooks: Hooks, prompt: Prompt) -> tuple[HookSpec, ...]:
+    """Return the hooks themselves, made for a prompt where they depend on it."""
+    return tuple(hooks(prompt)) if callable(hooks) else tuple(hooks)
+
+
+def hooks_of_rows(
+    rows: Sequence[tuple[Setting, Prompt]], stage: Literal["prefill", "generation"]
+) -> list[HookSpec]:
+    """Return hooks of a stage for one batch in which row i is a prompt under a setting."""
+    alone: dict[Any, tuple[tuple[HookSpec, ...], list[int]]] = {}
+    together: dict[Any, list[int]] = {}
+    arguments = torch.zeros(len(rows), dtype=torch.long)
+    for row, (setting, prompt) in enumerate(rows):
+        hooks: Hooks = getattr(setting, stage)
+        if setting.per_row is not None and hooks:
+            together.setdefault(setting.per_row.make, []).append(row)
+            arguments[row] = setting.per_row.argument
+        else:
+            key = (id(hooks), prompt.id if callable(hooks) else None)
+            alone.setdefault(key, (hooks_for(hooks, prompt), []))[1].append(row)
+    found: list[HookSpec] = []
+    made = [(make(_only(arguments, mine)), mine) for make, mine in together.items()]
+    for own, mine in (*alone.values(), *made):
+        is_all = len(mine) == len(rows)
+        found += own if is_all else [(where, on_rows(fn, mine)) for where, fn in own]
+    return found
+
+
+def _only(arguments: Tensor, rows: list[int]) -> Tensor:
+    """Return the arguments of some rows, 0 in the others: these are another maker's."""
+    own = torch.zeros_like(arguments)
+    own[rows] = arguments[rows]
+    return own
+
+
+def settings_identity(model: HookedHybrid, settings: Sequence[Setting]) -> dict[str, Any]:
+    """Return what tells settings apart, by their names: "spec", and "hooks" as they are now.
+
+    Raises:
+        UntoldError: hooks that hold something whose content cannot be told.
+    """
+    known = known_of(model)
+    return {
+        s.name: {
+            "spec": dict(s.spec),
+            "hooks": described(f"setting {s.name!r}", (s.prefill, s.generation, s.per_row), known),
+        }
+        for s in settings
+    }
+
+
+__all__ = [
+    "Hooks",
+    "PerRow",
+    "Setting",
+    "depends_on_prompt",
+    "hooks_for",
+    "hooks_of_rows",
+    "settings_identity",
+    "top_k_settings",
+]

@@ -1,0 +1,1 @@
+"""Folders and files of results: claimed, written whole, and read as data."""

@@ -1,0 +1,121 @@
+"""Files that are whole or not there: written under a name that nobody can guess, then renamed."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from hooked_hybrid.outputs.foreign import refuse_link
+
+UNFINISHED = re.compile(r"\..+\.\d+(\.[0-9a-f]{16})?\.tmp(-journal)?")
+"""Names of files that are being written; earlier versions put no random part into them."""
+_FULL = {errno.ENOSPC, errno.EDQUOT}
+_CLOSED = {errno.EROFS, errno.EACCES, errno.EPERM}
+_GO_ON = "then go on (--resume, where there is one)"
+HELD: dict[Path, tuple[int, int]] = {}
+"""Folders that this process holds (`results_folder.claimed`), with the process (a fork has a copy)
+and the thread that do."""
+_NEW = os.O_CREAT | os.O_EXCL | os.O_WRONLY | getattr(os, "O_NOFOLLOW", 0)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Give a name to write to that becomes `path` when all went well, and is removed otherwise.
+
+    Under that name is a new, empty file: what others left under a name like it, such as a link, is
+    not written to. The file is on the disk before it gets its name, so that a cut of power leaves
+    the old one or the new one.
+
+    Raises:
+        OSError: it cannot be written; the message says why and what to do. One that names a file
+            elsewhere, such as one that was to be read, passes as it is.
+    """
+    temporary = unfinished_name(path)
+    try:
+        refuse_linked_below_held(path.parent)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        os.close(os.open(temporary, _NEW, 0o666))
+        yield temporary
+        _to_disk(temporary)
+        os.replace(temporary, path)
+        with suppress(OSError):  # not every system can do this with a folder
+            _to_disk(path.parent)
+    except OSError as error:
+        if _is_elsewhere(error, path):
+            raise
+        raise unwritten(path, error, "one that was there is as it was") from error
+    finally:
+        with suppress(OSError):  # of which the first error said enough
+            temporary.unlink(missing_ok=True)
+
+
+def refuse_linked_below_held(folder: Path) -> None:
+    """Refuse a folder that a link inside a folder of results leads to, out of it.
+
+    Raises:
+        OSError: there is such a link.
+    """
+    for path in (folder, *folder.parents):
+        if os.path.islink(path) and any(above.resolve() in HELD for above in path.parents):
+            refuse_link(path)
+
+
+def unfinished_name(path: Path) -> Path:
+    """Return a name beside a path that `UNFINISHED` matches and no file has."""
+    return path.with_name(f".{path.name}.{os.getpid()}.{os.urandom(8).hex()}.tmp")
+
+
+def unwritten(path: Path, error: OSError, kept: str = "") -> OSError:
+    """Return an error that says what could not be written, why, and what to do about it.
+
+    Args:
+        path: that could not be written.
+        error: what the system said; one that says as much already is returned as it is.
+        kept: what there is nevertheless.
+    """
+    if error.errno is None:
+        return error
+    place = path if os.path.isdir(path) else path.parent
+    remedy = "give another folder"
+    if error.errno in _FULL:
+        remedy = f"free some space on the disk of {place}, {_GO_ON}"
+    elif error.errno == errno.EFBIG:
+        remedy = f"raise the limit on the size of files (ulimit -f), {_GO_ON}"
+    elif error.errno == errno.EBUSY:
+        remedy = f"close what else has it open, {_GO_ON}"
+    elif error.errno in _CLOSED:
+        remedy = f"make {place} writable, or give another folder"
+    return OSError(
+        f"{path} cannot be written ({error.strerror or error}){kept and '; '}{kept}: {remedy}"
+    )
+
+
+def _is_elsewhere(error: OSError, path: Path) -> bool:
+    """Return whether an error names a file that lies neither beside a path nor above it."""
+    if not isinstance(error.filename, str | Path):
+        return False
+    named = Path(error.filename)
+    return named.parent != path.parent and named not in path.parents
+
+
+def _to_disk(path: Path) -> None:
+    # Windows can do this only with what is open to be written.
+    descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+__all__ = [
+    "HELD",
+    "UNFINISHED",
+    "refuse_linked_below_held",
+    "replacing",
+    "unfinished_name",
+    "unwritten",
+]

@@ -1,0 +1,206 @@
+"""What a claim of the papers is, what is found about it, and the words of a verdict."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+from hooked_hybrid.config import HybridConfig, MambaConfig, RGLRUConfig
+from hooked_hybrid.papers.evidence import Untested
+from hooked_hybrid.presets.packaged import packaged_models
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from hooked_hybrid.papers.evidence import Evidence
+
+Paper = Literal["sllm2025", "thesis2025"]
+TITLES: dict[Paper, str] = {
+    "sllm2025": "Zani, Michalak & Abreu, SLLM workshop 2025",
+    "thesis2025": "Michalak, bachelor thesis 2025",
+}
+RG_2B, RG_9B, JAMBA = "RecurrentGemma-2B", "RecurrentGemma-9B", "Jamba-Mini-1.6"
+ALL = "all three models"
+_KIND = {RG_2B: RGLRUConfig, RG_9B: RGLRUConfig, JAMBA: MambaConfig}
+_SHAPE = {RG_2B: (26, 2560), RG_9B: (38, 4096), JAMBA: (32, 4096)}
+"""Layers and width of the published models."""
+_HUB = {
+    "google/recurrentgemma-2b": RG_2B,
+    "google/recurrentgemma-9b": RG_9B,
+    "ai21labs/AI21-Jamba-Mini-1.6": JAMBA,
+}
+"""Names under which their makers publish them; no other checkpoint is called by theirs."""
+TOO_LITTLE = "run with --quick: too little to conclude from"
+
+
+class Verdict(Enum):
+    """What a run says of a claim; there is no fourth."""
+
+    SHOWN = "shows it"
+    NOT_SHOWN = "does not show it"
+    UNTESTED = "untested on real weights"
+
+
+class Finding(NamedTuple):
+    """What a check found: whether the claim holds, our value in words, and what to add.
+
+    `holds` is None where nothing could be tested; then `ours` says why. A claim holds only where
+    the 95% bound is on its side.
+    """
+
+    holds: bool | None
+    ours: str
+    note: str = ""
+
+
+Check = Callable[["Evidence"], Finding]
+
+
+@dataclass(frozen=True)
+class Claim:
+    """One sentence of the papers that a table of ours can show, or not.
+
+    Args:
+        text: the claim.
+        about: the model it is made of, one of the three, or `ALL`.
+        published: the value, as published.
+        prediction: what is expected of the published weights run with this code, and why; written
+            before anyone ran them.
+        check: turns our tables into a finding.
+        any_model: whether models with other recurrences are asked too.
+        subject: what the check looks at, where that is not the model: a published config, a score.
+    """
+
+    text: str
+    about: str
+    published: str
+    prediction: str
+    check: Check
+    any_model: bool = False
+    subject: str = ""
+
+
+@dataclass(frozen=True)
+class Item:
+    """One table or figure of a paper.
+
+    Args:
+        name: as the paper calls it.
+        shows: what is in it, in a sentence.
+        claims: what it is taken to say.
+        runs: sweeps in `reproduce.runs.RUNS` that it needs.
+        suites: benchmarks of `evaluation.benchmarks` that it needs.
+        draw: makes our picture, or None where nothing could be run; None where ours is a table.
+        rows: makes our table, a heading and rows; None for the accuracies of the picture's cells.
+        controls: names in `reproduce.controls.CONTROLS` of what stands beside the claims.
+        note: what to know when comparing.
+    """
+
+    name: str
+    shows: str
+    claims: tuple[Claim, ...]
+    runs: tuple[str, ...] = ()
+    suites: tuple[str, ...] = ()
+    draw: Callable[[Evidence], Figure | None] | None = None
+    rows: Callable[[Evidence], tuple[list[str], list[list[str]]]] | None = None
+    controls: tuple[str, ...] = ()
+    note: str = ""
+
+
+def shape_of(cfg: HybridConfig) -> str | None:
+    """Return the published model that has this shape: its recurrence, layers and width."""
+    mixers = {type(layer.mixer) for layer in cfg.layers}
+    for published, shape in _SHAPE.items():
+        if shape == (cfg.n_layers, cfg.d_model) and _KIND[published] in mixers:
+            return published
+    return None
+
+
+def subject_of(name: str, cfg: HybridConfig) -> str:
+    """Return what a verdict calls a model: a published one by its name where it is that one.
+
+    It is by its name on the hub. Shape alone tells nothing of the weights: another checkpoint, a
+    folder or a finetuned one, is "a model of RecurrentGemma-2B's shape".
+    """
+    if name in packaged_models():
+        return "the packaged model"
+    published = shape_of(cfg)
+    if published is None:
+        return "this model"
+    is_theirs = _HUB.get(name) == published and not Path(name).exists()
+    return published if is_theirs else f"a model of {published}'s shape"
+
+
+def applies(claim: Claim, cfg: HybridConfig) -> bool:
+    """Whether a claim can be tested on a model.
+
+    A model of a published one's shape is held against that one's claims alone; any other against
+    those about models with recurrences of its kind, and those that ask any.
+    """
+    if claim.about == ALL or claim.subject:
+        return True
+    if published := shape_of(cfg):
+        return claim.about == published
+    return claim.any_model or _KIND[claim.about] in {type(layer.mixer) for layer in cfg.layers}
+
+
+def found_by(check: Check, evidence: Evidence) -> Finding:
+    """Return what a check finds; nothing tested, and why, where what it reads was not run."""
+    try:
+        return check(evidence)
+    except Untested as reason:
+        return Finding(None, str(reason))
+
+
+def judged(claim: Claim, evidence: Evidence) -> tuple[Verdict, Finding]:
+    """Return the verdict on a claim, and what it rests on.
+
+    Of prompts as few as `recipe.QUICK`'s no claim is judged, but those that rest on none.
+    """
+    if not applies(claim, evidence.cfg):
+        return Verdict.UNTESTED, Finding(None, f"a claim about {claim.about} alone")
+    finding = found_by(claim.check, evidence)
+    if evidence.recipe.is_quick and not claim.subject:
+        return Verdict.UNTESTED, Finding(None, finding.ours, TOO_LITTLE)
+    if finding.holds is None:
+        return Verdict.UNTESTED, finding
+    return (Verdict.SHOWN if finding.holds else Verdict.NOT_SHOWN), finding
+
+
+def together(verdicts: Sequence[Verdict]) -> Verdict:
+    """Return the verdict on an item: shown where every claim that was tested is."""
+    tested = [v for v in verdicts if v is not Verdict.UNTESTED]
+    if not tested:
+        return Verdict.UNTESTED
+    return Verdict.SHOWN if set(tested) == {Verdict.SHOWN} else Verdict.NOT_SHOWN
+
+
+def said(verdict: Verdict, subject: str) -> str:
+    """Return a verdict in words: "the packaged model shows it"."""
+    return verdict.value if verdict is Verdict.UNTESTED else f"{subject} {verdict.value}"
+
+
+__all__ = [
+    "ALL",
+    "JAMBA",
+    "RG_2B",
+    "RG_9B",
+    "TITLES",
+    "TOO_LITTLE",
+    "Check",
+    "Claim",
+    "Finding",
+    "Item",
+    "Paper",
+    "Verdict",
+    "applies",
+    "found_by",
+    "judged",
+    "said",
+    "shape_of",
+    "subject_of",
+    "together",
+]

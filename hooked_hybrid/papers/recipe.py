@@ -1,0 +1,311 @@
+"""What a reproduction runs on: prompts, needles and seeds, the same for every table and figure."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from hooked_hybrid.config import MambaConfig, RGLRUConfig
+from hooked_hybrid.model.hybrid import HookedHybrid
+from hooked_hybrid.niah.lengths import ROOM, longest_prompt
+from hooked_hybrid.niah.needles import PAPER, Needle, held_out_needles
+from hooked_hybrid.niah.prompts import (
+    Haystack,
+    Prompt,
+    default_depths,
+    default_lengths,
+    grid,
+    shortest_length,
+)
+from hooked_hybrid.niah.sweep import FirstToken
+from hooked_hybrid.outputs.folders import holds_results, remove_unfinished, replacing
+from hooked_hybrid.outputs.foreign import read_json
+from hooked_hybrid.runs.identity.comparing import changes, refusal
+from hooked_hybrid.runs.identity.model import model_identity
+
+FILE = "recipe.json"
+_FIRST_TOKEN: dict[type, FirstToken] = {RGLRUConfig: "generation", MambaConfig: "prefill"}
+"""As the papers ran each: Google's sampler makes the last prompt token a step, transformers not."""
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much is run: lengths and depths, and a seed's held-out needles beside the paper's.
+
+    Every seed has a haystack and held-out needles of its own. `n_draws` is how many sets of heads
+    are drawn as controls, `n_texts` on how many texts the loss of language is measured,
+    `n_documents` how many documents of a benchmark's task are read (None is all).
+    """
+
+    n_lengths: int
+    n_depths: int
+    n_held_out: int
+    n_seeds: int
+    n_draws: int
+    n_texts: int
+    max_new_tokens: int
+    n_documents: int | None
+
+
+PAPERS = Size(10, 10, 2, 2, 10, 12, 60, None)
+"""The papers' ten lengths and ten depths, with more needles and seeds than they had."""
+PACKAGED = Size(6, 5, 3, 2, 8, 12, 40, 20)
+"""For the models that come with the package: some twenty minutes on one core."""
+QUICK = Size(2, 2, 1, 2, 2, 2, 24, 2)
+"""To see that everything runs; too little to conclude from."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """All that the numbers depend on; `prompts` and the runs follow from it.
+
+    Args:
+        identity: of the model, see `identity.model.model_identity`.
+        lengths: tokens of the prompts.
+        depths: shares of the haystack before the needle.
+        n_held_out: needles beside the paper's, other ones for each seed.
+        seeds: of haystacks and needles; two or more.
+        n_draws, n_texts, max_new_tokens, n_documents: see `Size`.
+        template: of `niah.prompts`.
+        first_token: stage that chooses the first new token.
+        haystack: hash of the documents, "generated" where there are none.
+        include_path: folder of benchmarks given in place of lm-eval's. No cell depends on it but
+            those of benchmarks that could not be run without.
+    """
+
+    identity: Mapping[str, Any]
+    lengths: tuple[int, ...]
+    depths: tuple[float, ...]
+    n_held_out: int
+    seeds: tuple[int, ...]
+    n_draws: int
+    n_texts: int
+    max_new_tokens: int
+    n_documents: int | None
+    template: str
+    first_token: FirstToken
+    haystack: str
+    include_path: str | None = None
+
+    @property
+    def is_quick(self) -> bool:
+        """Whether this is as little as `QUICK`: too little to conclude from."""
+        least = (QUICK.n_draws, QUICK.n_texts, QUICK.max_new_tokens, QUICK.n_documents)
+        return (self.n_draws, self.n_texts, self.max_new_tokens, self.n_documents) == least
+
+    @property
+    def n_needles(self) -> int:
+        """Needles in all: the paper's, and those of every seed."""
+        return 1 + self.n_held_out * len(self.seeds)
+
+    @property
+    def n_many(self) -> int:
+        """Needles of the runs over many: the paper's and every held-out one, of a few if quick."""
+        return self.n_needles if self.is_quick else 1 + len(held_out_needles())
+
+    def needles(self, seed: int) -> list[Needle]:
+        """Return the paper's needle and the held-out ones of a seed.
+
+        Raises:
+            ValueError: there are not so many.
+        """
+        known, start = held_out_needles(), self.seeds.index(seed) * self.n_held_out
+        if start + self.n_held_out > len(known):
+            raise ValueError(
+                f"{len(self.seeds)} seeds of {self.n_held_out} held-out needles each: there are "
+                f"{len(known)} in all, give fewer"
+            )
+        return [PAPER, *known[start : start + self.n_held_out]]
+
+    def many_needles(self, seed: int) -> list[Needle]:
+        """Return a seed's part of the `n_many` needles."""
+        known = [PAPER, *held_out_needles()][: self.n_many]
+        return known[self.seeds.index(seed) :: len(self.seeds)]
+
+    def save(self, folder: Path, paper: str, resume: bool) -> None:
+        """Write recipe and paper into a new folder, or check that those there are the same.
+
+        A folder of benchmarks may be added to a recipe that had none. Where nothing has been run
+        yet, as with tables that follow from the config, prompts and sizes may change.
+
+        Raises:
+            FileExistsError: the folder is not empty and `resume` is false.
+            ValueError: the folder holds another recipe, or none.
+        """
+        path, now = folder / FILE, json.loads(json.dumps({"paper": paper, **asdict(self)}))
+        if holds_results(folder):
+            if not resume:
+                raise FileExistsError(
+                    f"{folder} is not empty: go on with --resume, or give another --out"
+                )
+            before = _read(path)
+            added = {"include_path"} if before.get("include_path") is None else set()
+            left = [{k: v for k, v in each.items() if k not in added} for each in (before, now)]
+            if "identity" in before and not holds_results(folder / "runs"):
+                fixed = ("paper", "identity", "include_path")
+                left = [{k: each[k] for k in fixed if k in each} for each in left]
+            if changed := changes(*left):
+                raise ValueError(refusal(folder, "recipe", changed))
+            remove_unfinished(folder)
+            if before == {k: v for k, v in now.items() if v is not None or k in before}:
+                return
+        with replacing(path) as temporary:
+            temporary.write_text(json.dumps(now, indent=1) + "\n", encoding="utf-8")
+
+
+def recorded_include_path(folder: Path) -> Path | None:
+    """Return the folder of benchmarks that the recipe in a folder names, None where none is.
+
+    It is what a file says, which may be another's: to be compared and shown, not to be read.
+    """
+    path = folder / FILE
+    found = _read(path).get("include_path") if path.exists() else None
+    if found is None:
+        return None
+    if not isinstance(found, str) or "\0" in found:
+        raise ValueError(f"{path} holds no recipe: give another --out")
+    return Path(found)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        found = read_json(path)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{path.parent} holds files of something else ({path.name} cannot be read): give "
+            "another --out"
+        ) from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} holds no recipe: give another --out")
+    return found
+
+
+def recipe_for(
+    model: HookedHybrid,
+    size: Size,
+    *,
+    lengths: Sequence[int] | None = None,
+    depths: Sequence[float] | None = None,
+    n_held_out: int | None = None,
+    n_seeds: int | None = None,
+    template: str = "base",
+    first_token: FirstToken | None = None,
+    documents: Sequence[str] = (),
+    include_path: Path | None = None,
+) -> Recipe:
+    """Return the recipe of a size for a model, with what is given in place of the size's own.
+
+    Lengths are evenly spaced up to `niah.lengths.longest_prompt`; the first one has room for a
+    context given twice. The first token is chosen as the papers' programs for this kind of model
+    did.
+
+    Raises:
+        ValueError: one seed, or lengths that cannot hold a needle twice.
+    """
+    n_seeds = size.n_seeds if n_seeds is None else n_seeds
+    n_held_out = size.n_held_out if n_held_out is None else n_held_out
+    if n_seeds < 2 or n_held_out < 1:
+        raise ValueError(
+            f"--seeds {n_seeds}, --held-out {n_held_out}: give two seeds and one held-out needle "
+            "or more, an interval needs them"
+        )
+    kinds = {type(layer.mixer) for layer in model.cfg.layers}
+    as_theirs: list[FirstToken] = [s for kind, s in _FIRST_TOKEN.items() if kind in kinds]
+    return Recipe(
+        identity=model_identity(model),
+        lengths=tuple(lengths or _lengths(model, size.n_lengths, template)),
+        depths=tuple(depths or default_depths(size.n_depths)),
+        n_held_out=n_held_out,
+        seeds=tuple(range(n_seeds)),
+        n_draws=size.n_draws,
+        n_texts=size.n_texts,
+        max_new_tokens=size.max_new_tokens,
+        n_documents=size.n_documents,
+        template=template,
+        first_token=first_token or (as_theirs[0] if as_theirs else "prefill"),
+        haystack=_hash(documents),
+        include_path=None if include_path is None else str(include_path),
+    )
+
+
+def _lengths(model: HookedHybrid, n: int, template: str) -> list[int]:
+    longest = longest_prompt(model.cfg)
+    needles = [PAPER, *held_out_needles()]
+    needed = max(shortest_length(model, needle, template, True) for needle in needles) + ROOM
+    usual = default_lengths(longest, n)
+    if needed > longest:
+        raise ValueError(
+            f"a context given twice takes {needed} tokens, the longest prompt by default is "
+            f"{longest}: give --lengths"
+        )
+    return usual if usual[0] >= needed else default_lengths(longest, n, shortest=needed)
+
+
+def prompts_of(
+    model: HookedHybrid,
+    recipe: Recipe,
+    documents: Sequence[str] = (),
+    *,
+    read_twice: bool = False,
+    thinned: bool = False,
+    many: bool = False,
+) -> dict[int, list[Prompt]]:
+    """Return the prompts of each seed.
+
+    Args:
+        model: gives the tokenizer.
+        recipe: lengths, depths, needles and seeds.
+        documents: what the haystack is made of; each seed begins at another paragraph.
+        read_twice: give the context twice.
+        thinned: every second length, from the longest down, and every second depth, where there
+            are more than three.
+        many: every needle there is, once, at the shortest length and the middle depth.
+
+    Raises:
+        ValueError: documents too short to begin elsewhere, or see `niah.prompts.grid`.
+    """
+    lengths, depths = recipe.lengths, recipe.depths
+    if thinned:
+        lengths, depths = _every_second(lengths[::-1])[::-1], _every_second(depths)
+    if many:
+        lengths, depths = (min(lengths),), (sorted(depths)[len(depths) // 2],)
+    pieces = [p.strip() for text in documents for p in re.split(r"\n\s*\n", text) if p.strip()]
+    if pieces and len(pieces) < len(recipe.seeds):
+        raise ValueError(
+            f"--haystack: {len(pieces)} paragraphs for {len(recipe.seeds)} seeds; give a longer "
+            "text, in paragraphs"
+        )
+    found = {}
+    for i, seed in enumerate(recipe.seeds):
+        at = i * len(pieces) // len(recipe.seeds)
+        hay = Haystack(seed, (*pieces[at:], *pieces[:at]))
+        needles = recipe.many_needles(seed) if many else recipe.needles(seed)
+        found[seed] = grid(model, needles, lengths, depths, hay, recipe.template, read_twice)
+    return found
+
+
+def _every_second(values: tuple[Any, ...]) -> tuple[Any, ...]:
+    return values[::2] if len(values) > 3 else values
+
+
+def _hash(documents: Sequence[str]) -> str:
+    if not documents:
+        return "generated"
+    return hashlib.sha256("\n\n".join(documents).encode()).hexdigest()[:16]
+
+
+__all__ = [
+    "PACKAGED",
+    "PAPERS",
+    "QUICK",
+    "Recipe",
+    "Size",
+    "prompts_of",
+    "recipe_for",
+    "recorded_include_path",
+]

@@ -1,0 +1,11 @@
+"""Configs of the published and packaged models."""
+
+from hooked_hybrid.presets.configs import (
+    griffin,
+    jamba,
+)
+
+__all__ = [
+    "griffin",
+    "jamba",
+]

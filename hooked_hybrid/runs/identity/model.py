@@ -1,0 +1,207 @@
+"""What a model is: all that its numbers depend on, as JSON-able values that say what differs."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import nn
+
+from hooked_hybrid.config import HybridConfig
+from hooked_hybrid.hooks.point import HookPoint
+from hooked_hybrid.model.hybrid import HookedHybrid
+from hooked_hybrid.network.weights.plain import as_matrix
+from hooked_hybrid.runs.identity.tokenizers import tokenizer_identity
+from hooked_hybrid.runs.identity.values import Known, UntoldError, describe
+
+_OF_NO_MATTER = ("model_name", "extra", "device", "dtype")
+"""Fields of a config that do not touch the maths; the dtype is told of the weights."""
+_OF_A_MODEL = frozenset(
+    "_cfg tokenizer why_no_tokenizer mod_dict hook_dict run_holder _contexts placement "
+    "quantization".split()
+)
+"""What a model holds that is told elsewhere, or that its numbers do not depend on."""
+_OF_TORCH = frozenset({*vars(nn.Module()), "_compiled_call_impl"})
+_TORCH_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+_HASHED: ContextVar[dict[int, tuple[HookedHybrid, str]] | None] = ContextVar("hashed", default=None)
+
+
+@contextmanager
+def hashed_once() -> Iterator[None]:
+    """Hash the weights of each model once for the length of a `with` block.
+
+    For a command, or a run that asks twice: nothing may change a weight in the block.
+    """
+    if _HASHED.get() is not None:
+        yield
+        return
+    token = _HASHED.set({})
+    try:
+        yield
+    finally:
+        _HASHED.reset(token)
+
+
+def model_identity(model: HookedHybrid) -> dict[str, Any]:
+    """Return what tells models apart, some 1 GB of weights a second.
+
+    Returns:
+        "weights" (a hash), "dtype", "quantization", "config" (all fields that touch the maths),
+        "tokenizer" (None without one), "hooks" (all that are attached, in order) and "changes": of
+        its modules, what is not as the config makes it. Neither name nor devices count.
+
+    Raises:
+        UntoldError: a hook or the tokenizer holds something whose content cannot be told.
+    """
+    known = known_of(model)
+    return {
+        "weights": weights_hash(model),
+        "dtype": str(model.dtype),
+        "quantization": None if model.quantization is None else str(model.quantization.scheme),
+        "config": config_identity(model.cfg),
+        "tokenizer": None if model.tokenizer is None else tokenizer_identity(model.text),
+        "hooks": [
+            {"point": str(h.point.name), "direction": h.direction, **_described(h, known)}
+            for h in model.attached()
+        ],
+        "changes": _changes(model),
+    }
+
+
+def weights_hash(model: HookedHybrid) -> str:
+    """Return a short hash of the sizes and of every weight, some 1 GB a second."""
+    hashed = _HASHED.get()
+    if hashed is not None and id(model) in hashed:
+        return hashed[id(model)][1]
+    digest = hashlib.sha256(repr((model.cfg.layers, model.cfg.d_model, model.cfg.norm)).encode())
+    if model.quantization is not None:
+        digest.update(model.quantization.scheme.encode())
+    for name, value in (*model.named_parameters(), *model.named_buffers()):
+        weight = as_matrix(value.detach())
+        digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
+        for part in weight.unbind() if weight.ndim > 2 else (weight,):  # a copy of one expert's
+            digest.update(part.cpu().flatten().view(torch.uint8).numpy().data)
+    found = digest.hexdigest()[:16]
+    if hashed is not None:
+        hashed[id(model)] = model, found  # it is kept, so that its id stays its own
+    return found
+
+
+def config_identity(cfg: HybridConfig) -> dict[str, Any]:
+    """Return every field of a config that touches the maths, with the kind of each part."""
+    said = _fields(cfg)
+    return {name: value for name, value in said.items() if name not in _OF_NO_MATTER}
+
+
+def without_tokenizer(identity: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the identity of a model as far as tokens go in."""
+    return {name: value for name, value in identity.items() if name != "tokenizer"}
+
+
+def described(what: str, value: Any, known: Known = ()) -> dict[str, str]:
+    """Return what a value is, see `describe`; an error says what it is called, and the remedy."""
+    try:
+        return describe(value, known)
+    except UntoldError as error:
+        raise UntoldError(
+            f"{what} could not be known again by whoever goes on with the results: it holds "
+            f"{error}, whose content cannot be told; let it hold only what can be pickled"
+        ) from error
+
+
+def known_of(model: HookedHybrid) -> list[tuple[Any, str]]:
+    """Return what hooks may hold of the model they run on: it is told by itself."""
+    held: list[tuple[Any, str]] = [(model, "the model that runs")]
+    held += [(module, f"its {name}") for name, module in model.named_modules() if name]
+    held += [(weight, f"its {name}") for name, weight in model.named_parameters()]
+    return held + [(model.tokenizer, "its tokenizer")] * (model.tokenizer is not None)
+
+
+def _described(handle: Any, known: Known) -> dict[str, str]:
+    return described(f"the hook on {handle.point.name}", handle.user_hook, known)
+
+
+def _fields(value: Any) -> Any:
+    """Return a dataclass of dataclasses as JSON-able values."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        found = {f.name: _fields(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        return {"kind": type(value).__name__, **found}
+    if isinstance(value, list | tuple):
+        return [_fields(part) for part in value]
+    if isinstance(value, Mapping):
+        return {str(name): _fields(part) for name, part in value.items()}
+    return value if value is None or isinstance(value, bool | int | float | str) else repr(value)
+
+
+def _changes(model: HookedHybrid) -> dict[str, str]:
+    """Return the classes and settings of modules that are not as the config makes them."""
+    made = _as_made(model.cfg)
+    found: dict[str, str] = {}
+    for name, module in _modules(model):
+        kind, theirs = made.get(name, (None, {}))
+        if kind is not type(module):
+            digest = described(f"the class of {name or 'the model'}", type(module))["hash"]
+            found[name or "the model"] = f"{type(module).__name__} {digest[:16]}"
+        own = _settings(module)
+        if kind is not None and described(f"{name} of the model", own)["hash"] == theirs[""]:
+            continue
+        for key in sorted({*own, *theirs} - {""}):
+            where = f"{name}.{key}".strip(".")
+            digest = described(where, own[key])["hash"] if key in own else "missing"
+            if digest != theirs.get(key):
+                found[where] = _shown(own.get(key), digest)
+    return found
+
+
+@lru_cache(maxsize=8)
+def _as_made(cfg: HybridConfig) -> dict[str, tuple[type, dict[str, str]]]:
+    """Return the class of each module of a config's model, and hashes of its settings.
+
+    By their names, and of all together under none.
+    """
+    found: dict[str, tuple[type, dict[str, str]]] = {}
+    for name, module in _modules(HookedHybrid.meta(cfg)):
+        own = _settings(module)
+        hashes = {key: describe(value)["hash"] for key, value in own.items()}
+        found[name] = type(module), {**hashes, "": describe(own)["hash"]}
+    return found
+
+
+def _modules(model: HookedHybrid) -> Iterator[tuple[str, nn.Module]]:
+    """Yield what computes: hooks are told by themselves, and lists of quantised weights."""
+    for name, module in model.named_modules():
+        if not isinstance(module, HookPoint | nn.ParameterList):
+            yield name, module
+
+
+def _settings(module: nn.Module) -> dict[str, Any]:
+    """Return what a module holds besides weights, parts, and what torch keeps of its own."""
+    left_out = _OF_TORCH | (_OF_A_MODEL if isinstance(module, HookedHybrid) else frozenset())
+    held = {
+        name: value
+        for name, value in vars(module).items()
+        if name not in left_out and not isinstance(value, nn.Module)
+    }
+    return held | {name: list(vars(module)[name].values()) for name in _TORCH_HOOKS}
+
+
+def _shown(value: Any, digest: str) -> str:
+    digest = digest[:16]
+    return repr(value) if value is None or isinstance(value, bool | int | float | str) else digest
+
+
+__all__ = [
+    "config_identity",
+    "described",
+    "hashed_once",
+    "known_of",
+    "model_identity",
+    "weights_hash",
+    "without_tokenizer",
+]

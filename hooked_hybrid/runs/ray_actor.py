@@ -1,0 +1,115 @@
+"""What runs on a worker of a Ray cluster: one model, and one piece of work after another."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Iterator, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+
+from hooked_hybrid.model.hybrid import HookedHybrid
+from hooked_hybrid.runs.identity.comparing import identity_changes
+from hooked_hybrid.runs.identity.model import model_identity
+
+Source = Callable[[], HookedHybrid] | list[Any]
+"""How a worker gets its model: a function, or a list of the Ray reference of a packed one."""
+
+
+class Worker:
+    """An actor; `hello`, `load` and then `run` are called by `RayWorkers`."""
+
+    def hello(self) -> dict[str, str]:
+        """Return what numbers depend on, besides the model."""
+        return versions()
+
+    def load(self, source: Source, expected: dict[str, Any], threads: int, precision: str) -> None:
+        """Get the model.
+
+        Args:
+            source: from where.
+            expected: what `model_identity` must say of it.
+            threads: cores that torch uses.
+            precision: of `torch.set_float32_matmul_precision`.
+
+        Raises:
+            ValueError: it is another model than the caller's.
+            Exception: whatever its source raised.
+        """
+        self.threads, self.key, self.job = threads, -1, None
+        torch.set_num_threads(threads)
+        torch.set_float32_matmul_precision(precision)
+        try:
+            self.model = source() if callable(source) else unpacked(_got(source))
+        except Exception as error:
+            raise _sendable(error) from None
+        if changed := identity_changes(expected, model_identity(self.model)):
+            raise ValueError(
+                f"a worker loaded another model than this process has ({'; '.join(changed)}): load "
+                "the same there, or let this process send its own (RayWorkers without load)"
+            )
+
+    def run(self, key: int, sent: list[Any], items: Sequence[Any]) -> Iterator[Any]:
+        """Yield the result of each item.
+
+        Args:
+            key: of the job, which is unpickled once.
+            sent: the Ray reference of the pickled job, in a list so that Ray leaves it one.
+            items: of the job.
+        """
+        from ray import cloudpickle
+
+        try:
+            if key != self.key:
+                self.job, self.key = cloudpickle.loads(_got(sent)), key
+            torch.set_num_threads(self.threads)
+            with torch.no_grad():
+                done = self.job(self.model, items)  # type: ignore[misc]
+                yield from (result for _, result in zip(items, done, strict=True))
+        except Exception as error:
+            raise _sendable(error) from None
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of this library and torch."""
+    try:
+        own = version("hooked-hybrid")
+    except PackageNotFoundError:  # run from its source
+        own = "not installed"
+    return {"hooked-hybrid": own, "torch": torch.__version__}
+
+
+def packed(model: HookedHybrid) -> bytes:
+    """Return a model as bytes, from whatever device it is on."""
+    from ray import cloudpickle
+
+    kept = io.BytesIO()
+    torch.save(model, kept, pickle_module=cloudpickle)
+    return kept.getvalue()
+
+
+def unpacked(data: bytes) -> HookedHybrid:
+    """Return a packed model, on the worker's GPU if it has one."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.load(io.BytesIO(data), map_location=device, weights_only=False)
+
+
+def _got(sent: list[Any]) -> Any:
+    import ray
+
+    return ray.get(sent[0])
+
+
+def _sendable(error: Exception) -> Exception:
+    """Return an error that can be pickled: itself, or what it says."""
+    from ray import cloudpickle
+
+    try:
+        cloudpickle.loads(cloudpickle.dumps(error))
+    except Exception:  # whatever a class of errors does
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    return error
+
+
+__all__ = ["Source", "Worker", "packed", "unpacked", "versions"]

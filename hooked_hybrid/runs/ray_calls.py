@@ -1,0 +1,183 @@
+"""What is asked of Ray: a connection, actors, and their answers."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from hooked_hybrid.model.hybrid import HookedHybrid
+from hooked_hybrid.runs.ray_actor import Worker, packed
+
+STARTS = 3
+"""Times that a start of Ray is tried: it gives itself 30 s, too few on a machine that is busy."""
+
+
+@dataclass
+class Unit:
+    """Items that are still to do, and how many workers died on the first of them."""
+
+    items: Sequence[Any]
+    deaths: int = 0
+
+
+@dataclass
+class Slot:
+    """The place of one worker: who has it now, and what is waited for.
+
+    A worker is `called` until the cluster has room for it, then it is `loading` the model; after
+    that it is `idle` or `busy`. `lost` workers died here, one after another, before they had it.
+    """
+
+    actor: Any
+    answer: Any
+    state: Literal["called", "loading", "idle", "busy"] = "called"
+    unit: Unit | None = None
+    lost: int = 0
+
+
+class DiedError(Exception):
+    """A worker, or its node, is gone."""
+
+
+def connect(address: str, n_cores: int | None) -> bool:
+    """Connect to a cluster, or start one here; return whether there was no connection before.
+
+    Args:
+        address: of `RayWorkers`.
+        n_cores: that a Ray started here counts on; None is as many as there are.
+
+    Raises:
+        ValueError: another version of Ray or Python there.
+        OSError: nothing answers at the address, or Ray does not start.
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    import ray
+
+    if ray.is_initialized():
+        return False
+    options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    if address == "local":
+        options |= {"num_cpus": n_cores, "include_dashboard": False}
+    for left in reversed(range(STARTS)):
+        try:
+            ray.init(address, **options)
+            break
+        except OSError:
+            raise
+        except (RuntimeError, ValueError) as error:
+            raise ValueError(f"no work can be sent to {address}: {error}") from error
+        except Exception as error:  # Ray's own bare one: not started in 30 s
+            if not left:
+                raise OSError(f"Ray cannot be started: {error} Try when less runs here") from error
+    return True
+
+
+def called(cores: int, gpus: int | float) -> tuple[Any, Any]:
+    """Ask for a new worker, and return it and its first answer to come."""
+    import ray
+
+    asked: dict[str, Any] = {"num_cpus": cores, "num_gpus": gpus}
+    actor: Any = ray.remote(**asked, max_restarts=0, max_task_retries=0)(Worker).remote()
+    return actor, actor.hello.remote()
+
+
+def room(cores: int, gpus: int | float) -> int:
+    """Return how many workers of so many cores and GPUs the nodes hold."""
+    import ray
+
+    has = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    by_cores = [int(node.get("CPU", 0) // cores) for node in has]
+    by_gpus = [int(node.get("GPU", 0) / gpus) for node in has] if gpus else by_cores
+    return sum(map(min, by_cores, by_gpus))
+
+
+def begin(slot: Slot, sent: tuple[int, Any], unit: Unit) -> None:
+    """Send a unit of a job to an idle worker."""
+    run = slot.actor.run.options(num_returns="streaming")
+    slot.answer, slot.state, slot.unit = run.remote(*sent, unit.items), "busy", unit
+
+
+def taken(slot: Slot) -> Iterator[tuple[Any, Any]]:
+    """Yield the next item of a worker's unit with its result; none at its end."""
+    unit = slot.unit
+    assert unit is not None
+    try:
+        result = value_of(slot.answer)
+    except StopIteration:
+        slot.state, slot.unit = "idle", None
+        return
+    item, unit.items, unit.deaths = unit.items[0], unit.items[1:], 0
+    yield item, result
+
+
+def value_of(answer: Any) -> Any:
+    """Return an answer that is there.
+
+    Raises:
+        StopIteration: of a stream at its end.
+        DiedError: nobody will answer.
+        Exception: what the worker raised.
+    """
+    import ray
+    from ray.exceptions import RayError, RayTaskError
+
+    try:
+        return ray.get(next(answer) if isinstance(answer, ray.ObjectRefGenerator) else answer)
+    except RayTaskError as error:
+        cause = error.cause if isinstance(error.cause, Exception) else RuntimeError(str(error))
+        raise cause from error
+    except RayError as error:
+        raise DiedError(what_died(str(error))) from error
+
+
+def what_died(said: str) -> str:
+    """Return who died of what, out of Ray's words, which hold ids and advice too."""
+    said = " ".join(said.split())
+    who = re.search(r" pid: (\d+) .*?ip: (\S+) (.*)", said)
+    detail = re.sub(r".*Worker exit detail: ", "", who[3] if who else said)
+    detail = re.split(r" Some common causes| Node Id:", detail)[0][:200]
+    return f"process {who[1]} on {who[2]}: {detail}" if who else detail
+
+
+def release(slot: Slot) -> None:
+    """End a worker."""
+    import ray
+
+    with suppress(Exception):  # it may be dead, and so may its node
+        ray.kill(slot.actor)
+
+
+def packed_model(model: HookedHybrid) -> bytes:
+    """Return a model for workers.
+
+    Raises:
+        ValueError: it cannot be pickled.
+    """
+    try:
+        return packed(model)
+    except Exception as error:  # a model made by hand may hold anything
+        raise ValueError(
+            f"this model cannot be sent to workers ({type(error).__name__}: {error}): say how they "
+            "load it, RayWorkers(load=...)"
+        ) from error
+
+
+__all__ = [
+    "DiedError",
+    "Slot",
+    "Unit",
+    "begin",
+    "called",
+    "connect",
+    "packed_model",
+    "release",
+    "room",
+    "taken",
+    "value_of",
+    "what_died",
+]

@@ -1,0 +1,301 @@
+"""Work spread over a Ray cluster: workers that load the model once, and may die.
+
+The caller of `RayWorkers.results` cuts work into items and gets every result once, one by one, so
+that a worker that dies, or a node, costs the item it was at. The rest of its unit goes to another
+worker, and a new worker to where the cluster has room. A worker has one unit at a time: whoever
+died is known to have died on it, and the gap to the next one is a few milliseconds.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import ExitStack
+from importlib.util import find_spec
+from itertools import count
+from typing import Any, TypeVar
+
+import torch
+
+from hooked_hybrid.model.hybrid import HookedHybrid
+from hooked_hybrid.runs.identity.model import model_identity
+from hooked_hybrid.runs.ray_actor import Source, versions
+from hooked_hybrid.runs.ray_calls import (
+    DiedError,
+    Slot,
+    Unit,
+    begin,
+    called,
+    connect,
+    packed_model,
+    release,
+    room,
+    taken,
+    value_of,
+)
+from hooked_hybrid.runs.work import Job, spread
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+_LOG = logging.getLogger(__name__)
+MOST_DEATHS = 3
+"""Workers that may die one after another: on one item, or at one place while they load."""
+PIECES = 4
+"""Units for each worker, so that none is left waiting for long at the end."""
+
+
+class RayWorkers:
+    """Workers on a Ray cluster, for as long as a `with` block.
+
+    Args:
+        address: "local" starts Ray on this machine; else that of a cluster, as `ray.init` takes it
+            ("auto", "HOST:PORT"). A Ray that this process is connected to already is used as it is.
+        n: workers; None is as many as the cluster's machines hold.
+        gpus_per_worker: 0 runs models on processors; 0.5 puts two workers on a GPU.
+        threads: processor cores of each worker. Numbers are those of a process with as many.
+        load: how a worker gets the model, such as `partial(HookedHybrid.from_pretrained, "NAME",
+            dtype=torch.bfloat16, device="cuda")`; None sends it the caller's own, through Ray's
+            object store, to the worker's GPU where it has one.
+        patience: seconds to wait for a cluster that has room for no worker at all.
+
+    Raises:
+        ValueError: an argument out of range, a Ray client's address, or Ray is not installed.
+    """
+
+    def __init__(
+        self,
+        address: str = "local",
+        n: int | None = None,
+        gpus_per_worker: int | float = 0,
+        threads: int = 1,
+        load: Callable[[], HookedHybrid] | None = None,
+        patience: int | float = 600,
+    ) -> None:
+        if find_spec("ray") is None:
+            raise ValueError("workers need Ray: pip install 'hooked-hybrid[ray]'")
+        gpus = float(gpus_per_worker)
+        if (n is not None and n < 1) or threads < 1:
+            raise ValueError(f"{n} workers of {threads} threads: give 1 of each or more")
+        if not (0 <= gpus < 1 or (gpus >= 1 and gpus.is_integer())):
+            raise ValueError(f"{gpus} GPUs for a worker: give a part of one, or a whole number")
+        if address.startswith("ray://"):
+            raise ValueError(
+                f"{address} is a Ray client's: run this on a machine of the cluster, with the "
+                "address 'auto'"
+            )
+        self.address, self.n, self.load, self.patience = address, n, load, patience
+        self.gpus_per_worker, self.threads = gpus_per_worker, threads
+        self._depth, self._owns_ray, self._is_working = 0, False, False
+        self._slots: list[Slot] = []
+        self._source: tuple[dict[str, Any], HookedHybrid | None, Source] = ({}, None, [])
+        self._keys = count()
+
+    # --- as long as a `with` block ----------------------------------------------------------
+
+    def __enter__(self) -> RayWorkers:
+        """Begin a block; Ray is started, and workers are made, when there is work."""
+        self._depth += 1
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Release the workers at the end of the outermost block, and the connection made here."""
+        self._depth -= 1
+        if self._depth:
+            return
+        self._release_all()
+        self._source = ({}, None, [])
+        if self._owns_ray:
+            import ray
+
+            ray.shutdown()
+            self._owns_ray = False
+
+    # --- work -------------------------------------------------------------------------------
+
+    def check(self, model: HookedHybrid, parts: Mapping[str, Any]) -> None:
+        """Raise what would stop the work; nothing is started.
+
+        Args:
+            model: what the work is done with.
+            parts: what is sent to workers, by what it is called in an error.
+
+        Raises:
+            ValueError: a part that cannot be pickled, or a model with hooks on it, which a
+                worker's model would not have.
+        """
+        from ray import cloudpickle
+
+        if hooked := model.list_hooks():
+            raise ValueError(
+                f"{next(iter(hooked))} has a hook on it, which the models of workers would not "
+                "have: give it as a setting's, or take it off"
+            )
+        for name, part in parts.items():
+            try:
+                cloudpickle.dumps(part)
+            except Exception as error:  # a value's own `__reduce__` may raise anything
+                raise ValueError(
+                    f"{name} cannot be sent to workers ({type(error).__name__}: {error}): let its "
+                    "functions hold only what can be pickled, or run it without Ray"
+                ) from error
+
+    def results(
+        self, model: HookedHybrid, job: Job[Item, Result], units: Sequence[Sequence[Item]]
+    ) -> Generator[tuple[Item, Result], None, None]:
+        """Yield every item with its result, as they come; close it where it is not read to its end.
+
+        Args:
+            model: the caller's, which the workers' are checked against.
+            job: what to do with items.
+            units: items that are cheaper together; long ones are cut, the costliest begin.
+
+        Raises:
+            ValueError: as `check`; a worker's model, library or torch that is not the caller's; or
+                no machine with the cores and GPUs of a worker, where none will come.
+            OSError: three workers died one after another on one item, or at every place while they
+                loaded the model; or there was no room for any worker as long as `patience`.
+            RuntimeError: other results of these workers are being read, or their block has ended.
+            Exception: whatever a worker raised, which stops the others too.
+        """
+        if not any(units):
+            return
+        if self._is_working:
+            raise RuntimeError("these workers are at work: read those results to the end, or close")
+        import ray
+        from ray import cloudpickle
+
+        self.check(model, {f"the work ({type(job).__name__})": job})
+        with ExitStack() as block:
+            if not self._depth:
+                block.enter_context(self)
+            self._is_working = True
+            block.callback(self._rest)
+            self._prepare(model)
+            sent = (next(self._keys), [ray.put(cloudpickle.dumps(job))])
+            pieces = spread(job, units, PIECES * len(self._slots))
+            todo = deque(Unit(items) for items in pieces)
+            yield from self._worked(job, sent, todo)
+
+    def _release_all(self) -> None:
+        while self._slots:
+            release(self._slots.pop())
+
+    def _rest(self) -> None:
+        """End the workers that are still at work: nobody wants it any more."""
+        for slot in [slot for slot in self._slots if slot.state == "busy"]:
+            release(slot)
+            self._slots.remove(slot)
+        self._is_working = False
+
+    def _worked(
+        self, job: Job[Item, Result], sent: tuple[int, Any], todo: deque[Unit]
+    ) -> Generator[tuple[Item, Result], None, None]:
+        """Give units to who is idle and take what comes, until all is done."""
+        since, n_left = time.monotonic(), sum(len(unit.items) for unit in todo)
+        while n_left or any(slot.state == "busy" for slot in self._slots):
+            if not self._slots:
+                raise RuntimeError("the block of these workers has ended: read results within it")
+            for slot in self._slots:
+                if slot.state == "idle" and todo:
+                    begin(slot, sent, todo.popleft())
+            for slot in self._ready():
+                try:
+                    if slot.state == "busy":
+                        for found in taken(slot):
+                            n_left -= 1
+                            yield found
+                    else:
+                        self._advance(slot)
+                except DiedError as error:
+                    self._bury(slot, error, job, todo)
+                except Exception:  # the worker's own: it is not asked again
+                    release(slot)
+                    self._slots.remove(slot)
+                    raise
+            if any(slot.state != "called" for slot in self._slots):
+                since = time.monotonic()
+            elif time.monotonic() - since > self.patience:
+                raise TimeoutError(
+                    f"no room for a worker of {self._needs} in {self.patience:.0f} s: go on when "
+                    "the cluster has some; what is done is kept"
+                )
+
+    def _ready(self) -> list[Slot]:
+        """Return the places with news, after a second at most."""
+        import ray
+
+        waiting = {id(slot.answer): slot for slot in self._slots if slot.state != "idle"}
+        answers = [slot.answer for slot in waiting.values()]
+        ready, _ = ray.wait(answers, timeout=1, fetch_local=False)
+        return [waiting[id(answer)] for answer in ready]
+
+    def _advance(self, slot: Slot) -> None:
+        """Go on with a worker that is not at work yet.
+
+        Raises:
+            ValueError: its versions are not those here.
+        """
+        found = value_of(slot.answer)
+        if slot.state == "loading":
+            slot.state, slot.lost = "idle", 0
+            return
+        if found != versions():
+            raise ValueError(f"a worker has {found}, this process {versions()}: install the same")
+        identity, _, source = self._source
+        precision = torch.get_float32_matmul_precision()
+        slot.answer = slot.actor.load.remote(source, identity, self.threads, precision)
+        slot.state = "loading"
+
+    def _bury(self, slot: Slot, error: DiedError, job: Job[Any, Any], todo: deque[Unit]) -> None:
+        """Put a new worker in a dead one's place, and its work back.
+
+        Raises:
+            OSError: too many died of the same.
+        """
+        unit, was_busy = slot.unit, slot.state == "busy"
+        release(slot)
+        if not was_busy:
+            slot.lost += 1
+            _LOG.warning("a worker died before it had the model (%s)", error)
+            if slot.lost == MOST_DEATHS:  # such as on a machine with too little memory
+                self._slots.remove(slot)
+                if self._slots:
+                    return
+                raise OSError(f"workers die before they have the model ({error}): is it too large?")
+        slot.actor, slot.answer = called(self.threads, self.gpus_per_worker)
+        slot.state, slot.unit = "called", None
+        if unit is not None and unit.items:
+            unit.deaths += 1
+            todo.appendleft(unit)
+            what = job.describe(unit.items[:1])
+            if unit.deaths >= MOST_DEATHS:
+                raise OSError(f"{unit.deaths} workers died one after another on {what} ({error})")
+            _LOG.warning("a worker died on %s, which goes to another (%s)", what, error)
+
+    def _prepare(self, model: HookedHybrid) -> None:
+        """Have as many workers as are wanted, for this model."""
+        import ray
+
+        self._owns_ray |= connect(self.address, self.n and self.n * self.threads)
+        identity, own = model_identity(model), model if self.load is None else None
+        if self._source[:2] != (identity, own):  # another model, or this one with a change
+            self._release_all()
+            source = self.load or [ray.put(packed_model(model))]
+            self._source = (identity, own, source)
+        held = room(self.threads, self.gpus_per_worker)
+        if not held:
+            missing = f"no machine of the cluster has {self._needs} for a worker"
+            if self.n is None or (self._owns_ray and self.address == "local"):
+                raise ValueError(missing)
+            _LOG.warning("%s: waiting %.0f s for one that has", missing, self.patience)
+        while len(self._slots) < (self.n or held):
+            self._slots.append(Slot(*called(self.threads, self.gpus_per_worker)))
+
+    @property
+    def _needs(self) -> str:
+        return f"{self.threads} CPU and {self.gpus_per_worker:g} GPU"
+
+
+__all__ = ["RayWorkers"]

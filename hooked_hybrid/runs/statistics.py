@@ -1,0 +1,75 @@
+"""Figures of a sweep: one row a setting, each mean with its interval over needles."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from hooked_hybrid.options import require
+from hooked_hybrid.runs.intervals import SHARE, mean_interval
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+def scored(table: pd.DataFrame) -> pd.DataFrame:
+    """Return the cells that have an accuracy: those whose prompt holds a needle.
+
+    Raises:
+        ValueError: there is none.
+    """
+    cells = table[table["accuracy"].notna()]
+    if cells.empty:
+        raise ValueError("the table has no cell with a score: no prompt held a needle")
+    return cells
+
+
+def interval_of(rows: pd.DataFrame) -> tuple[float, float]:
+    """Return the 95% interval of the accuracy of some cells, over needles.
+
+    Both ends are NaN for a single needle: its prompts share it, and say nothing of other needles.
+    """
+    return mean_interval(rows["accuracy"], rows["needle_id"], SHARE)
+
+
+def summary(table: pd.DataFrame) -> pd.DataFrame:
+    """Return one row a setting, in the order in which the table has them.
+
+    Cells without a score are left out. Columns: `setting`, `stage`, `k`; `n` cells of `n_needles`
+    needles; `accuracy` (mean graded score / 5) with `low` and `high`, its 95% interval over needles
+    (see `hooked_hybrid.runs.intervals`; NaN where there is one needle); `binary`, the share of
+    whole answers;
+    `inside` and `outside`, the accuracy with the needle within the attention window of the last
+    prompt token and beyond it (NaN where there is no such cell), of `n_inside` and `n_outside`
+    cells.
+
+    Raises:
+        ValueError: no cell has a score.
+    """
+    require("pandas")
+    import pandas as pd
+
+    cells = scored(table)
+    groups = cells.groupby("setting", sort=False)
+    return pd.DataFrame([{"setting": name, **_figures(rows)} for name, rows in groups])
+
+
+def _figures(rows: pd.DataFrame) -> dict[str, Any]:
+    inside = rows["in_window"].astype(bool)
+    low, high = interval_of(rows)
+    return {
+        "stage": rows["stage"].iloc[0],
+        "k": rows["k"].iloc[0],
+        "n": len(rows),
+        "n_needles": rows["needle_id"].nunique(dropna=False),
+        "accuracy": rows["accuracy"].mean(),
+        "low": low,
+        "high": high,
+        "binary": rows["binary"].mean(),
+        "inside": rows.loc[inside, "accuracy"].mean(),
+        "outside": rows.loc[~inside, "accuracy"].mean(),
+        "n_inside": int(inside.sum()),
+        "n_outside": int((~inside).sum()),
+    }
+
+
+__all__ = ["interval_of", "scored", "summary"]

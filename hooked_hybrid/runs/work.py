@@ -1,0 +1,97 @@
+"""Work that is cut into items: run here, or by workers, with the same results.
+
+A job is called with a model and some items and yields the result of each, in order. A unit is a
+list of items that are cheaper together, as prompts are that begin alike; it may be cut anywhere, at
+the price of what its items share.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+from hooked_hybrid.model.hybrid import HookedHybrid
+
+if TYPE_CHECKING:
+    import pandas
+
+    from hooked_hybrid.runs.ray_workers import RayWorkers
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+class Job(ABC, Generic[Item, Result]):
+    """What is done with each item. It is sent to workers, pickled, once."""
+
+    @abstractmethod
+    def __call__(self, model: HookedHybrid, items: Sequence[Item]) -> Iterator[Result]:
+        """Yield the result of each item, in order."""
+
+    def cost(self, item: Item) -> float:  # noqa: ARG002
+        """Return how long an item takes beside others, in any unit."""
+        return 1.0
+
+    def describe(self, items: Sequence[Item]) -> str:
+        """Return what these items are, for people."""
+        return ", ".join(map(str, items))
+
+
+def results(
+    model: HookedHybrid,
+    job: Job[Item, Result],
+    units: Iterable[Sequence[Item]],
+    workers: RayWorkers | None = None,
+) -> Generator[tuple[Item, Result], None, None]:
+    """Yield every item with its result: in order, or as workers have them.
+
+    Close it where it is not read to its end, so that workers stop (`contextlib.closing`).
+
+    Args:
+        model: runs the items here; workers have one that is the same.
+        job: what to do.
+        units: items that are cheaper together; taken one by one where this process does the work.
+        workers: None for this process.
+    """
+    if workers is not None:
+        yield from workers.results(model, job, list(units))
+        return
+    for unit in units:
+        yield from zip(unit, job(model, unit), strict=True)
+
+
+def spread(
+    job: Job[Item, Any], units: Iterable[Sequence[Item]], n_pieces: int
+) -> list[Sequence[Item]]:
+    """Cut units into about so many pieces of neighbours, and return the costliest first.
+
+    The costliest unit gets most cuts, so that no piece is long where others are short: a worker
+    that begins one last keeps all others waiting.
+    """
+    units = [unit for unit in units if unit]
+    costs = [[job.cost(item) for item in unit] for unit in units]
+    target = sum(map(sum, costs)) / n_pieces
+    pieces: list[tuple[float, Sequence[Item]]] = []
+    for unit, cost in zip(units, costs, strict=True):
+        n = min(len(unit), max(1, round(sum(cost) / target)))
+        cuts = [len(unit) * i // n for i in range(n + 1)]
+        pieces += [(sum(cost[a:b]), unit[a:b]) for a, b in pairwise(cuts)]
+    return [piece for _, piece in sorted(pieces, key=lambda p: -p[0])]
+
+
+def ordered(
+    table: pandas.DataFrame, prompt_ids: Sequence[str], settings: Sequence[str]
+) -> pandas.DataFrame:
+    """Return cells in the order of prompts and settings, whatever order they were written in."""
+    ranks = {
+        "prompt_id": {name: i for i, name in enumerate(prompt_ids)},
+        "setting": {name: i for i, name in enumerate(settings)},
+    }
+    return table.sort_values(
+        list(ranks), key=lambda column: column.map(ranks[str(column.name)]), ignore_index=True
+    )
+
+
+__all__ = ["Job", "ordered", "results", "spread"]

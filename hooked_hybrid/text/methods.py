@@ -1,0 +1,270 @@
+"""Text in and out of a model: TransformerLens's token methods."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal, overload
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from hooked_hybrid.config import HybridConfig
+from hooked_hybrid.network.checks import checked_batch, refuse_text_options
+from hooked_hybrid.options import check_choice
+from hooked_hybrid.shapes import Tokens
+from hooked_hybrid.text.text import PaddingSide, Text, pad_rows
+
+Input = str | Sequence[str] | Sequence[int] | Tensor
+
+
+class TextMethods:
+    """What a model with a tokenizer can do with text. Mixed into `HookedHybrid`."""
+
+    cfg: HybridConfig
+    tokenizer: Any
+
+    if TYPE_CHECKING:
+
+        @property
+        def device(self) -> torch.device: ...  # noqa: D102
+
+        @property
+        def W_U(self) -> Float[Tensor, "d_model d_vocab"]: ...  # noqa: D102
+
+    @property
+    def text(self) -> Text:
+        """The tokenizer with this model's special tokens.
+
+        Raises:
+            ValueError: the model has no tokenizer.
+        """
+        if self.tokenizer is None:
+            raise ValueError(
+                "this model has no tokenizer: pass tokens, or load it with tokenizer=..."
+            )
+        return Text(self.tokenizer, self.cfg)
+
+    @overload
+    def to_tokens(
+        self,
+        input: str | Sequence[str],
+        prepend_bos: bool | None = None,
+        padding_side: PaddingSide | None = None,
+        move_to_device: bool = True,
+        truncate: bool = True,
+        return_mask: Literal[False] = False,
+    ) -> Tokens: ...
+
+    @overload
+    def to_tokens(
+        self,
+        input: str | Sequence[str],
+        prepend_bos: bool | None = None,
+        padding_side: PaddingSide | None = None,
+        move_to_device: bool = True,
+        truncate: bool = True,
+        *,
+        return_mask: Literal[True],
+    ) -> tuple[Tokens, Tokens]: ...
+
+    def to_tokens(
+        self,
+        input: str | Sequence[str],
+        prepend_bos: bool | None = None,
+        padding_side: PaddingSide | None = None,
+        move_to_device: bool = True,
+        truncate: bool = True,
+        return_mask: bool = False,
+    ) -> Tokens | tuple[Tokens, Tokens]:
+        """Return the tokens of a text, or of several, padded on the right unless told.
+
+        Args:
+            input: a text or several.
+            prepend_bos: None: what the tokenizer itself puts around a text, BOS and EOS; True:
+                with BOS in front in any case; False: the text's tokens alone. A text that begins
+                with BOS gets no second one, which transformers would give it.
+            padding_side: "left" or "right".
+            move_to_device: to the model's device; else they are on the CPU.
+            truncate: cut each text at `cfg.n_ctx` tokens before it is padded: at the tokenizer's
+                `truncation_side`, the right unless it says so; BOS and EOS stay.
+            return_mask: return (tokens, mask), the mask [batch pos] 1 at tokens and 0 at padding:
+                what the model and `generate` take as `attention_mask`.
+
+        Raises:
+            ValueError: texts without a token, or padded ones without a mask where padding could
+                not be told from text: no padding token, or one that is BOS or EOS too.
+        """
+        tokens, mask = self._encoded(input, prepend_bos, padding_side or "right", cut=truncate)
+        if not return_mask and not self.text.shows_padding and not bool(mask.all()):
+            raise ValueError(
+                "these texts differ in length, and the tokenizer has no padding token, or one that "
+                "is BOS or EOS too, so that their padding would be read as text: take the mask, "
+                "tokens, mask = model.to_tokens(..., return_mask=True), or pass the texts"
+            )
+        device = self.device if move_to_device else torch.device("cpu")
+        return (tokens.to(device), mask.to(device)) if return_mask else tokens.to(device)
+
+    def get_attention_mask(self, tokens: Int[Tensor, "batch pos"]) -> Int[Tensor, "batch pos"]:
+        """Return what the model reads of tokens that come without a mask: 1, and 0 at padding.
+
+        Padding are the padding tokens that a row begins or ends with. A model without a tokenizer,
+        or whose tokenizer has no padding token, takes all tokens as text, and so does a batch of
+        one token a row.
+
+        Raises:
+            ValueError: padding that cannot be told from text.
+        """
+        _, mask = checked_batch(self, tokens, None)  # type: ignore[arg-type]
+        return torch.ones_like(tokens) if mask is None else mask
+
+    def to_string(self, tokens: Tensor | Sequence[int]) -> str | list[str]:
+        """Return the text of a row of tokens, or the texts of several rows."""
+        tokens = torch.as_tensor(tokens)
+        if tokens.ndim == 2:
+            return [self.text.decode(row) for row in tokens.tolist()]
+        return self.text.decode(tokens.reshape(-1).tolist())
+
+    def to_str_tokens(
+        self, input: Input, prepend_bos: bool | None = None
+    ) -> list[str] | list[list[str]]:
+        """Return each token of a text, or of a row of tokens, as a string.
+
+        A token reads as within a text: the blank in front of it is there, at the beginning of a
+        text too. Of tokens that share a character the last one gets it, those before it are
+        U+FFFD. Several texts give a list for each.
+
+        Raises:
+            ValueError: `prepend_bos=True` with tokens.
+        """
+        if is_texts(input):
+            return [self._str_tokens(text, prepend_bos) for text in input]
+        return self._str_tokens(input, prepend_bos)
+
+    def _str_tokens(self, input: Any, prepend_bos: bool | None) -> list[str]:
+        return self.text.strings(self._row(input, prepend_bos).tolist())
+
+    def _row(self, input: Any, prepend_bos: bool | None) -> Int[Tensor, " pos"]:
+        """Return one row of tokens, of a text or as they came."""
+        if isinstance(input, str):
+            return self.to_tokens(input, prepend_bos)[0]
+        refuse_text_options(prepend_bos, None)
+        tokens = torch.as_tensor(input)
+        if tokens.ndim > 1 and tokens.shape[0] != 1:
+            raise ValueError(f"tokens have shape {tuple(tokens.shape)}; give one row of them")
+        return tokens.reshape(-1)
+
+    def to_single_token(self, string: str) -> int:
+        """Return the token that a string is.
+
+        Raises:
+            ValueError: it is several tokens, or none.
+        """
+        ids = self.text.encode(string, prepend_bos=False)
+        if len(ids) != 1:
+            shown = f"{len(ids)} tokens, {ids}"
+            raise ValueError(f"{string!r} is {shown}, {self.text.strings(ids)}, not one")
+        return ids[0]
+
+    def to_single_str_token(self, int_token: int) -> str:
+        """Return the string of one token, a blank in front of it kept."""
+        return self.text.strings([int_token])[0]
+
+    def get_token_position(
+        self,
+        single_token: str | int,
+        input: str | Int[Tensor, " pos"] | Int[Tensor, "1 pos"],
+        mode: Literal["first", "last"] = "first",
+        prepend_bos: bool | None = None,
+    ) -> int:
+        """Return where a token first (or last) stands in a text or a row of tokens.
+
+        Raises:
+            ValueError: it does not stand there, `mode` is neither, or `prepend_bos=True` with
+                tokens.
+        """
+        check_choice("mode", mode, ("first", "last"))
+        tokens = self._row(input, prepend_bos)
+        token = (
+            self.to_single_token(single_token) if isinstance(single_token, str) else single_token
+        )
+        found = (tokens == token).nonzero()[:, 0].tolist()
+        if not found:
+            raise ValueError(f"token {token} ({single_token!r}) does not stand in the input")
+        return int(found[0] if mode == "first" else found[-1])
+
+    def tokens_to_residual_directions(
+        self, tokens: str | int | Int[Tensor, ...]
+    ) -> Float[Tensor, "... d_model"]:
+        """Return the unembedding vector of each token: what raises its logit, before `ln_final`."""
+        if isinstance(tokens, str):
+            tokens = self.to_single_token(tokens)
+        return self.W_U.T[torch.as_tensor(tokens, device=self.device)]
+
+    def apply_chat_template(
+        self, messages: Sequence[dict[str, Any]], add_generation_prompt: bool = True
+    ) -> Tokens:
+        """Return the tokens [1 pos] of a conversation, as the model was trained to read it.
+
+        All of them, also beyond `cfg.n_ctx`: cut, it would lose what the model is to answer. What
+        the template writes is all there is: no second BOS.
+
+        Args:
+            messages: each with a "role" and a "content".
+            add_generation_prompt: end with the opening of the model's turn.
+
+        Raises:
+            ValueError: no tokenizer, a checkpoint without a chat template or one that refuses the
+                conversation, no message, several conversations, or a message without a role.
+        """
+        template = getattr(self.text.tokenizer, "apply_chat_template", None)
+        if template is None:
+            raise ValueError("this tokenizer has no chat template: load one that has")
+        from hooked_hybrid.text.chat import checked_conversation  # brings `jinja2`
+
+        said = checked_conversation(messages)
+        text = template(said, add_generation_prompt=add_generation_prompt, tokenize=False)
+        return self.to_tokens(text, prepend_bos=False, truncate=False)
+
+    def encode_texts(
+        self,
+        input: Any,
+        prepend_bos: bool | None,
+        padding_side: PaddingSide,
+        continues: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return the padded tokens of one or several texts, and their mask if any is padded.
+
+        A text that continues a state gets no BOS, nor what else a tokenizer puts around texts,
+        unless told.
+
+        Raises:
+            ValueError: a text of more than `cfg.n_ctx` tokens.
+        """
+        prepend = False if continues and prepend_bos is None else prepend_bos
+        tokens, mask = self._encoded(input, prepend, padding_side, cut=False)
+        n_ctx = self.cfg.n_ctx
+        if n_ctx is not None and tokens.shape[1] > n_ctx:
+            long = (mask.sum(1) > n_ctx).nonzero()[:, 0].tolist()
+            raise ValueError(
+                f"texts {long} are longer than the model's n_ctx={n_ctx} tokens, the longest has "
+                f"{tokens.shape[1]}: to_tokens(...) cuts them, to_tokens(..., truncate=False) "
+                "gives all of them"
+            )
+        return tokens, None if bool(mask.all()) else mask
+
+    def _encoded(
+        self, input: Any, prepend_bos: bool | None, padding_side: PaddingSide, cut: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Return the padded tokens of texts and their mask, on the CPU."""
+        texts = [input] if isinstance(input, str) else list(input)
+        if wrong := [type(t).__name__ for t in texts if not isinstance(t, str)]:
+            raise ValueError(f"the input holds a {wrong[0]} where texts belong: give texts alone")
+        text = self.text
+        rows = text.rows(texts, prepend_bos, self.cfg.n_ctx if cut else None)
+        return pad_rows(rows, text.pad, padding_side)
+
+
+def is_texts(input: Any) -> bool:
+    """Whether an input is a list that begins with a text."""
+    return isinstance(input, (list, tuple)) and bool(input) and isinstance(input[0], str)
