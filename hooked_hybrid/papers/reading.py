@@ -21,8 +21,8 @@ _HOW_TO_READ = """\
   mean under random weights of the needles and of one more that is as far off as possible. They
   hold the mean over all such needles in 95% of samples or more, however few there are. Where all n
   are alike, up to 1 - 0.025^(1/n) of all needles ({others} here) may be anything possible. A
-  claim asks of one side alone ("at most", "at least"), and is judged by the one-sided 95% bound there, which
-  is nearer: 1 - 0.05^(1/n) of needles that are alike.
+  claim asks of one side alone ("at most", "at least"), and is judged by the one-sided 95% bound
+  there, which is nearer: 1 - 0.05^(1/n) of needles that are alike.
 - **Every needle once.** So few needles cannot bound a rare success. Settings without any head, and
   those of weights, are therefore run over {n_many} needles too, at the shortest length and the
   middle depth ("of {n_many} needles at ..."). A claim must then hold by both bounds; where the few

@@ -15,6 +15,19 @@ OWN = "hooked_hybrid"
 UNVERSIONED = sys.stdlib_module_names | {"builtins", "torch", "numpy"}
 """Whose version does not count in what a function is, as it does not in a model's forward."""
 _INSTALLED: dict[str, bool] = {}
+_STORED_AS = {
+    "hooked_hybrid.hooks.names": "hooked_hybrid.names",
+    "hooked_hybrid.hooks.places": "hooked_hybrid.places",
+    "hooked_hybrid.hooks.point": "hooked_hybrid.hooks",
+    "hooked_hybrid.hooks.root": "hooked_hybrid.hooked_root",
+    "hooked_hybrid.hooks.slicing": "hooked_hybrid.slicing",
+    "hooked_hybrid.model.cache": "hooked_hybrid.cache",
+    "hooked_hybrid.model.hybrid": "hooked_hybrid.model",
+    "hooked_hybrid.network.transforms": "hooked_hybrid.transforms",
+    "hooked_hybrid.niah.settings.setting": "hooked_hybrid.niah.settings",
+    "hooked_hybrid.text.tokenizer": "hooked_hybrid.tokenizer",
+}
+"""Modules that have moved, and the names under which older stores know what they define."""
 
 
 def is_installed(module: str) -> bool:
@@ -36,6 +49,11 @@ def is_installed(module: str) -> bool:
 def is_named(module: str) -> bool:
     """Whether what a module defines counts by name: that of installed packages and this library."""
     return is_installed(module) or top_of(module) == OWN
+
+
+def stored_name(module: str) -> str:
+    """Return the name that stands for a module in an identity, wherever the module stands now."""
+    return _STORED_AS.get(module, module)
 
 
 def top_of(module: str) -> str:
@@ -79,6 +97,7 @@ __all__ = [
     "imported",
     "is_installed",
     "is_named",
+    "stored_name",
     "top_of",
     "version_of",
     "wrapped_by_tools",

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from hooked_hybrid.runs.identity.modules import stored_name
 from hooked_hybrid.runs.identity.values import UntoldError, describe
 from hooked_hybrid.text.text import Text
-from hooked_hybrid.text.tokenizer import CheckpointTokenizer
 
 _OF_TRANSFORMERS = (
     "add_prefix_space",
@@ -50,11 +50,8 @@ def tokenizer_identity(text: Text) -> dict[str, Any]:
 
 
 def _kind(tokenizer: Any) -> str:
-    """Return the name of its class; that of ours as it was when the first stores were written."""
     kind = type(tokenizer)
-    if kind is CheckpointTokenizer:
-        return "hooked_hybrid.text.tokenizer.CheckpointTokenizer"
-    return f"{kind.__module__}.{kind.__qualname__}"
+    return f"{stored_name(kind.__module__)}.{kind.__qualname__}"
 
 
 def _content(tokenizer: Any) -> Any:

@@ -30,6 +30,7 @@ from hooked_hybrid.runs.identity.modules import (
     imported,
     is_installed,
     is_named,
+    stored_name,
     top_of,
     version_of,
     wrapped_by_tools,
@@ -157,7 +158,7 @@ class _Reader:
         if isinstance(value, torch.Generator):
             return self._all("generator", [str(value.device), value.get_state()])
         if isinstance(value, types.ModuleType):
-            return _hash("module", value.__name__)
+            return _hash("module", stored_name(value.__name__))
         if isinstance(value, type):
             return self._class(value)
         found = self._function(value)
@@ -237,7 +238,7 @@ class _Reader:
         top = top_of(module)
         if is_installed(module) and top not in UNVERSIONED:
             self._versions[top] = version_of(top)
-        return _hash("name", module, name)
+        return _hash("name", stored_name(module), name)
 
     # --- functions --------------------------------------------------------------------------
 
@@ -351,7 +352,7 @@ def _hash(*said: str) -> str:
 
 
 def _name_of(kind: type) -> str:
-    return f"{kind.__module__}.{kind.__qualname__}".removeprefix("builtins.")
+    return f"{stored_name(kind.__module__)}.{kind.__qualname__}".removeprefix("builtins.")
 
 
 __all__ = ["Known", "UntoldError", "describe", "describe_callable"]
