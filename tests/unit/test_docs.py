@@ -97,12 +97,10 @@ def test_names_on_the_page_for_users_of_transformerlens_exist():
     names = re.findall(r"`((?:analysis|folding|cache)\.[\w.]+)`", " ".join(here))
     assert len(names) > 15
     for name in names:
-        path, _, leaf = f"hooked_hybrid.{name}".rpartition(".")
-        where = (
-            ActivationCache
-            if path == "hooked_hybrid.model.cache"
-            else importlib.import_module(path)
-        )
+        path, _, leaf = name.rpartition(".")
+        path = path.replace("folding", "model.folding")
+        is_cache = path == "cache"
+        where = ActivationCache if is_cache else importlib.import_module(f"hooked_hybrid.{path}")
         assert callable(getattr(where, leaf, None)), name
     theirs = re.findall(r"`cache\.(\w+)`.*\| the same \|", text)
     theirs += re.findall(r"^\| `cache\.\w+`, `cache\.(\w+)` \| the same \|", text, re.MULTILINE)
@@ -155,7 +153,7 @@ def test_links_are_turned_into_links_between_pages():
     assert relink("docs/images/niah.png") == "images/niah.png"
     assert relink("hooked_hybrid/presets/tiny-jamba/README.md") == "tiny-jamba.md"
     assert relink("training.png", "tiny-jamba.md") == "tiny-jamba-training.png"
-    assert relink("hooked_hybrid/network/plan.py") == "reference/hooked_hybrid/plan.md"
+    assert relink("hooked_hybrid/network/plan.py") == "reference/hooked_hybrid/network/plan.md"
     assert relink("../README.md", "findings.md") == "index.md"
     assert relink("figure.png", "reproduced/thesis/report.md") == "figure.png"
     assert relink("../../findings.md", "reproduced/thesis/report.md") == "../../findings.md"
