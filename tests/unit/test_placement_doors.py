@@ -10,7 +10,8 @@ import torch
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from hooked_hybrid.network.placement import place, resolve, doors as running
+from hooked_hybrid.network.placement import doors as running
+from hooked_hybrid.network.placement import place, resolve
 from hooked_hybrid.network.placement.doors import Door, Placement, is_one_device
 from tests.models import random_tokens, tiny_model
 
