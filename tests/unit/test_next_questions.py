@@ -19,13 +19,13 @@ from hooked_hybrid import HookedHybrid
 from hooked_hybrid.commands import program as cli
 from hooked_hybrid.commands.cached_state import accuracy_by_case
 from hooked_hybrid.interventions import follow_span, keep_top_heads
-from hooked_hybrid.niah.cached_state import CachedStateJob, cached_state, settings_of
+from hooked_hybrid.niah.cached_state.sweep import CachedStateJob, cached_state, settings_of
 from hooked_hybrid.niah.cached_state.ways import ALL, CASES, WAYS, Case, _decoded, way_of
 from hooked_hybrid.niah.groups import MOST_ROWS
 from hooked_hybrid.niah.needles import PAPER
 from hooked_hybrid.niah.prompts import Prompt, grid
-from hooked_hybrid.niah.settings import hooks_for
 from hooked_hybrid.niah.settings.papers import FOLLOW_MODES, weight_matrix
+from hooked_hybrid.niah.settings.setting import hooks_for
 from hooked_hybrid.niah.sweep import niah, top_k_settings
 from tests.models import griffin_config, jamba_config, random_model, random_tokens, relative
 from tests.tolerances import FP32_PARITY
