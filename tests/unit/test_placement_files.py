@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import threading
 from pathlib import Path
@@ -100,6 +101,7 @@ def test_checkpoints_of_one_size_and_date_are_told_apart(checkpoint: Path, tmp_p
     copy = shutil.copytree(checkpoint, tmp_path / "copy")
     paths = sorted(copy.glob("*.safetensors"))
     assert identity_of(paths, torch.float32) != identity_of(paths, torch.bfloat16)
+    assert re.fullmatch("[0-9a-f]{16}-float32", identity_of(paths, torch.float32))
     large = tmp_path / "large.safetensors"
     large.write_bytes(bytes(2**20))
     os.utime(large, ns=(0, 0))
@@ -113,6 +115,7 @@ def test_checkpoints_of_one_size_and_date_are_told_apart(checkpoint: Path, tmp_p
 
 def test_another_layout_in_memory_gets_files_of_its_own():
     weight = torch.zeros(3, 4)
+    assert re.fullmatch("[0-9a-f]{8}", layout_of({"w": weight}))
     lying = {"w": weight, "x": torch.zeros(4, 3).T}
     assert layout_of({"w": weight, "x": weight}) != layout_of(lying)
     assert layout_of(lying) == layout_of({"x": torch.ones(4, 3).T, "w": weight + 1})
@@ -143,7 +146,7 @@ def test_files_of_a_process_leave_as_soon_as_they_are_mapped(tmp_path: Path, mon
     monkeypatch.setattr(OffloadFolder, "close", lambda self: None)  # as if it were killed here
     model = place(tiny_model("griffin"), {"": "disk"}, tmp_path)
     (own,) = tmp_path.iterdir()
-    assert not list(own.iterdir())
+    assert own.name.startswith("of-a-process-") and not list(own.iterdir())
     assert torch.equal(model(random_tokens()), tiny_model("griffin")(random_tokens()))
 
 
