@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import sys
 import threading
 from pathlib import Path
 from types import SimpleNamespace
@@ -71,12 +72,16 @@ def test_who_waits_for_a_folder_is_told_for_whom(tmp_path: Path, monkeypatch: An
             is_held.set()
             is_over.wait(10)
 
+    monkeypatch.setattr(sys, "argv", ["run", "--device", "cuda: 0"])
     monkeypatch.setattr(files, "time", SimpleNamespace(sleep=lambda _: is_over.set()))
     holder = threading.Thread(target=hold)
     holder.start()
     assert is_held.wait(10)
     with (
-        pytest.warns(UserWarning, match=f"in use by .*process {os.getpid()}.*waiting"),
+        pytest.warns(
+            UserWarning,
+            match=f"in use by run .*cuda: 0.*process {os.getpid()} .*:[^:]*[)]: waiting until",
+        ),
         folder.filling(parameters),
     ):
         assert is_over.is_set()

@@ -98,7 +98,7 @@ class OffloadFolder:
                 return
             except FolderInUseError as error:
                 if not is_told:
-                    holder = str(error).split(":", 1)[0]
+                    holder = str(error).rpartition(": ")[0]  # what it is, without what to do
                     warnings.warn(f"{holder}: waiting until it is filled", stacklevel=2)
                 is_told = True
                 time.sleep(WAIT)
