@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import cache
 from typing import Any
 
 import jaxtyping
 import pytest
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 from torch import Tensor
 
 from hooked_hybrid import HookedHybrid, HookPoint
@@ -976,6 +979,42 @@ def test_verbosity_changes_nothing_but_the_bar(model, tokens, capsys):
     assert capsys.readouterr() == ("", "")
     loud = model.generate(tokens, 3, stop_at_eos=False, verbose=True)
     assert torch.equal(quiet, loud) and "generating" in capsys.readouterr().err
+
+
+def test_the_bar_counts_new_tokens(model, tokens, monkeypatch):
+    bars: list[Any] = []
+
+    class Bar(nullcontext[None]):
+        def __init__(self, total: int, **_: Any) -> None:
+            super().__init__()
+            self.left = total
+            bars.append(self)
+
+        def update(self) -> None:
+            self.left -= 1
+
+    monkeypatch.setattr("hooked_hybrid.generate.tqdm", Bar)
+    model.generate(tokens, 3, stop_at_eos=False)
+    assert [bar.left for bar in bars] == [0]
+
+
+def test_a_prompt_that_ends_with_many_tokens_without_text_is_read_to_its_last_word():
+    """A blank is between its last word and the new text, whatever stands between them."""
+    model, silent = random_model(lively_model().cfg, seed=4), 9
+    words = {f"w{i}": i for i in range(D_VOCAB) if i != silent}
+    model.tokenizer = Tokenizer(WordLevel(words, unk_token="w3"))
+    prompt = torch.tensor([[7, 8, *[silent] * 40]])
+    first = int(model.generate(prompt, 1, **ENDLESS).new_tokens)
+    assert first != silent
+    out = model.generate(prompt, 3, stop_strings=f" w{first}", **ENDLESS)
+    assert out.finished.tolist() == [True] and out.new_tokens.shape == (1, 1)
+
+
+def test_text_holds_no_token_that_a_mask_leaves_out(model):
+    prompt, mask = torch.tensor([[9, 9, 7, 8]]), torch.tensor([[0, 0, 1, 1]])
+    options: dict[str, Any] = {"return_type": "str", "stop_at_eos": False, "verbose": False}
+    (text,) = model.generate(prompt, 3, attention_mask=mask, **options)
+    assert text == model.generate(prompt[:, 2:], 3, **options)[0] and text.startswith("w7 w8")
 
 
 # --- stop strings -----------------------------------------------------------------------------
