@@ -993,7 +993,7 @@ def test_the_bar_counts_new_tokens(model, tokens, monkeypatch):
         def update(self) -> None:
             self.left -= 1
 
-    monkeypatch.setattr("hooked_hybrid.generate.tqdm", Bar)
+    monkeypatch.setattr("hooked_hybrid.model.generate.tqdm", Bar)
     model.generate(tokens, 3, stop_at_eos=False)
     assert [bar.left for bar in bars] == [0]
 
