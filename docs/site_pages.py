@@ -24,6 +24,8 @@ ROOT = Path(__file__).parent.parent
 
 DOCUMENTS = {
     "README.md": "index.md",
+    "ARCHITECTURE.md": "architecture.md",
+    "CONTRIBUTING.md": "contributing.md",
     "CHANGELOG.md": "changelog.md",
     "interop/README.md": "interop.md",
     "hooked_hybrid/presets/tiny-griffin/README.md": "tiny-griffin.md",
@@ -50,6 +52,8 @@ GUIDE = {
     "quantized.md": "Quantised weights",
     "tiny-griffin.md": "tiny-griffin",
     "tiny-jamba.md": "tiny-jamba",
+    "architecture.md": "Architecture",
+    "contributing.md": "Contributing",
     "changelog.md": "Changelog",
 }
 """Titles of the guide's pages, in its order; others follow under their headings."""

@@ -131,7 +131,7 @@ def test_a_folder_of_the_same_name_comes_first(
     assert found.cfg == ours("tiny-jamba").cfg
 
 
-def test_the_wheel_holds_them(tmp_path: Path) -> None:
+def test_the_wheel_holds_them_and_no_experiments(tmp_path: Path) -> None:
     source = tmp_path / "source"
     source.mkdir()
     for name in ("hooked_hybrid", "weights_conversion", "experiments"):
@@ -142,5 +142,7 @@ def test_the_wheel_holds_them(tmp_path: Path) -> None:
     subprocess.run([*build, "--wheel-dir", tmp_path, source], check=True, capture_output=True)
     (wheel,) = tmp_path.glob("*.whl")
     packed = set(zipfile.ZipFile(wheel).namelist())
+    packages = {name.partition("/")[0] for name in packed if ".dist-info" not in name}
+    assert packages == {"hooked_hybrid", "weights_conversion"}
     for name, folder in packaged_models().items():
-        assert {f"hooked_hybrid/{name}/{file.name}" for file in folder.iterdir()} <= packed
+        assert {f"hooked_hybrid/presets/{name}/{file.name}" for file in folder.iterdir()} <= packed

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import json
 import re
+from functools import cache
 from pathlib import Path
 
 import pytest
 
 from docs import generate_hooks, site_pages
 from hooked_hybrid import ActivationCache, HookedHybrid
+from hooked_hybrid.commands.program import COMMANDS
 from hooked_hybrid.hooks.point import HookPoint
 from tests.models import CONFIGS, random_tokens, tiny_model
 
@@ -125,6 +128,88 @@ def test_files_that_the_page_says_test_a_name_use_it():
                 unused[name] = files
     built_in = {"in", "len", "forward"}  # `in cache`, `len(cache)`, `model(...)`
     assert set(unused) <= built_in, unused
+
+
+# --- the pages for those who change the code ------------------------------------------------------
+
+PAGES_ON_THE_CODE = ("ARCHITECTURE.md", "CONTRIBUTING.md")
+PYTHON = ".venv/bin/python"
+
+
+@cache
+def defined_names() -> frozenset[str]:
+    """Return every name that the code of the project defines: functions, classes, values."""
+    names = {"hooked_hybrid", "weights_conversion", "experiments", "main", "hooked-hybrid"}
+    for folder in ("hooked_hybrid", "weights_conversion", "experiments", "tests"):
+        for path in (ROOT / folder).rglob("*.py"):
+            names |= set(path.relative_to(ROOT).with_suffix("").parts)
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                if isinstance(node, ast.FunctionDef | ast.ClassDef):
+                    names.add(node.name)
+                elif isinstance(node, ast.arg):
+                    names.add(node.arg)
+                elif isinstance(node, ast.Name | ast.Attribute) and isinstance(node.ctx, ast.Store):
+                    names.add(node.id if isinstance(node, ast.Name) else node.attr)
+    return frozenset(names)
+
+
+def is_there(quoted: str) -> bool:
+    """Whether a path, a command or a name that a page quotes is what it is in the repository."""
+    targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    if quoted.startswith("make "):
+        return quoted.removeprefix("make ") in targets
+    if quoted.startswith(f"{PYTHON} -m pytest "):
+        return (ROOT / quoted.split()[-1]).is_file()
+    if quoted.startswith("python -m "):
+        module = quoted.split()[2].replace(".", "/")
+        return any((ROOT / (module + end)).is_file() for end in ("/__main__.py", ".py"))
+    if quoted.startswith("hooked-hybrid "):
+        return quoted.split()[1] in COMMANDS
+    quoted = re.sub(r"[\w/]*<\w+>\.py", lambda found: found[0].split("<")[0], quoted)
+    if "/" in quoted or re.search(r"\.(py|md|toml|txt)$", quoted):
+        found = list(ROOT.glob(f"{quoted}")) or list(ROOT.glob(f"hooked_hybrid/{quoted}"))
+        return bool(found or list(ROOT.glob(f"weights_conversion/{quoted}")))
+    words = re.findall(r"[A-Za-z_]\w*", quoted)
+    return bool(words) and all({w, f"hook_{w}"} & defined_names() for w in words)
+
+
+@pytest.mark.parametrize("page", PAGES_ON_THE_CODE)
+def test_every_path_command_and_name_on_the_pages_on_the_code_is_there(page):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    quoted = re.findall(r"(?<!`)`([^`\n]+)`(?!`)", text)
+    assert len(quoted) > 20
+    assert [q for q in quoted if not is_there(q)] == []
+
+
+def test_a_path_or_name_that_is_gone_is_noticed():
+    for gone in (
+        "hooked_hybrid/model.py",
+        "network/mixers/gone.py",
+        "make nothing",
+        "python -m experiments.nothing",
+        "hooked-hybrid nothing",
+        "HookedHybrid.from_nothing",
+        "weights_conversion/gone/<family>.py",
+    ):
+        assert not is_there(gone), gone
+
+
+def test_every_part_of_the_library_stands_on_a_floor_of_the_page():
+    table = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8").split("## Floors")[1]
+    cells = " ".join(
+        line.split("|")[1]
+        for line in table.split("\n## ")[0].splitlines()
+        if line.startswith("| `")
+    )
+    listed = {
+        name.rstrip("/").removeprefix("hooked_hybrid/") for name in re.findall(r"`(.+?)`", cells)
+    }
+    parts = {
+        path.name
+        for path in (ROOT / "hooked_hybrid").iterdir()
+        if (path.suffix == ".py" or (path / "__init__.py").is_file()) and path.name != "__init__.py"
+    }
+    assert listed == parts | {"weights_conversion"}
 
 
 # --- the site -----------------------------------------------------------------------------------
