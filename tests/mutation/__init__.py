@@ -54,6 +54,6 @@ TARGETS = (
 TESTS = (
     "niah_scores evaluation_scoring niah_prompts niah_statistics intervals generate next_questions "
     "key_room state placement placement_counts placement_doors placement_files placement_plan "
-    "placement_sizes placement_quantized padding"
+    "placement_sizes placement_quantized padding options_model step_graph"
 ).split()
 """Files of `tests/unit` that are run."""

@@ -16,9 +16,8 @@ import pytest
 
 from tests.mutation import TARGETS, TESTS
 from tests.mutation.mutants import Mutant, drawn
-from tests.mutation.running import FAULT, Baseline, Reached, Warm, in_a_fork, run_anew
+from tests.mutation.running import FAULT, ROOT, Baseline, Reached, Warm, in_a_fork, run_anew
 
-ROOT = Path(__file__).parents[2]
 OPTIONS = ["-q", "-s", "-p", "no:cacheprovider", "-o", "tmp_path_retention_policy=none"]
 OPTIONS += ["-W", "ignore::pytest.PytestAssertRewriteWarning"]
 OPTIONS += ["--basetemp", tempfile.mkdtemp(prefix="mutation-")]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import contextlib
 import gc
+import importlib
 import importlib.machinery
 import json
 import os
@@ -24,6 +25,7 @@ import pytest
 
 from tests.mutation.mutants import Mutant
 
+ROOT = Path(__file__).parents[2]
 FAULT = 70
 """Exit status of a process that could not try its mutant."""
 MANY_CALLS = 100
@@ -175,7 +177,13 @@ def run_anew(arguments: list[str], mutant: Mutant) -> int:
 
     importlib.machinery.SourceFileLoader.get_code = get_code  # type: ignore[method-assign]
     code = int(pytest.main(["-x", *arguments]))
-    return FAULT if code == pytest.ExitCode.USAGE_ERROR else code
+    if code != pytest.ExitCode.USAGE_ERROR:
+        return code
+    try:  # a mutant that cannot be imported fails every test
+        importlib.import_module(".".join(mutant.path.relative_to(ROOT).with_suffix("").parts))
+    except Exception:
+        return 1
+    return FAULT
 
 
 def in_a_fork(child: Callable[[], int], seconds: float, log: Path | None = None) -> int | None:

@@ -11,6 +11,7 @@ import jaxtyping
 import pytest
 import safetensors
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from hooked_hybrid import HookedHybrid, HookPoint
@@ -461,6 +462,18 @@ def test_what_is_no_state_file_is_an_error(tmp_path):
     (tmp_path / "text").write_text("not a state")
     with pytest.raises(safetensors.SafetensorError):
         HybridState.load(tmp_path / "text")
+
+
+@pytest.mark.parametrize("n_seen", ["-1", "-0.5", "1.5", "true", '"3"', "[3]"])
+def test_a_count_of_tokens_that_cannot_be_is_an_error(tmp_path, state, n_seen):
+    save_file(dict(state.clone().tensors()), tmp_path / "state", {"n_seen": n_seen})
+    with pytest.raises(ValueError, match="holds no whole state .n_seen="):
+        HybridState.load(tmp_path / "state")
+
+
+def test_a_count_of_no_tokens_is_one(tmp_path, state):
+    save_file(dict(state.clone().tensors()), tmp_path / "state", {"n_seen": "0"})
+    assert HybridState.load(tmp_path / "state").n_seen == 0
 
 
 def test_a_loaded_state_continues_bit_for_bit(tmp_path, model, uneven):
