@@ -13,6 +13,7 @@ from hooked_hybrid.model.cache import ActivationCache
 from hooked_hybrid.model.folding import FoldRecord, fold_ln, unfold_ln
 from hooked_hybrid.model.generate import GenerationOutput
 from hooked_hybrid.model.hybrid import HookedHybrid
+from hooked_hybrid.network.part import NotSupported
 from hooked_hybrid.network.state import HybridState
 from hooked_hybrid.network.weights.factored import FactoredMatrix
 from hooked_hybrid.presets import configs as presets
@@ -31,6 +32,7 @@ __all__ = [
     "HookedRootModule",
     "HybridConfig",
     "HybridState",
+    "NotSupported",
     "analysis",
     "fold_ln",
     "get_act_name",

@@ -24,7 +24,17 @@ class RotaryConfig:
 
 
 @dataclass(frozen=True)
-class AttentionConfig:
+class MixerConfig:
+    """What a mixer is; each kind has a class of its own, see `network.mixers.register_mixer`."""
+
+
+@dataclass(frozen=True)
+class MLPConfig:
+    """What an MLP is; each kind has a class of its own, see `network.mlps.register_mlp`."""
+
+
+@dataclass(frozen=True)
+class AttentionConfig(MixerConfig):
     """Softmax attention: MHA, MQA or GQA, optionally windowed, optionally rotary.
 
     `n_keys` counts the keys a query may see, itself included; None means all earlier ones.
@@ -53,7 +63,7 @@ class AttentionConfig:
 
 
 @dataclass(frozen=True)
-class RGLRUConfig:
+class RGLRUConfig(MixerConfig):
     """Griffin's recurrent block: two branches, a short convolution, and the RG-LRU."""
 
     d_rnn: int
@@ -69,7 +79,7 @@ class RGLRUConfig:
 
 
 @dataclass(frozen=True)
-class MambaConfig:
+class MambaConfig(MixerConfig):
     """Jamba's Mamba-1 block: selective scan, with norms on dt, B and C of `norm_eps`."""
 
     d_inner: int
@@ -85,7 +95,7 @@ class MambaConfig:
 
 
 @dataclass(frozen=True)
-class GatedMLPConfig:
+class GatedMLPConfig(MLPConfig):
     """`down(act(gate(x)) * up(x))`; `d_mlp` is the width of gate and of up, each."""
 
     d_mlp: int
@@ -97,7 +107,7 @@ class GatedMLPConfig:
 
 
 @dataclass(frozen=True)
-class MoEConfig:
+class MoEConfig(MLPConfig):
     """A mixture of `n_experts` gated MLPs, of which a router chooses `n_chosen` for each token.
 
     The weights of the chosen ones are their shares of a softmax over all experts, not renormalised.
@@ -112,10 +122,6 @@ class MoEConfig:
         _require_positive(self, "n_experts", "n_chosen", "d_mlp")
         if self.n_chosen > self.n_experts:
             raise ValueError(f"n_chosen={self.n_chosen} of n_experts={self.n_experts}")
-
-
-MixerConfig = AttentionConfig | RGLRUConfig | MambaConfig
-MLPConfig = GatedMLPConfig | MoEConfig
 
 
 @dataclass(frozen=True)
@@ -216,7 +222,8 @@ class HybridConfig:
     @property
     def d_mlp(self) -> int:
         """Width of an MLP or expert; an error where layers differ."""
-        return _one_value("d_mlp", "layers", {layer.mlp.d_mlp for layer in self.layers})
+        mlps: list[Any] = [layer.mlp for layer in self.layers]
+        return _one_value("d_mlp", "layers", {mlp.d_mlp for mlp in mlps})
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:

@@ -25,6 +25,7 @@ from hooked_hybrid.analysis.linear_form import PerState, Recurrence
 from hooked_hybrid.config import AttentionConfig, MambaConfig, RGLRUConfig
 from hooked_hybrid.model.cache import ActivationCache
 from hooked_hybrid.model.hybrid import HookedHybrid
+from hooked_hybrid.network.mixers import mixer_of
 from hooked_hybrid.network.mixers.mamba import Mamba
 from hooked_hybrid.network.mixers.rglru import RGLRU
 
@@ -154,7 +155,7 @@ def how_far(cache: ActivationCache, eps: float = 0.01, **run: Any) -> list[Reach
     """
     rows = []
     for layer, cfg in enumerate(cache.model.cfg.layers):
-        kind = KINDS[type(cfg.mixer)]
+        kind = mixer_of(cfg.mixer).kind
         if isinstance(cfg.mixer, AttentionConfig):
             window = math.inf if cfg.mixer.n_keys is None else float(cfg.mixer.n_keys)
             rows.append(Reach(layer, kind, window, window, None))
@@ -248,9 +249,4 @@ def _mamba_range(mixer: Mamba) -> DecayRange:
 RANGES: dict[type, Callable[[Any], DecayRange]] = {
     RGLRUConfig: _rglru_range,
     MambaConfig: _mamba_range,
-}
-KINDS: dict[type, str] = {
-    AttentionConfig: "attention",
-    RGLRUConfig: "rglru",
-    MambaConfig: "mamba",
 }

@@ -35,7 +35,7 @@ from typing import Any, Literal
 from jaxtyping import Float
 from torch import Tensor
 
-from hooked_hybrid.config import AttentionConfig, MambaConfig, RGLRUConfig
+from hooked_hybrid.config import AttentionConfig
 from hooked_hybrid.hooks.names import resolve
 from hooked_hybrid.hooks.slicing import whole_numbers
 from hooked_hybrid.model.hybrid import HookedHybrid
@@ -51,12 +51,6 @@ Component = tuple[str, int]
 WRITES = ("z", "result", "gated", "mixer_out", "attn_out", "mlp_out", "embed")
 READS = ("q_input", "k_input", "v_input", "mixer_in", "mlp_in", "final")
 ALIASES = {"result": "z", "attn_out": "mixer_out"}
-OUT_PROJECTIONS: dict[type, str] = {
-    AttentionConfig: "o",
-    RGLRUConfig: "linear_out",
-    MambaConfig: "out_proj",
-}
-"""Which part of a mixer writes to the stream."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +88,7 @@ class Sender:
         if leaf in ("mixer_out", "attn_out"):
             return cls(name, 2 * layer + 1)
         mixer = model.blocks[layer].any_mixer
-        weight = getattr(mixer, OUT_PROJECTIONS[type(mixer.cfg)]).W
+        weight = mixer.out_projection.W
         return cls(name, 2 * layer + 1, _channels(mixer.cfg, len(weight), which, end), weight)
 
     @property

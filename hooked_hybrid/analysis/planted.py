@@ -182,7 +182,7 @@ def planted_retrieval(noise: float = 0.0, seed: int = 0) -> Planted:
     planted = Planted(model.eval().requires_grad_(False), (2, 1), 0, (1, 2), group, DECAY)
     with torch.no_grad():
         for block in model.blocks:
-            _WRITES[block.mixer_path](block.any_mixer).weight.mul_(noise)
+            block.any_mixer.out_projection.weight.mul_(noise)
             block.mlp.down.weight.mul_(noise)
         model.embed.W_E.zero_()
         model.embed.W_E[:, :N_SYMBOLS] = torch.eye(N_SYMBOLS)  # scaled to 8, as fresh ones
@@ -190,9 +190,6 @@ def planted_retrieval(noise: float = 0.0, seed: int = 0) -> Planted:
         _plant_channels(model.blocks[planted.carrier[0]].mixer, planted)
         _plant_head(model.blocks[planted.head[0]].attn, planted)
     return planted
-
-
-_WRITES: dict[str, Any] = {"mixer": lambda m: m.linear_out, "attn": lambda m: m.o}
 
 
 def _plant_channels(mixer: Any, planted: Planted) -> None:

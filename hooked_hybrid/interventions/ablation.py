@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from hooked_hybrid.config import AttentionConfig, HybridConfig, MambaConfig, RGLRUConfig
+from hooked_hybrid.config import AttentionConfig, HybridConfig
 from hooked_hybrid.hooks.places import Places
 from hooked_hybrid.hooks.point import HookPoint, per_position
 from hooked_hybrid.hooks.root import HookSpec
@@ -24,6 +24,7 @@ from hooked_hybrid.interventions.donors import Donor, mask_of, read_kept
 from hooked_hybrid.interventions.patching import Cache
 from hooked_hybrid.interventions.pickling import picklable
 from hooked_hybrid.interventions.places import index_of_rows
+from hooked_hybrid.network.mixers import MIXERS, mixer_of
 from hooked_hybrid.shapes import Resid
 
 Heads = Mapping[int, Iterable[int] | Bool[Tensor, "..."]] | Iterable[tuple[int, int]]
@@ -33,12 +34,6 @@ DonorMask = Int[Tensor, "donor_batch donor_pos"]
 HeadMask = Bool[Tensor, "#row 1 head 1"]
 PerHead = Float[Tensor, "row pos head width"]
 Edit = Callable[[Tensor, Tensor, HookPoint], Tensor]
-
-MIXER_KINDS: dict[str, type] = {
-    "attention": AttentionConfig,
-    "rglru": RGLRUConfig,
-    "mamba": MambaConfig,
-}
 
 
 @picklable
@@ -181,16 +176,21 @@ def ablate_layers(
     return [(list(names.values()), replace)]
 
 
-def layers_of(cfg: HybridConfig, kind: Literal["attention", "rglru", "mamba"]) -> tuple[int, ...]:
+def layers_of(cfg: HybridConfig, kind: str) -> tuple[int, ...]:
     """Return the indices of the layers whose mixer is of a kind; there may be none.
+
+    Args:
+        cfg: of the model.
+        kind: "attention", "rglru", "mamba", or the `kind` of another class of mixers.
 
     Raises:
         ValueError: an unknown kind.
     """
-    if kind not in MIXER_KINDS:
-        raise ValueError(f"kind={kind!r}: give one of {', '.join(MIXER_KINDS)}")
-    mixers = [layer.mixer for layer in cfg.layers]
-    return tuple(i for i, mixer in enumerate(mixers) if isinstance(mixer, MIXER_KINDS[kind]))
+    kinds = [mixer.kind for mixer in MIXERS.values()]
+    if kind not in kinds:
+        raise ValueError(f"kind={kind!r}: give one of {', '.join(kinds)}")
+    mixers = [mixer_of(layer.mixer) for layer in cfg.layers]
+    return tuple(i for i, mixer in enumerate(mixers) if mixer.kind == kind)
 
 
 def check_heads(cfg: HybridConfig, heads: Heads) -> None:

@@ -21,34 +21,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from hooked_hybrid.config import (
-    AttentionConfig,
-    GatedMLPConfig,
-    HybridConfig,
-    MambaConfig,
-    MoEConfig,
-    RGLRUConfig,
-)
+from hooked_hybrid.config import HybridConfig
 from hooked_hybrid.model.hybrid import HookedHybrid
 from hooked_hybrid.network.layers import InnerNorm, RMSNorm, at_least_fp32
 from hooked_hybrid.network.weights.plain import require_plain_weights
 
 UNEMBEDDING = "unembed.weight"
 WIDE = torch.float32, torch.float64
-
-READERS: dict[type, tuple[str, ...]] = {
-    AttentionConfig: ("q.weight", "k.weight", "v.weight"),
-    RGLRUConfig: ("linear_x.weight", "linear_y.weight"),
-    MambaConfig: ("in_proj.weight",),
-    GatedMLPConfig: ("gate.weight", "up.weight"),
-    MoEConfig: ("router.weight", "gate", "up"),
-}
-"""Weights [... d_model] that read what a block's norm gives, by the class of their config."""
-
-HOOKS_AFTER: dict[type, tuple[str, ...]] = {
-    AttentionConfig: ("hook_q_input", "hook_k_input", "hook_v_input")
-}
-"""Hook points between a block's norm and these weights."""
 
 
 @dataclass(frozen=True)
@@ -127,6 +106,7 @@ def fold_ln(
     Raises:
         ValueError: a model without weights, or with quantised ones; or not in place, one that a
             device map spread over several devices.
+        NotSupported: a mixer or an MLP does not state what reads the stream.
 
     Source: TransformerLens's `fold_ln`, which folds on loading and for good; a norm without mean
     or bias needs no centring.
@@ -185,21 +165,21 @@ def unfold_ln(folded: HookedHybrid, record: FoldRecord, inplace: bool = False) -
 
 def _folds(model: HookedHybrid, inner_norms: bool) -> Iterator[Fold]:
     """Yield what is folded into what, in the order of the model."""
-    for i, (block, layer) in enumerate(zip(model.blocks, model.cfg.layers, strict=True)):
-        mixer = f"blocks.{i}.{block.mixer_path}"
-        for norm, part, cfg in (("ln1", mixer, layer.mixer), ("ln2", f"blocks.{i}.mlp", layer.mlp)):
+    for i, block in enumerate(model.blocks):
+        for norm, path in (("ln1", block.mixer_path), ("ln2", "mlp")):
+            part, module = f"blocks.{i}.{path}", block.get_submodule(path)
             yield Fold(
                 f"blocks.{i}.{norm}",
-                tuple(f"{part}.{name}" for name in READERS[type(cfg)]),
-                tuple(f"{part}.{name}" for name in HOOKS_AFTER.get(type(cfg), ())),
+                tuple(f"{part}.{name}" for name in module.reads),
+                tuple(f"{part}.{name}" for name in module.hooks_after_norm),
                 _multiplier(getattr(block, norm)),
             )
-            if inner_norms and isinstance(cfg, MambaConfig):
+            for inner in module.inner_norms if inner_norms else ():
                 yield Fold(
-                    f"{mixer}.dt_norm",
-                    (f"{mixer}.dt_proj.weight",),
-                    (f"{mixer}.hook_dt_low",),
-                    _multiplier(block.any_mixer.dt_norm),
+                    f"{part}.{inner.norm}",
+                    (f"{part}.{inner.reader}",),
+                    (f"{part}.{inner.hook}",),
+                    _multiplier(module.get_submodule(inner.norm)),
                 )
     yield Fold("ln_final", (UNEMBEDDING,), (), _multiplier(model.ln_final))
 

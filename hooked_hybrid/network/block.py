@@ -9,8 +9,8 @@ from hooked_hybrid.hooks.point import HookPoint
 from hooked_hybrid.network.component import Component
 from hooked_hybrid.network.layers import RMSNorm
 from hooked_hybrid.network.layout import Layout
-from hooked_hybrid.network.mixers import MIXERS, Mixer
-from hooked_hybrid.network.mlps import MLPS
+from hooked_hybrid.network.mixers import Mixer, mixer_of
+from hooked_hybrid.network.mlps import mlp_of
 from hooked_hybrid.network.state import BlockState
 from hooked_hybrid.shapes import Resid
 
@@ -18,17 +18,18 @@ from hooked_hybrid.shapes import Resid
 class Block(Component):
     """`resid_mid = resid_pre + mixer(ln1(resid_pre))`, then the same with the MLP.
 
-    The mixer lies at `attn` (attention, which also has `hook_attn_out`) or at `mixer`.
+    The mixer lies at the path that its class states, and has the further hooks on its write that
+    this states: attention at `attn`, with `hook_attn_out`, recurrences at `mixer`.
     """
 
     def __init__(self, cfg: HybridConfig, layer: LayerConfig) -> None:
         super().__init__()
-        mixer = MIXERS[type(layer.mixer)]
-        self.mixer_path = mixer.path
+        mixer = mixer_of(layer.mixer)
+        self.mixer_path, self.out_hooks = mixer.path, mixer.out_hooks
         self.ln1 = RMSNorm(cfg.d_model, cfg.norm)
         self.add_module(self.mixer_path, mixer(layer.mixer, cfg.d_model))
         self.ln2 = RMSNorm(cfg.d_model, cfg.norm)
-        self.mlp = MLPS[type(layer.mlp)](layer.mlp, cfg.d_model)
+        self.mlp = mlp_of(layer.mlp)(layer.mlp, cfg.d_model)
 
         self.hook_resid_pre = HookPoint("batch pos d_model")
         self.hook_mixer_in = HookPoint("batch pos d_model")
@@ -37,8 +38,8 @@ class Block(Component):
         self.hook_mlp_in = HookPoint("batch pos d_model")
         self.hook_mlp_out = HookPoint("batch pos d_model")
         self.hook_resid_post = HookPoint("batch pos d_model")
-        if self.mixer_path == "attn":
-            self.hook_attn_out = HookPoint("batch pos d_model")
+        for name in self.out_hooks:
+            self.add_module(name, HookPoint("batch pos d_model"))
 
     @property
     def any_mixer(self) -> Mixer[Any]:
@@ -54,8 +55,8 @@ class Block(Component):
             self.ln1(self.hook_mixer_in.branch(resid_pre)), state, layout
         )
         mixer_out = self.hook_mixer_out(mixer_out)
-        if self.mixer_path == "attn":
-            mixer_out = self.hook_attn_out.branch(mixer_out)
+        for name in self.out_hooks:
+            mixer_out = self._modules[name].branch(mixer_out)  # type: ignore[union-attr, operator]
         resid_mid = self.hook_resid_mid(resid_pre + mixer_out)
         mlp_out = self.hook_mlp_out(self.mlp(self.ln2(self.hook_mlp_in.branch(resid_mid)), layout))
         return self.hook_resid_post(resid_mid + mlp_out), state

@@ -11,29 +11,17 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from hooked_hybrid.config import (
-    AttentionConfig,
-    GatedMLPConfig,
-    MambaConfig,
-    MoEConfig,
-    RGLRUConfig,
-)
+from hooked_hybrid.config import MambaConfig, RGLRUConfig
 from hooked_hybrid.hooks.slicing import PosSlice, indices_on
 from hooked_hybrid.network.layers import RMSNorm, at_least_fp32
+from hooked_hybrid.network.mixers import mixer_of
+from hooked_hybrid.network.mlps import mlp_of
 from hooked_hybrid.network.weights.plain import as_matrix
 from hooked_hybrid.network.weights.products import linear
 
 if TYPE_CHECKING:
     from hooked_hybrid.model.hybrid import HookedHybrid
     from hooked_hybrid.network.mlps.moe import MoE
-
-MIXER_KINDS: dict[type, str] = {
-    AttentionConfig: "attn",
-    RGLRUConfig: "rglru",
-    MambaConfig: "mamba",
-}
-MLP_KINDS: dict[type, str] = {GatedMLPConfig: "mlp", MoEConfig: "moe"}
-"""How each kind of layer is called in the labels of its write."""
 
 
 @dataclass(frozen=True)
@@ -86,16 +74,15 @@ def stream(model: HookedHybrid, layer: int, mlp_input: bool) -> Parts:
 
 def mixer(model: HookedHybrid, layer: int) -> Parts:
     """Return what a mixer writes, as one part."""
-    config = model.cfg.layers[layer].mixer
-    names = (f"blocks.{layer}.hook_{name}" for name in ("attn_out", "mixer_out"))
-    there = (name for name in names if name in model.hook_dict)
-    return whole(f"{layer}_{MIXER_KINDS[type(config)]}_out", *there)
+    mixer = mixer_of(model.cfg.layers[layer].mixer)
+    names = (*reversed(mixer.out_hooks), "hook_mixer_out")
+    return whole(f"{layer}_{mixer.label}_out", *(f"blocks.{layer}.{name}" for name in names))
 
 
 def mlp(model: HookedHybrid, layer: int) -> Parts:
     """Return what an MLP or a mixture writes, as one part."""
-    config = model.cfg.layers[layer].mlp
-    return whole(f"{layer}_{MLP_KINDS[type(config)]}_out", f"blocks.{layer}.hook_mlp_out")
+    label = mlp_of(model.cfg.layers[layer].mlp).label
+    return whole(f"{layer}_{label}_out", f"blocks.{layer}.hook_mlp_out")
 
 
 def heads(model: HookedHybrid, layer: int) -> Parts:

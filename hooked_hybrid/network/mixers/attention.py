@@ -32,7 +32,10 @@ from hooked_hybrid.shapes import Queries, Resid
 class Attention(Mixer[AttentionState]):
     """Multi-head attention over what the state remembers and the new positions."""
 
-    path = "attn"
+    config, kind, label, path = AttentionConfig, "attention", "attn", "attn"
+    out_hooks = ("hook_attn_out",)
+    reads, writes = ("q.weight", "k.weight", "v.weight"), ("o.weight",)
+    hooks_after_norm = ("hook_q_input", "hook_k_input", "hook_v_input")
 
     def __init__(self, cfg: AttentionConfig, d_model: int) -> None:
         super().__init__(cfg, d_model)

@@ -1,25 +1,29 @@
-"""What a block asks of its mixer."""
+"""What a block asks of its mixer, and what the library may ask of a kind of mixer."""
 
 from __future__ import annotations
 
 from abc import abstractmethod
 from typing import Any, ClassVar, Generic, TypeVar
 
-from hooked_hybrid.network.component import Component
+from hooked_hybrid.network.layers import Linear
 from hooked_hybrid.network.layout import Layout
+from hooked_hybrid.network.part import Part, look_up, not_stated, register
 from hooked_hybrid.network.state import BlockState
 from hooked_hybrid.shapes import Resid
 
 S = TypeVar("S", bound=BlockState)
 
+MIXERS: dict[type, type[Mixer[Any]]] = {}
+"""The class of each kind of mixer, by the class of its config."""
 
-class Mixer(Component, Generic[S]):
-    """A map over positions that carries a state: `(x, state) -> (y, state)`.
 
-    `path` is where it lies in its block, and so in its hook names.
-    """
+class Mixer(Part, Generic[S]):
+    """A map over positions that carries a state: `(x, state) -> (y, state)`."""
 
     path: ClassVar[str] = "mixer"
+    """Where it lies in its block, and so in its hook names."""
+    out_hooks: ClassVar[tuple[str, ...]] = ()
+    """Further hook points of the block, in series after `hook_mixer_out`."""
 
     def __init__(self, cfg: Any, d_model: int) -> None:
         super().__init__()
@@ -33,6 +37,39 @@ class Mixer(Component, Generic[S]):
         No state means that every row begins here. The state passed in is not changed.
         """
 
+    @property
+    def out_projection(self) -> Linear:
+        """The one linear map through which all that it writes goes.
+
+        Raises:
+            NotSupported: it writes in another way.
+        """
+        path, _, leaf = self.writes[0].rpartition(".")
+        module = self.get_submodule(path)
+        if len(self.writes) > 1 or leaf != "weight" or not isinstance(module, Linear):
+            raise not_stated(type(self), "writes", "one linear map through which it writes")
+        return module
+
     @abstractmethod
     def state_shapes(self) -> dict[str, tuple[int, ...]]:
         """Return the shapes of the state's tensors, without the batch and the key axis."""
+
+
+def register_mixer(*mixers: type[Mixer[Any]]) -> None:
+    """Let configs of these classes' `config` make layers with them.
+
+    Raises:
+        NotSupported: a class does not state its config or its kind.
+        ValueError: another class has its config or its kind.
+    """
+    for mixer in mixers:
+        register(MIXERS, mixer, ("config", "kind"))
+
+
+def mixer_of(cfg: object) -> type[Mixer[Any]]:
+    """Return the class of the mixer that a config is for.
+
+    Raises:
+        NotSupported: none is registered for it.
+    """
+    return look_up(MIXERS, cfg, "mixer")

@@ -34,6 +34,7 @@ from hooked_hybrid.network.layers import (
 )
 from hooked_hybrid.network.layout import Layout
 from hooked_hybrid.network.mixers.base import Mixer
+from hooked_hybrid.network.part import FoldedNorm
 from hooked_hybrid.network.plan import may_overwrite
 from hooked_hybrid.network.scans.scan import edited_positions, hooked_scan, only_where
 from hooked_hybrid.network.scans.selective_scan import SmallInputs, SSMState, selective_scan
@@ -44,6 +45,13 @@ from hooked_hybrid.shapes import Inner, Resid
 
 class Mamba(Mixer[RecurrentState]):
     """The selective state space block."""
+
+    config, kind, title, row = MambaConfig, "mamba", "Mamba", "Mamba block"
+    reads, writes = ("in_proj.weight",), ("out_proj.weight",)
+    inner_norms = (FoldedNorm("dt_norm", "dt_proj.weight", "hook_dt_low"),)
+    rows_within = dict.fromkeys(
+        ("x_proj", "dt_norm", "B_norm", "C_norm", "dt_proj", "A_log", "D"), "selective SSM"
+    )
 
     def __init__(self, cfg: MambaConfig, d_model: int) -> None:
         super().__init__(cfg, d_model)

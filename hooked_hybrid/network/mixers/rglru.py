@@ -46,6 +46,10 @@ MAX_SQRT_GRADIENT = 1000.0
 class RGLRU(Mixer[RecurrentState]):
     """The recurrent block around a real-gated linear recurrent unit."""
 
+    config, kind, title, row = RGLRUConfig, "rglru", "RG-LRU", "recurrent block"
+    reads, writes = ("linear_x.weight", "linear_y.weight"), ("linear_out.weight",)
+    rows_within = dict.fromkeys(("input_gate", "rec_gate", "a_param"), "RG-LRU")
+
     def __init__(self, cfg: RGLRUConfig, d_model: int) -> None:
         super().__init__(cfg, d_model)
         self.cfg: RGLRUConfig = cfg

@@ -7,19 +7,22 @@ from torch import Tensor
 
 from hooked_hybrid.config import GatedMLPConfig
 from hooked_hybrid.hooks.point import HookPoint
-from hooked_hybrid.network.component import Component
 from hooked_hybrid.network.layers import Linear, activate, times
 from hooked_hybrid.network.layout import Layout
+from hooked_hybrid.network.mlps.base import MLP
 from hooked_hybrid.network.plan import may_overwrite
 from hooked_hybrid.shapes import Resid
 
 
-class GatedMLP(Component):
+class GatedMLP(MLP):
     """GeGLU or SwiGLU, by the config's activation."""
 
+    config, kind, title = GatedMLPConfig, "mlp", "MLP"
+    reads, writes = ("gate.weight", "up.weight"), ("down.weight",)
+
     def __init__(self, cfg: GatedMLPConfig, d_model: int) -> None:
-        super().__init__()
-        self.cfg = cfg
+        super().__init__(cfg, d_model)
+        self.cfg: GatedMLPConfig = cfg
         self.gate = Linear(d_model, cfg.d_mlp, bias=cfg.bias)
         self.up = Linear(d_model, cfg.d_mlp, bias=cfg.bias)
         self.down = Linear(cfg.d_mlp, d_model, bias=cfg.bias)

@@ -7,6 +7,8 @@ out     = sum_chosen weight_e down_e(act(gate_e x) * up_e x)
 
 from __future__ import annotations
 
+from types import MappingProxyType
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -14,10 +16,10 @@ from torch import Tensor, nn
 from hooked_hybrid.config import MoEConfig
 from hooked_hybrid.hooks.point import HookPoint
 from hooked_hybrid.network import transforms
-from hooked_hybrid.network.component import Component
 from hooked_hybrid.network.kernels import grouped_experts
 from hooked_hybrid.network.layers import Linear, activate, draw_normal, times
 from hooked_hybrid.network.layout import Layout
+from hooked_hybrid.network.mlps.base import MLP
 from hooked_hybrid.network.plan import may_overwrite
 from hooked_hybrid.network.weights.layout import empty_weight
 from hooked_hybrid.network.weights.plain import Stored, as_matrix
@@ -28,14 +30,18 @@ Weights = Float[Tensor, "batch pos n_chosen"]
 Indices = Int[Tensor, "batch pos n_chosen"]
 
 
-class MoE(Component):
+class MoE(MLP):
     """A router and its experts, whose weights are stacked on a leading axis."""
 
+    config, kind, title = MoEConfig, "moe", "experts"
+    reads, writes = ("router.weight", "gate", "up"), ("down",)
+    kept_plain = ("router.weight",)
+    rows_apart = MappingProxyType({"router": "router"})
     matrices = ("gate", "up", "down")
 
     def __init__(self, cfg: MoEConfig, d_model: int) -> None:
-        super().__init__()
-        self.cfg = cfg
+        super().__init__(cfg, d_model)
+        self.cfg: MoEConfig = cfg
         self.router = Linear(d_model, cfg.n_experts, bias=False)
         self.gate: Stored = nn.Parameter(empty_weight(cfg.n_experts, cfg.d_mlp, d_model))
         self.up: Stored = nn.Parameter(empty_weight(cfg.n_experts, cfg.d_mlp, d_model))

@@ -27,16 +27,10 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 from tqdm import tqdm
 
-from hooked_hybrid.config import (
-    AttentionConfig,
-    GatedMLPConfig,
-    HybridConfig,
-    MambaConfig,
-    MoEConfig,
-    RGLRUConfig,
-)
+from hooked_hybrid.config import HybridConfig
 from hooked_hybrid.network.memory import give_back_freed_memory
-from hooked_hybrid.network.mixers import MIXERS
+from hooked_hybrid.network.mixers import mixer_of
+from hooked_hybrid.network.mlps import mlp_of
 from hooked_hybrid.network.weights.layout import laid_out
 from hooked_hybrid.network.weights.plain import as_matrix, is_quantized, stored_bytes
 from hooked_hybrid.network.weights.torchao import Matrix, quantizer_of
@@ -48,15 +42,6 @@ if TYPE_CHECKING:
     from hooked_hybrid.model.hybrid import HookedHybrid
 
 Only = Collection[str] | Callable[[str], bool]
-
-LARGE: dict[type, tuple[str, ...]] = {
-    AttentionConfig: ("q.weight", "k.weight", "v.weight", "o.weight"),
-    RGLRUConfig: ("linear_x.weight", "linear_y.weight", "linear_out.weight"),
-    MambaConfig: ("in_proj.weight", "out_proj.weight"),
-    GatedMLPConfig: ("gate.weight", "up.weight", "down.weight"),
-    MoEConfig: ("gate", "up", "down"),
-}
-"""What is quantised of a mixer or an MLP, by the class of its config."""
 
 
 class QuantizedWeight(NamedTuple):
@@ -241,12 +226,16 @@ def dequantize_weights(model: HookedHybrid) -> None:
 
 
 def quantizable(cfg: HybridConfig) -> list[str]:
-    """Return the names of the parameters that can be quantised, in the order of the layers."""
+    """Return the names of the parameters that can be quantised, in the order of the layers.
+
+    Raises:
+        NotSupported: a mixer or an MLP does not state what reads and writes the stream.
+    """
     names = []
     for i, layer in enumerate(cfg.layers):
-        mixer = MIXERS[type(layer.mixer)].path
-        names += [f"blocks.{i}.{mixer}.{leaf}" for leaf in LARGE[type(layer.mixer)]]
-        names += [f"blocks.{i}.mlp.{leaf}" for leaf in LARGE[type(layer.mlp)]]
+        mixer, mlp = mixer_of(layer.mixer), mlp_of(layer.mlp)
+        names += [f"blocks.{i}.{mixer.path}.{leaf}" for leaf in mixer.large()]
+        names += [f"blocks.{i}.mlp.{leaf}" for leaf in mlp.large()]
     return names
 
 
@@ -291,7 +280,6 @@ def _set(model: HookedHybrid, name: str, weight: nn.Parameter | nn.ParameterList
 
 
 __all__ = [
-    "LARGE",
     "Only",
     "Quantization",
     "QuantizedWeight",

@@ -24,6 +24,7 @@ from hooked_hybrid.interventions import (
     random_score,
     reversed_score,
 )
+from hooked_hybrid.network.mixers import MIXERS
 from hooked_hybrid.niah.head_sets import head_sets, n_sets
 from hooked_hybrid.niah.prompts import Prompt
 from hooked_hybrid.niah.settings.setting import Hooks, PerRow, Setting
@@ -43,7 +44,6 @@ FOLLOW_MODES: dict[str, dict[str, Any]] = {
 USUAL_DRAWS = 20
 """Sets of heads, and of layers, by lot where all of them are too many."""
 WHOLE = Setting("whole", spec={"kind": "whole"})
-_MIXERS = {"attention": "attention", "rglru": "RG-LRU", "mamba": "Mamba"}
 
 
 def weight_matrix(
@@ -80,13 +80,13 @@ def weight_matrix(
 def layer_settings(cfg: HybridConfig) -> list[Setting]:
     """Return the whole model, each kind of layer silenced in both stages, and each mixer alone."""
     settings = [WHOLE]
-    for kind, name in _MIXERS.items():
-        if layers := layers_of(cfg, kind):  # type: ignore[arg-type]
-            settings.append(_silenced(f"no {name}", layers, "mixer"))
+    for mixer in MIXERS.values():
+        if layers := layers_of(cfg, mixer.kind):
+            settings.append(_silenced(f"no {mixer.title}", layers, "mixer"))
     settings.append(_silenced("no MLP", range(cfg.n_layers), "mlp"))
-    for kind, name in _MIXERS.items():
-        for layer in layers_of(cfg, kind):  # type: ignore[arg-type]
-            settings.append(_silenced(f"no {name} {layer}", [layer], "mixer"))
+    for mixer in MIXERS.values():
+        for layer in layers_of(cfg, mixer.kind):
+            settings.append(_silenced(f"no {mixer.title} {layer}", [layer], "mixer"))
     return settings
 
 

@@ -1,0 +1,45 @@
+"""What a block asks of its MLP, and what the library may ask of a kind of MLP."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import Any
+
+from hooked_hybrid.network.layout import Layout
+from hooked_hybrid.network.part import Part, look_up, register
+from hooked_hybrid.shapes import Resid
+
+MLPS: dict[type, type[MLP]] = {}
+"""The class of each kind of MLP, by the class of its config."""
+
+
+class MLP(Part):
+    """A map of each position by itself."""
+
+    def __init__(self, cfg: Any, d_model: int) -> None:  # noqa: ARG002  (made with both)
+        super().__init__()
+        self.cfg = cfg
+
+    @abstractmethod
+    def forward(self, x: Resid, layout: Layout) -> Resid:
+        """Return what the MLP writes."""
+
+
+def register_mlp(*mlps: type[MLP]) -> None:
+    """Let configs of these classes' `config` make layers with them.
+
+    Raises:
+        NotSupported: a class does not state its config or its kind.
+        ValueError: another class has its config or its kind.
+    """
+    for mlp in mlps:
+        register(MLPS, mlp, ("config", "kind"))
+
+
+def mlp_of(cfg: object) -> type[MLP]:
+    """Return the class of the MLP that a config is for.
+
+    Raises:
+        NotSupported: none is registered for it.
+    """
+    return look_up(MLPS, cfg, "mlp")
