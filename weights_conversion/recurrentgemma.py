@@ -166,7 +166,8 @@ def config_to_dict(cfg: HybridConfig) -> dict[str, Any]:
         (len(recurrent) <= 1, "recurrent layers differ"),
         (len(mlps) == 1, "MLPs differ"),
     )
-    mlp, rec = mlps.pop(), next(iter(recurrent), None)
+    mlp: Any = mlps.pop()
+    rec = next(iter(recurrent), None)
     att = next(iter(attention), None) or _no_attention(cfg, rec)
     _require_expressible(cfg, att, rec, mlp)
     assert att.rotary is not None

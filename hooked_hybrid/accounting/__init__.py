@@ -15,8 +15,8 @@ from hooked_hybrid.accounting.memory import (
     state_bytes,
     tokens_where_attention_is_larger,
 )
-from hooked_hybrid.accounting.operations import Flops
 from hooked_hybrid.accounting.parameters import ParameterCount, ParameterRow, count_parameters
+from hooked_hybrid.network.costs import Flops
 
 __all__ = [
     "PUBLISHED",

@@ -19,10 +19,12 @@ from collections.abc import Callable, Iterable
 from functools import cache
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from hooked_hybrid.accounting.operations import OF_LAYER, OF_PAIR, Flops, norm, read_out
-from hooked_hybrid.accounting.parameters import KINDS
+from hooked_hybrid.accounting.parameters import order_of_rows
 from hooked_hybrid.config import HybridConfig
 from hooked_hybrid.network.attention.attend import BLOCK
+from hooked_hybrid.network.costs import Flops, norm
+from hooked_hybrid.network.mixers import mixer_of
+from hooked_hybrid.network.mlps import mlp_of
 from hooked_hybrid.network.plan import PIECE
 from hooked_hybrid.options import require
 
@@ -51,6 +53,7 @@ def prefill_flops(
 
     Raises:
         ValueError: a length, batch or number of logits that cannot be.
+        NotSupported: a mixer or an MLP does not state its operations.
 
     Source: Zani et al. 2025, Figure 2, also by kind of layer.
     """
@@ -113,23 +116,27 @@ def _flops(
     """Return the operations of a forward; `pairs_of` gives the pairs of a row from its window."""
     found: defaultdict[str, Flops] = defaultdict(Flops)
     for layer, n_layers in Counter(cfg.layers).items():
-        for part in (layer.mixer, layer.mlp):
-            for kind, cost in OF_LAYER[type(part)].items():
-                found[kind] += cost(part, cfg.d_model) * (n_layers * n_tokens)
-                if type(part) in OF_PAIR:
-                    n_pairs = pairs_of(getattr(part, "n_keys", None))
-                    found[kind] += OF_PAIR[type(part)](part) * (n_layers * n_pairs)
+        mixer, mlp = mixer_of(layer.mixer), mlp_of(layer.mlp)
+        for kind, flops in mixer.operations(layer.mixer, cfg.d_model).items():
+            found[kind] += flops * (n_layers * n_tokens)
+        if mixer.grows:
+            n_pairs = pairs_of(mixer.window(layer.mixer))
+            found[mixer.row] += mixer.pair_operations(layer.mixer) * (n_layers * n_pairs)
+        for kind, flops in mlp.operations(layer.mlp, cfg.d_model).items():
+            found[kind] += flops * (n_layers * n_tokens)
     n_norms = 2 * cfg.n_layers * n_tokens + n_logits
     found["norms"] = Flops(elementwise=n_norms * norm(cfg.d_model))
     if cfg.scale_embedding:
         found["embedding"] = Flops(elementwise=n_tokens * cfg.d_model)
     found["read-out"] = read_out(cfg) * n_logits
-    return {kind: flops * batch for kind, flops in sorted(found.items(), key=_order)}
+    order = order_of_rows()
+    return {kind: found[kind] * batch for kind in sorted(found, key=order.index)}
 
 
-def _order(item: tuple[str, Flops]) -> int:
-    order = list(KINDS.values())
-    return order.index(item[0]) if item[0] in order else order.index("experts")
+def read_out(cfg: HybridConfig) -> Flops:
+    """Return the logits of one token, with their soft cap."""
+    capped = 3 * cfg.d_vocab if cfg.logits_soft_cap is not None else 0
+    return Flops(products=2 * cfg.d_model * cfg.d_vocab, elementwise=capped)
 
 
 class Ratio(NamedTuple):
@@ -176,7 +183,7 @@ def recurrence_over_attention(
 
 
 def _mixer_kinds(cfg: HybridConfig, layer: int) -> Iterable[str]:
-    return OF_LAYER[type(cfg.layers[layer].mixer)]
+    return mixer_of(cfg.layers[layer].mixer).rows()
 
 
 def flops_table(
@@ -224,8 +231,8 @@ def _layers(cfg: HybridConfig) -> dict[str, int]:
     counts = Counter(
         kind
         for layer in cfg.layers
-        for part in (layer.mixer, layer.mlp)
-        for kind in OF_LAYER[type(part)]
+        for part in (mixer_of(layer.mixer), mlp_of(layer.mlp))
+        for kind in part.rows()
     )
     return {**counts, "norms": 2 * cfg.n_layers + 1}
 

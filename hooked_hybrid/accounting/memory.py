@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import astuple, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
-from hooked_hybrid.config import AttentionConfig, HybridConfig, MambaConfig, RGLRUConfig
+from hooked_hybrid.config import HybridConfig, MixerConfig
+from hooked_hybrid.network.mixers import mixer_of
+from hooked_hybrid.network.state import kept_dtype
 from hooked_hybrid.options import require
 
 if TYPE_CHECKING:
@@ -17,6 +20,14 @@ if TYPE_CHECKING:
 
 POSITION = torch.int64.itemsize
 """Bytes of the position of a key, of a row's next position and of its document."""
+IN_PART = {
+    "k": "keys_values",
+    "v": "keys_values",
+    "pos": "key_positions",
+    "conv": "convolution",
+    "ssm": "recurrence",
+}
+"""The part of `StateBytes` in which each tensor of a state is counted."""
 _FAR = 2**40
 """Tokens at which a layer without a window is taken to have outgrown any recurrence."""
 
@@ -75,8 +86,21 @@ def state_bytes(
         raise ValueError(f"n_tokens={n_tokens}, batch={batch}: give 1 or more of each")
     row = StateBytes(counters=2 * POSITION)
     for layer in cfg.layers:
-        row += OF_MIXER[type(layer.mixer)](layer.mixer, n_tokens, dtype)
+        row += layer_state_bytes(layer.mixer, n_tokens, dtype)
     return row * batch
+
+
+def layer_state_bytes(cfg: MixerConfig, n_tokens: int, dtype: torch.dtype) -> StateBytes:
+    """Return what one row of a layer's state takes, from its shapes.
+
+    Raises:
+        NotSupported: the mixer does not state the shapes of its state.
+    """
+    mixer, found = mixer_of(cfg), {part: 0 for part in IN_PART.values()}
+    for name, shape in mixer.state_shapes(cfg).items():
+        n = math.prod(shape) * (mixer.n_kept(cfg, n_tokens) if name in mixer.grows else 1)
+        found[IN_PART[name]] += n * kept_dtype(name, dtype).itemsize
+    return StateBytes(**found)
 
 
 def memory_table(
@@ -112,7 +136,8 @@ def tokens_where_attention_is_larger(
 
     None where they never do: a short window, or no attention layer.
     """
-    windows = [cfg.layers[i].mixer.n_keys for i in cfg.attention_layers]  # type: ignore[union-attr]
+    mixers = [(mixer_of(layer.mixer), layer.mixer) for layer in cfg.layers]
+    windows = [mixer.window(of) for mixer, of in mixers if mixer.grows]
     last = _FAR if None in windows else max((w for w in windows if w is not None), default=1)
 
     def is_larger(n_tokens: int) -> bool:
@@ -122,38 +147,9 @@ def tokens_where_attention_is_larger(
     return bisect_left(range(last + 1), True, lo=1, key=is_larger) if is_larger(last) else None
 
 
-def _attention(cfg: AttentionConfig, n_tokens: int, dtype: torch.dtype) -> StateBytes:
-    kept = n_tokens if cfg.n_keys is None else min(n_tokens, cfg.n_keys - 1)
-    a_key = 2 * cfg.n_kv_heads * cfg.d_head * dtype.itemsize
-    return StateBytes(keys_values=kept * a_key, key_positions=kept * POSITION)
-
-
-def _recurrent(d_conv: int, channels: int, states: int, dtype: torch.dtype) -> StateBytes:
-    wide = torch.promote_types(dtype, torch.float32)
-    return StateBytes(
-        convolution=(d_conv - 1) * channels * dtype.itemsize, recurrence=states * wide.itemsize
-    )
-
-
-def _rglru(cfg: RGLRUConfig, n_tokens: int, dtype: torch.dtype) -> StateBytes:  # noqa: ARG001
-    return _recurrent(cfg.d_conv, cfg.d_rnn, cfg.d_rnn, dtype)
-
-
-def _mamba(cfg: MambaConfig, n_tokens: int, dtype: torch.dtype) -> StateBytes:  # noqa: ARG001
-    return _recurrent(cfg.d_conv, cfg.d_inner, cfg.d_inner * cfg.d_state, dtype)
-
-
-OF_MIXER: dict[type, Callable[[Any, int, torch.dtype], StateBytes]] = {
-    AttentionConfig: _attention,
-    RGLRUConfig: _rglru,
-    MambaConfig: _mamba,
-}
-"""What one row of a layer's state takes, by the class of its mixer's config."""
-
-
 __all__ = [
-    "OF_MIXER",
     "StateBytes",
+    "layer_state_bytes",
     "memory_table",
     "state_bytes",
     "tokens_where_attention_is_larger",

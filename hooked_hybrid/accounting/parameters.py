@@ -12,36 +12,20 @@ from torch import nn
 from hooked_hybrid.config import HybridConfig
 from hooked_hybrid.model.hybrid import HookedHybrid
 from hooked_hybrid.network.layers import Embed, RMSNorm, Unembed
-from hooked_hybrid.network.mixers import RGLRU, Attention, Mamba
-from hooked_hybrid.network.mlps import GatedMLP, MoE
+from hooked_hybrid.network.mixers import MIXERS
+from hooked_hybrid.network.mlps import MLPS
+from hooked_hybrid.network.part import Part
 from hooked_hybrid.options import require
 
 if TYPE_CHECKING:
     import pandas as pd
 
-KINDS: dict[type[nn.Module], str] = {
-    GatedMLP: "MLP",
-    MoE: "experts",
-    RGLRU: "recurrent block",
-    Mamba: "Mamba block",
-    Attention: "attention",
+BESIDE_LAYERS: dict[type[nn.Module], str] = {
     RMSNorm: "norms",
     Embed: "embedding",
     Unembed: "read-out",
 }
-"""The kind of layer that each class of module is, in the order of the tables."""
-
-BESIDE: dict[tuple[type[nn.Module], str], str] = {(MoE, "router"): "router"}
-"""Children of a module that are a kind of their own."""
-
-PARTS: dict[tuple[type[nn.Module], str], str] = {
-    **{(RGLRU, child): "RG-LRU" for child in ("input_gate", "rec_gate", "a_param")},
-    **{
-        (Mamba, child): "selective SSM"
-        for child in ("x_proj", "dt_norm", "B_norm", "C_norm", "dt_proj", "A_log", "D")
-    },
-}
-"""Children that are also counted alone, inside their module's kind."""
+"""The row of modules that are no mixer and no MLP, in the order of the tables."""
 
 TOKEN_KINDS = ("embedding", "read-out")
 """Kinds that grow with the vocabulary, left out of the papers' counts."""
@@ -121,27 +105,34 @@ def count_parameters(cfg: HybridConfig) -> ParameterCount:
     """
     found: dict[tuple[str, str | None], list[tuple[str, int, int]]] = defaultdict(list)
     model = HookedHybrid.meta(cfg)
-    kind_of = [(path, m, KINDS[type(m)]) for path, m in model.named_modules() if type(m) in KINDS]
-    for path, module, kind in kind_of:
-        for name, parameter in module.named_parameters():
+    inside: tuple[str, ...] = ()
+    for path, module in model.named_modules():
+        inside = (*inside, f"{path}.") if isinstance(module, Part) else inside
+        if type(module) in BESIDE_LAYERS and not path.startswith(inside):
+            n = sum(p.numel() for p in module.parameters())
+            if n:
+                found[BESIDE_LAYERS[type(module)], None].append((path, n, n))
+        for name, parameter in module.named_parameters() if isinstance(module, Part) else ():
             child, n = name.split(".")[0], parameter.numel()
-            beside = BESIDE.get((type(module), child))
-            active = n if beside else _active(module, n)
-            found[beside or kind, None].append((path, n, active))
-            if part := PARTS.get((type(module), child)):
-                found[part, kind].append((path, n, active))
+            active = module.active_parameters(module.cfg, child, n)
+            found[module.rows_apart.get(child, module.row), None].append((path, n, active))
+            if part := module.rows_within.get(child):
+                found[part, module.row].append((path, n, active))
     rows = tuple(_row(*key, found[key]) for key in sorted(found, key=_order))
     counted, whole = ParameterCount(rows), sum(p.numel() for p in model.parameters())
     if counted.total != whole:
         raise LookupError(
             f"{whole - counted.total:,} parameters lie in modules without a kind: add their class "
-            "to accounting.parameters.KINDS"
+            "to accounting.parameters.BESIDE_LAYERS, or make it a Mixer or an MLP"
         )
     return counted
 
 
-def _active(module: nn.Module, n: int) -> int:
-    return n * module.cfg.n_chosen // module.cfg.n_experts if isinstance(module, MoE) else n
+def order_of_rows() -> list[str]:
+    """Return the rows of the tables in their order: MLPs, recurrences, attention, the rest."""
+    mixers = sorted(MIXERS.values(), key=lambda mixer: bool(mixer.grows))
+    rows = [row for part in (*MLPS.values(), *mixers) for row in part.rows()]
+    return [*dict.fromkeys(rows), *BESIDE_LAYERS.values()]
 
 
 def _row(kind: str, part_of: str | None, found: list[tuple[str, int, int]]) -> ParameterRow:
@@ -150,12 +141,19 @@ def _row(kind: str, part_of: str | None, found: list[tuple[str, int, int]]) -> P
 
 
 def _order(key: tuple[str, str | None]) -> tuple[int, bool]:
-    """Return where a row stands: parts behind their kind, the router before its experts."""
-    kind, part_of = key
-    kinds = list(KINDS.values())
-    if kind in kinds:
-        return kinds.index(kind), part_of is not None
-    return kinds.index(part_of or "experts"), True
+    """Return where a row stands: what a part has beside its own row, or within it, behind that."""
+    row, part_of = key
+    beside = {r: part.row for part in MLPS.values() for r in part.rows_apart.values()}
+    beside |= {r: part.row for part in MIXERS.values() for r in part.rows_apart.values()}
+    own = part_of or beside.get(row, row)
+    return order_of_rows().index(own), own != row
 
 
-__all__ = ["KINDS", "TOKEN_KINDS", "ParameterCount", "ParameterRow", "count_parameters"]
+__all__ = [
+    "BESIDE_LAYERS",
+    "TOKEN_KINDS",
+    "ParameterCount",
+    "ParameterRow",
+    "count_parameters",
+    "order_of_rows",
+]

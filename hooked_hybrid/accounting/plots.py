@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from hooked_hybrid.analysis.drawing import new_figure
+from hooked_hybrid.network.mixers import MIXERS
+from hooked_hybrid.network.mlps import MLPS
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -27,7 +29,8 @@ LINES: dict[str, tuple[str, Any]] = {
 """Colour and style of each kind of layer; kinds that are not here are too cheap to draw."""
 
 
-RECURRENT = ("recurrent block", "Mamba block")
+OTHER = "#56B4E9", "-"
+"""Of mixers and MLPs that have no line of their own."""
 PAIRS: dict[str, tuple[str, Any]] = {
     "products": ("attention, pairs inside the mask", "-"),
     "executed_products": ("attention, pairs computed here, in blocks of 64", "--"),
@@ -80,8 +83,8 @@ def compute_figure(
 
 def _draw_kinds(axes: Axes, table: pd.DataFrame, title: str) -> None:
     for kind, part in table.groupby("kind", sort=False):
-        if kind in LINES:
-            colour, style = LINES[str(kind)]
+        if kind in LINES or kind in {part.row for part in (*MIXERS.values(), *MLPS.values())}:
+            colour, style = LINES.get(str(kind), OTHER)
             n = part["layers"].iloc[0]
             name = str(kind) if kind == "read-out" else f"{kind} \u00d7 {n}"
             axes.plot(part["length"], part["total"], color=colour, linestyle=style, label=name)
@@ -98,8 +101,10 @@ def _draw_pairs(axes: Axes, table: pd.DataFrame) -> None:
             linestyle=style,
             label=name,
         )
-    for kind, part in table[table["kind"].isin(RECURRENT)].groupby("kind"):
-        axes.plot(part["length"], part["products"], color=LINES[str(kind)][0], label=f"{kind}s")
+    recurrent = [mixer.row for mixer in MIXERS.values() if not mixer.grows]
+    for kind, part in table[table["kind"].isin(recurrent)].groupby("kind"):
+        colour, _ = LINES.get(str(kind), OTHER)
+        axes.plot(part["length"], part["products"], color=colour, label=f"{kind}s")
     _in_operations(axes, "matrix products of attention and recurrence in prefill")
 
 

@@ -111,7 +111,7 @@ def _groups(model: HookedHybrid, n_groups: int | None) -> dict[int, int]:
     found = {}
     for layer in model.cfg.recurrent_layers:
         mixer = model.blocks[layer].any_mixer
-        (width, *_) = mixer.state_shapes()["ssm"]
+        (width, *_) = mixer.state_shapes(mixer.cfg)["ssm"]
         n = getattr(mixer.cfg, "n_gate_blocks", UNGROUPED) if n_groups is None else n_groups
         if n < 1 or width % n:
             raise ValueError(f"n_groups={n}: layer {layer} has {width} channels; give a divisor")

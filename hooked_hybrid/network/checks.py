@@ -9,7 +9,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from hooked_hybrid.network import transforms
-from hooked_hybrid.network.state import AttentionState, HybridState
+from hooked_hybrid.network.state import HybridState
 from hooked_hybrid.network.weights.products import autocast_dtype
 from hooked_hybrid.options import (
     UNSET,
@@ -216,9 +216,10 @@ def checked_state(model: HookedHybrid, state: HybridState | None, batch: int) ->
     devices, autocast = model.layer_devices, autocast_dtype(model.device)
     for i, (block, kept) in enumerate(zip(model.blocks, state.blocks, strict=True)):
         parameter = block.ln1.weight
-        wanted = block.any_mixer.state_shapes()
-        skipped = 2 if isinstance(kept, AttentionState) else 1  # batch, and keys
-        got = {name: tuple(t.shape[skipped:]) for name, t in vars(kept).items()}
+        mixer = block.any_mixer
+        wanted, grows = mixer.state_shapes(mixer.cfg), mixer.grows
+        # Without the batch, and the keys where there are any.
+        got = {n: tuple(t.shape[2 if n in grows else 1 :]) for n, t in vars(kept).items()}
         if got != wanted:
             raise ValueError(
                 f"block {i} of the state has shapes {got}, this model {wanted}: it is another "

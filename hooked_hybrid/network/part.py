@@ -11,6 +11,7 @@ from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple, NoReturn
 
 from hooked_hybrid.network.component import Component
+from hooked_hybrid.network.costs import Flops, Piece
 
 
 class NotSupported(ValueError):
@@ -89,6 +90,32 @@ class Part(Component):
         cls.title = vars(cls).get("title", cls.kind)
         cls.row = vars(cls).get("row", cls.title)
         cls.label = vars(cls).get("label", cls.kind)
+
+    @classmethod
+    def operations(cls, cfg: Any, d_model: int) -> dict[str, Flops]:  # noqa: ARG003
+        """Return the operations of one token, by row of the tables.
+
+        What a mixer does with each pair of a query and a key is apart: `pair_operations`.
+        """
+        raise not_stated(cls, "operations", "its floating-point operations")
+
+    @classmethod
+    def working_bytes(cls, cfg: Any, d_model: int, piece: Piece) -> int:  # noqa: ARG003
+        """Return the bytes that its own values take at their most while a piece is run.
+
+        What it writes is among them, what it is given is not. Without hooks and gradients.
+        """
+        raise not_stated(cls, "working_bytes", "the bytes of its values in a forward")
+
+    @classmethod
+    def active_parameters(cls, cfg: Any, child: str, n: int) -> int:  # noqa: ARG003
+        """Return how many of the `n` parameters of a child act on one token: all, as a rule."""
+        return n
+
+    @classmethod
+    def rows(cls) -> tuple[str, ...]:
+        """Return its rows in the tables of parameters and operations, in their order."""
+        return (*cls.rows_apart.values(), cls.row)
 
     @classmethod
     def large(cls) -> tuple[str, ...]:

@@ -53,6 +53,15 @@ class RecurrentState:
 
 
 BlockState = AttentionState | RecurrentState
+
+
+def kept_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype in which a model of some dtype keeps a tensor of its state."""
+    if name == "pos":
+        return torch.int64
+    return torch.promote_types(dtype, torch.float32) if name == "ssm" else dtype
+
+
 _KINDS = {"k": "kv", "v": "kv", "pos": "kv", "conv": "conv", "ssm": "ssm"}
 
 

@@ -36,16 +36,12 @@ from hooked_hybrid.accounting import (
     tokens_where_attention_is_larger,
 )
 from hooked_hybrid.accounting.configs import ALIASES, config_of
-from hooked_hybrid.accounting.memory import OF_MIXER
-from hooked_hybrid.accounting.operations import OF_LAYER
-from hooked_hybrid.accounting.parameters import KINDS
+from hooked_hybrid.accounting.parameters import BESIDE_LAYERS, order_of_rows
 from hooked_hybrid.accounting.plots import compute_figure
 from hooked_hybrid.commands import accounting as commands
 from hooked_hybrid.commands import program as cli
 from hooked_hybrid.commands.accounting import lengths_up_to, windows_of
 from hooked_hybrid.config import AttentionConfig
-from hooked_hybrid.network.mixers import MIXERS
-from hooked_hybrid.network.mlps import MLPS
 from tests.models import CONFIGS, griffin_config, jamba_config, random_model, random_tokens
 from tests.parity import test_jamba_loading, test_loading
 from weights_conversion import jamba, recurrentgemma
@@ -212,15 +208,16 @@ def test_active_parameters_are_those_that_a_token_touches():
 
 
 def test_a_module_without_a_kind_is_an_error(monkeypatch: pytest.MonkeyPatch):
-    without = {kind: name for kind, name in KINDS.items() if name != "attention"}
-    monkeypatch.setattr("hooked_hybrid.accounting.parameters.KINDS", without)
+    without = {kind: name for kind, name in BESIDE_LAYERS.items() if name != "norms"}
+    monkeypatch.setattr("hooked_hybrid.accounting.parameters.BESIDE_LAYERS", without)
     with pytest.raises(LookupError, match="parameters lie in modules without a kind"):
         count_parameters(CONFIGS["griffin"])
 
 
-def test_every_mixer_and_mlp_is_accounted_for():
-    assert OF_LAYER.keys() == MIXERS.keys() | MLPS.keys()
-    assert OF_MIXER.keys() == MIXERS.keys()
+def test_rows_stand_in_the_order_of_the_papers_tables():
+    known = ["MLP", "router", "experts", "recurrent block", "Mamba block", "attention"]
+    rows = [row for row in order_of_rows() if row in {*known, *BESIDE_LAYERS.values()}]
+    assert rows == [*known, "norms", "embedding", "read-out"]
 
 
 # --- floating-point operations --------------------------------------------------------------------

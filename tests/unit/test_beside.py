@@ -98,7 +98,7 @@ def test_cut_channels_are_rows_of_zero_in_the_output_projection(name: str):
     model, tokens = shared_model(name), random_tokens()
     other = random_model(CONFIGS[name], seed=5)
     mixer = other.blocks[1].any_mixer
-    n = mixer.state_shapes()["ssm"][0] // 4
+    n = mixer.state_shapes(mixer.cfg)["ssm"][0] // 4
     out = getattr(mixer, "linear_out", None) or mixer.out_proj
     with torch.no_grad():  # [out in]
         out.weight[:, n : 2 * n] = 0

@@ -28,15 +28,19 @@ from hooked_hybrid.accounting.plan.planner import Planner
 from hooked_hybrid.accounting.plan.planning import plan
 from hooked_hybrid.accounting.plan.split import Split, Usage
 from hooked_hybrid.accounting.plan.stored import Stored
-from hooked_hybrid.accounting.plan.working import WORKING_OF, Piece, Sizes
+from hooked_hybrid.accounting.plan.working import Sizes
 from hooked_hybrid.config import (
     AttentionConfig,
     GatedMLPConfig,
     MambaConfig,
+    MixerConfig,
     MoEConfig,
     RGLRUConfig,
     RotaryConfig,
 )
+from hooked_hybrid.network.costs import Piece
+from hooked_hybrid.network.mixers import mixer_of
+from hooked_hybrid.network.mlps import mlp_of
 from hooked_hybrid.presets import configs as presets
 
 BF16, FP32, FP64 = 2, 4, 8
@@ -44,7 +48,8 @@ KB, MB, GB, TB = 10**3, 10**6, 10**9, 10**12
 
 
 def working(cfg: Any, d_model: int, *piece: Any) -> int:
-    return WORKING_OF[type(cfg)](cfg, d_model, Piece(*piece))
+    part = mixer_of(cfg) if isinstance(cfg, MixerConfig) else mlp_of(cfg)
+    return part.working_bytes(cfg, d_model, Piece(*piece))
 
 
 # --- values of a block, in bytes ------------------------------------------------------------------

@@ -20,6 +20,8 @@ from hooked_hybrid.config import AttentionConfig
 from hooked_hybrid.hooks.point import HookPoint
 from hooked_hybrid.network.attention.attend import Hooks, Sight, attend
 from hooked_hybrid.network.attention.key_room import last_keys, with_new_keys
+from hooked_hybrid.network.attention.working import working_bytes
+from hooked_hybrid.network.costs import SOFTMAX, Flops, Piece
 from hooked_hybrid.network.layers import Linear, rotate
 from hooked_hybrid.network.layout import Layout
 from hooked_hybrid.network.mixers.base import Mixer
@@ -33,7 +35,7 @@ class Attention(Mixer[AttentionState]):
     """Multi-head attention over what the state remembers and the new positions."""
 
     config, kind, label, path = AttentionConfig, "attention", "attn", "attn"
-    out_hooks = ("hook_attn_out",)
+    out_hooks, grows = ("hook_attn_out",), ("k", "v", "pos")
     reads, writes = ("q.weight", "k.weight", "v.weight"), ("o.weight",)
     hooks_after_norm = ("hook_q_input", "hook_k_input", "hook_v_input")
 
@@ -79,10 +81,42 @@ class Attention(Mixer[AttentionState]):
         z = attend(q, keys.k, keys.v, Sight(layout, keys.pos, self.cfg.n_keys), hooks)
         return self._write(layout.detach_padding(z)), self._remember(keys, layout)
 
-    def state_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Return the shapes of this layer's state, without batch and keys."""
-        heads = (self.cfg.n_kv_heads, self.cfg.d_head)
+    # --- what the library asks of it ------------------------------------------------------------
+
+    @classmethod
+    def state_shapes(cls, cfg: AttentionConfig) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of the state's tensors, without batch and keys."""
+        heads = (cfg.n_kv_heads, cfg.d_head)
         return {"k": heads, "v": heads, "pos": ()}
+
+    @classmethod
+    def window(cls, cfg: AttentionConfig) -> int | None:
+        """Return how many keys a query sees, itself included; None for all before it."""
+        return cfg.n_keys
+
+    @classmethod
+    def position_width(cls, cfg: AttentionConfig) -> int:
+        """Return the cosines or sines of a position."""
+        return cfg.rotary.d_rotary if cfg.rotary else 0
+
+    @classmethod
+    def operations(cls, cfg: AttentionConfig, d_model: int) -> dict[str, Flops]:
+        """Return projections, biases and rotations of one token."""
+        d_q, d_kv = cfg.n_heads * cfg.d_head, cfg.n_kv_heads * cfg.d_head
+        biases = (d_q + 2 * d_kv) * cfg.qkv_bias + d_model * cfg.out_bias
+        rotated = (cfg.n_heads + cfg.n_kv_heads) * cls.position_width(cfg)
+        products = 2 * d_model * (2 * d_q + 2 * d_kv)
+        return {cls.row: Flops(products, elementwise=biases + 3 * rotated + d_model)}
+
+    @classmethod
+    def pair_operations(cls, cfg: AttentionConfig) -> Flops:
+        """Return what a query and a key it sees cost: score, scale, softmax and weighted value."""
+        return Flops(products=4 * cfg.n_heads * cfg.d_head, elementwise=cfg.n_heads * (1 + SOFTMAX))
+
+    @classmethod
+    def working_bytes(cls, cfg: AttentionConfig, d_model: int, piece: Piece) -> int:
+        """Return the bytes of queries, keys and values, scores and patterns of a piece."""
+        return working_bytes(cfg, d_model, piece)
 
     # --- weights as circuits --------------------------------------------------------------------
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from typing import Any, ClassVar, Generic, TypeVar
 
+from hooked_hybrid.network.costs import Flops
 from hooked_hybrid.network.layers import Linear
 from hooked_hybrid.network.layout import Layout
 from hooked_hybrid.network.part import Part, look_up, not_stated, register
@@ -24,6 +25,8 @@ class Mixer(Part, Generic[S]):
     """Where it lies in its block, and so in its hook names."""
     out_hooks: ClassVar[tuple[str, ...]] = ()
     """Further hook points of the block, in series after `hook_mixer_out`."""
+    grows: ClassVar[tuple[str, ...]] = ()
+    """Those tensors of the state that have an axis of keys, after the batch: one a token."""
 
     def __init__(self, cfg: Any, d_model: int) -> None:
         super().__init__()
@@ -50,9 +53,34 @@ class Mixer(Part, Generic[S]):
             raise not_stated(type(self), "writes", "one linear map through which it writes")
         return module
 
-    @abstractmethod
-    def state_shapes(self) -> dict[str, tuple[int, ...]]:
+    @classmethod
+    def state_shapes(cls, cfg: Any) -> dict[str, tuple[int, ...]]:  # noqa: ARG003
         """Return the shapes of the state's tensors, without the batch and the key axis."""
+        raise not_stated(cls, "state_shapes", "the shapes of its state")
+
+    @classmethod
+    def window(cls, cfg: Any) -> int | None:  # noqa: ARG003
+        """Return how many keys a query sees, itself included; None for all before it."""
+        raise not_stated(cls, "window", "how many keys a query sees")
+
+    @classmethod
+    def pair_operations(cls, cfg: Any) -> Flops:  # noqa: ARG003
+        """Return the operations of one query and one key that it sees."""
+        raise not_stated(cls, "pair_operations", "what a query and a key cost")
+
+    @classmethod
+    def position_width(cls, cfg: Any) -> int:  # noqa: ARG003
+        """Return the numbers that it makes of a position for all layers like it: as a rule none."""
+        return 0
+
+    @classmethod
+    def n_kept(cls, cfg: Any, n_tokens: int) -> int:
+        """Return how many keys the state holds after so many tokens; 0 where none grow with them.
+
+        A window of n keys, the query itself included, leaves n - 1 to remember.
+        """
+        window = cls.window(cfg) if cls.grows else 1
+        return n_tokens if window is None else min(n_tokens, window - 1)
 
 
 def register_mixer(*mixers: type[Mixer[Any]]) -> None:

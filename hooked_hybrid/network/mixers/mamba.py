@@ -24,6 +24,7 @@ from torch.nn.functional import softplus
 
 from hooked_hybrid.config import MambaConfig
 from hooked_hybrid.hooks.point import HookPoint, LensHandle, positions_of
+from hooked_hybrid.network.costs import SILU, SOFTPLUS, Flops, Piece, norm
 from hooked_hybrid.network.layers import (
     CausalConv1d,
     InnerNorm,
@@ -37,7 +38,13 @@ from hooked_hybrid.network.mixers.base import Mixer
 from hooked_hybrid.network.part import FoldedNorm
 from hooked_hybrid.network.plan import may_overwrite
 from hooked_hybrid.network.scans.scan import edited_positions, hooked_scan, only_where
-from hooked_hybrid.network.scans.selective_scan import SmallInputs, SSMState, selective_scan
+from hooked_hybrid.network.scans.selective_scan import (
+    CHUNK,
+    CHUNK_NUMBERS,
+    SmallInputs,
+    SSMState,
+    selective_scan,
+)
 from hooked_hybrid.network.state import RecurrentState
 from hooked_hybrid.network.weights.products import autocast_dtype, in_own_dtype
 from hooked_hybrid.shapes import Inner, Resid
@@ -109,10 +116,40 @@ class Mamba(Mixer[RecurrentState]):
         gated = self.hook_gated(times(y, gate, is_ours))
         return self.out_proj(gated), RecurrentState(conv_state, h)
 
-    def state_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Return the shapes of this layer's state, without the batch."""
-        cfg = self.cfg
+    @classmethod
+    def state_shapes(cls, cfg: MambaConfig) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of the state's tensors, without the batch."""
         return {"conv": (cfg.d_conv - 1, cfg.d_inner), "ssm": (cfg.d_inner, cfg.d_state)}
+
+    @classmethod
+    def operations(cls, cfg: MambaConfig, d_model: int) -> dict[str, Flops]:
+        """Return the Mamba block with Jamba's norms for one token.
+
+        Of a channel: the convolution and its silu, the bias of the step size and softplus, delta u,
+        D u and its sum, the silu of the gate and the product with it. Of each of its states:
+        exp(delta A), the write, h, and C h, which is a matrix product here.
+        """
+        d, n, rank = cfg.d_inner, cfg.d_state, cfg.dt_rank
+        taps = 2 * cfg.d_conv - (not cfg.conv_bias)
+        a_channel = taps + SILU + 1 + SOFTPLUS + 1 + 2 + SILU + 1
+        biases = (2 * d + d_model) * cfg.proj_bias
+        norms = norm(rank) + 2 * norm(n)
+        projected = d_model * 2 * d + d * (rank + 2 * n) + rank * d + d * d_model
+        flops = Flops(
+            products=2 * projected + 2 * d * n,
+            scan=2 * d * n,
+            elementwise=d * a_channel + 3 * d * n + norms + biases + d_model,
+        )
+        return {cls.row: flops}
+
+    @classmethod
+    def working_bytes(cls, cfg: MambaConfig, d_model: int, piece: Piece) -> int:
+        """Return the bytes of branches, convolution, step sizes, what is read, and chunks."""
+        narrow, wide = 3, 4
+        a_chunk = piece.batch * min(CHUNK, piece.n_pos) * cfg.d_inner * cfg.d_state
+        chunk = 2 * (min(a_chunk, CHUNK_NUMBERS) if piece.on_cpu else a_chunk) * piece.wide
+        own = piece.n * (cfg.d_inner * (narrow * piece.width + wide * piece.wide))
+        return own + chunk + piece.n * d_model * piece.width
 
     @property
     def A(self) -> Float[Tensor, "d_inner d_state"]:

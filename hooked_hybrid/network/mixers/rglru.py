@@ -23,6 +23,7 @@ from torch.nn.functional import softplus
 from hooked_hybrid.config import RGLRUConfig
 from hooked_hybrid.hooks.point import HookPoint
 from hooked_hybrid.network import transforms
+from hooked_hybrid.network.costs import ACTIVATION, SIGMOID, Flops, Piece
 from hooked_hybrid.network.layers import (
     BlockDiagonalLinear,
     CausalConv1d,
@@ -96,9 +97,34 @@ class RGLRU(Mixer[RecurrentState]):
             conv_state, last
         )
 
-    def state_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Return the shapes of this layer's state, without the batch."""
-        return {"conv": (self.cfg.d_conv - 1, self.cfg.d_rnn), "ssm": (self.cfg.d_rnn,)}
+    @classmethod
+    def state_shapes(cls, cfg: RGLRUConfig) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of the state's tensors, without the batch."""
+        return {"conv": (cfg.d_conv - 1, cfg.d_rnn), "ssm": (cfg.d_rnn,)}
+
+    @classmethod
+    def operations(cls, cfg: RGLRUConfig, d_model: int) -> dict[str, Flops]:
+        """Return Griffin's recurrent block for one token.
+
+        Of a channel: the gate branch's bias and gelu, the other branch's bias, the convolution, two
+        gates, log a = r log_a_at_1 and a, sqrt(1 - exp(2 log a)) i u, and h times the gate branch.
+        """
+        d = cfg.d_rnn
+        gates, decay, write = 2 * (1 + SIGMOID), 2, 4 + 2
+        a_channel = 1 + ACTIVATION["gelu_tanh"] + 1 + 2 * cfg.d_conv + gates + decay + write + 1
+        flops = Flops(
+            products=3 * 2 * d_model * d + 2 * 2 * d * (d // cfg.n_gate_blocks),
+            scan=2 * d,
+            elementwise=d * a_channel + d_model + d_model,
+        )
+        return {cls.row: flops}
+
+    @classmethod
+    def working_bytes(cls, cfg: RGLRUConfig, d_model: int, piece: Piece) -> int:
+        """Return the bytes of branches, convolution, gates, decay, write, states and the output."""
+        narrow, wide = 8, 4
+        written = d_model * piece.width
+        return piece.n * (cfg.d_rnn * (narrow * piece.width + wide * piece.wide) + written)
 
     def _recur(
         self, u: Channels, state: RecurrentState | None, layout: Layout

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from hooked_hybrid.config import GatedMLPConfig
 from hooked_hybrid.hooks.point import HookPoint
+from hooked_hybrid.network.costs import ACTIVATION, Flops, Piece
 from hooked_hybrid.network.layers import Linear, activate, times
 from hooked_hybrid.network.layout import Layout
 from hooked_hybrid.network.mlps.base import MLP
@@ -45,6 +46,22 @@ class GatedMLP(MLP):
     def W_out(self) -> Float[Tensor, "d_mlp d_model"]:
         """Output weights."""
         return self.down.W
+
+    @classmethod
+    def operations(cls, cfg: GatedMLPConfig, d_model: int) -> dict[str, Flops]:
+        """Return the operations of one token."""
+        biases = (2 * cfg.d_mlp + d_model) * cfg.bias
+        flops = Flops(
+            products=3 * 2 * d_model * cfg.d_mlp,
+            elementwise=(ACTIVATION[cfg.act] + 1) * cfg.d_mlp + biases + d_model,
+        )
+        return {cls.row: flops}
+
+    @classmethod
+    def working_bytes(cls, cfg: GatedMLPConfig, d_model: int, piece: Piece) -> int:
+        """Return the bytes of gate and linear branch, the nonlinearity, and what is written."""
+        copies = 2 if cfg.act == "silu" or piece.on_cpu else 3
+        return piece.n * (copies * cfg.d_mlp + d_model) * piece.width
 
     def forward(self, x: Resid, layout: Layout) -> Resid:  # noqa: ARG002  (experts need it)
         """Return the MLP's write."""

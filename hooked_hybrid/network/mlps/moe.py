@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from hooked_hybrid.config import MoEConfig
 from hooked_hybrid.hooks.point import HookPoint
 from hooked_hybrid.network import transforms
+from hooked_hybrid.network.costs import ACTIVATION, SOFTMAX, Flops, Piece
 from hooked_hybrid.network.kernels import grouped_experts
 from hooked_hybrid.network.layers import Linear, activate, draw_normal, times
 from hooked_hybrid.network.layout import Layout
@@ -56,6 +57,37 @@ class MoE(MLP):
         """Draw experts from N(0, 1 / d_in)."""
         for weight in self.stacks or ():
             draw_normal(weight, std=weight.shape[-1] ** -0.5)
+
+    @classmethod
+    def operations(cls, cfg: MoEConfig, d_model: int) -> dict[str, Flops]:
+        """Return the scores of all experts, their softmax and the largest; and the chosen ones."""
+        router = Flops(
+            products=2 * d_model * cfg.n_experts,
+            elementwise=(SOFTMAX + cfg.n_chosen) * cfg.n_experts,
+        )
+        one = Flops(
+            products=3 * 2 * d_model * cfg.d_mlp,
+            elementwise=(ACTIVATION[cfg.act] + 1) * cfg.d_mlp + 2 * d_model,
+        )
+        experts = one * cfg.n_chosen + Flops(elementwise=d_model)
+        return {cls.rows_apart["router"]: router, cls.row: experts}
+
+    @classmethod
+    def working_bytes(cls, cfg: MoEConfig, d_model: int, piece: Piece) -> int:
+        """Return the bytes of the experts' inputs and of their values: on a CPU one at a time.
+
+        One expert may be given every token; on a GPU all chosen ones are run together.
+        """
+        at_once, copies = (1, 2) if piece.on_cpu else (cfg.n_chosen, 3)
+        routed = piece.n * cfg.n_experts * (piece.width + piece.wide)
+        inputs = piece.n * d_model * piece.width * (cfg.n_chosen + 1)
+        a_token = (copies * cfg.d_mlp + 2 * d_model) * piece.width
+        return routed + inputs + at_once * piece.n * a_token
+
+    @classmethod
+    def active_parameters(cls, cfg: MoEConfig, child: str, n: int) -> int:
+        """Return the parameters that act on one token: all of the router's, the chosen experts'."""
+        return n if child == "router" else n * cfg.n_chosen // cfg.n_experts
 
     @property
     def W_gate(self) -> Float[Tensor, "expert d_model d_mlp"]:

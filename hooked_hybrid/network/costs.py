@@ -1,0 +1,98 @@
+"""Units in which mixers and MLPs state what they cost: operations of a token, bytes of a piece.
+
+A matrix product of [m k] and [k n] is 2 m k n operations, as `torch.utils.flop_counter` counts.
+Everything else is one operation for each sum, product, quotient, maximum, root, exponential,
+logarithm and hyperbolic tangent of two numbers or one, as the equations in `mixers` and `mlps` have
+them; what depends on the weights or on the position alone (`-8 softplus(a_param)`, `-exp(A_log)`,
+`1 + w`, cosines and sines) is not counted, nor are comparisons with a mask, look-ups and casts.
+
+=============  ==========================================================  =====================
+function       equation                                                    operations
+=============  ==========================================================  =====================
+sigmoid        1 / (1 + exp(-x))                                           4
+silu           x / (1 + exp(-x))                                           4
+gelu           x (1 + tanh(c (x + 0.044715 x^3))) / 2                      9
+softplus       log(1 + exp(x))                                             3
+softmax        exp(x - max) / sum, maximum and sum among them              5 a number
+RMSNorm        x / sqrt(mean(x^2) + eps) w                                 4 a channel and 3
+rotation       x cos + swap(x) sin                                         3 a rotated channel
+convolution    sum of d_conv taps and a bias                               2 d_conv a channel
+=============  ==========================================================  =====================
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from hooked_hybrid.config import Activation
+
+ACTIVATION: dict[Activation, int] = {"gelu_tanh": 9, "silu": 4}
+SIGMOID, SILU, SOFTPLUS, SOFTMAX = 4, 4, 3, 5
+
+WIDE = torch.float32.itemsize
+OF_MASK = torch.long.itemsize + 3
+"""Bytes of a query and a key while it is worked out whether one sees the other: by distance."""
+
+
+@dataclass(frozen=True)
+class Flops:
+    """Floating-point operations of three sorts."""
+
+    products: int = 0
+    """Of matrix products, the read-out C h of a selective scan among them."""
+    scan: int = 0
+    """Of the recurrence h_t = a_t h_{t-1} + x_t itself."""
+    elementwise: int = 0
+    """Of everything else: biases, nonlinearities, norms, convolutions, gates, residual sums."""
+
+    @property
+    def total(self) -> int:
+        """All three."""
+        return self.products + self.scan + self.elementwise
+
+    def __add__(self, other: Flops) -> Flops:
+        """Return the sum of each sort."""
+        return Flops(
+            self.products + other.products,
+            self.scan + other.scan,
+            self.elementwise + other.elementwise,
+        )
+
+    def __mul__(self, n: int) -> Flops:
+        """Return `n` times as many."""
+        return Flops(self.products * n, self.scan * n, self.elementwise * n)
+
+
+def norm(width: int) -> int:
+    """Return the operations of an RMSNorm for one token."""
+    return 4 * width + 3
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What a block is given: rows, positions of a piece, keys seen, on which kind of device."""
+
+    batch: int
+    n_pos: int
+    n_tokens: int
+    """Tokens of each row when the piece has been read."""
+    width: int
+    """Bytes of a number in the model's dtype."""
+    on_cpu: bool
+
+    @property
+    def may_be_padded(self) -> bool:
+        """Whether rows may be of different lengths."""
+        return self.batch > 1
+
+    @property
+    def n(self) -> int:
+        """Positions of all rows."""
+        return self.batch * self.n_pos
+
+    @property
+    def wide(self) -> int:
+        """Bytes of a number that is kept in fp32 or wider."""
+        return max(self.width, WIDE)
