@@ -219,7 +219,7 @@ def relink(markdown: str, page: str) -> str:
     """Return a page's text with links between pages in the place of links between files.
 
     Raises:
-        ValueError: a link to a file that is no page.
+        ValueError: a link to a file that is not a page.
     """
     if page.startswith("reference/"):
         return markdown
@@ -250,4 +250,4 @@ def page_at(path: str) -> str:
     module = path.removesuffix(".py").removesuffix("/__init__").strip("/").replace("/", ".")
     if module in modules():
         return page_of(module)
-    raise ValueError(f"a link to {path}, which is no page: see DOCUMENTS in docs/site_pages.py")
+    raise ValueError(f"a link to {path}, which is not a page: see DOCUMENTS in docs/site_pages.py")

@@ -221,7 +221,7 @@ def traced(model: HookedHybrid, asked: Case) -> pd.DataFrame:
 
 
 def kept(path: Path, make: Callable[[], pd.DataFrame]) -> pd.DataFrame:
-    """Return a table from its file, made and written first where there is none."""
+    """Return a table from its file, made and written first if there is none."""
     if not path.exists():
         with replacing(path) as temporary:
             make().to_csv(temporary, index=False)

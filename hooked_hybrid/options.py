@@ -1,8 +1,8 @@
-"""An option without effect is an error: what every public function asks before it works.
+"""An option without effect is an error: what every public function checks first.
 
 An option that can go unread defaults to None (or False, or an empty sequence), which asks for
-nothing. Its real default is filled in where it is read. So a value that was given can be told from
-one that was not, and `refuse_ignored` names those that nothing would read.
+nothing. Its real default is filled in where it is read. So a value that was given can be
+distinguished from one that was not, and `refuse_ignored` names those that nothing would read.
 """
 
 from __future__ import annotations

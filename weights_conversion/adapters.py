@@ -212,7 +212,7 @@ def _for_module(
         )
     value = next(iter(hits.values()), settings.get(default))
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e9:
-        raise CheckpointError(f"{folder}: {CONFIG}: {default}={str(value)[:60]!a} is no number")
+        raise CheckpointError(f"{folder}: {CONFIG}: {default}={str(value)[:60]!a} is not a number")
     return value
 
 

@@ -90,9 +90,9 @@ def is_without_effect(key: str, value: Any) -> bool:
 
 
 def is_listed(key: str, value: Any) -> bool:
-    """Whether a setting cannot touch what a forward computes, though the family does not know it.
+    """Whether a setting cannot touch what a forward computes, though the family does not read it.
 
-    A null says that there is no such thing.
+    A null means that there is none.
     """
     if key in WITHOUT_EFFECT_AT:
         return False

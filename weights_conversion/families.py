@@ -38,7 +38,7 @@ class Family:
             config: the content of `config.json`.
             overrides: as `HybridConfig.with_overrides` takes them.
             ignore_config_keys: settings that are taken not to be there.
-            generation_config: the content of `generation_config.json`, where there is one.
+            generation_config: the content of `generation_config.json`, if there is one.
 
         Raises:
             CheckpointError: settings that are unsupported or do not go together.

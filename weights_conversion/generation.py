@@ -1,4 +1,4 @@
-"""`generation_config.json`: its end tokens are the model's, its other settings told and kept."""
+"""`generation_config.json`: its end tokens are the model's, its other settings are kept."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ DEFAULTS = {
 
 
 def read_generation_config(folder: Path) -> dict[str, Any] | None:
-    """Return the content of a folder's `generation_config.json`, or None where there is none.
+    """Return the content of a folder's `generation_config.json`, or None if there is none.
 
     Raises:
         CheckpointError: it is not an object of JSON.
@@ -56,13 +56,13 @@ def read_generation_config(folder: Path) -> dict[str, Any] | None:
 def with_generation_config(cfg: HybridConfig, content: Mapping[str, Any] | None) -> HybridConfig:
     """Return a config that ends where transformers' `generate` would, and keeps the settings.
 
-    transformers takes the end tokens from this file alone where there is one: a file that names
+    transformers takes the end tokens from this file alone if there is one: a file that names
     none ends nowhere, whatever `config.json` says. BOS and padding are taken from it where
     `config.json` names none.
 
     Args:
         cfg: as `config.json` gives it.
-        content: of `generation_config.json`; None where there is none.
+        content: of `generation_config.json`; None if there is none.
 
     Raises:
         CheckpointError: a token that is none.
@@ -80,7 +80,7 @@ def with_generation_config(cfg: HybridConfig, content: Mapping[str, Any] | None)
     if unused := not_honoured(content):
         warnings.warn(
             f"{FILE} has settings that generate does not take from it: {named(unused)}; it is "
-            "greedy unless told otherwise, give them to it where you want them",
+            "greedy by default, give them to it where you want them",
             stacklevel=2,
         )
     kept = {k: v for k, v in content.items() if v is not None and DEFAULTS.get(k) != v}

@@ -16,7 +16,7 @@ NULLABLE = frozenset({"head_dim", "hidden_act", "lru_width", "num_key_value_head
 SAVED_EXTRAS = frozenset({"attention_dropout", "initializer_range", "use_cache"})
 
 OWN = "hooked_hybrid"
-"""The key under which this library saves settings that transformers has no word for."""
+"""The key under which this library saves settings that transformers cannot express."""
 
 LARGEST = {"num_hidden_layers": 1_000, "num_experts": 10_000}
 """Far beyond what exists; more would be built before the tensors show that it is wrong."""
@@ -49,7 +49,7 @@ def in_their_words(message: str) -> str:
 
 
 class ConfigReader:
-    """A config whose every key must be asked for, or be known to be without effect.
+    """A config whose every key must be read, or be known to be without effect.
 
     Args:
         config: the parsed `config.json`.
@@ -141,7 +141,7 @@ class ConfigReader:
         return special_tokens({key: self.get(key) for key in keys}, "config.json")
 
     def own_settings(self) -> dict[str, Any]:
-        """Return what no family's config has a word for, as this library saved it.
+        """Return what no family's config can express, as this library saved it.
 
         Raises:
             CheckpointError: it is not what is saved.
@@ -158,7 +158,7 @@ class ConfigReader:
         """Return what was not needed, to be written again when saving.
 
         Raises:
-            CheckpointError: a key nobody knows: it may change what the model computes.
+            CheckpointError: an unknown key: it may change what the model computes.
 
         Warns:
             UserWarning: keys of other programs, which change nothing.

@@ -267,7 +267,7 @@ def _mlps(reader: ConfigReader) -> tuple[MLPConfig, MLPConfig]:
 
 
 def _places(cfg: HybridConfig) -> dict[str, int] | None:
-    """Return periods and offsets of attention and of experts, or None where there are none such."""
+    """Return periods and offsets of attention and of experts, or None if there are none such."""
     attention = period_of(list(cfg.attention_layers), cfg.n_layers)
     with_experts = [i for i, layer in enumerate(cfg.layers) if isinstance(layer.mlp, MoEConfig)]
     experts = period_of(with_experts, cfg.n_layers)
@@ -284,7 +284,7 @@ def _require_expressible(
         (att.rotary is None, "attention has rotary positions"),
         (att.n_keys is None, "attention has a window (n_keys)"),
         (not att.qkv_bias and not att.out_bias, "attention has biases"),
-        (ssm.d_inner % cfg.d_model == 0, f"d_inner={ssm.d_inner} is no multiple of d_model"),
+        (ssm.d_inner % cfg.d_model == 0, f"d_inner={ssm.d_inner} is not a multiple of d_model"),
         (ssm.norm_eps == cfg.norm.eps, "Mamba's norms have another eps than the others"),
         (
             all(moe.n_experts > 1 for moe in experts),

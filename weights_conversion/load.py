@@ -48,11 +48,11 @@ def load(
     """Load a checkpoint; see `HookedHybrid.from_pretrained`.
 
     The model is made without memory and never drawn at random; each tensor is read from its
-    mapped file, converted, put in its place and let go before the next.
+    mapped file, converted, put in its place and freed before the next.
     """
     _refuse_mixed_places(device, device_map, max_memory, offload_folder)
     if quantize is None and quantize_only is not None:
-        raise ValueError("quantize_only goes with quantize: give quantize='int8'")
+        raise ValueError("quantize_only needs quantize: give quantize='int8'")
     tokenizer = as_tokenizer(tokenizer)
     checkpoint = open_checkpoint(name_or_path, revision)
     merged = adapter_of(checkpoint, adapter)
@@ -160,9 +160,7 @@ def _without_memory(cfg: HybridConfig, dtype: torch.dtype = torch.float32) -> Ho
     try:
         return HookedHybrid.meta(cfg, dtype)
     except (RuntimeError, TypeError) as error:  # more than 2^63 bytes
-        raise CheckpointError(
-            f"config.json asks for weights of no possible size: {error}"
-        ) from error
+        raise CheckpointError(f"config.json gives weights an impossible size: {error}") from error
 
 
 def shapes_of(model: nn.Module) -> dict[str, tuple[int, ...]]:
@@ -218,9 +216,9 @@ def _refuse_mixed_places(
     max_memory: MaxMemory | None,
     offload_folder: str | os.PathLike[str] | None,
 ) -> None:
-    """Refuse places that a device map should have said."""
+    """Refuse options that need a device map."""
     if device_map is None and (max_memory is not None or offload_folder is not None):
-        raise ValueError("max_memory and offload_folder go with device_map: give device_map='auto'")
+        raise ValueError("max_memory and offload_folder need device_map: give device_map='auto'")
     if device_map is not None and torch.device(device).type != "cpu":
         raise ValueError(f"device={str(device)!r} and a device_map: give one of them")
 
@@ -246,7 +244,7 @@ def _set_parameter(model: nn.Module, name: str, tensor: Tensor) -> None:
 
 
 def _refuse_untied_head(cfg: HybridConfig, source: TensorSource) -> None:
-    """Refuse a head that is stored beside the embedding it should be, and differs from it."""
+    """Refuse a stored head that differs from the embedding it should equal."""
     head, embedding = "lm_head.weight", "model.embed_tokens.weight"
     if not cfg.tied_embedding or head not in source.shapes:
         return

@@ -75,12 +75,12 @@ def config_of(
 def adapter_of(
     checkpoint: Checkpoint, adapter: str | os.PathLike[str] | Literal[False] | None
 ) -> Path | None:
-    """Return the folder of the adapter to merge; one beside the weights needs a user's word."""
+    """Return the folder of the adapter to merge; one next to the weights is used only if named."""
     if adapter is not None and adapter is not False:
         return adapter_folder(adapter)
     if adapter is None and (checkpoint.folder / ADAPTER_CONFIG).is_file():
         raise CheckpointError(
-            f"{checkpoint.folder} holds an adapter beside the weights of a model: give adapter="
+            f"{checkpoint.folder} holds an adapter as well as the weights of a model: give adapter="
             f"{str(checkpoint.folder)!a} to merge it into them, or adapter=False to leave it out"
         )
     return None
@@ -93,7 +93,7 @@ def google_config(
 
     Raises:
         CheckpointError: no such `.pt`.
-        ValueError: keys of a config.json, which there is none of.
+        ValueError: keys of a config.json, which a `.pt` does not have.
     """
     if ignore_config_keys:
         raise ValueError(f"ignore_config_keys={ignore_config_keys!a}: a .pt has no config.json")

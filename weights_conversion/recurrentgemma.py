@@ -93,7 +93,7 @@ def config_from_dict(config: dict[str, Any]) -> HybridConfig:
     d_head = reader.integer("head_dim", d_model // n_heads)
     theta, share = rope_settings(reader)
     reader.only("hidden_activation", "gelu_pytorch_tanh")
-    reader.only("hidden_act", "gelu_pytorch_tanh", "gelu")  # read by nobody beside the other
+    reader.only("hidden_act", "gelu_pytorch_tanh", "gelu")  # ignored if the other is set
     reader.only("embeddings_scale_by_sqrt_dim", True)
     n_layers, cycle = reader.integer("num_hidden_layers"), _cycle(reader)
     kinds = [cycle[i % len(cycle)] for i in range(n_layers)]
@@ -113,7 +113,7 @@ def config_from_dict(config: dict[str, Any]) -> HybridConfig:
         "n_gate_blocks": n_heads,
         "d_conv": reader.integer("conv1d_width", 4),
     }
-    mixers: dict[str, MixerConfig] = {}  # what is said of a kind that is not there means nothing
+    mixers: dict[str, MixerConfig] = {}  # settings of a kind that is not there mean nothing
     if "attention" in kinds:
         rotary = RotaryConfig(d_rotary=int(d_head * share), theta=theta)
         mixers["attention"] = AttentionConfig(

@@ -144,7 +144,7 @@ def _finite(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
         raise CheckpointError(
             f"{name} is stored as {tensor.dtype}, not as floating point of 16 bits or more"
         )
-    least, most = (float(bound) for bound in tensor.detach().aminmax())  # NaN, where there is one
+    least, most = (float(bound) for bound in tensor.detach().aminmax())  # NaN, if there is one
     largest = math.nan if math.isnan(least) else max(-least, most)
     if not largest <= LARGEST_WEIGHT:
         raise CheckpointError(
@@ -177,7 +177,7 @@ def _shape_problems(r: Rule, source: Shapes, target: Shapes) -> list[str]:
         return [f"{shown} has not the axes it should have"]
     got = [tuple(t.shape) for t in converted]
     return [
-        f"{shown} gives {name} the shape {shape}, the config asks for {target[name]}"
+        f"{shown} gives {name} the shape {shape}, the config gives {target[name]}"
         for name, shape in zip(r.targets, got, strict=True)
         if name in target and shape != target[name]
     ]

@@ -24,7 +24,7 @@ from weights_conversion.weight_files import find_weights, stale
 HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.jinja", "*.pt")
 ADAPTER_CONFIG = "adapter_config.json"
 HUB_BIN_FILES = ("pytorch_model*.bin",)
-"""Fetched where there are no safetensors; most who publish these publish the same twice."""
+"""Fetched if there are no safetensors; most who publish these publish the same twice."""
 
 
 class TensorSource(Protocol):
@@ -170,7 +170,7 @@ class Checkpoint:
             CheckpointError: there are none, or one is missing or damaged.
 
         Warns:
-            UserWarning: the folder holds other weights beside those that are read.
+            UserWarning: the folder holds other weights than those that are read.
         """
         if self.config is None:
             return open_torch_file(self.tensor_files[0])
@@ -253,11 +253,11 @@ def _download(repo: str, revision: str | None) -> Path:
         return folder
     except HFValidationError as error:
         raise CheckpointError(
-            f"{repo!r} is no directory here, no hub id, and no packaged model ({known})"
+            f"{repo!r} is not a directory here, a hub id or a packaged model ({known})"
         ) from error
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         raise CheckpointError(
-            f"{repo!r} is no directory here and no packaged model ({known}), and the hub did not "
+            f"{repo!r} is not a directory here or a packaged model ({known}), and the hub did not "
             f"give it ({type(error).__name__}): check the name, the network, and for gated models "
             "`hf auth login`"
         ) from error

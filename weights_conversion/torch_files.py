@@ -42,7 +42,7 @@ def read_torch_file(path: Path) -> tuple[dict[str, Tensor], bool]:
         for part in _pickles(path, is_zip):
             _refuse_code(path, part)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what torch says of old formats is no one's concern
+            warnings.simplefilter("ignore")  # warnings about old formats are irrelevant here
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except CheckpointError:
         raise
@@ -120,7 +120,7 @@ def _refuse_hollow(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Refuse tensors without memory of their own, which could be larger than any memory."""
     for name, t in tensors.items():
         if type(t) not in (Tensor, torch.nn.Parameter) or t.layout != torch.strided:
-            raise CheckpointError(f"{path}: {name} is no plain tensor: save its dense values")
+            raise CheckpointError(f"{path}: {name} is not a plain tensor: save its dense values")
         if t.device.type != "cpu" or t.is_quantized:
             raise CheckpointError(f"{path}: {name} holds no numbers (it is meta or quantised)")
         if t.nbytes > t.untyped_storage().nbytes():

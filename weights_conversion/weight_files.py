@@ -23,8 +23,8 @@ OF_OTHERS = ("*.h5", "*.msgpack", "*.gguf", "*.ckpt", "*.bin", "*.safetensors", 
 class WeightFiles:
     """The files that hold a model's weights.
 
-    `files` says for each which tensors an index promises in it, None where there is no index;
-    `left` names weights beside them that are not read.
+    `files` says for each which tensors an index promises in it, None if there is no index;
+    `left` names other weights that are not read.
     """
 
     files: Mapping[Path, frozenset[str] | None]
@@ -54,7 +54,7 @@ def find_weights(folder: Path) -> WeightFiles:
 
 
 def stale(folder: Path, weights: WeightFiles) -> str:
-    """Return a sentence on weights that lie beside those that are read."""
+    """Return a sentence on weights in the folder that are not read."""
     read = min(path.name for path in weights.files)
     more = "" if len(weights.files) == 1 else f" and its {len(weights.files) - 1} other shards"
     shown = ", ".join(weights.left[:4]) + (", ..." if len(weights.left) > 4 else "")
@@ -81,7 +81,7 @@ def _shards(index: Path) -> dict[Path, frozenset[str] | None]:
         raise CheckpointError(f"{index} points outside its directory, at {str(outside[0])[:60]!a}")
     suffix = ".safetensors" if SAFETENSORS in index.name else ".bin"
     if others := [f for f in weight_map.values() if Path(f).suffix != suffix]:
-        raise CheckpointError(f"{index} names {others[0]!r}, which is no {suffix} file")
+        raise CheckpointError(f"{index} names {others[0]!r}, which is not a {suffix} file")
     files: dict[str, set[str]] = {}
     for name, file in weight_map.items():
         files.setdefault(file, set()).add(name)

@@ -138,7 +138,7 @@ def peak_growth(work: Callable[[], T]) -> tuple[T, int]:
 
 
 def anonymous_bytes() -> int:
-    """Return the memory of this process that is no mapped file.
+    """Return the memory of this process that is not a mapped file.
 
     Raises:
         RuntimeError: the system does not tell.

@@ -23,7 +23,7 @@ class Measurement:
         what: unique in the case.
         values: one a round, by who did it; `OURS` is the library.
         unit: of the values: "s" for seconds, "MB" for megabytes.
-        length: tokens of the prompt, for the plot; None where there is none.
+        length: tokens of the prompt, for the plot; None if there is none.
         note: what a reader must know.
         about: date, commit and versions; the harness fills it in.
     """
@@ -64,7 +64,7 @@ class Figures:
 
 
 def read_figures(folder: Path) -> Figures:
-    """Return what a folder holds; nothing where there is no file."""
+    """Return what a folder holds; nothing if there is no file."""
     path = folder / FILE
     if not path.exists():
         return Figures()

@@ -30,7 +30,7 @@ def run(
         The names of the cases that failed, with what each says on the standard error.
 
     Raises:
-        ValueError: a name that is no case.
+        ValueError: a name that is not a case.
     """
     if unknown := [name for name in only if name not in cases]:
         raise ValueError(f"no case {', '.join(unknown)}: there are {', '.join(cases)}")

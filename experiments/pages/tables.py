@@ -12,7 +12,7 @@ from experiments.pages.results import kept
 
 
 def percent(figure: Figure | None) -> str:
-    """Return an accuracy with its interval, in per cent; a dash where there is none."""
+    """Return an accuracy with its interval, in per cent; a dash if there is none."""
     if figure is None:
         return "-"
     interval = (

@@ -264,7 +264,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _fast_folder() -> str | None:
-    """Return a folder in memory where there is one."""
+    """Return a folder in memory if there is one."""
     return "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
 
 

@@ -86,7 +86,7 @@ def change_keys(folder: Path, rng: Random) -> Damage | None:
 
 
 def break_structure(folder: Path, rng: Random) -> Damage | None:
-    """Put JSON in a config's place that is no config, or no JSON."""
+    """Put JSON in a config's place that is not a config, or no JSON."""
     path = folder / "config.json"
     if not path.exists():
         return None
@@ -143,7 +143,7 @@ def _other_type(value: Any, rng: Random) -> Any:
 
 
 def _change_json(path: Path, change: Any) -> Damage | None:
-    """Rewrite a JSON file in which something was changed; None where there is no such file."""
+    """Rewrite a JSON file in which something was changed; None if there is no such file."""
     if not path.exists():
         return None
     content = json.loads(path.read_text())

@@ -103,7 +103,7 @@ def _fetched(repo: str) -> Path:
         return Path(hf_hub_download(repo, "config.json"))
     except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
         raise ValueError(
-            f"{repo!r} is no folder here, and the hub did not give its config.json "
+            f"{repo!r} is not a folder here, and the hub did not give its config.json "
             f"({type(error).__name__}): check the name, the network, and for gated models "
             "`hf auth login`"
         ) from error

@@ -1,4 +1,4 @@
-"""Bytes of a model's state by the number of tokens it has seen: attention beside recurrence."""
+"""Bytes of a model's state by the number of tokens it has seen: attention next to recurrence."""
 
 from __future__ import annotations
 

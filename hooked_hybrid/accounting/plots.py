@@ -46,7 +46,7 @@ def compute_figure(
     """Return four panels over the length of the prompt.
 
     Operations of its prefill by kind of layer; matrix products of attention by which pairs of
-    tokens are computed, beside those of the recurrent blocks; operations of one token after the
+    tokens are computed, next to those of the recurrent blocks; operations of one token after the
     prompt; bytes of the state after it. The read-out is that of the table's number of logits.
 
     Args:

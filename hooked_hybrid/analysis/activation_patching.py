@@ -63,7 +63,7 @@ def generic_activation_patch(
             [batch pos] where rows differ. None means all.
         heads: the same.
         attention_mask, clean_attention_mask: of the two runs, where rows are padded. A clean cache
-            knows its own; for values by hand the clean one defaults to the other.
+            holds its own; for values by hand the clean one defaults to the other.
         difference: subtract the metric of the corrupted run.
         verbose: show a progress bar.
 

@@ -149,7 +149,7 @@ def attribution_patching(
         raise ValueError(f"at={at!r}: give 'corrupted' or 'clean'")
     kept = _kept_axes(reduce)
     if qk_fix and "channel" in kept:
-        raise ValueError(f"qk_fix with reduce={reduce!r}: it knows no channels, give 'position'")
+        raise ValueError(f"qk_fix with reduce={reduce!r}: qk_fix has no channels, give 'position'")
     names, excluded = _chosen(model, names_filter, reduce, kept)
     here, other = (clean_tokens, corrupted_tokens)[:: 1 if at == "clean" else -1]
     sign = -1 if at == "clean" else 1

@@ -97,7 +97,7 @@ def compare_with_patching(
     max_bytes: int = 2**30,
     verbose: bool = True,
 ) -> Agreement:
-    """Return attributions beside what patching truly changes, by kind of hook point.
+    """Compare attributions with what patching changes, by kind of hook point.
 
     A cell is a position, or a position of one head, of one layer; at patterns, of one query. Of
     each kind those with the largest attributions are taken and as many others drawn at random, and

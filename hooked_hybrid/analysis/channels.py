@@ -37,7 +37,7 @@ class GroupScores:
         """Return the score of (layer, group), the layer counted in the whole model."""
         layer, index = group
         if layer not in self.layers:
-            raise KeyError(f"layer {layer} is no recurrence; those that are: {self.layers}")
+            raise KeyError(f"layer {layer} is not a recurrence; those that are: {self.layers}")
         return float(self.values[self.layers.index(layer), index])
 
     def top(self, n: int) -> list[tuple[int, int]]:

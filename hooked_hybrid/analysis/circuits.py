@@ -130,7 +130,7 @@ def recurrence_at(model: HookedHybrid, layer: int) -> RGLRU | Mamba:
     """Return the recurrence of a layer; a ValueError names the layers that have one."""
     if layer not in model.cfg.recurrent_layers:
         raise ValueError(
-            f"layer {layer} is no recurrence; layers that are: {model.cfg.recurrent_layers}"
+            f"layer {layer} is not a recurrence; layers that are: {model.cfg.recurrent_layers}"
         )
     return model.blocks[layer].any_mixer
 

@@ -4,7 +4,8 @@
 
 `W_out` is the writer's map into the residual stream and `W_in` the reader's map out of it, the
 reader's `ln1` weight included. For attention both are whole circuits, as in Elhage et al. 2021; a
-recurrence is no linear map from input to output, but begins and ends with one for each gate block:
+recurrence is not a linear map from input to output, but begins and ends with one for each gate
+block:
 
     writer     a head: W_V W_O          a gate block: its rows of W_out
     reader     Q: (W_Q R W_K^T)         in: its columns of W_x, the branch that recurs
@@ -199,7 +200,7 @@ def _row(
     W_out: Float[Tensor, "part k d_model"],
     reads: Mapping[int, Float[Tensor, "_part d_model _m"]],
 ) -> Float[Tensor, "part reader"]:
-    """Return one layer's scores with every reader, 0 where that is no later one."""
+    """Return one layer's scores with every reader, 0 if that is not a later one."""
     return torch.cat(
         [
             of_pair(W_out[:, None], W_in)

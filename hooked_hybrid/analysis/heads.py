@@ -96,7 +96,7 @@ def _sources_seen(copied: Copied, run: Run) -> Bool[Tensor, "batch query key"]:
 def repeat_scores(
     model: HookedHybrid, n_tokens: int = 50, batch: int = 8, seed: int = 0
 ) -> dict[Kind, HeadScores]:
-    """Return the mean weight that each head gives to four places, on random tokens said twice.
+    """Return the mean weight that each head gives to four places, on random tokens given twice.
 
     After BOS come `n_tokens` distinct random tokens and the same again. From a token of the second
     copy, "current" is the token itself, "previous" the one before it, "duplicate" the same token in

@@ -1,4 +1,4 @@
-"""How long a recurrence remembers, in tokens, beside how far attention's window reaches.
+"""How long a recurrence remembers, in tokens, compared with the reach of attention's window.
 
 What a token writes into channel c is multiplied by a decay a_t at each later token. After k tokens
 the product of k decays of it is left:

@@ -72,7 +72,7 @@ def effective_attention(
     layer's output (see the module).
 
     Args:
-        cache: of a run that kept the layer's points, as `run_with_cache` does unless told
+        cache: of a run that kept the layer's points, as `run_with_cache` does by default
             otherwise; without a batch axis it counts as one row.
         layer: index of the block; a negative one counts from the last.
         through: "scan", from what the recurrence reads to `hook_ssm_y`; "block", from
@@ -135,7 +135,7 @@ def effective_attention(
 def effective_pattern(
     cache: ActivationCache, layer: int, *, keys: Indices = None, **options: Any
 ) -> EffectiveAttention:
-    """Return absolute effective attention with rows that sum to 1, to be held beside a pattern.
+    """Return absolute effective attention with rows that sum to 1, to be compared with a pattern.
 
     Args:
         cache, layer, options: as `effective_attention`.
@@ -160,7 +160,7 @@ def effective_pattern(
 def effective_offset(
     cache: ActivationCache, layer: int, *, through: Through = "scan", **run: Any
 ) -> PerChannel:
-    """Return what the layer's output holds beside its effective attention times its inputs.
+    """Return what the layer's output holds in addition to effective attention times inputs.
 
     A carried state, the convolution's bias (through "block"), and edits of writes and of the
     convolution's output; nothing but rounding for the scan of an unedited run without a state.

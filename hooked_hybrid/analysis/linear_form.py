@@ -66,7 +66,7 @@ class Recurrence:
     Args:
         cache: of a run that kept what the layer computes (the default of `run_with_cache` does).
         layer: index of the block; a negative one counts from the last.
-        attention_mask, segment_ids, state: as that run was given them; the cache knows its padding.
+        attention_mask, segment_ids, state: as that run was given them; the cache holds its padding.
 
     Raises:
         ValueError: the layer has no recurrence; or a mask or state that does not fit the cache.

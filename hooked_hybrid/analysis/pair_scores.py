@@ -81,14 +81,14 @@ class PairScores:
         return float(self.values[index[0], index[1]])
 
     def above_baseline(self) -> Float[Tensor, "writer reader"]:
-        """Return the scores minus the baseline; 0 where there is none."""
+        """Return the scores minus the baseline; 0 if there is none."""
         return (self.values - self.baseline).where(self.is_defined, 0)
 
     def top(self, n: int, by_z: bool = False) -> list[tuple[str, str, float]]:
         """Return the `n` pairs with the largest scores: (writer, reader, score), largest first.
 
         Args:
-            n: how many, or fewer where there are not so many.
+            n: how many, or fewer if there are not so many.
             by_z: rank by `z`, and return it instead of the score.
 
         Raises:

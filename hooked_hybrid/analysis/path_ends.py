@@ -197,7 +197,7 @@ def components(model: HookedHybrid, through: Through) -> frozenset[Component]:
 def _parsed(
     end: End, leaves: tuple[str, ...], what: str, n_indices: dict[str, int]
 ) -> tuple[str, int, Any]:
-    """Return name, layer and head or channels; 0 and None where there are none."""
+    """Return name, layer and head or channels; 0 and None if there are none."""
     named = isinstance(end, tuple) and bool(end) and end[0] in leaves
     if not named:
         raise ValueError(f"the {what} {end!r}: give a tuple that begins with one of {leaves}")

@@ -31,7 +31,7 @@ from hooked_hybrid.shapes import Resid, Tokens
 
 
 class PathOptions(TypedDict, total=False):
-    """What the functions of this module take besides senders and receivers.
+    """Common arguments of this module's functions, other than senders and receivers.
 
     Attributes:
         through: components on the way that are computed anew, instead of being clean: "mlps",
@@ -112,7 +112,7 @@ class Paths:
         return at
 
     def _checked(self, cache: Mapping[Any, Tensor]) -> dict[str, Tensor]:
-        """Return the corrupted values of the senders, as they lie beside the clean ones."""
+        """Return the corrupted values of the senders, at the positions of the clean ones."""
         found = {}
         for name in {sender.name for sender in self.senders}:
             value, places = read_kept(cache, name)
@@ -253,7 +253,7 @@ def _plus(stream: Resid, deltas: Iterable[Tensor]) -> Resid:
 
 
 def _put(donor: Tensor, where: Tensor | None) -> HookFn:
-    """Return a hook that replaces a value, where told, by what stands at the same places."""
+    """Return a hook that replaces a value, at given places, by a donor's value there."""
 
     @per_position
     def put(value: Tensor, hook: HookPoint) -> Tensor:

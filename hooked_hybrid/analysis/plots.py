@@ -2,7 +2,8 @@
 
 The figures belong to no window and no `pyplot`: a notebook shows them after `%matplotlib inline`,
 `figure.savefig` writes them. Maps that may be signed have a diverging scale with white at 0; the
-colours can be told apart by the colour-blind. Values may be tensors on any device, arrays or lists.
+colours can be distinguished by the colour-blind. Values may be tensors on any device, arrays or
+lists.
 """
 
 from __future__ import annotations
@@ -77,10 +78,10 @@ def pattern_map(
 
     Args:
         pattern: [query key], or [map query key] for several heads, layers or channels.
-        tokens: text of each key, and of each query where there are as many.
+        tokens: text of each key, and of each query if there are as many.
         titles: of the maps, such as "L2H0".
         query_tokens: text of each query, where they are not the keys.
-        signed: whether the scale is diverging; None asks the values.
+        signed: whether the scale is diverging; None: if there are negative values.
         label: of the colours, with the unit.
         n_columns: maps side by side.
 
@@ -149,7 +150,7 @@ def attribution_bars(
     xlabel: str = "attribution (logits)",
     title: str | None = None,
 ) -> Figure:
-    """Return one bar a part, its value beside it, and the sum of all as a line.
+    """Return one bar for each part, labelled with its value, and the sum of all as a line.
 
     Args:
         values: [part], such as `logit_attrs` at one position.

@@ -46,14 +46,16 @@ FormNames = Annotated[
     list[FormName] | None,
     typer.Option(
         "--form",
-        help="base: all heads; sparse: the 5 most peaked; ablated: none; random: 5 by lot, a "
+        help="base: all heads; sparse: the 5 most peaked; ablated: none; random: 5 at random, a "
         "control.",
         show_default="base, sparse, ablated",
     ),
 ]
 Ks = Annotated[
     list[int] | None,
-    typer.Option("--k", help="A form that keeps so many heads, besides --form: --k 2.", min=0),
+    typer.Option(
+        "--k", help="A form that keeps this many heads, in addition to --form: --k 2.", min=0
+    ),
 ]
 StageOption = Annotated[
     Literal["both", "generation"],
@@ -106,9 +108,9 @@ def eval(
 ) -> None:
     """Language benchmarks (lm-eval) of a model whole, with few attention heads, and without any.
 
-    Writes scores with standard errors, the gaps with intervals beside the thesis's, a picture and a
-    report. Data sets that cannot be had are left out, and said so. It may be stopped at any time;
-    the same command with --resume goes on.
+    Writes scores with standard errors, the gaps with intervals next to the thesis's, a picture and
+    a report. Data sets that cannot be fetched are left out, and listed. It may be stopped at any
+    time; the same command with --resume goes on.
 
     Example: hooked-hybrid eval --model tiny-jamba --tasks needle_choice --out results/eval
     """

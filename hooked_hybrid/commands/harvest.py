@@ -105,7 +105,7 @@ def harvest(
 ) -> None:
     """Activations of a data set, in safetensors shards that trainers of autoencoders read.
 
-    Each shard holds every hook point's values, a row for each token, beside the token, its document
+    Each shard holds every hook point's values, a row for each token, with the token, its document
     and its position; index.json lists them. It may be stopped at any time; the same command with
     --resume goes on, and gives the same bytes.
 

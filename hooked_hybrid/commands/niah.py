@@ -69,7 +69,7 @@ def niah(
 ) -> None:
     """Needle in a haystack, with all but the k most peaked attention heads silenced.
 
-    Writes a table, retrieval maps, accuracy by k, and a report beside the papers' numbers. It may
+    Writes a table, retrieval maps, accuracy by k, and a report with the papers' numbers. It may
     be stopped at any time; the same command with --resume goes on.
 
     Example: hooked-hybrid niah --model tiny-jamba --k 0 --k 2 --stages generation --out results/j

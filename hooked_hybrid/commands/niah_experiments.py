@@ -77,10 +77,9 @@ Follow = Annotated[
 FewDraws = Annotated[
     int | None,
     typer.Option(
-        help="Sets of each size that nothing chose, all of them where there are no more: "
-        "--draws 20.",
+        help="Sets of each size that nothing chose, all of them if there are no more: --draws 20.",
         min=0,
-        show_default="all of up to 100, else 5 by lot",
+        show_default="all of up to 100, else 5 at random",
     ),
 ]
 ScoredOn = Annotated[
@@ -89,17 +88,17 @@ ScoredOn = Annotated[
 Draws = Annotated[
     int | None,
     typer.Option(
-        help="Sets of heads, and of layers, by lot, or all of them where there are no more: "
+        help="Sets of heads, and of layers, at random, or all of them if there are no more: "
         "--draws 50.",
         min=1,
-        show_default="all of up to 100 sets of heads, else 20 by lot",
+        show_default="all of up to 100 sets of heads, else 20 at random",
     ),
 ]
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What an experiment adds to the common course."""
+    """What an experiment adds to the steps that all share."""
 
     settings: list[Setting]
     published: Sequence[Published] = ()
@@ -112,7 +111,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Common:
-    """What every one of these commands is told besides."""
+    """Options common to these commands."""
 
     texts: Texts = 12
     first_token: FirstToken = "prefill"
@@ -188,9 +187,9 @@ def heads(model: HookedHybrid) -> Plan:
 
 @experiment
 def controls(model: HookedHybrid, k: HalfKs = None, draws: Draws = None) -> Plan:
-    """Set the most peaked heads beside other sets, and attention beside recurrent layers.
+    """Compare the most peaked heads with other sets, and attention with recurrent layers.
 
-    Every other set where there are few; sets.csv says where each choice stands among them.
+    Every other set if there are few; sets.csv gives the rank of each choice among them.
 
     Example: hooked-hybrid controls --model tiny-griffin --k 4 --draws 20 --out results/controls
     """
@@ -203,7 +202,7 @@ def controls(model: HookedHybrid, k: HalfKs = None, draws: Draws = None) -> Plan
 def static(
     model: HookedHybrid, k: EveryK = None, draws: FewDraws = None, scored_on: ScoredOn = 8
 ) -> Plan:
-    """Keep heads chosen once, by retrieval score or by weights, beside the choice at run time.
+    """Keep heads chosen once, by retrieval score or weights; compare with the choice at run time.
 
     And beside every other set of as many heads, where these are few; sets.csv says where each
     choice stands among them.

@@ -39,7 +39,7 @@ Cpu = Annotated[
     str | None,
     typer.Option(
         help="CPU memory for blocks that no GPU holds, or for all without GPUs: --cpu 200GB.",
-        show_default="none beside --gpus",
+        show_default="none with --gpus",
     ),
 ]
 Disk = Annotated[bool, typer.Option("--disk", help="Let blocks stay on the disk.")]
@@ -101,7 +101,9 @@ def _notes(found: Plan) -> str:
         "of one position; without gradients, and without what hooks keep."
     )
     if any(used.loading > used.running for used in found.usages(min(found.lengths))):
-        notes += " loading: what that takes beside the weights; the larger of it and a run counts."
+        notes += (
+            " loading: what that takes on top of the weights; the larger of it and a run counts."
+        )
     if found.machine.gpus:
         notes += " On GPUs attention is counted without a fused kernel, an upper bound, and 1 GB "
         notes += "for CUDA itself."

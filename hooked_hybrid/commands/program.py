@@ -105,8 +105,8 @@ def explained(kept: str | None) -> Iterator[None]:
     """Turn what can go wrong in a command into one red line and an exit code.
 
     Args:
-        kept: where the results so far are, told to who interrupts a command; it takes `--resume`.
-            None where nothing is kept.
+        kept: where the results so far are, shown when a command is interrupted; it takes
+            `--resume`. None where nothing is kept.
 
     Raises:
         typer.Exit: 1 after an error of input, memory or disk, 130 after Ctrl-C.

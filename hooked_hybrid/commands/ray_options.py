@@ -59,7 +59,7 @@ def workers_of(
         load: called with `device=` in each worker, and pickled for it.
 
     Raises:
-        ValueError: options of Ray without `--ray`, a GPU for this process alone, a device beside
+        ValueError: options of Ray without `--ray`, a GPU for this process alone, a device with
             workers' GPUs, or no Ray.
     """
     if ray is None:

@@ -140,7 +140,7 @@ class RunOptions:
     def started(self) -> Iterator[RayWorkers | None]:
         """Hold the folder of the results, and give the workers; None for this process.
 
-        What goes wrong inside is told in one line.
+        Errors are reported in one line.
 
         Raises:
             typer.Exit: see `cli.explained`.
@@ -175,7 +175,7 @@ class RunOptions:
             raise ValueError(f"--device {self.device} and --device-map: give one of them")
         if self.device_map is None and (self.max_memory or self.offload_folder is not None):
             raise ValueError(
-                "--max-memory and --offload-folder go with --device-map: give --device-map auto"
+                "--max-memory and --offload-folder need --device-map: give --device-map auto"
             )
         return Loading(
             self.model,
@@ -216,7 +216,7 @@ def device_map_of(text: str) -> DeviceMap | Literal["auto"]:
             "that holds one"
         ) from error
     except ValueError as error:
-        raise ValueError(f"{source} is no JSON: {one_line(error)}") from error
+        raise ValueError(f"{source} is not JSON: {one_line(error)}") from error
     if isinstance(found, dict) and "fits" in found:
         if not found["fits"]:
             raise ValueError(

@@ -31,8 +31,8 @@ class Cell:
 
     `metrics` are lm-eval's, named as it names them ("acc,none", "acc_stderr,none"). `main` is the
     task's first metric, `value` and `stderr` its figures, `documents` its value on each document
-    where it is a mean over documents, by the document's index. `chance` is what choosing by lot
-    among the answers would give, None where there are none to choose among. `by` and `stage` say
+    where it is a mean over documents, by the document's index. `chance` is what choosing at random
+    among the answers would give, None if there are none to choose among. `by` and `stage` say
     which heads the form keeps, and where the others are silenced; `asked` is a hash of the task, as
     `tasks.Loaded.hash` makes it.
     """
@@ -64,7 +64,8 @@ class Cells:
         resume: go on with what the folder holds.
 
     Raises:
-        FileExistsError: the folder is not empty and `resume` is false, or it is no evaluation's.
+        FileExistsError: the folder is not empty and `resume` is false, or it is not an evaluation
+            folder.
         ValueError: it holds another experiment, or files that are damaged or of a newer version.
         OSError: it cannot be written.
     """
@@ -104,7 +105,7 @@ class Cells:
         _write(self._path(cell.task, cell.form), asdict(cell))
 
     def note(self, call: Mapping[str, Any]) -> None:
-        """Keep what a call asked for, besides what earlier ones did."""
+        """Keep what a call asked for, in addition to earlier ones."""
         now = json.loads(json.dumps(call))
         before = [other for other in calls_of(self.folder) if other != now]
         _write(self.folder / CALLS, [*before, now])

@@ -19,7 +19,7 @@ SPARSE_K = 5
 class Form:
     """A model with `k` heads kept in each attention layer and position; None keeps all.
 
-    `by` says which heads: the most peaked ones ("entropy", "l2"), or some by lot ("random").
+    `by` says which heads: the most peaked ones ("entropy", "l2"), or some at random ("random").
     """
 
     name: str
@@ -53,7 +53,7 @@ FORMS: dict[str, Form] = {
     "ablated": Form("ablated", 0),
     "random": Form("random", SPARSE_K, "random"),
 }
-"""The thesis's three forms, and as many heads as in the sparse one, by lot: a control."""
+"""The thesis's three forms, and as many heads as in the sparse one, at random: a control."""
 
 
 def form_of(k: int) -> Form:
@@ -66,7 +66,7 @@ def title(form: Form) -> str:
     """Return a form's name and how many heads it keeps."""
     if form.k is None or form.name == f"k={form.k}":
         return form.name
-    return f"{form.name} (k={form.k}{', by lot' if form.by == 'random' else ''})"
+    return f"{form.name} (k={form.k}{', at random' if form.by == 'random' else ''})"
 
 
 def _mixers(cfg: HybridConfig) -> list[object]:

@@ -18,7 +18,7 @@ _NORMAL = 1.959964
 
 @dataclass(frozen=True)
 class Estimate:
-    """A figure, its standard error and 95% interval, None where there is none.
+    """A figure, its standard error and 95% interval, None if there is none.
 
     `is_paired`: whether it is of a difference taken document by document. The interval is that
     of `hooked_hybrid.runs.intervals.mean_interval` over documents where the figure is a mean over

@@ -13,7 +13,7 @@ from hooked_hybrid.evaluation.running import Evaluation
 def gathered(evaluation: Evaluation, folder: Path) -> Evaluation:
     """Return an evaluation with all cells of its folder, those of earlier calls first.
 
-    Of a task that several calls asked for, the last one's word counts on why it is missing. Cells
+    Of a task that several calls asked for, the last call gives the reason why it is missing. Cells
     that a stopped call left are there, but the means over tasks (`Evaluation.forms_of`) take only
     the forms of calls that ran to their end.
     """

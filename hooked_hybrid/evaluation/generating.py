@@ -26,12 +26,12 @@ except ModuleNotFoundError:
     raise
 
 SAMPLING = ("do_sample", "temperature", "top_k", "top_p")
-"""Arguments of `generate` that a task may set, beside stop strings and the number of tokens."""
+"""Arguments of `generate` that a task may set, with stop strings and the number of tokens."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How a task wants texts: where they stop, how long they may be, and how tokens are drawn."""
+    """How a task's texts are generated: where they stop, their length, how tokens are drawn."""
 
     stop_strings: tuple[str, ...]
     max_new_tokens: int

@@ -45,7 +45,7 @@ class HookedHybridLM(TemplateLM):
     Log-likelihoods are scored in the stage "prefill": `fwd_hooks` and `prefill_hooks` act,
     `generation_hooks` and `stage="generation"` do not. Batches are made here, so that hooks must
     treat rows alike; one that is not `per_position` gets each input whole and unpadded. lm-eval's
-    `use_cache` knows requests but not hooks: give each form a cache of its own, or none.
+    `use_cache` stores by request and not by hooks: give each form a cache of its own, or none.
 
     Args:
         pretrained: a model, or what `HookedHybrid.from_pretrained` loads.
@@ -138,7 +138,7 @@ class HookedHybridLM(TemplateLM):
 
     @property
     def eot_token_id(self) -> int:
-        """End-of-sequence token, or BOS where there is none.
+        """End-of-sequence token, or BOS if there is none.
 
         Raises:
             ValueError: the model names neither.
@@ -287,7 +287,7 @@ class HookedHybridLM(TemplateLM):
         return tokens[-room:]
 
     def _batching(self) -> Batching:
-        """Return how many rows a generation has: none are padded where a hook wants them whole."""
+        """Return the number of rows of a generation: none are padded if a hook needs the whole input."""
         hooks = (*self.fwd_hooks, *self.prefill_hooks, *self.generation_hooks)
         with self.model.hooks(fwd_hooks=hooks):
             return Batching(self.rows, may_cut(self.model.hook_points()), self.max_rows)

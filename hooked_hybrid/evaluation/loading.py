@@ -36,7 +36,7 @@ def loaded(
         return pretrained
     device, dtype = loading.pop("device", None) or "cuda", loading.pop("dtype", None)
     if str(device).startswith("cuda") and not torch.cuda.is_available():
-        device = "cpu"  # lm-eval's program asks for cuda:0 where nobody says anything
+        device = "cpu"  # lm-eval's program gives cuda:0 by default
     return HookedHybrid.from_pretrained(
         pretrained,
         tokenizer=tokenizer,

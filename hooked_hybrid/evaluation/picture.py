@@ -17,7 +17,7 @@ OTHER_COLOURS = ("#2ca02c", "#9467bd", "#8c564b", "#e377c2", "#bcbd22", "#17becf
 
 
 def score_picture(rows: Sequence[Line], forms: Sequence[Form]) -> Figure:
-    """Return a dot with its 95% interval for each line and form; a tick is choosing by lot."""
+    """Return a dot with its 95% interval for each line and form; a tick is choosing at random."""
     figure = new_figure(7.5, 1.2 + len(rows) * (0.16 + 0.06 * len(forms)))
     axes = figure.subplots()
     others = iter(OTHER_COLOURS * 10)
@@ -46,7 +46,7 @@ def score_picture(rows: Sequence[Line], forms: Sequence[Form]) -> Figure:
         *([x for x, _ in marks], [i - 0.42 for _, i in marks], [i + 0.42 for _, i in marks]),
         color="#777777",
         linestyles="dotted",
-        label="choosing by lot" if marks else "_none",
+        label="choosing at random" if marks else "_none",
     )
     names = [f"{r.name.split(',')[0]}, mean" if r.is_mean else r.name for r in rows]
     names = [f"{name} ({row.metric})" for name, row in zip(names, rows, strict=True)]

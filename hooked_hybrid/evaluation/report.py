@@ -1,4 +1,4 @@
-"""Tables, picture and report of an evaluation, beside what the thesis found."""
+"""Tables, picture and report of an evaluation, with what the thesis found."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def _report(
     parts.append(_table(["", ""], [[name, value] for name, value in card.items()]))
     parts += [*commands, _how(options, forms, evaluation.cells)]
     if rows:
-        head = ["task", "metric", "documents", *map(title, forms), "by lot"]
+        head = ["task", "metric", "documents", *map(title, forms), "at random"]
         body = [
             [
                 *(row.name, row.metric, f"{row.n_documents:,}"),

@@ -69,14 +69,15 @@ def evaluate(
         out: folder of the results, new or empty unless resumed.
         resume: go on with what it holds: other tasks and forms may be added, the rest is the same.
         include_path: folder of further tasks, in lm-eval's format.
-        say: is told of each cell before it runs, or when a worker has done it.
+        say: is called for each cell before it runs, or when a worker has done it.
         workers: run the cells there, not in this process; they read the tasks themselves.
 
     Raises:
         ValueError: an unknown task, a form that the model has no heads for, options that the model
             cannot be run with, another evaluation in the folder, or a task or form that has changed
             since its cells were run; then nothing has run.
-        FileExistsError: the folder is not empty, and `resume` is false; or it is no evaluation's.
+        FileExistsError: the folder is not empty, and `resume` is false; or it is not an evaluation
+            folder.
         OSError: the results cannot be written, or another run writes there.
         ModuleNotFoundError: lm-eval is not installed; it says which extra brings it.
     """
@@ -142,7 +143,7 @@ def _evaluated(
 
 
 def experiment_of(model: HookedHybrid, name: str, options: Options) -> dict[str, Any]:
-    """Return what the cells of an evaluation depend on, besides their tasks and forms."""
+    """Return what the cells of an evaluation depend on other than their tasks and forms."""
     return {"model": name, "identity": model_identity(model), **asdict(options)}
 
 

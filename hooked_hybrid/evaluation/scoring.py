@@ -4,7 +4,7 @@ Three things are shared. Requests that differ in their last token only are one r
 letters of a multiple choice). Continuations of one context are read from the context's state, each
 from a copy of it. Contexts that begin alike (the examples before each question) are read from the
 state after the beginning. The second and third cut a sequence in pieces, which is exact as long as
-every hook is marked `per_position`; else each input is run whole, beside rows of its own length.
+every hook is marked `per_position`; else each input is run whole, with rows of its own length.
 """
 
 from __future__ import annotations
@@ -229,7 +229,7 @@ class _Scoring:
             state=state,
             return_state=wants_state,
             stage="prefill",
-            # A hook that wants the whole input is given all of its logits too.
+            # A hook that needs the whole input is given all of its logits too.
             logits_to_keep=max(row.n_scored for row in rows) if self.batching.may_pad else None,
         )
         logits, after = out if wants_state else (out, None)

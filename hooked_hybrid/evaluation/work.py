@@ -187,7 +187,7 @@ def _cell(task: str, form: Form, results: Mapping[str, Any], seconds: float) -> 
     is_mean = all(isinstance(v, Real) for v in values.values())
     documents = {i: float(v) for i, v in values.items()} if is_mean else {}
     if not documents or abs(fmean(documents.values()) - numbers[main]) > 1e-9:
-        documents = {}  # the metric is no mean over documents
+        documents = {}  # the metric is not a mean over documents
     is_twice = any(key.startswith("acc_mutual_info,") for key in numbers)  # without context too
     choices = [len(s["arguments"]) // (1 + is_twice) for s in samples]
     is_choice = results["configs"][task].get("output_type") == "multiple_choice"

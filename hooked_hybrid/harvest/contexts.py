@@ -40,7 +40,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class Beside:
-    """What stands beside the activations of a shard, for each row.
+    """Columns stored with the activations of a shard, for each row.
 
     `position` counts the document's own tokens, and is -1 for a BOS that was put in front.
     """

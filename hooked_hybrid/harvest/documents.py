@@ -59,7 +59,7 @@ class Documents:
         return found
 
     def require_possible(self, d_vocab: int | None = None) -> None:
-        """Look whether tokens and starts can be what they are said to be.
+        """Check that tokens and starts are consistent.
 
         Args:
             d_vocab: number of tokens there are; None reads no token.
@@ -74,7 +74,7 @@ class Documents:
         if kinds != (torch.int32, 1, torch.int64, 1) or not len(starts):
             raise ValueError("its tensors are of other kinds")
         if starts[0] != 0 or starts[-1] != len(tokens) or bool((starts.diff() < 0).any()):
-            raise ValueError("its documents begin where there are no tokens")
+            raise ValueError("its documents begin if there are no tokens")
         if d_vocab is not None and not (tokens.min() >= 0 and tokens.max() < d_vocab):
             raise ValueError("it holds tokens that are not in the vocabulary")
 
@@ -171,7 +171,7 @@ def ids_of(document: Sequence[int] | Tensor) -> list[int]:
 def _row(document: Sequence[int] | Tensor) -> Tensor:
     try:
         ids = torch.as_tensor(document)
-    except (TypeError, ValueError, RuntimeError):  # there is no tensor of it
+    except (TypeError, ValueError, RuntimeError):  # no tensor can be made of it
         ids = torch.empty(0, 0)
     is_other = ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool
     if ids.ndim != 1 or (len(ids) and is_other):

@@ -73,7 +73,7 @@ def harvest(
 ) -> HarvestedActivations:
     """Write the activations of every token of some documents to shards, and return them.
 
-    The folder gets safetensors shards, in which each hook point's values are [token ...] beside
+    The folder gets safetensors shards, in which each hook point's values are [token ...] with
     `token`, `document` and `position`; `index.json`, once all shards are there; the documents as
     tokens; and the recipe. No more is held than a forward's activations and one shard. A run that
     was stopped goes on with the shards that are missing, and a shard has the same bytes whenever
@@ -114,7 +114,7 @@ def harvest(
     is_text, documents = _peeked(documents)
     bos = _bos(model, is_text, prepend_bos)
     if bos is not None and context_length < 2:
-        raise ValueError("context_length=1 has no room beside BOS: give 2 or more")
+        raise ValueError("context_length=1 has no room after BOS: give 2 or more")
     runner = Runner(model, names, _dtype(dtype, model), fwd_hooks)
     folder = Path(out)
     with hashed_once(), claimed(folder, resume):

@@ -69,7 +69,7 @@ def _is_shard(shard: dict[str, Any], i: int, n: int) -> bool:
     return (
         shard["file"] == shard_name(i, n)
         and all(type(number) is int for number in numbers)
-        and 0 < numbers[0] * 4 * len(BESIDE) < numbers[1]  # four bytes for each column beside
+        and 0 < numbers[0] * 4 * len(BESIDE) < numbers[1]  # four bytes for each column of a row
         and all(isinstance(value, str) for value in hashes.values())
     )
 

@@ -61,7 +61,9 @@ class HarvestedActivations:
                 )
         header, n_tokens = read_header(self.paths[0]), self.index["shards"][0]["tokens"]
         if (header.recipe, header.n_tokens) != (short_hash(self.index["recipe"]), n_tokens):
-            raise ValueError(f"{self.folder / INDEX} is not of the shards beside it: {AGAIN}")
+            raise ValueError(
+                f"{self.folder / INDEX} does not belong to the shards in its folder: {AGAIN}"
+            )
 
     def __len__(self) -> int:
         return int(self.index["tokens"])
@@ -118,7 +120,7 @@ class HarvestedActivations:
             file = safe_open(path, "pt")
             found = file.get_slice("token").get_shape()
         except SafetensorError as error:
-            raise ValueError(f"{path} is no whole shard of a harvest ({error})") from error
+            raise ValueError(f"{path} is not a whole shard of a harvest ({error})") from error
         if found != [n_tokens]:
             raise ValueError(f"{path} has {found} tokens, and {INDEX} says {n_tokens}: {AGAIN}")
         return file
@@ -277,7 +279,7 @@ class ActivationBatches(IterableDataset[Any]):
         opened: Callable[[int], Any],
         generator: torch.Generator | None,
     ) -> bool:
-        """Add blocks to the pool until it is full, and mix it; False where there are no more."""
+        """Add blocks to the pool until it is full, and mix it; False if there are no more."""
         parts = {name: [pool[name]] if pool else [] for name in self.names}
         n_held, is_full = (len(pool[self.names[0]]) if pool else 0), False
         for shard, start in blocks:

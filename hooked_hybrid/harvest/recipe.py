@@ -113,7 +113,7 @@ def recipe_identity(model: HookedHybrid, interventions: Sequence[HookSpec]) -> d
     """Return what a harvest depends on of the model and of what acts meanwhile.
 
     Raises:
-        UntoldError: a hook that holds something whose content cannot be told.
+        UntoldError: a hook that holds something whose content cannot be identified.
     """
     known = known_of(model)
     return {
@@ -144,7 +144,7 @@ def _of_older(before: Mapping[str, Any], now: Mapping[str, Any], cfg: HybridConf
     identity["quantization"] = new["quantization"]  # it is in the hash of the weights
     if old["hooks"] == []:
         identity["hooks"] = []
-    # Whether BOS is put in front is the recipe's own; what a config said of it has changed.
+    # Whether BOS is put in front is the recipe's own; the field of a config for it has changed.
     plain = replace(cfg, model_name="", extra={})
     same = [replace(plain, default_prepend_bos=b) for b in (cfg.default_prepend_bos, True, False)]
     if old["config"] in [short_hash(repr(one)) for one in same]:

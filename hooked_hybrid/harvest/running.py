@@ -159,7 +159,7 @@ class ShardMaker:
 
         Args:
             shard: its number.
-            done: told of each batch how many rows it gave.
+            done: called after each batch with its number of rows.
 
         Raises:
             ValueError: a value that is not finite.
@@ -197,7 +197,7 @@ def _not_finite(name: str, rows: Tensor, written: Tensor, documents: Tensor) -> 
 
 
 def bytes_of_row(shapes: Mapping[str, tuple[tuple[int, ...], torch.dtype]]) -> int:
-    """Return the bytes that one token takes in a shard, with what stands beside it."""
+    """Return the bytes that one token takes in a shard, with its columns."""
     beside = 3 * torch.int32.itemsize
     return beside + sum(torch.Size(s).numel() * dtype.itemsize for s, dtype in shapes.values())
 

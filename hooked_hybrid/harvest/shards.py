@@ -24,7 +24,7 @@ FORMAT = 1
 INDEX, RECIPE = "index.json", "recipe.json"
 AGAIN = "go on with --resume, it is made again"
 BESIDE = ("token", "document", "position")
-"""Columns beside the activations, int32 [token]."""
+"""Columns stored with the activations, int32 [token]."""
 BLOCK = 2**14
 """Rows looked at together for the statistics."""
 
@@ -102,7 +102,7 @@ def read_header(path: Path) -> Header:
                 raise ValueError("its header does not fit its tensors")
     except (SafetensorError, AttributeError, LookupError, TypeError, ValueError) as error:
         why = one_line(error)
-        raise ValueError(f"{path} is no whole shard of a harvest ({why})") from error
+        raise ValueError(f"{path} is not a whole shard of a harvest ({why})") from error
     return header
 
 
@@ -196,7 +196,7 @@ def save(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str]) ->
         path.touch()
         mode = path.stat().st_mode
         save_file(dict(tensors), path, metadata)
-        path.chmod(mode)  # else nobody but the owner could read it
+        path.chmod(mode)  # else only the owner could read it
     except SafetensorError as error:
         number = re.search(r"os error (\d+)", str(error))
         if number is None:

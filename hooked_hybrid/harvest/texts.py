@@ -130,7 +130,7 @@ def _text_of(row: Any, field: str, where: str) -> str:
     text = row.get(field) if isinstance(row, dict) else None
     if isinstance(row, dict) and field in row and not isinstance(text, str):
         raise ValueError(
-            f"texts {where}: the field {field!r} holds {one_line(shown(text))}, which is no text"
+            f"texts {where}: the field {field!r} holds {one_line(shown(text))}, which is not text"
         )
     if not isinstance(text, str):
         raise _no_text(where, field, list(row) if isinstance(row, dict) else [])

@@ -86,7 +86,7 @@ def resolve(key: Shorthand, names: Collection[str], n_layers: int) -> str:
         HookNameError: nothing matches; the message lists the nearest names.
     """
     if not isinstance(key, str | tuple) or not key:
-        raise HookNameError(f"{key!r} is no hook name: give a name, or (name, layer)")
+        raise HookNameError(f"{key!r} is not a hook name: give a name, or (name, layer)")
     if isinstance(key, str):
         full = key if key in names else get_act_name(key)
     else:

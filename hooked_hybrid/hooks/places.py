@@ -1,7 +1,7 @@
 """Where the entries of cached values stood: their positions in the document, and their keys'.
 
 A cache may hold some positions only, rows may be padded, and a run may have continued from a state:
-what reads a cache by position asks these, and never counts from the edge of a tensor.
+code that reads a cache by position uses these, and never counts from the edge of a tensor.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ def select_positions(
         value: a part of a forward's positions, or all.
         asked: the positions, counted in the whole forward.
         dim: the axis of positions.
-        pos: in the document, of the part; None where nobody knows.
+        pos: in the document, of the part; None if unknown.
         name: of the value, for errors.
         first, n_pos: where in the forward the part begins, and how many positions that has.
 

@@ -1,8 +1,8 @@
 """`HookPoint`: a named identity on which functions read, replace and differentiate a value.
 
-Nothing here knows a model. A function attached to a point is called `fn(tensor, hook=point)` and
-returns a replacement or None, as in TransformerLens. What a function promises of itself is a mark
-on it (`per_position`, `positions`); the forward reads the marks to choose how it may run.
+Nothing here depends on a model. A function attached to a point is called `fn(tensor, hook=point)`
+and returns a replacement or None, as in TransformerLens. What a function promises of itself is a
+mark on it (`per_position`, `positions`); the forward reads the marks to choose how it may run.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def per_position(fn: F) -> F:
 
     Such a hook may be called on pieces of a sequence, so that a forward can run in chunks. It must
     give position t the same result whatever other positions are in the tensor, and attach or remove
-    no hooks, of which the pieces before would know nothing.
+    no hooks, which the pieces before would have run without.
     """
     return _marked(fn, "per_position", True)
 
@@ -332,7 +332,7 @@ class HookPoint(nn.Module):
             hook: returns a replacement of the same shape, dtype and device, or None. With
                 `dir="bwd"` it is given the gradient.
             dir: "fwd" for the value, "bwd" for its gradient.
-            is_permanent: survives `remove_hooks` unless told otherwise.
+            is_permanent: survives `remove_hooks` by default.
             level: context depth, for `remove_hooks(level=...)`.
             prepend: run before those attached already, instead of after.
 
@@ -359,7 +359,7 @@ class HookPoint(nn.Module):
         including_permanent: bool = False,
         level: int | None = None,
     ) -> None:
-        """Detach hooks of a direction, permanent ones only when told.
+        """Detach hooks of a direction, permanent ones only if asked.
 
         Raises:
             ValueError: `dir` is none of "fwd", "bwd", "both".

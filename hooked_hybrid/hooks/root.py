@@ -135,8 +135,8 @@ class HookedRootModule(nn.Module):
     ) -> Iterator[HookedRootModule]:
         """Attach hooks for the length of a `with` block, then remove these and no others.
 
-        Hooks belong to the model: a forward of it in another thread meets them too. Threads that
-        want hooks of their own, or gradients, take a model each (`copy.deepcopy`).
+        Hooks belong to the model: a forward of it in another thread calls them too. Threads that
+        need hooks of their own, or gradients, need a model each (`copy.deepcopy`).
 
         Args:
             fwd_hooks: pairs (name | names | predicate, fn), called in this order.
@@ -149,7 +149,7 @@ class HookedRootModule(nn.Module):
         """
         fwd_hooks, bwd_hooks = tuple(fwd_hooks), tuple(bwd_hooks)  # an iterator is read once
         self.check_hooks_to_add(fwd_hooks, bwd_hooks)
-        self._contexts.append(context := object())  # a count would lose some, where threads meet
+        self._contexts.append(context := object())  # a count would lose some if threads run at once
         added: list[LensHandle] = []
         try:
             for specs, direction in ((fwd_hooks, "fwd"), (bwd_hooks, "bwd")):
@@ -171,7 +171,7 @@ class HookedRootModule(nn.Module):
         including_permanent: bool = False,
         level: int | None = None,
     ) -> None:
-        """Detach every hook, permanent ones only when told."""
+        """Detach every hook, permanent ones only if asked."""
         self.remove_all_hook_fns(direction, including_permanent, level)
         if clear_contexts:
             self.clear_contexts()

@@ -65,13 +65,13 @@ def ablate_heads(
             [head d_head].
         seed: "resample": how rows of `values` change places; None leaves them.
         attention_mask: of the run of `values`, where its rows are padded and they are given by
-            hand; a cache knows its own.
+            hand; a cache holds its own.
 
     Returns:
         Hooks on `hook_z` of these layers ("norm": on `hook_result`, after every edit of z).
 
     Raises:
-        ValueError: a layer or head that is no whole number from 0 on; an unknown method, or
+        ValueError: a layer or head that is not a whole number from 0 on; an unknown method, or
             arguments that it does not take or that it lacks; when first run, a head above those
             of the layer, or a mask or `values` that do not fit the layer or the batch.
         HookNameError: when attached, a layer without attention (`check_heads` says which have it).
@@ -151,12 +151,12 @@ def ablate_layers(
         values: "mean": what the layers wrote in another run [batch pos d_model], as an
             `ActivationCache`, a mapping from full names, or from layers; or means [d_model].
         attention_mask: of the run of `values`, where its rows are padded and they are given by
-            hand; a cache knows its own.
+            hand; a cache holds its own.
 
     Raises:
-        ValueError: no layer, or one that is no whole number from 0 on; an unknown kind or method;
-            arguments that it does not take or that it lacks; when first run, a mean of another
-            width.
+        ValueError: no layer, or one that is not a whole number from 0 on; an unknown kind or
+            method; arguments that it does not take or that it lacks; when first run, a mean of
+            another width.
         HookNameError: when attached, a layer that does not exist.
     """
     if kind not in ("mixer", "mlp") or method not in ("zero", "mean"):

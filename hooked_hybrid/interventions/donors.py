@@ -20,7 +20,7 @@ from hooked_hybrid.network.layout import lay_out
 
 
 def read_kept(cache: Mapping[Any, Tensor], key: Any) -> tuple[Tensor, Places | None]:
-    """Return a value with a batch axis, and where its entries stood if its run told."""
+    """Return a value with a batch axis, and the positions of its entries if recorded."""
     value: Tensor = cache[key]
     if not isinstance(cache, ActivationCache):
         return value, getattr(cache, "places", {}).get(key)
@@ -42,7 +42,7 @@ def mask_of(
     if attention_mask is not None and not _agree(own, attention_mask):
         raise ValueError(
             f"attention_mask {tuple(attention_mask.shape)} is not that of the run whose values "
-            f"these are {tuple(value.shape)}: leave it out, the cache knows its own"
+            f"these are {tuple(value.shape)}: leave it out, the cache holds its own"
         )
     return None if bool(own.all()) else own
 
@@ -124,7 +124,7 @@ class Donor:
             raise ValueError(
                 f"the donor of {hook.name!r} was made by hand and has {n_pos} positions, as many "
                 "as there are columns of this run, whose rows are padded on the left: whether it "
-                "is padded too cannot be told. Give a cache as it came, or attention_mask= of the "
+                "is padded too is not known. Give a cache as it came, or attention_mask= of the "
                 "donor's run (ones where nothing is padded)"
             )
 
@@ -153,7 +153,7 @@ class Donor:
         if n_keys is not None and self.places is None and n_keys != n_pos:
             raise ValueError(
                 f"the donor of {hook.name!r} has {n_pos} queries and {n_keys} keys: give "
-                "a run from position 0 on, where there are as many"
+                "a run from position 0 on, if there are as many"
             )
         if self.places is not None and self.places.pos.shape != (mine.shape[0], n_pos):
             raise ValueError(
@@ -164,7 +164,7 @@ class Donor:
 
 
 def _table(pos: Int[Tensor, "batch kept"], what: str) -> Int[Tensor, "batch position"]:
-    """Return the index of the entry at each position, -1 where there is none.
+    """Return the index of the entry at each position, -1 if there is none.
 
     Raises:
         ValueError: a position occurs twice in a row.

@@ -66,10 +66,10 @@ def patch(
 
     Raises:
         HookNameError: the donor, or the model, has no such name.
-        ValueError: an index that is no whole number from 0 on; a mask that is none, or not that of
-            the cache's run; a packed donor. When first run: the donor's shape differs in more than
-            batch and positions, or it lacks a position, row or head that is asked for; `heads`
-            where there are none.
+        ValueError: an index that is not a whole number from 0 on; something else than a mask, or
+            not that of the cache's run; a packed donor. When first run: the donor's shape differs
+            in more than batch and positions, or it lacks a position, row or head that is asked for;
+            `heads` if there are none.
 
     Source: activation patching, as `TransformerLens.patching` does it by index.
     """
@@ -142,8 +142,8 @@ def knock_out_edges(
             layer writes its output bias alone). False sets weights to 0 and leaves the others.
 
     Raises:
-        ValueError: an index that is no whole number from 0 on; when first run, a head above those
-            of a layer, or a mask with another number of rows than the batch.
+        ValueError: an index that is not a whole number from 0 on; when first run, a head above
+            those of a layer, or a mask with another number of rows than the batch.
         HookNameError: when attached, a layer without attention.
 
     Source: Geva et al. 2023, "Dissecting recall of factual associations", attention knockout

@@ -26,7 +26,7 @@ def read_positions(positions: Positions | None, what: str = "positions") -> Chos
     """Return positions as a tuple, or as a mask of its own memory; None as it is.
 
     Raises:
-        ValueError: none, one that is no whole number from 0 on, or a mask of other axes.
+        ValueError: none, one that is not a whole number from 0 on, or a mask of other axes.
     """
     if positions is None:
         return None
@@ -44,7 +44,7 @@ def read_rows(rows: Indices | None, what: str = "rows") -> Chosen | None:
     """Return rows of the original batch as a tuple, or as a mask [batch]; None as it is.
 
     Raises:
-        ValueError: none, one that is no whole number from 0 on, or a mask of other axes.
+        ValueError: none, one that is not a whole number from 0 on, or a mask of other axes.
     """
     chosen = read_positions(rows, what)
     if isinstance(chosen, Tensor) and chosen.ndim != 1:

@@ -39,10 +39,10 @@ def edit_state(
         Hooks on `hook_ssm_state`.
 
     Raises:
-        ValueError: a position or layer that is no whole number from 0 on.
+        ValueError: a position or layer that is not a whole number from 0 on.
         HookNameError: when attached, a layer without a recurrence.
     """
-    # A hook of its own: `fn` is told what it is given, and is marked as it was.
+    # A hook of its own: `fn` keeps its signature and its marks.
     edit = per_position(partial(fn)) if positions is None else hook_at(fn, positions)
     return [*_checked(layers), (_points(("ssm_state",), layers), edit)]
 
@@ -72,7 +72,7 @@ def freeze_state(
         edit these points.
 
     Raises:
-        ValueError: positions or indices that are no whole numbers from 0 on; a stop before the
+        ValueError: positions or indices that are not whole numbers from 0 on; a stop before the
             start; when first run, a channel above those of a layer, or positions for another number
             of rows.
         HookNameError: when attached, a layer without a recurrence.
@@ -129,8 +129,8 @@ def knock_out_state_edges(
         edit decays or writes of these layers and before those that edit `hook_ssm_y`.
 
     Raises:
-        ValueError: an index that is no whole number from 0 on; when run, a channel above those of
-            a layer, a mask with another number of rows than the batch, a state that was read
+        ValueError: an index that is not a whole number from 0 on; when run, a channel above those
+            of a layer, a mask with another number of rows than the batch, a state that was read
             without these hooks or edited (`hook_ssm_state`) while a key stands before it, hooks in
             another order, or an edge that is cut twice.
         HookNameError: when attached, a layer without a recurrence.

@@ -1,4 +1,4 @@
-"""Arguments that differ between the rows of a batch, as the hooks of one forward meet them."""
+"""Arguments that differ between the rows of a batch, as the hooks of one forward read them."""
 
 from __future__ import annotations
 
@@ -153,7 +153,7 @@ def check_spans(spans: Spans, lengths: int | Sequence[int] | Int[Tensor, "*rows"
         lengths: tokens of each row without padding, or of every row.
 
     Raises:
-        ValueError: as said; or lengths for another number of rows.
+        ValueError: as above; or lengths for another number of rows.
     """
     bounds, n_tokens = read_spans(spans), torch.as_tensor(lengths)
     stop = bounds[..., 1].amax(-1)

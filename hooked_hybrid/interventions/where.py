@@ -36,7 +36,7 @@ def hook_at(fn: HookFn, positions: Positions) -> HookFn:
             rows differ.
 
     Raises:
-        ValueError: no position, or one that is no whole number from 0 on; when run, a mask for
+        ValueError: no position, or one that is not a whole number from 0 on; when run, a mask for
             another number of rows, or one that ends before what is read.
     """
     wanted = read_positions(positions)
@@ -75,7 +75,7 @@ def on_rows(fn: HookFn, rows: Indices) -> HookFn:
             [batch].
 
     Raises:
-        ValueError: no row, or one that is no whole number from 0 on; when run, a row that the
+        ValueError: no row, or one that is not a whole number from 0 on; when run, a row that the
             batch does not have, or a mask of another number of rows.
     """
     wanted = read_rows(rows)

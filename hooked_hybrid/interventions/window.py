@@ -41,7 +41,7 @@ def limit_window(n_keys: int, *, layers: int | Iterable[int] | None = None) -> l
         infinity.
 
     Raises:
-        ValueError: `n_keys` below 1 or a fraction; a layer that is no whole number from 0 on.
+        ValueError: `n_keys` below 1 or a fraction; a layer that is not a whole number from 0 on.
         HookNameError: when attached, a layer without attention.
     """
     try:
@@ -95,7 +95,7 @@ def knock_out_crossings(
         `hook_log_decay` (RG-LRU) or `hook_ssm_decay` (Mamba).
 
     Raises:
-        ValueError: a boundary that is no whole number from 0 on; a layer that the model does not
+        ValueError: a boundary that is not a whole number from 0 on; a layer that the model does not
             have; when run, boundaries for another number of rows.
     """
     first = read_per_row(boundary, "boundary")

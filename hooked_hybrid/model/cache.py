@@ -41,7 +41,7 @@ class ActivationCache(CachePositions, ResidualStacks, Mapping[Any, Tensor]):
         attention_mask: instead of `places`: 1 at tokens and 0 at padding [batch pos].
 
     Raises:
-        ValueError: `attention_mask` with `places`, or one that is no mask.
+        ValueError: `attention_mask` with `places`, or one that is not a mask.
     """
 
     def __init__(

@@ -32,7 +32,7 @@ _FORMAT = "hooked_hybrid.ActivationCache"
 
 
 class CachePositions:
-    """The methods of `ActivationCache` that know positions, and those that keep it on disk."""
+    """The methods of `ActivationCache` that use positions, and those that keep it on disk."""
 
     cache_dict: dict[str, Tensor]
     places: dict[str, Places]

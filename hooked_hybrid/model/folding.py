@@ -138,7 +138,7 @@ def unfold_ln(folded: HookedHybrid, record: FoldRecord, inplace: bool = False) -
 
     Args:
         folded: what `fold_ln` returned; left as it is unless `inplace`.
-        record: what it returned beside it.
+        record: what it returned with it.
         inplace: unfold this model, and return it.
 
     Raises:

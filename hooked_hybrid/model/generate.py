@@ -340,7 +340,7 @@ class _Decoder:
     def result(
         self, return_type: str, is_single: bool, recorder: Recorder | None
     ) -> GenerationOutput | Tensor | str | list[str]:
-        """Return what was asked for."""
+        """Return what `return_type` names."""
         new = torch.stack(self.new, dim=1)
         tokens = torch.cat([self.tokens, new], dim=1)
         if return_type == "tokens":

@@ -142,7 +142,7 @@ class HookedHybrid(TextMethods, HookedRootModule):
                 quantised as they are read, see `quantized`.
             quantize_only: names of weights (`quantized.quantizable`), or a predicate on them.
             adapter: directory or hub id of a LoRA adapter that peft saved, merged into the weights
-                as they are read; False leaves out one that lies beside them.
+                as they are read; False leaves out one in the same folder.
             ignore_config_keys: settings of `config.json` to be taken as not there, where you know
                 that they change nothing.
             config_overrides: `n_keys`, `logits_soft_cap`, ...; see `HybridConfig.with_overrides`.
@@ -155,7 +155,7 @@ class HookedHybrid(TextMethods, HookedRootModule):
 
         Warns:
             UserWarning: settings that are not used (of `generation_config.json`, of programs that
-                add their own to `config.json`), or weights of an earlier saving beside those read.
+                add their own to `config.json`), or weights of an earlier saving in the same folder.
         """
         from weights_conversion import load
 
@@ -330,7 +330,7 @@ class HookedHybrid(TextMethods, HookedRootModule):
         Args:
             input: tokens [batch pos] or [pos], a text or several; with `start_at_layer`, the
                 residual stream [batch pos d_model] entering that layer.
-            return_type: "logits" [batch pos d_vocab], which is what comes where nothing is said;
+            return_type: "logits" [batch pos d_vocab], the default;
                 "loss", the mean next-token loss in nats; "both", the two in a tuple; None computes
                 neither.
             loss_per_token: the loss of each token [batch pos-1], 0 where nothing is predicted.

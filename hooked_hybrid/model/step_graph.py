@@ -81,7 +81,7 @@ def captured(model: HookedHybrid, state: HybridState, n_steps: int) -> StepGraph
 
 
 def usable(model: HookedHybrid, state: HybridState) -> bool:
-    """Return whether a step from this state can be captured, as far as can be told beforehand."""
+    """Return whether a step from this state can be captured, as far as is known beforehand."""
     device = model.device
     return (
         device.type in CAPTURES
@@ -143,7 +143,7 @@ def record(step: Step, device: torch.device) -> Step:
         finally:
             torch.cuda.set_stream(stream)  # a capture that fails leaves another
             stream.wait_stream(side)
-    return graph.replay  # holds no step, so that the buffers go with their owner
+    return graph.replay  # holds no reference to the step, so the buffers are freed with it
 
 
 CAPTURES: dict[str, Capture] = {"cuda": record}
@@ -243,7 +243,7 @@ class StepGraph:
 
     @torch.no_grad()
     def keep(self, rows: Bool[Tensor, " row"]) -> None:
-        """Go on with some of the rows kept until now; the others run on, but nobody looks."""
+        """Go on with some of the rows kept until now; results of the others are ignored."""
         self._live = self._live[rows]
 
     @torch.no_grad()

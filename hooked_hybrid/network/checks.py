@@ -44,7 +44,7 @@ def checked_batch(
     rows that begin or end with it are padded there; see `padding.mask_of`.
 
     Raises:
-        ValueError: as `checked_tokens`, and padding that cannot be told from text.
+        ValueError: as `checked_tokens`, and padding that cannot be distinguished from text.
     """
     given = attention_mask is not None or segment_ids is not None
     checked, is_padded = _checked(model, tokens, knows_padding=given)
@@ -78,7 +78,7 @@ def _checked(model: HookedHybrid, tokens: Any, knows_padding: bool) -> tuple[Ten
     low, high, *is_padded = torch.stack(found).tolist()  # the host waits once
     if low < 0 or high >= model.cfg.d_vocab:
         raise ValueError(
-            f"token ids from {low} to {high}; this model knows 0 to {model.cfg.d_vocab - 1}"
+            f"token ids from {low} to {high}; this model has 0 to {model.cfg.d_vocab - 1}"
         )
     return tokens.to(model.device, torch.long), any(is_padded)
 

@@ -60,7 +60,7 @@ class Component(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Return `forward(*args, **kwargs)`, by way of torch's own hooks where there are any."""
+        """Return `forward(*args, **kwargs)`, by way of torch's own hooks if there are any."""
         if (
             self._forward_hooks
             or self._forward_pre_hooks

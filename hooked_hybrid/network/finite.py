@@ -1,4 +1,4 @@
-"""Whether values are numbers, asked at the price of a sum."""
+"""Whether values are finite, at the price of a sum."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 ASKING = torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape
 UNTAGGED = ("multinomial",)
-"""Operations that ask inside a GPU's kernel, and say so nowhere."""
+"""Operations that wait inside a GPU's kernel, without a sign of it."""
 READS = (Tensor.tolist, Tensor.numpy)
 """What reads a tensor without an operation."""
 FROM_HOST = (torch.tensor, torch.as_tensor, torch.asarray, Tensor.new_tensor)
@@ -20,7 +20,7 @@ FROM_HOST = (torch.tensor, torch.as_tensor, torch.asarray, Tensor.new_tensor)
 
 
 class AsksNothing(TorchDispatchMode):
-    """Raises a RuntimeError at operations that the host waits for, before a capture meets them.
+    """Raises a RuntimeError at operations that the host waits for, before a capture reaches them.
 
     A capture that fails leaves torch's random generator unusable. Other threads are not watched.
 

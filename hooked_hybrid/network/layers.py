@@ -334,7 +334,7 @@ def rotate(
 
 
 def activate(x: Tensor, name: Activation, overwrite: bool = False) -> Tensor:
-    """Return the nonlinearity of `x`, in its memory if told; gelu is the tanh approximation."""
+    """Return the nonlinearity of `x`, in its memory if asked; gelu is the tanh approximation."""
     if name == "silu":
         return nn.functional.silu(x, inplace=overwrite)
     if x.numel() >= WORTH_SPLITTING and x.device.type == "cpu" and not transforms.is_followed():
@@ -360,7 +360,7 @@ def gelu_tanh_(x: Tensor) -> Tensor:
 def times(
     a: Float[Tensor, "*shape"], b: Float[Tensor, "*#shape"], overwrite: bool
 ) -> Float[Tensor, "*shape"]:
-    """Return `a * b`, in the memory of `a` if told."""
+    """Return `a * b`, in the memory of `a` if asked."""
     return a.mul_(b) if overwrite else a * b
 
 

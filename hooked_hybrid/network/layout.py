@@ -1,6 +1,6 @@
 """Where each token of a forward stands: its position, its document, and what is padding.
 
-Mixers never see masks or segment ids; they ask a `Layout`. Padding may stand on the left or on
+Mixers never see masks or segment ids; they use a `Layout`. Padding may stand on the left or on
 the right of a row, documents may be packed into one, and a row may continue from a state.
 """
 
@@ -123,7 +123,7 @@ class Layout:
         return x.masked_fill(~self.is_real.view(*self.pos.shape, *(1,) * (x.ndim - 2)), 0)
 
     def detach_padding(self, x: Tensor) -> Tensor:
-        """Return `x` [batch pos ...] without a gradient at padding, where it may be no number.
+        """Return `x` [batch pos ...] without a gradient at padding, where it may be NaN.
 
         For values at which positions mix: through them the gradient at padding, 0 times what stands
         there, would reach tokens.
@@ -143,7 +143,7 @@ class Layout:
         return x.gather(1, index)
 
     def key_docs(self, n_cached: int) -> Int[Tensor, "batch key"] | None:
-        """Return the document of each key, cached ones first, or None where there is but one."""
+        """Return the document of each key, cached ones first, or None if there is only one."""
         if self.doc is None:
             return None
         return torch.cat([self._state_docs().expand(-1, n_cached), self.doc], dim=1)

@@ -1,4 +1,4 @@
-"""Next-token loss that knows padding and document boundaries."""
+"""Next-token loss with padding and document boundaries."""
 
 from __future__ import annotations
 

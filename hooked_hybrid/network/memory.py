@@ -160,13 +160,13 @@ def require_memory(
     Counts logits, and the scores, patterns and Mamba states that hooks ask for: those that are
     cached, and with gradients all, together, others two at a time, each on its layer's device; and
     what attention keeps inside torch's kernel, masks and the scores of which no kernel of the
-    device takes care: with gradients in all layers, else in one. Everything else is small beside
-    them.
+    device takes care: with gradients in all layers, else in one. Everything else is small compared
+    with them.
 
     Raises:
         MemoryError: says what it would need, what there is, and which option avoids it.
     """
-    if layout.length == 1:  # a step is small beside the state it goes on from
+    if layout.length == 1:  # a step is small compared with the state it continues
         return
     sizes = large_bytes(model, layout, state, piece, layers)
     inside = attention_bytes(model, layout, state, piece, layers)

@@ -6,7 +6,7 @@ Each fast way has a slow one that is its definition, and gives the same values t
 what is attached            what runs
 ==========================  =================================================================
 nothing                     long inputs in pieces, attention in blocks of queries (`attend`),
-                            fast scans, values overwritten where nobody else reads them
+                            fast scans, values overwritten if nothing else reads them
 `per_position` hooks only   the same, hooks called once a piece; on scores and patterns, and
                             then on `hook_z` too, once a block of queries
 watchers only               the sequence whole; scores and patterns put together from blocks
@@ -82,7 +82,7 @@ def dispatch(n_pos: int, points: Iterable[HookPoint]) -> AbstractContextManager[
     """Return a context in which a step's operations skip autograd's part of torch's dispatcher.
 
     Under `no_grad` that part does nothing and still costs a tenth of a small step's time. Hooks may
-    want autograd for themselves, so that it stays where any is attached; in long inputs it does not
+    use autograd themselves, so that it stays where any is attached; in long inputs it does not
     matter.
     """
     if n_pos > 1 or transforms.is_followed() or any(p.fwd_hooks or p.bwd_hooks for p in points):
@@ -94,11 +94,11 @@ def may_overwrite(*points: HookPoint) -> bool:
     """Whether a value may be changed in place after it has passed these points.
 
     It may not where a hook sees it, and may keep it, or where autograd or a transform needs it. To
-    be asked before the value passes: a hook may remove itself.
+    be called before the value passes: a hook may remove itself.
     """
     if transforms.is_followed():
         return False
-    for point in points:  # noqa: SIM110 (asked 25 times a token; a generator costs twice as much)
+    for point in points:  # noqa: SIM110 (called 25 times a token; a generator costs twice as much)
         if point.fwd_hooks:
             return False
     return True

@@ -1,9 +1,9 @@
-"""What may follow a computation besides its values: autograd, torch.func, forward-mode derivatives.
+"""What may trace a computation: autograd, torch.func, forward-mode derivatives.
 
 Under a transform of `torch.func` (`grad`, `vjp`, `jvp`, `jacrev`, `jacfwd`, `hessian`, `vmap`) and
 under forward-mode derivatives a model runs by its definitions: attention with all scores, scans
 one step at a time, every expert on every token. Those are operations that torch transforms, and
-none of them asks for the value of a tensor.
+none of them reads the value of a tensor.
 """
 
 from __future__ import annotations

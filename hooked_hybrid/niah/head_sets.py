@@ -1,4 +1,4 @@
-"""Sets of heads that a choice of heads stands beside: all there are, or some by lot."""
+"""Sets of heads that a choice of heads is compared with: all, or some at random."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ def n_sets(counts: Mapping[int, int], k: int) -> int:
 def head_sets(
     counts: Mapping[int, int], k: int, most: int | None, rng: random.Random, usual: int
 ) -> list[Heads]:
-    """Return sets of `k` heads of each layer: every one, or some by lot, no two alike.
+    """Return sets of `k` heads of each layer: every one, or some at random, no two alike.
 
     Args:
         counts: heads of each attention layer.
         k: heads kept in each.
-        most: so many sets, or every one where there are no more; None for every one of up to
+        most: so many sets, or every one if there are no more; None for every one of up to
             `EVERY`, or `usual` of more.
         rng: draws them.
-        usual: sets by lot where `most` is None.
+        usual: number of random sets if `most` is None.
     """
     total = n_sets(counts, k)
     if most is None:

@@ -1,4 +1,4 @@
-"""How long the prompts of an experiment are where nobody says."""
+"""Default prompt lengths."""
 
 from __future__ import annotations
 

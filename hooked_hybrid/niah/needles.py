@@ -1,4 +1,4 @@
-"""Needles: a sentence to hide, the question that asks for it, and what counts as found."""
+"""Needles: a sentence to hide, the question about it, and what counts as found."""
 
 from __future__ import annotations
 

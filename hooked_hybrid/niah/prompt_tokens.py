@@ -180,7 +180,7 @@ class Maker:
     def _is_held(self, word: str) -> bool:
         try:
             back = self.text.decode(self.text.encode(word, prepend_bos=False))
-        except Exception:  # `tokenizers` raises a bare one where there is no unknown token
+        except Exception:  # `tokenizers` raises a bare one if there is no unknown token
             return False
         return _letters(back) == _letters(word)
 
@@ -204,7 +204,7 @@ class Maker:
         return Haystack(tokens, kinds, is_closed=stop - whole <= LONGEST)
 
     def _spread(self, haystack: Haystack, distractors: list[Tokens]) -> Filler:
-        """Put distractors at ends of sentences, evenly; where there are none, between words."""
+        """Put distractors at ends of sentences, evenly; if there are none, between words."""
         n = len(haystack.tokens)
         for kind in (SENTENCE, WORD, CHARACTER):
             free = [p for p in range(1, n) if haystack.kinds[p - 1] >= kind]

@@ -44,7 +44,7 @@ def released(output: str, needle: AnyNeedle) -> float:
 
     "best thing to do in san francisco" +1, "eat a sandwich" +1, "dolores park" +0.5, "sit in
     dolores park" +0.5, "on a sunny day" +1, as substrings; the whole needle sets 5. A needle with
-    keywords, which their code does not know, gets its graded score.
+    keywords, which their code does not have, gets its graded score.
     """
     if isinstance(needle, KeywordNeedle):
         return graded(output, needle)

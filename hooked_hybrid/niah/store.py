@@ -136,7 +136,7 @@ class Store:
             return _table(self.connection)
 
     def close(self) -> None:
-        """Close the file and let go of its folder."""
+        """Close the file and release its folder."""
         self._held.close()
 
     def _digest_before(self) -> int:
@@ -175,7 +175,7 @@ def _table(connection: sqlite3.Connection) -> pandas.DataFrame:
 
 
 def _opened(path: Path | None, experiment: Mapping[str, Any]) -> sqlite3.Connection:
-    """Return a connection to the file, which is made where there is none; None is in memory."""
+    """Return a connection to the file, which is made if there is none; None is in memory."""
     if path is None:
         connection = sqlite3.connect(":memory:")
         _make(connection, experiment)

@@ -68,13 +68,13 @@ _OWN: dict[tuple[str, str], tuple[tuple[str, str | None], ...]] = {
 
 
 def refuse_foreign_files(path: Path) -> None:
-    """Refuse a file of cells, or a journal beside it, that would lead SQLite elsewhere.
+    """Refuse a file of cells, or a journal next to it, that would lead SQLite elsewhere.
 
     Raises:
         OSError: one is a link.
-        ValueError: one is no plain file; the journal names another file, which SQLite would delete,
-            or more pages than the file has; there is a write-ahead log, which this library never
-            writes.
+        ValueError: one is not a plain file; the journal names another file, which SQLite would
+            delete, or more pages than the file has; there is a write-ahead log, which this library
+            never writes.
     """
     journal, log, shared = (path.with_name(path.name + end) for end in ("-journal", "-wal", "-shm"))
     refuse_link(path, journal, log, shared)
@@ -127,7 +127,7 @@ def restrain(connection: sqlite3.Connection) -> None:
 
 
 def check_schema(connection: sqlite3.Connection, path: Path) -> None:
-    """Compare what a file has beside rows with what this library makes; nothing of it is run.
+    """Compare what a file has besides rows with what this library makes; nothing of it is run.
 
     Raises:
         ValueError: it has other tables, columns, views, triggers or indices, or is of a newer
@@ -198,7 +198,7 @@ def _of_their_types(
         if types not in seen:
             for (name, kind), of in zip(kinds.items(), types, strict=True):
                 if of not in (_TYPES[kind], type(None)):
-                    raise damaged(path, f"a value of {name} is no {kind}")
+                    raise damaged(path, f"a value of {name} is not of type {kind}")
             seen.add(types)
         yield row
 

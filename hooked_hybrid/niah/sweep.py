@@ -209,7 +209,7 @@ class SweepJob(PromptsJob[Part]):
             yield from group.cells(model, parts, self.max_new_tokens, self.first_token_stage)
 
     def cost(self, item: Part) -> float:
-        """Return how much a part takes, beside others: tokens, of settings and prompts."""
+        """Return how much a part takes, relative to others: tokens, of settings and prompts."""
         part = self.groups[item[0]].parts[item[1]]
         return float(sum(prompt.length for prompt in part))
 

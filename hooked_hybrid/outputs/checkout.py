@@ -7,7 +7,7 @@ from functools import cache
 from pathlib import Path
 
 UNKNOWN = "unknown"
-"""What is said of installed code: its version says which it is."""
+"""Of installed code, which its version identifies."""
 _PACKAGES = (":/hooked_hybrid", ":/weights_conversion")
 
 

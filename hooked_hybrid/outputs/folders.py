@@ -1,7 +1,7 @@
 """A folder of results: one run at a time in it, and every file in it whole or not there.
 
 The lock is the operating system's and dies with its process, however that ends: a lock file that is
-left behind blocks nobody. Its text only says who holds it.
+left behind does not block. Its text is informational.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def claimed(folder: Path, resume: bool) -> Iterator[None]:
     writers claims for all of them.
 
     Args:
-        folder: made where there is none; what was made and is empty in the end is removed again.
+        folder: made if there is none; what was made and is empty in the end is removed again.
         resume: whether the folder may hold results already.
 
     Raises:
@@ -120,7 +120,7 @@ def _locked(folder: Path) -> Iterator[None]:
             _write_over(place / LOCK, json.dumps(_holder()))
         yield
     finally:
-        if os.getpid() == me[0]:  # a fork that ends here holds nothing that it could let go
+        if os.getpid() == me[0]:  # a fork that ends here holds nothing that it could release
             HELD.pop(place, None)
             with suppress(OSError):  # before the release: afterwards it may be another run's
                 (place / LOCK).unlink(missing_ok=True)
@@ -129,12 +129,12 @@ def _locked(folder: Path) -> Iterator[None]:
 
 
 def _refuse_other_lock(path: Path) -> None:
-    """Refuse a lock that is no file of its own: what is written to it would go elsewhere."""
+    """Refuse a lock that is not a file of its own: what is written to it would go elsewhere."""
     with suppress(FileNotFoundError):
         about = path.lstat()
         if not stat.S_ISREG(about.st_mode) or about.st_nlink > 1:
             raise OSError(
-                f"{path} is no file of its own but a link, a pipe or a folder, which no run of "
+                f"{path} is not a file of its own but a link, a pipe or a folder, which no run of "
                 "this library leaves: remove it, or give another folder"
             )
 

@@ -47,7 +47,7 @@ def require_plain_file(path: Path, largest: int | None = None) -> int:
     """
     about = path.stat()
     if not stat.S_ISREG(about.st_mode):
-        raise ValueError(f"{printable(path)} is no plain file")
+        raise ValueError(f"{printable(path)} is not a plain file")
     if largest is not None and about.st_size > largest:
         raise ValueError(
             f"{printable(path)} has {about.st_size:,} bytes, more than {largest:,}: it is another "
@@ -108,7 +108,7 @@ def parse_json(text: str | bytes, where: object) -> Any:
         why = "it is too deep" if isinstance(error, RecursionError) else one_line(error)
         raise ValueError(f"{printable(where)} is not JSON ({why})") from error
     if _is_deeper(value, DEEPEST):
-        raise ValueError(f"{printable(where)} is no JSON of ours: it has over {DEEPEST} levels")
+        raise ValueError(f"{printable(where)} is not JSON of ours: it has over {DEEPEST} levels")
     return value
 
 
@@ -133,7 +133,7 @@ def read_json(path: Path, largest: int = LARGEST_JSON, may_be_pipe: bool = False
         path: of the file.
         largest: bytes that are read at most.
         may_be_pipe: whether a user typed the path, which may be `<(a command)`; what is found in a
-            folder is no pipe.
+            folder is not a pipe.
 
     Raises:
         OSError: it cannot be read.

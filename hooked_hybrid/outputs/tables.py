@@ -23,8 +23,8 @@ _TAG = re.compile(r"<(?!br>)(?=[A-Za-z/!?])")
 def write_csv(table: pd.DataFrame, path: Path) -> None:
     """Write a table, whole or not at all, such that a spreadsheet takes no text for a formula.
 
-    A text that begins with `=`, `+`, `-`, `@`, a tab or a return, and is no number, gets a `'` in
-    front; so does one that begins so after some `'`. `read_csv` takes it away again.
+    A text that begins with `=`, `+`, `-`, `@`, a tab or a return, and is not a number, gets a `'`
+    in front; so does one that begins so after some `'`. `read_csv` takes it away again.
     """
     shown = table.map(_quoted)
     has_return = bool(shown.map(lambda v: isinstance(v, str) and "\r" in v).any(axis=None))

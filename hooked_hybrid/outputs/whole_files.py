@@ -1,4 +1,4 @@
-"""Files that are whole or not there: written under a name that nobody can guess, then renamed."""
+"""Files that are whole or not there: written under a random name, then renamed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ UNFINISHED = re.compile(r"\..+\.\d+(\.[0-9a-f]{16})?\.tmp(-journal)?")
 """Names of files that are being written; earlier versions put no random part into them."""
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 _CLOSED = {errno.EROFS, errno.EACCES, errno.EPERM}
-_GO_ON = "then go on (--resume, where there is one)"
+_GO_ON = "then go on (--resume, if there is one)"
 HELD: dict[Path, tuple[int, int]] = {}
 """Folders that this process holds (`results_folder.claimed`), with the process (a fork has a copy)
 and the thread that do."""
@@ -49,7 +49,7 @@ def replacing(path: Path) -> Iterator[Path]:
             raise
         raise unwritten(path, error, "one that was there is as it was") from error
     finally:
-        with suppress(OSError):  # of which the first error said enough
+        with suppress(OSError):  # the first error is enough
             temporary.unlink(missing_ok=True)
 
 
@@ -65,7 +65,7 @@ def refuse_linked_below_held(folder: Path) -> None:
 
 
 def unfinished_name(path: Path) -> Path:
-    """Return a name beside a path that `UNFINISHED` matches and no file has."""
+    """Return a name in a path's folder that `UNFINISHED` matches and no file has."""
     return path.with_name(f".{path.name}.{os.getpid()}.{os.urandom(8).hex()}.tmp")
 
 
@@ -74,7 +74,7 @@ def unwritten(path: Path, error: OSError, kept: str = "") -> OSError:
 
     Args:
         path: that could not be written.
-        error: what the system said; one that says as much already is returned as it is.
+        error: of the system; one with the same text already is returned as it is.
         kept: what there is nevertheless.
     """
     if error.errno is None:
@@ -95,7 +95,7 @@ def unwritten(path: Path, error: OSError, kept: str = "") -> OSError:
 
 
 def _is_elsewhere(error: OSError, path: Path) -> bool:
-    """Return whether an error names a file that lies neither beside a path nor above it."""
+    """Return whether an error names a file that is neither in a path's folder nor above it."""
     if not isinstance(error.filename, str | Path):
         return False
     named = Path(error.filename)

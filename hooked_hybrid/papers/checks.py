@@ -1,6 +1,6 @@
 """From tables to findings: one function for each form of claim.
 
-Each returns a check for a claim; the thresholds are arguments, written beside the claims.
+Each returns a check for a claim; the thresholds are arguments, written with the claims.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ UNDECIDED = "undecided: the interval holds the border"
 
 
 def needs_retrieval(*runs: str) -> Callable[[Check], Check]:
-    """Return what makes a check ask of runs first whether the whole model retrieves in each.
+    """Return a decorator: a check first requires that the whole model retrieves in each run.
 
     Where it does not, a claim about losses says nothing.
     """
@@ -101,7 +101,7 @@ def at_most(run: str, settings: Callable[[Evidence], Sequence[str]], most: float
 def _at_one_place(
     cells: pd.DataFrame | None, mean: Estimate | None, unit: Literal["%", "points"] = "%"
 ) -> str:
-    """Return what a run over every needle adds in words; nothing where there is none."""
+    """Return what a run over every needle adds in words; nothing if there is none."""
     if cells is None or mean is None:
         return ""
     place = f"{mean.n_needles} needles at {int(cells['length'].iloc[0])} tokens"

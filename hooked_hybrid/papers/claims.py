@@ -37,7 +37,7 @@ TOO_LITTLE = "run with --quick: too little to conclude from"
 
 
 class Verdict(Enum):
-    """What a run says of a claim; there is no fourth."""
+    """What a run shows about a claim; there is no fourth."""
 
     SHOWN = "shows it"
     NOT_SHOWN = "does not show it"
@@ -70,7 +70,7 @@ class Claim:
         prediction: what is expected of the published weights run with this code, and why; written
             before anyone ran them.
         check: turns our tables into a finding.
-        any_model: whether models with other recurrences are asked too.
+        any_model: whether models with other recurrences are tested too.
         subject: what the check looks at, where that is not the model: a published config, a score.
     """
 
@@ -95,7 +95,7 @@ class Item:
         suites: benchmarks of `evaluation.benchmarks` that it needs.
         draw: makes our picture, or None where nothing could be run; None where ours is a table.
         rows: makes our table, a heading and rows; None for the accuracies of the picture's cells.
-        controls: names in `reproduce.controls.CONTROLS` of what stands beside the claims.
+        controls: names in `reproduce.controls.CONTROLS` of what the claims are compared with.
         note: what to know when comparing.
     """
 

@@ -69,7 +69,7 @@ Quick = Annotated[
 HeldOut = Annotated[
     int | None,
     _option(
-        "Needles of each seed beside the paper's: --held-out 5.",
+        "Needles of each seed in addition to the paper's: --held-out 5.",
         min=1,
         show_default="3 for a packaged model, else 2",
     ),
@@ -137,7 +137,7 @@ def reproduce(
 
     Writes report.md, with the published value, ours and one of three verdicts for every claim, a
     picture and a table for each item, and claims.csv. It may be stopped at any time; the same
-    command with --resume goes on. An item that cannot be run is said to be so, and the others go
+    command with --resume goes on. An item that cannot be run is reported as such, and the others go
     on; what a report holds already stays in it.
 
     Example: hooked-hybrid reproduce --paper thesis2025 --model tiny-jamba --out results/thesis

@@ -1,4 +1,4 @@
-"""What stands beside the claims: other heads, other layers, other tokens, and ordinary language."""
+"""Controls of the claims: other heads, other layers, other tokens, and ordinary language."""
 
 from __future__ import annotations
 

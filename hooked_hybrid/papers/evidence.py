@@ -33,7 +33,7 @@ _WHOLE = {
 
 
 class Untested(LookupError):
-    """What a claim asks about cannot be read from what was run; the message says why."""
+    """What a claim is about cannot be read from what was run; the message says why."""
 
 
 class Estimate(NamedTuple):
@@ -149,7 +149,7 @@ class Evidence:
 
 
 def estimate(cells: pd.DataFrame, values: str = "accuracy", least: float = 0.0) -> Estimate:
-    """Return the mean of a column of cells; NaN throughout where there is no cell.
+    """Return the mean of a column of cells; NaN throughout if there is no cell.
 
     Args:
         cells: of a run.

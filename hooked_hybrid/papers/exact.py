@@ -87,7 +87,7 @@ def counts_equal(evidence: Evidence) -> Finding:  # noqa: ARG001
 
 
 def attention_is_small(evidence: Evidence) -> Finding:
-    """Find which share of RecurrentGemma-2B is attention; this model's stands beside."""
+    """Find which share of RecurrentGemma-2B is attention; this model's share is shown too."""
     counted, own = count_parameters(CONFIG_2B), count_parameters(evidence.cfg)
     share = counted.of("attention") / counted.without_embeddings
     mine = own.of("attention") / own.without_embeddings

@@ -64,7 +64,7 @@ def measured(
         n_documents: first documents of each task; None is all.
         include_path: folder of tasks in lm-eval's format; a group of the benchmark's name there is
             taken in place of lm-eval's.
-        say: is told of each task.
+        say: is called for each task.
         workers: run the tasks there, not in this process.
 
     Returns:
@@ -136,7 +136,7 @@ def gap(suite: str, form: str, least: float, most: float, under: str = "base") -
 
 
 def near_chance(suite: str, form: str, within: float) -> Check:
-    """Return a check that a form's mean is within so many points of choosing by lot.
+    """Return a check that a form's mean is within a number of points of choosing at random.
 
     Untested where the base form is at chance too, which then says nothing of the heads.
     """
@@ -152,7 +152,7 @@ def near_chance(suite: str, form: str, within: float) -> Check:
         if mean.interval is None:
             return Finding(None, f"{mean.value:.1f}, without an interval")
         low, high = mean.interval
-        ours = f"{mean.value:.1f} (95% {low:.1f} to {high:.1f}), by lot {by_lot:.1f}"
+        ours = f"{mean.value:.1f} (95% {low:.1f} to {high:.1f}), at random {by_lot:.1f}"
         word = ruled("within", low, high, by_lot - within, by_lot + within)
         return by_word(ours, word, _how(scores, list(cells)))
 
@@ -165,7 +165,7 @@ def _mean(suite: str, cells: Mapping[str, Cell], tasks: Sequence[str]) -> gaps.E
 
 
 def _by_lot(suite: str, cells: Mapping[str, Cell], tasks: Sequence[str]) -> gaps.Estimate:
-    """Return what choosing by lot gives, averaged as the scores are; 0 of a correlation."""
+    """Return what choosing at random gives, averaged as the scores are; 0 of a correlation."""
     parts = [gaps.Estimate((cells[t].chance or 0) * gaps.scale(cells[t]), 0.0) for t in tasks]
     return gaps.mean(parts, [cells[task].n_documents for task in tasks], BENCHMARKS[suite].mean)
 
@@ -177,7 +177,7 @@ def _at_chance(suite: str, scores: Scores, tasks: Sequence[str]) -> str:
     if not tasks:
         return "not run: base"
     mean, by_lot = _mean(suite, base, tasks), _by_lot(suite, base, tasks).value
-    said = f"base {mean.value:.1f}, by lot {by_lot:.1f}"
+    said = f"base {mean.value:.1f}, at random {by_lot:.1f}"
     if mean.interval is None:
         return f"{said}, without an interval"
     low, high = mean.interval

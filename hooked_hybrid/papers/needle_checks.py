@@ -105,7 +105,7 @@ def complement(first: str, second: str, whole: str) -> Check:
 def setting_values(
     table: pd.DataFrame, published: Mapping[str, str]
 ) -> tuple[list[str], list[list[str]]]:
-    """Return heading and rows of settings with their published values beside ours."""
+    """Return heading and rows of settings with their published values and ours."""
     rows = []
     for name, value in published.items():
         own = table[table["setting"] == name]

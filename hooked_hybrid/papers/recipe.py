@@ -35,7 +35,7 @@ _FIRST_TOKEN: dict[type, FirstToken] = {RGLRUConfig: "generation", MambaConfig: 
 
 @dataclass(frozen=True)
 class Size:
-    """How much is run: lengths and depths, and a seed's held-out needles beside the paper's.
+    """How much is run: lengths, depths, and a seed's held-out needles besides the paper's.
 
     Every seed has a haystack and held-out needles of its own. `n_draws` is how many sets of heads
     are drawn as controls, `n_texts` on how many texts the loss of language is measured,
@@ -68,12 +68,12 @@ class Recipe:
         identity: of the model, see `identity.model.model_identity`.
         lengths: tokens of the prompts.
         depths: shares of the haystack before the needle.
-        n_held_out: needles beside the paper's, other ones for each seed.
+        n_held_out: needles in addition to the paper's, other ones for each seed.
         seeds: of haystacks and needles; two or more.
         n_draws, n_texts, max_new_tokens, n_documents: see `Size`.
         template: of `niah.prompts`.
         first_token: stage that chooses the first new token.
-        haystack: hash of the documents, "generated" where there are none.
+        haystack: hash of the documents, "generated" if there are none.
         include_path: folder of benchmarks given in place of lm-eval's. No cell depends on it but
             those of benchmarks that could not be run without.
     """

@@ -88,7 +88,7 @@ def not_run(item: Item, error: Exception) -> Judged:
 
 
 def items_in(folder: Path) -> list[str]:
-    """Return the names of the items that a folder's report holds; none where there is no report.
+    """Return the names of the items that a folder's report holds; none if there is no report.
 
     Raises:
         ValueError: its claims cannot be read.

@@ -107,7 +107,7 @@ RUNS: dict[str, Run] = {
 def elsewhere_settings() -> list[Setting]:
     """Return omissions of weights as in `weight_matrix`, of other tokens than the needle's.
 
-    As many tokens of haystack, beside the needle: what an effect of the needle has to stand beside.
+    As many tokens of haystack, next to the needle: what an effect of the needle is compared with.
     "Only" and "binary" silence all other tokens, so that they have no such control.
     """
     pairs = [("keep", "omit"), ("omit", "keep"), ("omit", "omit")]
@@ -128,13 +128,13 @@ def elsewhere_settings() -> list[Setting]:
 
 
 def span_beside(prompt: Prompt) -> tuple[int, int]:
-    """Return [start, stop) of haystack beside the needle, as long: before it, or after it.
+    """Return [start, stop) of haystack next to the needle, as long: before it, or after it.
 
     Raises:
         ValueError: the prompt holds no needle.
     """
     if not prompt.needle_spans:
-        raise ValueError(f"prompt {prompt.id} holds no needle, so that nothing is beside it")
+        raise ValueError(f"prompt {prompt.id} holds no needle, so that nothing is next to it")
     start, stop = prompt.needle_spans[0]
     n = stop - start
     return (start - n, start) if start - n >= _CLEAR else (stop, stop + n)
@@ -153,7 +153,7 @@ def _beside_needle(mode: str) -> Hooks:
 def check(
     names: Sequence[str], model: HookedHybrid, recipe: Recipe, documents: Sequence[str] = ()
 ) -> None:
-    """Raise what would stop a run for want of heads, of room in prompts or of text; run nothing.
+    """Raise an error if a run would lack heads, room in prompts or text; run nothing.
 
     Raises:
         ValueError: a model without attention, prompts that cannot be made, texts too short.

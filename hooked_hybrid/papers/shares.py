@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 FEW = (0, 1, 2)
-"""Heads kept where the context is given twice, beside all of them: the papers' maps."""
+"""Heads kept where the context is given twice, compared with all of them: the papers' maps."""
 TWICE_AT = ((2, 10), (2, 16), (2, 32))
 """Heads, and of how many, that the papers' claims about a second reading name."""
 TOLERANCE = 0.25

@@ -1,4 +1,4 @@
-"""The trained models that come with the package: ordinary checkpoints, in folders beside this."""
+"""Trained models that come with the package: ordinary checkpoints in folders next to this file."""
 
 from __future__ import annotations
 

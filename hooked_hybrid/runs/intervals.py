@@ -48,7 +48,7 @@ def mean_interval(
     Args:
         values: numbers.
         clusters: the cluster of each, by any label; a missing label is a cluster too.
-        bounds: lowest and highest possible value (`SHARE`, `GAP`), None where there are none.
+        bounds: lowest and highest possible value (`SHARE`, `GAP`), None if there are none.
         level: share of samples whose interval holds the mean, 0.5 to 0.99. The ends at 0.9 are the
             one-sided bounds at 0.95.
 

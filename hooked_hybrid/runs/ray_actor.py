@@ -21,7 +21,7 @@ class Worker:
     """An actor; `hello`, `load` and then `run` are called by `RayWorkers`."""
 
     def hello(self) -> dict[str, str]:
-        """Return what numbers depend on, besides the model."""
+        """Return what numbers depend on other than the model."""
         return versions()
 
     def load(self, source: Source, expected: dict[str, Any], threads: int, precision: str) -> None:

@@ -1,4 +1,4 @@
-"""What is asked of Ray: a connection, actors, and their answers."""
+"""Calls of Ray: a connection, actors, and their answers."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ def value_of(answer: Any) -> Any:
 
     Raises:
         StopIteration: of a stream at its end.
-        DiedError: nobody will answer.
+        DiedError: no answer will come.
         Exception: what the worker raised.
     """
     import ray

@@ -183,7 +183,7 @@ class RayWorkers:
             release(self._slots.pop())
 
     def _rest(self) -> None:
-        """End the workers that are still at work: nobody wants it any more."""
+        """End the workers that are still at work, whose results are not needed any more."""
         for slot in [slot for slot in self._slots if slot.state == "busy"]:
             release(slot)
             self._slots.remove(slot)
@@ -210,7 +210,7 @@ class RayWorkers:
                         self._advance(slot)
                 except DiedError as error:
                     self._bury(slot, error, job, todo)
-                except Exception:  # the worker's own: it is not asked again
+                except Exception:  # the worker's own error: it gets no further work
                     release(slot)
                     self._slots.remove(slot)
                     raise

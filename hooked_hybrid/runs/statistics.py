@@ -36,10 +36,10 @@ def summary(table: pd.DataFrame) -> pd.DataFrame:
 
     Cells without a score are left out. Columns: `setting`, `stage`, `k`; `n` cells of `n_needles`
     needles; `accuracy` (mean graded score / 5) with `low` and `high`, its 95% interval over needles
-    (see `hooked_hybrid.runs.intervals`; NaN where there is one needle); `binary`, the share of
+    (see `hooked_hybrid.runs.intervals`; NaN if there is one needle); `binary`, the share of
     whole answers;
     `inside` and `outside`, the accuracy with the needle within the attention window of the last
-    prompt token and beyond it (NaN where there is no such cell), of `n_inside` and `n_outside`
+    prompt token and beyond it (NaN if there is no such cell), of `n_inside` and `n_outside`
     cells.
 
     Raises:

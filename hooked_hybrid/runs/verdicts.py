@@ -53,7 +53,7 @@ def all_of(words: Iterable[Word]) -> Word:
 def apart(upper: tuple[float, float], lower: tuple[float, float]) -> Word:
     """Return whether one figure is above another, by two intervals that are not paired.
 
-    It holds where the intervals do not meet, and does not where they stand the other way round.
+    It holds if the intervals do not overlap, and does not if they are in the other order.
     """
     return _word(upper[0] > lower[1], upper[1] <= lower[0])
 

@@ -31,7 +31,7 @@ class Job(ABC, Generic[Item, Result]):
         """Yield the result of each item, in order."""
 
     def cost(self, item: Item) -> float:  # noqa: ARG002
-        """Return how long an item takes beside others, in any unit."""
+        """Return how long an item takes relative to others, in any unit."""
         return 1.0
 
     def describe(self, items: Sequence[Item]) -> str:

@@ -37,7 +37,7 @@ def checked_conversation(messages: Any) -> list[dict[str, Any]]:
     """Return the messages of one conversation as a list.
 
     Raises:
-        ValueError: none, several conversations, or a message that is no object with a role. A
+        ValueError: none, several conversations, or a message that is not an object with a role. A
             template writes nothing in place of what it does not find.
     """
     is_one = not isinstance(messages, str | Mapping)

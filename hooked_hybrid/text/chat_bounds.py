@@ -1,6 +1,6 @@
 """Bounds on what a template of others may take: steps, seconds, and the size of every value.
 
-jinja2's sandbox keeps a template from what is not its own, and not from loops without end or texts
+jinja2's sandbox keeps a template from other objects, but not from endless loops or texts
 that fill the memory. Here each turn of a loop and each call is a step, and no text, list or number
 that an operator, a filter or a call makes is larger than any conversation's.
 """
@@ -27,7 +27,7 @@ _MULTIPLY = frozenset("replace join indent expandtabs translate ljust rjust cent
 
 
 class BoundsError(Exception):
-    """A template asks for more than any conversation needs."""
+    """A template uses more than any conversation needs."""
 
 
 class BoundedEnvironment(ImmutableSandboxedEnvironment):

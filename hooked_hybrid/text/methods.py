@@ -77,7 +77,7 @@ class TextMethods:
         truncate: bool = True,
         return_mask: bool = False,
     ) -> Tokens | tuple[Tokens, Tokens]:
-        """Return the tokens of a text, or of several, padded on the right unless told.
+        """Return the tokens of a text, or of several, padded on the right by default.
 
         Args:
             input: a text or several.
@@ -113,7 +113,7 @@ class TextMethods:
         one token a row.
 
         Raises:
-            ValueError: padding that cannot be told from text.
+            ValueError: padding that cannot be distinguished from text.
         """
         _, mask = checked_batch(self, tokens, None)  # type: ignore[arg-type]
         return torch.ones_like(tokens) if mask is None else mask

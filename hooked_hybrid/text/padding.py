@@ -1,4 +1,4 @@
-"""Which tokens of a batch are padding, where nobody gave a mask."""
+"""Which tokens of a batch are padding, if no mask is given."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _REMEDY = (
 def may_hold_padding(tokens: Int[Tensor, "batch pos"], text: Text) -> Bool[Tensor, ""] | None:
     """Return whether rows begin or end as padded ones do, on the tokens' device.
 
-    None where there is nothing to ask: no padding token, or one token a row, as in decoding.
+    None if there is nothing to look for: no padding token, or one token a row, as in decoding.
     A padding token that is also BOS or EOS may stand once at an end of a text; but where all rows
     begin with BOS, some with padding before it, that one is padding.
     """
@@ -39,8 +39,8 @@ def mask_of(tokens: Int[Tensor, "batch pos"], text: Text) -> Int[Tensor, "batch 
     """Return the mask of padded rows: 0 at the padding tokens that a row begins or ends with.
 
     Raises:
-        ValueError: padding that cannot be told from text: its token is BOS or EOS too; a row has
-            it on both ends, or holds nothing else.
+        ValueError: padding that cannot be distinguished from text: its token is BOS or EOS too; a
+            row has it on both ends, or holds nothing else.
     """
     if not text.shows_padding:
         raise ValueError(

@@ -45,7 +45,7 @@ def read_sentencepiece(content: bytes) -> SentencePieceFile:
     """Return what the bytes of a `tokenizer.model` say.
 
     Raises:
-        ValueError: they are no SentencePiece model.
+        ValueError: they are not a SentencePiece model.
 
     Source: sentencepiece, `sentencepiece_model.proto`: numbers of fields and their defaults.
     """

@@ -14,7 +14,7 @@ from torch import Tensor
 from hooked_hybrid.config import HybridConfig
 
 PaddingSide = Literal["left", "right"]
-_PARTIAL = "\N{REPLACEMENT CHARACTER}"  # what tokenizers write for bytes that are no character
+_PARTIAL = "\N{REPLACEMENT CHARACTER}"  # what tokenizers write for bytes that are not a character
 _MOST_HELD = 4  # tokens: a character has no more bytes
 
 
@@ -51,7 +51,7 @@ class Text:
 
     @property
     def prepends_bos(self) -> bool:
-        """Whether a text gets BOS in front unless told: what the tokenizer itself does.
+        """Whether a text gets BOS in front by default: what the tokenizer itself does.
 
         `cfg.default_prepend_bos` says otherwise where it is set.
         """
@@ -59,7 +59,7 @@ class Text:
             return self.bos is not None and bool(self.cfg.default_prepend_bos)
         try:
             before, _, _ = self._parts("a", None)
-        except Exception:  # `tokenizers` raises a bare one where there is no unknown token
+        except Exception:  # `tokenizers` raises a bare one if there is no unknown token
             before, _, _ = self._parts("", None)
         return before[:1] == [self.bos]
 
@@ -76,7 +76,7 @@ class Text:
 
     @property
     def shows_padding(self) -> bool:
-        """Whether padding can be told from text: a padding token that is neither BOS nor EOS."""
+        """Whether padding differs from text: there is a padding token that is neither BOS nor EOS."""
         return self.pad_id is not None and self.pad_id not in (self.bos, *self.eos)
 
     def encode(
@@ -150,7 +150,7 @@ class Text:
             return [self.decode([token]) for token in ids]
         found: list[str] = []
         held: list[int] = []  # tokens of a character that is not whole yet
-        shown = ""  # what their first one shows beside it
+        shown = ""  # what their first one shows with it
         for token in ids:
             tails = ([*held[start:], token] for start in range(len(held) + 1))
             texts = [self.decode_after(anchor, next(tails))]
@@ -230,7 +230,7 @@ class Text:
         """Return tokens of a text that others can be read after."""
         try:
             ids = self._ids(".", special=False)
-        except Exception:  # `tokenizers` raises a bare one where there is no unknown token
+        except Exception:  # `tokenizers` raises a bare one if there is no unknown token
             return []
         text = self.decode(ids)
         return ids if text and not text.endswith(_PARTIAL) else []

@@ -124,7 +124,7 @@ class CheckpointTokenizer:
 
 
 def read_tokenizer(folder: Path) -> CheckpointTokenizer | None:
-    """Return the tokenizer of a checkpoint's folder, or None where there is none.
+    """Return the tokenizer of a checkpoint's folder, or None if there is none.
 
     Raises:
         ValueError: a file that cannot be read, by name.

@@ -29,7 +29,7 @@ def read_files(folder: Path) -> dict[str, bytes]:
     """Return the contents of the tokenizer's files in a folder, by name.
 
     Raises:
-        ValueError: one is no plain file, or larger than any tokenizer's.
+        ValueError: one is not a plain file, or larger than any tokenizer's.
     """
     return {n: read_bytes(folder / n) for n in _FILES if (folder / n).exists()}
 
@@ -57,7 +57,7 @@ def read_backend(files: dict[str, bytes], folder: Path) -> tuple[Tokenizer, dict
 
 
 def _object(files: dict[str, bytes], name: str, folder: Path) -> dict[str, Any]:
-    """Return a JSON object, empty where there is no such file."""
+    """Return a JSON object, empty if there is no such file."""
     content = parse_json(files.get(name, b"{}"), folder / name)
     if not isinstance(content, dict):
         raise ValueError(f"{folder / name} does not hold an object")
@@ -166,7 +166,7 @@ def _added_token(value: Any, special: bool) -> AddedToken:
 
 
 def _put_around(backend: Tokenizer, settings: dict[str, Any]) -> None:
-    """Let BOS and EOS stand around a text where the settings ask for them."""
+    """Put BOS and EOS around a text if the settings say so."""
     around, tokens = ["$A"], []
     for name, at in (("bos", 0), ("eos", len(around) + 1)):
         value = settings.get(f"{name}_token")

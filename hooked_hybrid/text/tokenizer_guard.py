@@ -37,7 +37,7 @@ def read_bytes(path: Path) -> bytes:
 def breaking_off(what: object) -> Iterator[None]:
     """Turn whatever `tokenizers` raises into a ValueError.
 
-    Its panics are no `Exception`: whoever catches errors would not catch them.
+    Its panics are not an `Exception`: `except Exception` would not catch them.
 
     Args:
         what: was read or done, for the message.
@@ -52,7 +52,7 @@ def breaking_off(what: object) -> Iterator[None]:
 
 
 def refuse_bombs(content: bytes) -> None:
-    """Refuse a `tokenizer.json` whose table of characters asks for more memory than it has.
+    """Refuse a `tokenizer.json` whose table of characters would take more memory than there is.
 
     Raises:
         ValueError: there is such a table.
@@ -118,7 +118,7 @@ def _of_base64(value: Any) -> bytes:
     import base64
 
     if not isinstance(value, str):
-        raise ValueError("its table of normalised characters is no text")
+        raise ValueError("its table of normalised characters is not text")
     return base64.b64decode(value)
 
 

@@ -2,13 +2,14 @@
 
     make mutants              # or: python -m tests.mutation --each 18 --seed 0 --only niah/scores
 
-For each module of `TARGETS` so many mutants are drawn by lot, the same for the same seed. A mutant
-differs from the code by one small change (see `mutants.py`): a comparison, a constant by one,
-"and" for "or", a statement or an option left out, a slice longer by one. Those tests of `TESTS` are
-run that reach its line, and those beside them in their files, the quickest first, until one fails:
-then the mutant is killed. What no test notices lives: either a test is missing, or the mutant is
-the same program by another spelling. `results/mutants` keeps what was found (a run that stopped
-goes on there; `--again` tries those that lived once more) and which lines each test reaches.
+For each module of `TARGETS` a number of mutants is drawn at random, the same for the same seed. A
+mutant differs from the code by one small change (see `mutants.py`): a comparison, a constant by
+one, "and" for "or", a statement or an option left out, a slice longer by one. Those tests of
+`TESTS` are run that reach its line, and those beside them in their files, the quickest first, until
+one fails: then the mutant is killed. What no test notices lives: either a test is missing, or the
+mutant is the same program by another spelling. `results/mutants` keeps what was found (a run that
+stopped goes on there; `--again` tries those that lived once more) and which lines each test
+reaches.
 
 How it is quick: one process imports everything and collects the tests once, then forks for each
 mutant, which changes the code of one function in memory and runs the tests chosen for it. A change

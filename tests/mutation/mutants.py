@@ -70,7 +70,7 @@ class Mutant:
 
 
 def drawn(path: Path, n: int, seed: int) -> list[Mutant]:
-    """Return `n` mutants of a module by lot, or all where there are fewer, in order of lines.
+    """Return `n` mutants of a module at random, or all if there are fewer, in order of lines.
 
     The kinds of change take turns, so that those there are most of do not fill the sample.
     """
@@ -262,7 +262,7 @@ def _functions(tree: ast.Module) -> dict[ast.AST, str]:
 
 
 def _passed_over(tree: ast.Module) -> set[ast.AST]:
-    """Return nodes that are no part of what is computed: annotations, messages, imports."""
+    """Return nodes that are not part of what is computed: annotations, messages, imports."""
     over: set[ast.AST] = set()
 
     def leave_out(*nodes: ast.AST | None) -> None:

@@ -100,7 +100,7 @@ def test_an_adapter_beside_the_weights_needs_a_word(copy: Callable[[str], Path])
     shutil.copytree(BASES["griffin"], folder, dirs_exist_ok=True)
     shutil.copy(adapter("griffin") / "golden.safetensors", folder)
     for way in (HookedHybrid.from_pretrained, check):
-        with pytest.raises(CheckpointError, match="adapter beside the weights.*merge.*=False"):
+        with pytest.raises(CheckpointError, match="adapter as well as the weights.*merge.*=False"):
             way(folder)
     golden = load_file(folder / "golden.safetensors")
     merged = HookedHybrid.from_pretrained(folder, adapter=folder)

@@ -164,7 +164,7 @@ REFUSED: dict[str, HybridConfig] = {
     "MLPs are not GELU with biases": with_layers(GRIFFIN, mlp=GatedMLPConfig(4, "silu", False)),
     "logits have no soft cap": replace(GRIFFIN, logits_soft_cap=None),
     "attention has rotary positions": with_layers(JAMBA, AttentionConfig(2, 1, 4, None, ROTARY)),
-    "d_inner=7 is no multiple": with_layers(
+    "d_inner=7 is not a multiple": with_layers(
         replace(JAMBA, d_model=4), MambaConfig(7, 2, 2, norm_eps=JAMBA.norm.eps)
     ),
     "norms multiply by 1 + weight": replace(JAMBA, norm=NormConfig(style="one_plus_weight")),

@@ -349,7 +349,7 @@ class PretendedGPU(TorchDispatchMode):
             raise Mixed(f"{func}: {shapes}")
 
     def _check_indices(self, name: str, args: Any, others: list[Tensor]) -> list[Tensor]:
-        """Note what indices make the host wait for; return tensors that are no indices."""
+        """Note what indices make the host wait for; return tensors that are not indices."""
         indices = [i for i in args[1] if i is not None]
         masks = [i for i in indices if i.dtype in (torch.bool, torch.uint8)]
         fills = "put" in name and args[2].numel() == 1 and len(masks) == len(indices) == 1

@@ -21,7 +21,7 @@ SOURCE = Path(__file__).parent / "guard.cpp"
 
 
 def compiler() -> str | None:
-    """Return a C++ compiler, or None where there is none."""
+    """Return a C++ compiler, or None if there is none."""
     return next(
         (found for name in ("g++", "c++", "clang++") if (found := shutil.which(name))), None
     )

@@ -22,7 +22,7 @@ TOLERANCE = 3e-5
 """Of the largest entry: sums in other orders, in up to 140 positions and under edits."""
 LONG = 10**6
 PAD, N_SPECIAL = 0, 4
-"""Of the tokenizer: the padding token, and how many tokens are no words."""
+"""Of the tokenizer: the padding token, and how many tokens are not words."""
 
 
 def assert_close(got: Tensor, wanted: Tensor, what: str, of: Tensor | None = None) -> None:

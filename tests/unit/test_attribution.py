@@ -338,7 +338,7 @@ def test_the_planted_group_of_channels_is_found():
     [
         ({"reduce": "layer"}, "none of 'position'"),
         ({"at": "both"}, "give 'corrupted' or 'clean'"),
-        ({"qk_fix": True, "reduce": None}, "it knows no channels"),
+        ({"qk_fix": True, "reduce": None}, "qk_fix has no channels"),
         ({"names_filter": "hook_embed", "reduce": "head"}, "nothing to attribute to"),
     ],
 )

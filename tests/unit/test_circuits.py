@@ -111,7 +111,7 @@ def test_only_the_rotated_half_of_a_head_turns() -> None:
     assert relative(near.AB, far.AB) > 0.1
     assert torch.equal(near.A[..., 4:], far.A[..., 4:])
     assert torch.equal(near.B, far.B)
-    assert relative(far.norm(), near.norm()) > 1e-3  # the product is no rotation of the other
+    assert relative(far.norm(), near.norm()) > 1e-3  # the product is not a rotation of the other
 
 
 def test_without_rotary_positions_distance_does_not_matter() -> None:
@@ -391,7 +391,9 @@ def test_bad_input_is_named() -> None:
     model = model_of("griffin")
     with pytest.raises(ValueError, match=r"layer 1 has no attention; layers that have: \(2,\)"):
         qk_circuit(model, 1)
-    with pytest.raises(ValueError, match=r"layer 2 is no recurrence; layers that are: \(0, 1, 3\)"):
+    with pytest.raises(
+        ValueError, match=r"layer 2 is not a recurrence; layers that are: \(0, 1, 3\)"
+    ):
         recurrent_circuit(model, 2)
     for distance in (-1, 7):
         with pytest.raises(ValueError, match=f"distance={distance}: .* distances of 0 to 6 tokens"):

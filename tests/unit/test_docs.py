@@ -243,7 +243,7 @@ def test_links_are_turned_into_links_between_pages():
     assert relink("figure.png", "reproduced/thesis/report.md") == "figure.png"
     assert relink("../../findings.md", "reproduced/thesis/report.md") == "../../findings.md"
     assert relink("https://example.org/a.md") == "https://example.org/a.md"
-    with pytest.raises(ValueError, match=r"a link to gone\.md, which is no page"):
+    with pytest.raises(ValueError, match=r"a link to gone\.md, which is not a page"):
         relink("gone.md")
 
 

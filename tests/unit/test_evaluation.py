@@ -267,7 +267,7 @@ def test_the_command_reports_resumes_and_goes_on_without_missing_data(
     assert "local_letters, ablated" in second.stderr and "local_letters, base" not in second.stderr
     assert all((out / "cells" / name).stat().st_mtime_ns == t for name, t in cells.items())
     report = (out / "report.md").read_text()
-    assert "| task | metric | documents | base | ablated (k=0) | by lot |" in report
+    assert "| task | metric | documents | base | ablated (k=0) | at random |" in report
     assert "## Base minus form" in report and (out / "scores.png").stat().st_size > 5000
     said = json.loads((out / "results.json").read_text())
     assert [(c["task"], c["form"]) for c in said["cells"]][:2] == [

@@ -12,7 +12,7 @@ from hooked_hybrid.network.weights.factored import FactoredMatrix
 
 LOW_RANK = (7, 3, 5)  # ldim, mdim, rdim
 SQUARE = (6, 3, 6)
-WIDE_INNER = (4, 9, 5)  # the inner dimension is no saving: the rank is min(ldim, rdim)
+WIDE_INNER = (4, 9, 5)  # the inner dimension is not a saving: the rank is min(ldim, rdim)
 LEADING = {
     "none": ((), ()),
     "heads": ((2,), (2,)),

@@ -507,5 +507,5 @@ def test_names_in_a_checkpoint_are_shown_and_not_obeyed(
     with pytest.raises(CheckpointError) as error:
         HookedHybrid.from_pretrained(folder)
     assert str(error.value).isprintable()
-    error = CheckpointError(f"{ESCAPE} is no tensor")
+    error = CheckpointError(f"{ESCAPE} is not a tensor")
     assert str(error).isprintable() and str(pickle.loads(pickle.dumps(error))) == str(error)

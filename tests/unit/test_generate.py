@@ -1064,7 +1064,7 @@ def test_the_returned_string_is_cut_too_and_keeps_the_prompt(model):
 
 @pytest.mark.parametrize("which", ["text", "str"])
 def test_a_row_cut_at_a_stop_string_reads_the_same_among_rows_that_go_on(model, which):
-    """What pads the row after its end is no part of its text."""
+    """What pads the row after its end is not a part of its text."""
     prompts = ["w20 w8", "w9 w10 w11"]
     free = [model.to_str_tokens(model.generate(p, N_NEW, **ENDLESS).new_tokens) for p in prompts]
     stop = next(w for w in free[0][2:] if w not in free[0][:2] + free[1] and w.startswith("w"))

@@ -304,7 +304,7 @@ def test_texts_of_a_saved_data_set(tmp_path, monkeypatch):
         ([[3, 4]], {"dtype": torch.float64}, "give 'float32', 'bfloat16' or 'float16'"),
         ([[3, 4]], {"dtype": "fp16"}, "dtype=fp16: give 'float32', 'bfloat16' or 'float16'"),
         ([[3, 4]], {"seed": 2**70}, "give .* 64 bits"),
-        ([[3, 4]], {"prepend_bos": True, "context_length": 1}, "no room beside BOS"),
+        ([[3, 4]], {"prepend_bos": True, "context_length": 1}, "no room after BOS"),
     ],
 )  # fmt: skip
 def test_bad_input_is_refused_before_work(tmp_path, unchecked, documents, changes, match):
@@ -334,7 +334,7 @@ def test_nothing_to_keep_is_no_name(unchecked):
 
 def test_a_field_that_is_no_text_is_not_called_missing(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": 5}')
-    with pytest.raises(ValueError, match="line 1: the field 'text' holds 5, which is no text"):
+    with pytest.raises(ValueError, match="line 1: the field 'text' holds 5, which is not text"):
         list(read_texts(tmp_path / "a.jsonl"))
 
 

@@ -75,7 +75,7 @@ def test_a_damaged_shard_is_made_again_and_a_changed_one_is_found(tmp_path):
     path.write_bytes(wanted[path.name][:-100])
     with pytest.raises(ValueError, match="bytes, and index.json says .* go on with --resume"):
         HarvestedActivations(harvested.folder)
-    with pytest.warns(UserWarning, match="is no whole shard of a harvest .* it is made again"):
+    with pytest.warns(UserWarning, match="is not a whole shard of a harvest .* it is made again"):
         many_shards(harvested.folder)
     assert contents(harvested.folder) == wanted
     flipped = bytearray(wanted[path.name])
@@ -339,7 +339,9 @@ def test_an_index_that_does_not_fit_its_shards_is_found(tmp_path):
     with pytest.raises(ValueError, match=r"index.json is damaged"):
         HarvestedActivations(harvested.folder)
     path.write_text(json.dumps({**index, "recipe": {**index["recipe"], "seed": 1}}))
-    with pytest.raises(ValueError, match="index.json is not of the shards beside it: go on with"):
+    with pytest.raises(
+        ValueError, match="index.json does not belong to the shards in its folder: go on with"
+    ):
         HarvestedActivations(harvested.folder)
     changed = json.loads(json.dumps(index))
     changed["hooks"][harvested.names[0]]["mean_norm"] += 0.1

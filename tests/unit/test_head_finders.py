@@ -330,5 +330,5 @@ def test_what_cannot_be_scored_is_said(unchecked: None):
     with pytest.raises(ValueError, match="needs tokens"):
         entropy_profile(model)
     found = channel_scores(model, prompts, min_recall=0.0, max_new_tokens=8, **QUIET)
-    with pytest.raises(KeyError, match="layer 2 is no recurrence"):
+    with pytest.raises(KeyError, match="layer 2 is not a recurrence"):
         found[2, 0]

@@ -1,4 +1,4 @@
-"""Properties of HookedRootModule, on a small module that is no language model."""
+"""Properties of HookedRootModule, on a small module that is not a language model."""
 
 from __future__ import annotations
 

@@ -224,7 +224,7 @@ def test_a_setting_no_model_has_is_refused_at_once(griffin: Path, key: str, valu
     start = time.process_time()
     message = refusal(griffin)
     assert time.process_time() - start < 5
-    assert key in message or f"the config asks for ({value}," in message
+    assert key in message or f"the config gives ({value}," in message
     assert len(message) < 3000
 
 

@@ -145,7 +145,8 @@ def test_a_document_reaches_no_later_one_of_its_row(family: str, bad: float):
     assert relative(found, following) < FP32_PARITY
 
 
-# --- choosing among what is no number -------------------------------------------------------------
+# --- choosing among what is not a number
+# -------------------------------------------------------------
 
 
 def nan_in_row_1(value: Tensor, hook: HookPoint) -> Tensor:

@@ -330,11 +330,11 @@ def test_a_load_cut_off_leaves_nothing_that_bears_a_name(
         ({"device_map": "balanced"}, "give 'auto', or a dict"),
         ({"device_map": torch.device("cpu")}, "give 'auto', or a dict"),
         ({"device_map": {"": "cpu"}, "device": "meta"}, "and a device_map: give one of them"),
-        ({"max_memory": {"cpu": "1GB"}}, "go with device_map"),
+        ({"max_memory": {"cpu": "1GB"}}, "need device_map"),
         ({"device_map": {"": "cpu"}, "max_memory": {"cpu": "1GB"}}, "for device_map='auto'"),
         ({"device_map": {"": "cpu"}, "offload_folder": "x"}, "puts nothing on the disk"),
         ({"device_map": "auto", "max_memory": {9: "1GB"}}, "max_memory names 9"),
-        ({"device_map": "auto", "max_memory": {"cpu": "much"}}, "'much' is no size"),
+        ({"device_map": "auto", "max_memory": {"cpu": "much"}}, "'much' is not a size"),
     ],
 )
 def test_options_that_do_not_go_together_are_refused(

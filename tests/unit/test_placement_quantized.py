@@ -164,7 +164,7 @@ def test_what_would_do_names_schemes_and_nothing_that_quantised_weights_cannot()
     assert not any(option.startswith(("--cpu", "--disk")) for option in options)
     plain = plan(config_of("jamba-mini"), Machine(gpus_of("1x60GB")), (8192,))
     assert ("--quantize int8", "quantize='int8'") in [tuple(change) for change in plain.changes]
-    with pytest.raises(ValueError, match="int8 weights do not go with torch.float16"):
+    with pytest.raises(ValueError, match="int8 weights cannot be used with torch.float16"):
         plan(CFG, one, dtype=torch.float16, quantize="int8")
 
 

@@ -271,7 +271,7 @@ def test_what_is_left_beyond_the_window_and_complements():
     both = needle_checks.complement("omit-keep", "keep-omit", "keep-keep")
     assert both(weights(0, 1, (1, 0))).holds
     assert not both(weights(0, 0, (1, 0))).holds and not both(weights(1, 1, (1, 0))).holds
-    nothing = both(weights(0, 0, (1, 1)))  # one alone is no complement
+    nothing = both(weights(0, 0, (1, 1)))  # one alone is not a complement
     assert nothing.holds is False and "keep-omit retrieves nothing" in nothing.note
     near = weights(0, 1, (1, 0))
     near.tables["weights"] = near.tables["weights"].assign(in_window=True)

@@ -78,7 +78,7 @@ def test_device_maps_are_auto_json_or_a_file(tmp_path: Path):
     ("text", "message"),
     [
         ("no-such-file.json", "no-such-file.json: it cannot be read"),
-        ("{broken", "is no JSON"),
+        ("{broken", "is not JSON"),
         ('{"": null}', "give an object of parts and devices"),
         ('{"fits": false, "why_not": "too large"}', "a plan that does not fit: too large"),
     ],
@@ -99,8 +99,8 @@ def test_memory_is_said_by_device():
     ("options", "message"),
     [
         (RunOptions(device="meta", device_map="auto"), "--device meta and --device-map"),
-        (RunOptions(max_memory=["cpu=1GB"]), "go with --device-map"),
-        (RunOptions(offload_folder=Path("here")), "go with --device-map"),
+        (RunOptions(max_memory=["cpu=1GB"]), "need --device-map"),
+        (RunOptions(offload_folder=Path("here")), "need --device-map"),
         (RunOptions(device="toaster"), "--device toaster cannot be used here"),
     ],
 )

@@ -1,7 +1,7 @@
 """Results that are gone on with after any single change: refused, or as if begun with it.
 
 Every kind of store is begun, half of it is taken away, one thing that it reads is changed, and the
-run resumed. `SEAMS_ROUNDS` draws as many further changes by lot.
+run resumed. `SEAMS_ROUNDS` draws as many further changes at random.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from tests.harvests import contents
 from tests.unit.test_niah_sweep import model_of, prompts_of
 
 ROUNDS = int(os.environ.get("SEAMS_ROUNDS", "0"))
-"""Changes that are drawn by lot for each kind of store, besides those that are listed."""
+"""Changes that are drawn at random for each kind of store, in addition to those that are listed."""
 WHERE = "blocks.1.hook_mixer_out"
 HOOK = """
 scale = {scale}
@@ -326,7 +326,7 @@ MAY_GO_ON: dict[str, set[str]] = {"harvest of tokens": set(TOKENIZER)}
 
 
 def drawn(rng: random.Random, kind: str) -> tuple[str, Change]:
-    """Return a change by lot, small ones too: numbers of any weight, parts of either hook."""
+    """Return a random change, small ones too: numbers of any weight, parts of either hook."""
     reads_hook = HOOKS.items() <= READ[kind].items()
     what = rng.choice(["weight", "permanent", "config", "two", *["hook"] * reads_hook])
     if what == "weight":

@@ -33,7 +33,7 @@ class Machine:
     def __post_init__(self) -> None:
         if (least := min(*self.gpus, self.cpu, self.disk or 0)) < 0:
             raise ValueError(f"a memory of {least} bytes: give 0 or more")
-        if not any(self.gpus):  # the CPU computes, and is no second place beside itself
+        if not any(self.gpus):  # the CPU computes, and is not a second place next to itself
             object.__setattr__(self, "gpus", ())
 
     @property
@@ -61,7 +61,7 @@ def size_of(text: str) -> int:
     """
     match = _SIZE.fullmatch(text.strip())
     if match is None or not (size := int(float(match[1]) * UNITS[match[2].upper()])):
-        raise ValueError(f"{text!r} is no size: give such as 40GB, 512MiB or 1.5TB")
+        raise ValueError(f"{text!r} is not a size: give such as 40GB, 512MiB or 1.5TB")
     return size
 
 
@@ -98,8 +98,8 @@ def this_machine(max_memory: MaxMemory | None, has_folder: bool) -> Machine:
         has_folder: whether something may go to the disk.
 
     Raises:
-        ImportError: accelerate, which asks the machine, is not installed.
-        ValueError: a device that is not there, or what is no size.
+        ImportError: accelerate, which reads the sizes of the machine, is not installed.
+        ValueError: an unknown device or an invalid size.
     """
     disk = ANY_DISK if has_folder else None
     try:

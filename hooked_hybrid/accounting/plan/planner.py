@@ -31,7 +31,7 @@ class Planner:
 
     @cached_property
     def _sums(self) -> tuple[list[int], list[int], list[int]]:
-        """Weights, states and what stands beside these, of the first n blocks."""
+        """Bytes of the first n blocks: weights, states, and what is in memory besides these."""
         states, beside = (
             [of(i, self.length) for i in range(self.n_layers)]
             for of in (self.sizes.state, self.sizes.beside_state)
@@ -58,8 +58,8 @@ class Planner:
             held: blocks that are kept there.
             elsewhere: blocks that are not, and run there.
             is_first: whether it holds the ends.
-            brings: whether weights are brought to any device, so that all blocks take turns over
-                the whole prompt; None means to this one alone.
+            brings: whether weights are moved to a device for each forward, so that all blocks take
+                turns over the whole prompt; None means to this one alone.
         """
         own, others = slice(held.start, held.stop), slice(elsewhere.start, elsewhere.stop)
         working = max((*self._working[own], *self._working[others]), default=0)
@@ -96,7 +96,7 @@ class Planner:
         return self.find(evenly=False) is not None
 
     def find(self, evenly: bool = True) -> Split | None:
-        """Return the split with most blocks on devices, or None where there is none.
+        """Return the split with most blocks on devices, or None if there is none.
 
         Args:
             evenly: fill devices to equal shares; else one after another.

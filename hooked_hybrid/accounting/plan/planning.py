@@ -2,7 +2,7 @@
 
 Blocks go to the devices in order, so that the residual stream crosses each border once; the ends
 go to the first that has room for them. What fits on few devices stays on few, filled evenly. What
-no device has room for stays on the CPU, and then on the disk, and is brought to the last device
+no device has room for stays on the CPU, and then on the disk, and is moved to the last device
 that holds a block.
 """
 
@@ -100,7 +100,7 @@ class Plan:
 
     @property
     def _beside(self) -> str:
-        """Say what there is beside the devices."""
+        """Return a phrase on the room outside the devices."""
         if self.sizes.quantize is not None:
             return "; quantised blocks stay where they run"
         cpu = f"{shown(self.machine.cpu)} of CPU memory and " if self.machine.gpus else ""

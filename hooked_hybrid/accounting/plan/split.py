@@ -16,7 +16,7 @@ class Usage:
     working: int = 0
     """Values of a forward at their most, the state before it among them."""
     loading: int = 0
-    """What loading takes beside the weights at its most, before anything runs."""
+    """Peak bytes of loading on top of the weights, before anything runs."""
     context: int = 0
 
     @property
@@ -26,7 +26,7 @@ class Usage:
 
     @property
     def running(self) -> int:
-        """What a run takes beside the weights."""
+        """Bytes of a run on top of the weights."""
         return self.brought + self.state + self.working
 
 

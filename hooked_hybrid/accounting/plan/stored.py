@@ -29,7 +29,7 @@ class Stored:
     to_multiply: int = 0
     """What a product with a quantised matrix takes for the plain one, at most."""
     to_quantize: int = 0
-    """What quantising one of its matrices takes beside it, at most."""
+    """Peak bytes of quantising one of its matrices on top of the matrix."""
     d_out: int = 0
     """Numbers that a quantised matrix gives a token, which are there once more."""
     matrix: int = 0

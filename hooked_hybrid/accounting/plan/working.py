@@ -1,4 +1,4 @@
-"""Bytes that each part of a model asks of a device, from the config alone.
+"""Bytes that each part of a model needs on a device, from the config alone.
 
 What is counted is what loading takes, a prefill without hooks or gradients, in pieces, and the
 steps of decoding after it. What a mixer or an MLP holds at its most, of a piece of positions, is
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from hooked_hybrid.network.weights.quantized import Only
 
 OF_TOKEN = 10 * torch.long.itemsize
-"""Bytes of what is known of a token beside its values: its id, positions, document and row."""
+"""Bytes kept for a token in addition to its values: its id, positions, document and row."""
 
 
 class Sizes:
@@ -44,7 +44,7 @@ class Sizes:
         quantize, quantize_only: as `from_pretrained` takes them.
 
     Raises:
-        ValueError, ImportError: what cannot be quantised so; when weights are asked for.
+        ValueError, ImportError: what cannot be quantised so; when weights are computed.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class Sizes:
         return {part: stored.bytes for part, stored in self._stored.items()}
 
     def loading(self, part: str) -> int:
-        """Return the bytes that loading a part takes beside its weights.
+        """Return the bytes that loading a part takes on top of its weights.
 
         A CPU holds the largest tensor twice while it is stacked or transposed, and what is
         quantised is there in its own dtype before.
@@ -89,7 +89,7 @@ class Sizes:
         return self._state(layer, length).total
 
     def beside_state(self, layer: int, length: int) -> int:
-        """Return the bytes that stand beside a layer's state while a forward makes the next one.
+        """Return the bytes that a forward takes on top of a layer's state while making the next.
 
         The state before a piece, or a step, lives as long as the forward. A window's keys are the
         last ones of a tensor with those of a piece in it; the first step makes room for keys to
@@ -101,7 +101,7 @@ class Sizes:
             return state.total
         n_kept = mixer.n_kept(cfg, length)
         gone = min(PIECE, length - n_kept)
-        in_view = gone if n_kept >= gone else 0  # else the tensor is let go, see `last_keys`
+        in_view = gone if n_kept >= gone else 0  # else the tensor is freed, see `last_keys`
         spare = in_view + max(in_view, 1 + room_for_steps(n_kept + 1))
         shapes = mixer.state_shapes(cfg)
         a_key = sum(
@@ -144,8 +144,8 @@ class Sizes:
     def streams(self, length: int) -> int:
         """Return the bytes of the residual stream of a whole prompt, kept where blocks take turns.
 
-        That is where weights are brought: each block reads all pieces before the next does, and
-        layers share what rotates each.
+        That is so if weights are moved for each forward: each block reads all pieces before the
+        next does, and layers share what rotates each.
         """
         mixers = [layer.mixer for layer in self.cfg.layers]
         rotary = max(mixer_of(mixer).position_width(mixer) for mixer in mixers)

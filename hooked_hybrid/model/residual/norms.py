@@ -173,7 +173,7 @@ def token_ids(model: HookedHybrid, tokens: TokenChoice) -> TokenIds:
     """Return the ids of tokens given as a text of one token, an id, or a tensor of ids.
 
     Raises:
-        ValueError: ids that are no integers, or outside the vocabulary.
+        ValueError: ids that are not integers, or outside the vocabulary.
     """
     ids = torch.as_tensor(model.to_single_token(tokens) if isinstance(tokens, str) else tokens)
     if ids.is_floating_point() or ids.dtype == torch.bool:

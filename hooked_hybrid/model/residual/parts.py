@@ -41,8 +41,8 @@ class Way:
 class Parts:
     """Parts of one write, with all ways to them: the first that the cache holds is taken.
 
-    `bias` is what the layer writes beside these parts, the same at every position; `written` is the
-    whole write, which hooks may have edited after these parts.
+    `bias` is what the layer writes in addition to these parts, the same at every position;
+    `written` is the whole write, which hooks may have edited after these parts.
     """
 
     labels: tuple[str, ...]

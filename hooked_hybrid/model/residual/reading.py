@@ -97,7 +97,7 @@ class PartReader:
         incl_bias: bool = False,
         onto: Onto | None = None,
     ) -> tuple[Float[Tensor, "component ..."], list[str]]:
-        """Return parts and what is left beside them, after the norm at a place if asked for."""
+        """Return parts and what is left besides them, after the norm at a place if asked for."""
         path, norm = place.norm(self.model)
         whole = [parts_of.stream(self.model, *place)] if incl_remainder else []
         scale_name = [f"{path}.hook_scale"] if apply_ln else []
@@ -130,7 +130,7 @@ class PartReader:
     def _bias(
         self, parts: Sequence[Parts], pos_slice: PosSlice, onto: Onto | None, stack: Tensor
     ) -> Float[Tensor, ...]:
-        """Return what layers wrote beside their parts: biases, and edits of what they wrote."""
+        """Return what layers wrote besides their parts: biases, and edits of what they wrote."""
         rest, done = at_least_fp32(torch.zeros_like(stack[0])), 0
         for part in parts:
             mine = stack[done : done + len(part.labels)]
@@ -227,14 +227,14 @@ class PartReader:
             (n + largest) * numbers * value.element_size(),
             value.device,
             f"a stack of {n} parts of shape {(*lead, *width)}",
-            "give pos_slice, or project_output_onto where there is one, or split less",
+            "give pos_slice, or project_output_onto if there is one, or split less",
         )
 
 
 def _scaled(
     stack: Float[Tensor, "component ..."], factor: Float[Tensor, ...]
 ) -> Float[Tensor, "component ..."]:
-    """Return a stack times a factor, in its own memory where nobody else needs it."""
+    """Return a stack times a factor, in its own memory if nothing else needs it."""
     return stack * factor if stack.requires_grad or factor.requires_grad else stack.mul_(factor)
 
 

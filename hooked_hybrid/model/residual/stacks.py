@@ -58,7 +58,7 @@ class ResidualStacks(ResidualNorms):
         """Stack the stream as it enters each layer up to `layer`: its sums so far.
 
         Labels are "0_pre", "0_mid" (with `incl_mid`) and so on, and "final_post" at the end of all
-        layers. With `apply_ln` there, each is divided by its own scale, as a logit lens wants;
+        layers. With `apply_ln` there, each is divided by its own scale, as a logit lens needs;
         before an earlier layer all are divided by the scale of that layer's norm.
         """
         place, n_layers = self._place(layer, mlp_input), self.model.cfg.n_layers
@@ -249,7 +249,7 @@ class ResidualStacks(ResidualNorms):
         """Stack the finest parts there are; they sum to the stream.
 
         In this order: heads and recurrent layers, MLPs, the embedding, and under "bias" what the
-        layers that are split wrote beside these parts: output biases, and, where the cache holds
+        layers that are split wrote besides these parts: output biases, and, where the cache holds
         their writes (`hook_mixer_out` or `hook_attn_out`, `hook_mlp_out`), edits of these.
 
         Args:

@@ -171,7 +171,9 @@ def attend(q: Queries, k: KeysValues, v: KeysValues, sight: Sight, hooks: Hooks)
     """
     way = attention_way(hooks.scores, hooks.pattern, hooks.z, q.device)
     if way != "whole" and q.shape[1] > 1 and not is_finite(k, v):
-        way = "whole"  # which asks for itself, and reads nothing of masked keys: 0 times NaN is NaN
+        way = (
+            "whole"  # which checks for itself, and reads nothing of masked keys: 0 times NaN is NaN
+        )
     if way == "whole":
         return hooks.z(attend_whole(q, k, v, sight, hooks))
     if way == "fused" or (q.shape[1] == 1 and not hooks.are_inside):
@@ -304,7 +306,7 @@ def _hooked_pattern(
 def _watched_pattern(
     scores: Pattern, sight: Sight, hooks: Hooks, start: int, whole: _Whole | None
 ) -> Pattern:
-    """Return the pattern of one block, scores and pattern also put where watchers want them."""
+    """Return the pattern of one block, scores and pattern also stored for watchers."""
     if whole is not None:
         whole.put(hooks.scores, scores, start)
     pattern = _softmax(scores, sight, is_edited=False, overwrite=True)

@@ -29,7 +29,7 @@ class _Room:
         self._lock = threading.Lock()
 
     def take(self, n: int, after: int) -> bool:
-        """Take the `n` entries that follow entry `after`; False where there are none to take."""
+        """Take the `n` entries that follow entry `after`; False if there are none to take."""
         k = self.buffers[0]
         if k.is_inference() and not torch.is_inference_mode_enabled():
             return False  # torch allows no write

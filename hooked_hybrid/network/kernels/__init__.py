@@ -6,7 +6,7 @@
     causal_conv1d    the convolution over the last taps     causal-conv1d  twin of `CausalConv1d`
     grouped_experts  all experts in three products          torch        twin of `MoE._run_sorted`
 
-Each module has a `usable`, to be asked before its function is called, and imports what it needs
+Each module has a `usable`, to be called before its function, and imports what it needs
 only then. A kernel is tried on small inputs before it is first used on a GPU (`trials`), and left
 out where it does not run or is wrong. Second derivatives are the definition's (`twice`).
 `import hooked_hybrid` imports none of them, and works without any of their packages.
@@ -53,7 +53,7 @@ def triton_reads(*tensors: Tensor) -> bool:
 
 
 def need_gradients(*tensors: Tensor) -> bool:
-    """Return whether autograd wants a gradient by any of these."""
+    """Return whether autograd needs a gradient by any of these."""
     return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
 
 

@@ -1,10 +1,10 @@
-"""torch's fused attention, asked in the form that each device's kernels take.
+"""torch's fused attention, called in the form that each device's kernels take.
 
 On CUDA torch chooses one of these for each call, by dtype, capability and form; it says nothing
 where it takes the last one, which keeps the scores of all queries and keys in memory:
 
 ==========  ==============  ===================================================  ==============
-kernel      capability      takes                                                asked for
+kernel      capability      takes                                                called with
 ==========  ==============  ===================================================  ==============
 flash       8.0 and above   bf16, fp16; no mask; d_head up to 256                yes
 efficient   5.0 and above   fp32, bf16, fp16; a mask; as many key heads as       yes

@@ -1,4 +1,4 @@
-"""A mixture's experts as three grouped products; the GPU is not asked how many tokens each got."""
+"""A mixture's experts as three grouped products; the host does not wait for their sizes."""
 
 from __future__ import annotations
 

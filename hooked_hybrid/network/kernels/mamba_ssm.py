@@ -31,7 +31,7 @@ def usable(
 
     Args:
         u, dt, A, B, C, resets: as in `network.scans.selective_scan.selective_scan_loop`.
-        h0: None where the state before is zero. mamba-ssm begins there, and knows no resets.
+        h0: None where the state before is zero. mamba-ssm begins there, and has no resets.
     """
     return (
         h0 is None

@@ -24,7 +24,7 @@ def works(name: str, trial: Trial, device: torch.device, dtype: torch.dtype) -> 
 
     Args:
         name: of the kernel, for the warning.
-        trial: runs it beside its definition; it is asked no more than once.
+        trial: runs it and its definition; it is called at most once.
         device: on others than CUDA's, kernels run in tests alone, which compare for themselves.
         dtype: of the numbers.
     """
@@ -66,7 +66,7 @@ def _is_right(name: str, trial: Trial, device: torch.device, dtype: torch.dtype)
 
 
 def _apart(found: Tensor, expected: Tensor) -> float:
-    """Return the largest difference over the largest entry; infinity where one is no number."""
+    """Return the largest difference over the largest entry; infinity where one is not a number."""
     if found.shape != expected.shape:
         return float("inf")
     found, expected = found.detach().double(), expected.detach().double()

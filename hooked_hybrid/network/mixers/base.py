@@ -1,4 +1,4 @@
-"""What a block asks of its mixer, and what the library may ask of a kind of mixer."""
+"""What a block needs of its mixer, and what the library needs of a kind of mixer."""
 
 from __future__ import annotations
 

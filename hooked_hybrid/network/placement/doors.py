@@ -1,9 +1,9 @@
 """Running a model whose blocks lie in several places.
 
-The residual stream and the layout go to a block's device at its door, and its weights with them
-where they are kept elsewhere; its state is made there and stays. accelerate's hooks do this for
-modules whose inputs are tensors in lists and dicts; ours take a layout and a state, and their call
-passes torch's by.
+The residual stream and the layout are moved to a block's device before it runs, and its weights
+with them where they are kept elsewhere; its state is made there and stays. accelerate's hooks do
+this for modules whose inputs are tensors in lists and dicts; ours take a layout and a state, and
+their call passes torch's by.
 """
 
 from __future__ import annotations

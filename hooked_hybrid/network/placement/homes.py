@@ -59,14 +59,14 @@ class Homes:
         return self.folder.read(name, like)
 
     def close(self) -> None:
-        """Remove what nobody else may use; see `OffloadFolder.close`."""
+        """Remove what no other run may use; see `OffloadFolder.close`."""
         if self.folder is not None:
             self.folder.close()
 
     def finish(self, model: HookedHybrid) -> HookedHybrid:
         """Let the model run as its weights lie; those kept elsewhere are frozen.
 
-        Their gradients would take as much memory as they do, where there is too little.
+        Their gradients would take as much memory as they do, when there is too little.
         """
         for name, parameter in model.named_parameters():
             place = self.places[part_of(name)]

@@ -74,7 +74,7 @@ class OffloadFolder:
         """Hold the folder while some tensors are written, where one of them is missing.
 
         Raises:
-            OSError: the disk has no room for what is missing; said before any of it is written.
+            OSError: the disk has no room for what is missing; raised before any of it is written.
 
         Warns:
             UserWarning: another process fills the folder, and this one waits for it.
@@ -136,7 +136,7 @@ class OffloadFolder:
         return tensor
 
     def close(self) -> None:
-        """Remove the folder where nobody else may use it; what is mapped stays readable."""
+        """Remove the folder if no other run may use it; what is mapped stays readable."""
         if not self.is_kept:
             shutil.rmtree(self.path, ignore_errors=True)
 
@@ -156,7 +156,7 @@ def mapped(path: Path, like: Tensor, shared: bool = False) -> Tensor:
 def identity_of(files: Iterable[Path], dtype: torch.dtype) -> str:
     """Return a name for the tensors of a checkpoint's files in a dtype.
 
-    Files are told apart by name, size, date, their first bytes, where safetensors has all names
+    Files are distinguished by name, size, date, their first bytes, where safetensors has all names
     and shapes, and a few more all over them: copies may bear one date for all.
     """
     digest = hashlib.sha256()
@@ -178,7 +178,7 @@ def layout_of(parameters: Mapping[str, Tensor]) -> str:
 
 
 def _make_room(descriptor: int, n_bytes: int) -> None:
-    """Take the space of a file: a mapped one that meets a full disk would end the process."""
+    """Take the space of a file: a mapped one on a full disk would end the process."""
     if hasattr(os, "posix_fallocate"):
         os.posix_fallocate(descriptor, 0, n_bytes)
     else:

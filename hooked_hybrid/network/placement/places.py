@@ -33,7 +33,7 @@ class Place:
 
     @property
     def is_streamed(self) -> bool:
-        """Whether the weights are brought elsewhere for each forward of the part."""
+        """Whether the weights are moved elsewhere for each forward of the part."""
         return self.device != self.runs_on
 
     @property
@@ -57,7 +57,7 @@ def resolve(cfg: HybridConfig, device_map: DeviceMap) -> dict[str, Place]:
     """Return the place of every part.
 
     A block that is kept on the CPU or on the disk runs on the accelerator of the part before it,
-    or of the next one that has one; where there is none, on the CPU. The ends run where they are.
+    or of the next one that has one; if there is none, on the CPU. The ends run where they are.
 
     Args:
         cfg: what the model is.
@@ -66,7 +66,7 @@ def resolve(cfg: HybridConfig, device_map: DeviceMap) -> dict[str, Place]:
             torch device, the number of a GPU, "cpu" or "disk".
 
     Raises:
-        ValueError: no map, a name that is no part, a part without a place, a device that is not
+        ValueError: no map, a name that is not a part, a part without a place, a device that is not
             there, or ends that run on different devices.
     """
     if not isinstance(device_map, Mapping):

@@ -235,7 +235,7 @@ def _scan_edited(
             run=layout.run.at(t, t + 1),
         )
         edited = apply(carried.clone(), fwd, ())
-        for handles, probe in reversed(bwd):  # a gradient meets the last of these nodes first
+        for handles, probe in reversed(bwd):  # a gradient reaches the last of these nodes first
             edited = apply(edited, (), handles) if probe is None else edited + probe[:, t, None]
         h = edited[:, 0]
         pieces.append(edited)

@@ -160,7 +160,9 @@ class Quantizer:
         """
         if self.scheme == "int8" and dtype not in (torch.float32, torch.bfloat16):
             # In float16 torchao's product overflows, as the scale comes after it.
-            raise ValueError(f"int8 weights do not go with {dtype}: take torch.bfloat16 or float32")
+            raise ValueError(
+                f"int8 weights cannot be used with {dtype}: take torch.bfloat16 or float32"
+            )
         try:
             weight = self.quantized(torch.zeros(shape, dtype=dtype, device=device))
             linear(torch.zeros(1, shape[1], dtype=dtype, device=device), weight)

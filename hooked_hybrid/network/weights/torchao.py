@@ -39,7 +39,7 @@ def quantizer_of(scheme: str | Any) -> Callable[[Matrix], Tensor]:
     def as_nf4(weight: Matrix) -> Tensor:
         n_blocks, rest = divmod(weight.numel(), NF4_BLOCK)
         if rest:
-            raise ValueError(f"its {weight.numel()} numbers are no multiple of {NF4_BLOCK}")
+            raise ValueError(f"its {weight.numel()} numbers are not a multiple of {NF4_BLOCK}")
         return to_nf4(weight, NF4_BLOCK, math.gcd(n_blocks, NF4_SCALES))
 
     if scheme == "nf4":

@@ -48,7 +48,7 @@ def retrieval_maps(table: pd.DataFrame, thesis_depth: bool = False) -> Figure:
     Args:
         table: of `niah`.
         thesis_depth: count depth as the thesis does, 0% at the end of the haystack; the maps stay
-            as they are, the numbers beside them change.
+            as they are, the numbers next to them change.
 
     Raises:
         ValueError: no cell has a score.
@@ -204,7 +204,7 @@ def _draw_map(
 def _on_grid(
     cells: pd.DataFrame, column: str, lengths: np.ndarray, depths: np.ndarray
 ) -> np.ndarray:
-    """Return the mean of a column [depth length], NaN where there is no cell."""
+    """Return the mean of a column [depth length], NaN if there is no cell."""
     means = cells.astype({column: float}).pivot_table(
         index="depth", columns="length", values=column
     )

@@ -21,7 +21,7 @@ Measure = Literal["k=0", "k=2", "tipping k", "all heads", "15% of heads", "by k"
 class Published:
     """One published result.
 
-    `measure` names the figure of ours that stands beside it; `stage` and `read_twice` say of which
+    `measure` names our figure of the same thing; `stage` and `read_twice` say of which
     cells: the stage in which heads are silenced, and whether the context is given twice. "setting"
     is the accuracy of the setting named `setting`.
     """

@@ -78,10 +78,10 @@ def write_report(
         settings: the `Setting`s that were run; their names and `spec` are listed.
         model_card: facts about the model, by name.
         folder: gets the files; those of an earlier report are replaced.
-        published: results of others, shown beside the same figures of this table.
+        published: results of others, shown next to the same figures of this table.
         command: the command line that made the table.
         thesis_depth: see `retrieval_maps`.
-        losses: of `hooked_hybrid.niah.language.text_loss`, shown beside the accuracies.
+        losses: of `hooked_hybrid.niah.language.text_loss`, shown next to the accuracies.
         figures: further pictures, by title.
         among: of `hooked_hybrid.niah.head_sets.standings`, listed where it has rows.
         unmapped: settings without maps: every set of heads there is would be a picture each.
@@ -151,7 +151,7 @@ def summary_rows(
     """Return the headings and the rows of `summary`, as text for a page or a screen.
 
     With `losses` (of `text_loss`), the loss of text in nats a token and what it is above the first
-    setting's stand beside.
+    setting's are shown too.
     """
     figures = summary(table)
     headings = ["setting", "cells", "accuracy", "95% interval", "whole answer"]

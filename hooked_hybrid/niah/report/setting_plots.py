@@ -130,9 +130,9 @@ def weight_matrix_picture(table: pd.DataFrame) -> Figure:
 def accuracy_by_heads_kept(table: pd.DataFrame, sizes: Mapping[str, tuple[str, int]]) -> Figure:
     """Return accuracy against the number of heads kept in all, a line for each way to choose them.
 
-    Several settings of one way and number (sets drawn by lot) are a mean, with the range of their
-    accuracies as a band. Settings without a number are level dotted lines. One panel for needles
-    inside the attention window of the last prompt token, one beyond it, where there are any.
+    Several settings of one way and number (sets drawn at random) are a mean, with the range of
+    their accuracies as a band. Settings without a number are level dotted lines. One panel for
+    needles inside the attention window of the last prompt token, one beyond it, if there are any.
 
     Args:
         table: of `niah`.

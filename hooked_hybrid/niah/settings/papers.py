@@ -42,7 +42,7 @@ FOLLOW_MODES: dict[str, dict[str, Any]] = {
 }
 """Manipulations that move with the token being written, and their options of `follow_span`."""
 USUAL_DRAWS = 20
-"""Sets of heads, and of layers, by lot where all of them are too many."""
+"""Sets of heads, and of layers, at random if all of them are too many."""
 WHOLE = Setting("whole", spec={"kind": "whole"})
 
 
@@ -121,11 +121,11 @@ def cut_settings(
 def control_settings(
     cfg: HybridConfig, ks: Sequence[int], n_draws: int | None = None, seed: int = 0
 ) -> list[Setting]:
-    """Return what a claim about the most peaked heads has to stand beside.
+    """Return the controls of a claim about the most peaked heads.
 
     For each k, in both stages: the k most peaked heads of each token; as many by reversed score, by
-    attention to the needle, by lot at each token, and fixed sets of heads: every one ("every k=4
-    #0") where there are no more than `n_draws`, else so many drawn once ("drawn k=4 #0"). And with
+    attention to the needle, at random at each token, and fixed sets of heads: every one ("every k=4
+    #0") if there are no more than `n_draws`, else so many drawn once ("drawn k=4 #0"). And with
     as many recurrent layers silenced as there are attention layers: every such set, or `n_draws`.
     Where `n_draws` is None it is `head_sets.EVERY` for heads where that is every set, else 20.
 
@@ -181,7 +181,7 @@ def all_but(counts: Mapping[int, int], kept: Collection[tuple[int, int]]) -> dic
 def _sets_of(
     layers: Sequence[int], size: int, most: int, rng: random.Random
 ) -> list[tuple[int, ...]]:
-    """Return every set of so many layers, or `most` of them by lot."""
+    """Return every set of so many layers, or `most` of them at random."""
     if math.comb(len(layers), size) <= most:
         return list(itertools.combinations(layers, size))
     found: set[tuple[int, ...]] = set()

@@ -35,7 +35,8 @@ class Setting:
     """One way to run every prompt.
 
     Hooks must treat rows alike: a sweep makes batches of its own, in which other settings have rows
-    too, so that a hook for certain rows (`patch(rows=...)`, an argument a row) meets wrong ones.
+    too, so that a hook for certain rows (`patch(rows=...)`, an argument a row) would act on wrong
+    ones.
 
     Args:
         name: unique in a sweep.
@@ -130,7 +131,7 @@ def settings_identity(model: HookedHybrid, settings: Sequence[Setting]) -> dict[
     """Return what tells settings apart, by their names: "spec", and "hooks" as they are now.
 
     Raises:
-        UntoldError: hooks that hold something whose content cannot be told.
+        UntoldError: hooks that hold something whose content cannot be identified.
     """
     known = known_of(model)
     return {

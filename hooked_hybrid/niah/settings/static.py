@@ -1,4 +1,4 @@
-"""Static sparsification: heads chosen once, before inference, beside the choice at run time."""
+"""Static sparsification: heads chosen before inference, compared with the choice at run time."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from hooked_hybrid.niah.settings.setting import Setting, top_k_settings
 
 RUN_TIME, BY_LOT, EVERY_SET = "run time, entropy", "by lot", "every set"
 USUAL_DRAWS = 5
-"""Sets of each size by lot where all of them are too many."""
+"""Sets of each size at random if all of them are too many."""
 OTHER_SEED = 2000
 """Of needles and haystack of the prompts that heads are chosen on; no sweep has it by default."""
 
@@ -33,12 +33,12 @@ def static_settings(
     n_draws: int | None = None,
     seed: int = 0,
 ) -> list[Setting]:
-    """Return fixed sets of heads of several sizes beside as many heads chosen at run time.
+    """Return fixed sets of heads of several sizes, and as many heads chosen at run time.
 
     Everything is silenced in both stages. For each k, of L attention layers: the k most peaked
     heads of each layer and token; of each ranking, the k best of each layer ("a layer") and the
     k x L best of all ("overall"); every set with k heads in each layer ("every set") where there
-    are no more than `n_draws`, else so many by lot, no two alike ("by lot"). "overall" is also
+    are no more than `n_draws`, else this many at random, no two alike ("by lot"). "overall" is also
     there with the k best of all.
 
     Args:

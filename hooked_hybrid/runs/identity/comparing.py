@@ -33,7 +33,7 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 
     Args:
         before: as it was written and read again. "identity" may lack what older versions of this
-            library did not record; that cannot be proven the same, and is said so.
+            library did not record; that cannot be proven the same, and is reported.
         now: JSON-able values. "identity" is of `model_identity`, "settings" a mapping of names to
             "spec" and "hooks".
     """

@@ -21,12 +21,12 @@ from hooked_hybrid.runs.identity.tokenizers import tokenizer_identity
 from hooked_hybrid.runs.identity.values import Known, UntoldError, describe
 
 _OF_NO_MATTER = ("model_name", "extra", "device", "dtype")
-"""Fields of a config that do not touch the maths; the dtype is told of the weights."""
+"""Fields of a config that do not touch the maths; the dtype is recorded with the weights."""
 _OF_A_MODEL = frozenset(
     "_cfg tokenizer why_no_tokenizer mod_dict hook_dict run_holder _contexts placement "
     "quantization".split()
 )
-"""What a model holds that is told elsewhere, or that its numbers do not depend on."""
+"""What a model holds that is recorded elsewhere, or that its numbers do not depend on."""
 _OF_TORCH = frozenset({*vars(nn.Module()), "_compiled_call_impl"})
 _TORCH_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 _HASHED: ContextVar[dict[int, tuple[HookedHybrid, str]] | None] = ContextVar("hashed", default=None)
@@ -36,7 +36,7 @@ _HASHED: ContextVar[dict[int, tuple[HookedHybrid, str]] | None] = ContextVar("ha
 def hashed_once() -> Iterator[None]:
     """Hash the weights of each model once for the length of a `with` block.
 
-    For a command, or a run that asks twice: nothing may change a weight in the block.
+    For a command, or a run that calls this twice: nothing may change a weight in the block.
     """
     if _HASHED.get() is not None:
         yield
@@ -57,7 +57,7 @@ def model_identity(model: HookedHybrid) -> dict[str, Any]:
         its modules, what is not as the config makes it. Neither name nor devices count.
 
     Raises:
-        UntoldError: a hook or the tokenizer holds something whose content cannot be told.
+        UntoldError: a hook or the tokenizer holds something whose content cannot be identified.
     """
     known = known_of(model)
     return {
@@ -111,12 +111,12 @@ def described(what: str, value: Any, known: Known = ()) -> dict[str, str]:
     except UntoldError as error:
         raise UntoldError(
             f"{what} could not be known again by whoever goes on with the results: it holds "
-            f"{error}, whose content cannot be told; let it hold only what can be pickled"
+            f"{error}, whose content cannot be identified; let it hold only what can be pickled"
         ) from error
 
 
 def known_of(model: HookedHybrid) -> list[tuple[Any, str]]:
-    """Return what hooks may hold of the model they run on: it is told by itself."""
+    """Return what hooks may hold of the model they run on: it is recorded by itself."""
     held: list[tuple[Any, str]] = [(model, "the model that runs")]
     held += [(module, f"its {name}") for name, module in model.named_modules() if name]
     held += [(weight, f"its {name}") for name, weight in model.named_parameters()]
@@ -174,14 +174,14 @@ def _as_made(cfg: HybridConfig) -> dict[str, tuple[type, dict[str, str]]]:
 
 
 def _modules(model: HookedHybrid) -> Iterator[tuple[str, nn.Module]]:
-    """Yield what computes: hooks are told by themselves, and lists of quantised weights."""
+    """Yield what computes: hooks are recorded by themselves, and lists of quantised weights."""
     for name, module in model.named_modules():
         if not isinstance(module, HookPoint | nn.ParameterList):
             yield name, module
 
 
 def _settings(module: nn.Module) -> dict[str, Any]:
-    """Return what a module holds besides weights, parts, and what torch keeps of its own."""
+    """Return what a module holds other than weights, parts, and what torch keeps of its own."""
     left_out = _OF_TORCH | (_OF_A_MODEL if isinstance(module, HookedHybrid) else frozenset())
     held = {
         name: value

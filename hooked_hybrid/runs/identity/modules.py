@@ -27,7 +27,7 @@ _STORED_AS = {
     "hooked_hybrid.niah.settings.setting": "hooked_hybrid.niah.settings",
     "hooked_hybrid.text.tokenizer": "hooked_hybrid.tokenizer",
 }
-"""Modules that have moved, and the names under which older stores know what they define."""
+"""Modules that have moved, and the names under which older stores recorded what they define."""
 
 
 def is_installed(module: str) -> bool:
@@ -80,7 +80,9 @@ def imported(name: str, level: int, names: Mapping[str, Any]) -> ModuleType | No
     try:
         whole = resolve_name("." * level + name, names.get("__package__") or "") if level else name
         return None if is_installed(whole) else importlib.import_module(whole)
-    except Exception:  # whatever a module does when it is imported: the function will meet it too
+    except (
+        Exception
+    ):  # whatever a module does when it is imported: the function will fail on it too
         return None
 
 

@@ -35,7 +35,7 @@ def tokenizer_identity(text: Text) -> dict[str, Any]:
     except UntoldError as error:
         raise UntoldError(
             f"the tokenizer, a {type(tokenizer).__name__}, could not be known again: it holds "
-            f"{error}, whose content cannot be told; give one that can be pickled"
+            f"{error}, whose content cannot be identified; give one that can be pickled"
         ) from error
     template = getattr(tokenizer, "chat_template", None)
     return {

@@ -59,7 +59,7 @@ _NOT_OF_A_CLASS = frozenset(
 
 
 class UntoldError(ValueError):
-    """What something is cannot be told, so that it could not be known again."""
+    """The content of something cannot be identified, so that it could not be recognised later."""
 
 
 def describe(value: Any, known: Known = ()) -> dict[str, str]:
@@ -70,7 +70,7 @@ def describe(value: Any, known: Known = ()) -> dict[str, str]:
         known: objects that it may hold, with what to take each of them for.
 
     Returns:
-        "hash", the version of Python where there is code of a user's in it ("python"), and those of
+        "hash", the version of Python if there is code of a user's in it ("python"), and those of
         the packages whose functions it calls, by name.
 
     Raises:
@@ -333,7 +333,7 @@ class _Reader:
         return [_hash("global", str(self._names[key]))]
 
     def _of_module(self, module: types.ModuleType, attributes: tuple[str, ...]) -> list[str]:
-        """Return what a function may look up in a module that is no installed package's."""
+        """Return what a function may look up in a module that is not an installed package's."""
         key = id(module), attributes
         if is_installed(module.__name__) or key in self._modules:
             return []
