@@ -287,7 +287,7 @@ class HookedHybridLM(TemplateLM):
         return tokens[-room:]
 
     def _batching(self) -> Batching:
-        """Return the number of rows of a generation: none are padded if a hook needs the whole input."""
+        """Return the rows of a generation: none are padded if a hook needs the whole input."""
         hooks = (*self.fwd_hooks, *self.prefill_hooks, *self.generation_hooks)
         with self.model.hooks(fwd_hooks=hooks):
             return Batching(self.rows, may_cut(self.model.hook_points()), self.max_rows)

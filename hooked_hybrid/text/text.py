@@ -76,7 +76,7 @@ class Text:
 
     @property
     def shows_padding(self) -> bool:
-        """Whether padding differs from text: there is a padding token that is neither BOS nor EOS."""
+        """Whether padding differs from text: its token is neither BOS nor EOS."""
         return self.pad_id is not None and self.pad_id not in (self.bos, *self.eos)
 
     def encode(
