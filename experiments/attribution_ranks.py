@@ -22,7 +22,7 @@ from hooked_hybrid import HookedHybrid
 from hooked_hybrid.analysis import Agreement, compare_with_patching
 from hooked_hybrid.niah.needles import PAPER, draw_needle
 from hooked_hybrid.niah.prompts import build_prompt
-from hooked_hybrid.niah.report.plots import replacing
+from hooked_hybrid.outputs.whole_files import replacing
 from hooked_hybrid.presets.packaged import packaged_models
 
 LENGTH, DEPTH = 128, 0.5

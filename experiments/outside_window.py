@@ -31,9 +31,10 @@ from hooked_hybrid.hooks.root import HookSpec
 from hooked_hybrid.interventions import knock_out_crossings, limit_window
 from hooked_hybrid.niah.needles import Needle, draw_needle, find_needle, known_needles
 from hooked_hybrid.niah.prompts import Prompt, build_prompt, grid
-from hooked_hybrid.niah.report.plots import replacing, save_figure
 from hooked_hybrid.niah.settings.setting import Setting
 from hooked_hybrid.niah.sweep import niah
+from hooked_hybrid.outputs.figures import save_figure
+from hooked_hybrid.outputs.whole_files import replacing
 from hooked_hybrid.runs.statistics import interval_of
 
 WINDOW = 256

@@ -26,8 +26,8 @@ from hooked_hybrid.niah.haystacks.words import SPECIAL
 from hooked_hybrid.niah.lengths import longest_prompt
 from hooked_hybrid.niah.needles import PAPER, held_out_needles
 from hooked_hybrid.niah.prompts import default_depths, default_lengths, grid, shortest_length
-from hooked_hybrid.niah.report.plots import save_figure
 from hooked_hybrid.niah.sweep import Setting, niah, top_k_settings
+from hooked_hybrid.outputs.figures import save_figure
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 from experiments.window_relay import BINS, GROUPS
-from hooked_hybrid.niah.report.plots import new_figure
+from hooked_hybrid.outputs.figures import new_figure
 from hooked_hybrid.runs.intervals import SHARE, mean_interval
 from hooked_hybrid.runs.statistics import interval_of
 

@@ -30,7 +30,7 @@ from hooked_hybrid.interventions import (
     knock_out_state_edges,
     limit_window,
 )
-from hooked_hybrid.niah.report.plots import replacing
+from hooked_hybrid.outputs.whole_files import replacing
 
 N_KEYS = 16
 """Keys that a query of these models sees, itself included."""

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from hooked_hybrid import HookedHybrid, HookPoint, HybridState, interventions
 from hooked_hybrid.commands.convert import main
-from hooked_hybrid.network import memory
+from hooked_hybrid.model import memory
 from hooked_hybrid.text.chat import render_chat
 from tests.models import CONFIGS, griffin_config, random_model, random_tokens, relative, tiny_model
 from tests.tokenizers_of_the_families import sentencepiece_folder

@@ -1,4 +1,4 @@
-"""From a `HookedHybrid` to a directory that transformers loads: whole, or not at all."""
+"""From a network to a directory that transformers loads: whole, or not at all."""
 
 from __future__ import annotations
 
@@ -7,30 +7,31 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from hooked_hybrid.network.weights.plain import require_plain_weights
+from hooked_hybrid.network.network import Network
+from hooked_hybrid.network.weights.quantization import require_plain_weights
 from weights_conversion.families import family_that_writes
 from weights_conversion.generation import FILE as GENERATION_FILE
 from weights_conversion.generation import generation_config_to_save
 from weights_conversion.rules import Rule, revert
 
-if TYPE_CHECKING:
-    from hooked_hybrid.model.hybrid import HookedHybrid
-
 
 def save(
-    model: HookedHybrid, directory: str | os.PathLike[str], max_shard_size: int = 5_000_000_000
+    model: Network,
+    directory: str | os.PathLike[str],
+    max_shard_size: int = 5_000_000_000,
+    tokenizer: Any = None,
 ) -> None:
     """Write a model as transformers would; see `HookedHybrid.save_pretrained`."""
     if max_shard_size < 1:
         raise ValueError(f"max_shard_size={max_shard_size}: give bytes, 1 or more")
     require_plain_weights(
-        model,
+        model.quantization,
         "save_pretrained",
         "quantise when loading instead (from_pretrained(..., quantize=...)), or save the values "
         "that they stand for, after quantized.dequantize_weights(model)",
@@ -54,7 +55,7 @@ def save(
             if (generation := generation_config_to_save(model.cfg)) is not None:
                 _write_json(partial / GENERATION_FILE, generation)
             _write_tensors(partial, model, family.rules(model.cfg), max_shard_size)
-            _write_tokenizer(partial, model.tokenizer)
+            _write_tokenizer(partial, tokenizer)
             if target.is_dir():
                 target.rmdir()  # empty, see above
             partial.rename(target)
@@ -64,9 +65,7 @@ def save(
         raise OSError(f"{target} cannot be written ({error}): give another directory") from error
 
 
-def _write_tensors(
-    folder: Path, model: HookedHybrid, rules: list[Rule], max_shard_size: int
-) -> None:
+def _write_tensors(folder: Path, model: Network, rules: list[Rule], max_shard_size: int) -> None:
     tensors = {name: t.detach() for name, t in model.named_parameters()}
     shards = list(_shards(rules, tensors, max_shard_size))
     if len(shards) == 1:

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hooked_hybrid.niah.report.plots import replacing
+from hooked_hybrid.outputs.whole_files import replacing
 
 FILE = "figures.json"
 OURS = "hooked_hybrid"

@@ -9,7 +9,8 @@ from typing import Any
 
 from experiments.benchmarks.bars import GEMM, GOOGLE, HF
 from experiments.benchmarks.figures import OURS, Figures
-from hooked_hybrid.niah.report.plots import new_figure, replacing
+from hooked_hybrid.outputs.figures import new_figure
+from hooked_hybrid.outputs.whole_files import replacing
 
 FILE = "tokens_per_second.png"
 PANELS = {

@@ -10,7 +10,7 @@ from typing import Any
 from experiments.benchmarks.bars import ALONE, FLOORS, Bar, Row, rows
 from experiments.benchmarks.cases.transformerlens import HOW
 from experiments.benchmarks.figures import Figures, Measurement
-from hooked_hybrid.niah.report.plots import replacing
+from hooked_hybrid.outputs.whole_files import replacing
 
 FILE = "table.md"
 HEAD = """# Benchmarks

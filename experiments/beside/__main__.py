@@ -18,7 +18,7 @@ import torch
 
 from experiments.beside.frame import Bench, Experiment, save
 from hooked_hybrid import HookedHybrid
-from hooked_hybrid.niah.report.plots import replacing
+from hooked_hybrid.outputs.whole_files import replacing
 from hooked_hybrid.runs.identity.comparing import changes, refusal
 from hooked_hybrid.runs.identity.model import model_identity
 

@@ -15,9 +15,10 @@ from hooked_hybrid.model.hybrid import HookedHybrid
 from hooked_hybrid.niah.language import text_loss
 from hooked_hybrid.niah.needles import PAPER, held_out_needles
 from hooked_hybrid.niah.prompts import Haystack, Prompt, grid
-from hooked_hybrid.niah.report.plots import new_figure, replacing
 from hooked_hybrid.niah.settings.setting import Setting
 from hooked_hybrid.niah.sweep import niah
+from hooked_hybrid.outputs.figures import new_figure
+from hooked_hybrid.outputs.whole_files import replacing
 from hooked_hybrid.runs.statistics import summary
 from hooked_hybrid.runs.verdicts import FAILS, HOLDS, OPEN, Claimed, Word, ruled
 

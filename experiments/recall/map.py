@@ -29,7 +29,7 @@ from tqdm import tqdm
 from experiments.recall.score import Score, scores
 from experiments.recall.task import Task
 from experiments.recall.train import Recipe, small_config, train
-from hooked_hybrid.niah.report.plots import replacing
+from hooked_hybrid.outputs.whole_files import replacing
 
 PATTERN = "MAM"
 D_INNER = 64

@@ -11,7 +11,8 @@ from matplotlib.figure import Figure
 from experiments.benchmarks.machine import commit_and_day
 from experiments.pages.writing import filled
 from experiments.recall.map import D_INNER, D_STATES, FACTS, HEAD_STARTS, LEARNED, LENGTHS, Found
-from hooked_hybrid.niah.report.plots import new_figure, replacing
+from hooked_hybrid.outputs.figures import new_figure
+from hooked_hybrid.outputs.whole_files import replacing
 
 BLOCK, COMMAND = "map", "python -m experiments.recall.map"
 """Name of the block of the page (`experiments.pages`), and what writes it."""

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from experiments.recall.task import Task, draw, drill
 from experiments.train_tiny import cut, start_calm
 from hooked_hybrid import HookedHybrid, HybridConfig
-from hooked_hybrid.niah.report.plots import replacing
+from hooked_hybrid.outputs.whole_files import replacing
 from hooked_hybrid.presets import configs as presets
 
 PASS = 0.9

@@ -16,7 +16,7 @@ import torch
 from experiments.twins.compare import table
 from experiments.twins.figures import draw_all, summary
 from experiments.twins.models import TWINS, Plan, train_one
-from hooked_hybrid.niah.report.plots import replacing
+from hooked_hybrid.outputs.whole_files import replacing
 
 
 def main() -> None:

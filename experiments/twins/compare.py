@@ -20,7 +20,7 @@ from hooked_hybrid import HookedHybrid
 from hooked_hybrid.analysis import memory_horizon
 from hooked_hybrid.hooks.root import HookSpec
 from hooked_hybrid.interventions import knock_out_crossings
-from hooked_hybrid.niah.report.plots import replacing
+from hooked_hybrid.outputs.whole_files import replacing
 
 N_ANSWERED, N_PROBED, N_WATCHED = 256, 3072, 64
 """Sequences to answer, to probe states of, and to take decays from."""

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from experiments.twins.models import DRILLS, LONG, TASK
-from hooked_hybrid.niah.report.plots import new_figure, replacing, save_figure
+from hooked_hybrid.outputs.figures import new_figure, save_figure
+from hooked_hybrid.outputs.whole_files import replacing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -36,7 +36,7 @@ import torch
 
 from hooked_hybrid.commands.program import build_app
 from hooked_hybrid.model.hybrid import HookedHybrid
-from hooked_hybrid.niah.report.plots import new_figure
+from hooked_hybrid.outputs.figures import new_figure
 from hooked_hybrid.outputs.folders import LOCK
 
 LENGTHS = [str(n) for length in range(100, 220, 5) for n in ("--lengths", length)]

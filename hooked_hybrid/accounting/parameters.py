@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, NamedTuple
 from torch import nn
 
 from hooked_hybrid.config import HybridConfig
-from hooked_hybrid.model.hybrid import HookedHybrid
 from hooked_hybrid.network.layers import Embed, RMSNorm, Unembed
 from hooked_hybrid.network.mixers import MIXERS
 from hooked_hybrid.network.mlps import MLPS
+from hooked_hybrid.network.network import Network
 from hooked_hybrid.network.part import Part
 from hooked_hybrid.options import require
 
@@ -104,7 +104,7 @@ def count_parameters(cfg: HybridConfig) -> ParameterCount:
     Source: Zani et al. 2025, Table 1, whose counts of RecurrentGemma-2B these are.
     """
     found: dict[tuple[str, str | None], list[tuple[str, int, int]]] = defaultdict(list)
-    model = HookedHybrid.meta(cfg)
+    model = Network.meta(cfg)
     inside: tuple[str, ...] = ()
     for path, module in model.named_modules():
         inside = (*inside, f"{path}.") if isinstance(module, Part) else inside

@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from hooked_hybrid.analysis.drawing import new_figure
 from hooked_hybrid.network.mixers import MIXERS
 from hooked_hybrid.network.mlps import MLPS
+from hooked_hybrid.outputs.figures import new_figure
 
 if TYPE_CHECKING:
     import pandas as pd

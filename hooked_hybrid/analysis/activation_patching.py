@@ -23,7 +23,7 @@ from hooked_hybrid.hooks.slicing import Indices, whole_numbers
 from hooked_hybrid.interventions.patching import patch
 from hooked_hybrid.interventions.places import Positions, at_positions, read_positions
 from hooked_hybrid.model.hybrid import HookedHybrid
-from hooked_hybrid.network.checks import checked_batch
+from hooked_hybrid.model.text_model import checked_batch
 from hooked_hybrid.network.layout import lay_out
 from hooked_hybrid.shapes import Logits, Tokens
 

@@ -23,7 +23,7 @@ from hooked_hybrid.analysis.slopes import Slopes, through_softmax
 from hooked_hybrid.hooks.names import NameFilter, Shorthand, matching, resolve
 from hooked_hybrid.hooks.point import HookPoint, watcher
 from hooked_hybrid.model.hybrid import HookedHybrid
-from hooked_hybrid.network.checks import checked_batch
+from hooked_hybrid.model.text_model import checked_batch
 from hooked_hybrid.network.finite import require_numbers
 from hooked_hybrid.shapes import Tokens
 

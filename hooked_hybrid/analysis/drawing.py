@@ -7,12 +7,9 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 
-from hooked_hybrid.options import require
-
 if TYPE_CHECKING:
     import numpy as np
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 UP, DOWN, TOTAL, GREY = "#0072B2", "#D55E00", "#444444", "#D9D9D9"
 LINES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -29,18 +26,6 @@ class Scale(NamedTuple):
 
     colors: str
     norm: Any
-
-
-def new_figure(width: float, height: float) -> Figure:
-    """Return a figure of so many inches that belongs to no window.
-
-    Raises:
-        ImportError: matplotlib is not installed; the message names the extra that brings it.
-    """
-    require("matplotlib")
-    from matplotlib.figure import Figure
-
-    return Figure(figsize=(width, height), layout="constrained")
 
 
 def as_array(values: Any) -> np.ndarray:

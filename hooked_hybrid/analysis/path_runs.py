@@ -24,7 +24,7 @@ from hooked_hybrid.hooks.root import HookSpec
 from hooked_hybrid.interventions.donors import read_kept
 from hooked_hybrid.interventions.places import Positions, at_positions, read_positions
 from hooked_hybrid.model.hybrid import HookedHybrid
-from hooked_hybrid.network.checks import checked_batch
+from hooked_hybrid.model.text_model import checked_batch
 from hooked_hybrid.network.layers import at_least_fp32
 from hooked_hybrid.network.layout import lay_out
 from hooked_hybrid.shapes import Resid, Tokens
@@ -226,7 +226,7 @@ class Paths:
         scale, hooks = f"{receiver.norm}.hook_scale", []
         if self.freeze_norm:
             hooks = [(scale, _put(self.clean[scale], None))]
-        with self.model.hooks(hooks), self.model._running(self.layout):
+        with self.model.hooks(hooks), self.model.running(self.layout):
             return self.model.mod_dict[receiver.norm](stream)
 
     def _copies(self, receiver: Receiver) -> Bool[Tensor, "1 1 head 1"] | None:

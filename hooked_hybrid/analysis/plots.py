@@ -25,11 +25,11 @@ from hooked_hybrid.analysis.drawing import (
     frame,
     is_integer,
     name_positions,
-    new_figure,
     scale_of,
     side_of,
 )
 from hooked_hybrid.analysis.scores import HeadScores
+from hooked_hybrid.outputs.figures import new_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -9,11 +9,11 @@ import torch
 from hooked_hybrid.analysis.scores import HeadScores
 from hooked_hybrid.config import AttentionConfig
 from hooked_hybrid.hooks.point import HookFn
-from hooked_hybrid.model.hybrid import HookedHybrid
+from hooked_hybrid.model.language_model import LanguageModel
 from hooked_hybrid.shapes import Tokens
 
 
-def attention_of(model: HookedHybrid) -> dict[int, AttentionConfig]:
+def attention_of(model: LanguageModel) -> dict[int, AttentionConfig]:
     """Return the attention layers, in order.
 
     Raises:
@@ -26,7 +26,7 @@ def attention_of(model: HookedHybrid) -> dict[int, AttentionConfig]:
     return found
 
 
-def no_totals(model: HookedHybrid) -> dict[int, torch.Tensor]:
+def no_totals(model: LanguageModel) -> dict[int, torch.Tensor]:
     """Return zeros [head], in float64, for each attention layer.
 
     Raises:
@@ -38,7 +38,7 @@ def no_totals(model: HookedHybrid) -> dict[int, torch.Tensor]:
 
 
 def watch_patterns(
-    model: HookedHybrid, tokens: Tokens, fn: HookFn, start: int = 0, **kwargs: Any
+    model: LanguageModel, tokens: Tokens, fn: HookFn, start: int = 0, **kwargs: Any
 ) -> None:
     """Run tokens with a hook on the patterns of queries from `start` on.
 

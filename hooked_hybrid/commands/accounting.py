@@ -18,7 +18,8 @@ from hooked_hybrid.accounting.parameters import ParameterCount, count_parameters
 from hooked_hybrid.accounting.plots import compute_figure
 from hooked_hybrid.commands.program import explained, folder
 from hooked_hybrid.config import AttentionConfig, HybridConfig
-from hooked_hybrid.niah.report.plots import replacing, save_figure
+from hooked_hybrid.outputs.figures import save_figure
+from hooked_hybrid.outputs.whole_files import replacing
 
 if TYPE_CHECKING:
     import pandas as pd

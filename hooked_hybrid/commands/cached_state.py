@@ -14,9 +14,10 @@ from hooked_hybrid.commands.option_groups import grouped
 from hooked_hybrid.commands.prompt_options import PromptOptions
 from hooked_hybrid.commands.run_options import RunOptions
 from hooked_hybrid.niah.cached_state.sweep import cached_state as run_cases
-from hooked_hybrid.niah.report.plots import intervals_said, new_figure, save_figure
+from hooked_hybrid.niah.report.plots import intervals_said
 from hooked_hybrid.niah.report.report import summary_rows
 from hooked_hybrid.niah.report.setting_plots import MARKERS, WAYS
+from hooked_hybrid.outputs.figures import new_figure, save_figure
 from hooked_hybrid.outputs.tables import write_csv
 from hooked_hybrid.runs.statistics import interval_of, scored
 

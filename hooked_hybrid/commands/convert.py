@@ -7,8 +7,9 @@ import sys
 
 import torch
 
+from hooked_hybrid.model.hybrid import HookedHybrid
 from hooked_hybrid.outputs.foreign import printable
-from weights_conversion import check, load, save
+from weights_conversion import check
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -53,8 +54,10 @@ def main(arguments: list[str] | None = None) -> int:
             print(check(args.source, args.revision, **how, **overrides))
         else:
             dtype = DTYPES[args.dtype]
-            model = load(args.source, dtype, revision=args.revision, **how, **overrides)
-            save(model, args.target)
+            model = HookedHybrid.from_pretrained(
+                args.source, dtype, revision=args.revision, **how, **overrides
+            )
+            model.save_pretrained(args.target)
             print(f"wrote {args.target}")
     except (OSError, TypeError, ValueError) as error:
         print(printable(f"error: {error}"), file=sys.stderr)

@@ -34,7 +34,7 @@ COMMANDS = {
     "compute": _ACCOUNTING,
     "plan": "hooked_hybrid.commands.plan",
     "harvest": "hooked_hybrid.commands.harvest",
-    "reproduce": "hooked_hybrid.papers.command",
+    "reproduce": "hooked_hybrid.commands.papers",
 }
 """Commands, and the module whose function of the same name (- for _) each one is."""
 NEEDED = ("typer", "rich", "pandas", "matplotlib")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from hooked_hybrid.evaluation.forms import Form, title
 from hooked_hybrid.evaluation.lines import Line
-from hooked_hybrid.niah.report.plots import new_figure
+from hooked_hybrid.outputs.figures import new_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -17,9 +17,9 @@ from hooked_hybrid.evaluation.gathered import gathered
 from hooked_hybrid.evaluation.lines import Line, lines
 from hooked_hybrid.evaluation.picture import score_picture
 from hooked_hybrid.evaluation.running import Evaluation, Options
-from hooked_hybrid.niah.report.plots import replacing
 from hooked_hybrid.options import require
 from hooked_hybrid.outputs.tables import markdown_cell, write_csv
+from hooked_hybrid.outputs.whole_files import replacing
 
 if TYPE_CHECKING:
     import pandas as pd

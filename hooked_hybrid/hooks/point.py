@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
-from hooked_hybrid.network import transforms
+from hooked_hybrid.hooks import transforms
 
 Stage = Literal["forward", "prefill", "generation"]
 Direction = Literal["fwd", "bwd"]

@@ -9,12 +9,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from hooked_hybrid.hooks import transforms
 from hooked_hybrid.hooks.names import NameFilter, matching
 from hooked_hybrid.hooks.places import Places
 from hooked_hybrid.hooks.point import Direction, HookFn, HookPoint, LensHandle, RunHolder
 from hooked_hybrid.hooks.savers import CopyingSaver, KeptValues, PieceSaver, Saver
 from hooked_hybrid.hooks.slicing import PosSlice
-from hooked_hybrid.network import transforms
 from hooked_hybrid.options import refuse_ignored
 
 HookSpec = tuple[NameFilter, HookFn]

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hooked_hybrid.hooks import transforms
 from hooked_hybrid.hooks.places import (
     Places,
     check_pos_slice,
@@ -20,7 +21,6 @@ from hooked_hybrid.hooks.places import (
 )
 from hooked_hybrid.hooks.point import HookPoint, per_position, watcher
 from hooked_hybrid.hooks.slicing import LAST, PosSlice, indices_on
-from hooked_hybrid.network import transforms
 
 
 class KeptValues(dict[str, Tensor]):

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from hooked_hybrid.hooks import transforms
 from hooked_hybrid.hooks.point import HookPoint, per_position
 from hooked_hybrid.hooks.root import HookSpec
 from hooked_hybrid.interventions.hashes import hashes
@@ -22,7 +23,6 @@ from hooked_hybrid.interventions.rows import (
     read_k,
     read_spans,
 )
-from hooked_hybrid.network import transforms
 from hooked_hybrid.shapes import Pattern, Queries
 
 HeadScore = Callable[[Tensor, HookPoint], Tensor]

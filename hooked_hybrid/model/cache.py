@@ -17,7 +17,7 @@ from hooked_hybrid.model.cache_positions import CachePositions
 from hooked_hybrid.model.residual.stacks import ResidualStacks
 
 if TYPE_CHECKING:
-    from hooked_hybrid.model.hybrid import HookedHybrid
+    from hooked_hybrid.model.language_model import LanguageModel
 
 
 class ActivationCache(CachePositions, ResidualStacks, Mapping[Any, Tensor]):
@@ -47,7 +47,7 @@ class ActivationCache(CachePositions, ResidualStacks, Mapping[Any, Tensor]):
     def __init__(
         self,
         cache_dict: dict[str, Tensor],
-        model: HookedHybrid | None,
+        model: LanguageModel | None,
         has_batch_dim: bool = True,
         pos_slice: PosSlice = None,
         places: dict[str, Places] | None = None,
@@ -67,7 +67,7 @@ class ActivationCache(CachePositions, ResidualStacks, Mapping[Any, Tensor]):
             self._place_by_mask(attention_mask)
 
     @property
-    def model(self) -> HookedHybrid:
+    def model(self) -> LanguageModel:
         """The model the values come from.
 
         Raises:
@@ -80,7 +80,7 @@ class ActivationCache(CachePositions, ResidualStacks, Mapping[Any, Tensor]):
         return self._model
 
     @model.setter
-    def model(self, model: HookedHybrid) -> None:
+    def model(self, model: LanguageModel) -> None:
         self._model, self.n_layers = model, model.cfg.n_layers
 
     @property

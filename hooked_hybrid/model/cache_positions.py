@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from jaxtyping import Float, Int
@@ -24,11 +24,12 @@ from hooked_hybrid.outputs.foreign import one_line, parse_json, require_safetens
 from hooked_hybrid.outputs.whole_files import replacing
 
 if TYPE_CHECKING:
-    from hooked_hybrid.model.cache import ActivationCache
-    from hooked_hybrid.model.hybrid import HookedHybrid
+    from hooked_hybrid.model.language_model import LanguageModel
 
 _PLACES = "places."
 _FORMAT = "hooked_hybrid.ActivationCache"
+
+C = TypeVar("C", bound="CachePositions")
 
 
 class CachePositions:
@@ -197,11 +198,11 @@ class CachePositions:
 
     @classmethod
     def load(
-        cls,
+        cls: type[C],
         path: str | os.PathLike[str],
-        model: HookedHybrid | None = None,
+        model: LanguageModel | None = None,
         device: torch.device | str = "cpu",
-    ) -> ActivationCache:
+    ) -> C:
         """Read a cache that `save` wrote.
 
         Args:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from hooked_hybrid.config import HybridConfig
 from hooked_hybrid.model.hybrid import HookedHybrid
 from hooked_hybrid.network.layers import InnerNorm, RMSNorm, at_least_fp32
-from hooked_hybrid.network.weights.plain import require_plain_weights
+from hooked_hybrid.network.weights.quantization import require_plain_weights
 
 UNEMBEDDING = "unembed.weight"
 WIDE = torch.float32, torch.float64
@@ -112,7 +112,9 @@ def fold_ln(
     or bias needs no centring.
     """
     require_plain_weights(
-        model, "fold_ln", "fold before quantising, or call quantized.dequantize_weights first"
+        model.quantization,
+        "fold_ln",
+        "fold before quantising, or call quantized.dequantize_weights first",
     )
     if model.device.type == "meta":
         raise ValueError("this model has no weights (it is on the meta device): nothing to fold")
@@ -146,7 +148,9 @@ def unfold_ln(folded: HookedHybrid, record: FoldRecord, inplace: bool = False) -
             an edit would be lost.
     """
     require_plain_weights(
-        folded, "unfold_ln", "fold before quantising, or call quantized.dequantize_weights first"
+        folded.quantization,
+        "unfold_ln",
+        "fold before quantising, or call quantized.dequantize_weights first",
     )
     parameters = dict(folded.named_parameters())
     problem = "the record is of another model, or the weight was edited or converted since"

@@ -12,29 +12,24 @@ from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from hooked_hybrid.hooks import transforms
 from hooked_hybrid.hooks.names import NameFilter
 from hooked_hybrid.hooks.point import Stage
 from hooked_hybrid.hooks.root import HookSpec
 from hooked_hybrid.model.cache import ActivationCache
+from hooked_hybrid.model.checks import checked_state, refuse_text_options
 from hooked_hybrid.model.recorder import Recorder
 from hooked_hybrid.model.sampling import NoChoiceError, Sampling
 from hooked_hybrid.model.step_graph import StepGraph, captured
-from hooked_hybrid.network import transforms
-from hooked_hybrid.network.checks import (
-    checked_batch,
-    checked_state,
-    checked_tokens,
-    refuse_text_options,
-)
+from hooked_hybrid.model.text_model import checked_batch, checked_tokens, is_texts
 from hooked_hybrid.network.layout import lay_out
 from hooked_hybrid.network.state import HybridState
 from hooked_hybrid.options import check_choice, check_count, refuse_ignored
-from hooked_hybrid.text.methods import is_texts
 from hooked_hybrid.text.padding import refuse_unequal_ends
 from hooked_hybrid.text.text import PaddingSide
 
 if TYPE_CHECKING:
-    from hooked_hybrid.model.hybrid import HookedHybrid
+    from hooked_hybrid.model.language_model import LanguageModel
 
 GenerationReturn = Literal["input", "str", "tokens", "output"]
 _PROMPT_END = 16  # tokens of a prompt that new ones are read after
@@ -67,7 +62,7 @@ class GenerationOutput:
 
 @torch.no_grad()
 def generate(
-    model: HookedHybrid,
+    model: LanguageModel,
     input: Any,
     max_new_tokens: int = 10,
     *,
@@ -182,7 +177,7 @@ class _Decoder:
 
     def __init__(
         self,
-        model: HookedHybrid,
+        model: LanguageModel,
         tokens: Int[Tensor, "batch pos"],
         mask: Int[Tensor, "batch pos"] | None,
         state: HybridState | None,
@@ -391,7 +386,7 @@ class _Decoder:
 
 
 def _prompt(
-    model: HookedHybrid,
+    model: LanguageModel,
     input: Any,
     is_text: bool,
     attention_mask: Tensor | None,
@@ -470,7 +465,7 @@ def _stop_strings(given: str | Sequence[str] | None) -> list[str]:
 
 
 def _eos(
-    model: HookedHybrid, stop_at_eos: bool, eos_token_id: int | Sequence[int] | None
+    model: LanguageModel, stop_at_eos: bool, eos_token_id: int | Sequence[int] | None
 ) -> Sequence[int]:
     if not stop_at_eos:
         return ()

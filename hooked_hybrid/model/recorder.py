@@ -18,7 +18,7 @@ from hooked_hybrid.model.cache import ActivationCache
 from hooked_hybrid.network.state import AttentionState, HybridState
 
 if TYPE_CHECKING:
-    from hooked_hybrid.model.hybrid import HookedHybrid
+    from hooked_hybrid.model.language_model import LanguageModel
 
 
 class Recorder:
@@ -33,7 +33,7 @@ class Recorder:
 
     def __init__(
         self,
-        model: HookedHybrid,
+        model: LanguageModel,
         names_filter: NameFilter | Literal[True],
         tokens: Int[Tensor, "batch pos"],
         state: HybridState | None,

@@ -33,7 +33,7 @@ from hooked_hybrid.network.mlps.moe import MoE
 from hooked_hybrid.network.state import HybridState
 
 if TYPE_CHECKING:
-    from hooked_hybrid.model.hybrid import HookedHybrid
+    from hooked_hybrid.model.language_model import LanguageModel
 
 MAX_BATCH = 32
 """Rows up to which launches, not arithmetic, take most of a step's time."""
@@ -61,7 +61,7 @@ _failed: WeakSet[nn.Module] = WeakSet()
 """Models of which a capture failed: it is not tried again."""
 
 
-def captured(model: HookedHybrid, state: HybridState, n_steps: int) -> StepGraph | None:
+def captured(model: LanguageModel, state: HybridState, n_steps: int) -> StepGraph | None:
     """Return the graph of the steps that go on from a state, or None where they run eagerly.
 
     A graph makes room for `n_steps` more, or for as many as are reasonable.
@@ -80,7 +80,7 @@ def captured(model: HookedHybrid, state: HybridState, n_steps: int) -> StepGraph
         return None
 
 
-def usable(model: HookedHybrid, state: HybridState) -> bool:
+def usable(model: LanguageModel, state: HybridState) -> bool:
     """Return whether a step from this state can be captured, as far as is known beforehand."""
     device = model.device
     return (
@@ -96,14 +96,14 @@ def usable(model: HookedHybrid, state: HybridState) -> bool:
     )
 
 
-def attachments(model: HookedHybrid) -> list[Sized]:
+def attachments(model: LanguageModel) -> list[Sized]:
     """Return every list of functions that a replay would not call; they stay the same lists."""
     points = chain(*((p.fwd_hooks, p.bwd_hooks) for p in model.hook_points()))
     modules = (m for m in model.modules() if not isinstance(m, HookPoint))
     return [*points, *(vars(m)[name] for m in modules for name in TORCH_HOOKS)]
 
 
-def _asks_for_counts(model: HookedHybrid) -> bool:
+def _asks_for_counts(model: LanguageModel) -> bool:
     """Return whether a mixture of experts has the host read how many tokens each expert got."""
     mlps = (block.mlp for block in model.blocks)
     return any(
@@ -171,7 +171,7 @@ class StepGraph:
 
     @torch.no_grad()
     def __init__(
-        self, model: HookedHybrid, state: HybridState, n_steps: int, capture: Capture | None = None
+        self, model: LanguageModel, state: HybridState, n_steps: int, capture: Capture | None = None
     ) -> None:
         self.model, device, batch = model, model.device, state.batch_size
         self._attached = attachments(model)
@@ -265,6 +265,7 @@ class StepGraph:
         state = HybridState.from_tensors(self._buffers)  # n_seen is None: masks from positions
         layout = lay_out(self._tokens, state, None, None, "generation", 1, self._rows)
         logits, after = self.model.run_layout(self._tokens, layout, state, logits_to_keep=1)
+        assert after is not None  # of the whole model
         self._logits.copy_(logits[:, -1])
         for name, new in after.tensors().items():
             mine = self._buffers[name]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
-from hooked_hybrid.network import transforms
+from hooked_hybrid.hooks import transforms
 from hooked_hybrid.network.weights.layout import laid_out
 from hooked_hybrid.network.weights.plain import is_quantized
 

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from hooked_hybrid.network import transforms
+from hooked_hybrid.hooks import transforms
 
 
 def is_finite(*values: Tensor) -> bool:

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from hooked_hybrid.config import Activation, HybridConfig, NormConfig, RotaryConfig
+from hooked_hybrid.hooks import transforms
 from hooked_hybrid.hooks.point import HookPoint, Run
-from hooked_hybrid.network import transforms
 from hooked_hybrid.network.component import Component
 from hooked_hybrid.network.kernels import causal_conv1d
 from hooked_hybrid.network.layout import Layout

@@ -32,8 +32,8 @@ from typing import Any, Literal
 
 import torch
 
+from hooked_hybrid.hooks import transforms
 from hooked_hybrid.hooks.point import HookPoint
-from hooked_hybrid.network import transforms
 
 PIECE = 512
 """Positions of a piece: matrices are multiplied at full speed, and temporaries stay small."""

@@ -12,12 +12,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from random import Random
 
+from hooked_hybrid.model.text_model import TextModel
 from hooked_hybrid.niah.boundaries import NAMES, SENTENCE
 from hooked_hybrid.niah.haystacks.haystack import sentences
 from hooked_hybrid.niah.needles import PAPER, AnyNeedle, distractors_for, needle_ids
 from hooked_hybrid.niah.prompt_tokens import HAYSTACK, LONGEST, QUESTION, Maker, Parts
 from hooked_hybrid.runs.identity.values import describe
-from hooked_hybrid.text.methods import TextMethods
 
 _ONCE = f"CONTEXT:\n{HAYSTACK}\nQUESTION:\n{QUESTION}"
 _TUNED = f"{_ONCE} Output the most relevant sentence in the context, word by word!"
@@ -114,7 +114,7 @@ def _read(file: Path) -> str:
 
 
 def build_prompt(
-    model: TextMethods,
+    model: TextModel,
     needle: AnyNeedle | None,
     length: int,
     depth: int | float,
@@ -131,7 +131,7 @@ def build_prompt(
 
 
 def grid(
-    model: TextMethods,
+    model: TextModel,
     needles: Sequence[AnyNeedle | None],
     lengths: Sequence[int],
     depths: Sequence[int | float],
@@ -206,7 +206,7 @@ def prompts_identity(prompts: Sequence[Prompt]) -> dict[str, str]:
 
 
 def shortest_length(
-    model: TextMethods,
+    model: TextModel,
     needle: AnyNeedle | None = PAPER,
     template: str = "base",
     read_twice: bool = False,
@@ -245,7 +245,7 @@ def default_depths(n: int = 10) -> list[float]:
 
 
 def _maker(
-    model: TextMethods,
+    model: TextModel,
     haystack: Haystack,
     template: str,
     read_twice: bool,

@@ -8,8 +8,8 @@ from hooked_hybrid.accounting.configs import PUBLISHED
 from hooked_hybrid.accounting.flops import flops_table, prefill_flops, recurrence_over_attention
 from hooked_hybrid.accounting.parameters import count_parameters
 from hooked_hybrid.niah.needles import PAPER
-from hooked_hybrid.niah.report.plots import new_figure
 from hooked_hybrid.niah.scores import FULL, graded
+from hooked_hybrid.outputs.figures import new_figure
 from hooked_hybrid.papers.claims import Finding
 from hooked_hybrid.papers.evidence import Evidence
 

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from hooked_hybrid.niah.report.plots import STAGES, accuracy_by_k, new_figure, retrieval_maps
+from hooked_hybrid.niah.report.plots import STAGES, accuracy_by_k, retrieval_maps
 from hooked_hybrid.niah.report.setting_plots import weight_matrix_picture
+from hooked_hybrid.outputs.figures import new_figure
 from hooked_hybrid.papers.evidence import Evidence, estimate
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ from hooked_hybrid.evaluation.benchmarks import BENCHMARKS
 from hooked_hybrid.evaluation.cells import Cell
 from hooked_hybrid.evaluation.forms import FORMS
 from hooked_hybrid.model.hybrid import HookedHybrid
-from hooked_hybrid.niah.report.plots import new_figure
+from hooked_hybrid.outputs.figures import new_figure
 from hooked_hybrid.papers.checks import by_word
 from hooked_hybrid.papers.claims import Check, Finding
 from hooked_hybrid.papers.evidence import Evidence

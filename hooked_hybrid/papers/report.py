@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hooked_hybrid.niah.report.plots import replacing, save_figure
+from hooked_hybrid.outputs.figures import save_figure
 from hooked_hybrid.outputs.foreign import LARGEST_RESULTS, require_plain_file
 from hooked_hybrid.outputs.tables import markdown_cell, write_csv
+from hooked_hybrid.outputs.whole_files import replacing
 from hooked_hybrid.papers.checks import UNDECIDED
 from hooked_hybrid.papers.claims import (
     TITLES,

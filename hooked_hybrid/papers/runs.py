@@ -13,7 +13,6 @@ from hooked_hybrid.interventions import manipulate_span
 from hooked_hybrid.model.hybrid import HookedHybrid
 from hooked_hybrid.niah.language import text_loss, texts_of
 from hooked_hybrid.niah.prompts import Prompt
-from hooked_hybrid.niah.report.plots import replacing
 from hooked_hybrid.niah.settings.papers import (
     WHOLE,
     control_settings,
@@ -24,6 +23,7 @@ from hooked_hybrid.niah.settings.papers import (
 from hooked_hybrid.niah.settings.setting import Hooks, Setting, settings_identity, top_k_settings
 from hooked_hybrid.niah.sweep import niah
 from hooked_hybrid.outputs.foreign import LARGEST_RESULTS, read_json, require_plain_file
+from hooked_hybrid.outputs.whole_files import replacing
 from hooked_hybrid.papers.recipe import Recipe, prompts_of
 from hooked_hybrid.papers.shares import few_heads
 from hooked_hybrid.runs.identity.comparing import changes, refusal

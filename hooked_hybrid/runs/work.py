@@ -10,14 +10,12 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar, runtime_checkable
 
 from hooked_hybrid.model.hybrid import HookedHybrid
 
 if TYPE_CHECKING:
     import pandas
-
-    from hooked_hybrid.runs.ray_workers import RayWorkers
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -39,11 +37,22 @@ class Job(ABC, Generic[Item, Result]):
         return ", ".join(map(str, items))
 
 
+@runtime_checkable
+class Workers(Protocol):
+    """Processes that do a job's items, each with a model of its own; see `ray_workers`."""
+
+    def results(
+        self, model: HookedHybrid, job: Job[Any, Any], units: Sequence[Sequence[Any]]
+    ) -> Generator[tuple[Any, Any], None, None]:
+        """Yield every item with its result, as they come."""
+        ...
+
+
 def results(
     model: HookedHybrid,
     job: Job[Item, Result],
     units: Iterable[Sequence[Item]],
-    workers: RayWorkers | None = None,
+    workers: Workers | None = None,
 ) -> Generator[tuple[Item, Result], None, None]:
     """Yield every item with its result: in order, or as workers have them.
 

@@ -24,7 +24,7 @@ from hooked_hybrid import HookedHybrid, HybridConfig
 from hooked_hybrid.commands.convert import main
 from tests.references import SPECS, google_griffin, hf_recurrentgemma
 from weights_conversion import CheckpointError, check, google, recurrentgemma
-from weights_conversion.load import shapes_of
+from weights_conversion.filling import shapes_of
 from weights_conversion.rules import account
 
 pytestmark = pytest.mark.usefixtures("unchecked")

@@ -39,7 +39,7 @@ from tests.references import random_tokens
 from tests.tolerances import FP32_PARITY
 from tests.transformers_versions import EAGER_EXPERTS, SLOW_MAMBA, VERSION, since_5
 from weights_conversion import CheckpointError, check, jamba
-from weights_conversion.load import shapes_of
+from weights_conversion.filling import shapes_of
 from weights_conversion.rules import account, revert
 
 GOLDEN = Path(__file__).parents[1] / "golden"

@@ -43,7 +43,7 @@ from tests.references import (
 from tests.tolerances import FP32_PARITY
 from tests.transformers_versions import VERSION, needs_window, since_5
 from weights_conversion import CheckpointError, check, google, recurrentgemma
-from weights_conversion.load import shapes_of
+from weights_conversion.filling import shapes_of
 from weights_conversion.rules import account, revert
 
 GOLDEN = Path(__file__).parents[1] / "golden"

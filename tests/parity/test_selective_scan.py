@@ -20,7 +20,8 @@ import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import Tensor
 
-from hooked_hybrid.network.scans.selective_scan import CHUNK, selective_scan, selective_scan_loop
+from hooked_hybrid.network.scans.loops import selective_scan_loop
+from hooked_hybrid.network.scans.selective_scan import CHUNK, selective_scan
 from tests.models import relative
 from tests.tolerances import FAST_SCAN, SLOW_SCAN_NEAR_ONE
 

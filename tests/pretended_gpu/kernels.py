@@ -14,8 +14,7 @@ from torch import Tensor
 
 from hooked_hybrid.network import kernels
 from hooked_hybrid.network.kernels import linear_scan, trials
-from hooked_hybrid.network.scans.scan import scan_loop
-from hooked_hybrid.network.scans.selective_scan import selective_scan_loop
+from hooked_hybrid.network.scans.loops import scan_loop, selective_scan_loop
 from tests.pretended_gpu import packages
 from tests.pretended_gpu.device import PretendedGPU
 

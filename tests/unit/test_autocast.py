@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hooked_hybrid.network.mixers.mamba import Mamba
-from hooked_hybrid.network.scans.selective_scan import selective_scan_loop
+from hooked_hybrid.network.scans.loops import selective_scan_loop
 from tests.models import random_tokens, relative, tiny_model
 from tests.tolerances import BF16, FP32_PARITY
 

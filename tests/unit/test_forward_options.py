@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hooked_hybrid import HookedHybrid, HookNameError
-from hooked_hybrid.network import memory
+from hooked_hybrid.model import memory
 from hooked_hybrid.network.layout import lay_out
 from tests.models import (
     CONFIGS,

@@ -70,9 +70,9 @@ for package in (hooked_hybrid, weights_conversion):
 
 from hooked_hybrid import HookedHybrid, analysis, interventions
 from hooked_hybrid.accounting import count_parameters, flops_table
-from hooked_hybrid.analysis.drawing import new_figure
+from hooked_hybrid.outputs.figures import new_figure
 from hooked_hybrid.niah.cached_state import cached_state
-from hooked_hybrid.niah.report.plots import new_figure as figure_of_sweep
+from hooked_hybrid.outputs.figures import new_figure as figure_of_sweep
 from hooked_hybrid.niah.sweep import niah
 
 model = HookedHybrid.from_pretrained("tiny-griffin")
@@ -111,7 +111,7 @@ auto: device_map='auto' needs accelerate: pip install 'hooked-hybrid[offload]', 
 """
 
 
-COMMANDS = ("hooked_hybrid.commands.", "hooked_hybrid.papers.command")
+COMMANDS = ("hooked_hybrid.commands.", "hooked_hybrid.commands.papers")
 """How the names of modules begin that commands are made of."""
 
 

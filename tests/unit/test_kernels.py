@@ -33,8 +33,7 @@ from hooked_hybrid.network.kernels.selective_scan import usable as usable_select
 from hooked_hybrid.network.layers import CausalConv1d
 from hooked_hybrid.network.layout import lay_out
 from hooked_hybrid.network.mlps.moe import MoE
-from hooked_hybrid.network.scans.scan import scan_loop
-from hooked_hybrid.network.scans.selective_scan import selective_scan_loop
+from hooked_hybrid.network.scans.loops import scan_loop, selective_scan_loop
 from tests.models import relative
 from tests.parity.test_selective_scan import SOURCE, selective_scan_ref
 from tests.tolerances import BF16, FAST_SCAN, FP32_PARITY

@@ -16,7 +16,7 @@ from torch import Tensor
 from hooked_hybrid.network.kernels import causal_conv1d, mamba_ssm
 from hooked_hybrid.network.layers import CausalConv1d
 from hooked_hybrid.network.layout import lay_out
-from hooked_hybrid.network.scans.selective_scan import selective_scan_loop
+from hooked_hybrid.network.scans.loops import selective_scan_loop
 from tests.models import relative
 from tests.pretended_gpu import packages
 from tests.tolerances import FAST_SCAN

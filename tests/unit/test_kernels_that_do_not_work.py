@@ -20,8 +20,7 @@ from hooked_hybrid.network.kernels import (
     selective_scan,
     trials,
 )
-from hooked_hybrid.network.scans.scan import scan_loop
-from hooked_hybrid.network.scans.selective_scan import selective_scan_loop
+from hooked_hybrid.network.scans.loops import scan_loop, selective_scan_loop
 from tests.pretended_gpu import packages
 from tests.unit.test_kernels import install
 

@@ -15,14 +15,9 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
-from hooked_hybrid.niah.report.plots import (
-    accuracy_by_k,
-    file_name,
-    replacing,
-    retrieval_map,
-    retrieval_maps,
-    save_figure,
-)
+from hooked_hybrid.niah.report.plots import accuracy_by_k, retrieval_map, retrieval_maps
+from hooked_hybrid.outputs.figures import file_name, save_figure
+from hooked_hybrid.outputs.whole_files import replacing
 from hooked_hybrid.runs.statistics import interval_of
 from tests.unit.test_niah_statistics import sweep_table
 

@@ -17,13 +17,14 @@ import torch
 from torch import Tensor
 
 from hooked_hybrid import HookedHybrid, HookPoint, interventions
+from hooked_hybrid.accounting.plan import Machine
 from hooked_hybrid.accounting.plan.planner import Planner
 from hooked_hybrid.accounting.plan.planning import plan
 from hooked_hybrid.accounting.plan.working import Sizes
 from hooked_hybrid.hooks.point import watcher
 from hooked_hybrid.model.folding import fold_ln
 from hooked_hybrid.network.layout import lay_out
-from hooked_hybrid.network.placement import Machine, place, resolve
+from hooked_hybrid.network.placement import place, resolve
 from hooked_hybrid.network.placement.offload import OffloadFolder
 from hooked_hybrid.runs.identity.model import model_identity
 from tests.models import CONFIGS, random_tokens, relative, tiny_model
@@ -348,7 +349,7 @@ def test_auto_fills_memory_first_and_says_what_is_missing(
     checkpoint: Path, tmp_path: Path, monkeypatch: Any
 ):
     short = partial(plan, lengths=(4,))  # so that weights are most of what is needed
-    monkeypatch.setattr("hooked_hybrid.accounting.plan.planning.plan", short)
+    monkeypatch.setattr("hooked_hybrid.model.pretrained.plan_of", short)
     sizes = Sizes(CONFIGS["jamba"], torch.float32, on_cpu=True)
     planner = Planner(sizes, Machine((), GB), 4)
     needed = planner.usage(range(4), range(0), is_first=True).total

@@ -377,7 +377,7 @@ def test_changes_that_would_do_are_the_smallest_by_trying_all(monkeypatch: pytes
     }
     assert fits(Machine(machine.gpus, 0, 2**60)) and not fits(machine, 1)
     assert not plan(cfg, machine, (64,), 1, torch.bfloat16).fits
-    assert list(changes(found)) == list(found.changes)
+    assert list(changes(found.sizes, found.machine, max(found.lengths))) == list(found.changes)
 
 
 def test_more_gpus_and_larger_ones_are_tried_up_to_64_and_to_a_million_gigabytes():
@@ -487,4 +487,6 @@ def test_of_schemes_that_would_do_the_least_narrow_is_named(
 
     found = plan(CFG, Machine((), 5), (20,))
     monkeypatch.setattr("hooked_hybrid.accounting.plan.changes.Planner", Fits)
-    assert [change.option for change in changes(found)] == said
+    assert [
+        change.option for change in changes(found.sizes, found.machine, max(found.lengths))
+    ] == said

@@ -12,11 +12,11 @@ from typer.testing import CliRunner
 
 from hooked_hybrid import HookedHybrid
 from hooked_hybrid.accounting import config_of
+from hooked_hybrid.accounting.plan import Machine, gpus_of, size_of
 from hooked_hybrid.accounting.plan.machine import ANY_DISK, this_machine
 from hooked_hybrid.accounting.plan.planner import Planner
 from hooked_hybrid.accounting.plan.planning import plan
 from hooked_hybrid.commands.program import build_app
-from hooked_hybrid.network.placement import Machine, gpus_of, size_of
 
 GB = 10**9
 

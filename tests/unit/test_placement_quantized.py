@@ -13,12 +13,13 @@ from typer.testing import CliRunner
 
 from hooked_hybrid import HookedHybrid, HookPoint
 from hooked_hybrid.accounting import config_of
+from hooked_hybrid.accounting.plan import Machine, gpus_of
 from hooked_hybrid.accounting.plan.planning import plan
 from hooked_hybrid.accounting.plan.stored import stored_weights
 from hooked_hybrid.commands.program import build_app
 from hooked_hybrid.hooks.point import watcher
 from hooked_hybrid.network.layout import lay_out
-from hooked_hybrid.network.placement import Machine, gpus_of, place
+from hooked_hybrid.network.placement import place
 from hooked_hybrid.network.weights.plain import is_quantized, stored_bytes
 from hooked_hybrid.network.weights.quantized import (
     dequantize_weights,

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from hooked_hybrid import HookedHybrid, HybridConfig
+from hooked_hybrid.accounting.plan import Machine
 from hooked_hybrid.accounting.plan.planner import Planner
 from hooked_hybrid.accounting.plan.split import Usage
 from hooked_hybrid.accounting.plan.working import Sizes
-from hooked_hybrid.network.placement import Machine
 from hooked_hybrid.network.weights import products
 from hooked_hybrid.network.weights.plain import stored_bytes
 from hooked_hybrid.presets import configs as presets

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from hooked_hybrid.network.scans.scan import scan, scan_chunked, scan_loop
+from hooked_hybrid.network.scans.loops import scan_loop
+from hooked_hybrid.network.scans.scan import scan, scan_chunked
 from tests.models import griffin_config, jamba_config, random_model, random_tokens, relative
 from tests.tolerances import FAST_SCAN, FINITE_DIFFERENCE, FLOAT64_LONG, SLOW_SCAN_NEAR_ONE
 

@@ -1,1 +1,6 @@
 """What a model takes of a machine, and where its layers go."""
+
+from hooked_hybrid.accounting.plan.machine import Machine, gpus_of, size_of
+from hooked_hybrid.accounting.plan.planning import plan
+
+__all__ = ["Machine", "gpus_of", "plan", "size_of"]

@@ -11,7 +11,6 @@ import torch
 
 from hooked_hybrid.accounting.plan.machine import ANY_DISK, UNITS, Machine, shown
 from hooked_hybrid.accounting.plan.planner import Planner
-from hooked_hybrid.accounting.plan.planning import Plan
 from hooked_hybrid.accounting.plan.working import Sizes
 
 GB = UNITS["GB"]
@@ -29,9 +28,14 @@ class Change(NamedTuple):
     """The same for who calls `from_pretrained`; None where it is not for them to say."""
 
 
-def changes(plan: Plan) -> Iterator[Change]:
-    """Yield the smallest change of each kind that would do by itself."""
-    sizes, machine, longest = plan.sizes, plan.machine, max(plan.lengths)
+def changes(sizes: Sizes, machine: Machine, longest: int) -> Iterator[Change]:
+    """Yield the smallest change of each kind that would do by itself.
+
+    Args:
+        sizes: of a model that does not fit.
+        machine: what there is.
+        longest: tokens of the longest input.
+    """
 
     def fits(changed: Machine) -> bool:
         return Planner(sizes, changed, longest).fits()

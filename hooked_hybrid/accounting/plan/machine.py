@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from hooked_hybrid.network.placement.homes import MaxMemory
-
+MaxMemory = Mapping[int | str, int | str]
+"""Bytes, or such as "20GB", by number of a GPU and for "cpu"."""
 UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 ANY_DISK = 2**62

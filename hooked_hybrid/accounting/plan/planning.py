@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from hooked_hybrid.accounting.plan.changes import Change, changes
 from hooked_hybrid.accounting.plan.machine import ANY_DISK, Machine, shown
 from hooked_hybrid.accounting.plan.planner import CUDA_CONTEXT, Planner
 from hooked_hybrid.accounting.plan.split import Split, Usage
@@ -23,8 +24,7 @@ from hooked_hybrid.config import HybridConfig
 from hooked_hybrid.network.placement.places import DISK, ENDS
 
 if TYPE_CHECKING:
-    from hooked_hybrid.accounting.plan.changes import Change
-    from hooked_hybrid.network.weights.quantized import Only
+    from hooked_hybrid.network.weights.quantization import Only
 
 ROOM = 2048
 """Tokens of a prompt for which `device_map="auto"` leaves room."""
@@ -117,9 +117,7 @@ class Plan:
     @cached_property
     def changes(self) -> tuple[Change, ...]:
         """The smallest changes that would do, each by itself."""
-        from hooked_hybrid.accounting.plan.changes import changes
-
-        return tuple(changes(self))
+        return tuple(changes(self.sizes, self.machine, max(self.lengths)))
 
 
 def plan(

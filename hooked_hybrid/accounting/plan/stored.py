@@ -9,11 +9,11 @@ import torch
 from torch import nn
 
 from hooked_hybrid.config import HybridConfig
-from hooked_hybrid.model.hybrid import HookedHybrid
+from hooked_hybrid.network.network import Network
 from hooked_hybrid.network.placement.places import part_of, parts_of
 
 if TYPE_CHECKING:
-    from hooked_hybrid.network.weights.quantized import Only
+    from hooked_hybrid.network.weights.quantization import Only
 
 NF4_CHUNK = 2**20
 """Numbers that torchao compares with all 16 levels at a time."""
@@ -75,7 +75,7 @@ def stored_weights(
     Raises:
         ValueError, ImportError: what cannot be quantised so, see `quantized.Quantizer`.
     """
-    model, found = HookedHybrid.meta(cfg, dtype), {part: Stored() for part in parts_of(cfg)}
+    model, found = Network.meta(cfg, dtype), {part: Stored() for part in parts_of(cfg)}
     quantizer = None
     if quantize is not None:
         from hooked_hybrid.network.weights.quantized import Quantizer

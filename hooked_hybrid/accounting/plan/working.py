@@ -26,7 +26,7 @@ from hooked_hybrid.network.state import kept_dtype
 from hooked_hybrid.network.weights.products import MANY
 
 if TYPE_CHECKING:
-    from hooked_hybrid.network.weights.quantized import Only
+    from hooked_hybrid.network.weights.quantization import Only
 
 OF_TOKEN = 10 * torch.long.itemsize
 """Bytes kept for a token in addition to its values: its id, positions, document and row."""

@@ -15,7 +15,7 @@ from hooked_hybrid.network.layers import at_least_fp32
 from hooked_hybrid.options import refuse_ignored
 
 if TYPE_CHECKING:
-    from hooked_hybrid.model.hybrid import HookedHybrid
+    from hooked_hybrid.model.language_model import LanguageModel
 
 Stack = Float[Tensor, "component *batch_pos d_model"]
 Attributions = Float[Tensor, "component *batch_pos_left"]
@@ -169,7 +169,7 @@ class ResidualNorms(PartReader):
         return self.model.W_U.T[ids.to(self.model.W_U.device)].to(stack)
 
 
-def token_ids(model: HookedHybrid, tokens: TokenChoice) -> TokenIds:
+def token_ids(model: LanguageModel, tokens: TokenChoice) -> TokenIds:
     """Return the ids of tokens given as a text of one token, an id, or a tensor of ids.
 
     Raises:
@@ -187,7 +187,7 @@ def token_ids(model: HookedHybrid, tokens: TokenChoice) -> TokenIds:
 
 
 def ids_at(
-    model: HookedHybrid, tokens: TokenChoice, lead: tuple[int, ...], has_batch: bool
+    model: LanguageModel, tokens: TokenChoice, lead: tuple[int, ...], has_batch: bool
 ) -> TokenIds:
     """Return the ids of tokens with an axis for each of `lead`, of length 1 where all are alike.
 

@@ -20,7 +20,7 @@ from hooked_hybrid.network.weights.plain import as_matrix
 from hooked_hybrid.network.weights.products import linear
 
 if TYPE_CHECKING:
-    from hooked_hybrid.model.hybrid import HookedHybrid
+    from hooked_hybrid.model.language_model import LanguageModel
     from hooked_hybrid.network.mlps.moe import MoE
 
 
@@ -61,7 +61,7 @@ def embedding() -> Parts:
     return whole("embed", "hook_embed")
 
 
-def stream(model: HookedHybrid, layer: int, mlp_input: bool) -> Parts:
+def stream(model: LanguageModel, layer: int, mlp_input: bool) -> Parts:
     """Return the residual stream that a layer's mixer or MLP reads, or the last one."""
     if mlp_input:
         return whole("whole", f"blocks.{layer}.hook_resid_mid")
@@ -72,20 +72,20 @@ def stream(model: HookedHybrid, layer: int, mlp_input: bool) -> Parts:
     return whole("whole", here, before) if layer else whole("whole", here, "hook_embed")
 
 
-def mixer(model: HookedHybrid, layer: int) -> Parts:
+def mixer(model: LanguageModel, layer: int) -> Parts:
     """Return what a mixer writes, as one part."""
     mixer = mixer_of(model.cfg.layers[layer].mixer)
     names = (*reversed(mixer.out_hooks), "hook_mixer_out")
     return whole(f"{layer}_{mixer.label}_out", *(f"blocks.{layer}.{name}" for name in names))
 
 
-def mlp(model: HookedHybrid, layer: int) -> Parts:
+def mlp(model: LanguageModel, layer: int) -> Parts:
     """Return what an MLP or a mixture writes, as one part."""
     label = mlp_of(model.cfg.layers[layer].mlp).label
     return whole(f"{layer}_{label}_out", f"blocks.{layer}.hook_mlp_out")
 
 
-def heads(model: HookedHybrid, layer: int) -> Parts:
+def heads(model: LanguageModel, layer: int) -> Parts:
     """Return what each head of an attention layer writes; `b_O` is left over."""
     attention = model.blocks[layer].attn
     labels = tuple(f"L{layer}H{h}" for h in range(attention.cfg.n_heads))
@@ -95,7 +95,7 @@ def heads(model: HookedHybrid, layer: int) -> Parts:
     return Parts(labels, (results, z), attention.b_O, mixer(model, layer))
 
 
-def gate_blocks(model: HookedHybrid, layer: int) -> Parts:
+def gate_blocks(model: LanguageModel, layer: int) -> Parts:
     """Return what each gate block of an RG-LRU writes; the output bias is left over.
 
     The gates act within blocks of channels, which the output projection then adds up.
@@ -111,14 +111,14 @@ def gate_blocks(model: HookedHybrid, layer: int) -> Parts:
     return Parts(labels, (gated,), rglru.linear_out.bias, mixer(model, layer))
 
 
-RECURRENT_PARTS: dict[type, Callable[[HookedHybrid, int], Parts]] = {
+RECURRENT_PARTS: dict[type, Callable[[LanguageModel, int], Parts]] = {
     RGLRUConfig: gate_blocks,
     MambaConfig: mixer,
 }
 """The parts of each kind of recurrence that act apart; Mamba's channels have no such groups."""
 
 
-def neurons(model: HookedHybrid, layer: int, neuron_slice: PosSlice = None) -> Parts:
+def neurons(model: LanguageModel, layer: int, neuron_slice: PosSlice = None) -> Parts:
     """Return what each neuron of a dense MLP writes; the output bias is left over."""
     dense = model.blocks[layer].mlp
     index = torch.arange(dense.cfg.d_mlp)
@@ -133,7 +133,7 @@ def neurons(model: HookedHybrid, layer: int, neuron_slice: PosSlice = None) -> P
     return Parts(labels, (post,), dense.down.bias, mlp(model, layer))
 
 
-def experts(model: HookedHybrid, layer: int) -> Parts:
+def experts(model: LanguageModel, layer: int) -> Parts:
     """Return what each expert of a mixture writes: zero where it was not chosen."""
     block, path = model.blocks[layer], f"blocks.{layer}.mlp"
     chosen = (f"{path}.hook_expert_weights", f"{path}.hook_expert_indices")

@@ -17,13 +17,13 @@ from hooked_hybrid.hooks.places import (
     take_per_row,
 )
 from hooked_hybrid.hooks.slicing import LAST, PosSlice, indices_on, slice_axis
+from hooked_hybrid.model.memory import WORTH_CHECKING, available_bytes
 from hooked_hybrid.model.residual import parts as parts_of
 from hooked_hybrid.model.residual.parts import Parts, Way
 from hooked_hybrid.network.layers import RMSNorm, at_least_fp32
-from hooked_hybrid.network.memory import WORTH_CHECKING, available_bytes
 
 if TYPE_CHECKING:
-    from hooked_hybrid.model.hybrid import HookedHybrid
+    from hooked_hybrid.model.language_model import LanguageModel
 
 Onto = Float[Tensor, " d_model"] | Float[Tensor, "d_model output"]
 
@@ -34,7 +34,7 @@ class Place(NamedTuple):
     layer: int
     mlp_input: bool
 
-    def norm(self, model: HookedHybrid) -> tuple[str, RMSNorm]:
+    def norm(self, model: LanguageModel) -> tuple[str, RMSNorm]:
         """Return the norm that reads the stream here, with its path."""
         if self.layer == model.cfg.n_layers:
             return "ln_final", model.ln_final
@@ -51,7 +51,7 @@ class PartReader:
     if TYPE_CHECKING:
 
         @property
-        def model(self) -> HookedHybrid: ...  # noqa: D102
+        def model(self) -> LanguageModel: ...  # noqa: D102
 
         def _batched(self, full: str) -> tuple[Tensor, int]: ...
 

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from hooked_hybrid.network import transforms
+from hooked_hybrid.hooks import transforms
 from hooked_hybrid.network.state import AttentionState
 
 STEP = 16

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from hooked_hybrid.network import transforms
+from hooked_hybrid.hooks import transforms
 from hooked_hybrid.network.kernels import importable, need_gradients
 from hooked_hybrid.network.kernels.trials import Pair, gradients_of, waves, works
 from hooked_hybrid.network.kernels.twice import twice_differentiable

@@ -107,7 +107,7 @@ def _check(a: Tensor, x: Tensor, h0: Tensor) -> None:
 @torch.no_grad()
 def _trial(device: torch.device, dtype: torch.dtype) -> Pair:
     """Return the states of two chunks, both ways, by the kernels and by the loop."""
-    from hooked_hybrid.network.scans.scan import scan_loop
+    from hooked_hybrid.network.scans.loops import scan_loop
 
     shapes = ((2, CHUNK + 6, 16), (2, CHUNK + 6, 16), (2, 16))
     a, x, h0 = (waves(*shape, seed=i).to(device, dtype) for i, shape in enumerate(shapes))

@@ -85,7 +85,7 @@ def _by_package(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor) -> tuple
 
 def _definition(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
     """Return what `selective_scan` does, one position after another."""
-    from hooked_hybrid.network.scans.selective_scan import selective_scan_loop
+    from hooked_hybrid.network.scans.loops import selective_scan_loop
 
     return selective_scan_loop(u, dt, A, B, C, u.new_zeros(u.shape[0], *A.shape))
 

@@ -90,7 +90,7 @@ def blocks(d_state: int) -> tuple[int, int]:
 @torch.no_grad()
 def _trial(device: torch.device, dtype: torch.dtype) -> Pair:
     """Return outputs and last states, with resets and without, by the kernel and by the loop."""
-    from hooked_hybrid.network.scans.selective_scan import selective_scan_loop
+    from hooked_hybrid.network.scans.loops import selective_scan_loop
 
     shapes = ((2, 9, 16), (2, 9, 16), (16, 16), (2, 9, 16), (2, 9, 16), (2, 16, 16))
     u, dt, A, B, C, h0 = (waves(*shape, seed=i) for i, shape in enumerate(shapes))

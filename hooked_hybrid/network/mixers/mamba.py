@@ -37,14 +37,9 @@ from hooked_hybrid.network.layout import Layout
 from hooked_hybrid.network.mixers.base import Mixer
 from hooked_hybrid.network.part import FoldedNorm
 from hooked_hybrid.network.plan import may_overwrite
+from hooked_hybrid.network.scans.loops import SmallInputs, SSMState
 from hooked_hybrid.network.scans.scan import edited_positions, hooked_scan, only_where
-from hooked_hybrid.network.scans.selective_scan import (
-    CHUNK,
-    CHUNK_NUMBERS,
-    SmallInputs,
-    SSMState,
-    selective_scan,
-)
+from hooked_hybrid.network.scans.selective_scan import CHUNK, CHUNK_NUMBERS, selective_scan
 from hooked_hybrid.network.state import RecurrentState
 from hooked_hybrid.network.weights.products import autocast_dtype, in_own_dtype
 from hooked_hybrid.shapes import Inner, Resid

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from torch.nn.functional import softplus
 
 from hooked_hybrid.config import RGLRUConfig
+from hooked_hybrid.hooks import transforms
 from hooked_hybrid.hooks.point import HookPoint
-from hooked_hybrid.network import transforms
 from hooked_hybrid.network.costs import ACTIVATION, SIGMOID, Flops, Piece
 from hooked_hybrid.network.layers import (
     BlockDiagonalLinear,

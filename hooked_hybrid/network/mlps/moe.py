@@ -14,8 +14,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from hooked_hybrid.config import MoEConfig
+from hooked_hybrid.hooks import transforms
 from hooked_hybrid.hooks.point import HookPoint
-from hooked_hybrid.network import transforms
 from hooked_hybrid.network.costs import ACTIVATION, SOFTMAX, Flops, Piece
 from hooked_hybrid.network.kernels import grouped_experts
 from hooked_hybrid.network.layers import Linear, activate, draw_normal, times

@@ -11,19 +11,17 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from hooked_hybrid.network.layout import Layout
+from hooked_hybrid.network.network import Network
 from hooked_hybrid.network.placement.places import Place
 from hooked_hybrid.network.state import BlockState
 from hooked_hybrid.shapes import Resid, Tokens
-
-if TYPE_CHECKING:
-    from hooked_hybrid.model.hybrid import HookedHybrid
 
 
 class Placement:
@@ -34,7 +32,7 @@ class Placement:
         places: of every part, see `places.resolve`.
     """
 
-    def __init__(self, model: HookedHybrid, places: Mapping[str, Place]) -> None:
+    def __init__(self, model: Network, places: Mapping[str, Place]) -> None:
         self.places = dict(places)
         blocks = [places[f"blocks.{i}"] for i in range(model.cfg.n_layers)]
         self.layer_devices = tuple(place.runs_on for place in blocks)
@@ -55,16 +53,16 @@ class Placement:
         return len({d for p in self.places.values() for d in (p.device, p.runs_on)}) == 1
 
     @contextmanager
-    def inside(self, model: HookedHybrid, i: int, layout: Layout) -> Iterator[Layout]:
+    def inside(self, model: Network, i: int, layout: Layout) -> Iterator[Layout]:
         """Bring block `i` to where it runs; hooks see a run on its device."""
         here = layout.on(self.layer_devices[i])
         device = torch.cuda.device(here.pos.device) if here.pos.is_cuda else nullcontext()
         door = self._doors[i]
-        with device, door, door.graph(), model._running(here):  # kernels go to the current GPU
+        with device, door, door.graph(), model.running(here):  # kernels go to the current GPU
             yield here
 
     def run_block(
-        self, model: HookedHybrid, i: int, resid: Resid, state: BlockState | None, layout: Layout
+        self, model: Network, i: int, resid: Resid, state: BlockState | None, layout: Layout
     ) -> tuple[Resid, BlockState]:
         """Return what block `i` does, on its device."""
         with self.inside(model, i, layout) as here:
@@ -72,7 +70,7 @@ class Placement:
 
     def run_pieces(
         self,
-        model: HookedHybrid,
+        model: Network,
         tokens: Tokens,
         layout: Layout,
         states: Sequence[BlockState | None],
@@ -87,8 +85,8 @@ class Placement:
         streams: list[Resid] = []
         after: list[BlockState] = []
         for part, own in zip(parts, tokens.split(piece, dim=1), strict=True):
-            with model._running(part):
-                streams.append(model.hook_embed(model.embed(own)))
+            with model.running(part):
+                streams.append(model.run_embed(own))
         for i, state in enumerate(states):
             with self._doors[i]:
                 for number, part in enumerate(parts):

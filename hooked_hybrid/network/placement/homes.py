@@ -6,23 +6,22 @@ import os
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from hooked_hybrid.network.network import Network
 from hooked_hybrid.network.placement.doors import Placement, is_one_device
 from hooked_hybrid.network.placement.offload import OffloadFolder, layout_of
 from hooked_hybrid.network.placement.places import DeviceMap, Place, part_of, parts_of, resolve
-from hooked_hybrid.network.weights.plain import require_plain_weights
+from hooked_hybrid.network.weights.quantization import require_plain_weights
 from hooked_hybrid.options import refuse_ignored
 
 if TYPE_CHECKING:
     from hooked_hybrid.config import HybridConfig
-    from hooked_hybrid.model.hybrid import HookedHybrid
-    from hooked_hybrid.network.weights.quantized import Only
 
-MaxMemory = Mapping[int | str, int | str]
+N = TypeVar("N", bound=Network)
 
 
 @dataclass(frozen=True)
@@ -63,7 +62,7 @@ class Homes:
         if self.folder is not None:
             self.folder.close()
 
-    def finish(self, model: HookedHybrid) -> HookedHybrid:
+    def finish(self, model: N) -> N:
         """Let the model run as its weights lie; those kept elsewhere are frozen.
 
         Their gradients would take as much memory as they do, when there is too little.
@@ -82,44 +81,32 @@ def one_home(cfg: HybridConfig, device: torch.device) -> Homes:
 
 
 def homes_of(
-    model: HookedHybrid,
-    device_map: DeviceMap | Literal["auto"],
-    max_memory: MaxMemory | None = None,
+    model: Network,
+    device_map: DeviceMap,
     offload_folder: str | os.PathLike[str] | None = None,
     identity: str | None = None,
-    quantize: str | Any | None = None,
-    quantize_only: Only | None = None,
+    is_quantized: bool = False,
+    is_planned: bool = False,
 ) -> Homes:
     """Return where each parameter will go, before any is read.
 
     Args:
         model: what is placed, with or without weights.
-        device_map: see `places.resolve`; "auto" takes the plan for what this machine has free.
-        max_memory: bytes, or such as "20GB", by number of a GPU and for "cpu"; for "auto".
+        device_map: see `places.resolve`.
         offload_folder: of what goes to the disk.
         identity: of the weights, see `OffloadFolder`.
-        quantize, quantize_only: how the weights will be quantised.
+        is_quantized: whether weights will be quantised.
+        is_planned: whether the map is a plan's, which may leave a folder unused.
 
     Raises:
         ValueError: a map that cannot be, that needs a folder and has none, or that keeps quantised
             blocks elsewhere than where they run.
-        MemoryError: the model does not fit; says what is missing.
     """
-    was_given = device_map != "auto"
-    if not was_given and quantize is not None:
-        refuse_ignored(
-            "quantised weights stay where they run, none on the disk",
-            offload_folder=offload_folder,
-        )
-    if device_map == "auto":
-        device_map = _planned(model, max_memory, offload_folder, quantize, quantize_only)
-    elif max_memory is not None:
-        raise ValueError("max_memory is for device_map='auto'; a dict says all there is to say")
     places = resolve(model.cfg, device_map)
-    if quantize is not None:
+    if is_quantized:
         _require_at_home(places)
     if not any(place.on_disk for place in places.values()):
-        if was_given:
+        if not is_planned:
             refuse_ignored("device_map puts nothing on the disk", offload_folder=offload_folder)
         return Homes(places, None)
     if offload_folder is None:
@@ -128,27 +115,6 @@ def homes_of(
     if identity is not None:
         identity += f"-{layout_of(dict(model.named_parameters()))}"
     return Homes(places, OffloadFolder(offload_folder, identity))
-
-
-def _planned(
-    model: HookedHybrid,
-    max_memory: MaxMemory | None,
-    offload_folder: str | os.PathLike[str] | None,
-    quantize: str | Any | None,
-    quantize_only: Only | None,
-) -> DeviceMap:
-    """Return the map of the plan for this machine, or say what would do."""
-    from hooked_hybrid.accounting.plan.machine import this_machine
-    from hooked_hybrid.accounting.plan.planning import plan
-
-    machine = this_machine(max_memory, offload_folder is not None)
-    found = plan(
-        model.cfg, machine, dtype=model.dtype, quantize=quantize, quantize_only=quantize_only
-    )
-    if found.fits:
-        return found.device_map
-    would_do = [change.to_load for change in found.changes if change.to_load is not None]
-    raise MemoryError(f"{found.why_not}. {found.remedy(would_do)}")
 
 
 def _require_at_home(places: Mapping[str, Place]) -> None:
@@ -167,10 +133,10 @@ def _require_at_home(places: Mapping[str, Place]) -> None:
 
 
 def place(
-    model: HookedHybrid,
+    model: N,
     device_map: DeviceMap,
     offload_folder: str | os.PathLike[str] | None = None,
-) -> HookedHybrid:
+) -> N:
     """Put a model that is in memory in several places, and return it.
 
     What goes to the disk is this process's own: its files leave with it.
@@ -187,7 +153,9 @@ def place(
     """
     if model.placement is not None:
         raise ValueError("this model is placed already: load it again with another device_map")
-    require_plain_weights(model, "place", "load it with device_map and quantize together")
+    require_plain_weights(
+        model.quantization, "place", "load it with device_map and quantize together"
+    )
     parameters, moved = dict(model.named_parameters()), {}
     if any(parameter.is_meta for parameter in parameters.values()):
         raise ValueError("this model has no weights (it is on the meta device): nothing to place")
@@ -208,4 +176,4 @@ def place(
     return homes.finish(model)
 
 
-__all__ = ["Homes", "MaxMemory", "homes_of", "one_home", "place"]
+__all__ = ["Homes", "homes_of", "one_home", "place"]

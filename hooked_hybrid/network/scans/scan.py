@@ -12,33 +12,17 @@ from itertools import groupby, pairwise
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool
 from torch import Tensor
 
+from hooked_hybrid.hooks import transforms
 from hooked_hybrid.hooks.point import HookPoint, LensHandle, positions_of
-from hooked_hybrid.network import transforms
 from hooked_hybrid.network.finite import is_finite
 from hooked_hybrid.network.kernels import linear_scan, need_gradients
 from hooked_hybrid.network.layout import Layout
+from hooked_hybrid.network.scans.loops import State, States, scan_loop
 
 CHUNK = 32
-States = Float[Tensor, "batch pos *channels"]
-State = Float[Tensor, "batch *channels"]
-
-
-def scan_loop(a: States, x: States, h0: State) -> States:
-    """Return every state of h_t = a_t h_{t-1} + x_t, one step at a time: the definition.
-
-    Args:
-        a: decays, 0 where the past is forgotten.
-        x: what is written.
-        h0: the state before the first position.
-    """
-    h, states = h0, []
-    for a_t, x_t in zip(a.unbind(1), x.unbind(1), strict=True):
-        h = a_t * h + x_t
-        states.append(h)
-    return torch.stack(states, dim=1)
 
 
 def scan(a: States, x: States, h0: State) -> States:

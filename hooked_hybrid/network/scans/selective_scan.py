@@ -14,50 +14,21 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from hooked_hybrid.network import transforms
+from hooked_hybrid.hooks import transforms
 from hooked_hybrid.network.finite import is_finite
 from hooked_hybrid.network.kernels import mamba_ssm, need_gradients
 from hooked_hybrid.network.kernels import selective_scan as triton_scan
-from hooked_hybrid.network.scans.scan import forgotten, parts_between, scan_loop
+from hooked_hybrid.network.scans.loops import SmallInputs, SSMState, selective_scan_loop
+from hooked_hybrid.network.scans.scan import forgotten, parts_between
 from hooked_hybrid.network.weights.products import in_own_dtype
 from hooked_hybrid.shapes import Inner
 
 CHUNK = 32
 LOG2_E = 1 / math.log(2)
 CHUNK_NUMBERS = 2**19  # decays of one chunk: 2 MB, of which the next pass finds much in the cache
-SmallInputs = Float[Tensor, "batch pos d_state"]
-SSMState = Float[Tensor, "batch d_inner d_state"]
 # Inside a chunk channels, the long axis, are last: one pass runs over contiguous numbers.
 Wide = Float[Tensor, "batch pos d_state d_inner"]
 WideState = Float[Tensor, "batch d_state d_inner"]
-
-
-def selective_scan_loop(
-    u: Inner,
-    dt: Inner,
-    A: Float[Tensor, "d_inner d_state"],
-    B: SmallInputs,
-    C: SmallInputs,
-    h0: SSMState,
-    resets: Bool[Tensor, "batch pos"] | None = None,
-) -> tuple[Inner, SSMState]:
-    """Return C h at every position and the last state: the definition.
-
-    Args:
-        u: what the recurrence reads.
-        dt: step sizes, after softplus.
-        A: decay rates, negative.
-        B, C: input and output maps of each position.
-        h0: the state before the first position.
-        resets: True where the past is forgotten.
-
-    Source: Mamba, algorithm 2; `selective_scan_ref` of mamba-ssm without its D and z.
-    """
-    decay = torch.exp(dt[..., None] * A)
-    if resets is not None:
-        decay = decay.masked_fill(resets[..., None, None], 0)
-    h = scan_loop(decay, dt[..., None] * B[:, :, None] * u[..., None], h0)
-    return torch.einsum("bsen,bsn->bse", h, C), h[:, -1]
 
 
 def selective_scan(

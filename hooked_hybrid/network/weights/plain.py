@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-
-if TYPE_CHECKING:
-    from hooked_hybrid.model.hybrid import HookedHybrid
 
 Stored = Tensor | nn.ParameterList
 """A weight as a module holds it: a tensor, or the quantised matrices of a stack one by one."""
@@ -57,19 +53,6 @@ def exact_copy(weight: Tensor) -> nn.Parameter:
     return nn.Parameter(copied, requires_grad=False)
 
 
-def require_plain_weights(model: HookedHybrid, task: str, remedy: str) -> None:
-    """Refuse a task that rewrites or writes weights, on a model whose weights are quantised.
-
-    Raises:
-        ValueError: names the task and the remedy.
-    """
-    if model.quantization is not None:
-        raise ValueError(
-            f"{task}: the weights of this model are quantised ({model.quantization.scheme}); "
-            f"{remedy}"
-        )
-
-
 def _parts(weight: Tensor) -> list[Tensor]:
     if not is_quantized(weight):
         return [weight]
@@ -82,6 +65,5 @@ __all__ = [
     "as_matrix",
     "exact_copy",
     "is_quantized",
-    "require_plain_weights",
     "stored_bytes",
 ]

@@ -16,10 +16,9 @@ stand for. `dequantize_weights` puts these into an ordinary model.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable, Collection
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float
@@ -28,56 +27,20 @@ from torch.nn.functional import linear
 from tqdm import tqdm
 
 from hooked_hybrid.config import HybridConfig
-from hooked_hybrid.network.memory import give_back_freed_memory
+from hooked_hybrid.network.allocator import give_back_freed_memory
 from hooked_hybrid.network.mixers import mixer_of
 from hooked_hybrid.network.mlps import mlp_of
+from hooked_hybrid.network.network import Network
 from hooked_hybrid.network.weights.layout import laid_out
 from hooked_hybrid.network.weights.plain import as_matrix, is_quantized, stored_bytes
+from hooked_hybrid.network.weights.quantization import Quantization, QuantizedWeight
 from hooked_hybrid.network.weights.torchao import Matrix, quantizer_of
-from hooked_hybrid.options import require
 
 if TYPE_CHECKING:
-    import pandas as pd
+    pass
 
-    from hooked_hybrid.model.hybrid import HookedHybrid
 
 Only = Collection[str] | Callable[[str], bool]
-
-
-class QuantizedWeight(NamedTuple):
-    """What became of one weight."""
-
-    name: str
-    shape: tuple[int, ...]
-    plain_bytes: int
-    bytes: int
-    error: float
-    """|Q - W| / |W| (Frobenius) of the values that it stands for; NaN without values."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Quantization:
-    """How the weights of a model are quantised."""
-
-    scheme: str
-    weights: tuple[QuantizedWeight, ...]
-
-    @property
-    def bytes(self) -> int:
-        """What the quantised weights take; see `stored_bytes` for the whole model."""
-        return sum(w.bytes for w in self.weights)
-
-    @property
-    def plain_bytes(self) -> int:
-        """What they took before."""
-        return sum(w.plain_bytes for w in self.weights)
-
-    def table(self) -> pd.DataFrame:
-        """Return a line for each weight."""
-        require("pandas")
-        import pandas as pd
-
-        return pd.DataFrame(self.weights, columns=list(QuantizedWeight._fields))
 
 
 class Quantizer:
@@ -98,7 +61,7 @@ class Quantizer:
 
     def __init__(
         self,
-        model: HookedHybrid,
+        model: Network,
         scheme: str | Any,
         only: Only | None = None,
         device_of: Callable[[str], torch.device] | None = None,
@@ -182,7 +145,7 @@ class Quantizer:
 
 
 def quantize_weights(
-    model: HookedHybrid, scheme: str | Any, only: Only | None = None, verbose: bool = False
+    model: Network, scheme: str | Any, only: Only | None = None, verbose: bool = False
 ) -> Quantization:
     """Quantise the large weights of a model in place, one tensor at a time.
 
@@ -213,7 +176,7 @@ def quantize_weights(
     return quantizer.finish()
 
 
-def dequantize_weights(model: HookedHybrid) -> None:
+def dequantize_weights(model: Network) -> None:
     """Make quantised weights plain ones again in place: their values stay what they stand for.
 
     The model then computes the same up to rounding, and can be folded, edited and saved. What
@@ -273,7 +236,7 @@ def _ratio(difference: float, whole: float) -> float:
     return math.sqrt(difference / whole) if whole else math.sqrt(difference)
 
 
-def _set(model: HookedHybrid, name: str, weight: nn.Parameter | nn.ParameterList) -> None:
+def _set(model: Network, name: str, weight: nn.Parameter | nn.ParameterList) -> None:
     path, _, leaf = name.rpartition(".")
     module = model.get_submodule(path)
     if isinstance(weight, nn.ParameterList) or leaf not in module._parameters:

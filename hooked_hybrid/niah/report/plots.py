@@ -6,17 +6,13 @@ matplotlib is imported when the first one is drawn.
 
 from __future__ import annotations
 
-import io
-import re
 from collections.abc import Sequence
 from math import ceil
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from hooked_hybrid.options import require
-from hooked_hybrid.outputs.folders import replacing
+from hooked_hybrid.outputs.figures import new_figure
 from hooked_hybrid.runs.statistics import interval_of, scored
 
 if TYPE_CHECKING:
@@ -135,32 +131,6 @@ def accuracy_by_k(table: pd.DataFrame, by_window: bool = False) -> Figure:
     legend: dict[str, Any] = {"title": bands, "frameon": False}
     figure.legend(handles, labels, loc="outside lower center", ncols=len(parts), **legend)
     return figure
-
-
-def save_figure(figure: Figure, path_without_suffix: str | Path) -> list[Path]:
-    """Write a figure as PNG and PDF, each under a temporary name first, and return the paths."""
-    base, paths = Path(path_without_suffix), []
-    for kind in ("png", "pdf"):
-        paths.append(base.with_name(f"{base.name}.{kind}"))
-        stamp = {"CreationDate": None} if kind == "pdf" else None
-        drawn = io.BytesIO()  # on a full disk matplotlib hides the error behind one of its own
-        figure.savefig(drawn, format=kind, dpi=150, metadata=stamp)
-        with replacing(paths[-1]) as temporary:
-            temporary.write_bytes(drawn.getvalue())
-    return paths
-
-
-def file_name(setting: str) -> str:
-    """Return a setting's name as part of a file name: "both k=2" gives "both_k2"."""
-    return re.sub(r"[^\w.-]+", "_", setting.replace("=", "")).strip("_.") or "setting"
-
-
-def new_figure(width: float, height: float) -> Figure:
-    """Return a figure of so many inches that belongs to no window."""
-    require("matplotlib")
-    from matplotlib.figure import Figure
-
-    return Figure(figsize=(width, height), layout="constrained")
 
 
 def _rows_of_panels(cells: pd.DataFrame) -> list[list[str]]:
@@ -304,11 +274,7 @@ def _draw_curves(axes: Axes, cells: pd.DataFrame) -> None:
 
 __all__ = [
     "accuracy_by_k",
-    "file_name",
     "intervals_said",
-    "new_figure",
-    "replacing",
     "retrieval_map",
     "retrieval_maps",
-    "save_figure",
 ]

@@ -13,17 +13,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from hooked_hybrid.niah.head_sets import standing_said
-from hooked_hybrid.niah.report.plots import (
-    accuracy_by_k,
-    file_name,
-    replacing,
-    retrieval_map,
-    retrieval_maps,
-    save_figure,
-)
+from hooked_hybrid.niah.report.plots import accuracy_by_k, retrieval_map, retrieval_maps
 from hooked_hybrid.niah.report.published import PUBLISHED, Published, ours
+from hooked_hybrid.outputs.figures import file_name, save_figure
 from hooked_hybrid.outputs.foreign import refuse_link
 from hooked_hybrid.outputs.tables import write_csv
+from hooked_hybrid.outputs.whole_files import replacing
 from hooked_hybrid.runs.statistics import scored, summary
 
 if TYPE_CHECKING:

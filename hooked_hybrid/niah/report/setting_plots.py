@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from hooked_hybrid.niah.report.plots import COLORS, intervals_said, new_figure
+from hooked_hybrid.niah.report.plots import COLORS, intervals_said
+from hooked_hybrid.outputs.figures import new_figure
 from hooked_hybrid.runs.statistics import interval_of, scored
 
 if TYPE_CHECKING:

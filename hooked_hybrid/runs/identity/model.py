@@ -18,7 +18,7 @@ from hooked_hybrid.hooks.point import HookPoint
 from hooked_hybrid.model.hybrid import HookedHybrid
 from hooked_hybrid.network.weights.plain import as_matrix
 from hooked_hybrid.runs.identity.tokenizers import tokenizer_identity
-from hooked_hybrid.runs.identity.values import Known, UntoldError, describe
+from hooked_hybrid.runs.identity.values import MODELS, Known, UntoldError, describe
 
 _OF_NO_MATTER = ("model_name", "extra", "device", "dtype")
 """Fields of a config that do not touch the maths; the dtype is recorded with the weights."""
@@ -195,6 +195,8 @@ def _shown(value: Any, digest: str) -> str:
     digest = digest[:16]
     return repr(value) if value is None or isinstance(value, bool | int | float | str) else digest
 
+
+MODELS[HookedHybrid] = model_identity
 
 __all__ = [
     "config_identity",

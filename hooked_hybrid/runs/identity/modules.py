@@ -23,7 +23,7 @@ _STORED_AS = {
     "hooked_hybrid.hooks.slicing": "hooked_hybrid.slicing",
     "hooked_hybrid.model.cache": "hooked_hybrid.cache",
     "hooked_hybrid.model.hybrid": "hooked_hybrid.model",
-    "hooked_hybrid.network.transforms": "hooked_hybrid.transforms",
+    "hooked_hybrid.hooks.transforms": "hooked_hybrid.transforms",
     "hooked_hybrid.niah.settings.setting": "hooked_hybrid.niah.settings",
     "hooked_hybrid.text.tokenizer": "hooked_hybrid.tokenizer",
 }

@@ -22,7 +22,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hooked_hybrid.hooks.root import HookedRootModule
 from hooked_hybrid.network.weights.plain import as_matrix
 from hooked_hybrid.runs.identity.code import PYTHON, read_code
 from hooked_hybrid.runs.identity.modules import (
@@ -56,6 +55,10 @@ _NOT_OF_A_CLASS = frozenset(
     "__dataclass_fields__ __dataclass_params__ __type_params__".split()
 )
 """Of a class: words for people, and what Python makes itself of the rest."""
+
+
+MODELS: dict[type, Callable[[Any], Any]] = {}
+"""Classes of models, and what returns the identity of one: `identity.model` gives it."""
 
 
 class UntoldError(ValueError):
@@ -206,11 +209,9 @@ class _Reader:
         name = _name_of(type(value))
         if type(value).__module__ == "torch._ops":
             return _hash("name", str(value))
-        if isinstance(value, HookedRootModule):
-            from hooked_hybrid.runs.identity.model import HookedHybrid, model_identity
-
-            if isinstance(value, HookedHybrid):
-                return _hash("another model", json.dumps(model_identity(value), sort_keys=True))
+        for kind, identity in MODELS.items():
+            if isinstance(value, kind):
+                return _hash("another model", json.dumps(identity(value), sort_keys=True))
         try:
             reduced = copyreg.dispatch_table.get(type(value))
             kept = value.__reduce_ex__(4) if reduced is None else reduced(value)

@@ -1,36 +1,47 @@
-"""Text in and out of a model: TransformerLens's token methods."""
+"""`TextModel`: text in and out of a network, by TransformerLens's token methods."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal, overload
+from typing import Any, Literal, overload
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from hooked_hybrid.config import HybridConfig
-from hooked_hybrid.network.checks import checked_batch, refuse_text_options
+from hooked_hybrid.hooks import transforms
+from hooked_hybrid.model.checks import refuse_text_options
+from hooked_hybrid.network.network import Network
 from hooked_hybrid.options import check_choice
 from hooked_hybrid.shapes import Tokens
-from hooked_hybrid.text.text import PaddingSide, Text, pad_rows
+from hooked_hybrid.text.padding import mask_of, may_hold_padding
+from hooked_hybrid.text.text import PaddingSide, Text, as_tokenizer, pad_rows
 
 Input = str | Sequence[str] | Sequence[int] | Tensor
 
 
-class TextMethods:
-    """What a model with a tokenizer can do with text. Mixed into `HookedHybrid`."""
+class TextModel(Network):
+    """A network with a tokenizer: what goes in and comes out as text.
 
-    cfg: HybridConfig
+    Args:
+        cfg: what the model is.
+        tokenizer: a Hugging Face tokenizer, or a folder that holds one; None for a model that takes
+            tokens only.
+        device, dtype: of the parameters.
+    """
+
     tokenizer: Any
 
-    if TYPE_CHECKING:
-
-        @property
-        def device(self) -> torch.device: ...  # noqa: D102
-
-        @property
-        def W_U(self) -> Float[Tensor, "d_model d_vocab"]: ...  # noqa: D102
+    def __init__(
+        self,
+        cfg: HybridConfig,
+        tokenizer: Any = None,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__(cfg, device=device, dtype=dtype)
+        self.tokenizer = as_tokenizer(tokenizer)
 
     @property
     def text(self) -> Text:
@@ -115,7 +126,7 @@ class TextMethods:
         Raises:
             ValueError: padding that cannot be distinguished from text.
         """
-        _, mask = checked_batch(self, tokens, None)  # type: ignore[arg-type]
+        _, mask = checked_batch(self, tokens, None)
         return torch.ones_like(tokens) if mask is None else mask
 
     def to_string(self, tokens: Tensor | Sequence[int]) -> str | list[str]:
@@ -268,3 +279,63 @@ class TextMethods:
 def is_texts(input: Any) -> bool:
     """Whether an input is a list that begins with a text."""
     return isinstance(input, (list, tuple)) and bool(input) and isinstance(input[0], str)
+
+
+def checked_tokens(model: TextModel, tokens: Any) -> Tensor:
+    """Return token ids [batch pos] on the model's device, whatever is padding among them.
+
+    Raises:
+        ValueError: not integers, not one or two axes, empty, or outside the vocabulary.
+    """
+    return _checked(model, tokens, knows_padding=True)[0]
+
+
+def checked_batch(
+    model: TextModel,
+    tokens: Any,
+    attention_mask: Tensor | None,
+    segment_ids: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Return token ids [batch pos] on the model's device and their mask.
+
+    Where neither mask nor segments are given, and the model's tokenizer has a padding token,
+    rows that begin or end with it are padded there; see `padding.mask_of`.
+
+    Raises:
+        ValueError: as `checked_tokens`, and padding that cannot be distinguished from text.
+    """
+    given = attention_mask is not None or segment_ids is not None
+    checked, is_padded = _checked(model, tokens, knows_padding=given)
+    return checked, mask_of(checked, model.text) if is_padded else attention_mask
+
+
+def _checked(model: TextModel, tokens: Any, knows_padding: bool) -> tuple[Tensor, bool]:
+    """Return token ids on the model's device, and whether rows seem to be padded."""
+    if isinstance(tokens, list | tuple) and any(isinstance(entry, str) for entry in tokens):
+        raise ValueError("the input holds texts and others: give texts, or tokens [batch pos]")
+    try:
+        if not isinstance(tokens, Tensor):  # which a default device of torch's would move
+            tokens = torch.as_tensor(tokens, device="cpu")
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"the input is a {type(tokens).__name__}; give tokens [batch pos], or text"
+        ) from error
+    if tokens.numel() == 0:
+        raise ValueError("the prompt is empty: give at least one token")
+    if tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool:
+        raise ValueError(f"token ids must be integers, not {tokens.dtype}")
+    if tokens.ndim == 1:
+        tokens = tokens[None]
+    if tokens.ndim != 2:
+        raise ValueError(f"tokens have shape {tuple(tokens.shape)}; give [batch pos] or [pos]")
+    rows = transforms.plain_rows(tokens)
+    found = list(torch.aminmax(rows))
+    if not knows_padding and model.tokenizer is not None:
+        padded = may_hold_padding(rows, model.text)
+        found += [] if padded is None else [padded.to(rows.dtype)]
+    low, high, *is_padded = torch.stack(found).tolist()  # the host waits once
+    if low < 0 or high >= model.cfg.d_vocab:
+        raise ValueError(
+            f"token ids from {low} to {high}; this model has 0 to {model.cfg.d_vocab - 1}"
+        )
+    return tokens.to(model.device, torch.long), any(is_padded)

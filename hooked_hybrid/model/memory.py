@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
-import functools
-import os
 from collections.abc import Iterable
-from contextlib import suppress
-from typing import TYPE_CHECKING
 
 import psutil
 import torch
@@ -16,42 +11,11 @@ from hooked_hybrid.config import AttentionConfig, MambaConfig
 from hooked_hybrid.hooks.point import HookPoint
 from hooked_hybrid.network.kernels.fused_attention import Call, block_length
 from hooked_hybrid.network.layout import Layout
+from hooked_hybrid.network.network import Network
 from hooked_hybrid.network.state import AttentionState, HybridState
-
-if TYPE_CHECKING:
-    from hooked_hybrid.model.hybrid import HookedHybrid
 
 WORTH_CHECKING = 2**28
 """Bytes below which no estimate is compared with what is free."""
-
-KEPT_FREE = 2**29
-"""Bytes of freed memory that the C allocator keeps, see `keep_freed_memory`."""
-NEVER_SET = "MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES"
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
-
-
-@functools.cache
-def keep_freed_memory() -> None:
-    """Let glibc's allocator keep freed memory for the next tensors, up to 512 MiB; once a process.
-
-    It would give it back to the system, and the next forward would pay a page fault for each
-    4 KiB of its activations and caches: up to a quarter of a prefill's time. Nothing is done under
-    another allocator, or where the environment says how glibc's should behave.
-    """
-    if any(name in os.environ for name in NEVER_SET) or "LD_PRELOAD" in os.environ:
-        return
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError, TypeError):
-        return
-    mallopt(M_MMAP_THRESHOLD, 2**25)
-    mallopt(M_TRIM_THRESHOLD, KEPT_FREE)
-
-
-def give_back_freed_memory() -> None:
-    """Let glibc's allocator give what it keeps (see `keep_freed_memory`) back to the system."""
-    with suppress(AttributeError, OSError, TypeError):  # another allocator
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 def available_bytes(device: torch.device) -> int:
@@ -63,14 +27,14 @@ def available_bytes(device: torch.device) -> int:
     return int(psutil.virtual_memory().available)
 
 
-def logits_bytes(model: HookedHybrid, layout: Layout, n_logits: int) -> int:
+def logits_bytes(model: Network, layout: Layout, n_logits: int) -> int:
     """Return the bytes of the logits, with a second copy where they are capped."""
     copies = 2 if model.cfg.logits_soft_cap is not None else 1
     return copies * layout.pos.shape[0] * n_logits * model.cfg.d_vocab * model.dtype.itemsize
 
 
 def large_bytes(
-    model: HookedHybrid,
+    model: Network,
     layout: Layout,
     state: HybridState | None,
     piece: int,
@@ -106,7 +70,7 @@ def large_bytes(
 
 
 def attention_bytes(
-    model: HookedHybrid,
+    model: Network,
     layout: Layout,
     state: HybridState | None,
     piece: int,
@@ -148,7 +112,7 @@ def attention_bytes(
 
 
 def require_memory(
-    model: HookedHybrid,
+    model: Network,
     layout: Layout,
     state: HybridState | None,
     n_logits: int,
@@ -179,7 +143,7 @@ def require_memory(
 
 def _require_on(
     device: torch.device,
-    model: HookedHybrid,
+    model: Network,
     sizes: dict[str, int],
     fused: list[int],
     logits: int,

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from hooked_hybrid.network import transforms
+from hooked_hybrid.network.network import Network
 from hooked_hybrid.network.state import HybridState
 from hooked_hybrid.network.weights.products import autocast_dtype
 from hooked_hybrid.options import (
@@ -17,73 +17,9 @@ from hooked_hybrid.options import (
     check_count,
     refuse_ignored,
 )
-from hooked_hybrid.text.padding import mask_of, may_hold_padding
-
-if TYPE_CHECKING:
-    from hooked_hybrid.model.hybrid import HookedHybrid
 
 
-def checked_tokens(model: HookedHybrid, tokens: Any) -> Tensor:
-    """Return token ids [batch pos] on the model's device, whatever is padding among them.
-
-    Raises:
-        ValueError: not integers, not one or two axes, empty, or outside the vocabulary.
-    """
-    return _checked(model, tokens, knows_padding=True)[0]
-
-
-def checked_batch(
-    model: HookedHybrid,
-    tokens: Any,
-    attention_mask: Tensor | None,
-    segment_ids: Tensor | None = None,
-) -> tuple[Tensor, Tensor | None]:
-    """Return token ids [batch pos] on the model's device and their mask.
-
-    Where neither mask nor segments are given, and the model's tokenizer has a padding token,
-    rows that begin or end with it are padded there; see `padding.mask_of`.
-
-    Raises:
-        ValueError: as `checked_tokens`, and padding that cannot be distinguished from text.
-    """
-    given = attention_mask is not None or segment_ids is not None
-    checked, is_padded = _checked(model, tokens, knows_padding=given)
-    return checked, mask_of(checked, model.text) if is_padded else attention_mask
-
-
-def _checked(model: HookedHybrid, tokens: Any, knows_padding: bool) -> tuple[Tensor, bool]:
-    """Return token ids on the model's device, and whether rows seem to be padded."""
-    if isinstance(tokens, list | tuple) and any(isinstance(entry, str) for entry in tokens):
-        raise ValueError("the input holds texts and others: give texts, or tokens [batch pos]")
-    try:
-        if not isinstance(tokens, Tensor):  # which a default device of torch's would move
-            tokens = torch.as_tensor(tokens, device="cpu")
-    except (RuntimeError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"the input is a {type(tokens).__name__}; give tokens [batch pos], or text"
-        ) from error
-    if tokens.numel() == 0:
-        raise ValueError("the prompt is empty: give at least one token")
-    if tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool:
-        raise ValueError(f"token ids must be integers, not {tokens.dtype}")
-    if tokens.ndim == 1:
-        tokens = tokens[None]
-    if tokens.ndim != 2:
-        raise ValueError(f"tokens have shape {tuple(tokens.shape)}; give [batch pos] or [pos]")
-    rows = transforms.plain_rows(tokens)
-    found = list(torch.aminmax(rows))
-    if not knows_padding and model.tokenizer is not None:
-        padded = may_hold_padding(rows, model.text)
-        found += [] if padded is None else [padded.to(rows.dtype)]
-    low, high, *is_padded = torch.stack(found).tolist()  # the host waits once
-    if low < 0 or high >= model.cfg.d_vocab:
-        raise ValueError(
-            f"token ids from {low} to {high}; this model has 0 to {model.cfg.d_vocab - 1}"
-        )
-    return tokens.to(model.device, torch.long), any(is_padded)
-
-
-def checked_resid(model: HookedHybrid, resid: Any) -> Tensor:
+def checked_resid(model: Network, resid: Any) -> Tensor:
     """Return a residual stream [batch pos d_model] for `start_at_layer`.
 
     Raises:
@@ -193,7 +129,7 @@ def checked_run(
     return rows
 
 
-def checked_state(model: HookedHybrid, state: HybridState | None, batch: int) -> None:
+def checked_state(model: Network, state: HybridState | None, batch: int) -> None:
     """Refuse a state that is not of this model, this batch and these devices.
 
     Raises:
@@ -237,3 +173,15 @@ def checked_state(model: HookedHybrid, state: HybridState | None, batch: int) ->
                     f"block {i} of the state is {t.dtype}, the model {parameter.dtype}: use "
                     "state.to(dtype=...), or go on under the autocast that it was made under"
                 )
+
+
+def checked_layers(n: int, start: int | None, stop: int | None) -> range:
+    """Return the layers of a part of a model of `n`, as a slice.
+
+    Raises:
+        ValueError: a layer that is not there.
+    """
+    for name, value in (("start_at_layer", start), ("stop_at_layer", stop)):
+        if value is not None and not -n <= value <= n:
+            raise ValueError(f"{name}={value}: there are {n} layers")
+    return range(n)[start:stop]

@@ -1,78 +1,27 @@
-"""From a checkpoint to a `HookedHybrid`: shapes first, then one tensor at a time."""
+"""From a checkpoint to a network: shapes first, then one tensor at a time."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Collection, Iterator
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from hooked_hybrid.config import HybridConfig
-from hooked_hybrid.model.hybrid import HookedHybrid
-from hooked_hybrid.network.placement.homes import Homes, MaxMemory, homes_of, one_home
-from hooked_hybrid.network.placement.offload import identity_of
-from hooked_hybrid.network.placement.places import DeviceMap
+from hooked_hybrid.network.network import Network
+from hooked_hybrid.network.placement.homes import Homes, one_home
 from hooked_hybrid.network.weights.quantized import Only, Quantizer
-from hooked_hybrid.text.text import as_tokenizer
-from hooked_hybrid.text.tokenizer import read_tokenizer
-from weights_conversion.adapters import adapter_files
 from weights_conversion.errors import CheckpointError
-from weights_conversion.families import family_of_config
-from weights_conversion.names import plainly_named, require_head
 from weights_conversion.plan import Plan, adapter_of, config_of, google_config, read_plan
 from weights_conversion.rules import Rule, Shapes, account, convert
 from weights_conversion.sources import (
-    MemorySource,
     TensorSource,
     open_checkpoint,
 )
 
-
-def load(
-    name_or_path: str | os.PathLike[str],
-    dtype: torch.dtype | str = torch.float32,
-    device: torch.device | str = "cpu",
-    tokenizer: Any = None,
-    revision: str | None = None,
-    device_map: DeviceMap | Literal["auto"] | None = None,
-    max_memory: MaxMemory | None = None,
-    offload_folder: str | os.PathLike[str] | None = None,
-    quantize: str | Any | None = None,
-    quantize_only: Only | None = None,
-    adapter: str | os.PathLike[str] | Literal[False] | None = None,
-    ignore_config_keys: Collection[str] = (),
-    **overrides: Any,
-) -> HookedHybrid:
-    """Load a checkpoint; see `HookedHybrid.from_pretrained`.
-
-    The model is made without memory and never drawn at random; each tensor is read from its
-    mapped file, converted, put in its place and freed before the next.
-    """
-    _refuse_mixed_places(device, device_map, max_memory, offload_folder)
-    if quantize is None and quantize_only is not None:
-        raise ValueError("quantize_only needs quantize: give quantize='int8'")
-    tokenizer = as_tokenizer(tokenizer)
-    checkpoint = open_checkpoint(name_or_path, revision)
-    merged = adapter_of(checkpoint, adapter)
-    plan = read_plan(checkpoint, overrides, merged, ignore_config_keys)
-    dtype, homes = as_dtype(dtype), None
-    scheme = None if quantize is None else (quantize, quantize_only)
-    if device_map is not None:
-        files = [*checkpoint.files(), *(() if merged is None else adapter_files(merged))]
-        how = (identity_of(files, dtype), quantize, quantize_only)
-        homes = homes_of(
-            _without_memory(plan.cfg, dtype), device_map, max_memory, offload_folder, *how
-        )
-    if tokenizer is None:
-        try:
-            tokenizer = read_tokenizer(checkpoint.folder)
-        except ValueError as error:
-            raise CheckpointError(str(error)) from error
-    model = _filled(plan, dtype, device, homes, scheme)
-    model.tokenizer = tokenizer
-    return model
+N = TypeVar("N", bound=Network)
 
 
 def as_dtype(dtype: torch.dtype | str) -> torch.dtype:
@@ -100,35 +49,6 @@ def load_config(
     return google_config(checkpoint.tensors(), overrides, ignore_config_keys)
 
 
-def from_hf(
-    hf_model: Any,
-    dtype: torch.dtype | None = None,
-    device: torch.device | str | None = None,
-    tokenizer: Any = None,
-    ignore_config_keys: Collection[str] = (),
-    **overrides: Any,
-) -> HookedHybrid:
-    """Copy a transformers model in memory; see `HookedHybrid.from_hf`."""
-    tokenizer = as_tokenizer(tokenizer)
-    while not hasattr(hf_model, "config") and isinstance(
-        inner := getattr(hf_model, "module", None), nn.Module
-    ):
-        hf_model = inner  # of DataParallel
-    config = hf_model.config.to_dict()
-    family = family_of_config(config)
-    generation = getattr(hf_model, "generation_config", None)
-    content = None if generation is None else generation.to_dict()
-    source = plainly_named(MemorySource(hf_model.state_dict()))
-    cfg = family.read(config, overrides, ignore_config_keys, content)
-    require_head(cfg.tied_embedding, source.shapes)
-    dtype = hf_model.dtype if dtype is None else dtype
-    device = hf_model.device if device is None else device
-    plan = Plan(cfg, source, family.rules(cfg, source.shapes), family.ignored(cfg))
-    model = _filled(plan, dtype, device)
-    model.tokenizer = tokenizer
-    return model
-
-
 def check(
     name_or_path: str | os.PathLike[str],
     revision: str | None = None,
@@ -144,7 +64,7 @@ def check(
     checkpoint = open_checkpoint(name_or_path, revision)
     merged = adapter_of(checkpoint, adapter)
     plan = read_plan(checkpoint, overrides, merged, ignore_config_keys)
-    target = shapes_of(_without_memory(plan.cfg))
+    target = shapes_of(without_memory(Network, plan.cfg))
     account(plan.rules, plan.source.shapes, target, plan.ignored)
     used = {name for rule in plan.rules for name in rule.sources}
     n_parameters = sum(torch.Size(shape).numel() for shape in target.values())
@@ -155,10 +75,10 @@ def check(
     )
 
 
-def _without_memory(cfg: HybridConfig, dtype: torch.dtype = torch.float32) -> HookedHybrid:
+def without_memory(cls: type[N], cfg: HybridConfig, dtype: torch.dtype = torch.float32) -> N:
     """Return the model on the meta device, or refuse a config whose weights have no size there."""
     try:
-        return HookedHybrid.meta(cfg, dtype)
+        return cls.meta(cfg, dtype)
     except (RuntimeError, TypeError) as error:  # more than 2^63 bytes
         raise CheckpointError(f"config.json gives weights an impossible size: {error}") from error
 
@@ -168,15 +88,16 @@ def shapes_of(model: nn.Module) -> dict[str, tuple[int, ...]]:
     return {name: tuple(t.shape) for name, t in model.named_parameters()}
 
 
-def _filled(
+def filled(
+    cls: type[N],
     plan: Plan,
     dtype: torch.dtype,
     device: torch.device | str,
     homes: Homes | None = None,
     scheme: tuple[str | Any, Only | None] | None = None,
-) -> HookedHybrid:
+) -> N:
     """Return the model with every parameter set, after all of them are accounted for."""
-    model, source = _without_memory(plan.cfg, dtype), plan.source
+    model, source = without_memory(cls, plan.cfg, dtype), plan.source
     shapes: Shapes = shapes_of(model)
     account(plan.rules, source.shapes, shapes, plan.ignored)
     _refuse_untied_head(plan.cfg, source)
@@ -208,19 +129,6 @@ def _placed(
                     yield name, homes.on_disk_now(name, _floating(name, tensor), like)
                 else:
                     yield name, _copied(name, tensor, like, homes.device_of(name))
-
-
-def _refuse_mixed_places(
-    device: torch.device | str,
-    device_map: DeviceMap | Literal["auto"] | None,
-    max_memory: MaxMemory | None,
-    offload_folder: str | os.PathLike[str] | None,
-) -> None:
-    """Refuse options that need a device map."""
-    if device_map is None and (max_memory is not None or offload_folder is not None):
-        raise ValueError("max_memory and offload_folder need device_map: give device_map='auto'")
-    if device_map is not None and torch.device(device).type != "cpu":
-        raise ValueError(f"device={str(device)!r} and a device_map: give one of them")
 
 
 def _copied(name: str, tensor: Tensor, like: Tensor, device: torch.device | str) -> Tensor:

@@ -1,0 +1,63 @@
+"""How the weights of a model are quantised: a record, with a line for each weight."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Collection
+from typing import TYPE_CHECKING, NamedTuple
+
+from hooked_hybrid.options import require
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+Only = Collection[str] | Callable[[str], bool]
+"""Which weights are quantised: names, or a predicate on them."""
+
+
+class QuantizedWeight(NamedTuple):
+    """What became of one weight."""
+
+    name: str
+    shape: tuple[int, ...]
+    plain_bytes: int
+    bytes: int
+    error: float
+    """|Q - W| / |W| (Frobenius) of the values that it stands for; NaN without values."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Quantization:
+    """How the weights of a model are quantised."""
+
+    scheme: str
+    weights: tuple[QuantizedWeight, ...]
+
+    @property
+    def bytes(self) -> int:
+        """What the quantised weights take; see `stored_bytes` for the whole model."""
+        return sum(w.bytes for w in self.weights)
+
+    @property
+    def plain_bytes(self) -> int:
+        """What they took before."""
+        return sum(w.plain_bytes for w in self.weights)
+
+    def table(self) -> pd.DataFrame:
+        """Return a line for each weight."""
+        require("pandas")
+        import pandas as pd
+
+        return pd.DataFrame(self.weights, columns=list(QuantizedWeight._fields))
+
+
+def require_plain_weights(quantization: Quantization | None, task: str, remedy: str) -> None:
+    """Refuse a task that rewrites or writes weights, on a model whose weights are quantised.
+
+    Raises:
+        ValueError: names the task and the remedy.
+    """
+    if quantization is not None:
+        raise ValueError(
+            f"{task}: the weights of this model are quantised ({quantization.scheme}); {remedy}"
+        )

@@ -1,0 +1,44 @@
+"""Figures that belong to no window, and their files."""
+
+from __future__ import annotations
+
+import io
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hooked_hybrid.options import require
+from hooked_hybrid.outputs.whole_files import replacing
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """Return a figure of so many inches that belongs to no window.
+
+    Raises:
+        ImportError: matplotlib is not installed; the message names the extra that brings it.
+    """
+    require("matplotlib")
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def save_figure(figure: Figure, path_without_suffix: str | Path) -> list[Path]:
+    """Write a figure as PNG and PDF, each under a temporary name first, and return the paths."""
+    base, paths = Path(path_without_suffix), []
+    for kind in ("png", "pdf"):
+        paths.append(base.with_name(f"{base.name}.{kind}"))
+        stamp = {"CreationDate": None} if kind == "pdf" else None
+        drawn = io.BytesIO()  # on a full disk matplotlib hides the error behind one of its own
+        figure.savefig(drawn, format=kind, dpi=150, metadata=stamp)
+        with replacing(paths[-1]) as temporary:
+            temporary.write_bytes(drawn.getvalue())
+    return paths
+
+
+def file_name(setting: str) -> str:
+    """Return a setting's name as part of a file name: "both k=2" gives "both_k2"."""
+    return re.sub(r"[^\w.-]+", "_", setting.replace("=", "")).strip("_.") or "setting"
