@@ -217,7 +217,7 @@ def test_pieces_of_a_long_forward_equal_the_whole(
 
     with torch.no_grad():
         whole, state = run(model, tokens, hooks, attention_mask=mask, return_state=True)
-        monkeypatch.setattr("hooked_hybrid.model.hybrid.piece_length", small)
+        monkeypatch.setattr("hooked_hybrid.model.language_model.piece_length", small)
         cut, end = run(model, tokens, hooks, attention_mask=mask, return_state=True)
         assert pieces == [4]
         assert relative(cut[mask.bool()], whole[mask.bool()]) < FP32_PARITY

@@ -77,7 +77,7 @@ def pieces(m: HookedHybrid, at: At) -> Any:
     def short(n_pos: int, points: Any) -> int:
         return plan.piece_length(n_pos, points, 40)
 
-    with mock.patch("hooked_hybrid.model.hybrid.piece_length", short):
+    with mock.patch("hooked_hybrid.model.language_model.piece_length", short):
         return m(at(random_tokens(2, 90)))
 
 

@@ -77,7 +77,7 @@ def each_way(model: HookedHybrid, hooks: Any, monkeypatch: Any) -> Iterator[tupl
     for piece in (False, True):
         with monkeypatch.context() as patched, torch.no_grad():
             if piece:
-                patched.setattr("hooked_hybrid.model.hybrid.piece_length", in_pieces)
+                patched.setattr("hooked_hybrid.model.language_model.piece_length", in_pieces)
                 yield "pieces", whole(input=tokens)
             for side in ("left", "right"):
                 ids, mask = padded(side)

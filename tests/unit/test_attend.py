@@ -279,7 +279,7 @@ def ways(monkeypatch: pytest.MonkeyPatch, unchecked: None) -> list[str]:
         monkeypatch.setattr(attend, f"attend_{way}", counting(fn, way, taken))
     monkeypatch.setattr("hooked_hybrid.network.attention.attend.BLOCK", 4)
     monkeypatch.setattr(
-        "hooked_hybrid.model.hybrid.piece_length",
+        "hooked_hybrid.model.language_model.piece_length",
         lambda n_pos, points, **options: piece_length(n_pos, points, **{**options, "piece": 10}),
     )
     return taken
@@ -290,7 +290,8 @@ def as_defined() -> Iterator[None]:
     """Compute attention as it is defined, and the sequence whole."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("hooked_hybrid.network.attention.attend.attention_way", lambda *_: "whole")
-        patch.setattr("hooked_hybrid.model.hybrid.piece_length", lambda n_pos, *_, **__: n_pos)
+        whole = "hooked_hybrid.model.language_model.piece_length"
+        patch.setattr(whole, lambda n_pos, *_, **__: n_pos)
         yield
 
 

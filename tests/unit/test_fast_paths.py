@@ -60,7 +60,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         chosen.append(piece_length(n_pos, points, piece=PIECE))
         return chosen[-1]
 
-    monkeypatch.setattr("hooked_hybrid.model.hybrid.piece_length", length)
+    monkeypatch.setattr("hooked_hybrid.model.language_model.piece_length", length)
     monkeypatch.setattr("hooked_hybrid.network.attention.attend.BLOCK", 3)
     monkeypatch.setattr("hooked_hybrid.network.layers.WORTH_SPLITTING", 1)
     monkeypatch.setattr("hooked_hybrid.network.layers.GELU_ROWS", 4)

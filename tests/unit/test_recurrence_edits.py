@@ -67,7 +67,7 @@ def each_way(
     for side in ("left", "right"):
         ids, mask = padded([tokens[i, :n] for i, n in enumerate(LENGTHS)], side)
         with monkeypatch.context() as patched, torch.no_grad():
-            patched.setattr("hooked_hybrid.model.hybrid.piece_length", in_pieces)
+            patched.setattr("hooked_hybrid.model.language_model.piece_length", in_pieces)
             out = whole(input=ids, attention_mask=mask)
             yield f"{side} in pieces", [out[i][mask[i] > 0] for i in range(3)]
     out = whole(input=ids, attention_mask=mask)

@@ -324,7 +324,7 @@ def test_pieces_of_a_long_prefill_equal_the_whole(
     watched = [*manipulate_span(mode, SPAN), ("blocks.0.hook_resid_pre", look)]
     whole = model.run_with_hooks(tokens, fwd_hooks=watched)
     monkeypatch.setattr(
-        "hooked_hybrid.model.hybrid.piece_length", lambda n, p: piece_length(n, p, 4)
+        "hooked_hybrid.model.language_model.piece_length", lambda n, p: piece_length(n, p, 4)
     )
     with torch.no_grad():
         pieces = model.run_with_hooks(tokens, fwd_hooks=watched)
@@ -577,7 +577,7 @@ def test_boost_of_padded_rows_equals_single_runs_and_may_be_cut(
         alone = model.run_with_hooks(tokens[row][real][None], fwd_hooks=one)
         assert_close(logits[row][real], alone[0])
     monkeypatch.setattr(
-        "hooked_hybrid.model.hybrid.piece_length", lambda n, p: piece_length(n, p, 4)
+        "hooked_hybrid.model.language_model.piece_length", lambda n, p: piece_length(n, p, 4)
     )
     with torch.no_grad():
         pieces = model.run_with_hooks(tokens, fwd_hooks=hooks, attention_mask=mask)
