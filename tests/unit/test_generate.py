@@ -1047,6 +1047,8 @@ def test_the_first_of_several_stop_strings_counts(model, tokens):
     first = min(words.index(s) for s in stops)
     assert out.new_tokens.shape == (1, first + 1)
     assert out.text[0].strip() == " ".join(words[:first])
+    out = model.generate(tokens[:1], N_NEW, stop_strings=[words[1], "never"], **ENDLESS)
+    assert out.new_tokens.shape == (1, words.index(words[1]) + 1)
 
 
 def test_a_stop_string_in_the_prompt_does_not_count(model):

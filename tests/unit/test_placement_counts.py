@@ -208,6 +208,7 @@ def test_quantising_is_counted_as_torchao_does_it():
     plain.add_plain(weight)
     plain.add_plain(torch.nn.Parameter(torch.empty(5, dtype=torch.float32)))
     assert plain == Stored(bytes=1220, largest=1200, matrix=200, sides=30)
+    assert not any(vars(Stored()).values())
     large = torch.nn.Parameter(torch.empty(2**11, 2**10, dtype=torch.bfloat16, device="meta"))
     nf4.add_quantized(large, 9, "nf4")
     assert nf4.to_quantize == 2**21 * 16 + 2 * 16 * 2 * 2**20  # a chunk at a time
@@ -232,6 +233,7 @@ def test_a_split_says_which_blocks_are_where():
     assert split.kept_elsewhere == range(5, 8) and split.last == 3
     assert [split.uses(k) for k in range(4)] == [False, True, False, True]
     nothing = Split((0, 0), on_disk=4, first=1)
+    assert Split((3,)).kept_elsewhere == range(3, 3)
     assert nothing.last == 1 and [nothing.uses(k) for k in range(2)] == [False, True]
 
 
@@ -239,6 +241,7 @@ def test_a_device_holds_what_loading_or_running_takes_beside_weights_and_context
     used = Usage(weights=100, brought=1, state=20, working=300, loading=4000, context=50_000)
     assert used.running == 321 and used.total == 54_100
     assert Usage(weights=100, brought=1, state=20, working=300, loading=4).total == 421
+    assert [Usage().total, Usage().running, Usage(loading=7).total] == [0, 0, 7]
 
 
 CFG = presets.jamba("MA" * 2, d_model=16, d_vocab=40, n_heads=2, n_kv_heads=1, n_experts=2)
@@ -422,6 +425,7 @@ def test_a_plan_is_made_for_the_longest_of_its_lengths():
         "embed", *(f"blocks.{i}" for i in range(4)), "ln_final", "unembed",
     ]  # fmt: skip
     assert plan(CFG, Machine((), GB), (1,), 1).lengths == (1,)
+    assert plan(CFG, Machine((), GB)).lengths == (2048,)
     for wrong in ({"lengths": ()}, {"lengths": (0, 5)}, {"batch": 0}):
         with pytest.raises(ValueError, match="give 1 or more of each"):
             plan(CFG, Machine((), GB), **wrong)
