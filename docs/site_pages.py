@@ -1,4 +1,4 @@
-"""Pages of the site that stand elsewhere, or nowhere, on disk: hooks that MkDocs calls.
+"""Pages of the site that are elsewhere, or nowhere, on disk: hooks that MkDocs calls.
 
 README, changelog, model cards, notebooks and the interop record become pages; each module of the
 two packages gets a page that mkdocstrings fills from its docstrings. Links between these files,
@@ -46,7 +46,7 @@ GUIDE = {
     "where_recall_lives.md": "When retrieval moves into attention",
     "twins.md": "Twins with and without attention",
     "next_questions.md": "The thesis's next questions",
-    "beside_other_results.md": "Beside other people's results",
+    "beside_other_results.md": "Other people's results",
     "harvest.md": "Harvesting activations",
     "placement.md": "Models larger than a device",
     "quantized.md": "Quantised weights",

@@ -30,8 +30,8 @@ COMMAND = "python -m experiments.attribution_ranks docs/attribution_ranks.md"
 MENDED = ("q", "k", "rot_q", "rot_k", "attn_scores")
 HEAD = f"""# Attribution patching against true patching
 
-Of each kind of hook point, half the cells have the largest attributions, half are drawn by lot; a
-cell is a position, or a position of one head, of one layer. Spearman's correlation is of what the
+Of each kind of hook point, half the cells have the largest attributions, half are drawn at random;
+a cell is a position, or a position of one head, of one layer. Spearman's correlation is of what the
 metric changes by, by gradient and truly; "error" is their mean distance over the mean effect. One
 prompt of {LENGTH} tokens a model, float64: differences below about 0.1 are noise. Written by
 `python -m experiments.attribution_ranks`.

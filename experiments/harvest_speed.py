@@ -1,4 +1,4 @@
-"""What harvesting costs beside the forward alone, and how much memory it takes.
+"""What harvesting costs compared with the forward alone, and how much memory it takes.
 
 Prints a table of processor seconds (one thread; medians of rounds in which the ways take turns) and
 one of peak memory by the number of shards, each in a process of its own:

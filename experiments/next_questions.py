@@ -32,7 +32,7 @@ def control(name: str) -> str:
     """Return how much of a stretch of ordinary text is written when the weights follow it.
 
     The stretch is as long as the needle and ends where the needle begins, each in a haystack of its
-    own; hooks act in generation, as in the matrix. Beside it, how much of it is written without.
+    own; hooks act in generation, as in the matrix. With it, how much of it is written without.
     """
     model = HookedHybrid.from_pretrained(name).requires_grad_(False)
     needles = [PAPER, *held_out_needles()][:N_NEEDLES]

@@ -58,7 +58,7 @@ def measure(model: HookedHybrid, out: Path, n_needles: int | None) -> pd.DataFra
 
 
 def share(rows: pd.DataFrame) -> str:
-    """Return a mean accuracy in percent; a dash where there is nothing."""
+    """Return a mean accuracy in percent; a dash if there is nothing."""
     return f"{100 * rows['accuracy'].mean():.1f}" if len(rows) else "-"
 
 
@@ -194,7 +194,7 @@ The shipped run by length:
 
 
 def tokenizer_config() -> dict[str, Any]:
-    """Return what transformers wants to know of the tokenizer."""
+    """Return the tokenizer's settings that transformers needs."""
     names = dict(zip(("pad", "eos", "bos", "unk"), SPECIAL, strict=True))
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",

@@ -44,7 +44,7 @@ WIDE_TEXTS, WIDE_LENGTH = 4, 64
 LENGTHS, DEPTHS = (160, 400), (0.33, 0.67)
 PROMPT, STEPS, ROUNDS = 64, 6, 3
 ENDS = {"kl": None, "loss": None, "top1": SHARE}
-"""Bounds of what is compared by text, where there are some."""
+"""Bounds of what is compared by text, if there are some."""
 
 KINDS: dict[str, Callable[[str], bool]] = {
     "attention": lambda name: ".attn." in name,
@@ -200,8 +200,8 @@ def retrieval(name: str, n_needles: int) -> pd.DataFrame:
 def times(name: str) -> pd.DataFrame:
     """Return seconds of processor time of a prefill and of a step, and their ratio to bf16.
 
-    Variants take turns, so that a change of the machine's speed meets all of them; the figures are
-    medians, the ratios medians of those within a round.
+    Variants take turns, so that a change of the machine's speed affects all of them; the figures
+    are medians, the ratios medians of those within a round.
     """
     models = {v.name: made(name, v) for v in VARIANTS}
     prompt = texts(models[FP32.name], name)[:1, :PROMPT]

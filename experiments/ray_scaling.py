@@ -57,7 +57,7 @@ def main() -> None:
     def sweep(workers: RayWorkers | None) -> Any:
         return niah(model, prompts, settings, workers=workers, verbose=False)
 
-    os.environ.setdefault("RAY_worker_niceness", "0")  # 15 by default: not beside a process with 0
+    os.environ.setdefault("RAY_worker_niceness", "0")  # 15 by default: a process here has 0
     began = time.perf_counter()
     connect("local", sum(args.workers))
     print(f"Ray started in {time.perf_counter() - began:.1f} s; {os.cpu_count()} cores here")

@@ -122,7 +122,7 @@ def relay(scores: pd.DataFrame) -> Figure:
         axes.set_ylim(len(names) - 0.5, -0.5)
         axes.set_xlim(-0.03, 1.03)
         axes.xaxis.set_major_formatter(lambda x, _: f"{x:.0%}")
-        axes.set_xlabel("right answers (thin line: by lot)")
+        axes.set_xlabel("right answers (thin line: at random)")
         axes.grid(alpha=0.3)
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)

@@ -47,12 +47,12 @@ def checks(request: pytest.FixtureRequest) -> Iterator[None]:
 
 @pytest.fixture
 def unchecked(checks: None) -> None:
-    """Turn the run-time type checks off, to meet the library as its users do."""
+    """Turn the run-time type checks off, to run the library as its users do."""
     config.update("jaxtyping_disable", True)
 
 
 @pytest.fixture
 def plainly(unchecked: None) -> Iterator[None]:
-    """Meet the library as its users do: without type checks, and mostly without gradients."""
+    """Run the library as its users do: without type checks, and mostly without gradients."""
     with torch.no_grad():
         yield

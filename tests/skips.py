@@ -1,4 +1,4 @@
-"""What was skipped for want of a package, a GPU or another version, and how it is run."""
+"""What was skipped for lack of a package, a GPU or another version, and how it is run."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ def test_there_are_notebooks():
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 @pytest.mark.filterwarnings("default")  # of what runs the cells, not of the cells
 def test_a_notebook_runs(path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # other tests run beside it
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # other tests run at the same time
     notebook = nbformat.read(path, as_version=4)
     client = NotebookClient(notebook, timeout=SECONDS_A_CELL, kernel_name="python3")
     client.execute(cwd=str(FOLDER))

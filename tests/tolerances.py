@@ -2,7 +2,7 @@
 
 `relative` is the largest difference over the largest entry. A test holds these bounds by name
 (`test_tolerances.py`). What is compared in another way (a figure as it is printed, a float64 sum by
-`assert_close`, a share of correct tokens) has its bound beside it, with what it is a bound of.
+`assert_close`, a share of correct tokens) has its bound there, with what it is a bound of.
 """
 
 FP32_PARITY = 1e-5
@@ -38,7 +38,7 @@ FP32_CANCELLED = 1e-3
 """What is left of a matrix when a direction a hundred times as large is taken out of it in fp32."""
 
 HALF_LIFE_BY_MASK = 0.1
-"""A Mamba layer's half-life over padding that nobody masked beside that with the mask: padding lets
+"""A Mamba layer's half-life over padding, unmasked against masked: padding lets
 hardly any time pass."""
 
 BF16 = 0.03
@@ -49,8 +49,8 @@ BF16_ONE_STEP = 2**-7
 """One rounding to bfloat16 or float16, of a sum of a few entries."""
 
 INT8 = 0.05
-"""Logits of a random tiny model with int8 weights beside its own: one part in 254 a weight."""
+"""Logits of a random tiny model, int8 weights against its own: one part in 254 a weight."""
 
 QUANTIZED_BF16 = 0.1
-"""A tiny model with quantised weights in bfloat16 beside the plain model of the same values: the
+"""A tiny model with quantised weights in bfloat16 against the plain one of the same values: the
 products are rounded at other places."""

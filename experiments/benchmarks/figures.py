@@ -24,7 +24,7 @@ class Measurement:
         values: one a round, by who did it; `OURS` is the library.
         unit: of the values: "s" for seconds, "MB" for megabytes.
         length: tokens of the prompt, for the plot; None if there is none.
-        note: what a reader must know.
+        note: a remark for readers.
         about: date, commit and versions; the harness fills it in.
     """
 

@@ -82,7 +82,7 @@ def amount(value: float, unit: str) -> str:
 
 
 def ratio_text(row: Row, ratio: float, short: bool = False) -> str:
-    """Return a ratio in words, or the amount where there is nobody to compare with."""
+    """Return a ratio in words, or the amount if there is nothing to compare with."""
     if row.peer == ALONE:
         return amount(ratio, row.measurement.unit)
     number = f"{ratio:.2f}" if ratio >= 0.1 else f"{ratio:.4f}"

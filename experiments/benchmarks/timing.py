@@ -43,7 +43,7 @@ def interleaved(
     Args:
         works: what to time, by name.
         rounds: how many to keep.
-        what: shown beside the progress.
+        what: shown with the progress.
         check: given what the works returned in the first round; raises where they disagree.
         shortest: seconds of a timed stretch at least.
         read: the seconds so far; None for `clock`, which sees this process alone.

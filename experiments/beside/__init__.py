@@ -1,1 +1,1 @@
-"""Other people's results beside the same measure on the packaged models, one file an experiment."""
+"""Other people's results and the same measure on the packaged models, one file an experiment."""

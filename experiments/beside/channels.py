@@ -1,4 +1,4 @@
-"""A small share of recurrent channels cut, chosen in three ways, beside as many by lot."""
+"""A small share of recurrent channels cut, chosen in three ways, and as many at random."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from hooked_hybrid.niah.settings.papers import WHOLE
 from hooked_hybrid.niah.settings.static import other_prompts
 
 GROUPS, SCORED_ON, DRAWS = 16, 2, 3
-"""Groups of neighbouring channels in a layer; needles they are scored on; sets by lot."""
+"""Groups of neighbouring channels in a layer; needles they are scored on; random sets."""
 SHARES = (0.05, 0.1, 0.2)
 GATES = ("hook_ssm_dt", "hook_input_gate")
 """What lets a token into the state, in a recurrence that has it."""

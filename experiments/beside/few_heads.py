@@ -31,7 +31,7 @@ from hooked_hybrid.niah.settings.static import other_prompts
 WHOLLY = (4, 5)
 """Sizes of sets of which every one within a layer is cut, and kept."""
 SCORED_ON, DRAWS, RETRIEVES = 4, 3, 0.1
-"""Needles that heads are scored on; sets by lot; score from which the source counts a head."""
+"""Needles that heads are scored on; random sets; score from which the source counts a head."""
 
 
 def every_set(cfg: HybridConfig, ranked: Sequence[tuple[int, int]]) -> tuple[int, list[Setting]]:
@@ -90,7 +90,7 @@ def run(bench: Bench) -> Finding:
     ours = (
         f"{n_retrieve} of {n_heads} heads have a retrieval score above {RETRIEVES}; without the "
         f"best {few} ({few / n_heads:.0%}) {best.iloc[0]:.0%} of the accuracy is left, without "
-        f"{few} by lot {lot.min():.0%} at worst; it falls below half without "
+        f"{few} at random {lot.min():.0%} at worst; it falls below half without "
         + (f"the best {min(fatal)} ({min(fatal) / n_heads:.0%})" if fatal else "none of the sets")
         + (f"; {enough[0]!r} leaves {kept[enough[0]]:.0%}" if enough else "; no few are enough")
         + f"; of layer {layer}, "
@@ -105,7 +105,7 @@ def run(bench: Bench) -> Finding:
 
 
 EXPERIMENT = Experiment(
-    "fewer than 5% of heads retrieve, masking others by lot is harmless (2404.15574); 2% of heads "
+    "fewer than 5% of heads retrieve, masking others at random is harmless (2404.15574); 2% of heads "
     "recover over 95% of retrieval (2602.11374)",
     "arXiv 2404.15574 and 2602.11374",
     run,

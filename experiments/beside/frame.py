@@ -42,7 +42,7 @@ class Finding:
     Attributes:
         verdict: whether the packaged model shows what was claimed of another one; it says nothing
             about that one.
-        ours: our figures, in words, to stand beside the published ones.
+        ours: our figures, in words, to be read with the published ones.
         table: one row a setting, with its figures; see `Bench.measure`.
     """
 

@@ -93,7 +93,7 @@ def _order(f: Found) -> tuple[int, ...]:
 
 
 def write(found: list[Found], page: Path) -> None:
-    """Write the picture beside a page, and the table into it, into its block.
+    """Write the picture next to a page, and the table into it, into its block.
 
     Raises:
         ValueError: the page lacks the block.

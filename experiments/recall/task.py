@@ -121,7 +121,7 @@ class Drill:
 
 
 def drill(task: Task, batch: int, n_pairs: int, seed: int) -> Drill:
-    """Return `KEY VALUE KEY VALUE ..`, the facts of a sequence by lot, again and again.
+    """Return `KEY VALUE KEY VALUE ..`, the facts of a sequence in random order, repeated.
 
     It teaches to bind value to key within some hundred steps; from `draw` alone, with one question
     a fact, small models learn that the answer is a value of the sequence and stay there.
@@ -143,7 +143,7 @@ def _places(task: Task, batch: int, rng: torch.Generator) -> Int[Tensor, "batch 
 
 
 def _some(batch: int, n: int, chosen: int, rng: torch.Generator) -> Int[Tensor, "batch chosen"]:
-    """Return different numbers below n for each row, in an order by lot."""
+    """Return different numbers below n for each row, in random order."""
     return torch.rand(batch, n, generator=rng).argsort(dim=1)[:, :chosen]
 
 

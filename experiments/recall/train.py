@@ -58,10 +58,10 @@ class Recipe:
 
 
 def small_config(pattern: str, task: Task, *, d_model: int = 32, **sizes: Any) -> HybridConfig:
-    """Return a small model of a layout: Jamba's layers where there is an M, Griffin's otherwise.
+    """Return a small model of a layout: Jamba's layers if there is an M, Griffin's otherwise.
 
     Args:
-        pattern: a letter a layer: M Mamba, R RG-LRU, A attention (global beside M; beside R, or
+        pattern: a letter a layer: M Mamba, R RG-LRU, A attention (global with M; with R, or
             alone, of `n_keys` keys, all by default).
         task: whose vocabulary it has.
         d_model: width of the residual stream, and of the MLP unless `d_mlp` is given.

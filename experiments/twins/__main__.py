@@ -23,7 +23,7 @@ def main() -> None:
     """Train, compare, draw."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--images", type=Path, help="where figures go besides --out")
+    parser.add_argument("--images", type=Path, help="where figures go in addition to --out")
     parser.add_argument("--seeds", type=int, default=3)
     args = parser.parse_args()
     torch.set_num_threads(1)

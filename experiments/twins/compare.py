@@ -144,7 +144,7 @@ def cells(out: Path, plan: Plan) -> Iterator[tuple[str, int, int]]:
 def table(out: Path, plan: Plan) -> pd.DataFrame:
     """Return figures of all models kept so far: `twin`, `seed`, `step` and those of `compared`.
 
-    Each model is compared once, and its figures kept beside it.
+    Each model is compared once, and its figures kept in its folder.
     """
     parts = []
     for name, seed, step in tqdm(list(cells(out, plan)), desc="compare", unit="model"):

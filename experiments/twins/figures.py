@@ -173,7 +173,7 @@ def _lines(ax: Axes, rows: pd.DataFrame, x: str, color: str, label: str) -> None
 
 
 def _dots(ax: Axes, rows: pd.DataFrame, title: str) -> None:
-    """Draw a dot for each seed where a set of layers begins anew, and its control beside it."""
+    """Draw a dot for each seed where a set of layers begins anew, and its control next to it."""
     names = list(dict.fromkeys(rows["at"]))
     for i, name in enumerate(names):
         own = rows[rows["at"] == name]

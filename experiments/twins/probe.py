@@ -2,7 +2,7 @@
 
 A probe is ridge regression of one-hot targets on standardised states. Its penalty is chosen on
 sequences apart, and its accuracy counted on others again. The control is the same probe fitted to
-targets of other sequences: it can know how often each value occurs, and nothing else.
+targets of other sequences: it can learn how often each value occurs, and nothing else.
 """
 
 from __future__ import annotations

@@ -44,7 +44,7 @@ SECONDS = 10
 MEMORY = 1.5
 """Times the size of the checkpoint's files, for the memory a load may take."""
 ALLOWANCE = 8 * 2**20
-"""Bytes a load may take beside: Python's objects, and torch's first buffers in a new process."""
+"""Further bytes of a load: Python's objects, and torch's first buffers in a new process."""
 POLL = 0.001
 TEXT = "the pass key is 7"
 

@@ -1,5 +1,5 @@
 # ruff: noqa: ARG005  (mutations share one signature)
-"""What a mutation is, and the ones that know nothing of a file's content: bytes, lengths, folders.
+"""What a mutation is, and the ones that do not depend on a file's content: bytes, lengths, folders.
 
 A mutation is a function `(folder, rng) -> Damage | None` that damages a copy of a checkpoint; None
 says that it does not apply there.

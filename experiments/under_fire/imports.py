@@ -1,4 +1,4 @@
-"""What `import hooked_hybrid` costs beside `import torch`, each in fresh processes, interleaved.
+"""The cost of `import hooked_hybrid` and of `import torch`, in fresh processes, interleaved.
 
 Run `python -m experiments.under_fire.imports --pairs 9`.
 """

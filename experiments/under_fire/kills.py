@@ -1,4 +1,4 @@
-"""Kill a command at random instants, resume it each time, and set its tables beside a quiet run's.
+"""Kill a command at random instants, resume it each time, compare its tables with a quiet run's.
 
     python -m experiments.under_fire.kills --kills 300
     python -m experiments.under_fire.kills --kills 50 -- cached-state --model tiny-griffin --k 4

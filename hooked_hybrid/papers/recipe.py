@@ -262,7 +262,7 @@ def prompts_of(
         recipe: lengths, depths, needles and seeds.
         documents: what the haystack is made of; each seed begins at another paragraph.
         read_twice: give the context twice.
-        thinned: every second length, from the longest down, and every second depth, where there
+        thinned: every second length, from the longest down, and every second depth, if there
             are more than three.
         many: every needle there is, once, at the shortest length and the middle depth.
 

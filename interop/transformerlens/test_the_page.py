@@ -75,7 +75,7 @@ DIFFERENT = {
 """Arguments that ours lack or whose default differs, and the words of the page that say so."""
 
 FILLED_IN = {"temperature": 1.0, "return_type": "logits"}
-"""Defaults that ours fill in later, so that an argument without effect can be told and refused."""
+"""Defaults that ours fill in later, so that an argument without effect can be refused."""
 
 OTHER_MODELS = {"self", "pixel_values", "forced_bos_token_id", "multimodal_kwargs", "kwargs"}
 """Arguments for other kinds of model, or that a catch-all takes."""

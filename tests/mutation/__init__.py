@@ -5,7 +5,7 @@
 For each module of `TARGETS` a number of mutants is drawn at random, the same for the same seed. A
 mutant differs from the code by one small change (see `mutants.py`): a comparison, a constant by
 one, "and" for "or", a statement or an option left out, a slice longer by one. Those tests of
-`TESTS` are run that reach its line, and those beside them in their files, the quickest first, until
+`TESTS` are run that reach its line, and the others of their files, the quickest first, until
 one fails: then the mutant is killed. What no test notices lives: either a test is missing, or the
 mutant is the same program by another spelling. `results/mutants` keeps what was found (a run that
 stopped goes on there; `--again` tries those that lived once more) and which lines each test
@@ -18,7 +18,7 @@ that lives: nothing that was computed at import hides it. Files are never change
 
 Not `mutmut`: it changes the bodies of functions alone, no constant of a module, and puts functions
 of its own in their place, while this library describes functions by their code. Not `cosmic-ray`:
-it starts an interpreter for each mutant, and does not know which tests reach a line.
+it starts an interpreter for each mutant, and has no record of which tests reach a line.
 """
 
 from __future__ import annotations

@@ -49,7 +49,7 @@ class Run:
         return [m for m in every[part::parts] if self.found.get(key_of(m)) not in known]
 
     def look(self) -> None:
-        """Run all tests once, to know which lines each reaches, unless that is known."""
+        """Run all tests once, to record which lines each reaches, unless that is recorded."""
         paths = [ROOT / "hooked_hybrid" / f"{target}.py" for target in TARGETS]
         files = [f"tests/unit/test_{name}.py" for name in TESTS]
         where = self.args.reached

@@ -36,7 +36,7 @@ class Mutant:
 
     Attributes:
         path: of the module.
-        node: number of the changed node, as `ast.walk` meets it.
+        node: number of the changed node, in the order of `ast.walk`.
         change: number of the change, of those that the node has.
         line: where it is.
         function: qualified name of the outermost function it is in the body of, None outside.

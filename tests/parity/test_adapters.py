@@ -92,7 +92,7 @@ def test_offloaded_weights_of_an_adapted_model_are_not_those_of_its_base(tmp_pat
     assert relative(model(golden["input_ids"]), golden["logits"]) < FP32_PARITY
 
 
-# --- an adapter that nobody asked for -------------------------------------------------------------
+# --- an adapter that was not named ----------------------------------------------------------------
 
 
 def test_an_adapter_beside_the_weights_needs_a_word(copy: Callable[[str], Path]):

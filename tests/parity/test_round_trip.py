@@ -1,6 +1,6 @@
 """What can be saved loads again as the same model, and transformers computes the same from it.
 
-Models of random shapes, also of shapes that nobody publishes.
+Models of random shapes, also of shapes that no published model has.
 """
 
 from dataclasses import replace

@@ -2,7 +2,7 @@
 
 That function is the definition behind the CUDA kernels the published Jambas were trained with. Its
 module cannot be imported without those kernels, so the function alone is read from its source,
-which `make install` puts where only this test looks. It begins at a state of zero and knows no
+which `make install` puts where only this test looks. It begins at a state of zero and has no
 resets; there the loop below takes over, in float64.
 """
 

@@ -1,1 +1,1 @@
-"""Random calls at the seams of the library, each beside its definition."""
+"""Random calls at the seams of the library, each compared with its definition."""

@@ -1,4 +1,4 @@
-"""Random batches in every spelling, through every entry, beside each row run alone.
+"""Random batches in every spelling, through every entry, compared with each row run alone.
 
 The definition of everything here is one plain forward of one row, unpadded and uncut, with the
 row's own edits.
@@ -91,7 +91,7 @@ def draw_batch(random: Random, model: HookedHybrid) -> Batch:
     if continues:
         options["state"] = read(model, random, histories)
     starts, stops = tuple(map(len, histories)), (LONG,) * n_rows
-    if spelling == "packed":  # one row: documents are told by their positions alone
+    if spelling == "packed":  # one row: documents are distinguished by their positions alone
         starts, stops = (0,), (LONG,)
     edits, marked = draw_edits(random, model, starts, stops)
     given: Any = tokens

@@ -1,4 +1,4 @@
-"""Random generations, beside a loop that reads the whole sequence anew for every token."""
+"""Random generations, compared with a loop that reads the whole sequence anew for every token."""
 
 from __future__ import annotations
 

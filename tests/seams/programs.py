@@ -1,6 +1,6 @@
-"""Random programs that attach, detach and raise, beside a ledger of what must be attached.
+"""Random programs that attach, detach and raise, compared with a ledger of what must be attached.
 
-A hook may remove itself or another, attach another, or raise while it is called. The ledger knows
+A hook may remove itself or another, attach another, or raise while it is called. The ledger says
 lists alone: which hooks stand on which point, in which order. What a forward must give is worked
 out from it: which hooks are called, and the product of their factors at each point, applied by one
 plain hook a point on a copy of the model.
@@ -29,7 +29,7 @@ class Boom(Exception):
 
 @dataclass(eq=False)
 class Entry:
-    """A hook as the ledger knows it: where it is, what it multiplies by, what it does besides."""
+    """A hook in the ledger: where it is, what it multiplies by, what else it does."""
 
     point: str
     factor: float
@@ -132,7 +132,7 @@ def once_a_forward(model: HookedHybrid) -> list[str]:
 
 
 def draw_entry(random: Random, ledger: Ledger, may_act: bool = True) -> Entry:
-    """Draw a hook; one in three does something besides."""
+    """Draw a hook; one in three does something else too."""
     entry = Entry(
         random.choice(ledger.order),
         random.choice([0.5, 0.75, 0.875, 1.0]),

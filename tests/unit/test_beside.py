@@ -1,4 +1,4 @@
-"""Experiments beside other people's results: the hooks do what they say, verdicts can come out."""
+"""Experiments on other people's results: the hooks do what they say, verdicts can come out."""
 
 from __future__ import annotations
 

@@ -45,7 +45,7 @@ class Disk:
         (self.place / "filler").unlink()
 
     def close(self) -> None:
-        """Let nobody write any more."""
+        """Refuse all further writes."""
         subprocess.run(["mount", "-o", "remount,ro", self.place], check=True)
 
 

@@ -112,7 +112,7 @@ def test_names_on_the_page_for_users_of_transformerlens_exist():
 
 
 def test_files_that_the_page_says_test_a_name_use_it():
-    """Each name of "The same" is called, given or read in one of the files beside it."""
+    """Each name of "The same" is called, given or read in one of the files in its row."""
     text = (ROOT / "docs" / "transformerlens.md").read_text(encoding="utf-8")
     rows = [
         [re.findall(r"`([^`]+)`", cell) for cell in line.strip("| ").split(" | ")]

@@ -1,4 +1,4 @@
-"""`HookedHybridLM` beside lm-eval's own `hf` model, and `hooked-hybrid eval`, on local tasks."""
+"""`HookedHybridLM` against lm-eval's own `hf` model, and `hooked-hybrid eval`, on local tasks."""
 
 import json
 import os
@@ -40,7 +40,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::F
 
 @pytest.fixture(autouse=True, scope="module")
 def local(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Run beside the tasks, whose data sets are named relative to them; keep caches out of HOME."""
+    """Run in the folder of the tasks, which data sets are relative to; keep caches out of HOME."""
     before = os.getcwd()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path_factory.mktemp("datasets"))

@@ -61,7 +61,7 @@ def everything(folder: Path) -> dict[str, object]:
 def refused(folder: Path, message: str) -> str:
     """Assert that both readers of a store refuse a folder and leave all of it; return what is said.
 
-    Whatever lies beside the folder must be as it was, too.
+    Whatever is next to the folder must be as it was, too.
     """
     before = everything(folder.parent)
     for read in (
@@ -268,7 +268,7 @@ def test_whatever_an_experiment_says_of_itself_is_another_or_the_same():
 
 @pytest.fixture
 def elsewhere(tmp_path: Path) -> Path:
-    """Return a folder beside the results, in which nothing may change."""
+    """Return a folder next to the results, in which nothing may change."""
     folder = tmp_path / "elsewhere"
     folder.mkdir()
     (folder / "mine.txt").write_text("mine")

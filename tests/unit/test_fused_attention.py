@@ -1,7 +1,7 @@
 """The forms in which torch's fused attention is asked on a GPU give what the definition gives.
 
 Here a CPU's kernel answers, in the form that a GPU would be given; which of CUDA's kernels would
-answer is told by the rules that torch chooses by (ATen/native/transformers/cuda/sdp_utils.cpp).
+answer is given by the rules that torch chooses by (ATen/native/transformers/cuda/sdp_utils.cpp).
 """
 
 from __future__ import annotations

@@ -345,7 +345,7 @@ def test_selecting_positions_where_only_one_comes_is_refused_with_the_remedies(
         run(family, STATE, fn)
     notes = "\n".join(caught.value.__notes__)
     assert "interventions.hook_at(fn, positions)" in notes and "edit_state(fn, positions)" in notes
-    if fn is far_to_zero:  # a marked one meets torch's own error, with the same notes
+    if fn is far_to_zero:  # a marked one raises torch's own error, with the same notes
         with pytest.raises(IndexError) as caught:
             run(family, STATE, per_position(lambda h, hook: far_to_zero(h, hook)))
         assert "edit_state" in "\n".join(caught.value.__notes__)

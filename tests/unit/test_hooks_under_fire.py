@@ -331,7 +331,7 @@ def test_a_hook_may_run_the_model_and_keeps_its_own_run(family: str):
     inner: list[Tensor] = []
 
     def run_again(value: Tensor, hook: HookPoint) -> None:
-        if not inner:  # the inner run meets this hook too
+        if not inner:  # the inner run calls this hook too
             mine = hook.run
             inner.append(value)
             model.generate(tokens_of(1, 4), 2, verbose=False)

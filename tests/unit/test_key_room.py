@@ -396,7 +396,7 @@ def test_threads_that_continue_one_state_at_once_do_not_meet(name: str):
                 same = all(torch.equal(a, b) for a, b in zip(logits, wanted[i][0], strict=True))
                 if not same or after != wanted[i][1]:
                     failures.append(f"thread {i}, round {n}")
-                if i == 0:  # a state of the same values whose room nobody has taken
+                if i == 0:  # a state of the same values whose room is not taken
                     _, fresh = decoded(name, prompt_state(name), tokens_of(1, 3))
                     states.append(fresh)
                 barrier.wait(60)

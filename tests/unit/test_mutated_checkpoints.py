@@ -277,7 +277,7 @@ class Bomb:
 
 
 def memory_of_loading(path: Path) -> int:
-    """Return the memory [bytes] that a refused load takes, beside what stands in files."""
+    """Return the memory [bytes] that a refused load takes, without mapped files."""
     watched = checkpoints.Watched(path, Base("", path, torch.float32), {})
     assert watched.report["error"] is CheckpointError, watched.report
     return watched.peak

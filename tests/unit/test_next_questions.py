@@ -291,7 +291,7 @@ def job_of(lengths: list[int], n_settings: int) -> CachedStateJob:
 
 
 def test_the_work_is_cut_into_parts_of_one_length():
-    """Of at most 2 x 32 rows: three prompts in 20 settings, one where there are more settings."""
+    """Of at most 2 x 32 rows: three prompts in 20 settings, one if there are more settings."""
     assert MOST_ROWS == 32
     job = job_of([9, 7, 9, 9, 9, 7], 20)
     parts = [[prompt.id for prompt in part] for part in job.parts]

@@ -501,7 +501,7 @@ def test_distractors_stand_where_a_sentence_ends_at_even_shares(
     assert filler.tokens == wanted
     for i, start in enumerate(starts):
         at = start + 3 * i
-        assert filler.before[at : at + 4] == [NONE] * 4  # no needle beside a distractor
+        assert filler.before[at : at + 4] == [NONE] * 4  # no needle next to a distractor
     assert filler.before.count(SENTENCE) == 1 + len(lengths) - n
 
 

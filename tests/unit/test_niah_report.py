@@ -1,4 +1,4 @@
-"""Properties of the report: one page with all in it, and our figures beside the papers'."""
+"""Properties of the report: one page with all in it, and our figures with the papers'."""
 
 from __future__ import annotations
 

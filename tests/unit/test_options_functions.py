@@ -62,7 +62,7 @@ RUN = dict.fromkeys((1, 3), torch.linspace(-1, 1, 2 * N_POS * 4 * 8).view(2, N_P
 WRITES = {0: torch.linspace(-1, 1, 2 * N_POS * 24).view(2, N_POS, 24)}
 HEADS = {ATTENTION: [1]}
 MEAN = {"method": "mean", "values": RUN}
-BY_HAND = {"donor": "tensors"}  # of no known run: a cache knows the padding of its own
+BY_HAND = {"donor": "tensors"}  # of no known run: a cache holds the padding of its own
 
 # Factory -> arguments, and for each option: how it is given (with what else), and idle calls.
 Option = tuple[dict[str, Any], dict[str, Any], tuple[dict[str, Any], ...]]

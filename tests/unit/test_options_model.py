@@ -55,7 +55,7 @@ def forward_rows(model: HookedHybrid, tokens: torch.Tensor) -> dict[str, Row]:
     resid = model(tokens, stop_at_layer=1)
 
     def told(**keywords: Any) -> Any:
-        """Return what hooks are told of a forward."""
+        """Return what `hook.run` says of a forward."""
         runs: list[Any] = []
         with model.hooks([(EMBED, lambda _, hook: runs.append(hook.run))]):
             model(**keywords)

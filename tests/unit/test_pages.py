@@ -1,4 +1,4 @@
-"""Figures of the pages are those of the results kept beside them, and say what made them."""
+"""Figures of the pages are those of the results kept with them, and say what made them."""
 
 from __future__ import annotations
 

@@ -434,11 +434,11 @@ def test_a_plan_is_made_for_the_longest_of_its_lengths():
 @pytest.mark.parametrize(
     ("machine", "beside"),
     [
-        (Machine((1, 2), 5), "2 GPUs offer 3 B, beside 5 B of CPU memory and nothing on the disk"),
-        (Machine((0, 2), 5), "the GPU offers 2 B, beside 5 B of CPU memory and nothing"),
-        (Machine((), 5), "the CPU offers 5 B, beside nothing on the disk"),
-        (Machine((), 5, ANY_DISK), "the CPU offers 5 B, beside room on the disk"),
-        (Machine((), 5, 7), "the CPU offers 5 B, beside 7 B on the disk"),
+        (Machine((1, 2), 5), "2 GPUs offer 3 B, with 5 B of CPU memory and nothing on the disk"),
+        (Machine((0, 2), 5), "the GPU offers 2 B, with 5 B of CPU memory and nothing"),
+        (Machine((), 5), "the CPU offers 5 B, with nothing on the disk"),
+        (Machine((), 5, ANY_DISK), "the CPU offers 5 B, with room on the disk"),
+        (Machine((), 5, 7), "the CPU offers 5 B, with 7 B on the disk"),
     ],
 )
 def test_why_a_model_has_no_place_names_what_there_is(machine: Machine, beside: str):

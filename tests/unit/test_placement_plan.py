@@ -132,7 +132,7 @@ def test_every_device_counts_the_streams_of_all_pieces_where_weights_are_brought
 
 def test_why_it_does_not_fit_is_said_in_words():
     nowhere = plan(mini(), Machine(gpus_of("1x1GB"), 0, ANY_DISK))
-    assert "the GPU offers 1 GB, beside 0 B of CPU memory and room on the disk" in nowhere.why_not
+    assert "the GPU offers 1 GB, with 0 B of CPU memory and room on the disk" in nowhere.why_not
     loaded = plan(mini(), Machine((), 104 * GB))
     assert not loaded.fits and "or 1.88 GB to load it in, do not fit: the CPU" in loaded.why_not
 

@@ -26,7 +26,7 @@ HEADS = presets.griffin("A", d_model=64, d_vocab=99, n_heads=8, n_keys=600)
 SCORES = presets.jamba("MA", d_model=32, d_vocab=300, n_heads=4, n_kv_heads=4, n_experts=8)
 """Long rows of it are mostly scores."""
 STREAM = presets.griffin("RR", d_model=1024, d_rnn=8, d_mlp=8, d_vocab=99, n_heads=1)
-"""Its own values are few beside its residual stream."""
+"""Its own values are few compared with its residual stream."""
 MATRICES = presets.griffin("RR", d_model=256, d_rnn=64, d_mlp=2048, d_vocab=99, n_heads=4)
 """Short rows of it are mostly weights in fp32, where a CPU multiplies in that alone."""
 LARGE = presets.jamba("MA", d_model=256, d_vocab=300, n_heads=4, n_kv_heads=2, n_experts=4)

@@ -1,4 +1,4 @@
-"""Positions are read in one way everywhere, and a cache knows which of them it holds."""
+"""Positions are read in one way everywhere, and a cache records which of them it holds."""
 
 from __future__ import annotations
 
@@ -318,7 +318,7 @@ def test_patterns_of_a_padded_generation_from_a_state_stand_at_their_keys(n_keys
         )
 
 
-# --- a cache knows its positions ------------------------------------------------------------------
+# --- a cache records its positions ----------------------------------------------------------------
 
 
 @names
@@ -418,7 +418,7 @@ def test_a_cache_of_a_generation_says_where_rows_had_ended(model):
 
 @pads
 def test_patches_means_and_resampling_read_the_padding_of_a_cache(model, side):
-    """A donor's padding need not be told again, and is nowhere in a mean."""
+    """A donor's padding need not be given again, and is nowhere in a mean."""
     tokens, mask = padded(side)
     _, donor = model.run_with_cache(tokens, attention_mask=mask)
     by_hand = dict(donor)

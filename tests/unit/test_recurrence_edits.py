@@ -418,7 +418,7 @@ def test_a_recurrent_state_carried_under_another_prompts_keys(name: str):
         model.run_with_cache(more, state=state, names_filter=names)[1]
         for state in (of_a, of_b, both)
     )
-    for leaf in ("ssm_y", "ssm_state", "gated"):  # layer 0 knows A alone
+    for leaf in ("ssm_y", "ssm_state", "gated"):  # layer 0 holds A alone
         assert torch.equal(kept[leaf, 0], kept_a[leaf, 0])
         assert relative(kept[leaf, 0], kept_b[leaf, 0]) > 1e-2
     for leaf in ("k", "v"):  # of B's prompt, under queries that come after A

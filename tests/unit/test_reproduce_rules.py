@@ -242,7 +242,7 @@ def test_items_that_read_no_prompt_join_a_report_with_options_of_prompts(tmp_pat
 
 
 def test_a_folder_in_which_nothing_was_run_takes_other_prompts(tmp_path: Path):
-    """As one that a table of the config began, with the lengths that nobody gave."""
+    """As one that a table of the config began, with lengths that were not given."""
     model = HookedHybrid.from_pretrained("tiny-griffin")
     begun = recipe_for(model, QUICK, lengths=[150, 190])
     begun.save(tmp_path, "sllm2025", resume=False)
@@ -307,7 +307,7 @@ def test_the_folder_of_benchmarks_is_kept_with_the_recipe(
 def test_a_folder_whose_code_would_run_is_never_taken_from_a_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """The recipe may be another's; what it names is asked for again, and read by nobody."""
+    """The recipe may be another's; what it names is computed again, and never read."""
     out, tasks, seen = tmp_path / "r", tmp_path / "tasks", folders_of_benchmarks(monkeypatch)
     tasks.mkdir()
     wanted = ["--paper", "thesis2025", "--only", "Figure C.1", "--quick", "--out", str(out)]

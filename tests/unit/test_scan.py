@@ -96,7 +96,7 @@ def test_products_of_decays_do_not_drift_over_long_sequences(n_pos: int):
 
 
 def test_second_derivatives_are_the_loops():
-    """Also where there is another way to what they are by, which an error there would not stop."""
+    """Also if there is another way to what they are by, which an error there would not stop."""
     found = []
     for fn in (scan, scan_loop):
         generator = torch.Generator().manual_seed(0)

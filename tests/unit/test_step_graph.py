@@ -1,4 +1,4 @@
-"""A captured step is the eager step: the same values, and only where nobody could tell.
+"""A captured step is the eager step: the same values, and only where it makes no difference.
 
 On a CPU `repeat` stands for a graph: it calls the step again on the same buffers, so that all but
 the capture is tested anywhere. The last tests need a GPU.

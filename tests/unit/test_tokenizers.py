@@ -194,7 +194,7 @@ def test_positions_and_directions_of_tokens(tmp_path: Path):
 
 @pytest.fixture(scope="module")
 def sentencepiece_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder as Kaggle gives it: a `.pt` would stand beside this `tokenizer.model`."""
+    """A folder as Kaggle gives it: a `.pt` would be next to this `tokenizer.model`."""
     import sentencepiece
 
     folder = tmp_path_factory.mktemp("kaggle")

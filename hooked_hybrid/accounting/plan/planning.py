@@ -105,8 +105,8 @@ class Plan:
             return "; quantised blocks stay where they run"
         cpu = f"{shown(self.machine.cpu)} of CPU memory and " if self.machine.gpus else ""
         if self.machine.disk in (None, ANY_DISK):
-            return f", beside {cpu}{'nothing' if self.machine.disk is None else 'room'} on the disk"
-        return f", beside {cpu}{shown(self.machine.disk)} on the disk"
+            return f", with {cpu}{'nothing' if self.machine.disk is None else 'room'} on the disk"
+        return f", with {cpu}{shown(self.machine.disk)} on the disk"
 
     def remedy(self, changes: Sequence[str]) -> str:
         """Say what would do, each by itself."""

@@ -34,7 +34,7 @@ HeadKeys = Float[Tensor, "batch_kv key d_head"]
 class Sight:
     """Which keys each query sees: those of its document at its position and before, in a window.
 
-    Keys are the cached ones and then the new ones, `key_pos` their positions (-1 where there is
+    Keys are the cached ones and then the new ones, `key_pos` their positions (-1 if there is
     none); the last `layout.length` keys stand where the queries do. `n_keys` bounds the window,
     the query itself included; None means no bound.
     """

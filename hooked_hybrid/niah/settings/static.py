@@ -37,7 +37,7 @@ def static_settings(
 
     Everything is silenced in both stages. For each k, of L attention layers: the k most peaked
     heads of each layer and token; of each ranking, the k best of each layer ("a layer") and the
-    k x L best of all ("overall"); every set with k heads in each layer ("every set") where there
+    k x L best of all ("overall"); every set with k heads in each layer ("every set") if there
     are no more than `n_draws`, else this many at random, no two alike ("by lot"). "overall" is also
     there with the k best of all.
 
