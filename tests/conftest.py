@@ -6,14 +6,14 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from jaxtyping import config
 
+from tests import checking
+from tests.loops import CHECKED_ONE_IN
 from tests.skips import lines_of
 
+checking.put_off()
 os.environ["HF_HUB_OFFLINE"] = "1"
 torch.set_num_threads(1)
-CHECKED_ONE_IN = 8
-"""Of a test's cases, one in so many runs with types and shapes checked at run time."""
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
@@ -40,15 +40,15 @@ def checks(request: pytest.FixtureRequest) -> Iterator[None]:
 
     The checks cost more than the tests themselves: 2.3 times over the whole suite.
     """
-    config.update("jaxtyping_disable", request.node.get_closest_marker("checked") is None)
+    checking.turn(on=request.node.get_closest_marker("checked") is not None)
     yield
-    config.update("jaxtyping_disable", False)
+    checking.turn(on=True)
 
 
 @pytest.fixture
 def unchecked(checks: None) -> None:
     """Turn the run-time type checks off, to run the library as its users do."""
-    config.update("jaxtyping_disable", True)
+    checking.turn(on=False)
 
 
 @pytest.fixture

@@ -9,17 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from hooked_hybrid import HookedHybrid, HookPoint
+from hooked_hybrid import HookedHybrid, HookPoint, HybridState
+from tests.loops import looped
 from tests.models import CONFIGS, random_tokens, relative, tiny_model
 from tests.tolerances import FINITE_DIFFERENCE, FP32_PARITY
 
 PROMPT = 12
 NEW = 3
-
-CASES = [(name, hook) for name in CONFIGS for hook in HookedHybrid.meta(CONFIGS[name]).hook_dict]
-FLOATING = [
-    case for case in CASES if not HookedHybrid.meta(CONFIGS[case[0]]).hook_dict[case[1]].is_integer
-]
 
 STATELESS_LEAVES = set(
     """
@@ -35,6 +31,20 @@ STATELESS_LEAVES = set(
 @cache
 def model_of(name: str, dtype: torch.dtype = torch.float32) -> HookedHybrid:
     return tiny_model(name, dtype=dtype)
+
+
+@cache
+def logits_of(name: str) -> Tensor:
+    """Return what the model answers without a hook."""
+    return model_of(name)(random_tokens())
+
+
+def every_hook(name: str) -> list[str]:
+    return list(model_of(name).hook_dict)
+
+
+def floating(name: str) -> list[str]:
+    return [hook for hook, point in model_of(name).hook_dict.items() if not point.is_integer]
 
 
 def documented_shape(model: HookedHybrid, hook: HookPoint, n_pos: int, n_keys: int) -> tuple:
@@ -70,7 +80,8 @@ def changes_later_tokens(model: HookedHybrid, hook: HookPoint) -> bool:
     return not is_last or not (name.split(".")[-1] in STATELESS_LEAVES or ".ln2." in name)
 
 
-@pytest.mark.parametrize(("name", "hook_name"), CASES)
+@pytest.mark.parametrize("name", CONFIGS)
+@looped("hook_name", every_hook)
 def test_hook_fires_with_its_documented_shape_in_every_stage(name: str, hook_name: str):
     model = model_of(name)
     seen: list[tuple[str, int, tuple[int, ...]]] = []
@@ -104,7 +115,8 @@ def test_hook_fires_with_its_documented_shape_in_every_stage(name: str, hook_nam
     ]
 
 
-@pytest.mark.parametrize(("name", "hook_name"), CASES)
+@pytest.mark.parametrize("name", CONFIGS)
+@looped("hook_name", every_hook)
 def test_returning_the_input_changes_no_bit_and_watching_moves_no_more_than_rounding(
     name: str, hook_name: str
 ):
@@ -112,51 +124,64 @@ def test_returning_the_input_changes_no_bit_and_watching_moves_no_more_than_roun
     watched = model.run_with_hooks(tokens, fwd_hooks=[(hook_name, lambda value, hook: None)])
     returned = model.run_with_hooks(tokens, fwd_hooks=[(hook_name, lambda value, hook: value)])
     assert torch.equal(watched, returned)
-    assert relative(watched, model(tokens)) < FP32_PARITY
+    assert relative(watched, logits_of(name)) < FP32_PARITY
 
 
-@pytest.mark.parametrize(("name", "hook_name"), CASES)
+@pytest.mark.parametrize("name", CONFIGS)
+@looped("hook_name", every_hook)
 def test_caching_alone_moves_no_more_than_rounding(name: str, hook_name: str):
     model, tokens = model_of(name), random_tokens()
     out, cached = model.run_with_cache(tokens, names_filter=hook_name)
-    assert relative(out, model(tokens)) < FP32_PARITY
+    assert relative(out, logits_of(name)) < FP32_PARITY
     n_pos = tokens.shape[1]
     point = model.hook_dict[hook_name]
     assert tuple(cached[hook_name].shape) == documented_shape(model, point, n_pos, n_pos)
 
 
-@pytest.mark.parametrize(("name", "hook_name"), FLOATING)
+@pytest.mark.parametrize("name", CONFIGS)
+@looped("hook_name", floating)
 def test_an_edit_changes_the_logits_of_its_forward(name: str, hook_name: str):
     model, tokens = model_of(name), random_tokens()
     edited = model.run_with_hooks(tokens, fwd_hooks=[(hook_name, nudged)])
     assert torch.isfinite(edited).all()
-    assert relative(edited, model(tokens)) > 1e-3
+    assert relative(edited, logits_of(name)) > 1e-3
 
 
-@pytest.mark.parametrize(("name", "hook_name"), FLOATING)
+@cache
+def prefilled(name: str) -> HybridState:
+    """Return the state after the prompt."""
+    tokens = random_tokens(n_pos=PROMPT + NEW)[:, :PROMPT]
+    return model_of(name)(tokens, return_state=True, stage="prefill")[1]
+
+
+def decode(name: str, first_hooks: list[tuple[str, Any]]) -> list[Tensor]:
+    """Return the logits of each step after the prompt, the first one with these hooks."""
+    tokens, logits, state = random_tokens(n_pos=PROMPT + NEW), [], prefilled(name)
+    for step in range(1, NEW + 1):
+        out, state = model_of(name).run_with_hooks(
+            tokens[:, PROMPT + step - 1 : PROMPT + step],
+            fwd_hooks=first_hooks if step == 1 else [],
+            state=state,
+            return_state=True,
+            stage="generation",
+            step=step,
+        )
+        logits.append(out)
+    return logits
+
+
+@cache
+def plain_steps(name: str) -> list[Tensor]:
+    return decode(name, [])
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@looped("hook_name", floating)
 def test_an_edit_in_one_generation_step_changes_later_tokens_where_it_should(
     name: str, hook_name: str
 ):
-    model, tokens = model_of(name), random_tokens(n_pos=PROMPT + NEW)
-    _, state = model(tokens[:, :PROMPT], return_state=True, stage="prefill")
-
-    def decode(edit_first: bool) -> list[Tensor]:
-        logits, after = [], state
-        for step in range(1, NEW + 1):
-            token = tokens[:, PROMPT + step - 1 : PROMPT + step]
-            hooks = [(hook_name, nudged)] if edit_first and step == 1 else []
-            out, after = model.run_with_hooks(
-                token,
-                fwd_hooks=hooks,
-                state=after,
-                return_state=True,
-                stage="generation",
-                step=step,
-            )
-            logits.append(out)
-        return logits
-
-    plain, edited = decode(edit_first=False), decode(edit_first=True)
+    model = model_of(name)
+    plain, edited = plain_steps(name), decode(name, [(hook_name, nudged)])
     assert relative(edited[0], plain[0]) > 1e-4
     later = max(relative(e, p) for e, p in zip(edited[1:], plain[1:], strict=True))
     if changes_later_tokens(model, model.hook_dict[hook_name]):
@@ -165,7 +190,8 @@ def test_an_edit_in_one_generation_step_changes_later_tokens_where_it_should(
         assert later == 0
 
 
-@pytest.mark.parametrize(("name", "hook_name"), FLOATING)
+@pytest.mark.parametrize("name", CONFIGS)
+@looped("hook_name", floating)
 def test_gradient_agrees_with_a_finite_difference(name: str, hook_name: str):
     model, tokens = model_of(name, torch.float64), random_tokens(n_pos=9)
     generator = torch.Generator().manual_seed(3)
@@ -198,7 +224,8 @@ def test_gradient_agrees_with_a_finite_difference(name: str, hook_name: str):
     assert abs(predicted - difference) < FINITE_DIFFERENCE * scale
 
 
-@pytest.mark.parametrize(("name", "hook_name"), FLOATING)
+@pytest.mark.parametrize("name", CONFIGS)
+@looped("hook_name", floating)
 def test_a_backward_hook_is_given_the_gradient_that_is_cached(name: str, hook_name: str):
     model, tokens = model_of(name), random_tokens(n_pos=9)
     pieces: list[Tensor] = []

@@ -1,0 +1,85 @@
+"""A test that loops over its cases runs all of them, and names each that fails."""
+
+from __future__ import annotations
+
+import inspect
+
+import pytest
+from jaxtyping import config
+
+from tests import checking
+from tests.loops import CHECKED_ONE_IN, looped
+
+
+def test_every_case_runs_and_every_failure_is_named_with_its_error():
+    ran = []
+
+    @looped("n", [1, 2, 3])
+    @looped("word, size", [("a", 1), pytest.param("b", 2, id="bee")])
+    def check(n: int, word: str, size: int) -> None:
+        ran.append((n, word, size))
+        assert n != 2 or word == "a", "wrong"
+        if n == 3:
+            raise KeyError(word)
+
+    with pytest.raises(ExceptionGroup, match="^3 of 6 cases: 2-bee, 3-a-1, 3-bee") as failed:
+        check()
+    assert ran == [(n, word, size) for n in (1, 2, 3) for word, size in (("a", 1), ("b", 2))]
+    assert [type(error) for error in failed.value.exceptions] == [
+        AssertionError,
+        KeyError,
+        KeyError,
+    ]
+    assert failed.value.exceptions[0].__notes__ == ["2-bee"]
+
+
+def test_other_arguments_stay_fixtures_and_may_choose_the_cases():
+    ran = []
+
+    @looped("item", lambda bag: bag)
+    def check(bag: list[int], item: int) -> None:
+        ran.append(item)
+
+    assert list(inspect.signature(check).parameters) == ["bag"]
+    check(bag=[4, 5])
+    assert ran == [4, 5]
+    with pytest.raises(AssertionError, match="no case"):
+        check(bag=[])
+    with pytest.raises(AssertionError, match="not the arguments"):
+        looped("other", [1])(check)
+
+
+def test_a_loop_cannot_pass_over_what_pytest_marks():
+    with pytest.raises(AssertionError, match="marked"):
+        looped("n", [pytest.param(1, marks=pytest.mark.skip)])(lambda n: None)()
+
+
+@pytest.mark.parametrize("on", [True, False])
+def test_one_in_eight_cases_is_checked_where_the_test_is(on: bool):
+    seen = []
+
+    @looped("n", range(CHECKED_ONE_IN + 1))
+    def check(n: int) -> None:
+        seen.append(not config.jaxtyping_disable)
+
+    checking.turn(on)
+    check()
+    assert seen == [on, *[False] * (CHECKED_ONE_IN - 1), on]
+    assert config.jaxtyping_disable is not on
+
+
+def test_an_inner_function_is_wrapped_once_in_a_checked_test_and_never_in_another():
+    def outer() -> object:
+        @checking.jaxtyped(typechecker=checking.when_called)
+        def inner(x: int) -> int:
+            return x
+
+        return inner
+
+    checking.turn(on=True)
+    first, second = outer(), outer()
+    assert hasattr(first, "__wrapped__") and not hasattr(second, "__wrapped__")
+    with pytest.raises(TypeError):
+        first("a")  # type: ignore[operator]
+    checking.turn(on=False)
+    assert not hasattr(outer(), "__wrapped__")
