@@ -19,7 +19,12 @@ from hooked_hybrid import HookedHybrid
 from hooked_hybrid.commands import program as cli
 from hooked_hybrid.commands.cached_state import accuracy_by_case
 from hooked_hybrid.interventions import follow_span, keep_top_heads
-from hooked_hybrid.niah.cached_state.sweep import CachedStateJob, cached_state, settings_of
+from hooked_hybrid.niah.cached_state.sweep import (
+    CachedStateJob,
+    _answers,
+    cached_state,
+    settings_of,
+)
 from hooked_hybrid.niah.cached_state.ways import ALL, CASES, WAYS, Case, _decoded, way_of
 from hooked_hybrid.niah.groups import MOST_ROWS
 from hooked_hybrid.niah.needles import PAPER
@@ -348,6 +353,19 @@ def test_a_prompt_that_ends_with_padding_tokens_is_read_whole(way: str):
         logits = model.run_with_hooks(prompt, fwd_hooks=hooks)
     best = logits[0, -1].topk(2).values
     assert margin == pytest.approx(float(best[0] - best[1]), rel=1e-4)
+
+
+def test_prompts_are_given_on_the_devices_of_the_model(monkeypatch: pytest.MonkeyPatch):
+    seen: list[str] = []
+
+    def way(_: HookedHybrid, tokens: Tensor, of_prompt: Tensor, cases: Any, n: int) -> list[Any]:
+        seen.extend((tokens.device.type, of_prompt.device.type))
+        return [("", n, 0.0)] * len(cases)
+
+    monkeypatch.setitem(WAYS, "kept", way)
+    model, (prompt, *_) = HookedHybrid.meta(CONFIGS["griffin"]), prompts_of("tiny-griffin")
+    found = _answers(model, [prompt], settings_of([Case("all", ("kv",))], [1]), 3)
+    assert seen == ["meta", "meta"] and found == {(prompt.id, "all k=1"): ("", 3, 0.0)}
 
 
 def test_no_step_is_run_after_all_rows_have_ended():
