@@ -96,7 +96,7 @@ def channel_scores(
         for i, layer in enumerate(groups):
             for group in range(n):
                 silence = _unread(copied, group, n)
-                name = f"blocks.{layer}.mixer.hook_ssm_write"
+                name = f"blocks.{layer}.{model.blocks[layer].mixer_path}.hook_ssm_write"
                 with model.hooks([(name, silence)]):
                     lost[i, group] += whole - _log_probability(model, copied)
     return GroupScores(
@@ -112,7 +112,7 @@ def _groups(model: HookedHybrid, n_groups: int | None) -> dict[int, int]:
     for layer in model.cfg.recurrent_layers:
         mixer = model.blocks[layer].any_mixer
         (width, *_) = mixer.state_shapes(mixer.cfg)["ssm"]
-        n = getattr(mixer.cfg, "n_gate_blocks", UNGROUPED) if n_groups is None else n_groups
+        n = (mixer.channel_groups(mixer.cfg) or UNGROUPED) if n_groups is None else n_groups
         if n < 1 or width % n:
             raise ValueError(f"n_groups={n}: layer {layer} has {width} channels; give a divisor")
         found[layer] = n

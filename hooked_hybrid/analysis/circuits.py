@@ -9,16 +9,19 @@ head share its weights. A recurrence has such a circuit too, along the path that
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
+from hooked_hybrid.analysis.forms import form_of
 from hooked_hybrid.config import AttentionConfig
 from hooked_hybrid.model.hybrid import HookedHybrid
 from hooked_hybrid.network.layers import at_least_fp32, rotate
 from hooked_hybrid.network.layout import lay_out
-from hooked_hybrid.network.mixers import RGLRU, Attention, Mamba
+from hooked_hybrid.network.mixers import Attention, Mixer
 from hooked_hybrid.network.weights.factored import FactoredMatrix
 
 # --- one layer --------------------------------------------------------------------------------
@@ -126,7 +129,7 @@ def attention_at(model: HookedHybrid, layer: int) -> Attention:
     return model.blocks[layer].any_mixer
 
 
-def recurrence_at(model: HookedHybrid, layer: int) -> RGLRU | Mamba:
+def recurrence_at(model: HookedHybrid, layer: int) -> Mixer[Any]:
     """Return the recurrence of a layer; a ValueError names the layers that have one."""
     if layer not in model.cfg.recurrent_layers:
         raise ValueError(
@@ -141,37 +144,28 @@ def norm_weight(model: HookedHybrid, layer: int) -> Float[Tensor, " d_model"]:
 
 
 def recurrent_maps(
-    mixer: RGLRU | Mamba,
+    mixer: Mixer[Any],
 ) -> dict[str, Float[Tensor, "gate_block a b"]]:
     """Return the linear maps into and out of a recurrence, by gate block, in float32 or float64.
 
     "in" [gate_block d_model channel] is the branch that recurs, "gate" the branch that gates it,
     "out" [gate_block channel d_model] what both write. A Mamba block is one gate block.
     """
-    if isinstance(mixer, RGLRU):
-        n, W_in, W_gate, W_out = (
-            mixer.cfg.n_gate_blocks,
-            mixer.linear_x.W,
-            mixer.linear_y.W,
-            mixer.linear_out.W,
-        )
-    else:
-        n, W_out = 1, mixer.out_proj.W
-        W_in, W_gate = mixer.in_proj.W.chunk(2, dim=1)
-    columns = {"in": W_in, "gate": W_gate}
-    maps = {k: rearrange(at_least_fp32(W), "d (n e) -> n d e", n=n) for k, W in columns.items()}
-    return maps | {"out": rearrange(at_least_fp32(W_out), "(n e) d -> n e d", n=n)}
+    n = mixer.channel_groups(mixer.cfg) or 1
+    maps = {k: at_least_fp32(W) for k, W in form_of(mixer.cfg).maps(mixer).items()}
+    return {
+        k: rearrange(W, "(n e) d -> n e d" if k == "out" else "d (n e) -> n d e", n=n)
+        for k, W in maps.items()
+    }
 
 
-def _taps(
-    mixer: RGLRU | Mamba, layer: int, lag: int | None
-) -> Float[Tensor, "gate_block 1 channel"]:
-    weight = at_least_fp32(mixer.conv.weight)
+def _taps(mixer: Mixer[Any], layer: int, lag: int | None) -> Float[Tensor, "gate_block 1 channel"]:
+    weight = at_least_fp32(form_of(mixer.cfg).taps(mixer))
     n_taps = weight.shape[0]
     if lag is not None and not 0 <= lag < n_taps:
         raise ValueError(f"lag={lag}: layer {layer}'s convolution has lags 0 to {n_taps - 1}")
     taps = weight.sum(0) if lag is None else weight[n_taps - 1 - lag]
-    n = mixer.cfg.n_gate_blocks if isinstance(mixer, RGLRU) else 1
+    n = mixer.channel_groups(mixer.cfg) or 1
     return rearrange(taps, "(n e) -> n 1 e", n=n)
 
 

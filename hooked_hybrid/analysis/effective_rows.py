@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from hooked_hybrid.analysis.linear_form import Index, PerChannel, Recurrence, Terms
-from hooked_hybrid.config import MambaConfig, RGLRUConfig
+from hooked_hybrid.analysis.forms import Terms
+from hooked_hybrid.analysis.forms.base import Index, PerChannel
+from hooked_hybrid.analysis.linear_form import Recurrence
 from hooked_hybrid.network.layers import at_least_fp32
 from hooked_hybrid.network.layout import Layout
 
@@ -19,11 +20,6 @@ Rows = Float[Tensor, "batch channel query key"]
 
 QUERIES = 64
 """Queries worked on together."""
-ACTIVATIONS: dict[type, Callable[[Tensor], Tensor]] = {
-    RGLRUConfig: torch.ones_like,
-    MambaConfig: torch.sigmoid,
-}
-"""What the convolution's output is multiplied by to give x: silu(c) = sigmoid(c) c."""
 
 
 def blocks_of_rows(
@@ -41,7 +37,9 @@ def blocks_of_rows(
         through: as in `effective_attention`.
         stop: one more than the last query that is needed.
     """
-    taps = taps_of(r, channels) if through == "block" else []
+    taps, gate = [], terms.x
+    if through == "block":
+        taps, gate = taps_of(r, channels), at_least_fp32(r.form.gate(r, channels))
     decay, gain = (t.transpose(1, 2).double() for t in (terms.decay, terms.gain))
     read = terms.read.transpose(1, 2)
     # What the state after the last block holds of each key [batch channel key n].
@@ -59,8 +57,7 @@ def blocks_of_rows(
         is_real = r.layout.is_real
         rows *= (is_real[:, at, None] & is_real[:, None, : at.stop])[:, None]
         if through == "block":
-            gate = at_least_fp32(r["gate"][:, at, channels])
-            rows = _through_taps(rows, taps) * gate.mT[..., None]
+            rows = _through_taps(rows, taps) * gate[:, at].mT[..., None]
         yield start, rows
 
 
@@ -89,8 +86,8 @@ def taps_of(r: Recurrence, channels: Index) -> list[PerChannel]:
 
     Zero where the position before is another document's, or padding.
     """
-    weight = at_least_fp32(r.mixer.conv.weight).to(channels.device)[:, channels].flip(0)
-    act = ACTIVATIONS[type(r.cfg)](at_least_fp32(r["conv"][..., channels]))
+    weight = at_least_fp32(r.form.taps(r.mixer)).to(channels.device)[:, channels].flip(0)
+    act = r.form.slope(r, channels)
     return [act * w * _same_document(r.layout, j)[..., None] for j, w in enumerate(weight)]
 
 

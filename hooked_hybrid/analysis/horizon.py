@@ -15,19 +15,18 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from hooked_hybrid.analysis.linear_form import PerState, Recurrence
-from hooked_hybrid.config import AttentionConfig, MambaConfig, RGLRUConfig
+from hooked_hybrid.analysis.forms import DecayRange, form_of
+from hooked_hybrid.analysis.forms.base import PerState
+from hooked_hybrid.analysis.linear_form import Recurrence
 from hooked_hybrid.model.cache import ActivationCache
 from hooked_hybrid.model.hybrid import HookedHybrid
 from hooked_hybrid.network.mixers import mixer_of
-from hooked_hybrid.network.mixers.mamba import Mamba
-from hooked_hybrid.network.mixers.rglru import RGLRU
 
 Tokens = Float[Tensor, "channel *d_state"]
 SCRATCH = 2**26
@@ -54,17 +53,6 @@ class Reach:
     tokens: float
     longest: float
     half_life: float | None
-
-
-class DecayRange(NamedTuple):
-    """Decays a recurrence can reach, from 0 (all is forgotten) to 1, for each channel (and state).
-
-    `typical` is the decay where the gate's, or the step's, input is zero and its bias alone counts.
-    """
-
-    fastest: Tokens
-    typical: Tokens
-    slowest: Tokens
 
 
 def half_life(cache: ActivationCache, layer: int, **run: Any) -> Tokens:
@@ -136,7 +124,7 @@ def decay_range(model: HookedHybrid, layer: int) -> DecayRange:
     if index not in recurrent:
         raise ValueError(f"layer {layer} has no recurrence; those that have: {recurrent}")
     with torch.no_grad():
-        return RANGES[type(model.cfg.layers[index].mixer)](model.blocks[index].any_mixer)
+        return form_of(model.cfg.layers[index].mixer).decay_range(model.blocks[index].any_mixer)
 
 
 def how_far(cache: ActivationCache, eps: float = 0.01, **run: Any) -> list[Reach]:
@@ -155,9 +143,11 @@ def how_far(cache: ActivationCache, eps: float = 0.01, **run: Any) -> list[Reach
     """
     rows = []
     for layer, cfg in enumerate(cache.model.cfg.layers):
-        kind = mixer_of(cfg.mixer).kind
-        if isinstance(cfg.mixer, AttentionConfig):
-            window = math.inf if cfg.mixer.n_keys is None else float(cfg.mixer.n_keys)
+        mixer = mixer_of(cfg.mixer)
+        kind = mixer.kind
+        if mixer.grows:
+            n_keys = mixer.window(cfg.mixer)
+            window = math.inf if n_keys is None else float(n_keys)
             rows.append(Reach(layer, kind, window, window, None))
             continue
         horizon, half = memory_horizon(cache, layer, eps, **run), half_life(cache, layer, **run)
@@ -179,8 +169,8 @@ def _by_channel(
 ) -> Tokens:
     """Return what a function of log decays, and of where they act, gives for every channel."""
     at = r.layout.pos > 0
-    if "ssm_dt" in r:  # a step of 0 lets no time pass: padding, whether or not its mask was given
-        at = at & (r["ssm_dt"] != 0).any(-1)
+    if (moves := r.form.moves(r)) is not None:
+        at = at & moves
     if not bool(at.any()):
         raise ValueError("no token of this cache follows another in its document: nothing decays")
     every = torch.arange(r.n_channels, device=at.device)
@@ -195,7 +185,7 @@ def _by_channel(
             )
         parts.append(of(log_a, at))
     tokens = torch.cat(parts)
-    return tokens[:, 0] if isinstance(r.cfg, RGLRUConfig) else tokens
+    return tokens if r.form.has_states else tokens[:, 0]
 
 
 def _mean(log_a: PerState, at: Bool[Tensor, "batch pos"]) -> Float[Tensor, "channel n"]:
@@ -229,24 +219,3 @@ def _document_ends(r: Recurrence) -> Tensor:
     is_last = r.layout.is_real & (following <= 0)
     ends = torch.where(is_last, index, n - 1)
     return ends.flip(1).cummin(1).values.flip(1)
-
-
-def _rglru_range(mixer: RGLRU) -> DecayRange:
-    log_a = mixer.log_a_at_1.double()
-    typical = mixer.rec_gate.bias.double().sigmoid().flatten() * log_a
-    return DecayRange(log_a.exp(), typical.exp(), torch.ones_like(log_a))
-
-
-def _mamba_range(mixer: Mamba) -> DecayRange:
-    W = (mixer.dt_norm.weight[:, None] * mixer.dt_proj.W).double()
-    assert mixer.dt_proj.bias is not None
-    bias, A = mixer.dt_proj.bias.double(), mixer.A.double()
-    most = W.norm(dim=0) * mixer.cfg.dt_rank**0.5
-    steps = (torch.nn.functional.softplus(bias + s * most)[:, None] for s in (1, 0, -1))
-    return DecayRange(*(torch.exp(dt * A) for dt in steps))
-
-
-RANGES: dict[type, Callable[[Any], DecayRange]] = {
-    RGLRUConfig: _rglru_range,
-    MambaConfig: _mamba_range,
-}

@@ -36,8 +36,8 @@ from hooked_hybrid.analysis.effective_rows import (
     inputs_of,
     taps_of,
 )
-from hooked_hybrid.analysis.linear_form import PerChannel, Recurrence
-from hooked_hybrid.config import RGLRUConfig
+from hooked_hybrid.analysis.forms.base import PerChannel
+from hooked_hybrid.analysis.linear_form import Recurrence
 from hooked_hybrid.hooks.slicing import indices_on, read_indices
 from hooked_hybrid.model.cache import ActivationCache
 from hooked_hybrid.model.memory import WORTH_CHECKING, available_bytes
@@ -182,7 +182,7 @@ def effective_offset(
             terms = r.terms(part)
             x, gate = inputs_of(r, part, terms, through), None
             if through == "block":
-                x, gate = convolved(x, taps_of(r, part)), at_least_fp32(r["gate"][..., part])
+                x, gate = convolved(x, taps_of(r, part)), at_least_fp32(r.form.gate(r, part))
             rest = terms.outputs(terms.write - terms.gain * x[..., None], terms.x - x, terms.h0)
             pieces.append(rest if gate is None else rest * gate)
     return torch.cat(pieces, dim=-1)
@@ -205,12 +205,13 @@ def _group_size(r: Recurrence, summary: Summary) -> int:
     if summary == "layer":
         return r.n_channels
     if summary == "gate_block":
-        if not isinstance(r.cfg, RGLRUConfig):
+        groups = r.mixer.channel_groups(r.cfg)
+        if groups is None:
             raise ValueError(
                 f"layer {r.layer} has no gate blocks: give a number of groups of its "
                 f"{r.n_channels} channels, or 'layer'"
             )
-        return r.n_channels // r.cfg.n_gate_blocks
+        return r.n_channels // groups
     if isinstance(summary, bool) or not isinstance(summary, int) or summary < 1:
         raise ValueError(
             f"summary={summary!r}: give 'channel', 'gate_block', 'layer' or a number of groups"

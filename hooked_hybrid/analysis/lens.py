@@ -17,10 +17,11 @@ from torch import Tensor
 
 from hooked_hybrid.hooks.slicing import PosSlice
 from hooked_hybrid.model.residual.norms import TokenChoice, ids_at
-from hooked_hybrid.model.residual.parts import stream, weigh
+from hooked_hybrid.model.residual.parts import stream
 from hooked_hybrid.model.residual.reading import require_room
 from hooked_hybrid.network.layers import at_least_fp32, inverse_rms
 from hooked_hybrid.network.weights.products import linear
+from hooked_hybrid.network.written import weigh
 from hooked_hybrid.options import refuse_ignored
 
 if TYPE_CHECKING:

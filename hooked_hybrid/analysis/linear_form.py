@@ -5,59 +5,28 @@ For each channel, with as many states n as the kind has (RG-LRU 1, Mamba `d_stat
     h_t = decay_t h_{t-1} + write_t      write_t = gain_t x_t
     y_t = read_t . h_t + skip x_t
 
-==========  ====================  ==========================================  ==========  ======
-kind        x                     gain                                        read        skip
-==========  ====================  ==========================================  ==========  ======
-RG-LRU      `hook_conv`           input gate times sqrt(1 - decay^2), at the  1           0
-                                  start of a document the input gate alone
-Mamba       `hook_ssm_input`      dt B                                        C           D
-==========  ====================  ==========================================  ==========  ======
+What these are in a run, the `forms` of each kind say.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from hooked_hybrid.config import MambaConfig, RGLRUConfig
+from hooked_hybrid.analysis.forms import Terms, form_of
+from hooked_hybrid.analysis.forms.base import Index, PerState
 from hooked_hybrid.hooks.names import HookNameError
 from hooked_hybrid.model.cache import ActivationCache
 from hooked_hybrid.network.layers import at_least_fp32
 from hooked_hybrid.network.layout import Layout, lay_out
-from hooked_hybrid.network.mixers.mamba import forget
-from hooked_hybrid.network.scans.scan import scan
-from hooked_hybrid.network.state import HybridState, RecurrentState
+from hooked_hybrid.network.state import HybridState
 
-PerChannel = Float[Tensor, "batch pos channel"]
-PerState = Float[Tensor, "batch pos channel n"]
-Index = Int[Tensor, " channel"]
 AGREES, AGREES_ROUNDED = 1e-3, 3e-2
 """How far, relative to the largest value, a recurrence that is read as it ran is from its cached
 output: in fp32, and in dtypes that round it."""
-
-
-class Terms(NamedTuple):
-    """What the module's equations name, for some channels, in fp32 or wider.
-
-    `write` is as used, also where a hook changed it, and so may differ from `gain` times `x`.
-    """
-
-    x: PerChannel
-    decay: PerState
-    gain: PerState
-    write: PerState
-    read: Float[Tensor, "batch pos #channel n"]
-    skip: Float[Tensor, " channel"]
-    h0: Float[Tensor, "batch channel n"]
-
-    def outputs(self, write: PerState, x: PerChannel, h0: Tensor) -> PerChannel:
-        """Return y for some writes, inputs and first state."""
-        states = scan(self.decay, write, h0)
-        return (states * self.read).sum(-1) + self.skip * x
 
 
 class Recurrence:
@@ -70,6 +39,7 @@ class Recurrence:
 
     Raises:
         ValueError: the layer has no recurrence; or a mask or state that does not fit the cache.
+        NotSupported: its kind has no linear form.
         HookNameError: the cache lacks a value.
     """
 
@@ -88,35 +58,30 @@ class Recurrence:
         if index not in recurrent:
             raise ValueError(f"layer {layer} has no recurrence; those that have: {recurrent}")
         self.cache, self.layer = cache, index
-        self.cfg: RGLRUConfig | MambaConfig = cfg.layers[index].mixer  # type: ignore[assignment]
         self.mixer: Any = cache.model.blocks[index].any_mixer
+        self.cfg: Any = self.mixer.cfg
+        self.form = form_of(self.cfg)
         y = self["ssm_y"]
         if state is not None and state.batch_size != y.shape[0]:
             raise ValueError(f"the cache has {y.shape[0]} rows, the state {state.batch_size}")
         if attention_mask is None and segment_ids is None and cache.has_padding:
-            attention_mask = (cache._pos_of(f"blocks.{index}.mixer.hook_ssm_y") >= 0).long()
+            attention_mask = (cache._pos_of(self._full("ssm_y")) >= 0).long()
         self.layout: Layout = lay_out(y, state, attention_mask, segment_ids, allow_empty_rows=True)
-        self.state: RecurrentState | None = None
-        if state is not None:
-            block = state.blocks[index]
-            assert isinstance(block, RecurrentState)
-            self.state = block
-        self._terms = TERMS[type(self.cfg)]
-        self._log_decay = LOG_DECAYS[type(self.cfg)]
+        self.state: Any = None if state is None else state.blocks[index]
 
     def __getitem__(self, name: str) -> Tensor:
         """Return a cached value of the layer, [batch pos ...]."""
         try:
-            value = self.cache[name, self.layer]
+            value = self.cache[self._full(name)]
         except HookNameError as error:
             raise HookNameError(
-                f"the cache has no 'blocks.{self.layer}.mixer.hook_{name}', which this needs: "
-                "cache every point of the mixer (names_filter=lambda n: '.mixer.' in n)"
+                f"the cache has no {self._full(name)!r}, which this needs: cache every point of "
+                f"the mixer (names_filter=lambda n: '.{self.mixer.path}.' in n)"
             ) from error
         return value if self.cache.has_batch_dim else value[None]
 
     def __contains__(self, name: str) -> bool:
-        return (name, self.layer) in self.cache
+        return self._full(name) in self.cache
 
     @property
     def n_channels(self) -> int:
@@ -126,15 +91,15 @@ class Recurrence:
     @property
     def n_states(self) -> int:
         """States of each channel."""
-        return getattr(self.cfg, "d_state", 1)
+        return self.form.n_states(self.cfg)
 
     def terms(self, channels: Index) -> Terms:
         """Return what these channels computed with."""
-        return self._terms(self, channels)
+        return self.form.terms(self, channels)
 
     def log_decay(self, channels: Index) -> PerState:
         """Return the log decays of these channels in fp64, without the resets of documents."""
-        return self._log_decay(self, channels)
+        return self.form.log_decay(self, channels)
 
     def h0(self, channels: Index) -> Float[Tensor, "batch channel n"]:
         """Return the state that the run began from."""
@@ -143,6 +108,9 @@ class Recurrence:
             return at_least_fp32(y.new_zeros(y.shape[0], len(channels), self.n_states))
         ssm = self.state.ssm.to(y.device)[:, channels]
         return ssm if ssm.ndim == 3 else ssm[..., None]
+
+    def _full(self, name: str) -> str:
+        return f"blocks.{self.layer}.{self.mixer.path}.hook_{name}"
 
     def check(self, channels: Index, terms: Terms) -> None:
         """Compare the recurrence, run again, with what the cache says it gave.
@@ -165,56 +133,3 @@ class Recurrence:
                 "edited hook_ssm_state or hook_ssm_y, or the cache holds some positions only, no "
                 "matrix gives that output (check=False leaves this comparison out)"
             )
-
-
-def _rglru_terms(r: Recurrence, channels: Index) -> Terms:
-    """Return the RG-LRU's terms, in the order and dtypes of its forward."""
-    layout = r.layout
-    log_a = layout.zero_padding(r["log_decay"][..., channels])
-    scale = torch.sqrt(1 - torch.exp(log_a + log_a))
-    starts, padding = layout.is_start[..., None], ~layout.is_real[..., None]
-    scale = scale.masked_fill(starts, 1).masked_fill(padding, 0)
-    decay = torch.exp(log_a).masked_fill(starts, 0)
-    gain = r["input_gate"][..., channels] * scale
-    one = at_least_fp32(gain.new_ones(*layout.pos.shape, 1, 1))
-    u, decay, gain, write = (
-        at_least_fp32(t)
-        for t in (r["conv"][..., channels], decay, gain, r["ssm_write"][..., channels])
-    )
-    skip = u.new_zeros(len(channels))
-    return Terms(u, decay[..., None], gain[..., None], write[..., None], one, skip, r.h0(channels))
-
-
-def _mamba_terms(r: Recurrence, channels: Index) -> Terms:
-    """Return Mamba's terms; decays and writes are the cached ones where they were kept."""
-    x, dt = (at_least_fp32(r[name][..., channels]) for name in ("ssm_input", "ssm_dt"))
-    B, C = (at_least_fp32(r[name]) for name in ("ssm_B", "ssm_C"))
-    A, skip = r.mixer.A.to(x.device)[channels], r.mixer.D.to(x.device)[channels]
-    if "ssm_decay" in r:
-        decay = r["ssm_decay"][:, :, channels]
-    else:
-        decay = forget(torch.exp(dt[..., None] * A), r.layout)
-    gain = dt[..., None] * B[:, :, None]
-    write = r["ssm_write"][:, :, channels] if "ssm_write" in r else gain * x[..., None]
-    return Terms(x, decay, gain, write, C[:, :, None], at_least_fp32(skip), r.h0(channels))
-
-
-def _rglru_log_decay(r: Recurrence, channels: Index) -> PerState:
-    return r["log_decay"][..., channels, None].double()
-
-
-def _mamba_log_decay(r: Recurrence, channels: Index) -> PerState:
-    if "ssm_decay" in r:
-        return r["ssm_decay"][:, :, channels].double().log()
-    dt = r["ssm_dt"][..., channels, None].double()
-    return dt * r.mixer.A.to(dt.device)[channels].double()
-
-
-TERMS: dict[type, Callable[[Recurrence, Index], Terms]] = {
-    RGLRUConfig: _rglru_terms,
-    MambaConfig: _mamba_terms,
-}
-LOG_DECAYS: dict[type, Callable[[Recurrence, Index], PerState]] = {
-    RGLRUConfig: _rglru_log_decay,
-    MambaConfig: _mamba_log_decay,
-}

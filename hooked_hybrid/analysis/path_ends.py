@@ -40,6 +40,7 @@ from hooked_hybrid.hooks.names import resolve
 from hooked_hybrid.hooks.slicing import whole_numbers
 from hooked_hybrid.model.hybrid import HookedHybrid
 from hooked_hybrid.network.layers import at_least_fp32
+from hooked_hybrid.network.mixers import mixer_of
 from hooked_hybrid.shapes import Resid
 
 End = tuple[Any, ...]
@@ -221,7 +222,7 @@ def _channels(cfg: Any, width: int, which: Any, end: End) -> tuple[int, ...] | N
     is_attention, is_one = isinstance(cfg, AttentionConfig), hasattr(which, "__index__")
     if not (is_attention or is_one):
         return _among(which, width, end)
-    n_groups = cfg.n_heads if is_attention else getattr(cfg, "n_gate_blocks", None)
+    n_groups = cfg.n_heads if is_attention else mixer_of(cfg).channel_groups(cfg)
     if n_groups is None:
         raise ValueError(f"{end!r}: this layer has no gate blocks, give channels in a slice")
     size = width // n_groups

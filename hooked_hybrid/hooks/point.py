@@ -186,6 +186,7 @@ class HookPoint(nn.Module):
         self.is_integer = integer
         self.is_stepwise = stepwise
         self.name: str | None = None
+        self.owner: type | None = None  # the class of the module that has it
         self.ctx: dict[Any, Any] = {}
         self.fwd_hooks: list[LensHandle] = []
         self.bwd_hooks: list[LensHandle] = []

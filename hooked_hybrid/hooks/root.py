@@ -40,6 +40,9 @@ class HookedRootModule(nn.Module):
             point.name = name
             point._holder = self.run_holder
         for module in self.modules():
+            for part in module.children():
+                if isinstance(part, HookPoint):
+                    part.owner = type(module)
             # Found in the instance's own dict, a part costs a tenth of nn.Module's lookup.
             module.__dict__.update({n: m for n, m in module._modules.items() if n.isidentifier()})
 

@@ -18,8 +18,10 @@ from hooked_hybrid.hooks.slicing import Indices, whole_numbers
 from hooked_hybrid.interventions.pickling import picklable
 from hooked_hybrid.interventions.places import Positions, read_positions
 from hooked_hybrid.interventions.rows import PerRow, entries_of_rows, read_per_row
-from hooked_hybrid.interventions.state_edges import WATCHED, Cut, Edges, is_chosen
+from hooked_hybrid.interventions.state_edges import Cut, Edges, is_chosen, owner_of
 from hooked_hybrid.interventions.where import hook_at
+from hooked_hybrid.network.mixers import MIXERS
+from hooked_hybrid.network.part import NotSupported
 
 
 @picklable
@@ -44,7 +46,7 @@ def edit_state(
     """
     # A hook of its own: `fn` keeps its signature and its marks.
     edit = per_position(partial(fn)) if positions is None else hook_at(fn, positions)
-    return [*_checked(layers), (_points(("ssm_state",), layers), edit)]
+    return [*_checked(layers), (_points(("hook_ssm_state",), layers), edit)]
 
 
 @picklable
@@ -76,6 +78,7 @@ def freeze_state(
             start; when first run, a channel above those of a layer, or positions for another number
             of rows.
         HookNameError: when attached, a layer without a recurrence.
+        NotSupported: when run, a recurrence does not state how it is held.
     """
     first, last = read_per_row(start, "start"), None if stop is None else read_per_row(stop, "stop")
     if isinstance(start, int) and isinstance(stop, int) and stop < start:
@@ -88,9 +91,13 @@ def freeze_state(
         here = pos >= _of_rows(first, "start", hook)
         if last is not None:
             here = here & (pos < _of_rows(last, "stop", hook))
-        return value.masked_fill(here[..., None] & is_chosen(chosen, value, hook), 0)
+        held = owner_of(hook).holds.get(str(hook.name).rpartition(".")[2])
+        if held is None:  # a point with which another kind is held
+            return value
+        here = here.view(*here.shape, *(1,) * (value.ndim - 2))
+        return value.masked_fill(here & is_chosen(chosen, value, hook), held)
 
-    return [*_checked(layers), (_points(("log_decay", "input_gate", "ssm_dt"), layers), hold)]
+    return [*_checked(layers), (_points(_stated("holds"), layers), hold)]
 
 
 @picklable
@@ -145,8 +152,8 @@ def knock_out_state_edges(
     cut = Cut(Edges(queries, keys, chosen))
     return [
         *_checked(layers),
-        (_points(WATCHED, layers), cut.watch),
-        (_points(("ssm_y",), layers), cut.subtract),
+        (_points(_stated("scan_hooks"), layers), cut.watch),
+        (_points(("hook_ssm_y",), layers), cut.subtract),
     ]
 
 
@@ -162,13 +169,27 @@ def _checked(layers: Indices | None) -> list[HookSpec]:
     return [([f"blocks.{i}.mixer.hook_ssm_y" for i in whole_numbers(layers, "layers")], _look)]
 
 
+def _stated(fact: str) -> tuple[str, ...]:
+    """Return the hook points that a fact of recurrences names, of all kinds.
+
+    Where a kind does not state it, also the output of all: a hook there can ask its own kind.
+    """
+    leaves: list[str] = []
+    for mixer in MIXERS.values():
+        try:
+            leaves += [] if mixer.grows else [*getattr(mixer, fact)]
+        except NotSupported:
+            leaves.append("hook_ssm_y")
+    return tuple(dict.fromkeys(leaves))
+
+
 def _points(leaves: tuple[str, ...], layers: Indices | None) -> NameFilter:
     """Return a predicate on the points of recurrences, in some layers or in all."""
     chosen = None if layers is None else {str(i) for i in whole_numbers(layers, "layers")}
 
     def selects(name: str) -> bool:
         parts = name.split(".")
-        is_there = len(parts) == 4 and parts[2] == "mixer" and parts[3][len("hook_") :] in leaves
+        is_there = len(parts) == 4 and parts[2] == "mixer" and parts[3] in leaves
         return is_there and (chosen is None or parts[1] in chosen)
 
     return selects

@@ -6,8 +6,9 @@ g_t = a_t g_{t-1} + [t is a key] w_t, and y_t without it is y_t - read_t . g_t.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -17,10 +18,9 @@ from hooked_hybrid.hooks.point import HookPoint, Run, per_position, watcher
 from hooked_hybrid.interventions.places import Chosen, is_among
 from hooked_hybrid.interventions.rows import Handover
 from hooked_hybrid.network.layers import at_least_fp32
+from hooked_hybrid.network.mixers.base import Mixer, ScanTerms
 from hooked_hybrid.network.scans.scan import scan
 
-WATCHED = ("log_decay", "ssm_decay", "ssm_write", "ssm_C", "ssm_state")
-"""Points that say what a recurrence computed with; each kind has some of them."""
 AGREES = 1e-4
 """How far a state may be from a_t h_{t-1} + w_t, relative to the largest |a_t h_{t-1}| + |w_t| of
 its channel in one call."""
@@ -36,18 +36,10 @@ class Edges(NamedTuple):
     channels: tuple[int, ...] | None
 
 
-class _Terms(NamedTuple):
-    """What a recurrence computed with, and its states."""
-
-    decay: States
-    write: States
-    states: States
-    read: Float[Tensor, "batch pos #channel n"]
-
-    def expected(self, before: State) -> tuple[States, States]:
-        """Return a_t h_{t-1} + w_t and |a_t h_{t-1}| + |w_t|."""
-        kept = self.decay * torch.cat([before[:, None], self.states[:, :-1]], dim=1)
-        return kept + self.write, kept.abs() + self.write.abs()
+def _expected(terms: ScanTerms, before: State) -> tuple[States, States]:
+    """Return a_t h_{t-1} + w_t and |a_t h_{t-1}| + |w_t|."""
+    kept = terms.decay * torch.cat([before[:, None], terms.states[:, :-1]], dim=1)
+    return kept + terms.write, kept.abs() + terms.write.abs()
 
 
 @dataclass
@@ -65,7 +57,7 @@ class Cut:
 
     def __init__(self, edges: Edges) -> None:
         self.edges = edges
-        self.seen = {leaf: Handover() for leaf in WATCHED}
+        self.seen: defaultdict[str, Handover] = defaultdict(Handover)
         self.followed: dict[int, _Followed] = {}
         self.skips: dict[int, Tensor] = {}
 
@@ -73,7 +65,7 @@ class Cut:
     @per_position
     def watch(self, value: Tensor, hook: HookPoint) -> None:
         """Keep what a recurrence computes with, for `subtract`."""
-        self.seen[str(hook.name).rsplit("hook_", 1)[1]].leave(hook, value)
+        self.seen[str(hook.name).rpartition(".")[2]].leave(hook, value)
 
     @per_position
     def subtract(self, y: Tensor, hook: HookPoint) -> Tensor:
@@ -115,27 +107,24 @@ class Cut:
             "knock_out_state_edges first, as they come (rows are chosen by masks of positions)"
         )
 
-    def _terms(self, hook: HookPoint) -> _Terms:
+    def _terms(self, hook: HookPoint) -> ScanTerms:
         """Return what the points before left, with documents parted and padding kept."""
         seen = {leaf: left.take(hook) for leaf, left in self.seen.items() if left.has(hook)}
-        log_decay = seen.get("log_decay")
-        decay = seen["ssm_decay"] if log_decay is None else torch.exp(log_decay)[..., None]
+        terms: ScanTerms = owner_of(hook).scan_terms(seen)
         pos = hook.run.query_pos[..., None, None]
-        decay = at_least_fp32(decay).masked_fill(pos < 0, 1).masked_fill(pos == 0, 0)
-        write, states = (at_least_fp32(seen[leaf]) for leaf in ("ssm_write", "ssm_state"))
-        if log_decay is None:
-            return _Terms(decay, write, states, at_least_fp32(seen["ssm_C"])[:, :, None])
-        one = states.new_ones(*pos.shape[:2], 1, 1)
-        return _Terms(decay, write[..., None], states[..., None], one)
+        decay = at_least_fp32(terms.decay).masked_fill(pos < 0, 1).masked_fill(pos == 0, 0)
+        return terms._replace(decay=decay)
 
-    def _follow(self, terms: _Terms, is_key: Bool[Tensor, "batch pos"], hook: HookPoint) -> States:
+    def _follow(
+        self, terms: ScanTerms, is_key: Bool[Tensor, "batch pos"], hook: HookPoint
+    ) -> States:
         """Return what the keys have in each state, and keep where this call ends."""
         run, layer, states = hook.run, hook.layer(), terms.states
         is_real = run.query_pos >= 0
         begins = is_real.int().argmax(dim=1, keepdim=True)
         first = run.query_pos.gather(1, begins)[:, 0]  # -1 where the row has no token here
         before, cut, next_pos = self._before(run, layer, states)
-        expected, size = terms.expected(before)
+        expected, size = _expected(terms, before)
         limit = AGREES * size.amax(dim=1, keepdim=True)
         agrees = ((states - expected).abs() <= limit).flatten(2).all(-1)
         if not bool(agrees[:, 1:].all()):
@@ -203,6 +192,12 @@ _UNFOLLOWED = (
     "from position 0 on (in generation as fwd_hooks), one run at a time, and leave the state as "
     "it is between them"
 )
+
+
+def owner_of(hook: HookPoint) -> type[Mixer[Any]]:
+    """Return the class of the recurrence that has a hook point."""
+    assert hook.owner is not None and issubclass(hook.owner, Mixer)  # the hooks are on a mixer's
+    return hook.owner
 
 
 def is_chosen(

@@ -9,13 +9,14 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from hooked_hybrid.config import AttentionConfig, HybridConfig
+from hooked_hybrid.config import AttentionConfig, HybridConfig, MixerConfig
 from hooked_hybrid.hooks.names import NameFilter
 from hooked_hybrid.hooks.point import HookPoint, per_position
 from hooked_hybrid.hooks.root import HookSpec
 from hooked_hybrid.hooks.slicing import whole_numbers
 from hooked_hybrid.interventions.pickling import picklable
 from hooked_hybrid.interventions.rows import PerRow, entries_of_rows, read_per_row
+from hooked_hybrid.network.mixers import mixer_of
 from hooked_hybrid.shapes import Pattern
 
 
@@ -116,29 +117,32 @@ def knock_out_crossings(
         if isinstance(mixer, AttentionConfig):
             hooks.append((f"blocks.{layer}.attn.hook_attn_scores", cut_edges))
         else:
-            hooks += _recurrence_begins(layer, mixer.d_conv, first)
+            hooks += _recurrence_begins(layer, mixer, first)
     return hooks
 
 
-def _recurrence_begins(layer: int, d_conv: int, first: Int[Tensor, "*batch"]) -> list[HookSpec]:
-    """Return hooks that part a recurrence and its convolution of `d_conv` taps at a position."""
+def _recurrence_begins(
+    layer: int, cfg: MixerConfig, first: Int[Tensor, "*batch"]
+) -> list[HookSpec]:
+    """Return hooks that part a recurrence and its convolution at a position."""
+    mixer = mixer_of(cfg)
+    path, n_taps, forgets = f"blocks.{layer}.{mixer.path}", mixer.n_taps(cfg), mixer.forgets
 
     @per_position
     def hide_from_convolution(x: Tensor, hook: HookPoint) -> Tensor:
         before = _of_rows(first, hook) - hook.run.query_pos
-        return x.masked_fill(((before > 0) & (before < d_conv))[..., None], 0)
+        return x.masked_fill(((before > 0) & (before < n_taps))[..., None], 0)
 
     @per_position
     def forget(decay: Tensor, hook: HookPoint) -> Tensor:
         here: Bool[Tensor, "batch pos"] = hook.run.query_pos == _of_rows(first, hook)
-        nothing = -torch.inf if str(hook.name).endswith("hook_log_decay") else 0.0
+        nothing = forgets[str(hook.name).rpartition(".")[2]]
         return decay.masked_fill(here.view(*here.shape, *(1,) * (decay.ndim - 2)), nothing)
 
-    leaves = (f"blocks.{layer}.mixer.hook_log_decay", f"blocks.{layer}.mixer.hook_ssm_decay")
-    return [
-        (f"blocks.{layer}.mixer.hook_in_proj", hide_from_convolution),
-        (lambda name: name in leaves, forget),
-    ]
+    hooks: list[HookSpec] = [([f"{path}.{leaf}" for leaf in forgets], forget)]
+    if n_taps > 1:
+        hooks.insert(0, (f"{path}.hook_in_proj", hide_from_convolution))
+    return hooks
 
 
 def _of_rows(first: Int[Tensor, "*batch"], hook: HookPoint) -> Int[Tensor, "#batch 1"]:

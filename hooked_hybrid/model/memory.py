@@ -7,9 +7,7 @@ from collections.abc import Iterable
 import psutil
 import torch
 
-from hooked_hybrid.config import AttentionConfig, MambaConfig
 from hooked_hybrid.hooks.point import HookPoint
-from hooked_hybrid.network.kernels.fused_attention import Call, block_length
 from hooked_hybrid.network.layout import Layout
 from hooked_hybrid.network.network import Network
 from hooked_hybrid.network.state import AttentionState, HybridState
@@ -52,20 +50,17 @@ def large_bytes(
     sizes = {}
     batch, width = layout.pos.shape[0], model.dtype.itemsize
     for i in range(model.cfg.n_layers) if layers is None else layers:
-        layer = model.cfg.layers[i]
-        block = model.blocks[i].any_mixer
-        if isinstance(layer.mixer, AttentionConfig):
-            cached = 0 if state is None else _n_keys(state, i)
-            window = layout.length if layer.mixer.n_keys is None else layer.mixer.n_keys
-            n_keys = cached + (layout.length if piece == layout.length else piece + window)
-            size = batch * layer.mixer.n_heads * piece * n_keys * width
-            points = [block.hook_attn_scores, block.hook_pattern]
-        elif isinstance(layer.mixer, MambaConfig):
-            size = batch * piece * layer.mixer.d_inner * layer.mixer.d_state * max(width, 4)
-            points = [block.hook_ssm_decay, block.hook_ssm_write, block.hook_ssm_state]
-        else:
-            continue
-        sizes.update({str(p.name): size for p in points if p.is_hooked})
+        mixer, n_keys = model.blocks[i].any_mixer, 0
+        if mixer.grows:
+            window = mixer.window(mixer.cfg)
+            window = layout.length if window is None else window
+            n_keys = layout.length if piece == layout.length else piece + window
+            n_keys += _n_keys(state, i)
+        for leaf, n in mixer.hooked_numbers(mixer.cfg, piece, n_keys).items():
+            point = getattr(mixer, leaf)
+            # A recurrence computes in fp32 or wider.
+            if point.is_hooked:
+                sizes[str(point.name)] = batch * n * (width if mixer.grows else max(width, 4))
     return sizes
 
 
@@ -81,34 +76,14 @@ def attention_bytes(
     Args:
         model, layout, state, piece, layers: as in `large_bytes`.
     """
-    sizes, grad, devices = {}, torch.is_grad_enabled(), model.layer_devices
-    for i in range(model.cfg.n_layers) if layers is None else layers:
-        cfg, device = model.cfg.layers[i].mixer, devices[i]
-        if not isinstance(cfg, AttentionConfig) or not (grad or device.type == "cuda"):
-            continue
-        block = model.blocks[i].any_mixer
-        if block.hook_attn_scores.is_hooked or block.hook_pattern.is_hooked:
-            continue  # not inside the kernel: `large_bytes` counts them
-        cached, on_gpu = 0 if state is None else _n_keys(state, i), device.type == "cuda"
-        queries = min(piece, block_length(piece, cfg.n_keys, on_gpu))
-        keys = cached + (layout.length if grad or cfg.n_keys is None else piece)
-        if cfg.n_keys is not None and queries < piece and layout.is_plain:
-            keys = min(keys, cfg.n_keys - 1 + queries)
-        call = Call(
-            rows=layout.pos.shape[0],
-            mask_rows=1 if layout.is_plain else layout.pos.shape[0],
-            queries=piece if grad else queries,  # the masks of all blocks are kept for gradients
-            keys=keys,
-            n_heads=cfg.n_heads,
-            n_kv_heads=cfg.n_kv_heads,
-            d_head=cfg.d_head,
-            dtype=model.dtype,
-            on_gpu=on_gpu,
+    devices = model.layer_devices
+    return {
+        i: model.blocks[i].any_mixer.kernel_bytes(
+            layout, _n_keys(state, i), piece, model.dtype, devices[i]
         )
-        sees_all_before = layout.is_plain and cached == 0 and piece == layout.length
-        is_causal = sees_all_before and (cfg.n_keys is None or piece <= cfg.n_keys)
-        sizes[i] = call.n_bytes(is_causal)
-    return sizes
+        for i in (range(model.cfg.n_layers) if layers is None else layers)
+        if model.blocks[i].any_mixer.grows
+    }
 
 
 def require_memory(
@@ -185,6 +160,6 @@ def _layer(name: str) -> int:
     return int(name.split(".")[1])
 
 
-def _n_keys(state: HybridState, layer: int) -> int:
-    block = state.blocks[layer]
+def _n_keys(state: HybridState | None, layer: int) -> int:
+    block = None if state is None else state.blocks[layer]
     return block.k.shape[1] if isinstance(block, AttentionState) else 0

@@ -24,12 +24,10 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
-from hooked_hybrid.config import AttentionConfig
 from hooked_hybrid.hooks.point import HookPoint
 from hooked_hybrid.network.host_waits import AsksNothing
-from hooked_hybrid.network.kernels import grouped_experts
 from hooked_hybrid.network.layout import lay_out
-from hooked_hybrid.network.mlps.moe import MoE
+from hooked_hybrid.network.mixers import mixer_of
 from hooked_hybrid.network.state import HybridState
 
 if TYPE_CHECKING:
@@ -104,12 +102,8 @@ def attachments(model: LanguageModel) -> list[Sized]:
 
 
 def _asks_for_counts(model: LanguageModel) -> bool:
-    """Return whether a mixture of experts has the host read how many tokens each expert got."""
-    mlps = (block.mlp for block in model.blocks)
-    return any(
-        isinstance(m, MoE) and not (m.stacks and grouped_experts.usable(model.W_E[:1], *m.stacks))
-        for m in mlps
-    )
+    """Return whether an MLP has the host read how many tokens each of its experts got."""
+    return any(block.mlp.asks_for_counts(model.W_E[:1]) for block in model.blocks)
 
 
 def is_watched(attached: list[Sized]) -> bool:
@@ -175,11 +169,11 @@ class StepGraph:
     ) -> None:
         self.model, device, batch = model, model.device, state.batch_size
         self._attached = attachments(model)
+        mixers = [(mixer_of(layer.mixer), layer.mixer) for layer in model.cfg.layers]
         self._windows = {
-            f"blocks.{i}.{name}": layer.mixer.n_keys
-            for i, layer in enumerate(model.cfg.layers)
-            if isinstance(layer.mixer, AttentionConfig)
-            for name in ("k", "v", "pos")
+            f"blocks.{i}.{name}": mixer.window(cfg)
+            for i, (mixer, cfg) in enumerate(mixers)
+            for name in mixer.grows
         }
         self._buffers = {
             name: t.new_zeros(self._room_for(name, t.shape, n_steps))

@@ -12,6 +12,8 @@ from typing import Any, ClassVar, NamedTuple, NoReturn
 
 from hooked_hybrid.network.component import Component
 from hooked_hybrid.network.costs import Flops, Piece
+from hooked_hybrid.network.layers import RMSNorm
+from hooked_hybrid.network.written import Split
 
 
 class NotSupported(ValueError):
@@ -75,6 +77,9 @@ class Part(Component):
     inner_norms: ClassVar[tuple[FoldedNorm, ...]] = ()
     """Norms inside that are folded into what reads them."""
 
+    part_letter: ClassVar[str | None] = None
+    """What a part of its write is called in labels ("L2H0"); None where it acts as one."""
+
     rows_apart: ClassVar[Mapping[str, str]] = MappingProxyType({})
     """Children whose parameters are a row of their own, with its name."""
     rows_within: ClassVar[Mapping[str, str]] = MappingProxyType({})
@@ -90,6 +95,17 @@ class Part(Component):
         cls.title = vars(cls).get("title", cls.kind)
         cls.row = vars(cls).get("row", cls.title)
         cls.label = vars(cls).get("label", cls.kind)
+
+    def split(self, norm: RMSNorm) -> Split:  # noqa: ARG002
+        """Return its write as parts that act apart.
+
+        Args:
+            norm: what it reads through, before it in the block.
+
+        Raises:
+            NotSupported: it states no such parts.
+        """
+        raise not_stated(type(self), "split", "parts of its write that act apart")
 
     @classmethod
     def operations(cls, cfg: Any, d_model: int) -> dict[str, Flops]:  # noqa: ARG003

@@ -28,8 +28,23 @@ from hooked_hybrid.outputs.whole_files import replacing
 Rows = Indices
 
 
+class BlockState:
+    """What one layer remembers: a frozen dataclass of tensors whose first axis is the batch.
+
+    A class of states is found by the names of its tensors, which no other has.
+    """
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Let states that are read from a file be of this class."""
+        super().__init_subclass__(**kwargs)
+        _CLASSES[frozenset(cls.__annotations__)] = cls
+
+
+_CLASSES: dict[frozenset[str], type[BlockState]] = {}
+
+
 @dataclass(frozen=True, eq=False)
-class AttentionState:
+class AttentionState(BlockState):
     """Keys and values that later queries may still see, oldest first.
 
     `k` is after rotation and after every hook. `pos` is the position of each key in its
@@ -42,7 +57,7 @@ class AttentionState:
 
 
 @dataclass(frozen=True, eq=False)
-class RecurrentState:
+class RecurrentState(BlockState):
     """The last inputs of the short convolution, oldest first, and the recurrence's state.
 
     `ssm` is fp32 (or wider) in every model dtype.
@@ -50,9 +65,6 @@ class RecurrentState:
 
     conv: Float[Tensor, "batch tap channel"]
     ssm: Float[Tensor, "batch channel ..."]
-
-
-BlockState = AttentionState | RecurrentState
 
 
 def kept_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
@@ -292,10 +304,7 @@ class HybridState:
             if name.startswith("blocks."):
                 _, index, leaf = name.split(".")
                 parts.setdefault(int(index), {})[leaf] = t
-        blocks = tuple(
-            AttentionState(**parts[i]) if "k" in parts[i] else RecurrentState(**parts[i])
-            for i in sorted(parts)
-        )
+        blocks = tuple(_class_of(parts[i])(**parts[i]) for i in sorted(parts))
         return cls(blocks, tensors["next_pos"], tensors["segment"], n_seen)
 
     # --- inside -------------------------------------------------------------------------------
@@ -315,6 +324,14 @@ class HybridState:
             raise ValueError(str(error)) from error
 
 
+def _class_of(tensors: Mapping[str, Tensor]) -> type[BlockState]:
+    """Return the class of states that consist of tensors of these names."""
+    try:
+        return _CLASSES[frozenset(tensors)]
+    except KeyError:
+        raise ValueError(f"no kind of layer keeps {', '.join(sorted(tensors))}") from None
+
+
 def _rebuilt(block: BlockState, tensors: dict[str, Tensor]) -> BlockState:
     """Return a state of the same kind with these tensors."""
     return type(block)(**tensors)
@@ -328,7 +345,7 @@ def _graft(mine: BlockState, theirs: BlockState, kinds: set[str], rows: Tensor) 
     new = {}
     for name, t in vars(mine).items():
         donor = getattr(theirs, name)
-        if _KINDS[name] not in kinds:
+        if _KINDS.get(name, name) not in kinds:
             continue
         if donor.shape != t.shape:
             raise ValueError(

@@ -9,10 +9,9 @@ import pytest
 import torch
 
 from hooked_hybrid import ActivationCache
-from hooked_hybrid.config import AttentionConfig, MoEConfig, RGLRUConfig
+from hooked_hybrid.config import MoEConfig, RGLRUConfig
 from hooked_hybrid.hooks.names import HookNameError
 from hooked_hybrid.model.residual import reading as residual_reading
-from hooked_hybrid.model.residual.parts import RECURRENT_PARTS
 from hooked_hybrid.network.mixers import MIXERS
 from hooked_hybrid.network.mlps import MLPS
 from tests.models import CONFIGS, random_tokens, relative, tiny_model
@@ -577,7 +576,10 @@ def test_a_stack_that_would_not_fit_is_refused(monkeypatch):
 def test_every_kind_of_layer_has_a_label_and_parts():
     assert [mixer.label for mixer in MIXERS.values()][:3] == ["attn", "rglru", "mamba"]
     assert [mlp.label for mlp in MLPS.values()][:2] == ["mlp", "moe"]
-    assert RECURRENT_PARTS.keys() == MIXERS.keys() - {AttentionConfig}
+    known = [*MIXERS.values(), *MLPS.values()]
+    letters = {part.kind: part.part_letter for part in known}
+    wanted = {"attention": "H", "rglru": "B", "mamba": None, "mlp": "N", "moe": "E"}
+    assert {kind: letters[kind] for kind in wanted} == wanted
 
 
 # --- edits of what layers wrote -------------------------------------------------------------------

@@ -2,39 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
-from hooked_hybrid.config import MambaConfig, RGLRUConfig
 from hooked_hybrid.hooks.slicing import PosSlice, indices_on
-from hooked_hybrid.network.layers import RMSNorm, at_least_fp32
+from hooked_hybrid.network.layers import RMSNorm
 from hooked_hybrid.network.mixers import mixer_of
 from hooked_hybrid.network.mlps import mlp_of
-from hooked_hybrid.network.weights.plain import as_matrix
-from hooked_hybrid.network.weights.products import linear
+from hooked_hybrid.network.part import Part
+from hooked_hybrid.network.written import Way
 
 if TYPE_CHECKING:
     from hooked_hybrid.model.language_model import LanguageModel
-    from hooked_hybrid.network.mlps.moe import MoE
-
-
-@dataclass(frozen=True)
-class Way:
-    """One way to find a write: which cached values, and what they go through.
-
-    `values` makes [*batch_pos part inner] of them. They are the writes themselves, or what
-    `weight` [part inner d_model] turns into them.
-    """
-
-    names: tuple[str, ...]
-    values: Callable[..., Tensor]
-    weight: Callable[[], Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -85,121 +67,60 @@ def mlp(model: LanguageModel, layer: int) -> Parts:
     return whole(f"{layer}_{label}_out", f"blocks.{layer}.hook_mlp_out")
 
 
-def heads(model: LanguageModel, layer: int) -> Parts:
-    """Return what each head of an attention layer writes; `b_O` is left over."""
-    attention = model.blocks[layer].attn
-    labels = tuple(f"L{layer}H{h}" for h in range(attention.cfg.n_heads))
-    path = f"blocks.{layer}.attn"
-    results = Way((f"{path}.hook_result",), _as_they_are)
-    z = Way((f"{path}.hook_z",), _as_they_are, lambda: attention.W_O)
-    return Parts(labels, (results, z), attention.b_O, mixer(model, layer))
+def mixer_parts(model: LanguageModel, layer: int) -> Parts:
+    """Return what each part of a mixer writes, such as heads, or all of it where it acts as one."""
+    block, written = model.blocks[layer], mixer(model, layer)
+    if not block.any_mixer.part_letter:
+        return written
+    return _split(block.any_mixer, block.ln1, layer, written)
 
 
-def gate_blocks(model: LanguageModel, layer: int) -> Parts:
-    """Return what each gate block of an RG-LRU writes; the output bias is left over.
+def mlp_parts(model: LanguageModel, layer: int, which: PosSlice = None) -> Parts:
+    """Return what each part of an MLP writes, neurons or experts; or all of it.
 
-    The gates act within blocks of channels, which the output projection then adds up.
+    Args:
+        model: the model.
+        layer: index of the block.
+        which: of the parts; None means all.
     """
-    rglru = model.blocks[layer].mixer
-    n_blocks = rglru.cfg.n_gate_blocks
-    labels = tuple(f"L{layer}B{block}" for block in range(n_blocks))
-    gated = Way(
-        (f"blocks.{layer}.mixer.hook_gated",),
-        lambda x: x.unflatten(-1, (n_blocks, -1)),
-        lambda: rglru.linear_out.W.unflatten(0, (n_blocks, -1)),
+    block = model.blocks[layer]
+    if not block.mlp.part_letter:
+        return mlp(model, layer)
+    return _split(block.mlp, block.ln2, layer, mlp(model, layer), which)
+
+
+def letter(model: LanguageModel, layer: int) -> str | None:
+    """Return what parts of an MLP are called: "N" neurons, "E" experts, None if it acts as one."""
+    return mlp_of(model.cfg.layers[layer].mlp).part_letter
+
+
+def _split(part: Part, norm: RMSNorm, layer: int, written: Parts, which: PosSlice = None) -> Parts:
+    """Return the parts that a mixer or an MLP states, or some of them."""
+    split = part.split(norm)
+    numbers, ways = list(range(split.n)), split.ways
+    if which is not None:
+        index = indices_on(which, split.n, "neurons", tuple_is_slice=True)
+        numbers, ways = index.tolist(), tuple(_some(way, index) for way in ways)
+    ways = tuple(
+        replace(way, names=tuple(f"blocks.{layer}.{name}" for name in way.names)) for way in ways
     )
-    return Parts(labels, (gated,), rglru.linear_out.bias, mixer(model, layer))
+    labels = tuple(f"L{layer}{part.part_letter}{i}" for i in numbers)
+    return Parts(labels, ways, split.bias, written)
 
 
-RECURRENT_PARTS: dict[type, Callable[[LanguageModel, int], Parts]] = {
-    RGLRUConfig: gate_blocks,
-    MambaConfig: mixer,
-}
-"""The parts of each kind of recurrence that act apart; Mamba's channels have no such groups."""
+def _some(way: Way, index: Tensor) -> Way:
+    """Return a way to some of the parts."""
 
+    def values(*found: Tensor) -> Tensor:
+        parts = way.values(*found)
+        return parts[..., index.to(parts.device), :]
 
-def neurons(model: LanguageModel, layer: int, neuron_slice: PosSlice = None) -> Parts:
-    """Return what each neuron of a dense MLP writes; the output bias is left over."""
-    dense = model.blocks[layer].mlp
-    index = torch.arange(dense.cfg.d_mlp)
-    if neuron_slice is not None:
-        index = indices_on(neuron_slice, dense.cfg.d_mlp, "neurons", tuple_is_slice=True)
-    post = Way(
-        (f"blocks.{layer}.mlp.hook_post",),
-        lambda x: x[..., index.to(x.device), None],
-        lambda: dense.W_out[index.to(dense.W_out.device), None],
-    )
-    labels = tuple(f"L{layer}N{n}" for n in index.tolist())
-    return Parts(labels, (post,), dense.down.bias, mlp(model, layer))
+    def weight() -> Tensor:
+        assert way.weight is not None
+        return way.weight()[index.to(way.weight().device)]
 
-
-def experts(model: LanguageModel, layer: int) -> Parts:
-    """Return what each expert of a mixture writes: zero where it was not chosen."""
-    block, path = model.blocks[layer], f"blocks.{layer}.mlp"
-    chosen = (f"{path}.hook_expert_weights", f"{path}.hook_expert_indices")
-    ways = (
-        Way((f"{path}.hook_expert_out", chosen[1]), partial(_by_expert, block.mlp)),
-        Way((f"{path}.hook_expert_post", *chosen), partial(_from_post, block.mlp)),
-        Way((f"blocks.{layer}.ln2.hook_normalized", *chosen), partial(_run, block.mlp, block.ln2)),
-    )
-    labels = tuple(f"L{layer}E{e}" for e in range(block.mlp.cfg.n_experts))
-    return Parts(labels, ways, written=mlp(model, layer))
-
-
-def weigh(norm: RMSNorm, normalized: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return what a norm gives for values it has divided by their scale, rounded as it rounds."""
-    weight = norm.weight.to(normalized.device)
-    if norm.adds_one:
-        return torch.addcmul(normalized, normalized, at_least_fp32(weight)).to(dtype)
-    return normalized.to(dtype) * weight
+    return Way(way.names, values, None if way.weight is None else weight)
 
 
 def _as_one(x: Tensor) -> Tensor:
     return x.unsqueeze(-2)
-
-
-def _as_they_are(x: Tensor) -> Tensor:
-    return x
-
-
-def _by_expert(
-    moe: MoE,
-    written: Float[Tensor, "*batch_pos n_chosen d_model"],
-    indices: Int[Tensor, "*batch_pos n_chosen"],
-) -> Float[Tensor, "*batch_pos n_experts d_model"]:
-    """Return the writes of a token's chosen experts under each expert's own number."""
-    empty = written.new_zeros(*indices.shape[:-1], moe.cfg.n_experts, written.shape[-1])
-    return empty.scatter_add(-2, indices[..., None].expand_as(written), written)
-
-
-def _from_post(
-    moe: MoE,
-    post: Float[Tensor, "*batch_pos n_chosen d_mlp"],
-    weights: Float[Tensor, "*batch_pos n_chosen"],
-    indices: Int[Tensor, "*batch_pos n_chosen"],
-) -> Float[Tensor, "*batch_pos n_experts d_model"]:
-    """Return each expert's write from its values after the nonlinearity."""
-    down = as_matrix(moe.down)
-    written = post.new_zeros(*indices.shape, down.shape[1])
-    for expert in indices.unique().tolist():
-        at = (indices == expert).nonzero(as_tuple=True)
-        written[at] = linear(post[at], down[expert].to(post.device)) * weights[at][:, None]
-    return _by_expert(moe, written, indices)
-
-
-def _run(
-    moe: MoE,
-    norm: RMSNorm,
-    normalized: Float[Tensor, "*batch_pos d_model"],
-    weights: Float[Tensor, "*batch_pos n_chosen"],
-    indices: Int[Tensor, "*batch_pos n_chosen"],
-) -> Float[Tensor, "*batch_pos n_experts d_model"]:
-    """Return each expert's write by running the chosen ones again on what the mixture read."""
-    down = as_matrix(moe.down)
-    device = down.device
-    x = weigh(norm, normalized.to(device), down.dtype)
-    post = x.new_zeros(*indices.shape, moe.cfg.d_mlp)
-    for expert in indices.unique().tolist():
-        at = (indices == expert).to(device).nonzero(as_tuple=True)
-        post[at] = moe._post(x[at[:-1]], expert)
-    return _from_post(moe, post.to(weights.device), weights, indices)

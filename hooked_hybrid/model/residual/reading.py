@@ -19,8 +19,9 @@ from hooked_hybrid.hooks.places import (
 from hooked_hybrid.hooks.slicing import LAST, PosSlice, indices_on, slice_axis
 from hooked_hybrid.model.memory import WORTH_CHECKING, available_bytes
 from hooked_hybrid.model.residual import parts as parts_of
-from hooked_hybrid.model.residual.parts import Parts, Way
+from hooked_hybrid.model.residual.parts import Parts
 from hooked_hybrid.network.layers import RMSNorm, at_least_fp32
+from hooked_hybrid.network.written import Way
 
 if TYPE_CHECKING:
     from hooked_hybrid.model.language_model import LanguageModel
@@ -76,11 +77,8 @@ class PartReader:
             raise ValueError(f"recurrent={recurrent!r}: give 'none', 'layer' or 'block'")
         parts, cfg = [], self.model.cfg
         for i in range(place.layer + place.mlp_input):
-            if i in cfg.attention_layers:
-                parts.append(parts_of.heads(self.model, i))
-            elif recurrent == "block":
-                kind = type(cfg.layers[i].mixer)
-                parts.append(parts_of.RECURRENT_PARTS[kind](self.model, i))
+            if i in cfg.attention_layers or recurrent == "block":
+                parts.append(parts_of.mixer_parts(self.model, i))
             elif recurrent == "layer":
                 parts.append(parts_of.mixer(self.model, i))
         return parts

@@ -9,18 +9,18 @@ Names, arguments and meaning are those of TransformerLens's `ActivationCache`.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from hooked_hybrid.config import GatedMLPConfig, MoEConfig
 from hooked_hybrid.hooks.names import get_act_name
 from hooked_hybrid.hooks.slicing import PosSlice
 from hooked_hybrid.model.residual import parts as parts_of
 from hooked_hybrid.model.residual.norms import ResidualNorms
 from hooked_hybrid.model.residual.reading import Onto
+from hooked_hybrid.network.part import not_stated
 
 Stacked = Float[Tensor, "component ..."] | tuple[Float[Tensor, "component ..."], list[str]]
 
@@ -110,7 +110,7 @@ class ResidualStacks(ResidualNorms):
     def compute_head_results(self) -> None:
         """Keep `hook_result` of every attention layer in the cache, as z @ W_O where it is not."""
         layers = self.model.cfg.attention_layers
-        parts = [parts_of.heads(self.model, i) for i in layers]
+        parts = [parts_of.mixer_parts(self.model, i) for i in layers]
         self._require("compute_head_results", parts)
         for part in parts:
             name = part.ways[0].names[0]
@@ -157,9 +157,9 @@ class ResidualStacks(ResidualNorms):
         From `hook_expert_out` or `hook_expert_post` where they are cached; else the chosen experts
         run again on what the mixture read.
         """
-        place, kinds = self._place(layer, mlp_input), self.model.cfg.layers
-        mixtures = [i for i in range(place.layer) if isinstance(kinds[i].mlp, MoEConfig)]
-        parts = [parts_of.experts(self.model, i) for i in mixtures]
+        place = self._place(layer, mlp_input)
+        mixtures = [i for i in range(place.layer) if parts_of.letter(self.model, i) == "E"]
+        parts = [parts_of.mlp_parts(self.model, i) for i in mixtures]
         what, rest = "stack_expert_results", incl_remainder
         stack, labels = self._stacked(what, parts, place, pos_slice, apply_ln, incl_remainder=rest)
         return (stack, labels) if return_labels else stack
@@ -176,9 +176,12 @@ class ResidualStacks(ResidualNorms):
         if not -n_layers <= layer < n_layers:
             raise ValueError(f"layer={layer}: there are {n_layers} layers")
         layer %= n_layers
-        if not isinstance(self.model.cfg.layers[layer].mlp, GatedMLPConfig):
+        letter = parts_of.letter(self.model, layer)
+        if letter == "E":
             raise ValueError(f"layer {layer} has a mixture: see stack_expert_results")
-        part = parts_of.neurons(self.model, layer, neuron_slice)
+        if letter != "N":
+            raise not_stated(type(self.model.blocks[layer].mlp), "part_letter", "neurons")
+        part = parts_of.mlp_parts(self.model, layer, neuron_slice)
         self._require("get_neuron_results", [part])
         results = self._write([part], pos_slice, project_output_onto)
         is_one = project_output_onto is not None and project_output_onto.ndim == 1
@@ -199,9 +202,9 @@ class ResidualStacks(ResidualNorms):
 
         Mixtures are in the remainder, as are output biases; `neuron_slice` chooses in every MLP.
         """
-        place, kinds = self._place(layer, mlp_input), self.model.cfg.layers
-        dense = [i for i in range(place.layer) if isinstance(kinds[i].mlp, GatedMLPConfig)]
-        parts = [parts_of.neurons(self.model, i, neuron_slice) for i in dense]
+        place = self._place(layer, mlp_input)
+        dense = [i for i in range(place.layer) if parts_of.letter(self.model, i) == "N"]
+        parts = [parts_of.mlp_parts(self.model, i, neuron_slice) for i in dense]
         stack, labels = self._stacked(
             "stack_neuron_results",
             parts,
@@ -260,12 +263,11 @@ class ResidualStacks(ResidualNorms):
         if recurrent not in ("layer", "block"):
             raise ValueError(f"recurrent={recurrent!r}: give 'layer' or 'block'")
         place = self._place(layer, mlp_input)
-        split = {GatedMLPConfig: expand_neurons, MoEConfig: expand_experts}
-        finest: dict[type, Any] = {GatedMLPConfig: parts_of.neurons, MoEConfig: parts_of.experts}
+        splits = {"N": expand_neurons, "E": expand_experts}
         parts = self._mixer_parts(place, recurrent)
         for i in range(place.layer):
-            kind = type(self.model.cfg.layers[i].mlp)
-            parts.append((finest[kind] if split[kind] else parts_of.mlp)(self.model, i))
+            is_split = splits.get(parts_of.letter(self.model, i) or "", True)
+            parts.append((parts_of.mlp_parts if is_split else parts_of.mlp)(self.model, i))
         parts.append(parts_of.embedding())
         stack, labels = self._stacked(
             "get_full_resid_decomposition",

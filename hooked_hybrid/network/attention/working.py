@@ -1,14 +1,21 @@
-"""Bytes of attention's own values while a piece of a prompt is run, without hooks and gradients."""
+"""Bytes of attention's own values while a piece of a prompt is run, and inside torch's kernel."""
 
 from __future__ import annotations
+
+import torch
 
 from hooked_hybrid.config import AttentionConfig
 from hooked_hybrid.network.attention.attend import BLOCK
 from hooked_hybrid.network.costs import OF_MASK, WIDE, Piece
+from hooked_hybrid.network.kernels.fused_attention import Call, block_length
+from hooked_hybrid.network.layout import Layout
 
 
 def working_bytes(cfg: AttentionConfig, d_model: int, piece: Piece) -> int:
-    """Return the bytes of queries, keys and values, scores and patterns of a block of queries."""
+    """Return the bytes of queries, keys and values, scores and patterns of a block of queries.
+
+    Without hooks and gradients.
+    """
     n_keys = _most_keys(cfg, piece, piece.n_pos)
     heads, kv_heads = cfg.n_heads * cfg.d_head, cfg.n_kv_heads * cfg.d_head
     rotated = 3 * heads if cfg.rotary else 0
@@ -22,6 +29,37 @@ def working_bytes(cfg: AttentionConfig, d_model: int, piece: Piece) -> int:
     repeated = 2 * keys * (cfg.n_heads // cfg.n_kv_heads)
     mask = piece.batch * piece.n_pos * n_keys * OF_MASK
     return own + (repeated + 2 * scores) * piece.wide + mask
+
+
+def kernel_bytes(
+    cfg: AttentionConfig,
+    layout: Layout,
+    n_cached: int,
+    piece: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> int:
+    """Return the bytes of masks and unfused scores inside torch's kernel, where that is used."""
+    grad, on_gpu = torch.is_grad_enabled(), device.type == "cuda"
+    if not (grad or on_gpu):
+        return 0
+    queries = min(piece, block_length(piece, cfg.n_keys, on_gpu))
+    keys = n_cached + (layout.length if grad or cfg.n_keys is None else piece)
+    if cfg.n_keys is not None and queries < piece and layout.is_plain:
+        keys = min(keys, cfg.n_keys - 1 + queries)
+    call = Call(
+        rows=layout.pos.shape[0],
+        mask_rows=1 if layout.is_plain else layout.pos.shape[0],
+        queries=piece if grad else queries,  # the masks of all blocks are kept for gradients
+        keys=keys,
+        n_heads=cfg.n_heads,
+        n_kv_heads=cfg.n_kv_heads,
+        d_head=cfg.d_head,
+        dtype=dtype,
+        on_gpu=on_gpu,
+    )
+    sees_all_before = layout.is_plain and n_cached == 0 and piece == layout.length
+    return call.n_bytes(sees_all_before and (cfg.n_keys is None or piece <= cfg.n_keys))
 
 
 def _blocks_of_scores(cfg: AttentionConfig, piece: Piece, keys: int) -> int:

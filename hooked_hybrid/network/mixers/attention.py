@@ -20,14 +20,15 @@ from hooked_hybrid.config import AttentionConfig
 from hooked_hybrid.hooks.point import HookPoint
 from hooked_hybrid.network.attention.attend import Hooks, Sight, attend
 from hooked_hybrid.network.attention.key_room import last_keys, with_new_keys
-from hooked_hybrid.network.attention.working import working_bytes
+from hooked_hybrid.network.attention.working import kernel_bytes, working_bytes
 from hooked_hybrid.network.costs import SOFTMAX, Flops, Piece
-from hooked_hybrid.network.layers import Linear, rotate
+from hooked_hybrid.network.layers import Linear, RMSNorm, rotate
 from hooked_hybrid.network.layout import Layout
 from hooked_hybrid.network.mixers.base import Mixer
 from hooked_hybrid.network.state import AttentionState
 from hooked_hybrid.network.weights.factored import FactoredMatrix
 from hooked_hybrid.network.weights.plain import as_matrix
+from hooked_hybrid.network.written import Split, Way, as_they_are
 from hooked_hybrid.shapes import Queries, Resid
 
 
@@ -35,7 +36,7 @@ class Attention(Mixer[AttentionState]):
     """Multi-head attention over what the state remembers and the new positions."""
 
     config, kind, label, path = AttentionConfig, "attention", "attn", "attn"
-    out_hooks, grows = ("hook_attn_out",), ("k", "v", "pos")
+    out_hooks, grows, part_letter = ("hook_attn_out",), ("k", "v", "pos"), "H"
     reads, writes = ("q.weight", "k.weight", "v.weight"), ("o.weight",)
     hooks_after_norm = ("hook_q_input", "hook_k_input", "hook_v_input")
 
@@ -117,6 +118,25 @@ class Attention(Mixer[AttentionState]):
     def working_bytes(cls, cfg: AttentionConfig, d_model: int, piece: Piece) -> int:
         """Return the bytes of queries, keys and values, scores and patterns of a piece."""
         return working_bytes(cfg, d_model, piece)
+
+    @classmethod
+    def hooked_numbers(cls, cfg: AttentionConfig, n_pos: int, n_keys: int) -> dict[str, int]:
+        """Return the numbers of scores and pattern of a row."""
+        return dict.fromkeys(("hook_attn_scores", "hook_pattern"), cfg.n_heads * n_pos * n_keys)
+
+    def kernel_bytes(
+        self, layout: Layout, n_cached: int, piece: int, dtype: torch.dtype, device: torch.device
+    ) -> int:
+        """Return the bytes of masks and unfused scores inside torch's kernel."""
+        if self.hook_attn_scores.is_hooked or self.hook_pattern.is_hooked:
+            return 0  # not inside the kernel: `hooked_numbers` counts them
+        return kernel_bytes(self.cfg, layout, n_cached, piece, dtype, device)
+
+    def split(self, norm: RMSNorm) -> Split:  # noqa: ARG002
+        """Return what each head writes; `b_O` is left over."""
+        results = Way(("attn.hook_result",), as_they_are)
+        z = Way(("attn.hook_z",), as_they_are, lambda: self.W_O)
+        return Split(self.cfg.n_heads, (results, z), self.b_O)
 
     # --- weights as circuits --------------------------------------------------------------------
 

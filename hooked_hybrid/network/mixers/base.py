@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import Any, ClassVar, Generic, TypeVar
+from collections.abc import Mapping
+from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from hooked_hybrid.network.costs import Flops
 from hooked_hybrid.network.layers import Linear
 from hooked_hybrid.network.layout import Layout
-from hooked_hybrid.network.part import Part, look_up, not_stated, register
+from hooked_hybrid.network.part import Part, Unstated, look_up, not_stated, register
 from hooked_hybrid.network.state import BlockState
 from hooked_hybrid.shapes import Resid
 
@@ -18,13 +23,41 @@ MIXERS: dict[type, type[Mixer[Any]]] = {}
 """The class of each kind of mixer, by the class of its config."""
 
 
+class ScanTerms(NamedTuple):
+    """What y_t = read_t . h_t + skip x_t, h_t = decay_t h_{t-1} + write_t was computed with.
+
+    Decays are those without the resets of documents.
+    """
+
+    decay: Float[Tensor, "batch pos channel n"]
+    write: Float[Tensor, "batch pos channel n"]
+    states: Float[Tensor, "batch pos channel n"]
+    read: Float[Tensor, "batch pos #channel n"]
+
+
 class Mixer(Part, Generic[S]):
-    """A map over positions that carries a state: `(x, state) -> (y, state)`."""
+    """A map over positions that carries a state: `(x, state) -> (y, state)`.
+
+    A recurrence lies at `mixer`, gives its states at `hook_ssm_state`, and what it reads off them,
+    before any gate, at `hook_ssm_y`.
+    """
 
     path: ClassVar[str] = "mixer"
     """Where it lies in its block, and so in its hook names."""
     out_hooks: ClassVar[tuple[str, ...]] = ()
     """Further hook points of the block, in series after `hook_mixer_out`."""
+    holds: ClassVar[Mapping[str, float]] = Unstated(  # type: ignore[assignment]
+        "how its state is held"
+    )
+    """Of a recurrence: hook points, and the value of each with which its state stays as it is."""
+    forgets: ClassVar[Mapping[str, float]] = Unstated(  # type: ignore[assignment]
+        "how its state is dropped"
+    )
+    """Of a recurrence: hook points, and the value of each with which the state before is gone."""
+    scan_hooks: ClassVar[tuple[str, ...]] = Unstated(  # type: ignore[assignment]
+        "what its scan computes with"
+    )
+    """Of a recurrence: the hook points that `scan_terms` needs."""
     grows: ClassVar[tuple[str, ...]] = ()
     """Those tensors of the state that have an axis of keys, after the batch: one a token."""
 
@@ -67,6 +100,57 @@ class Mixer(Part, Generic[S]):
     def pair_operations(cls, cfg: Any) -> Flops:  # noqa: ARG003
         """Return the operations of one query and one key that it sees."""
         raise not_stated(cls, "pair_operations", "what a query and a key cost")
+
+    @classmethod
+    def n_taps(cls, cfg: Any) -> int:
+        """Return how many tokens, the current one among them, its convolution reads."""
+        return getattr(cfg, "d_conv", 1)
+
+    @classmethod
+    def scan_terms(cls, seen: Mapping[str, Tensor]) -> ScanTerms:  # noqa: ARG003
+        """Return what its scan computed with.
+
+        Args:
+            seen: the values at `scan_hooks`.
+        """
+        raise not_stated(cls, "scan_terms", "what its scan computes with")
+
+    @classmethod
+    def channel_groups(cls, cfg: Any) -> int | None:  # noqa: ARG003
+        """Return the groups of neighbouring channels that act apart; None where there are none."""
+        return None
+
+    @classmethod
+    def hooked_numbers(cls, cfg: Any, n_pos: int, n_keys: int) -> dict[str, int]:  # noqa: ARG003
+        """Return the numbers of a row at hook points that are far larger than the stream.
+
+        Those alone are compared with free memory before a forward; as a rule there are none.
+
+        Args:
+            cfg: of the mixer.
+            n_pos: positions run at a time.
+            n_keys: keys that these see, where it compares any.
+        """
+        return {}
+
+    def kernel_bytes(
+        self,
+        layout: Layout,  # noqa: ARG002
+        n_cached: int,  # noqa: ARG002
+        piece: int,  # noqa: ARG002
+        dtype: torch.dtype,  # noqa: ARG002
+        device: torch.device,  # noqa: ARG002
+    ) -> int:
+        """Return the bytes that kernels hold for themselves in a forward: as a rule none.
+
+        Args:
+            layout: of the whole forward.
+            n_cached: keys of the state that it continues from.
+            piece: positions run at a time.
+            dtype: of the model.
+            device: of the layer.
+        """
+        return 0
 
     @classmethod
     def position_width(cls, cfg: Any) -> int:  # noqa: ARG003

@@ -14,8 +14,9 @@ and the state to the model's dtype, so that it agrees in fp32 and differs by a r
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
+from types import MappingProxyType
 
 import torch
 from jaxtyping import Float
@@ -34,7 +35,7 @@ from hooked_hybrid.network.layers import (
     times,
 )
 from hooked_hybrid.network.layout import Layout
-from hooked_hybrid.network.mixers.base import Mixer
+from hooked_hybrid.network.mixers.base import Mixer, ScanTerms
 from hooked_hybrid.network.part import FoldedNorm
 from hooked_hybrid.network.plan import may_overwrite
 from hooked_hybrid.network.scans.loops import SmallInputs, SSMState
@@ -51,6 +52,9 @@ class Mamba(Mixer[RecurrentState]):
     config, kind, title, row = MambaConfig, "mamba", "Mamba", "Mamba block"
     reads, writes = ("in_proj.weight",), ("out_proj.weight",)
     inner_norms = (FoldedNorm("dt_norm", "dt_proj.weight", "hook_dt_low"),)
+    holds = MappingProxyType({"hook_ssm_dt": 0.0})
+    forgets = MappingProxyType({"hook_ssm_decay": 0.0})
+    scan_hooks = ("hook_ssm_decay", "hook_ssm_write", "hook_ssm_C", "hook_ssm_state")
     rows_within = dict.fromkeys(
         ("x_proj", "dt_norm", "B_norm", "C_norm", "dt_proj", "A_log", "D"), "selective SSM"
     )
@@ -145,6 +149,20 @@ class Mamba(Mixer[RecurrentState]):
         chunk = 2 * (min(a_chunk, CHUNK_NUMBERS) if piece.on_cpu else a_chunk) * piece.wide
         own = piece.n * (cfg.d_inner * (narrow * piece.width + wide * piece.wide))
         return own + chunk + piece.n * d_model * piece.width
+
+    @classmethod
+    def scan_terms(cls, seen: Mapping[str, Tensor]) -> ScanTerms:
+        """Return what the scan computed with."""
+        write, states, C = (
+            at_least_fp32(seen[name]) for name in ("hook_ssm_write", "hook_ssm_state", "hook_ssm_C")
+        )
+        return ScanTerms(seen["hook_ssm_decay"], write, states, C[:, :, None])
+
+    @classmethod
+    def hooked_numbers(cls, cfg: MambaConfig, n_pos: int, n_keys: int) -> dict[str, int]:  # noqa: ARG003
+        """Return the numbers of decays, writes and states of a row."""
+        names = ("hook_ssm_decay", "hook_ssm_write", "hook_ssm_state")
+        return dict.fromkeys(names, n_pos * cfg.d_inner * cfg.d_state)
 
     @property
     def A(self) -> Float[Tensor, "d_inner d_state"]:

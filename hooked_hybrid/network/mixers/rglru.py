@@ -13,6 +13,8 @@ At the first position of a document the past is dropped (a = 0) and the write is
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -28,16 +30,18 @@ from hooked_hybrid.network.layers import (
     BlockDiagonalLinear,
     CausalConv1d,
     Linear,
+    RMSNorm,
     activate,
     at_least_fp32,
     constant,
     times,
 )
 from hooked_hybrid.network.layout import Layout
-from hooked_hybrid.network.mixers.base import Mixer
+from hooked_hybrid.network.mixers.base import Mixer, ScanTerms
 from hooked_hybrid.network.plan import may_overwrite
 from hooked_hybrid.network.scans.scan import hooked_scan
 from hooked_hybrid.network.state import RecurrentState
+from hooked_hybrid.network.written import Split, Way
 from hooked_hybrid.shapes import Channels, Resid
 
 DECAY_STRENGTH = 8.0
@@ -49,6 +53,10 @@ class RGLRU(Mixer[RecurrentState]):
 
     config, kind, title, row = RGLRUConfig, "rglru", "RG-LRU", "recurrent block"
     reads, writes = ("linear_x.weight", "linear_y.weight"), ("linear_out.weight",)
+    holds = MappingProxyType({"hook_log_decay": 0.0, "hook_input_gate": 0.0})
+    forgets = MappingProxyType({"hook_log_decay": -torch.inf})
+    scan_hooks = ("hook_log_decay", "hook_ssm_write", "hook_ssm_state")
+    part_letter = "B"
     rows_within = dict.fromkeys(("input_gate", "rec_gate", "a_param"), "RG-LRU")
 
     def __init__(self, cfg: RGLRUConfig, d_model: int) -> None:
@@ -103,6 +111,19 @@ class RGLRU(Mixer[RecurrentState]):
         return {"conv": (cfg.d_conv - 1, cfg.d_rnn), "ssm": (cfg.d_rnn,)}
 
     @classmethod
+    def scan_terms(cls, seen: Mapping[str, Tensor]) -> ScanTerms:
+        """Return what the scan computed with, one state a channel."""
+        states = at_least_fp32(seen["hook_ssm_state"])[..., None]
+        write = at_least_fp32(seen["hook_ssm_write"])[..., None]
+        decay = torch.exp(seen["hook_log_decay"])[..., None]
+        return ScanTerms(decay, write, states, states.new_ones(*states.shape[:2], 1, 1))
+
+    @classmethod
+    def channel_groups(cls, cfg: RGLRUConfig) -> int:
+        """Return the blocks of channels in which the gates act."""
+        return cfg.n_gate_blocks
+
+    @classmethod
     def operations(cls, cfg: RGLRUConfig, d_model: int) -> dict[str, Flops]:
         """Return Griffin's recurrent block for one token.
 
@@ -125,6 +146,19 @@ class RGLRU(Mixer[RecurrentState]):
         narrow, wide = 8, 4
         written = d_model * piece.width
         return piece.n * (cfg.d_rnn * (narrow * piece.width + wide * piece.wide) + written)
+
+    def split(self, norm: RMSNorm) -> Split:  # noqa: ARG002
+        """Return what each gate block writes; the output bias is left over.
+
+        The gates act within blocks of channels, which the output projection then adds up.
+        """
+        n = self.cfg.n_gate_blocks
+        gated = Way(
+            ("mixer.hook_gated",),
+            lambda x: x.unflatten(-1, (n, -1)),
+            lambda: self.linear_out.W.unflatten(0, (n, -1)),
+        )
+        return Split(n, (gated,), self.linear_out.bias)
 
     def _recur(
         self, u: Channels, state: RecurrentState | None, layout: Layout

@@ -5,6 +5,8 @@ from __future__ import annotations
 from abc import abstractmethod
 from typing import Any
 
+from torch import Tensor
+
 from hooked_hybrid.network.layout import Layout
 from hooked_hybrid.network.part import Part, look_up, register
 from hooked_hybrid.shapes import Resid
@@ -23,6 +25,14 @@ class MLP(Part):
     @abstractmethod
     def forward(self, x: Resid, layout: Layout) -> Resid:
         """Return what the MLP writes."""
+
+    def asks_for_counts(self, x: Tensor) -> bool:  # noqa: ARG002
+        """Return whether a step waits for the host to read what the device computed: as a rule no.
+
+        Args:
+            x: of the device and the dtype of a step.
+        """
+        return False
 
 
 def register_mlp(*mlps: type[MLP]) -> None:

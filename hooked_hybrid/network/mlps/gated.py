@@ -8,10 +8,11 @@ from torch import Tensor
 from hooked_hybrid.config import GatedMLPConfig
 from hooked_hybrid.hooks.point import HookPoint
 from hooked_hybrid.network.costs import ACTIVATION, Flops, Piece
-from hooked_hybrid.network.layers import Linear, activate, times
+from hooked_hybrid.network.layers import Linear, RMSNorm, activate, times
 from hooked_hybrid.network.layout import Layout
 from hooked_hybrid.network.mlps.base import MLP
 from hooked_hybrid.network.plan import may_overwrite
+from hooked_hybrid.network.written import Split, Way
 from hooked_hybrid.shapes import Resid
 
 
@@ -19,6 +20,7 @@ class GatedMLP(MLP):
     """GeGLU or SwiGLU, by the config's activation."""
 
     config, kind, title = GatedMLPConfig, "mlp", "MLP"
+    part_letter = "N"
     reads, writes = ("gate.weight", "up.weight"), ("down.weight",)
 
     def __init__(self, cfg: GatedMLPConfig, d_model: int) -> None:
@@ -31,6 +33,11 @@ class GatedMLP(MLP):
         self.hook_act = HookPoint("batch pos d_mlp")
         self.hook_pre_linear = HookPoint("batch pos d_mlp")
         self.hook_post = HookPoint("batch pos d_mlp")
+
+    def split(self, norm: RMSNorm) -> Split:  # noqa: ARG002
+        """Return what each neuron writes; the output bias is left over."""
+        post = Way(("mlp.hook_post",), lambda x: x[..., None], lambda: self.W_out[:, None])
+        return Split(self.cfg.d_mlp, (post,), self.down.bias)
 
     @property
     def W_gate(self) -> Float[Tensor, "d_model d_mlp"]:

@@ -7,6 +7,7 @@ out     = sum_chosen weight_e down_e(act(gate_e x) * up_e x)
 
 from __future__ import annotations
 
+from functools import partial
 from types import MappingProxyType
 
 import torch
@@ -18,13 +19,14 @@ from hooked_hybrid.hooks import transforms
 from hooked_hybrid.hooks.point import HookPoint
 from hooked_hybrid.network.costs import ACTIVATION, SOFTMAX, Flops, Piece
 from hooked_hybrid.network.kernels import grouped_experts
-from hooked_hybrid.network.layers import Linear, activate, draw_normal, times
+from hooked_hybrid.network.layers import Linear, RMSNorm, activate, draw_normal, times
 from hooked_hybrid.network.layout import Layout
 from hooked_hybrid.network.mlps.base import MLP
 from hooked_hybrid.network.plan import may_overwrite
 from hooked_hybrid.network.weights.layout import empty_weight
 from hooked_hybrid.network.weights.plain import Stored, as_matrix
 from hooked_hybrid.network.weights.products import linear
+from hooked_hybrid.network.written import Split, Way, weigh
 from hooked_hybrid.shapes import Resid
 
 Weights = Float[Tensor, "batch pos n_chosen"]
@@ -36,6 +38,7 @@ class MoE(MLP):
 
     config, kind, title = MoEConfig, "moe", "experts"
     reads, writes = ("router.weight", "gate", "up"), ("down",)
+    part_letter = "E"
     kept_plain = ("router.weight",)
     rows_apart = MappingProxyType({"router": "router"})
     matrices = ("gate", "up", "down")
@@ -89,6 +92,16 @@ class MoE(MLP):
         """Return the parameters that act on one token: all of the router's, the chosen experts'."""
         return n if child == "router" else n * cfg.n_chosen // cfg.n_experts
 
+    def split(self, norm: RMSNorm) -> Split:
+        """Return what each expert writes: zero where it was not chosen."""
+        chosen = ("mlp.hook_expert_weights", "mlp.hook_expert_indices")
+        ways = (
+            Way(("mlp.hook_expert_out", chosen[1]), partial(_by_expert, self)),
+            Way(("mlp.hook_expert_post", *chosen), partial(_from_post, self)),
+            Way(("ln2.hook_normalized", *chosen), partial(_run, self, norm)),
+        )
+        return Split(self.cfg.n_experts, ways)
+
     @property
     def W_gate(self) -> Float[Tensor, "expert d_model d_mlp"]:
         """Gate weights of each expert."""
@@ -121,6 +134,10 @@ class MoE(MLP):
             return grouped_experts.run_experts(x, weights, indices, *stacks, self.cfg.act)
         run = self._run_one if x.shape[:2].numel() == 1 else self._run_sorted
         return run(x, weights, indices)
+
+    def asks_for_counts(self, x: Tensor) -> bool:
+        """Return whether the host reads how many tokens each expert got."""
+        return not (self.stacks and grouped_experts.usable(x, *self.stacks))
 
     def _route(self, x: Resid) -> tuple[Weights, Indices]:
         """Return the chosen experts of each token and their shares."""
@@ -194,3 +211,46 @@ class MoE(MLP):
                 f"there are {self.cfg.n_experts}, from 0"
             )
         return indices
+
+
+def _by_expert(
+    moe: MoE,
+    written: Float[Tensor, "*batch_pos n_chosen d_model"],
+    indices: Int[Tensor, "*batch_pos n_chosen"],
+) -> Float[Tensor, "*batch_pos n_experts d_model"]:
+    """Return the writes of a token's chosen experts under each expert's own number."""
+    empty = written.new_zeros(*indices.shape[:-1], moe.cfg.n_experts, written.shape[-1])
+    return empty.scatter_add(-2, indices[..., None].expand_as(written), written)
+
+
+def _from_post(
+    moe: MoE,
+    post: Float[Tensor, "*batch_pos n_chosen d_mlp"],
+    weights: Float[Tensor, "*batch_pos n_chosen"],
+    indices: Int[Tensor, "*batch_pos n_chosen"],
+) -> Float[Tensor, "*batch_pos n_experts d_model"]:
+    """Return each expert's write from its values after the nonlinearity."""
+    down = as_matrix(moe.down)
+    written = post.new_zeros(*indices.shape, down.shape[1])
+    for expert in indices.unique().tolist():
+        at = (indices == expert).nonzero(as_tuple=True)
+        written[at] = linear(post[at], down[expert].to(post.device)) * weights[at][:, None]
+    return _by_expert(moe, written, indices)
+
+
+def _run(
+    moe: MoE,
+    norm: RMSNorm,
+    normalized: Float[Tensor, "*batch_pos d_model"],
+    weights: Float[Tensor, "*batch_pos n_chosen"],
+    indices: Int[Tensor, "*batch_pos n_chosen"],
+) -> Float[Tensor, "*batch_pos n_experts d_model"]:
+    """Return each expert's write by running the chosen ones again on what the mixture read."""
+    down = as_matrix(moe.down)
+    device = down.device
+    x = weigh(norm, normalized.to(device), down.dtype)
+    post = x.new_zeros(*indices.shape, moe.cfg.d_mlp)
+    for expert in indices.unique().tolist():
+        at = (indices == expert).to(device).nonzero(as_tuple=True)
+        post[at] = moe._post(x[at[:-1]], expert)
+    return _from_post(moe, post.to(weights.device), weights, indices)
