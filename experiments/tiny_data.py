@@ -42,7 +42,7 @@ class Size:
 
 
 @dataclass(frozen=True)
-class Batch:
+class TokenBatch:
     """Tokens [batch pos], and the kind of each."""
 
     tokens: Tensor
@@ -67,7 +67,7 @@ class Maker:
         """Return the tokens of a text: what `word_tokenizer` gives, faster."""
         return [self.ids_of[word] for word in re.findall(r"\n|\w+|[^\w\s]", text)]
 
-    def batch(self, rows: int, size: Size) -> Batch:
+    def batch(self, rows: int, size: Size) -> TokenBatch:
         """Return `rows` sequences of exactly `size.length` tokens.
 
         Raises:
@@ -75,7 +75,7 @@ class Maker:
         """
         made = [self._row(size) for _ in range(rows)]
         tokens, kinds = (torch.tensor(part) for part in zip(*made, strict=True))
-        return Batch(tokens, kinds)
+        return TokenBatch(tokens, kinds)
 
     def _row(self, size: Size) -> tuple[list[int], list[int]]:
         """Return tokens and the kind of each."""

@@ -27,7 +27,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm import tqdm
 
-from experiments.tiny_data import ANSWER, CONTENT, DRILL, TEXT, Batch, Maker, Size
+from experiments.tiny_data import ANSWER, CONTENT, DRILL, TEXT, Maker, Size, TokenBatch
 from hooked_hybrid import HookedHybrid, HookPoint, HybridConfig
 from hooked_hybrid.hooks.point import HookFn
 from hooked_hybrid.hooks.root import HookSpec
@@ -90,7 +90,7 @@ CUTS: dict[str, list[tuple[Callable[[str], bool], HookFn]]] = {
 }
 
 
-def losses(model: HookedHybrid, batch: Batch) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
+def losses(model: HookedHybrid, batch: TokenBatch) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
     """Return the mean loss of each kind of token in nats, and the accuracy on each."""
     logits, targets, kinds = model(batch.tokens)[:, :-1], batch.tokens[:, 1:], batch.kinds[:, 1:]
     each = cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
@@ -121,17 +121,17 @@ def evaluate(model: HookedHybrid, size: Size, device: str) -> dict[str, float]:
     return figures
 
 
-def _to(batch: Batch, device: str) -> Batch:
-    return Batch(batch.tokens.to(device), batch.kinds.to(device))
+def _to(batch: TokenBatch, device: str) -> TokenBatch:
+    return TokenBatch(batch.tokens.to(device), batch.kinds.to(device))
 
 
-class Batches(Dataset[Batch]):
+class Batches(Dataset[TokenBatch]):
     """The batch of a step and a level: always the same one."""
 
     def __init__(self, seed: int, tokens: int, echo: float) -> None:
         self.seed, self.tokens, self.echo = seed, tokens, echo
 
-    def __getitem__(self, at: tuple[int, int]) -> Batch:
+    def __getitem__(self, at: tuple[int, int]) -> TokenBatch:
         """Return the batch of (step, level)."""
         step, level = at
         size = LEVELS[level]
@@ -194,7 +194,7 @@ class Run(Sampler[tuple[int, int]]):
         fall = 0.5 * (1 + math.cos(math.pi * max(share_done - 0.6, 0) / 0.4))
         return self.args.rate * warm * max(fall, 0.02)
 
-    def train_step(self, batch: Batch) -> tuple[Tensor, Tensor]:
+    def train_step(self, batch: TokenBatch) -> tuple[Tensor, Tensor]:
         """Take one step; return the loss and the accuracy on contents."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.rate()

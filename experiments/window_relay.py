@@ -20,7 +20,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from experiments.recall.score import HELD_OUT
-from experiments.recall.task import Batch, Task, draw
+from experiments.recall.task import RecallBatch, Task, draw
 from experiments.recall.train import Recipe, small_config, train
 from hooked_hybrid import HookedHybrid
 from hooked_hybrid.hooks.root import HookSpec
@@ -72,7 +72,7 @@ class Case(NamedTuple):
 def case(n: int, task: Task = TASK, seed: int = 0) -> Case:
     """Return new sequences of the task up to their first question."""
     one = replace(task, length=task.room + 4, n_questions=1)
-    batch: Batch = draw(one, n, HELD_OUT + seed)
+    batch: RecallBatch = draw(one, n, HELD_OUT + seed)
     key = batch.keys.gather(1, batch.asks)[:, 0]
     return Case(batch.tokens[:, : one.length - 1], batch.answers[:, 0], key)
 

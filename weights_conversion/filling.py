@@ -14,7 +14,7 @@ from hooked_hybrid.network.network import Network
 from hooked_hybrid.network.placement.homes import Homes, one_home
 from hooked_hybrid.network.weights.quantized import Only, Quantizer
 from weights_conversion.errors import CheckpointError
-from weights_conversion.plan import Plan, adapter_of, config_of, google_config, read_plan
+from weights_conversion.plan import LoadingPlan, adapter_of, config_of, google_config, read_plan
 from weights_conversion.rules import Rule, Shapes, account, convert
 from weights_conversion.sources import (
     TensorSource,
@@ -90,7 +90,7 @@ def shapes_of(model: nn.Module) -> dict[str, tuple[int, ...]]:
 
 def filled(
     cls: type[N],
-    plan: Plan,
+    plan: LoadingPlan,
     dtype: torch.dtype,
     device: torch.device | str,
     homes: Homes | None = None,

@@ -23,7 +23,7 @@ GOOGLE_SETTINGS = set(inspect.signature(google.config_from_shapes).parameters) -
 
 
 @dataclass(frozen=True)
-class Plan:
+class LoadingPlan:
     """What is read: a config with its overrides, tensors, and the table of their names.
 
     `ignored` has patterns of the names that may be left over.
@@ -40,7 +40,7 @@ def read_plan(
     overrides: dict[str, Any],
     adapter: Path | None,
     ignore_config_keys: Collection[str],
-) -> Plan:
+) -> LoadingPlan:
     """Return what a checkpoint holds, before any of its tensors is read."""
     source = checkpoint.tensors()
     if checkpoint.config is None:
@@ -50,14 +50,14 @@ def read_plan(
                 "convert it first (python -m weights_conversion FILE.pt FOLDER)"
             )
         cfg = google_config(source, overrides, ignore_config_keys)
-        return Plan(cfg, source, google.rules(cfg), google.ignored(cfg))
+        return LoadingPlan(cfg, source, google.rules(cfg), google.ignored(cfg))
     family, cfg = config_of(checkpoint, checkpoint.config, overrides, ignore_config_keys)
     require_layers(cfg.n_layers, source.shapes)
     source = plainly_named(source)
     require_head(cfg.tied_embedding, source.shapes)
     if adapter is not None:
         source = with_adapter(source, adapter, cfg.tied_embedding)
-    return Plan(cfg, source, family.rules(cfg, source.shapes), family.ignored(cfg))
+    return LoadingPlan(cfg, source, family.rules(cfg, source.shapes), family.ignored(cfg))
 
 
 def config_of(

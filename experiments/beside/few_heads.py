@@ -105,8 +105,8 @@ def run(bench: Bench) -> Finding:
 
 
 EXPERIMENT = Experiment(
-    "fewer than 5% of heads retrieve, masking others at random is harmless (2404.15574); 2% of heads "
-    "recover over 95% of retrieval (2602.11374)",
+    "fewer than 5% of heads retrieve, masking others at random is harmless (2404.15574); 2% of "
+    "heads recover over 95% of retrieval (2602.11374)",
     "arXiv 2404.15574 and 2602.11374",
     run,
     undrawn=" of layer ",

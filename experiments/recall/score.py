@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from experiments.recall.task import Batch, Task, draw
+from experiments.recall.task import RecallBatch, Task, draw
 from experiments.train_tiny import CUTS, cut
 from hooked_hybrid import HookedHybrid
 from hooked_hybrid.hooks.root import HookSpec
@@ -32,7 +32,7 @@ class Score:
 
 @torch.no_grad()
 def answered(
-    model: HookedHybrid, batch: Batch, hooks: Sequence[HookSpec] = ()
+    model: HookedHybrid, batch: RecallBatch, hooks: Sequence[HookSpec] = ()
 ) -> Bool[Tensor, "batch question"]:
     """Return which questions a model answers right, under hooks."""
     logits = model.run_with_hooks(batch.tokens, fwd_hooks=list(hooks))[:, batch.questions]

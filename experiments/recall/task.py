@@ -72,7 +72,7 @@ class Task:
 
 
 @dataclass(frozen=True)
-class Batch:
+class RecallBatch:
     """Sequences, and where their facts and questions are.
 
     `keys` says at which positions facts have their keys (the value is one further), in the order of
@@ -95,7 +95,7 @@ class Batch:
         return self.questions - (self.keys + 1).gather(1, self.asks)
 
 
-def draw(task: Task, batch: int, seed: int) -> Batch:
+def draw(task: Task, batch: int, seed: int) -> RecallBatch:
     """Return a batch of the task; all of it follows from the seed."""
     rng = torch.Generator().manual_seed(seed)
     filler = task.first_value + task.n_values
@@ -109,7 +109,7 @@ def draw(task: Task, batch: int, seed: int) -> Batch:
     questions = torch.arange(2 + task.room, task.length, 2)
     tokens[:, questions] = names.gather(1, asks)
     tokens[:, questions + 1] = values.gather(1, asks)
-    return Batch(tokens, keys, questions, asks)
+    return RecallBatch(tokens, keys, questions, asks)
 
 
 @dataclass(frozen=True)
@@ -147,4 +147,4 @@ def _some(batch: int, n: int, chosen: int, rng: torch.Generator) -> Int[Tensor, 
     return torch.rand(batch, n, generator=rng).argsort(dim=1)[:, :chosen]
 
 
-__all__ = ["ASK", "BOS", "Batch", "Drill", "Task", "draw", "drill"]
+__all__ = ["ASK", "BOS", "Drill", "RecallBatch", "Task", "draw", "drill"]

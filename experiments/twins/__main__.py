@@ -15,7 +15,7 @@ import torch
 
 from experiments.twins.compare import table
 from experiments.twins.figures import draw_all, summary
-from experiments.twins.models import TWINS, Plan, train_one
+from experiments.twins.models import TWINS, TwinsPlan, train_one
 from hooked_hybrid.outputs.whole_files import replacing
 
 
@@ -27,7 +27,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    plan = Plan(seeds=tuple(range(args.seeds)))
+    plan = TwinsPlan(seeds=tuple(range(args.seeds)))
     for seed in plan.seeds:
         for name in TWINS:
             train_one(args.out, plan, name, seed)

@@ -13,8 +13,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from experiments.recall.score import HELD_OUT, answered, score, scores
-from experiments.recall.task import Batch, Task, draw
-from experiments.twins.models import TWINS, Plan, folder, load
+from experiments.recall.task import RecallBatch, Task, draw
+from experiments.twins.models import TWINS, TwinsPlan, folder, load
 from experiments.twins.probe import facts_of, read_presence, read_values, states_at_ask
 from hooked_hybrid import HookedHybrid
 from hooked_hybrid.analysis import memory_horizon
@@ -55,7 +55,7 @@ def _row(measure: str, at: Any, value: float, control: float = float("nan")) -> 
     return {"measure": measure, "at": str(at), "value": float(value), "control": float(control)}
 
 
-def crossings(model: HookedHybrid, task: Task, batch: Batch) -> list[Row]:
+def crossings(model: HookedHybrid, task: Task, batch: RecallBatch) -> list[Row]:
     """Return accuracy where layers begin anew at ASK, so that no fact reaches a question by them.
 
     The control begins anew before the first fact: the same edit, where no fact has to pass.
@@ -80,7 +80,7 @@ def crossings(model: HookedHybrid, task: Task, batch: Batch) -> list[Row]:
     ]
 
 
-def by_distance(model: HookedHybrid, batch: Batch) -> list[Row]:
+def by_distance(model: HookedHybrid, batch: RecallBatch) -> list[Row]:
     """Return accuracy by tokens from value to question, in bins named by their middle."""
     right, bins = answered(model, batch), batch.distances // BIN
     return [
@@ -118,7 +118,7 @@ def kept(model: HookedHybrid, task: Task) -> list[Row]:
 
 
 @torch.no_grad()
-def horizons(model: HookedHybrid, batch: Batch) -> list[Row]:
+def horizons(model: HookedHybrid, batch: RecallBatch) -> list[Row]:
     """Return the tokens after which each channel has less than 1% of a write left, by layer."""
     layers = model.cfg.recurrent_layers
     if not layers:
@@ -132,7 +132,7 @@ def horizons(model: HookedHybrid, batch: Batch) -> list[Row]:
     ]
 
 
-def cells(out: Path, plan: Plan) -> Iterator[tuple[str, int, int]]:
+def cells(out: Path, plan: TwinsPlan) -> Iterator[tuple[str, int, int]]:
     """Yield twin, seed and step of each model kept."""
     for seed in plan.seeds:
         for name in TWINS:
@@ -141,7 +141,7 @@ def cells(out: Path, plan: Plan) -> Iterator[tuple[str, int, int]]:
                     yield name, seed, step
 
 
-def table(out: Path, plan: Plan) -> pd.DataFrame:
+def table(out: Path, plan: TwinsPlan) -> pd.DataFrame:
     """Return figures of all models kept so far: `twin`, `seed`, `step` and those of `compared`.
 
     Each model is compared once, and its figures kept in its folder.

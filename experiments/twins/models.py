@@ -60,7 +60,7 @@ RUN_TYPES: dict[str, type[Training]] = {LONG: LongStart}
 
 
 @dataclass(frozen=True)
-class Plan:
+class TwinsPlan:
     """What is trained: a task, seeds, steps, and where models are kept."""
 
     task: Task = TASK
@@ -107,7 +107,7 @@ def folder(out: Path, name: str, seed: int) -> Path:
     return out / f"{name.replace(' ', '-')}-{seed}"
 
 
-def train_one(out: Path, plan: Plan, name: str, seed: int) -> None:
+def train_one(out: Path, plan: TwinsPlan, name: str, seed: int) -> None:
     """Train a twin, or what is left of its training."""
     where, cfg = folder(out, name, seed), configs(plan.task)[name]
     if not all((where / f"step-{step}.pt").exists() for step in plan.kept):
@@ -121,7 +121,7 @@ def train_one(out: Path, plan: Plan, name: str, seed: int) -> None:
         )
 
 
-def load(out: Path, plan: Plan, name: str, seed: int, step: int) -> HookedHybrid:
+def load(out: Path, plan: TwinsPlan, name: str, seed: int, step: int) -> HookedHybrid:
     """Return a twin as it was at a step."""
     model = HookedHybrid(configs(plan.task)[name]).requires_grad_(False)
     path = folder(out, name, seed) / f"step-{step}.pt"
@@ -133,7 +133,7 @@ __all__ = [
     "TASK",
     "TWINS",
     "Alike",
-    "Plan",
+    "TwinsPlan",
     "configs",
     "folder",
     "load",

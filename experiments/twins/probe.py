@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.functional import one_hot
 
-from experiments.recall.task import N_SPECIAL, Batch, Task
+from experiments.recall.task import N_SPECIAL, RecallBatch, Task
 from hooked_hybrid import HookedHybrid
 
 PENALTIES = (1e-3, 1e-2, 1e-1, 1.0)
@@ -46,7 +46,7 @@ class Read(NamedTuple):
     distances: Int[Tensor, " fact"]
 
 
-def facts_of(task: Task, batch: Batch) -> Facts:
+def facts_of(task: Task, batch: RecallBatch) -> Facts:
     """Return the facts of a batch; distances are to ASK, in tokens."""
     keys = batch.tokens.gather(1, batch.keys) - N_SPECIAL
     values = batch.tokens.gather(1, batch.keys + 1) - task.first_value
@@ -54,7 +54,7 @@ def facts_of(task: Task, batch: Batch) -> Facts:
 
 
 @torch.no_grad()
-def states_at_ask(model: HookedHybrid, task: Task, batch: Batch) -> dict[int, States]:
+def states_at_ask(model: HookedHybrid, task: Task, batch: RecallBatch) -> dict[int, States]:
     """Return the state of each recurrence after ASK, before any question, by layer."""
     until = batch.tokens[:, : 2 + task.room]
     _, state = model(until, return_type=None, return_state=True)

@@ -97,7 +97,7 @@ Draws = Annotated[
 
 
 @dataclass(frozen=True)
-class Plan:
+class ExperimentPlan:
     """What an experiment adds to the steps that all share."""
 
     settings: list[Setting]
@@ -118,7 +118,7 @@ class Common:
     thesis_depth: ThesisDepth = False
 
 
-def experiment(plan: Callable[..., Plan]) -> Callable[..., None]:
+def experiment(plan: Callable[..., ExperimentPlan]) -> Callable[..., None]:
     """Return a command that takes the options of a plan and the common ones.
 
     The plan's first argument is the model; its name is that of the default folder of results.
@@ -143,7 +143,7 @@ def experiment(plan: Callable[..., Plan]) -> Callable[..., None]:
 
 
 @experiment
-def read_twice(model: HookedHybrid, k: FewKs = None) -> Plan:
+def read_twice(model: HookedHybrid, k: FewKs = None) -> ExperimentPlan:
     """Top-k sparsification with the context given once and twice (Just Read Twice).
 
     All heads, and those of --k (0, 1 and 2 where none is given).
@@ -152,11 +152,11 @@ def read_twice(model: HookedHybrid, k: FewKs = None) -> Plan:
     """
     # All heads first: it is what the others' loss of text is set against.
     ks = heads_to_keep([*_all_heads(model), *(k or [0, 1, 2])], model.cfg)
-    return Plan(top_k_settings(ks), READ_TWICE, (False, True))
+    return ExperimentPlan(top_k_settings(ks), READ_TWICE, (False, True))
 
 
 @experiment
-def weights(model: HookedHybrid, follow: Follow = False) -> Plan:  # noqa: ARG001
+def weights(model: HookedHybrid, follow: Follow = False) -> ExperimentPlan:  # noqa: ARG001
     """Change the attention weights on the needle, in prefill and in generation: the 5 x 4 matrix.
 
     With --follow, generation also has weights on one token at a time, the one being written.
@@ -164,29 +164,31 @@ def weights(model: HookedHybrid, follow: Follow = False) -> Plan:  # noqa: ARG00
     Example: hooked-hybrid weights --model tiny-griffin --out results/weights
     """
     settings = weight_matrix(generation=(*GENERATION_MODES, *(FOLLOW_MODES if follow else ())))
-    return Plan(settings, WEIGHTS, picture=weight_matrix_picture, title="Weights by stage")
+    return ExperimentPlan(
+        settings, WEIGHTS, picture=weight_matrix_picture, title="Weights by stage"
+    )
 
 
 @experiment
-def layers(model: HookedHybrid) -> Plan:
+def layers(model: HookedHybrid) -> ExperimentPlan:
     """Silence each kind of layer, and each attention or recurrent layer alone.
 
     Example: hooked-hybrid layers --model tiny-jamba --out results/layers
     """
-    return Plan(layer_settings(model.cfg))
+    return ExperimentPlan(layer_settings(model.cfg))
 
 
 @experiment
-def heads(model: HookedHybrid) -> Plan:
+def heads(model: HookedHybrid) -> ExperimentPlan:
     """Silence each attention head alone: which ones are the retrieval heads?
 
     Example: hooked-hybrid heads --model tiny-griffin --out results/heads
     """
-    return Plan(head_settings(model.cfg))
+    return ExperimentPlan(head_settings(model.cfg))
 
 
 @experiment
-def controls(model: HookedHybrid, k: HalfKs = None, draws: Draws = None) -> Plan:
+def controls(model: HookedHybrid, k: HalfKs = None, draws: Draws = None) -> ExperimentPlan:
     """Compare the most peaked heads with other sets, and attention with recurrent layers.
 
     Every other set if there are few; sets.csv gives the rank of each choice among them.
@@ -195,13 +197,13 @@ def controls(model: HookedHybrid, k: HalfKs = None, draws: Draws = None) -> Plan
     """
     most = _all_heads(model)[0]
     settings = control_settings(model.cfg, list(dict.fromkeys(k or [(most + 1) // 2])), draws)
-    return Plan(settings, families=experiments.sets_beside(settings))
+    return ExperimentPlan(settings, families=experiments.sets_beside(settings))
 
 
 @experiment
 def static(
     model: HookedHybrid, k: EveryK = None, draws: FewDraws = None, scored_on: ScoredOn = 8
-) -> Plan:
+) -> ExperimentPlan:
     """Keep heads chosen once, by retrieval score or weights; compare with the choice at run time.
 
     And beside every other set of as many heads, where these are few; sets.csv says where each
@@ -214,7 +216,7 @@ def static(
     ks = list(k or range(1, _all_heads(model)[0]))
     check_sizes(model.cfg, ks, draws)  # before the scores are taken
     settings = static_settings(model.cfg, rankings_of(model, scored_on), ks, draws)
-    return Plan(
+    return ExperimentPlan(
         settings,
         picture=partial(accuracy_by_heads_kept, sizes=sizes_of(settings)),
         families=static_choices.sets_beside(settings),
@@ -227,7 +229,7 @@ def _all_heads(model: HookedHybrid) -> list[int]:
 
 
 def _run(
-    plan: Callable[..., Plan],
+    plan: Callable[..., ExperimentPlan],
     run: RunOptions,
     asked: PromptOptions,
     common: Common,
@@ -270,7 +272,7 @@ def _check_texts(model: HookedHybrid, length: int, n: int, documents: Sequence[s
 def _report(
     table: pd.DataFrame,
     losses: pd.DataFrame | None,
-    plan: Plan,
+    plan: ExperimentPlan,
     card: Mapping[str, str],
     out: Path,
     thesis_depth: bool,
@@ -308,7 +310,7 @@ def _report(
     show(shown, written, losses)
 
 
-def _sets(plan: Plan) -> set[str]:
+def _sets(plan: ExperimentPlan) -> set[str]:
     return {name for names in plan.families.values() for name in names}
 
 
@@ -318,4 +320,13 @@ def _joined(tables: Sequence[pd.DataFrame]) -> pd.DataFrame:
     return pd.concat(tables, ignore_index=True)
 
 
-__all__ = ["Plan", "controls", "experiment", "heads", "layers", "read_twice", "static", "weights"]
+__all__ = [
+    "ExperimentPlan",
+    "controls",
+    "experiment",
+    "heads",
+    "layers",
+    "read_twice",
+    "static",
+    "weights",
+]

@@ -21,7 +21,7 @@ from hooked_hybrid.accounting.plan.machine import (
     size_of,
     this_machine,
 )
-from hooked_hybrid.accounting.plan.planning import Plan
+from hooked_hybrid.accounting.plan.planning import MemoryPlan
 from hooked_hybrid.accounting.plan.planning import plan as make_plan
 from hooked_hybrid.accounting.plan.split import Usage
 from hooked_hybrid.commands.accounting import Model
@@ -94,7 +94,7 @@ def plan(
         Console().print(_notes(found), style="dim")
 
 
-def _notes(found: Plan) -> str:
+def _notes(found: MemoryPlan) -> str:
     """Return what the columns mean."""
     notes = (
         "activations: a forward's own values at their most, and the state before it, with logits "
@@ -110,7 +110,7 @@ def _notes(found: Plan) -> str:
     return notes
 
 
-def as_dict(found: Plan) -> dict[str, Any]:
+def as_dict(found: MemoryPlan) -> dict[str, Any]:
     """Return a plan as data: bytes, the device map, and why there is none."""
     names = [name for name, _ in found.machine.devices]
     about = {
@@ -152,7 +152,7 @@ def _numbers(text: str) -> list[int]:
         raise ValueError(f"--lengths {text!r}: give numbers such as 2048,8192") from error
 
 
-def _devices(found: Plan, model: str) -> Table:
+def _devices(found: MemoryPlan, model: str) -> Table:
     """Return a line for each device in use and for what is kept elsewhere."""
     kind = str(found.sizes.dtype).removeprefix("torch.")
     kind += "" if found.sizes.quantize is None else f" and {found.sizes.quantize}"
@@ -179,7 +179,7 @@ def _devices(found: Plan, model: str) -> Table:
     return table
 
 
-def _lengths(found: Plan) -> Table:
+def _lengths(found: MemoryPlan) -> Table:
     """Return a line for each length and device in use."""
     rows = f"{found.sizes.batch} row" + ("s" if found.sizes.batch > 1 else "")
     title = f"memory by length, {rows}"

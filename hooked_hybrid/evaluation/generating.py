@@ -30,7 +30,7 @@ SAMPLING = ("do_sample", "temperature", "top_k", "top_p")
 
 
 @dataclass(frozen=True)
-class Plan:
+class GenerationPlan:
     """How a task's texts are generated: where they stop, their length, how tokens are drawn."""
 
     stop_strings: tuple[str, ...]
@@ -38,7 +38,7 @@ class Plan:
     sampling: tuple[tuple[str, Any], ...]
 
 
-def read_plan(arguments: Mapping[str, Any], eos: str, max_new_tokens: int) -> Plan:
+def read_plan(arguments: Mapping[str, Any], eos: str, max_new_tokens: int) -> GenerationPlan:
     """Return what a task's generation arguments ask for.
 
     Args:
@@ -60,13 +60,13 @@ def read_plan(arguments: Mapping[str, Any], eos: str, max_new_tokens: int) -> Pl
     if not given.get("do_sample"):
         given = {}
     sampling = tuple(sorted((name, value) for name, value in given.items() if value is not None))
-    return Plan(tuple(s for s in stops if s), n_new, sampling)
+    return GenerationPlan(tuple(s for s in stops if s), n_new, sampling)
 
 
 def texts_after(
     model: HookedHybrid,
     prompts: Sequence[Sequence[int]],
-    plan: Plan,
+    plan: GenerationPlan,
     batching: Batching,
     on_written: Callable[[int], Any],
     **hooks: Any,
@@ -97,7 +97,10 @@ def texts_after(
 
 
 def _write(
-    model: HookedHybrid, prompts: Sequence[Sequence[int]], plan: Plan, hooks: Mapping[str, Any]
+    model: HookedHybrid,
+    prompts: Sequence[Sequence[int]],
+    plan: GenerationPlan,
+    hooks: Mapping[str, Any],
 ) -> list[str]:
     own = getattr(model.tokenizer, "eos_token_id", None)
     ends = [*model.text.eos, *(() if own is None else (own,))]
@@ -133,4 +136,4 @@ def _written(
     return cut.removeprefix(" ") if read == f" {alone}" else cut
 
 
-__all__ = ["Plan", "read_plan", "texts_after"]
+__all__ = ["GenerationPlan", "read_plan", "texts_after"]

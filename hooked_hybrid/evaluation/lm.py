@@ -16,7 +16,7 @@ from tqdm import tqdm
 from hooked_hybrid.evaluation.batching import MOST_ROWS, Batching, may_cut, read_batch_size
 from hooked_hybrid.evaluation.conversation import as_text
 from hooked_hybrid.evaluation.forms import Form, HeadChoice, Stage
-from hooked_hybrid.evaluation.generating import Plan, read_plan, texts_after
+from hooked_hybrid.evaluation.generating import GenerationPlan, read_plan, texts_after
 from hooked_hybrid.evaluation.loading import loaded
 from hooked_hybrid.evaluation.scoring import Score, score, truncated
 from hooked_hybrid.hooks.root import HookSpec
@@ -250,7 +250,7 @@ class HookedHybridLM(TemplateLM):
             ValueError: an argument that `generate` does not take, or no room for a context.
         """
         eos = self.model.text.decode([self.eot_token_id])
-        groups: dict[Plan, list[int]] = {}
+        groups: dict[GenerationPlan, list[int]] = {}
         for i, request in enumerate(requests):
             plan = read_plan(request.args[1], eos, self.max_gen_toks)
             groups.setdefault(plan, []).append(i)
@@ -270,7 +270,7 @@ class HookedHybridLM(TemplateLM):
                     self.cache_hook.add_partial("generate_until", requests[i].args, text)
         return texts
 
-    def _with_room(self, context: str, plan: Plan) -> list[int]:
+    def _with_room(self, context: str, plan: GenerationPlan) -> list[int]:
         """Return the tokens of a context, its end only where new tokens would find no room."""
         room = self.max_length - plan.max_new_tokens
         if room < 1:

@@ -24,7 +24,7 @@ BLOCK = 2**22
 
 
 @dataclass(frozen=True)
-class Batch:
+class PackedBatch:
     """Contexts that run together.
 
     `is_kept` says of which positions the activations are written. In the order of rows and
@@ -50,7 +50,7 @@ class Beside:
     position: Int[Tensor, " row"]
 
 
-class Plan:
+class PackingPlan:
     """Which tokens are read in which context, batch and shard.
 
     Args:
@@ -124,7 +124,7 @@ class Plan:
         columns = (torch.cat(column).int() for column in (tokens, documents, positions))
         return Beside(*columns)
 
-    def batches(self, shard: int) -> Iterator[Batch]:
+    def batches(self, shard: int) -> Iterator[PackedBatch]:
         """Yield the contexts of a shard, the longest first, as many together as have room."""
         contexts = self.contexts(shard)
         n_kept, lengths = self.n_kept[contexts], self.length[contexts] + (self.bos is not None)
@@ -135,7 +135,7 @@ class Plan:
             chosen, order = order[:n_rows], order[n_rows:]
             pairs = [self._row(context) for context in contexts[chosen].tolist()]
             rows = [begins[i] + torch.arange(int(n_kept[i])) for i in chosen]
-            yield Batch(
+            yield PackedBatch(
                 pad_sequence([row for row, _ in pairs], batch_first=True),
                 pad_sequence([torch.ones_like(kept) for _, kept in pairs], batch_first=True),
                 pad_sequence([kept for _, kept in pairs], batch_first=True),

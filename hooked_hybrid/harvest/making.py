@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 from tqdm.auto import tqdm
 
-from hooked_hybrid.harvest.contexts import Plan
+from hooked_hybrid.harvest.contexts import PackingPlan
 from hooked_hybrid.harvest.documents import Documents
 from hooked_hybrid.harvest.recipe import Recipe
 from hooked_hybrid.harvest.running import Runner, ShardMaker, bytes_of_row
@@ -72,7 +72,12 @@ class HarvestJob(Job[int, Header]):
 
 
 def make_missing(
-    runner: Runner, plan: Plan, recipe: Recipe, folder: Path, workers: RayWorkers | None, show: bool
+    runner: Runner,
+    plan: PackingPlan,
+    recipe: Recipe,
+    folder: Path,
+    workers: RayWorkers | None,
+    show: bool,
 ) -> None:
     """Make the shards that are missing, or damaged.
 
@@ -104,7 +109,7 @@ def make_missing(
                 bar.update(header.n_tokens)
 
 
-def _is_there(folder: Path, shard: int, plan: Plan, recipe: Recipe) -> bool:
+def _is_there(folder: Path, shard: int, plan: PackingPlan, recipe: Recipe) -> bool:
     """Whether a shard of this recipe is in the folder; one that is not whole is made again."""
     path = folder / shard_name(shard, plan.n_shards)
     if not path.exists():

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from hooked_hybrid.config import HybridConfig
-from hooked_hybrid.harvest.contexts import Plan
+from hooked_hybrid.harvest.contexts import PackingPlan
 from hooked_hybrid.harvest.documents import Documents
 from hooked_hybrid.harvest.shards import FORMAT, RECIPE, shard_paths, short_hash, write_json
 from hooked_hybrid.hooks.root import HookSpec
@@ -52,9 +52,9 @@ class Recipe:
         """A hash of all of it."""
         return short_hash(asdict(self))
 
-    def plan(self, documents: Documents) -> Plan:
+    def plan(self, documents: Documents) -> PackingPlan:
         """Return which tokens are read where."""
-        return Plan(
+        return PackingPlan(
             documents,
             self.context_length,
             self.shard_tokens,

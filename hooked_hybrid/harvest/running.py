@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from hooked_hybrid.harvest.contexts import Batch, Plan
+from hooked_hybrid.harvest.contexts import PackedBatch, PackingPlan
 from hooked_hybrid.harvest.shards import Header, shard_name, write_shard
 from hooked_hybrid.hooks.names import HookNameError, NameFilter, matching
 from hooked_hybrid.hooks.point import HookPoint, is_per_position, watcher
@@ -100,7 +100,7 @@ class Runner:
             self._forward(token, torch.ones_like(token))
         return {name: found[name] for name in self.names}
 
-    def run(self, batch: Batch, into: Mapping[str, Tensor]) -> None:
+    def run(self, batch: PackedBatch, into: Mapping[str, Tensor]) -> None:
         """Put the rows of a batch where they belong.
 
         Args:
@@ -150,7 +150,7 @@ class ShardMaker:
         recipe: its hash, for the shards' headers.
     """
 
-    def __init__(self, runner: Runner, plan: Plan, folder: Path, recipe: str) -> None:
+    def __init__(self, runner: Runner, plan: PackingPlan, folder: Path, recipe: str) -> None:
         self.runner, self.plan, self.folder, self.recipe = runner, plan, folder, recipe
         self.shapes = runner.shapes
 

@@ -24,7 +24,7 @@ from weights_conversion.errors import CheckpointError
 from weights_conversion.families import family_of_config
 from weights_conversion.filling import as_dtype, filled, without_memory
 from weights_conversion.names import plainly_named, require_head
-from weights_conversion.plan import Plan, adapter_of, read_plan
+from weights_conversion.plan import LoadingPlan, adapter_of, read_plan
 from weights_conversion.save import save
 from weights_conversion.sources import MemorySource, open_checkpoint
 
@@ -158,7 +158,7 @@ class PretrainedModel(LanguageModel):
         require_head(cfg.tied_embedding, source.shapes)
         dtype = hf_model.dtype if dtype is None else dtype
         device = hf_model.device if device is None else device
-        plan = Plan(cfg, source, family.rules(cfg, source.shapes), family.ignored(cfg))
+        plan = LoadingPlan(cfg, source, family.rules(cfg, source.shapes), family.ignored(cfg))
         model = filled(cls, plan, dtype, device)
         model.tokenizer = tokenizer
         return model

@@ -47,7 +47,7 @@ def shortest_window(model: HookedHybrid) -> int | None:
 
 
 @dataclass(frozen=True)
-class Batch:
+class SettingBatch:
     """Settings that run together: a row for each prefill, then a row for each setting."""
 
     settings: tuple[Setting, ...]
@@ -73,7 +73,7 @@ class Batch:
     """Whether a prompt is run in one piece, as its hooks may look at all of it."""
 
 
-def batches_of(settings: Sequence[Setting], prompts: Sequence[Prompt]) -> list[Batch]:
+def batches_of(settings: Sequence[Setting], prompts: Sequence[Prompt]) -> list[SettingBatch]:
     """Put together what has a plain prefill, a hooked one, and one that depends on the prompt.
 
     Hooks that depend on it are asked for with every prompt: one may see all of its own.
@@ -86,7 +86,7 @@ def batches_of(settings: Sequence[Setting], prompts: Sequence[Prompt]) -> list[B
         shares = not callable(setting.prefill) and not is_whole
         kinds.setdefault((bool(hooks), shares, is_whole), []).append(setting)
     return [
-        Batch(tuple(same[start : start + MOST_ROWS]), shares, is_whole)
+        SettingBatch(tuple(same[start : start + MOST_ROWS]), shares, is_whole)
         for (_, shares, is_whole), same in kinds.items()
         for start in range(0, len(same), MOST_ROWS)
     ]
@@ -99,7 +99,7 @@ class Group:
         self.prompts, self.settings = prompts, settings
 
     @cached_property
-    def batches(self) -> list[Batch]:
+    def batches(self) -> list[SettingBatch]:
         """What runs together."""
         return batches_of(self.settings, self.prompts)
 
@@ -144,7 +144,7 @@ class _GroupRun:
     first_token_stage: FirstToken
 
     def prefilled(
-        self, prompts: Sequence[Prompt], batch: Batch, wanted: set[str]
+        self, prompts: Sequence[Prompt], batch: SettingBatch, wanted: set[str]
     ) -> Iterator[tuple[Prompt, HybridState | None]]:
         """Yield each wanted prompt with the state after all its tokens but the last."""
         if batch.shares_prompts:
@@ -158,7 +158,7 @@ class _GroupRun:
     def _share(
         self,
         prompts: Sequence[Prompt],
-        batch: Batch,
+        batch: SettingBatch,
         state: HybridState | None,
         start: int,
         wanted: set[str],
@@ -179,7 +179,7 @@ class _GroupRun:
             yield from self._share(part, batch, state, shared, wanted)
 
     def run(
-        self, prompt: Prompt, batch: Batch, state: HybridState | None, start: int, stop: int
+        self, prompt: Prompt, batch: SettingBatch, state: HybridState | None, start: int, stop: int
     ) -> HybridState | None:
         """Return the state after tokens `start` to `stop`, run as prefill."""
         if start >= stop:
@@ -198,7 +198,7 @@ class _GroupRun:
         return state
 
     def decode(
-        self, batch: Batch, prefilled: Sequence[tuple[Prompt, HybridState | None]]
+        self, batch: SettingBatch, prefilled: Sequence[tuple[Prompt, HybridState | None]]
     ) -> dict[tuple[str, str], tuple[str, int, float]]:
         """Return output, new tokens and smallest margin of each prompt and setting."""
         prompts, states = zip(*prefilled, strict=True)
@@ -255,10 +255,10 @@ def _parted(prompts: Sequence[Prompt], at: int) -> list[list[Prompt]]:
 
 __all__ = [
     "MOST_ROWS",
-    "Batch",
     "Cells",
     "FirstToken",
     "Group",
+    "SettingBatch",
     "batches_of",
     "groups_of",
     "shortest_window",

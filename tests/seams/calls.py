@@ -36,7 +36,7 @@ def assert_close(got: Tensor, wanted: Tensor, what: str, of: Tensor | None = Non
 
 
 @dataclass
-class Batch:
+class DrawnBatch:
     """Rows of tokens, each after a history of its own, and one spelling of them.
 
     `input` is what is passed: `tokens`, or the texts that become them. `places[r]` are the columns
@@ -73,7 +73,7 @@ class Batch:
         return logits[0, len(self.histories[row]) :], cache[name]
 
 
-def draw_batch(random: Random, model: HookedHybrid) -> Batch:
+def draw_batch(random: Random, model: HookedHybrid) -> DrawnBatch:
     """Draw rows, what they continue from, a spelling and edits."""
     n_rows = random.choice([1, 1, 2, 3, 4])
     longest = random.choice([2, 5, 12, 40, 70])
@@ -98,7 +98,7 @@ def draw_batch(random: Random, model: HookedHybrid) -> Batch:
     if spelling == "texts":
         given = [" ".join(f"w{token}" for token in row) for row in rows]
         given = given[0] if n_rows == 1 and random.random() < 0.5 else given
-    return Batch(histories, rows, given, tokens, options, places, edits, marked)
+    return DrawnBatch(histories, rows, given, tokens, options, places, edits, marked)
 
 
 def spelled(
@@ -171,7 +171,7 @@ def check_forward(random: Random, model: HookedHybrid) -> None:
         check_state(random, model, batch, state)
 
 
-def check_logits(batch: Batch, logits: Tensor, alone: list[Tensor], keep: int | None) -> None:
+def check_logits(batch: DrawnBatch, logits: Tensor, alone: list[Tensor], keep: int | None) -> None:
     """Compare the logits that were kept, where a token stands."""
     n_pos = batch.tokens.shape[1]
     first = 0 if keep is None else n_pos - keep
@@ -185,7 +185,7 @@ def check_logits(batch: Batch, logits: Tensor, alone: list[Tensor], keep: int | 
             assert_close(got, alone[r][indices], f"logits of row {r}")
 
 
-def check_loss(batch: Batch, loss: Tensor, alone: list[Tensor], per_token: bool) -> None:
+def check_loss(batch: DrawnBatch, loss: Tensor, alone: list[Tensor], per_token: bool) -> None:
     """Compare the loss with the negative log-probabilities of each row's next tokens."""
     packed = batch.is_packed
     wanted = torch.zeros(1 if packed else len(batch.rows), batch.tokens.shape[1] - 1)
@@ -198,7 +198,7 @@ def check_loss(batch: Batch, loss: Tensor, alone: list[Tensor], per_token: bool)
     assert_close(loss, wanted if per_token else wanted.sum() / max(n, 1), "loss")
 
 
-def check_state(random: Random, model: HookedHybrid, batch: Batch, state: Any) -> None:
+def check_state(random: Random, model: HookedHybrid, batch: DrawnBatch, state: Any) -> None:
     """Continue from the state, without hooks, and compare with a run whose new part is unedited."""
     n_new = random.randint(1, 6)
     following = torch.randint(3, D_VOCAB, (len(batch.rows), n_new))
@@ -255,7 +255,7 @@ def check_cache(random: Random, model: HookedHybrid) -> None:
         assert_close(got.float(), want.float(), f"{name} of row {r}")
 
 
-def draw_positions(random: Random, batch: Batch) -> list[int]:
+def draw_positions(random: Random, batch: DrawnBatch) -> list[int]:
     """Draw columns: a run of any, or some that hold a token in every row."""
     n_pos = batch.tokens.shape[1]
     first = random.randrange(n_pos)
@@ -268,4 +268,4 @@ def draw_positions(random: Random, batch: Batch) -> list[int]:
     return sorted(random.sample(full, random.randint(1, len(full))))
 
 
-__all__ = ["Batch", "check_cache", "check_forward", "draw_batch"]
+__all__ = ["DrawnBatch", "check_cache", "check_forward", "draw_batch"]

@@ -11,7 +11,7 @@ from torch.nn.functional import log_softmax
 
 from hooked_hybrid import HookedHybrid
 from tests.models import D_VOCAB
-from tests.seams.calls import LONG, Batch, assert_close, draw_batch
+from tests.seams.calls import LONG, DrawnBatch, assert_close, draw_batch
 from tests.seams.edits import Edit, draw_edits, hooks_of
 
 TIE = 1e-4
@@ -64,7 +64,7 @@ def keepable(random: Random, model: HookedHybrid) -> list[str] | None:
 
 def check_row(
     model: HookedHybrid,
-    batch: Batch,
+    batch: DrawnBatch,
     row: int,
     out: Any,
     edits: list[Edit],
@@ -98,7 +98,7 @@ def check_row(
 
 def check_kept(
     model: HookedHybrid,
-    batch: Batch,
+    batch: DrawnBatch,
     row: int,
     out: Any,
     cached: Any,
@@ -127,7 +127,7 @@ def check_kept(
         assert_close(got.float(), want.float(), f"{name} of row {row}, kept")
 
 
-def prompt_columns(batch: Batch, row: int, width: int) -> range:
+def prompt_columns(batch: DrawnBatch, row: int, width: int) -> range:
     """Return where a row's prompt stands in a generation: at its right end."""
     return range(width - len(batch.rows[row]), width)
 

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from hooked_hybrid import interventions
 from hooked_hybrid.commands.program import build_app
 from hooked_hybrid.harvest import HarvestedActivations, harvest, read_texts
-from hooked_hybrid.harvest.contexts import Plan
+from hooked_hybrid.harvest.contexts import PackingPlan
 from hooked_hybrid.harvest.documents import Documents
 from hooked_hybrid.harvest.running import hooks_to_keep
 from hooked_hybrid.hooks.names import HookNameError
@@ -349,7 +349,7 @@ def test_a_plan_holds_every_token_once_and_keeps_to_its_sizes():
         if not kept.any():
             continue
         bos, room = draw.choice([None, 10]), draw.randint(2, 30)
-        plan = Plan(
+        plan = PackingPlan(
             Documents(tokens, starts, "", "", ""), 7, room, 20, bos, left_out,
             draw.choice([None, seed]),
         )  # fmt: skip

@@ -13,7 +13,7 @@ import experiments.recall.train as training
 from experiments.recall.score import HELD_OUT, score
 from experiments.recall.task import Task, draw
 from experiments.twins import compare, figures, models, probe
-from experiments.twins.models import TWINS, Plan, configs, n_parameters
+from experiments.twins.models import TWINS, TwinsPlan, configs, n_parameters
 from hooked_hybrid import HookedHybrid
 from hooked_hybrid.analysis import memory_horizon
 
@@ -65,14 +65,16 @@ def test_twins_see_the_same_batches_however_they_do(
     for source in ("draw", "drill"):
         monkeypatch.setattr(training, source, recording(getattr(training, source), seen))
     for name in TWINS:
-        models.train_one(tmp_path, Plan(SMALL, steps=5, kept=(5,), tokens=64), name, seed=1)
-    assert [type(batch).__name__ for batch in seen] == (["Drill"] * 3 + ["Batch"] * 2) * len(TWINS)
+        models.train_one(tmp_path, TwinsPlan(SMALL, steps=5, kept=(5,), tokens=64), name, seed=1)
+    assert [type(batch).__name__ for batch in seen] == (["Drill"] * 3 + ["RecallBatch"] * 2) * len(
+        TWINS
+    )
     for i, batch in enumerate(seen):
         assert torch.equal(batch.tokens, seen[i % 5].tokens)
 
 
 def test_the_long_start_is_the_hybrid_with_other_decays(tmp_path: Path) -> None:
-    cfg, recipe = configs(SMALL)["hybrid"], Plan(SMALL).recipe(0)
+    cfg, recipe = configs(SMALL)["hybrid"], TwinsPlan(SMALL).recipe(0)
     one = models.Alike(cfg, SMALL, recipe, tmp_path / "one").model
     two = models.LongStart(cfg, SMALL, recipe, tmp_path / "two").model
     for (name, a), b in zip(one.named_parameters(), two.parameters(), strict=True):
@@ -164,7 +166,7 @@ def test_the_whole_experiment_resumes(tmp_path: Path, monkeypatch: pytest.Monkey
     for name, n in {"N_ANSWERED": 8, "N_PROBED": 80, "N_WATCHED": 2}.items():
         monkeypatch.setattr(compare, name, n)
     monkeypatch.setattr(compare, "FACTS", (1, 2))
-    plan = Plan(SMALL, seeds=(0,), steps=2, kept=(2,), tokens=64)
+    plan = TwinsPlan(SMALL, seeds=(0,), steps=2, kept=(2,), tokens=64)
     with pytest.raises(ValueError, match="holds no model"):
         compare.table(tmp_path, plan)
     for name in TWINS:

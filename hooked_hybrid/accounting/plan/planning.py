@@ -31,7 +31,7 @@ ROOM = 2048
 
 
 @dataclass(frozen=True)
-class Plan:
+class MemoryPlan:
     """Where a model goes, what each device then holds by length, and why not if it cannot."""
 
     sizes: Sizes
@@ -128,7 +128,7 @@ def plan(
     dtype: torch.dtype = torch.bfloat16,
     quantize: str | Any | None = None,
     quantize_only: Only | None = None,
-) -> Plan:
+) -> MemoryPlan:
     """Return where a model would go, from its config alone.
 
     Args:
@@ -147,7 +147,7 @@ def plan(
         raise ValueError(f"lengths={list(lengths)}, batch={batch}: give 1 or more of each")
     sizes = Sizes(cfg, dtype, batch, not machine.gpus, quantize, quantize_only)
     lengths = tuple(sorted(set(lengths)))
-    return Plan(sizes, machine, lengths, Planner(sizes, machine, lengths[-1]).find())
+    return MemoryPlan(sizes, machine, lengths, Planner(sizes, machine, lengths[-1]).find())
 
 
-__all__ = ["CUDA_CONTEXT", "ROOM", "Plan", "Planner", "plan"]
+__all__ = ["CUDA_CONTEXT", "ROOM", "MemoryPlan", "Planner", "plan"]
