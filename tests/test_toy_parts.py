@@ -169,6 +169,15 @@ def test_every_hook_is_live_and_edits_what_is_computed():
         assert stages.count("generation") >= 2 and "prefill" in stages, name
 
 
+def test_names_that_no_other_kind_has_are_short_too():
+    model = toy()
+    _, cache = model.run_with_cache(random_tokens())
+    assert torch.equal(cache["relu", 0], cache["blocks.0.mlp.hook_relu"])
+    assert torch.equal(cache["post", 0], cache["relu", 0].square())
+    stack, labels = cache.stack_activation("relu", return_labels=True)
+    assert labels == [f"blocks.{i}.mlp.hook_relu" for i in (0, 2, 3)] and len(stack) == 3
+
+
 # --- what layers write ----------------------------------------------------------------------------
 
 

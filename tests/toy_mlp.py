@@ -33,11 +33,12 @@ class SquaredMLP(MLP):
         self.up = Linear(d_model, cfg.d_mlp, bias=False)
         self.down = Linear(cfg.d_mlp, d_model, bias=True)
         self.hook_pre = HookPoint("batch pos d_mlp")
+        self.hook_relu = HookPoint("batch pos d_mlp")
         self.hook_post = HookPoint("batch pos d_mlp")
 
     def forward(self, x: Resid, layout: Layout) -> Resid:
         """Return the MLP's write."""
-        return self.down(self.hook_post(self.hook_pre(self.up(x)).relu().square()))
+        return self.down(self.hook_post(self.hook_relu(self.hook_pre(self.up(x)).relu()).square()))
 
     @classmethod
     def operations(cls, cfg: SquaredConfig, d_model: int) -> dict[str, Flops]:

@@ -17,7 +17,8 @@ from hooked_hybrid.accounting.memory import memory_table, tokens_where_attention
 from hooked_hybrid.accounting.parameters import ParameterCount, count_parameters
 from hooked_hybrid.accounting.plots import compute_figure
 from hooked_hybrid.commands.program import explained, folder
-from hooked_hybrid.config import AttentionConfig, HybridConfig
+from hooked_hybrid.config import HybridConfig
+from hooked_hybrid.network import mixers
 from hooked_hybrid.outputs.figures import save_figure
 from hooked_hybrid.outputs.whole_files import replacing
 
@@ -104,9 +105,7 @@ def lengths_up_to(longest: int, cfg: HybridConfig) -> list[int]:
 
 def windows_of(cfg: HybridConfig, longest: int) -> list[int]:
     """Return the numbers of keys of attention's windows, as far as `longest`."""
-    mixers = (layer.mixer for layer in cfg.layers)
-    found = {m.n_keys for m in mixers if isinstance(m, AttentionConfig) and m.n_keys is not None}
-    return sorted(n_keys for n_keys in found if n_keys <= longest)
+    return sorted({n_keys for n_keys in mixers.windows_of(cfg) if n_keys <= longest})
 
 
 def title_of(model: str, batch: int = 1) -> str:

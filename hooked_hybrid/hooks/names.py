@@ -94,9 +94,30 @@ def resolve(key: Shorthand, names: Collection[str], n_layers: int) -> str:
         if isinstance(layer, int) and layer < 0:
             layer += n_layers
         full = get_act_name(str(name), layer, layer_type)  # type: ignore[arg-type]
-    if full not in names:
+    found = find(full, names)
+    if found is None:
         raise HookNameError(unknown_name(full, names))
-    return full
+    return found
+
+
+def find(full: str, names: Collection[str]) -> str | None:
+    """Return a full name that exists; or, for one of a block itself, the only one inside it.
+
+    Args:
+        full: what `get_act_name` makes of a shorthand, in which a name that `GROUPS` lacks is the
+            block's own.
+        names: what exists.
+
+    Returns:
+        None where there is no such name, or several.
+    """
+    if full in names:
+        return full
+    block, _, leaf = full.rpartition(".")
+    if not re.fullmatch(r"blocks\.\d+", block):
+        return None
+    inside = [n for n in names if n.startswith(f"{block}.") and n.rpartition(".")[2] == leaf]
+    return inside[0] if len(inside) == 1 else None
 
 
 def unknown_name(name: str, names: Iterable[str]) -> str:

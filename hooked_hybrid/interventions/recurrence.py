@@ -70,8 +70,8 @@ def freeze_state(
 
     Returns:
         Hooks: a log decay of 0 and an input gate of 0 in the RG-LRU (`hook_log_decay`,
-        `hook_input_gate`), a step of 0 in Mamba (`hook_ssm_dt`). Attach them after others that
-        edit these points.
+        `hook_input_gate`), a step of 0 in Mamba (`hook_ssm_dt`), in another kind what its class
+        states as `holds`. Attach them after others that edit these points.
 
     Raises:
         ValueError: positions or indices that are not whole numbers from 0 on; a stop before the

@@ -17,10 +17,10 @@ from typing import Any, Literal
 
 import torch
 
-from hooked_hybrid.config import AttentionConfig
 from hooked_hybrid.hooks.point import is_per_position
 from hooked_hybrid.model.generate import stages_of
 from hooked_hybrid.model.hybrid import HookedHybrid
+from hooked_hybrid.network.mixers import windows_of
 from hooked_hybrid.network.state import HybridState
 from hooked_hybrid.niah.cells import cell_of
 from hooked_hybrid.niah.prompts import Prompt
@@ -41,9 +41,7 @@ def groups_of(prompts: Sequence[Prompt]) -> list[list[Prompt]]:
 
 def shortest_window(model: HookedHybrid) -> int | None:
     """Return how many keys the last prompt token sees in every attention layer; None for all."""
-    mixers = [layer.mixer for layer in model.cfg.layers if isinstance(layer.mixer, AttentionConfig)]
-    windows = [mixer.n_keys for mixer in mixers if mixer.n_keys is not None]
-    return min(windows, default=None)
+    return min(windows_of(model.cfg), default=None)
 
 
 @dataclass(frozen=True)

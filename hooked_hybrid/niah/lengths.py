@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from hooked_hybrid.config import AttentionConfig, HybridConfig
 from hooked_hybrid.model.hybrid import HookedHybrid
+from hooked_hybrid.network.mixers import windows_of
 from hooked_hybrid.niah.needles import AnyNeedle
 from hooked_hybrid.niah.prompts import default_lengths, shortest_length
 
@@ -21,7 +22,7 @@ def longest_prompt(cfg: HybridConfig) -> int:
     As in the papers, twice the window, or what a model without a window was made for; no more than
     they ran.
     """
-    windows = [m.n_keys for m in attention_of(cfg) if m.n_keys is not None]
+    windows = windows_of(cfg)
     own = 2 * min(windows) if windows else cfg.n_ctx
     return LONGEST if own is None else min(own, LONGEST)
 

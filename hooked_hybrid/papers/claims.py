@@ -8,7 +8,8 @@ from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from hooked_hybrid.config import HybridConfig, MambaConfig, RGLRUConfig
+from hooked_hybrid.config import HybridConfig
+from hooked_hybrid.network.mixers import mixer_of
 from hooked_hybrid.papers.evidence import Untested
 from hooked_hybrid.presets.packaged import packaged_models
 
@@ -24,7 +25,8 @@ TITLES: dict[Paper, str] = {
 }
 RG_2B, RG_9B, JAMBA = "RecurrentGemma-2B", "RecurrentGemma-9B", "Jamba-Mini-1.6"
 ALL = "all three models"
-_KIND = {RG_2B: RGLRUConfig, RG_9B: RGLRUConfig, JAMBA: MambaConfig}
+_KIND = {RG_2B: "rglru", RG_9B: "rglru", JAMBA: "mamba"}
+"""The kind of their recurrence."""
 _SHAPE = {RG_2B: (26, 2560), RG_9B: (38, 4096), JAMBA: (32, 4096)}
 """Layers and width of the published models."""
 _HUB = {
@@ -112,7 +114,7 @@ class Item:
 
 def shape_of(cfg: HybridConfig) -> str | None:
     """Return the published model that has this shape: its recurrence, layers and width."""
-    mixers = {type(layer.mixer) for layer in cfg.layers}
+    mixers = {mixer_of(layer.mixer).kind for layer in cfg.layers}
     for published, shape in _SHAPE.items():
         if shape == (cfg.n_layers, cfg.d_model) and _KIND[published] in mixers:
             return published
@@ -144,7 +146,8 @@ def applies(claim: Claim, cfg: HybridConfig) -> bool:
         return True
     if published := shape_of(cfg):
         return claim.about == published
-    return claim.any_model or _KIND[claim.about] in {type(layer.mixer) for layer in cfg.layers}
+    kinds = {mixer_of(layer.mixer).kind for layer in cfg.layers}
+    return claim.any_model or _KIND[claim.about] in kinds
 
 
 def found_by(check: Check, evidence: Evidence) -> Finding:

@@ -10,8 +10,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from hooked_hybrid.config import MambaConfig, RGLRUConfig
 from hooked_hybrid.model.hybrid import HookedHybrid
+from hooked_hybrid.network.mixers import mixer_of
 from hooked_hybrid.niah.lengths import ROOM, longest_prompt
 from hooked_hybrid.niah.needles import PAPER, Needle, held_out_needles
 from hooked_hybrid.niah.prompts import (
@@ -29,7 +29,7 @@ from hooked_hybrid.runs.identity.comparing import changes, refusal
 from hooked_hybrid.runs.identity.model import model_identity
 
 FILE = "recipe.json"
-_FIRST_TOKEN: dict[type, FirstToken] = {RGLRUConfig: "generation", MambaConfig: "prefill"}
+_FIRST_TOKEN: dict[str, FirstToken] = {"rglru": "generation", "mamba": "prefill"}
 """As the papers ran each: Google's sampler makes the last prompt token a step, transformers not."""
 
 
@@ -214,7 +214,7 @@ def recipe_for(
             f"--seeds {n_seeds}, --held-out {n_held_out}: give two seeds and one held-out needle "
             "or more, an interval needs them"
         )
-    kinds = {type(layer.mixer) for layer in model.cfg.layers}
+    kinds = {mixer_of(layer.mixer).kind for layer in model.cfg.layers}
     as_theirs: list[FirstToken] = [s for kind, s in _FIRST_TOKEN.items() if kind in kinds]
     return Recipe(
         identity=model_identity(model),

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from hooked_hybrid.hooks.names import get_act_name
+from hooked_hybrid.hooks.names import find, get_act_name
 from hooked_hybrid.hooks.slicing import PosSlice
 from hooked_hybrid.model.residual import parts as parts_of
 from hooked_hybrid.model.residual.norms import ResidualNorms
@@ -226,7 +226,8 @@ class ResidualStacks(ResidualNorms):
         """Stack one hook point of every layer before `layer` that has it; labels are full names."""
         last = self._place(layer, False).layer
         names = [get_act_name(activation_name, i, sublayer_type) for i in range(last)]
-        there = [name for name in names if name in self.model.hook_dict]
+        found = (find(name, self.model.hook_dict) for name in names)
+        there = [name for name in found if name is not None]
         if not there:
             raise ValueError(f"no layer before {last} has {activation_name!r}, such as {names[:1]}")
         self._require("stack_activation", [parts_of.whole(name, name) for name in there])

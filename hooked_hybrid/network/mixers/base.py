@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from hooked_hybrid.config import HybridConfig
 from hooked_hybrid.network.costs import Flops
 from hooked_hybrid.network.layers import Linear
 from hooked_hybrid.network.layout import Layout
@@ -176,6 +177,13 @@ def register_mixer(*mixers: type[Mixer[Any]]) -> None:
     """
     for mixer in mixers:
         register(MIXERS, mixer, ("config", "kind"))
+
+
+def windows_of(cfg: HybridConfig) -> list[int]:
+    """Return the keys that each mixer with a window sees, in the order of the layers."""
+    mixers = [(mixer_of(layer.mixer), layer.mixer) for layer in cfg.layers]
+    windows = [mixer.window(of) for mixer, of in mixers if mixer.grows]
+    return [n_keys for n_keys in windows if n_keys is not None]
 
 
 def mixer_of(cfg: object) -> type[Mixer[Any]]:
