@@ -238,6 +238,7 @@ def test_a_root_is_found_from_either_side(ends: tuple[float, float], root: float
         ([1.0, 0.5], "abc", {}, "2 values, 3 cluster labels"),
         ([1.0, 0.5], "ab", {"level": 1.0}, "level=1.0"),
         ([1.0, 2.0], "ab", {}, "bounds that hold every possible value"),
+        ([1.0 + 2e-9, 0.5], "ab", {}, "bounds that hold every possible value"),
         ([1.0, -0.5], "ab", {}, "bounds that hold every possible value"),
         ([1.0, 0.5], "ab", {"bounds": (1.0, 0.0)}, "bounds that hold every possible value"),
     ],
@@ -245,6 +246,11 @@ def test_a_root_is_found_from_either_side(ends: tuple[float, float], root: float
 def test_bad_input_is_refused(values: Any, clusters: Any, options: Any, message: str):
     with pytest.raises(ValueError, match=message):
         mean_interval(values, clusters, **{"bounds": SHARE, **options})
+
+
+def test_values_may_pass_bounds_by_a_rounding():
+    low, high = mean_interval([1.0 + 1e-9, -1e-9], "ab", SHARE)
+    assert low < 0.5 < high
 
 
 @pytest.mark.parametrize(("df", "share"), [(0, 0.975), (3, 0.5), (3, 1.0)])
