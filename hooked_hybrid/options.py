@@ -164,18 +164,3 @@ def _is_installed(package: str) -> bool:
         return find_spec(package) is not None
     except ValueError:  # a module that was put in place of the package, without a spec
         return True
-
-
-__all__ = [
-    "EXTRAS",
-    "UNSET",
-    "Unset",
-    "UnsetType",
-    "check_choice",
-    "check_count",
-    "check_number",
-    "is_given",
-    "refuse_ignored",
-    "require",
-    "shown",
-]

@@ -230,6 +230,3 @@ def _unsupported(folder: Path, what: str) -> CheckpointError:
         f"{folder} holds an adapter with {what}, which is not merged here: merge it with peft "
         "(PeftModel.from_pretrained(...).merge_and_unload()) and save or pass on the merged model"
     )
-
-
-__all__ = ["AdaptedSource", "adapter_files", "with_adapter"]

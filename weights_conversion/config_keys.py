@@ -98,6 +98,3 @@ def is_listed(key: str, value: Any) -> bool:
         return False
     known = key in LISTED or key in GENERATION_DEFAULTS or LISTED_PATTERNS.fullmatch(key)
     return value is None or bool(known)
-
-
-__all__ = ["GENERATION_DEFAULTS", "GENERIC", "is_listed", "is_without_effect"]

@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from hooked_hybrid.outputs.foreign import LARGEST_JSON as LARGEST_INDEX
-from hooked_hybrid.outputs.foreign import LARGEST_SMALL as LARGEST_CONFIG
+from hooked_hybrid.outputs.foreign import LARGEST_JSON, LARGEST_SMALL
 from hooked_hybrid.outputs.foreign import read_json as read_any
 from weights_conversion.errors import CheckpointError
+
+LARGEST_CONFIG, LARGEST_INDEX = LARGEST_SMALL, LARGEST_JSON
 
 
 def read_json(path: Path, largest: int) -> dict[str, Any]:
@@ -25,6 +26,3 @@ def read_json(path: Path, largest: int) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} holds a {type(content).__name__}, not an object")
     return content
-
-
-__all__ = ["LARGEST_CONFIG", "LARGEST_INDEX", "read_json"]

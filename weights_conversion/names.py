@@ -103,6 +103,3 @@ def _refuse_other_prefix(names: Iterable[str]) -> None:
             f"the tensors' names begin with the prefix {prefix!a} ({ends[0]!a} is here, and no "
             f"{EMBEDDING}): save or pass the model that is inside, without the prefix"
         )
-
-
-__all__ = ["BASE", "PREFIX", "RenamedSource", "plainly_named", "require_head"]

@@ -261,16 +261,3 @@ def _download(repo: str, revision: str | None) -> Path:
             f"give it ({type(error).__name__}): check the name, the network, and for gated models "
             "`hf auth login`"
         ) from error
-
-
-__all__ = [
-    "ADAPTER_CONFIG",
-    "Checkpoint",
-    "MemorySource",
-    "SafetensorsSource",
-    "TensorSource",
-    "adapter_folder",
-    "open_checkpoint",
-    "open_torch_file",
-    "open_torch_files",
-]

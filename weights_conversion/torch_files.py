@@ -140,6 +140,3 @@ def _is_tied_head(name: str, tensors: Mapping[str, Tensor]) -> bool:
     head = tensors[name]
     of_embedding = [t for n, t in tensors.items() if n.endswith("embed_tokens.weight")]
     return any(t.data_ptr() == head.data_ptr() and t.shape == head.shape for t in of_embedding)
-
-
-__all__ = ["read_torch_file"]

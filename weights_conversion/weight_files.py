@@ -86,6 +86,3 @@ def _shards(index: Path) -> dict[Path, frozenset[str] | None]:
     for name, file in weight_map.items():
         files.setdefault(file, set()).add(name)
     return {index.parent / file: frozenset(names) for file, names in sorted(files.items())}
-
-
-__all__ = ["WeightFiles", "find_weights", "stale"]

@@ -76,6 +76,3 @@ def write_figures(folder: Path, figures: Figures) -> None:
     """Replace the file of a folder."""
     with replacing(folder / FILE) as temporary:
         temporary.write_text(json.dumps(asdict(figures), indent=1) + "\n", encoding="utf-8")
-
-
-__all__ = ["FILE", "OURS", "Figures", "Measurement", "read_figures", "write_figures"]

@@ -120,15 +120,3 @@ def check_equal(results: Mapping[str, Any], tolerance: float = TOLERANCE) -> Non
 def progress(items: Iterable[T], what: str = "", unit: str = "round") -> Iterable[T]:
     """Show on the standard error how far a loop is, where somebody is looking."""
     return tqdm(items, desc=what, unit=unit, file=sys.stderr, leave=False, disable=None)
-
-
-__all__ = [
-    "DisagreementError",
-    "Work",
-    "check_equal",
-    "clock",
-    "interleaved",
-    "no_collector",
-    "progress",
-    "timed",
-]

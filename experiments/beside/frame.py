@@ -204,9 +204,3 @@ def save(
         said = {"model": model, "claim": experiment.claim, "source": experiment.source, **said}
         said |= about or {}
         temporary.write_text(json.dumps(said, indent=2), encoding="utf-8")
-
-
-__all__ = [
-    "HARMFUL", "HARMLESS", "Bench", "Experiment", "Finding", "accuracies", "both", "harms",
-    "interval", "leaves_half", "named", "picture", "save", "spares", "verdict",
-]  # fmt: skip

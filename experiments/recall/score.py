@@ -54,6 +54,3 @@ def scores(model: HookedHybrid, task: Task, n: int = 256, seed: int = 0) -> dict
     """
     batch = draw(task, n, HELD_OUT + seed)
     return {name: score(answered(model, batch, cut(model, name))) for name in CUTS}
-
-
-__all__ = ["HELD_OUT", "Score", "answered", "score", "scores"]

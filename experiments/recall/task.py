@@ -145,6 +145,3 @@ def _places(task: Task, batch: int, rng: torch.Generator) -> Int[Tensor, "batch 
 def _some(batch: int, n: int, chosen: int, rng: torch.Generator) -> Int[Tensor, "batch chosen"]:
     """Return different numbers below n for each row, in random order."""
     return torch.rand(batch, n, generator=rng).argsort(dim=1)[:, :chosen]
-
-
-__all__ = ["ASK", "BOS", "Drill", "RecallBatch", "Task", "draw", "drill"]

@@ -158,6 +158,3 @@ def table(out: Path, plan: TwinsPlan) -> pd.DataFrame:
     if not parts:
         raise ValueError(f"{out} holds no model of this plan: train some first")
     return pd.concat(parts, ignore_index=True)
-
-
-__all__ = ["by_distance", "by_facts", "cells", "compared", "crossings", "horizons", "kept", "table"]

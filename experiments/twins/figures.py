@@ -198,6 +198,3 @@ def _named(at: str) -> str:
 
 def _mark_drills(ax: Axes) -> None:
     ax.axvline(DRILLS, color=CONTROL, lw=0.8, ls="--")
-
-
-__all__ = ["draw_all", "horizons", "kept", "last", "recall", "summary", "ways"]

@@ -127,16 +127,3 @@ def load(out: Path, plan: TwinsPlan, name: str, seed: int, step: int) -> HookedH
     path = folder(out, name, seed) / f"step-{step}.pt"
     model.load_state_dict(torch.load(path, weights_only=True))
     return model.eval()
-
-
-__all__ = [
-    "TASK",
-    "TWINS",
-    "Alike",
-    "TwinsPlan",
-    "configs",
-    "folder",
-    "load",
-    "n_parameters",
-    "train_one",
-]

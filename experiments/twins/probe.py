@@ -133,6 +133,3 @@ def _one_hot(target: Tensor, task: Task, shuffle: int | None) -> Tensor:
 
 def _order(n: int, seed: int) -> Tensor:
     return torch.randperm(n, generator=torch.Generator().manual_seed(seed))
-
-
-__all__ = ["Facts", "Read", "facts_of", "fitted", "read_presence", "read_values", "states_at_ask"]

@@ -107,6 +107,3 @@ def _fetched(repo: str) -> Path:
             f"({type(error).__name__}): check the name, the network, and for gated models "
             "`hf auth login`"
         ) from error
-
-
-__all__ = ["ALIASES", "PUBLISHED", "config_of"]

@@ -241,15 +241,3 @@ def _require(least: int, **values: int) -> None:
     for name, value in values.items():
         if value < least:
             raise ValueError(f"{name}={value}: give {least} or more")
-
-
-__all__ = [
-    "ByKind",
-    "Pairs",
-    "Ratio",
-    "count_pairs",
-    "flops_table",
-    "prefill_flops",
-    "recurrence_over_attention",
-    "step_flops",
-]

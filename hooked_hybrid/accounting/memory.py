@@ -145,12 +145,3 @@ def tokens_where_attention_is_larger(
         return size.of_attention > size.of_recurrence
 
     return bisect_left(range(last + 1), True, lo=1, key=is_larger) if is_larger(last) else None
-
-
-__all__ = [
-    "StateBytes",
-    "layer_state_bytes",
-    "memory_table",
-    "state_bytes",
-    "tokens_where_attention_is_larger",
-]

@@ -147,13 +147,3 @@ def _order(key: tuple[str, str | None]) -> tuple[int, bool]:
     beside |= {r: part.row for part in MIXERS.values() for r in part.rows_apart.values()}
     own = part_of or beside.get(row, row)
     return order_of_rows().index(own), own != row
-
-
-__all__ = [
-    "BESIDE_LAYERS",
-    "TOKEN_KINDS",
-    "ParameterCount",
-    "ParameterRow",
-    "count_parameters",
-    "order_of_rows",
-]

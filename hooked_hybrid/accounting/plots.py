@@ -137,6 +137,3 @@ def _draw_state(axes: Axes, memory: pd.DataFrame) -> None:
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter(EngFormatter(unit="B"))
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
-
-
-__all__ = ["compute_figure"]

@@ -268,14 +268,3 @@ def _labels(
     if isinstance(chosen, Tensor) and chosen.ndim > 1:
         raise ValueError("positions that are swept over are the same in every row: give [pos]")
     return tuple(every[at_positions(every, chosen)].tolist())
-
-
-__all__ = [
-    "generic_activation_patch",
-    "patch_heads",
-    "patch_layers",
-    "patch_mixer_out",
-    "patch_mlp_out",
-    "patch_resid_pre",
-    "patch_states",
-]

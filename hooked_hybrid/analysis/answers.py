@@ -107,6 +107,3 @@ def _answered(
     sources = (new[:, :, None] == tokens[:, None]) & in_needle[:, None] & is_text[:, :, None]
     recall = sources.any(1).sum(1) / in_needle.sum(1)
     return Copied(whole, n, in_needle, sources & (recall >= min_recall)[:, None, None])
-
-
-__all__ = ["Copied", "HasNeedle", "NeedlePrompt", "copies"]

@@ -271,6 +271,3 @@ def _reduced(
     summed = [i for i, keep in enumerate(keeps) if not keep]
     axes = tuple(axis for axis, keep in zip(point.axes, keeps, strict=True) if keep)
     return axes, product.sum(dim=summed) if summed else product
-
-
-__all__ = ["Attribution", "attribution_patching"]

@@ -215,6 +215,3 @@ def _patched(
         found.append((measured(metric, runs.run(cell.name, hooks)) - before).view(-1))
         bar.update()
     return torch.cat(found)
-
-
-__all__ = ["Agreement", "KindAgreement", "compare_with_patching", "rank_correlation"]

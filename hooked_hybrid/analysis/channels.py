@@ -147,6 +147,3 @@ def _log_probability(model: HookedHybrid, copied: Copied) -> float:
     new = copied.tokens[:, copied.n_prompt :, None]
     chosen = at_least_fp32(logits).log_softmax(-1).gather(2, new)[..., 0]
     return float(chosen.double()[copied.is_copy].sum())
-
-
-__all__ = ["GroupScores", "channel_scores"]

@@ -91,6 +91,3 @@ def _of_run(
 def _counted(pattern: Pattern) -> Float[Tensor, "batch head query"]:
     """Return the entropies, NaN where a query sees nothing: at padding."""
     return entropy(pattern).masked_fill(pattern.sum(-1) == 0, torch.nan).cpu()
-
-
-__all__ = ["EntropyProfile", "entropy", "entropy_profile"]

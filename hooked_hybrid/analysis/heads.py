@@ -171,6 +171,3 @@ def _repeated(model: HookedHybrid, n: int, batch: int, seed: int) -> tuple[Token
     copy = torch.stack(rows)
     bos = [] if cfg.bos_token_id is None else [torch.full((batch, 1), cfg.bos_token_id)]
     return torch.cat([*bos, copy, copy], dim=1).to(model.device), len(bos) + n
-
-
-__all__ = ["induction_scores", "repeat_scores", "retrieval_scores"]

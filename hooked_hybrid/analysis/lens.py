@@ -291,14 +291,3 @@ def _of_kind(logits: Float[Tensor, "row d_vocab"], kind: str) -> Float[Tensor, "
 def _check_kind(kind: str, kinds: tuple[str, ...]) -> None:
     if kind not in kinds:
         raise ValueError(f"kind={kind!r}: give one of {', '.join(map(repr, kinds))}")
-
-
-__all__ = [
-    "Lens",
-    "TopTokens",
-    "lens_of_generation",
-    "lens_ranks",
-    "lens_top_tokens",
-    "logit_lens",
-    "token_over_depth",
-]

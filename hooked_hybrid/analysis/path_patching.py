@@ -123,6 +123,3 @@ def path_patch_heads(
     means = torch.stack([effect.mean() for effect in effects])
     by_layer = dict(zip(n_heads, means.split(list(n_heads.values())), strict=True))
     return HeadScores.of(by_layer, "change of the metric by path patching")
-
-
-__all__ = ["path_patch", "path_patch_each", "path_patch_heads"]

@@ -237,6 +237,3 @@ def _symbols() -> Tensor:
 
 def _symbol(token: int) -> Tensor:
     return torch.eye(N_SYMBOLS)[token]
-
-
-__all__ = ["Planted", "PlantedPrompts", "planted_retrieval"]

@@ -283,13 +283,3 @@ def lens_map(
     label = label or ("rank + 1 (1 is the most likely)" if is_rank else "")
     figure.colorbar(image, ax=axes, label=label, pad=0.02)
     return figure
-
-
-__all__ = [
-    "attribution_bars",
-    "effective_attention_map",
-    "head_grid",
-    "lens_map",
-    "pattern_map",
-    "residual_curves",
-]

@@ -62,6 +62,3 @@ def watch_patterns(
 
 def _is_pattern(name: str) -> bool:
     return name.endswith(".attn.hook_pattern")
-
-
-__all__ = ["attention_of", "no_totals", "watch_patterns"]

@@ -200,6 +200,3 @@ def _write_csv(table: pd.DataFrame, path: Path) -> None:
 
 def _print_path(what: str, path: Path) -> None:
     Console().print(f"{what:>8}  {path}", markup=False, highlight=False, soft_wrap=True)
-
-
-__all__ = ["compute", "lengths_up_to", "parameters", "title_of", "windows_of"]

@@ -108,6 +108,3 @@ def accuracy_by_case(table: pd.DataFrame) -> Figure:
     figure.axes[0].set_ylabel("accuracy (mean score / 5)")
     figure.supxlabel(intervals_said(cells, "bands: 95% intervals"), fontsize=9)
     return figure
-
-
-__all__ = ["accuracy_by_case", "cached_state"]

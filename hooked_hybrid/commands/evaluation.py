@@ -191,6 +191,3 @@ def show(evaluation: Evaluation, written: Written) -> None:
     console.print(shown)
     for what, path in (("report", written.report), ("table", written.table)):
         console.print(f"{what:>8}  {path}", markup=False, highlight=False, soft_wrap=True)
-
-
-__all__ = ["eval", "forms_of", "shots_of", "show"]

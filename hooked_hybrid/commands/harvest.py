@@ -155,6 +155,3 @@ def show(harvested: HarvestedActivations) -> None:
     console.print(shown)
     path = harvested.folder / INDEX
     console.print(f"   index  {path}", markup=False, highlight=False, soft_wrap=True)
-
-
-__all__ = ["harvest", "show"]

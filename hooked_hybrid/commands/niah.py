@@ -188,6 +188,3 @@ def _show_outputs(table: pd.DataFrame, out: Path) -> None:
     console = Console()
     console.print(shown)
     console.print(f"   table  {out / 'table.csv'}", markup=False, highlight=False, soft_wrap=True)
-
-
-__all__ = ["figures_table", "heads_to_keep", "model_card", "niah", "show"]

@@ -318,15 +318,3 @@ def _joined(tables: Sequence[pd.DataFrame]) -> pd.DataFrame:
     import pandas as pd
 
     return pd.concat(tables, ignore_index=True)
-
-
-__all__ = [
-    "ExperimentPlan",
-    "controls",
-    "experiment",
-    "heads",
-    "layers",
-    "read_twice",
-    "static",
-    "weights",
-]

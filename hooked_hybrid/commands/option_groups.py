@@ -128,6 +128,3 @@ def _default(field: Field[Any]) -> Any:
 def _taken(group: type, values: dict[str, Any]) -> Any:
     """Return a group made of its own values, which are taken out."""
     return group(**{f.name: values.pop(f.name) for f in fields(group) if f.name in values})
-
-
-__all__ = ["given", "grouped", "refuse_given"]

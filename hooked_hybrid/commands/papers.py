@@ -311,6 +311,3 @@ def _complain(done: Sequence[Judged]) -> None:
     if stopped := [entry for entry in done if entry.why_not]:
         names = "; ".join(f"{entry.item.name} {entry.why_not}" for entry in stopped)
         raise ValueError(f"{names} (the others are in the report)")
-
-
-__all__ = ["reproduce", "walk"]

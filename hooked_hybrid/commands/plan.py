@@ -207,6 +207,3 @@ def _blocks(blocks: range) -> str:
     if len(blocks) == 1:
         return f"blocks.{blocks[0]}"
     return f"blocks.{blocks[0]} to {blocks[-1]}"
-
-
-__all__ = ["as_dict", "plan"]

@@ -153,14 +153,5 @@ def _say(text: str, style: str) -> None:
     Console(stderr=True).print(shown, style=style, markup=False, highlight=False, soft_wrap=True)
 
 
-__all__ = [
-    "COMMANDS",
-    "build_app",
-    "command_line",
-    "explained",
-    "folder",
-    "main",
-]
-
 if __name__ == "__main__":
     main()

@@ -137,13 +137,3 @@ def needles_of(sources: Sequence[str]) -> list[AnyNeedle | None]:
         else:
             found += held_out_needles() if source == "held-out" else load_needles(source)
     return found
-
-
-__all__ = [
-    "FirstToken",
-    "HaystackPath",
-    "PromptOptions",
-    "ReadTwice",
-    "Template",
-    "ThesisDepth",
-]

@@ -79,6 +79,3 @@ def workers_of(
         refuse_given("a worker with a GPU runs on it; leave one of them out", "device")
     on = "cuda" if gpus_per_worker else device
     return RayWorkers(ray, workers, gpus_per_worker, threads or 1, partial(load, device=on))
-
-
-__all__ = ["GpusPerWorker", "Ray", "Workers", "where", "workers_of"]

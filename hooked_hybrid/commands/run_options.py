@@ -249,6 +249,3 @@ def _require_device(device: str) -> None:
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"--device {device} cannot be used here: {reason}") from None
-
-
-__all__ = ["Loading", "RunOptions", "default_threads", "device_map_of", "memory_of"]

@@ -86,6 +86,3 @@ def may_cut(points: Iterable[HookPoint]) -> bool:
     Then a sequence may be cut in pieces, and rows may be padded.
     """
     return all(point.takes_pieces for point in points)
-
-
-__all__ = ["MOST_ROWS", "BatchSize", "Batching", "may_cut", "read_batch_size"]

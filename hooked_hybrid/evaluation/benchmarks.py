@@ -74,5 +74,3 @@ BENCHMARKS: dict[str, Benchmark] = {
 }
 """By the name that `--tasks` takes. The thesis does not say how it averaged the tasks of GLUE,
 whose scores are accuracies but for CoLA's correlation; each counts the same here."""
-
-__all__ = ["BENCHMARKS", "Benchmark", "Gap"]

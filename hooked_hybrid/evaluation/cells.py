@@ -215,6 +215,3 @@ def _damaged(path: Path, why: str) -> ValueError:
 def _write(path: Path, value: Any) -> None:
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-
-
-__all__ = ["Cell", "Cells", "calls_of", "cells_of", "file_name"]

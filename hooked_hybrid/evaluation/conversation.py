@@ -54,6 +54,3 @@ def _rendered(tokenizer: Any, messages: Sequence[Message], add_generation_prompt
             list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
         )
     )
-
-
-__all__ = ["as_text", "has_template"]

@@ -71,6 +71,3 @@ def title(form: Form) -> str:
 
 def _mixers(cfg: HybridConfig) -> list[object]:
     return [layer.mixer for layer in cfg.layers]
-
-
-__all__ = ["FORMS", "SPARSE_K", "Form", "HeadChoice", "Stage", "form_of", "title"]

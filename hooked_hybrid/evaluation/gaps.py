@@ -105,6 +105,3 @@ def _over_documents(
 
 def _normal(value: float, stderr: float | None) -> tuple[float, float] | None:
     return None if stderr is None else (value - _NORMAL * stderr, value + _NORMAL * stderr)
-
-
-__all__ = ["Estimate", "gap", "mean", "scale", "score_of"]

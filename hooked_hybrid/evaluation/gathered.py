@@ -49,6 +49,3 @@ def gathered(evaluation: Evaluation, folder: Path) -> Evaluation:
         missing=missing,
         forms_of={name: tuple(names) for name, names in asked.items()},
     )
-
-
-__all__ = ["gathered"]

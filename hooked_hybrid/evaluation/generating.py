@@ -134,6 +134,3 @@ def _written(
     read = text.decode_after(prompt[-_PROMPT_END:], new[:stop], skip_special_tokens=True)
     cut = postprocess_generated_text(read, list(stop_strings), None)
     return cut.removeprefix(" ") if read == f" {alone}" else cut
-
-
-__all__ = ["GenerationPlan", "read_plan", "texts_after"]

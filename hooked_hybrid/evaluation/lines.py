@@ -78,6 +78,3 @@ def _mean_line(name: str, n_leaves: int, parts: Sequence[Line], forms: Sequence[
     metrics = ", ".join(dict.fromkeys(part.metric for part in parts))
     title = f"{name}, mean of {count}, each {by.removesuffix('s')} alike"
     return Line(title, metrics, sum(sizes), lot, scores, gaps, is_mean=True)
-
-
-__all__ = ["Line", "lines"]

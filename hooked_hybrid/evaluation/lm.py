@@ -307,6 +307,3 @@ class HookedHybridLM(TemplateLM):
                 "generation": len(self.generation_hooks),
             },
         }
-
-
-__all__ = ["MAX_LENGTH", "HookedHybridLM"]

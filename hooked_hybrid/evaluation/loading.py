@@ -45,6 +45,3 @@ def loaded(
         **loading,
         **overrides,
     )
-
-
-__all__ = ["loaded"]

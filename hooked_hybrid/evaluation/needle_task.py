@@ -44,6 +44,3 @@ def _document(needles: list[Needle], index: int, rng: random.Random) -> dict[str
     rng.shuffle(choices)
     prompt = TEMPLATES["base"].replace(HAYSTACK, " ".join(text)).replace(QUESTION, needle.question)
     return {"text": prompt, "choices": choices, "answer": choices.index(needle.sentence)}
-
-
-__all__ = ["dataset"]

@@ -56,6 +56,3 @@ def score_picture(rows: Sequence[Line], forms: Sequence[Form]) -> Figure:
     axes.grid(axis="x", alpha=0.3)
     figure.legend(loc="outside upper center", ncols=4, frameon=False, fontsize=8)
     return figure
-
-
-__all__ = ["score_picture"]

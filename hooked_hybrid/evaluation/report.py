@@ -217,6 +217,3 @@ def _table(head: Sequence[str], body: Sequence[Sequence[Any]]) -> str:
         return "| " + " | ".join(map(markdown_cell, cells)) + " |"
 
     return "\n".join([line(head), "|" + " --- |" * len(head), *map(line, body)])
-
-
-__all__ = ["Written", "results_table", "write"]

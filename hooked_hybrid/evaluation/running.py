@@ -191,6 +191,3 @@ def _check_kept(
                 f"{task} has changed since {folder} was written (its config, prompt or documents; "
                 f"forms {', '.join(changed)}): give another folder, nothing is overwritten"
             )
-
-
-__all__ = ["Evaluation", "Options", "evaluate"]

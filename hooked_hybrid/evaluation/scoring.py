@@ -276,6 +276,3 @@ def _common_start(a: Tokens, b: Tokens) -> Tokens:
 def _parts(values: Sequence[Any], n: int) -> Iterator[Sequence[Any]]:
     for start in range(0, len(values), n):
         yield values[start : start + n]
-
-
-__all__ = ["Request", "Score", "score", "truncated"]

@@ -154,6 +154,3 @@ def _unknown_as_text(value: Any) -> str:
         return inspect.getsource(value)
     except (TypeError, OSError):
         return repr(value)
-
-
-__all__ = ["Loaded", "TaskSource", "source_of"]

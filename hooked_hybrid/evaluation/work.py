@@ -206,6 +206,3 @@ def _cell(task: str, form: Form, results: Mapping[str, Any], seconds: float) -> 
         metrics=numbers,
         seconds=seconds,
     )
-
-
-__all__ = ["FEWSHOT_SEED", "EvaluationJob", "Options", "as_lm"]

@@ -180,6 +180,3 @@ def _row(document: Sequence[int] | Tensor) -> Tensor:
             f"{' '.join(str(document).split())[:60]}"
         )
     return ids.cpu()
-
-
-__all__ = ["FILE", "Document", "Documents", "digest_of", "ids_of", "write_documents"]

@@ -248,6 +248,3 @@ def _dtype(dtype: torch.dtype | Dtype | None, model: HookedHybrid) -> torch.dtyp
     if found is None or found not in DTYPES.values():
         raise ValueError(f"dtype={dtype or found}: give 'float32', 'bfloat16' or 'float16'")
     return found
-
-
-__all__ = ["harvest"]

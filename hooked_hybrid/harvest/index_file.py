@@ -83,6 +83,3 @@ def _is_hook(name: str, hook: dict[str, Any]) -> bool:
         and all(type(n) is int and n >= 0 for n in hook["shape"])
         and all(mean is None or type(mean) is float for mean in means)
     )
-
-
-__all__ = ["read_index"]

@@ -149,6 +149,3 @@ def _check_disk(folder: Path, n_tokens: int, needed: int) -> None:
             f"{folder}: harvest fewer hook points or documents, write bfloat16, or give a folder "
             "on a larger disk"
         )
-
-
-__all__ = ["HarvestJob", "make_missing"]

@@ -306,6 +306,3 @@ class ActivationBatches(IterableDataset[Any]):
                 part = part.to(self.dtype)
             batch[name] = part
         return batch[self.names[0]].flatten(1) if self.is_single else batch
-
-
-__all__ = ["ActivationBatches", "HarvestedActivations"]

@@ -200,6 +200,3 @@ def bytes_of_row(shapes: Mapping[str, tuple[tuple[int, ...], torch.dtype]]) -> i
     """Return the bytes that one token takes in a shard, with its columns."""
     beside = 3 * torch.int32.itemsize
     return beside + sum(torch.Size(s).numel() * dtype.itemsize for s, dtype in shapes.values())
-
-
-__all__ = ["Runner", "ShardMaker", "bytes_of_row", "hooks_to_keep"]

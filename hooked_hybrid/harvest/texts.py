@@ -143,5 +143,3 @@ def _no_text(where: str, field: str, names: Sequence[str]) -> ValueError:
 
 
 _READERS: dict[str, Callable[[Path, str], Iterator[str]]] = {".txt": _whole, ".jsonl": _lines}
-
-__all__ = ["read_texts"]

@@ -223,6 +223,3 @@ def _tensors(values: Any) -> list[Tensor]:
     if isinstance(values, (tuple, list)):
         return [t for value in values for t in _tensors(value)]
     return []
-
-
-__all__ = ["CopyingSaver", "KeptValues", "PieceSaver", "Saver", "fill_of"]

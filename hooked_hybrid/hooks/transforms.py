@@ -56,6 +56,3 @@ def plain_rows(x: Tensor) -> Tensor:
         if dim >= 0:
             n_mapped, x = n_mapped + 1, x.movedim(dim, 0)
     return x.flatten(0, n_mapped) if n_mapped else x
-
-
-__all__ = ["are_active", "is_followed", "plain_rows", "refuse"]

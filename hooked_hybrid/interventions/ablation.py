@@ -395,15 +395,3 @@ def _donor(
 
 def _point(layer: int, method: str = "zero") -> str:
     return f"blocks.{layer}.attn.hook_{'result' if method == 'norm' else 'z'}"
-
-
-__all__ = [
-    "ablate_heads",
-    "ablate_layers",
-    "check_heads",
-    "cut_heads",
-    "keep_heads",
-    "layers_of",
-    "masks_of_rows",
-    "mean_over_tokens",
-]

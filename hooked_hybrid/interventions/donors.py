@@ -190,6 +190,3 @@ def _found(table: Tensor | None, n: int, row: Tensor, pos: Tensor) -> Int[Tensor
     table = table.to(pos.device)
     found = table[row[:, None], pos.clamp(0, table.shape[1] - 1)]
     return found.masked_fill((pos < 0) | (pos >= table.shape[1]), -1)
-
-
-__all__ = ["Donor", "mask_of", "read_kept"]

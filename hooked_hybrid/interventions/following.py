@@ -123,6 +123,3 @@ def _check(token: str, weight: str, outside: str) -> None:
     ):
         if value not in known:
             raise ValueError(f"{name}={value!r}: give one of {', '.join(known)}")
-
-
-__all__ = ["follow_span"]

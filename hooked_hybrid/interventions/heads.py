@@ -189,14 +189,3 @@ def _is_pattern(name: str) -> bool:
 
 def _is_z(name: str) -> bool:
     return name.endswith(".attn.hook_z")
-
-
-__all__ = [
-    "attention_to",
-    "best_heads",
-    "keep_top_heads",
-    "l2_norm",
-    "negative_entropy",
-    "random_score",
-    "reversed_score",
-]

@@ -196,6 +196,3 @@ def _named(cache: Cache, names: Names) -> dict[str, tuple[Tensor, Places | None]
     else:
         selector = [resolve(key, known, 0) for key in several]  # type: ignore[arg-type]
     return {name: read_kept(cache, name) for name in matching(selector, known)}
-
-
-__all__ = ["freeze", "knock_out_edges", "patch"]

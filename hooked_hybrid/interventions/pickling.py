@@ -132,6 +132,3 @@ def _inside(code: CodeType) -> Iterator[CodeType]:
         if isinstance(part, CodeType):
             yield part
             yield from _inside(part)
-
-
-__all__ = ["Made", "picklable"]

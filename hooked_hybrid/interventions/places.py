@@ -135,16 +135,3 @@ def _as_mask(given: Any, what: str) -> Tensor | None:
             return None
         return read if isinstance(read, Tensor) and read.dtype == torch.bool else None
     return None
-
-
-__all__ = [
-    "Chosen",
-    "Positions",
-    "at_positions",
-    "index_of_rows",
-    "is_among",
-    "is_of_rows",
-    "marks_of",
-    "read_positions",
-    "read_rows",
-]

@@ -200,6 +200,3 @@ def _of_rows(bound: Int[Tensor, "*batch"], what: str, hook: HookPoint) -> Tensor
     if bound.ndim == 0:
         return bound.to(hook.run.rows.device)
     return entries_of_rows(bound, hook, what)[:, None]
-
-
-__all__ = ["edit_state", "freeze_state", "knock_out_state_edges"]

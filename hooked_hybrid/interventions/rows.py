@@ -240,17 +240,3 @@ class Handover:
         run = hook.run
         first = run.query_pos[:, 0].tolist()
         return (hook.layer(), run.query_pos.shape[1], *run.rows.tolist(), *first)
-
-
-__all__ = [
-    "Handover",
-    "PerRow",
-    "Spans",
-    "check_spans",
-    "entries_of_rows",
-    "in_spans",
-    "k_of_rows",
-    "read_k",
-    "read_per_row",
-    "read_spans",
-]

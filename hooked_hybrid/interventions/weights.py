@@ -276,6 +276,3 @@ def _is_chosen(
     chosen = torch.zeros(n_heads, dtype=torch.bool, device=pattern.device)
     chosen[heads] = True
     return chosen[:, None, None]
-
-
-__all__ = ["MODES", "boost_span", "manipulate_span", "normalised"]

@@ -95,6 +95,3 @@ def on_rows(fn: HookFn, rows: Indices) -> HookFn:
     if (positions := positions_of(fn)) is not None:
         marked.positions = positions
     return marked
-
-
-__all__ = ["hook_at", "on_rows"]

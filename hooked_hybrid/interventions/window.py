@@ -150,6 +150,3 @@ def _of_rows(first: Int[Tensor, "*batch"], hook: HookPoint) -> Int[Tensor, "#bat
     if first.ndim == 0:
         return first.view(1, 1).to(hook.run.rows.device)
     return entries_of_rows(first, hook, "boundary")[:, None]
-
-
-__all__ = ["knock_out_crossings", "limit_window"]

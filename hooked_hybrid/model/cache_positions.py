@@ -308,6 +308,3 @@ def _as_json(pos_slice: PosSlice) -> Any:
 
 def _of_json(read: Any) -> PosSlice:
     return slice(*read["slice"]) if isinstance(read, dict) else read
-
-
-__all__ = ["CachePositions"]

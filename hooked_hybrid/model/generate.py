@@ -478,6 +478,3 @@ def _eos(
 
 def _watching(recorder: Recorder | None) -> AbstractContextManager[Any]:
     return nullcontext() if recorder is None else recorder.watching()
-
-
-__all__ = ["GenerationOutput", "generate", "stages_of"]

@@ -92,6 +92,3 @@ def _reach(block: nn.Module, path: str) -> Tensor | None:
     for part in path.split("."):
         found = getattr(found, part, None)
     return as_matrix(found) if isinstance(found, Tensor | nn.ParameterList) else None
-
-
-__all__ = ["HookedHybrid", "LayerStack"]

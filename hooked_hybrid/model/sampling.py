@@ -208,6 +208,3 @@ def _at(
     chosen = passed.int().argmax(-1)
     # Where a device adds in another order, the last sum may not be the largest.
     return torch.where(passed.any(-1), chosen, probabilities.argmax(-1))
-
-
-__all__ = ["Draws", "Sampling", "splitmix64", "uniforms"]

@@ -37,6 +37,3 @@ def require_numbers(values: Tensor, what: str) -> None:
             f"{what}: {int(bad.sum())} of {values.numel()} values are NaN, the first at index "
             f"{at}: there is no order among them"
         )
-
-
-__all__ = ["is_finite", "require_numbers"]

@@ -97,6 +97,3 @@ def _asks(func: Any, args: tuple[Any, ...], out: Any) -> bool:
     if name == "lift_fresh":  # `torch.tensor` of numbers, after they were copied
         return bool(out.device.type != "cpu")
     return name in UNTAGGED or not {*func.tags}.isdisjoint(ASKING)
-
-
-__all__ = ["AsksNothing"]

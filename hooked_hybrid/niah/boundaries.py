@@ -187,15 +187,3 @@ def kinds_of(text: str, ends: Sequence[int], starts_at: int = 0) -> list[int]:
             kinds.append(CHARACTER)
         start = end
     return kinds
-
-
-__all__ = [
-    "CHARACTER",
-    "NAMES",
-    "NONE",
-    "SENTENCE",
-    "WORD",
-    "kinds_of",
-    "sentence_ends",
-    "token_ends",
-]

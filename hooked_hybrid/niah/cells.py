@@ -71,6 +71,3 @@ def with_places(table: pd.DataFrame, prompts: Iterable[Prompt]) -> pd.DataFrame:
     found = [by_id[i] for i in table["prompt_id"]]
     real, placed = [p.real_depth for p in found], [p.placed_between for p in found]
     return table.assign(real_depth=real, placed_between=placed)
-
-
-__all__ = ["cell_of", "with_places"]

@@ -249,15 +249,3 @@ def _parted(prompts: Sequence[Prompt], at: int) -> list[list[Prompt]]:
     for prompt in prompts:
         parts.setdefault(prompt.tokens[at], []).append(prompt)
     return list(parts.values())
-
-
-__all__ = [
-    "MOST_ROWS",
-    "Cells",
-    "FirstToken",
-    "Group",
-    "SettingBatch",
-    "batches_of",
-    "groups_of",
-    "shortest_window",
-]

@@ -93,6 +93,3 @@ def standing_said(row: Mapping[Any, Any]) -> str:
     parts = (("above", "n_below"), ("equal to", "n_equal"), ("below", "n_above"))
     said = ", ".join(f"{word} {int(row[key])}" for word, key in parts if row[key])
     return f"{said} of {int(row['n_sets'])} sets"
-
-
-__all__ = ["EVERY", "Heads", "head_sets", "n_sets", "standing_said", "standings"]

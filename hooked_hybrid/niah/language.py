@@ -183,6 +183,3 @@ def _common_end(tokens: Int[Tensor, "text pos"]) -> int:
     """Return how many tokens all texts end with: those of the question."""
     same = (tokens == tokens[:1]).all(0).flip(0)
     return int(same.long().cumprod(0).sum())
-
-
-__all__ = ["text_loss", "texts_of"]

@@ -59,6 +59,3 @@ def lengths_for(
         if lengths[0] >= needed
         else default_lengths(longest, shortest=min(needed + ROOM, longest))
     )
-
-
-__all__ = ["ROOM", "attention_of", "lengths_for", "longest_prompt"]

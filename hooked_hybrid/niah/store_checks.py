@@ -219,17 +219,3 @@ def damaged(path: Path, why: str) -> ValueError:
     return refused(
         path, f"is damaged ({why})", "bring it back from a copy, or run anew in another folder"
     )
-
-
-__all__ = [
-    "COLUMNS",
-    "FORMAT",
-    "SCHEMA",
-    "check",
-    "check_schema",
-    "damaged",
-    "digest_of",
-    "refuse_foreign_files",
-    "refused",
-    "restrain",
-]

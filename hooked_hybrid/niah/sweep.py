@@ -26,14 +26,16 @@ from tqdm.auto import tqdm
 from hooked_hybrid.hooks.root import HookSpec
 from hooked_hybrid.model.hybrid import HookedHybrid
 from hooked_hybrid.niah.cells import with_places
-from hooked_hybrid.niah.groups import Cells, FirstToken, Group, groups_of, shortest_window
+from hooked_hybrid.niah.groups import Cells, FirstToken, Group, groups_of
 from hooked_hybrid.niah.prompts import Prompt, prompts_identity
 from hooked_hybrid.niah.settings.setting import (
     Setting,
     depends_on_prompt,
     hooks_for,
     settings_identity,
-    top_k_settings,
+)
+from hooked_hybrid.niah.settings.setting import (
+    top_k_settings as top_k_settings,
 )
 from hooked_hybrid.niah.store import Store
 from hooked_hybrid.options import check_choice, check_count, refuse_ignored, require
@@ -240,6 +242,3 @@ def _refuse_idle(settings: Sequence[Setting], max_new_tokens: int, first: FirstT
                 f"setting {setting.name!r} has hooks for generation only, and prefill chooses the "
                 "one new token: give max_new_tokens=2 or more, or first_token_stage='generation'"
             )
-
-
-__all__ = ["FirstToken", "Setting", "niah", "shortest_window", "top_k_settings"]

@@ -29,6 +29,3 @@ def commit() -> str:
         return git("rev-parse", "--short", "HEAD") + ("+" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return UNKNOWN
-
-
-__all__ = ["UNKNOWN", "commit"]

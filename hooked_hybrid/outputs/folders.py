@@ -28,8 +28,10 @@ from hooked_hybrid.outputs.whole_files import (
     HELD,
     UNFINISHED,
     refuse_linked_below_held,
-    replacing,
     unwritten,
+)
+from hooked_hybrid.outputs.whole_files import (
+    replacing as replacing,
 )
 
 LOCK = ".hooked-hybrid.lock"
@@ -212,14 +214,3 @@ def _remove_empty(folders: list[Path]) -> None:
     with suppress(OSError):
         for folder in folders:
             folder.rmdir()
-
-
-__all__ = [
-    "LOCK",
-    "FolderInUseError",
-    "claimed",
-    "holds_results",
-    "remove_unfinished",
-    "replacing",
-    "unwritten",
-]

@@ -146,18 +146,3 @@ def read_json(path: Path, largest: int = LARGEST_JSON, may_be_pipe: bool = False
     if len(content) > largest:
         raise ValueError(f"{printable(path)} has more than {largest:,} bytes: it is another file")
     return parse_json(content, path)
-
-
-__all__ = [
-    "LARGEST_JSON",
-    "LARGEST_RESULTS",
-    "LARGEST_SMALL",
-    "bare_name",
-    "one_line",
-    "parse_json",
-    "printable",
-    "read_json",
-    "refuse_link",
-    "require_plain_file",
-    "require_safetensors",
-]

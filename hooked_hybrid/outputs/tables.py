@@ -66,6 +66,3 @@ def _unquoted(value: Any) -> Any:
     if isinstance(value, str) and value.startswith("'") and _FORMULA.match(value):
         return value[1:]
     return value
-
-
-__all__ = ["markdown_cell", "read_csv", "write_csv"]

@@ -109,13 +109,3 @@ def _to_disk(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-__all__ = [
-    "HELD",
-    "UNFINISHED",
-    "refuse_linked_below_held",
-    "replacing",
-    "unfinished_name",
-    "unwritten",
-]

@@ -58,6 +58,3 @@ def runs_of(item: Item) -> list[str]:
 
 def _plain(name: str) -> str:
     return "".join(c for c in name.lower() if c.isalnum())
-
-
-__all__ = ["CATALOGUE", "items_of", "runs_of"]

@@ -268,25 +268,3 @@ def cells_at(ks: int | range, of: int, stage: str = "generation", run: str = "to
         return [evidence.k_setting(k, stage) for k in mine]
 
     return Side(run, settings)
-
-
-__all__ = [
-    "ABOUT",
-    "LEAST",
-    "NOTHING",
-    "POINT",
-    "Side",
-    "above",
-    "as_good",
-    "at_most",
-    "below",
-    "both_hold",
-    "by_rule",
-    "by_word",
-    "cells_at",
-    "cells_of",
-    "every_k_from",
-    "needs_retrieval",
-    "tips_at",
-    "without_heads",
-]

@@ -184,26 +184,3 @@ def together(verdicts: Sequence[Verdict]) -> Verdict:
 def said(verdict: Verdict, subject: str) -> str:
     """Return a verdict in words: "the packaged model shows it"."""
     return verdict.value if verdict is Verdict.UNTESTED else f"{subject} {verdict.value}"
-
-
-__all__ = [
-    "ALL",
-    "JAMBA",
-    "RG_2B",
-    "RG_9B",
-    "TITLES",
-    "TOO_LITTLE",
-    "Check",
-    "Claim",
-    "Finding",
-    "Item",
-    "Paper",
-    "Verdict",
-    "applies",
-    "found_by",
-    "judged",
-    "said",
-    "shape_of",
-    "subject_of",
-    "together",
-]

@@ -123,5 +123,3 @@ CONTROLS: dict[str, Control] = {
     ),
 }
 """Every control by its name; the runs it needs are run with the items that name it."""
-
-__all__ = ["CONTROLS", "Control"]

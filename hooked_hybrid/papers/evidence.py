@@ -233,16 +233,3 @@ def _tips(rates: np.ndarray, ks: list[int], floor: float) -> int | None:
 
 def _range(low: float, high: float) -> str:
     return f"95% {100 * low:.1f} to {100 * high:.1f}"
-
-
-__all__ = [
-    "MANY",
-    "Estimate",
-    "Evidence",
-    "Tipping",
-    "Untested",
-    "bounds",
-    "difference",
-    "estimate",
-    "tipping",
-]

@@ -194,22 +194,3 @@ def compute_figure(evidence: Evidence) -> Figure:  # noqa: ARG001
     legend = whole.get_legend_handles_labels()
     figure.legend(*legend, loc="outside lower center", ncols=5, frameon=False, fontsize=9)
     return figure
-
-
-__all__ = [
-    "EXAMPLES",
-    "LENGTHS",
-    "SUBJECT_CONFIG",
-    "SUBJECT_SCORE",
-    "TABLE_1",
-    "TABLE_2_1",
-    "attention_bends",
-    "attention_is_small",
-    "block_costs_three_times",
-    "compute_figure",
-    "compute_rows",
-    "counts_equal",
-    "parameter_rows",
-    "score_of_examples",
-    "score_rows",
-]

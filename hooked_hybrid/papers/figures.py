@@ -137,17 +137,3 @@ def rows_of_k(
         return ["run", *VALUES], lines
 
     return rows
-
-
-__all__ = [
-    "VALUES",
-    "Draw",
-    "curves",
-    "maps_by_k",
-    "maps_of_weights",
-    "maps_once_and_twice",
-    "matrix",
-    "once_and_twice",
-    "rows_of_k",
-    "value_rows",
-]

@@ -248,6 +248,3 @@ def bars_of(*suites: str) -> Callable[[Evidence], Figure | None]:
         return figure
 
     return draw
-
-
-__all__ = ["NO_DATA", "Scores", "bars_of", "gap", "measured", "near_chance", "rows_of"]

@@ -116,6 +116,3 @@ def setting_values(
 
 def _share(cells: pd.DataFrame) -> str:
     return "" if cells.empty else f"{100 * cells['accuracy'].mean():.1f}%"
-
-
-__all__ = ["RETRIEVED", "SPOT", "complement", "empty_maps", "left_beyond_window", "setting_values"]

@@ -96,6 +96,3 @@ def _listed(values: Iterable[int]) -> str:
 
 def _upper(text: str) -> str:
     return text[:1].upper() + text[1:]
-
-
-__all__ = ["facts_of", "how_to_read"]

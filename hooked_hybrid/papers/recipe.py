@@ -297,15 +297,3 @@ def _hash(documents: Sequence[str]) -> str:
     if not documents:
         return "generated"
     return hashlib.sha256("\n\n".join(documents).encode()).hexdigest()[:16]
-
-
-__all__ = [
-    "PACKAGED",
-    "PAPERS",
-    "QUICK",
-    "Recipe",
-    "Size",
-    "prompts_of",
-    "recipe_for",
-    "recorded_include_path",
-]

@@ -266,16 +266,3 @@ def _folded(title: str, text: str) -> str:
 
 def _slug(name: str) -> str:
     return "-".join("".join(c if c.isalnum() else " " for c in name.lower()).split())
-
-
-__all__ = [
-    "PAGE",
-    "Judged",
-    "counted",
-    "items_in",
-    "markdown",
-    "not_run",
-    "verdict_of",
-    "write_item",
-    "write_report",
-]

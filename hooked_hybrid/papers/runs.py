@@ -269,6 +269,3 @@ def _said_of_losses(
         "n_texts": recipe.n_texts,
         "documents": describe(list(documents))["hash"],
     }
-
-
-__all__ = ["RUNS", "Run", "check", "elsewhere_settings", "perform", "span_beside", "text_losses"]

@@ -33,6 +33,3 @@ def few_heads(n_heads: int) -> list[int]:
     """Return the heads kept where the context is given twice: `FEW`, and what claims ask for."""
     asked = (share(k, of, n_heads) for k, of in TWICE_AT)
     return sorted({k for k in (*FEW, *asked) if k is not None and k < n_heads})
-
-
-__all__ = ["FEW", "TOLERANCE", "TWICE_AT", "between", "few_heads", "nearest", "share"]

@@ -127,5 +127,3 @@ ITEMS: tuple[Item, ...] = (
         controls=("text", "heads"),
     ),
 )
-
-__all__ = ["ITEMS"]

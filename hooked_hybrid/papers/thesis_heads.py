@@ -234,5 +234,3 @@ MAPS = Item(
     controls=("text",),
     note="The figures carry no numbers in the text; the claims are our reading of them.",
 )
-
-__all__ = ["BY_K", "MAPS", "SCORE", "TWICE"]

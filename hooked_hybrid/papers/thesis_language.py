@@ -90,5 +90,3 @@ MMLU = Item(
     rows=language.rows_of("mmlu"),
     note="The subtasks' values are not in the text; the claims are those of their mean.",
 )
-
-__all__ = ["GLUE", "LANGUAGE", "MMLU"]

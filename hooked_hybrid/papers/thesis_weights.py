@@ -169,5 +169,3 @@ ALL_MAPS = Item(
     draw=figures.maps_of_weights(),
     controls=("elsewhere",),
 )
-
-__all__ = ["ALL_MAPS", "COMPLEMENT", "PUBLISHED_WEIGHTS", "WEIGHT_TABLE"]

@@ -9,6 +9,3 @@ def packaged_models() -> dict[str, Path]:
     """Return the folder of each packaged model, by the name `from_pretrained` takes."""
     beside = Path(__file__).parent
     return {config.parent.name: config.parent for config in sorted(beside.glob("*/config.json"))}
-
-
-__all__ = ["packaged_models"]

@@ -216,6 +216,3 @@ def _root(function: Callable[[float], float], start: float, end: float, precisio
             return middle
         last = at
     return (a + b) / 2
-
-
-__all__ = ["GAP", "LEVEL", "SHARE", "combined", "mean_interval", "t_quantile"]

@@ -110,6 +110,3 @@ def _sendable(error: Exception) -> Exception:
     except Exception:  # whatever a class of errors does
         return RuntimeError(f"{type(error).__name__}: {error}")
     return error
-
-
-__all__ = ["Source", "Worker", "packed", "unpacked", "versions"]

@@ -165,19 +165,3 @@ def packed_model(model: HookedHybrid) -> bytes:
             f"this model cannot be sent to workers ({type(error).__name__}: {error}): say how they "
             "load it, RayWorkers(load=...)"
         ) from error
-
-
-__all__ = [
-    "DiedError",
-    "Slot",
-    "Unit",
-    "begin",
-    "called",
-    "connect",
-    "packed_model",
-    "release",
-    "room",
-    "taken",
-    "value_of",
-    "what_died",
-]

@@ -296,6 +296,3 @@ class RayWorkers:
     @property
     def _needs(self) -> str:
         return f"{self.threads} CPU and {self.gpus_per_worker:g} GPU"
-
-
-__all__ = ["RayWorkers"]

@@ -70,6 +70,3 @@ def _figures(rows: pd.DataFrame) -> dict[str, Any]:
         "n_inside": int(inside.sum()),
         "n_outside": int((~inside).sum()),
     }
-
-
-__all__ = ["interval_of", "scored", "summary"]

@@ -60,6 +60,3 @@ def apart(upper: tuple[float, float], lower: tuple[float, float]) -> Word:
 
 def _word(holds: bool, fails: bool) -> Word:
     return HOLDS if holds else FAILS if fails else OPEN
-
-
-__all__ = ["FAILS", "HOLDS", "OPEN", "Claimed", "Word", "all_of", "apart", "ruled"]

@@ -101,6 +101,3 @@ def ordered(
     return table.sort_values(
         list(ranks), key=lambda column: column.map(ranks[str(column.name)]), ignore_index=True
     )
-
-
-__all__ = ["Job", "ordered", "results", "spread"]

@@ -201,6 +201,3 @@ def _refuse_wide(text: str) -> None:
 
 def _too_large() -> BoundsError:
     return BoundsError("it makes a value larger than any conversation")
-
-
-__all__ = ["BoundedEnvironment", "BoundsError"]

@@ -75,6 +75,3 @@ def refuse_unequal_ends(tokens: Int[Tensor, "batch pos"], text: Text) -> None:
             f"rows {ends.nonzero()[:, 0].tolist()} end with token {text.pad_id}, which pads and is "
             f"EOS too, and others do not, so that it may be padding: {_REMEDY}"
         )
-
-
-__all__ = ["mask_of", "may_hold_padding", "refuse_unequal_ends"]

@@ -184,6 +184,3 @@ def _signed(value: int) -> int:
 
 def _float(value: bytes | None) -> float:
     return 0.0 if value is None else float(struct.unpack("<f", value)[0])
-
-
-__all__ = ["SentencePieceFile", "read_sentencepiece", "sentencepiece_tokenizer"]

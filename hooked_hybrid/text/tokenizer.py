@@ -134,6 +134,3 @@ def read_tokenizer(folder: Path) -> CheckpointTokenizer | None:
     if found is None:
         return None
     return CheckpointTokenizer(*found, read_chat_template(files, folder), files)
-
-
-__all__ = ["CheckpointTokenizer", "read_tokenizer"]

@@ -176,6 +176,3 @@ def _put_around(backend: Tokenizer, settings: dict[str, Any]) -> None:
             tokens.append((text, backend.token_to_id(text)))
     if tokens:
         backend.post_processor = TemplateProcessing(single=around, special_tokens=tokens)
-
-
-__all__ = ["read_backend", "read_chat_template", "read_files"]

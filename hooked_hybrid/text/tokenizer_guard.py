@@ -120,6 +120,3 @@ def _of_base64(value: Any) -> bytes:
     if not isinstance(value, str):
         raise ValueError("its table of normalised characters is not text")
     return base64.b64decode(value)
-
-
-__all__ = ["breaking_off", "read_bytes", "refuse_bombs", "refuse_growth", "require_charsmap"]

@@ -108,6 +108,3 @@ def pretended_kernels(with_packages: bool = True) -> Iterator[None]:
         yield
     for each in cached:
         each.cache_clear()
-
-
-__all__ = ["calls", "pretended_kernels"]

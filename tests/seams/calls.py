@@ -266,6 +266,3 @@ def draw_positions(random: Random, batch: DrawnBatch) -> list[int]:
     if not full or random.random() < 0.5:
         return run
     return sorted(random.sample(full, random.randint(1, len(full))))
-
-
-__all__ = ["DrawnBatch", "check_cache", "check_forward", "draw_batch"]

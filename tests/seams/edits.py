@@ -84,6 +84,3 @@ def draw_edits(
     """Draw up to three edits of one stretch of positions, and which are marked."""
     names = random.sample(editable(model), random.choice([0, 1, 1, 2, 3]))
     return [Edit(name, starts, stops) for name in names], [random.random() < 0.5 for _ in names]
-
-
-__all__ = ["Edit", "draw_edits", "editable", "hooks_of"]

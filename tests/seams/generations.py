@@ -130,6 +130,3 @@ def check_kept(
 def prompt_columns(batch: DrawnBatch, row: int, width: int) -> range:
     """Return where a row's prompt stands in a generation: at its right end."""
     return range(width - len(batch.rows[row]), width)
-
-
-__all__ = ["check_generation"]

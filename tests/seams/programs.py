@@ -271,6 +271,3 @@ def _multiplier(factors: list[float]) -> Any:
         return value
 
     return multiply
-
-
-__all__ = ["check_program"]

@@ -14,12 +14,13 @@ import torch
 from typer.testing import CliRunner
 
 from hooked_hybrid import HookedHybrid
+from hooked_hybrid.commands import papers as command
 from hooked_hybrid.commands import program as cli
 from hooked_hybrid.evaluation.cells import Cell
 from hooked_hybrid.niah.needles import PAPER
 from hooked_hybrid.niah.prompts import build_prompt
 from hooked_hybrid.niah.settings.papers import weight_matrix
-from hooked_hybrid.papers import checks, command, exact, language, needle_checks
+from hooked_hybrid.papers import checks, exact, language, needle_checks
 from hooked_hybrid.papers.catalogue import CATALOGUE, items_of, runs_of
 from hooked_hybrid.papers.claims import (
     ALL,

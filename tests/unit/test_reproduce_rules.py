@@ -12,9 +12,10 @@ import pytest
 from typer.testing import CliRunner
 
 from hooked_hybrid import HookedHybrid
+from hooked_hybrid.commands import papers as command
 from hooked_hybrid.commands.program import build_app
 from hooked_hybrid.evaluation.cells import Cell
-from hooked_hybrid.papers import checks, command, language, needle_checks, shares
+from hooked_hybrid.papers import checks, language, needle_checks, shares
 from hooked_hybrid.papers.catalogue import items_of, runs_of
 from hooked_hybrid.papers.claims import Finding, Verdict, found_by, judged
 from hooked_hybrid.papers.evidence import Evidence, Untested, estimate, tipping

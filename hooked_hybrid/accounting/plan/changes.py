@@ -116,6 +116,3 @@ def _size(n_bytes: int) -> str:
     units = ((unit, n) for unit, n in (("GB", GB), ("MB", UNITS["MB"])) if n_bytes % n == 0)
     unit, n = next(units, ("B", 1))
     return f"{n_bytes // n}{unit}"
-
-
-__all__ = ["Change", "changes"]

@@ -122,6 +122,3 @@ def this_machine(max_memory: MaxMemory | None, has_folder: bool) -> Machine:
     gpus = tuple(free.get(i, 0) for i in range(n_gpus))  # those left out offer nothing
     shared = free.get("mps", 0)  # of a Mac, whose GPU is not planned for
     return Machine(gpus, free.get("cpu", shared), disk)
-
-
-__all__ = ["ANY_DISK", "Machine", "gpus_of", "shown", "size_of", "this_machine"]

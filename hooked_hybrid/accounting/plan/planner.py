@@ -172,6 +172,3 @@ class Planner:
 def _within(sums: list[int], blocks: range) -> int:
     """Return the sum over some blocks, from the sums over the first ones."""
     return sums[blocks.stop] - sums[blocks.start]
-
-
-__all__ = ["CUDA_CONTEXT", "Planner"]

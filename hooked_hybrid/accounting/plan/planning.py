@@ -17,7 +17,7 @@ import torch
 
 from hooked_hybrid.accounting.plan.changes import Change, changes
 from hooked_hybrid.accounting.plan.machine import ANY_DISK, Machine, shown
-from hooked_hybrid.accounting.plan.planner import CUDA_CONTEXT, Planner
+from hooked_hybrid.accounting.plan.planner import Planner
 from hooked_hybrid.accounting.plan.split import Split, Usage
 from hooked_hybrid.accounting.plan.working import Sizes
 from hooked_hybrid.config import HybridConfig
@@ -148,6 +148,3 @@ def plan(
     sizes = Sizes(cfg, dtype, batch, not machine.gpus, quantize, quantize_only)
     lengths = tuple(sorted(set(lengths)))
     return MemoryPlan(sizes, machine, lengths, Planner(sizes, machine, lengths[-1]).find())
-
-
-__all__ = ["CUDA_CONTEXT", "ROOM", "MemoryPlan", "Planner", "plan"]

@@ -58,6 +58,3 @@ class Split:
     def kept_elsewhere(self) -> range:
         """The blocks that no device holds."""
         return range(sum(self.held), sum(self.held) + self.on_cpu + self.on_disk)
-
-
-__all__ = ["Split", "Usage"]

@@ -90,6 +90,3 @@ def stored_weights(
         n_matrices = weight.numel() // (shape[0] * shape[1])
         part.add_quantized(weight, n_matrices * quantizer.bytes_of[shape], quantize)
     return found
-
-
-__all__ = ["Stored", "stored_weights"]

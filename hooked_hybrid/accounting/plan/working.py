@@ -159,6 +159,3 @@ class Sizes:
         return Piece(
             self.batch, min(length, PIECE), length, self.dtype.itemsize, on_cpu=self.on_cpu
         )
-
-
-__all__ = ["Sizes"]

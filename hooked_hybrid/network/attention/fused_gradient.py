@@ -88,6 +88,3 @@ def _pattern(q: Tensor, k: Tensor, mask: Mask | None) -> Tensor:
     hidden = ~mask[:, None, None]
     scores = scores.masked_fill(hidden, torch.finfo(scores.dtype).min)
     return scores.softmax(-1).masked_fill(hidden, 0).to(q.dtype)
-
-
-__all__ = ["twice_differentiable"]

@@ -130,6 +130,3 @@ class Call:
             return scores
         group = self.n_heads // self.n_kv_heads if self.on_gpu else 1
         return scores + self.mask_rows * group * pairs * (1 + width)
-
-
-__all__ = ["Call", "block_length", "read_all", "read_causal", "read_masked"]

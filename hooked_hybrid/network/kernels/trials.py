@@ -86,6 +86,3 @@ def waves(*shape: int, seed: int = 0) -> Tensor:
     """Return numbers between -1 and 1 on the CPU, always the same: no generator is touched."""
     n = torch.arange(torch.Size(shape).numel(), dtype=torch.float64)
     return (n * (1.7 + 0.3 * seed) + seed).sin().view(shape)
-
-
-__all__ = ["Pair", "Trial", "gradients_of", "waves", "works"]

@@ -77,6 +77,3 @@ def _gradients(
             )
         )
     return [next(found) if t is not None and t.requires_grad else None for t in here]
-
-
-__all__ = ["twice_differentiable"]

@@ -190,6 +190,3 @@ def is_one_device(places: Mapping[str, Place]) -> bool:
     return len({(p.device, p.runs_on, p.on_disk) for p in places.values()}) == 1 and not any(
         p.on_disk for p in places.values()
     )
-
-
-__all__ = ["Door", "Placement", "is_one_device"]

@@ -174,6 +174,3 @@ def place(
         new = nn.Parameter(tensor, requires_grad=parameters[name].requires_grad)
         setattr(model.get_submodule(path), leaf, new)
     return homes.finish(model)
-
-
-__all__ = ["Homes", "homes_of", "one_home", "place"]

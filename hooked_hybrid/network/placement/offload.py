@@ -183,6 +183,3 @@ def _make_room(descriptor: int, n_bytes: int) -> None:
         os.posix_fallocate(descriptor, 0, n_bytes)
     else:
         os.truncate(descriptor, n_bytes)
-
-
-__all__ = ["OffloadFolder", "identity_of", "layout_of", "mapped"]

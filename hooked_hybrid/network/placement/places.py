@@ -135,6 +135,3 @@ def _runs_on(
         return here
     near = [rest[part][0] for part in (*reversed(parts[:i]), *parts[i + 1 :])]
     return next((device for device in near if device.type != "cpu"), here)
-
-
-__all__ = ["DISK", "ENDS", "DeviceMap", "Place", "part_of", "parts_of", "resolve"]

@@ -26,6 +26,3 @@ def laid_out(weight: Tensor) -> Tensor:
 def empty_weight(*shape: int) -> Tensor:
     """Return an empty weight [... d_out d_in] in torch's default dtype, laid out so."""
     return laid_out(torch.empty(shape))
-
-
-__all__ = ["empty_weight", "laid_out"]

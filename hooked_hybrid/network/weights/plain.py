@@ -58,12 +58,3 @@ def _parts(weight: Tensor) -> list[Tensor]:
         return [weight]
     names, _ = weight.__tensor_flatten__()  # type: ignore[attr-defined]
     return [getattr(weight, name) for name in names]
-
-
-__all__ = [
-    "Stored",
-    "as_matrix",
-    "exact_copy",
-    "is_quantized",
-    "stored_bytes",
-]

@@ -65,6 +65,3 @@ def _slow_dtypes() -> frozenset[torch.dtype]:
         torch.float16: getattr(torch.ops.mkldnn, "_is_mkldnn_fp16_supported", None),
     }
     return frozenset(dtype for dtype, asked in has.items() if asked is not None and not asked())
-
-
-__all__ = ["autocast_dtype", "in_own_dtype", "linear"]

@@ -242,14 +242,3 @@ def _set(model: Network, name: str, weight: nn.Parameter | nn.ParameterList) -> 
     if isinstance(weight, nn.ParameterList) or leaf not in module._parameters:
         delattr(module, leaf)  # torch puts no list where a parameter was
     setattr(module, leaf, weight)
-
-
-__all__ = [
-    "Only",
-    "Quantization",
-    "QuantizedWeight",
-    "Quantizer",
-    "dequantize_weights",
-    "quantizable",
-    "quantize_weights",
-]

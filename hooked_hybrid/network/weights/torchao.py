@@ -73,6 +73,3 @@ def _without_warnings(*names: str) -> Iterator[None]:
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
-
-
-__all__ = ["Matrix", "quantizer_of"]

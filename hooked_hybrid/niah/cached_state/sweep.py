@@ -168,6 +168,3 @@ def _answers(
         answers = WAYS[way](model, tokens, of_prompt, cases, max_new_tokens)
         found |= {(prompts[i].id, name): a for (i, name), a in zip(rows, answers, strict=True)}
     return found
-
-
-__all__ = ["CASES", "Case", "cached_state", "settings_of"]

@@ -215,6 +215,3 @@ def _decoded(
     for row, ids in zip(tokens[:, :n_prompt].tolist(), new, strict=True):
         texts.append(model.text.added(row, ids[~torch.isin(ids, eos)].tolist()))
     return list(zip(texts, lengths, margins.tolist(), strict=True))
-
-
-__all__ = ["ALL", "CASES", "KV", "RECURRENT", "WAYS", "Answer", "Case", "way_of"]

@@ -270,11 +270,3 @@ def _draw_curves(axes: Axes, cells: pd.DataFrame) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axes.set_xlabel("k, heads kept in each attention layer")
     axes.grid(alpha=0.3)
-
-
-__all__ = [
-    "accuracy_by_k",
-    "intervals_said",
-    "retrieval_map",
-    "retrieval_maps",
-]

@@ -147,5 +147,3 @@ _MEASURES: dict[Measure, Callable[[Mapping[int, float]], str]] = {
     "15% of heads": _few_heads,
     "by k": lambda _: "see the curves",
 }
-
-__all__ = ["NOT_RUN", "PUBLISHED", "READ_TWICE", "WEIGHTS", "Published", "ours"]

@@ -284,6 +284,3 @@ def _percent(share: float) -> str:
 
 def _interval(row: Mapping[str, Any]) -> str:
     return f"{100 * row['low']:.1f} to {100 * row['high']:.1f}%"
-
-
-__all__ = ["CAUTION", "Written", "save_pictures", "summary_rows", "versions", "write_report"]

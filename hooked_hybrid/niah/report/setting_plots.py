@@ -184,6 +184,3 @@ def _draw_ways(
             axes.vlines(ns, low, high, color=style["color"], linewidth=1)  # one n: no width
     for i, (name, mean) in enumerate((n, m) for n, m in means.items() if n not in sizes):
         axes.axhline(mean, color=LOSS, linestyle=":" if i else "-.", linewidth=1, label=name)
-
-
-__all__ = ["accuracy_by_heads_kept", "accuracy_by_setting", "weight_matrix_picture"]

@@ -230,19 +230,3 @@ def heads_of(cfg: HybridConfig) -> dict[int, int]:
     if not found:
         raise ValueError("this model has no attention layer: there are no heads to silence")
     return found
-
-
-__all__ = [
-    "FOLLOW_MODES",
-    "GENERATION_MODES",
-    "PREFILL_MODES",
-    "WHOLE",
-    "all_but",
-    "control_settings",
-    "cut_settings",
-    "head_settings",
-    "heads_of",
-    "layer_settings",
-    "sets_beside",
-    "weight_matrix",
-]

@@ -141,15 +141,3 @@ def settings_identity(model: HookedHybrid, settings: Sequence[Setting]) -> dict[
         }
         for s in settings
     }
-
-
-__all__ = [
-    "Hooks",
-    "PerRow",
-    "Setting",
-    "depends_on_prompt",
-    "hooks_for",
-    "hooks_of_rows",
-    "settings_identity",
-    "top_k_settings",
-]

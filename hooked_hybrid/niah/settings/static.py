@@ -168,16 +168,3 @@ def other_prompts(model: HookedHybrid, n_needles: int = 8) -> list[Prompt]:
     shortest = max(shortest_length(model, needle) for needle in needles)
     length = max(longest_prompt(model.cfg) * 3 // 8, shortest)
     return grid(model, needles, [length], [0.0, 0.5, 1.0], Haystack(OTHER_SEED))
-
-
-__all__ = [
-    "BY_LOT",
-    "EVERY_SET",
-    "RUN_TIME",
-    "check_sizes",
-    "other_prompts",
-    "rankings_of",
-    "sets_beside",
-    "sizes_of",
-    "static_settings",
-]

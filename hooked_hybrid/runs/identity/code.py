@@ -90,6 +90,3 @@ def constant(value: Any) -> str:
     if isinstance(value, slice):
         return f"slice({', '.join(map(constant, (value.start, value.stop, value.step)))})"
     return f"{type(value).__name__} {value!r}"
-
-
-__all__ = ["PYTHON", "Code", "constant", "read_code"]

@@ -210,6 +210,3 @@ def _few(clauses: Sequence[str]) -> list[str]:
 def _same(before: Any, now: Any) -> bool:
     """Whether two values are the same in JSON, where a number is not itself if it is none."""
     return json.dumps(before, sort_keys=True) == json.dumps(now, sort_keys=True)
-
-
-__all__ = ["changes", "identity_changes", "refusal"]

@@ -197,13 +197,3 @@ def _shown(value: Any, digest: str) -> str:
 
 
 MODELS[HookedHybrid] = model_identity
-
-__all__ = [
-    "config_identity",
-    "described",
-    "hashed_once",
-    "known_of",
-    "model_identity",
-    "weights_hash",
-    "without_tokenizer",
-]

@@ -92,15 +92,3 @@ def wrapped_by_tools(fn: FunctionType) -> Any:
     if file.startswith("<@beartype(") or "jaxtyping" in file.replace("\\", "/").split("/"):
         return vars(fn).get("__wrapped__")
     return vars(fn).get("_torchdynamo_orig_callable")
-
-
-__all__ = [
-    "UNVERSIONED",
-    "imported",
-    "is_installed",
-    "is_named",
-    "stored_name",
-    "top_of",
-    "version_of",
-    "wrapped_by_tools",
-]

@@ -67,6 +67,3 @@ def _content(tokenizer: Any) -> Any:
         added = tokenizer.get_added_vocab()
         return about, added, tokenizer.sp_model.serialized_model_proto(), tokenizer.init_kwargs
     return tokenizer
-
-
-__all__ = ["tokenizer_identity"]

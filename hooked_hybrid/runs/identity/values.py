@@ -354,6 +354,3 @@ def _hash(*said: str) -> str:
 
 def _name_of(kind: type) -> str:
     return f"{stored_name(kind.__module__)}.{kind.__qualname__}".removeprefix("builtins.")
-
-
-__all__ = ["Known", "UntoldError", "describe", "describe_callable"]
