@@ -31,6 +31,7 @@ LAZY_DOORS = {
     ("weights_conversion.__main__", "hooked_hybrid.commands.convert"),  # python -m
 }
 """Imports that run upward by intention; ARCHITECTURE.md says why."""
+TOPS = ("hooked_hybrid", "weights_conversion")
 ROOMS = 18
 LINES = 400
 """Of a file, at most."""
@@ -126,6 +127,18 @@ def test_the_package_has_few_rooms_and_short_files():
         if len(path.read_text("utf-8").splitlines()) > LINES
     }
     assert long <= TOO_LONG, sorted(long - TOO_LONG)
+
+
+def test_no_module_uses_private_names_of_another():
+    found = [
+        f"{path.relative_to(ROOT)}:{node.lineno} imports {alias.name}: give it a public name"
+        for path in modules().values()
+        for node in ast.walk(ast.parse(path.read_text("utf-8")))
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] in TOPS
+        for alias in node.names
+        if alias.name.startswith("_")
+    ]
+    assert not found, "\n".join(found)
 
 
 def test_an_upward_arrow_and_a_circle_would_be_noticed():

@@ -248,12 +248,12 @@ def _depths(
         if incl_mid and i < n:
             places.append((f"{i}_mid", i, True))
     parts = [stream(model, i, mid) for _, i, mid in places]
-    cache._require("the lens", parts)
+    cache.require_parts("the lens", parts)
     depths: list[Depth] = []
     own = "ln_final.hook_normalized"
     for (label, i, _), part in zip(places, parts, strict=True):
-        normalized = cache._at(own, pos_slice) if i == n and own in cache.cache_dict else None
-        depths.append((label, cache._read(part, pos_slice, None)[0], normalized))
+        normalized = cache.value_at(own, pos_slice) if i == n and own in cache.cache_dict else None
+        depths.append((label, cache.read_parts(part, pos_slice, None)[0], normalized))
     return depths
 
 

@@ -65,7 +65,7 @@ class Recurrence:
         if state is not None and state.batch_size != y.shape[0]:
             raise ValueError(f"the cache has {y.shape[0]} rows, the state {state.batch_size}")
         if attention_mask is None and segment_ids is None and cache.has_padding:
-            attention_mask = (cache._pos_of(self._full("ssm_y")) >= 0).long()
+            attention_mask = (cache.pos_of(self._full("ssm_y")) >= 0).long()
         self.layout: Layout = lay_out(y, state, attention_mask, segment_ids, allow_empty_rows=True)
         self.state: Any = None if state is None else state.blocks[index]
 

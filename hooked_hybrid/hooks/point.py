@@ -190,7 +190,7 @@ class HookPoint(nn.Module):
         self.ctx: dict[Any, Any] = {}
         self.fwd_hooks: list[LensHandle] = []
         self.bwd_hooks: list[LensHandle] = []
-        self._holder = RunHolder()
+        self.run_holder = RunHolder()
 
     def __call__(
         self,
@@ -263,14 +263,14 @@ class HookPoint(nn.Module):
         Raises:
             RuntimeError: no forward of the model is running.
         """
-        if self._holder.run is None:
+        if self.run_holder.run is None:
             raise RuntimeError(f"hook.run of {self.name!r} exists only while the model runs")
-        return self._holder.run
+        return self.run_holder.run
 
     @property
     def run_or_none(self) -> Run | None:
         """`run`, or None where nothing says it: in a root module that lays out no positions."""
-        return self._holder.run
+        return self.run_holder.run
 
     @property
     def pos_dim(self) -> int:
@@ -287,11 +287,11 @@ class HookPoint(nn.Module):
     @contextmanager
     def seeing(self, run: Run) -> Iterator[None]:
         """Let `hook.run` be another run for the length of a `with` block."""
-        outer, self._holder.run = self._holder.run, run
+        outer, self.run_holder.run = self.run_holder.run, run
         try:
             yield
         finally:
-            self._holder.run = outer
+            self.run_holder.run = outer
 
     def has_hooks(
         self,
@@ -455,7 +455,7 @@ class HookPoint(nn.Module):
             raise ValueError(f"{self.name!r} holds {x.dtype} values, which have no gradient")
         # A frozen model still has activations to differentiate: start the graph here.
         x = x.view_as(x) if x.requires_grad else x.detach().requires_grad_()
-        run = self._holder.run
+        run = self.run_holder.run
 
         def backward(grad: Tensor) -> Tensor:
             with nullcontext() if run is None else self.seeing(run):

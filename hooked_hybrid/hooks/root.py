@@ -38,7 +38,7 @@ class HookedRootModule(nn.Module):
         self._contexts: list[object] = []
         for name, point in self.hook_dict.items():
             point.name = name
-            point._holder = self.run_holder
+            point.run_holder = self.run_holder
         for module in self.modules():
             for part in module.children():
                 if isinstance(part, HookPoint):
@@ -337,7 +337,8 @@ class HookedRootModule(nn.Module):
 
     # --- inside -----------------------------------------------------------------------------
 
-    def _cached_names(self, names_filter: NameFilter | None) -> list[str]:
+    def cached_names(self, names_filter: NameFilter | None) -> list[str]:
+        """Return the names that a filter keeps; None keeps all points but the large ones."""
         if names_filter is None:
             return [name for name, point in self.hook_dict.items() if not point.is_large]
         return matching(names_filter, self.hook_dict)
@@ -346,7 +347,7 @@ class HookedRootModule(nn.Module):
         self, names_filter: NameFilter | None, saver: Saver, incl_bwd: bool
     ) -> tuple[list[HookSpec], list[HookSpec]]:
         """Return the watchers that fill a cache; integers have no gradient to keep."""
-        names = self._cached_names(names_filter)
+        names = self.cached_names(names_filter)
         floating = [name for name in names if incl_bwd and not self.hook_dict[name].is_integer]
         return [(n, saver.save) for n in names], [(n, saver.save_grad) for n in floating]
 

@@ -70,7 +70,7 @@ class CachePositions:
         """
         if name is not None:
             full = self.full_name(name)
-            pos = self._pos_of(full)
+            pos = self.pos_of(full)
         else:
             known = [self.places[n].pos for n in self.cache_dict if n in self.places]
             if not known:
@@ -93,7 +93,7 @@ class CachePositions:
         """
         full = self.full_name(name)
         value, dim = self._batched(full)
-        index = last_index(self._pos_of(full), full)
+        index = last_index(self.pos_of(full), full)
         return self._unbatched(take_per_row(value, index, dim).squeeze(dim))
 
     def mean_over_pos(self, name: Shorthand) -> Float[Tensor, ...]:
@@ -105,7 +105,7 @@ class CachePositions:
         """
         full = self.full_name(name)
         value, dim = self._batched(full)
-        is_real = (self._pos_of(full) >= 0).to(value.device)
+        is_real = (self.pos_of(full) >= 0).to(value.device)
         n = is_real.sum(1)
         if bool((n == 0).any()):
             raise ValueError(f"{full!r} holds no token of row {int((n == 0).nonzero()[0])}")
@@ -126,7 +126,7 @@ class CachePositions:
         """
         full = self.full_name(name)
         value, dim = self._batched(full)
-        pos, keys = self._pos_of(full), self._key_pos_of(full)
+        pos, keys = self.pos_of(full), self._key_pos_of(full)
         rows = []
         for row, own in enumerate(value):
             here = (pos[row] >= 0).nonzero()[:, 0].to(own.device)
@@ -244,7 +244,7 @@ class CachePositions:
 
     # --- inside -----------------------------------------------------------------------------------
 
-    def _pos_of(self, full: str) -> Int[Tensor, "batch kept"]:
+    def pos_of(self, full: str) -> Int[Tensor, "batch kept"]:
         """Return the places of a value; those of a cache made by hand count from 0."""
         if full in self.places:
             return self.places[full].pos

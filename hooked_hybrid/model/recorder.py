@@ -39,7 +39,7 @@ class Recorder:
         state: HybridState | None,
     ) -> None:
         self.model, self.state = model, state
-        self.names = model._cached_names(None if names_filter is True else names_filter)
+        self.names = model.cached_names(None if names_filter is True else names_filter)
         self.batch = tokens.shape[0]
         self.pieces: dict[str, list[tuple[Tensor, Run]]] = {name: [] for name in self.names}
 

@@ -452,7 +452,7 @@ def test_a_copy_has_hooks_and_a_run_of_its_own():
     model = model_of("griffin")
     other = copy.deepcopy(model)
     assert other.run_holder is not model.run_holder
-    assert all(p._holder is other.run_holder for p in other.hook_points())
+    assert all(p.run_holder is other.run_holder for p in other.hook_points())
     with model.hooks([(POINT, not_a_number)]):
         assert torch.equal(other(tokens_of()), before("griffin")["logits"])
     other.run_with_hooks(tokens_of(), fwd_hooks=[(POINT, lambda v, hook: hook.run and None)])

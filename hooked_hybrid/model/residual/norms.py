@@ -118,7 +118,7 @@ class ResidualNorms(PartReader):
         slices = (pos_slice, batch_slice, has_batch_dim)
         capped = through_soft_cap is not None and self.model.cfg.logits_soft_cap is not None
         read = ["ln_final.hook_scale", *(["ln_final.hook_normalized"] if capped else [])]
-        self._require("logit_attrs", [], read)
+        self.require_parts("logit_attrs", [], read)
         stack = at_least_fp32(self._rows(residual_stack, batch_slice, has_batch_dim, dim=1))
         factor = inverse(self._for(stack, "ln_final.hook_scale", *slices))
         has_batch = has_batch_dim and self.has_batch_dim and not is_one(batch_slice)
@@ -147,8 +147,8 @@ class ResidualNorms(PartReader):
         self, stack: Stack, name: str, pos_slice: PosSlice, batch_slice: PosSlice, has_batch: bool
     ) -> Float[Tensor, "*batch_pos width"]:
         """Return a cached value at the rows and positions of a stack."""
-        self._require("reading this stack", [], [name])
-        value = self._at(name, pos_slice)
+        self.require_parts("reading this stack", [], [name])
+        value = self.value_at(name, pos_slice)
         if self.has_batch_dim and (has_batch or batch_slice is not None):
             value = slice_axis(value, batch_slice, 0, "rows")
         elif self.has_batch_dim and value.shape[0] == 1:

@@ -58,7 +58,7 @@ class PartReader:
 
         def _unbatched(self, value: Tensor) -> Tensor: ...
 
-        def _pos_of(self, full: str) -> Tensor: ...
+        def pos_of(self, full: str) -> Tensor: ...  # noqa: D102
 
     def _place(self, layer: int | None, mlp_input: bool) -> Place:
         n_layers = self.model.cfg.n_layers
@@ -99,7 +99,7 @@ class PartReader:
         path, norm = place.norm(self.model)
         whole = [parts_of.stream(self.model, *place)] if incl_remainder else []
         scale_name = [f"{path}.hook_scale"] if apply_ln else []
-        self._require(purpose, [*parts, *whole], scale_name)
+        self.require_parts(purpose, [*parts, *whole], scale_name)
         if not parts and not whole:
             raise ValueError(f"{purpose}: no such part before layer {place.layer}")
         labels = [label for part in parts for label in part.labels]
@@ -112,12 +112,12 @@ class PartReader:
             labels.append("remainder")
             if parts:
                 known = at_least_fp32(stack[:-1]).sum(0)
-                stack[-1] = self._read(whole[0], pos_slice, onto)[0] - known
+                stack[-1] = self.read_parts(whole[0], pos_slice, onto)[0] - known
         if incl_bias:
             labels.append("bias")
             stack[-1] = self._bias(parts, pos_slice, onto, stack)
         if apply_ln:
-            factor = inverse(self._at(scale_name[0], pos_slice))
+            factor = inverse(self.value_at(scale_name[0], pos_slice))
             stack = at_least_fp32(stack)
             if onto is None:
                 stack = _scaled(_scaled(stack, factor), norm.w.to(stack.device))
@@ -134,14 +134,16 @@ class PartReader:
             mine = stack[done : done + len(part.labels)]
             done += len(part.labels)
             if part.written is not None and self._way(part.written) is not None:
-                whole = self._read(part.written, pos_slice, onto)[0]
+                whole = self.read_parts(part.written, pos_slice, onto)[0]
                 rest = rest + (at_least_fp32(whole) - mine.sum(0, dtype=rest.dtype))
             elif part.bias is not None:
                 bias = part.bias.to(rest)
                 rest = rest + (bias if onto is None else bias @ onto.to(bias))
         return rest
 
-    def _require(self, purpose: str, parts: Sequence[Parts], names: Sequence[str] = ()) -> None:
+    def require_parts(
+        self, purpose: str, parts: Sequence[Parts], names: Sequence[str] = ()
+    ) -> None:
         """Refuse a cache that holds too little, with a filter that would have kept enough."""
         wanted = [name for part in parts for name in (self._way(part) or part.ways[-1]).names]
         wanted += names
@@ -159,12 +161,12 @@ class PartReader:
         """Return the first way to a part for which the cache holds everything."""
         return next((w for w in part.ways if all(n in self.cache_dict for n in w.names)), None)
 
-    def _at(self, name: str, pos_slice: PosSlice) -> Tensor:
+    def value_at(self, name: str, pos_slice: PosSlice) -> Tensor:
         """Return a cached value at some positions."""
         if pos_slice is None:
             return self.cache_dict[name]
         value, dim = self._batched(name)
-        pos = self._pos_of(name)
+        pos = self.pos_of(name)
         if isinstance(pos_slice, str) and pos_slice == LAST:
             return self._unbatched(take_per_row(value, last_index(pos, name), dim).squeeze(dim))
         found = slice_axis(value, pos_slice, dim)
@@ -173,13 +175,13 @@ class PartReader:
             refuse_padding(pos.index_select(1, index.to(pos.device)), pos_slice, name)
         return self._unbatched(found)
 
-    def _read(
+    def read_parts(
         self, part: Parts, pos_slice: PosSlice, onto: Onto | None
     ) -> Float[Tensor, "part ..."]:
         """Return the parts of a write, or what they are along directions."""
         way = self._way(part)
-        assert way is not None  # _require said so
-        values = way.values(*(self._at(name, pos_slice) for name in way.names))
+        assert way is not None  # `require_parts` found it
+        values = way.values(*(self.value_at(name, pos_slice) for name in way.names))
         weight = None if way.weight is None else way.weight().to(values.device)
         if onto is not None:
             values = at_least_fp32(values)
@@ -202,7 +204,7 @@ class PartReader:
         self._require_room(parts, n, pos_slice, onto)
         stack: Tensor | None = None
         for part in parts:
-            piece = self._read(part, pos_slice, onto)
+            piece = self.read_parts(part, pos_slice, onto)
             if stack is None:
                 stack = piece.new_empty(n, *piece.shape[1:])
             stack[done : done + len(part.labels)] = piece
@@ -215,8 +217,11 @@ class PartReader:
     ) -> None:
         """Refuse a stack that would not fit, with the largest of the pieces it is made from."""
         way = self._way(parts[0])
-        assert way is not None  # _require said so
-        value, axes = self._at(way.names[0], pos_slice), self.model.hook_dict[way.names[0]].axes
+        assert way is not None  # `require_parts` found it
+        value, axes = (
+            self.value_at(way.names[0], pos_slice),
+            self.model.hook_dict[way.names[0]].axes,
+        )
         lead = value.shape[: value.ndim - len(axes) + 2]
         width = [self.model.cfg.d_model] if onto is None else list(onto.shape[1:])
         numbers = lead.numel() * torch.Size(width).numel()

@@ -111,10 +111,10 @@ class ResidualStacks(ResidualNorms):
         """Keep `hook_result` of every attention layer in the cache, as z @ W_O where it is not."""
         layers = self.model.cfg.attention_layers
         parts = [parts_of.mixer_parts(self.model, i) for i in layers]
-        self._require("compute_head_results", parts)
+        self.require_parts("compute_head_results", parts)
         for part in parts:
             name = part.ways[0].names[0]
-            self.cache_dict[name] = self._read(part, None, None).movedim(0, -2)
+            self.cache_dict[name] = self.read_parts(part, None, None).movedim(0, -2)
 
     def stack_head_results(
         self,
@@ -182,7 +182,7 @@ class ResidualStacks(ResidualNorms):
         if letter != "N":
             raise not_stated(type(self.model.blocks[layer].mlp), "part_letter", "neurons")
         part = parts_of.mlp_parts(self.model, layer, neuron_slice)
-        self._require("get_neuron_results", [part])
+        self.require_parts("get_neuron_results", [part])
         results = self._write([part], pos_slice, project_output_onto)
         is_one = project_output_onto is not None and project_output_onto.ndim == 1
         return results.movedim(0, -1 if is_one else -2)
@@ -230,7 +230,7 @@ class ResidualStacks(ResidualNorms):
         there = [name for name in found if name is not None]
         if not there:
             raise ValueError(f"no layer before {last} has {activation_name!r}, such as {names[:1]}")
-        self._require("stack_activation", [parts_of.whole(name, name) for name in there])
+        self.require_parts("stack_activation", [parts_of.whole(name, name) for name in there])
         shapes = {tuple(self.cache_dict[name].shape) for name in there}
         if len(shapes) > 1:
             raise ValueError(f"layers have {activation_name!r} in shapes {sorted(shapes)}")

@@ -159,7 +159,7 @@ class MoE(MLP):
         for expert, chosen in enumerate(tokens.split(counts)):
             if not counts[expert]:
                 continue
-            written = linear(self._post(inputs[expert], expert), self.down[expert])
+            written = linear(self.activations_of(inputs[expert], expert), self.down[expert])
             written = times(written.to(x.dtype), shares[expert], may_overwrite())
             add = out.index_add_ if may_overwrite() else out.index_add
             out = add(0, chosen, written)
@@ -168,7 +168,8 @@ class MoE(MLP):
     def _run_one(self, x: Resid, weights: Weights, indices: Indices) -> Resid:
         """Return the sum for a single token: there is nothing to sort."""
         chosen = zip(indices.flatten().tolist(), weights.flatten().unbind(), strict=True)
-        written = [linear(self._post(x, e), self.down[e]).to(x.dtype) * s for e, s in chosen]
+        parts = ((linear(self.activations_of(x, e), self.down[e]), s) for e, s in chosen)
+        written = [part.to(x.dtype) * scale for part, scale in parts]
         return torch.stack(written).sum(0)
 
     def _run_hooked(self, x: Resid, weights: Weights, indices: Indices) -> Resid:
@@ -176,7 +177,7 @@ class MoE(MLP):
         post = x.new_zeros(*indices.shape, self.cfg.d_mlp)
         for expert in indices.unique().tolist():
             b, s, slot = (indices == expert).nonzero(as_tuple=True)
-            post = post.index_put((b, s, slot), self._post(x[b, s], expert).to(x.dtype))
+            post = post.index_put((b, s, slot), self.activations_of(x[b, s], expert).to(x.dtype))
         post = self.hook_expert_post(post)
         out = x.new_zeros(*indices.shape, x.shape[-1])
         for expert in indices.unique().tolist():
@@ -190,16 +191,17 @@ class MoE(MLP):
         is_chosen = [(indices == expert)[..., None] for expert in range(self.cfg.n_experts)]
         post = x.new_zeros(*indices.shape, self.cfg.d_mlp)
         for expert, here in enumerate(is_chosen):
-            post = torch.where(here, self._post(x, expert)[:, :, None].to(x.dtype), post)
+            post = torch.where(here, self.activations_of(x, expert)[:, :, None].to(x.dtype), post)
         post = self.hook_expert_post(post)
         out = x.new_zeros(*indices.shape, x.shape[-1])
         for expert, here in enumerate(is_chosen):
             out = torch.where(here, linear(post, self.down[expert]).to(x.dtype), out)
         return self.hook_expert_out(out * weights[..., None]).sum(dim=2)
 
-    def _post(
+    def activations_of(
         self, x: Float[Tensor, "*token d_model"], expert: int
     ) -> Float[Tensor, "*token d_mlp"]:
+        """Return one expert's activations, which its down projection reads."""
         act = activate(linear(x, self.gate[expert]), self.cfg.act, may_overwrite())
         return times(act, linear(x, self.up[expert]), may_overwrite())
 
@@ -252,5 +254,5 @@ def _run(
     post = x.new_zeros(*indices.shape, moe.cfg.d_mlp)
     for expert in indices.unique().tolist():
         at = (indices == expert).to(device).nonzero(as_tuple=True)
-        post[at] = moe._post(x[at[:-1]], expert)
+        post[at] = moe.activations_of(x[at[:-1]], expert)
     return _from_post(moe, post.to(weights.device), weights, indices)
