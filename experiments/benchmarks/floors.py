@@ -12,7 +12,13 @@ from torch.nn.functional import linear
 
 from experiments.benchmarks.timing import timed
 from hooked_hybrid import HookedHybrid
-from hooked_hybrid.config import AttentionConfig, MambaConfig, MoEConfig, RGLRUConfig
+from hooked_hybrid.config import (
+    AttentionConfig,
+    GatedMLPConfig,
+    MambaConfig,
+    MoEConfig,
+    RGLRUConfig,
+)
 
 PIECE = 512
 """Rows of one product: as fast as thousands, and small enough for the caches."""
@@ -48,6 +54,7 @@ def products(model: HookedHybrid, tokens: Tensor, unembed: bool = False) -> list
             d, low = mixer.d_inner, mixer.dt_rank
             found += [Product(n_pos, d_model, 2 * d), Product(n_pos, d, low + 2 * mixer.d_state)]
             found += [Product(n_pos, low, d), Product(n_pos, d, d_model)]
+        assert isinstance(mlp, GatedMLPConfig | MoEConfig)
         if isinstance(mlp, MoEConfig):
             found.append(Product(n_pos, d_model, mlp.n_experts))
         for rows in _expert_rows(model, tokens, i) if isinstance(mlp, MoEConfig) else [n_pos]:

@@ -6,7 +6,7 @@ or through one piece after another, with a state in and out.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -160,9 +160,18 @@ class LanguageModel(TextModel):
         if state is not None:
             states[:] = state.blocks
         attached = self._attached() if piece < layout.length else []
-        kept, resid = [], x
+        kept, resid, streams = [], x, None
         with self.running(layout), dispatch(layout.length, self.hook_points()):
-            for start, resid in self._streams(x, layout, states, layers, piece):
+            if layers is None and self.placement is not None and self.placement.brings_weights:
+                streams, states[:] = self.placement.run_pieces(self, x, layout, states, piece)
+            for start in range(0, layout.length, piece):
+                part = layout.piece(start, start + piece)
+                self.run_holder.run = part.run
+                if streams is None:
+                    own = x if piece == layout.length else x[:, start : start + piece]
+                    resid = self._run_piece(own, part, states, layers)
+                else:
+                    resid = next(streams)
                 if return_type not in (None, "resid"):
                     kept.append(self.run_ln_final(resid, max(first - start, 0)))
                 self._require_attached(attached)
@@ -176,32 +185,20 @@ class LanguageModel(TextModel):
         n_seen = None if layout.n_before is None else layout.n_before + layout.length
         return out, HybridState(tuple(states), layout.next_pos, layout.segment, n_seen)  # type: ignore[arg-type]
 
-    def _streams(
+    def _run_piece(
         self,
         x: Tokens | Resid,
         layout: Layout,
         states: list[BlockState | None],
         layers: range | None,
-        piece: int,
-    ) -> Iterator[tuple[int, Resid]]:
-        """Yield where each piece starts, and its residual stream after the layers.
-
-        `states` is given the new ones.
-        """
-        streams = None
-        if layers is None and self.placement is not None and self.placement.brings_weights:
-            streams, states[:] = self.placement.run_pieces(self, x, layout, states, piece)
-        layers = range(len(states)) if layers is None else layers
-        for start in range(0, layout.length, piece):
-            part = layout.piece(start, start + piece)
-            self.run_holder.run = part.run
-            if streams is not None:
-                resid = next(streams)
-            else:
-                own = x if piece == layout.length else x[:, start : start + piece]
-                resid = own if own.is_floating_point() else self.run_embed(own)
-                resid, states[:] = self.run_blocks(resid, states, part, layers)
-            yield start, resid
+    ) -> Resid:
+        """Return the residual stream after the layers; `states` is given the new ones."""
+        resid = x if x.is_floating_point() else self.run_embed(x)
+        every = range(len(states))
+        resid, states[:] = self.run_blocks(
+            resid, states, layout, every if layers is None else layers
+        )
+        return resid
 
     def _attached(self) -> list[tuple[HookPoint, tuple[LensHandle, ...]]]:
         """Return every point with what is attached to it now."""
