@@ -64,6 +64,7 @@ PACKAGES = {
     "hooked_hybrid.hooks": "Hook points",
     "hooked_hybrid.interventions": "Interventions",
     "hooked_hybrid.analysis": "Analysis",
+    "hooked_hybrid.analysis.forms": "Linear forms of recurrences",
     "hooked_hybrid.niah": "Needle in a haystack",
     "hooked_hybrid.niah.haystacks": "Haystacks",
     "hooked_hybrid.niah.settings": "Settings",
