@@ -24,7 +24,7 @@ from hooked_hybrid.network.layout import Layout
 from hooked_hybrid.network.mixers import MIXERS, Mixer, mixer_of, register_mixer
 from hooked_hybrid.network.mlps import MLPS, mlp_of, register_mlp
 from hooked_hybrid.network.part import Part
-from hooked_hybrid.network.state import RecurrentState
+from hooked_hybrid.network.state import BlockState, HybridState, RecurrentState
 from hooked_hybrid.network.weights.quantized import quantizable
 from tests.models import CONFIGS, D_VOCAB, random_tokens
 from tests.toy_mixer import Ema, EmaConfig, EmaForm
@@ -216,6 +216,38 @@ def test_a_mixer_that_states_nothing_runs_and_says_what_is_missing(silent: Hooke
         assert "\n" not in str(caught.value)
     with pytest.raises(NotSupported, match="the kind 'silent' has no linear form; there are some"):
         effective_attention(cache, 0)
+
+
+def test_a_tensor_of_a_state_that_no_other_kind_keeps_is_counted_and_replaced():
+    class Keeper(Silent):
+        kind = "keeper"
+
+        @classmethod
+        def state_shapes(cls, cfg: Any) -> dict[str, tuple[int, ...]]:
+            return {"kept": (3, 5), "ssm": (7,)}
+
+    @dataclass(frozen=True, eq=False)
+    class Kept(BlockState):
+        kept: torch.Tensor
+        ssm: torch.Tensor
+
+    register_mixer(Keeper)
+    cfg = HybridConfig(24, D_VOCAB, (LayerConfig(SilentConfig(), GatedMLPConfig(8)),))
+    found = state_bytes(cfg, 5, torch.bfloat16)
+    MIXERS.pop(SilentConfig)
+    assert (found.recurrence, found.keys_values) == (15 * 2 + 7 * 4, 0)
+    states = [
+        HybridState(
+            (Kept(torch.full((2, 3), n), torch.full((2, 7), n)),), *(torch.ones(2).long(),) * 2
+        )
+        for n in (0.0, 1.0)
+    ]
+    assert states[0].replace(states[1], kinds="ssm").blocks[0].kept.sum() == 6
+    assert states[0].replace(states[1], kinds="conv").blocks[0].kept.sum() == 0
+    again = HybridState.from_tensors(states[1].tensors())
+    assert type(again.blocks[0]) is Kept
+    with pytest.raises(ValueError, match="no kind of layer keeps other"):
+        HybridState.from_tensors({**states[1].tensors(), "blocks.1.other": torch.ones(2)})
 
 
 def test_a_config_without_a_class_is_refused_where_a_model_is_made():

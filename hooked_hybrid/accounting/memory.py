@@ -27,7 +27,7 @@ IN_PART = {
     "conv": "convolution",
     "ssm": "recurrence",
 }
-"""The part of `StateBytes` in which each tensor of a state is counted."""
+"""The part of `StateBytes` in which tensors of a state are counted; others as they grow or not."""
 _FAR = 2**40
 """Tokens at which a layer without a window is taken to have outgrown any recurrence."""
 
@@ -99,7 +99,8 @@ def layer_state_bytes(cfg: MixerConfig, n_tokens: int, dtype: torch.dtype) -> St
     mixer, found = mixer_of(cfg), {part: 0 for part in IN_PART.values()}
     for name, shape in mixer.state_shapes(cfg).items():
         n = math.prod(shape) * (mixer.n_kept(cfg, n_tokens) if name in mixer.grows else 1)
-        found[IN_PART[name]] += n * kept_dtype(name, dtype).itemsize
+        part = IN_PART.get(name, "keys_values" if name in mixer.grows else "recurrence")
+        found[part] += n * kept_dtype(name, dtype).itemsize
     return StateBytes(**found)
 
 

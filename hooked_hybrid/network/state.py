@@ -196,8 +196,8 @@ class HybridState:
 
         Args:
             other: the donor; row i gives to row i.
-            kinds: any of "ssm" (recurrent state), "conv" (convolution inputs), "kv" (keys, values
-                and their positions).
+            kinds: any of "ssm" (recurrent state, and whatever else a kind of layer keeps), "conv"
+                (convolution inputs), "kv" (keys, values and their positions).
             layers: block indices; None means all.
             rows: rows that receive; None means all.
 
@@ -345,7 +345,7 @@ def _graft(mine: BlockState, theirs: BlockState, kinds: set[str], rows: Tensor) 
     new = {}
     for name, t in vars(mine).items():
         donor = getattr(theirs, name)
-        if _KINDS.get(name, name) not in kinds:
+        if _KINDS.get(name, "ssm") not in kinds:
             continue
         if donor.shape != t.shape:
             raise ValueError(
