@@ -246,8 +246,8 @@ class TextModel(Network):
     ) -> tuple[Tensor, Tensor | None]:
         """Return the padded tokens of one or several texts, and their mask if any is padded.
 
-        A text that continues a state gets no BOS, nor what else a tokenizer puts around texts,
-        unless told.
+        A text that continues a state gets no BOS by default, nor what else a tokenizer puts
+        around texts.
 
         Raises:
             ValueError: a text of more than `cfg.n_ctx` tokens.

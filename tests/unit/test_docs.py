@@ -212,6 +212,29 @@ def test_every_part_of_the_library_stands_on_a_floor_of_the_page():
     assert listed == parts | {"weights_conversion"}
 
 
+UNPLAIN = (
+    r"\b(?<!there )(?:is|are) no (?:whole|plain|valid|number|integer|multiple|file|folder|recurrence)",
+    r"\bnobody'?s? (?:else|says|knows|wants|looks|asked)",
+    r"\bno one's\b",
+    r"\bunless told\b",
+    r"\bcannot be told\b",
+)
+"""Phrases that a reader stumbles on; plain ones: "is not a", "nothing else", "by default"."""
+
+
+def test_the_library_and_its_pages_have_none_of_some_compressed_phrases():
+    sources = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]
+    for package in ("hooked_hybrid", "weights_conversion"):
+        sources += (ROOT / package).rglob("*.py")
+    found = [
+        f"{path.relative_to(ROOT)}: {match[0]}"
+        for path in sources
+        if path.name != "CHANGELOG.md"
+        for match in re.finditer("|".join(UNPLAIN), path.read_text(encoding="utf-8"))
+    ]
+    assert found == []
+
+
 # --- the site -----------------------------------------------------------------------------------
 
 
