@@ -286,6 +286,14 @@ def test_a_run_goes_on_where_it_stopped(tmp_path: Path):
         cached_state(model, few, [3], cases, out=tmp_path / "a", resume=True, verbose=False)
 
 
+def test_progress_is_shown_unless_it_is_not_to_be(capsys: pytest.CaptureFixture[str]):
+    model, prompts = packaged("tiny-griffin"), prompts_of("tiny-griffin")[:1]
+    cached_state(model, prompts, [4], CASES[:1], max_new_tokens=1)
+    assert capsys.readouterr().err
+    cached_state(model, prompts, [4], CASES[:1], max_new_tokens=1, verbose=False)
+    assert not capsys.readouterr().err
+
+
 def job_of(lengths: list[int], n_settings: int) -> CachedStateJob:
     """Return the work of prompts "0", "1", ... of so many tokens."""
     prompts = [
