@@ -101,7 +101,7 @@ def with_adapter(base: TensorSource, folder: Path, is_tied: bool) -> AdaptedSour
         found = _LORA.fullmatch(name) or _EMBEDDING.fullmatch(name)
         if found is None:
             if ".lora_" in name:
-                raise _unsupported(folder, f"the tensor {name!a}")
+                raise _unsupported_error(folder, f"the tensor {name!a}")
             target = _in_base(folder, name, base, is_tied)
             if (other := replaced.setdefault(target, name)) != name:
                 raise CheckpointError(
@@ -141,12 +141,12 @@ def _settings(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"{folder} has no {CONFIG}: it holds no adapter")
     settings = read_json(path, LARGEST_CONFIG)
     if settings.get("peft_type") != "LORA":
-        raise _unsupported(folder, f"peft_type={settings.get('peft_type')!a}")
+        raise _unsupported_error(folder, f"peft_type={settings.get('peft_type')!a}")
     if (start := settings.get("init_lora_weights", True)) not in PLAIN_STARTS:
-        raise _unsupported(folder, f"init_lora_weights={start!a}")
+        raise _unsupported_error(folder, f"init_lora_weights={start!a}")
     for key in sorted(settings.keys() - READ - NO_EFFECT - {"init_lora_weights"}):
         if settings[key] not in (None, False, [], {}):
-            raise _unsupported(folder, f"{key}={str(settings[key])[:60]!a}")
+            raise _unsupported_error(folder, f"{key}={str(settings[key])[:60]!a}")
     return settings
 
 
@@ -203,7 +203,7 @@ def _for_module(
 ) -> float:
     by_name = settings.get(patterns) or {}
     if not isinstance(by_name, dict) or not all(_PLAIN_NAME.fullmatch(key) for key in by_name):
-        raise _unsupported(folder, f"{patterns}={str(by_name)[:60]!a}")
+        raise _unsupported_error(folder, f"{patterns}={str(by_name)[:60]!a}")
     hits = {k: v for k, v in by_name.items() if f".{module}".endswith(f".{k}")}
     if patterns == "alpha_pattern" and len(set(map(str, hits.values()))) > 1:
         raise CheckpointError(
@@ -225,7 +225,7 @@ def _refuse_tied(folder: Path, is_tied: bool, changed: set[str]) -> None:
         )
 
 
-def _unsupported(folder: Path, what: str) -> CheckpointError:
+def _unsupported_error(folder: Path, what: str) -> CheckpointError:
     return CheckpointError(
         f"{folder} holds an adapter with {what}, which is not merged here: merge it with peft "
         "(PeftModel.from_pretrained(...).merge_and_unload()) and save or pass on the merged model"

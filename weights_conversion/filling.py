@@ -104,7 +104,7 @@ def filled(
     parameters = dict(model.named_parameters())
     homes = one_home(plan.cfg, torch.device(device)) if homes is None else homes
     quantizer = None if scheme is None else Quantizer(model, *scheme, device_of=homes.device_of)
-    for name, tensor in _placed(parameters, homes, source, plan.rules):
+    for name, tensor in _place(parameters, homes, source, plan.rules):
         _set_parameter(model, name, tensor)
         if quantizer is not None:
             quantizer.take(name)
@@ -113,7 +113,7 @@ def filled(
     return homes.finish(model)
 
 
-def _placed(
+def _place(
     parameters: dict[str, nn.Parameter], homes: Homes, source: TensorSource, rules: list[Rule]
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield each parameter in its place; what is on the disk already is not read again."""
@@ -128,10 +128,10 @@ def _placed(
                 if homes.on_disk(name):
                     yield name, homes.on_disk_now(name, _floating(name, tensor), like)
                 else:
-                    yield name, _copied(name, tensor, like, homes.device_of(name))
+                    yield name, _copy(name, tensor, like, homes.device_of(name))
 
 
-def _copied(name: str, tensor: Tensor, like: Tensor, device: torch.device | str) -> Tensor:
+def _copy(name: str, tensor: Tensor, like: Tensor, device: torch.device | str) -> Tensor:
     """Return a copy in the memory layout of a parameter, that no longer needs the file."""
     tensor = _floating(name, tensor)
     if like.is_contiguous():

@@ -97,9 +97,9 @@ class ConfigReader:
         """
         value = self.need(key) if default is None else self.get(key, default)
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise CheckpointError(f"config.json: {key}={_shown(value)} is not a positive integer")
+            raise CheckpointError(f"config.json: {key}={_show(value)} is not a positive integer")
         if value > (most := LARGEST.get(key, LARGEST_OTHER)):
-            raise CheckpointError(f"config.json: {key}={_shown(value)} is more than {most}")
+            raise CheckpointError(f"config.json: {key}={_show(value)} is more than {most}")
         return value
 
     def number(self, key: str, default: float) -> float:
@@ -118,7 +118,7 @@ class ConfigReader:
         """
         value = self.get(key, default)
         if not isinstance(value, bool):
-            raise CheckpointError(f"config.json: {key}={_shown(value)} is neither true nor false")
+            raise CheckpointError(f"config.json: {key}={_show(value)} is neither true nor false")
         return value
 
     def only(self, key: str, *supported: Any) -> Any:
@@ -131,7 +131,7 @@ class ConfigReader:
         if value not in supported:
             choices = ", ".join(repr(v) for v in supported)
             raise CheckpointError(
-                f"config.json: {key}={_shown(value)} is not supported; {choices} is"
+                f"config.json: {key}={_show(value)} is not supported; {choices} is"
             )
         return value
 
@@ -151,7 +151,7 @@ class ConfigReader:
         if not isinstance(given, dict) or not all(
             type(value) in kinds.get(key, ()) for key, value in given.items()
         ):
-            raise CheckpointError(f"config.json: {OWN}={_shown(given)} is not as it was saved")
+            raise CheckpointError(f"config.json: {OWN}={_show(given)} is not as it was saved")
         return given
 
     def extra(self) -> dict[str, Any]:
@@ -228,7 +228,7 @@ def special_tokens(ids: dict[str, Any], file: str) -> dict[str, Any]:
     for key, value in ids.items():
         for token in value if isinstance(value, tuple) else (value,):
             if token is not None and not _is_token(token):
-                raise CheckpointError(f"{file}: {key}={_shown(value)} is not a token id")
+                raise CheckpointError(f"{file}: {key}={_show(value)} is not a token id")
     return ids
 
 
@@ -241,7 +241,7 @@ def in_range(key: str, value: Any) -> float:
     least, most = RANGES[key]
     if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value <= most:
         raise CheckpointError(
-            f"config.json: {key}={_shown(value)} is not a number from {least:g} to {most:g}"
+            f"config.json: {key}={_show(value)} is not a number from {least:g} to {most:g}"
         )
     return float(value)
 
@@ -251,7 +251,7 @@ def _is_token(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and -1 <= value <= LARGEST_OTHER
 
 
-def _shown(value: Any) -> str:
+def _show(value: Any) -> str:
     """Return a value as an error shows it: not more than a line of it."""
     try:
         text = repr(value)
@@ -269,12 +269,12 @@ def rope_settings(reader: ConfigReader) -> tuple[float, float]:
     given = (reader.get("rope_parameters"), reader.get("rope_scaling"))
     nested: Any = next((value for value in given if value is not None), {})
     if not isinstance(nested, dict):
-        raise CheckpointError(f"config.json: rope_parameters={_shown(nested)} is not an object")
+        raise CheckpointError(f"config.json: rope_parameters={_show(nested)} is not an object")
     known = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
     kind = nested.get("rope_type", nested.get("type", "default"))
     if kind != "default" or nested.keys() - known:
         raise CheckpointError(
-            f"config.json: rotary positions {_shown(nested)} are not supported; rope_type "
+            f"config.json: rotary positions {_show(nested)} are not supported; rope_type "
             "'default' is"
         )
     flat = {

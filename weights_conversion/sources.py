@@ -205,7 +205,7 @@ def open_checkpoint(
             raise CheckpointError(f"{path} is a file: give its directory, or a .pt file")
         return Checkpoint(path.parent, None, (path,))
     if not path.is_dir():
-        path = _packaged_or_downloaded(os.fspath(name_or_path), revision)
+        path = _find_or_download(os.fspath(name_or_path), revision)
     config = path / "config.json"
     if config.is_file():
         return Checkpoint(path, read_json(config, LARGEST_CONFIG))
@@ -233,7 +233,7 @@ def adapter_folder(name_or_path: str | os.PathLike[str], revision: str | None = 
     return path if path.is_dir() else _download(os.fspath(name_or_path), revision)
 
 
-def _packaged_or_downloaded(name: str, revision: str | None) -> Path:
+def _find_or_download(name: str, revision: str | None) -> Path:
     folder = packaged_models().get(name)
     if folder is None:
         return _download(name, revision)

@@ -88,13 +88,13 @@ def count_pairs(length: int, n_keys: int | None, pairs: Pairs = "useful") -> int
     if pairs == "dense":
         return length * length
     if pairs == "executed":
-        return _executed_pairs(length, n_keys)
+        return _count_executed_pairs(length, n_keys)
     window = length if n_keys is None else min(n_keys, length)
     return window * (window + 1) // 2 + (length - window) * window
 
 
 @cache
-def _executed_pairs(length: int, n_keys: int | None) -> int:
+def _count_executed_pairs(length: int, n_keys: int | None) -> int:
     """Return the pairs of `attend.attend_blocks`, called on one piece after another."""
     total = 0
     for piece in range(0, length, PIECE):

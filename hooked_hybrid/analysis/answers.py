@@ -78,7 +78,7 @@ def copies(
         for same in by_length.values():
             for i in range(0, len(same), batch_size):
                 part = same[i : i + batch_size]
-                copied = _answered(model, part, max_new_tokens, min_recall)
+                copied = _read_answers(model, part, max_new_tokens, min_recall)
                 bar.update(len(part))
                 if n := int(copied.is_copy.sum()):
                     found += n
@@ -90,7 +90,7 @@ def copies(
         )
 
 
-def _answered(
+def _read_answers(
     model: HookedHybrid, prompts: Sequence[HasNeedle], max_new_tokens: int, min_recall: float
 ) -> Copied:
     tokens = torch.tensor([list(p.tokens) for p in prompts], device=model.device)

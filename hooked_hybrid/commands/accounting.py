@@ -151,7 +151,7 @@ def _compute_table(
     sums = flops.groupby(["stage", "length"])["total"].sum()
     of_bf16 = memory[memory["dtype"] == "bfloat16"].set_index("length")["total"]
     longest = int(flops["length"].max())
-    for length in [n for n in flops["length"].unique() if n in _shown(longest)]:
+    for length in [n for n in flops["length"].unique() if n in _lengths_to_show(longest)]:
         ratio = recurrence_over_attention(cfg, int(length)) if compares else None
         shown.add_row(
             f"{length:,}",
@@ -163,7 +163,7 @@ def _compute_table(
     return shown
 
 
-def _shown(longest: int) -> set[int]:
+def _lengths_to_show(longest: int) -> set[int]:
     return {1, longest, *(2**i for i in range(6, longest.bit_length()))}
 
 

@@ -285,7 +285,7 @@ def _report(
             shown = table.assign(setting=table["setting"] + ", " + words)
             if losses is not None:  # of the text, which is read once
                 both = [losses.assign(setting=losses["setting"] + f", {w}") for w in set(words)]
-                losses = _joined(both)
+                losses = _join(both)
         figures = {"Accuracy by setting": accuracy_by_setting(shown, losses)}
         if plan.picture is not None:
             figures = {plan.title: plan.picture(shown), **figures}
@@ -314,7 +314,7 @@ def _sets(plan: ExperimentPlan) -> set[str]:
     return {name for names in plan.families.values() for name in names}
 
 
-def _joined(tables: Sequence[pd.DataFrame]) -> pd.DataFrame:
+def _join(tables: Sequence[pd.DataFrame]) -> pd.DataFrame:
     import pandas as pd
 
     return pd.concat(tables, ignore_index=True)

@@ -76,7 +76,7 @@ def grouped(**defaults: Any) -> Callable[[Callable[..., None]], Callable[..., No
         @functools.wraps(function)
         def run(context: Any = None, **options: Any) -> None:
             values = {**defaults, **options}
-            made = {name: _taken(group, values) for name, group in groups.items()}
+            made = {name: _take(group, values) for name, group in groups.items()}
             with _knowing(context):
                 function(**made, **values)
 
@@ -125,6 +125,6 @@ def _default(field: Field[Any]) -> Any:
     return Parameter.empty if field.default is MISSING else field.default
 
 
-def _taken(group: type, values: dict[str, Any]) -> Any:
+def _take(group: type, values: dict[str, Any]) -> Any:
     """Return a group made of its own values, which are taken out."""
     return group(**{f.name: values.pop(f.name) for f in fields(group) if f.name in values})

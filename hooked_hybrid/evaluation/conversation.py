@@ -30,13 +30,13 @@ def as_text(tokenizer: Any, messages: Sequence[Message], add_generation_prompt: 
             "chat template out"
         )
     try:
-        text = _rendered(tokenizer, messages, add_generation_prompt)
+        text = _render(tokenizer, messages, add_generation_prompt)
     except Exception as error:  # transformers raises jinja2's own
         others = [message for message in messages if message["role"] != "system"]
         if len(others) == len(messages):
             raise
         log.warning("the chat template refuses a system message; it is left out (%s)", error)
-        messages, text = others, _rendered(tokenizer, others, add_generation_prompt)
+        messages, text = others, _render(tokenizer, others, add_generation_prompt)
     if add_generation_prompt:
         return text
     last = messages[-1]["content"].strip()
@@ -48,7 +48,7 @@ def has_template(tokenizer: Any) -> bool:
     return getattr(tokenizer, "chat_template", None) is not None
 
 
-def _rendered(tokenizer: Any, messages: Sequence[Message], add_generation_prompt: bool) -> str:
+def _render(tokenizer: Any, messages: Sequence[Message], add_generation_prompt: bool) -> str:
     return str(
         tokenizer.apply_chat_template(
             list(messages), tokenize=False, add_generation_prompt=add_generation_prompt

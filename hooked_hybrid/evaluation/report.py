@@ -127,7 +127,7 @@ def _report(
     if others and any(row.gaps for row in rows):
         body = [[row.name, *(_with_interval(row.gaps.get(f.name)) for f in others)] for row in rows]
         parts += ["## Base minus form", _GAPS, _table(["task", *map(title, others)], body)]
-    parts += _published(evaluation, rows, others, card)
+    parts += _tabulate_published(evaluation, rows, others, card)
     if evaluation.missing:
         body = [[task, reason] for task, reason in evaluation.missing.items()]
         parts += ["## Not run", "These data sets could not be had.", _table(["task", "why"], body)]
@@ -168,7 +168,7 @@ def _how(options: Options, forms: Sequence[Form], cells: Sequence[Cell]) -> str:
     return text
 
 
-def _published(
+def _tabulate_published(
     evaluation: Evaluation, rows: Sequence[Line], others: Sequence[Form], card: Mapping[str, str]
 ) -> list[str]:
     """Return the thesis's figures for the benchmarks that were asked for."""

@@ -83,12 +83,12 @@ def evaluate(
     """
     require("lm_eval", "pandas")
     with claimed(out, resume), hashed_once():
-        return _evaluated(
+        return _evaluate(
             model, name, tasks, forms, options or Options(), out, resume, include_path, say, workers
         )
 
 
-def _evaluated(
+def _evaluate(
     model: HookedHybrid,
     name: str,
     tasks: Sequence[str],

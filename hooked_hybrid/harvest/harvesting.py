@@ -111,7 +111,7 @@ def harvest(
     _check(model, context_length, batch_size, shard_bytes, seed)
     if workers is not None:
         workers.check(model, {"fwd_hooks": tuple(fwd_hooks)})
-    is_text, documents = _peeked(documents)
+    is_text, documents = _peek(documents)
     bos = _bos(model, is_text, prepend_bos)
     if bos is not None and context_length < 2:
         raise ValueError("context_length=1 has no room after BOS: give 2 or more")
@@ -224,7 +224,7 @@ def _check(
         )
 
 
-def _peeked(documents: Iterable[Document]) -> tuple[bool, Iterable[Document]]:
+def _peek(documents: Iterable[Document]) -> tuple[bool, Iterable[Document]]:
     """Return whether the first document is a text, and all of them."""
     if isinstance(documents, str):
         raise ValueError("documents is one text: give a list, or read_texts(file)")

@@ -56,14 +56,14 @@ def sentence_ends(text: str) -> set[int]:
     """
     ends = {i + 1 for i, character in enumerate(text) if character in BREAKS}
     for found in _TERMINAL.finditer(text):
-        end = _closed(text, found.end())
+        end = _close(text, found.end())
         is_full_stop = text[found.end() - 1] in FULL_STOPS
         if not (is_full_stop and _goes_on(text, found.start(), found.end(), end)):
             ends.add(end)
     return ends
 
 
-def _closed(text: str, at: int) -> int:
+def _close(text: str, at: int) -> int:
     """Return where the marks that close a sentence end."""
     while at < len(text):
         reference = _REFERENCE.match(text, at)
@@ -107,7 +107,7 @@ def token_ends(tokenizer: Any, text: str, tokens: Sequence[int], decode: Any) ->
     """
     spans = _spans(tokenizer, text)
     if spans is None or spans[0] != list(tokens):
-        return _aligned(text, tokens, decode)
+        return _align(text, tokens, decode)
     ends, offsets = [], spans[1]
     for i, (_, stop) in enumerate(offsets):
         goes_on = i + 1 < len(offsets) and offsets[i + 1][0] < stop
@@ -128,7 +128,7 @@ def _spans(tokenizer: Any, text: str) -> tuple[list[int], list[tuple[int, int]]]
     return list(found["input_ids"]), [tuple(pair) for pair in found["offset_mapping"]]
 
 
-def _aligned(text: str, tokens: Sequence[int], decode: Any) -> list[int] | None:
+def _align(text: str, tokens: Sequence[int], decode: Any) -> list[int] | None:
     """Return the same by what tokens decode to, None where that is not in the text."""
     ends, at, waiting = [], 0, []
     for token in tokens:
@@ -140,7 +140,7 @@ def _aligned(text: str, tokens: Sequence[int], decode: Any) -> list[int] | None:
         if text.startswith(piece, start) and "\ufffd" not in piece:
             at, waiting = (start + len(piece) if piece else at), []
             ends.append(at)
-        elif (place := _found_again(text, at, decode([token]))) is not None:
+        elif (place := _find_again(text, at, decode([token]))) is not None:
             at, waiting = place, []
             ends.append(at)
         elif len(waiting) > _MOST_LOST:
@@ -150,7 +150,7 @@ def _aligned(text: str, tokens: Sequence[int], decode: Any) -> list[int] | None:
     return ends
 
 
-def _found_again(text: str, at: int, piece: str) -> int | None:
+def _find_again(text: str, at: int, piece: str) -> int | None:
     """Return where a token ends that comes after some which do not decode to their text."""
     piece = piece.strip()
     if not piece or "\ufffd" in piece:

@@ -210,10 +210,10 @@ def load_needles(path: str | Path) -> list[KeywordNeedle]:
         raise ValueError(f"the needles {path} are not JSON ({one_line(error)})") from error
     if not isinstance(content, list) or not content:
         raise ValueError(f"{path} holds no needles: give a JSON list of at least one")
-    return [_parsed(entry, f"{path}, needle {i}") for i, entry in enumerate(content)]
+    return [_parse(entry, f"{path}, needle {i}") for i, entry in enumerate(content)]
 
 
-def _parsed(entry: Any, place: str) -> KeywordNeedle:
+def _parse(entry: Any, place: str) -> KeywordNeedle:
     wanted = {"sentence", "question", "keywords"}
     if not isinstance(entry, dict) or set(entry) != wanted:
         found = sorted(entry) if isinstance(entry, dict) else entry

@@ -82,8 +82,8 @@ class Store:
         with ExitStack() as stack:
             if folder is not None:
                 stack.enter_context(claimed(folder, resume))
-            with _explained(self.path):
-                self.connection = stack.enter_context(closing(_opened(self.path, experiment)))
+            with _explain_errors(self.path):
+                self.connection = stack.enter_context(closing(_open(self.path, experiment)))
                 self.connection.execute("PRAGMA synchronous = EXTRA")
                 self._digest = 0
                 self.columns = tuple(COLUMNS)
@@ -96,7 +96,7 @@ class Store:
 
     def done(self) -> set[str]:
         """Return the ids of the prompts whose cells are all there."""
-        with _explained(self.path):
+        with _explain_errors(self.path):
             rows = self.connection.execute("SELECT DISTINCT prompt_id FROM cells")
             return {prompt_id for (prompt_id,) in rows}
 
@@ -109,7 +109,7 @@ class Store:
         """
         connection = self.connection
         try:
-            with _explained(self.path), connection:
+            with _explain_errors(self.path), connection:
                 connection.execute("BEGIN IMMEDIATE")
                 (last,) = connection.execute("SELECT coalesce(max(rowid), 0) FROM cells").fetchone()
                 names = ", ".join(self.columns)
@@ -132,7 +132,7 @@ class Store:
         Of a file that does not say where a needle really stands, `real_depth` is the asked depth.
         """
         require("pandas")
-        with _explained(self.path):
+        with _explain_errors(self.path):
             return _table(self.connection)
 
     def close(self) -> None:
@@ -157,7 +157,7 @@ def read_cells(folder: str | PathLike[str]) -> pandas.DataFrame:
     path = Path(folder) / FILE
     if not path.is_file():
         raise FileNotFoundError(f"{path.parent} holds no {FILE}: give the folder of a sweep")
-    with claimed(path.parent, resume=True), _explained(path), closing(_opened(path, {})) as file:
+    with claimed(path.parent, resume=True), _explain_errors(path), closing(_open(path, {})) as file:
         check(file, path)
         return _table(file)
 
@@ -174,7 +174,7 @@ def _table(connection: sqlite3.Connection) -> pandas.DataFrame:
     return table
 
 
-def _opened(path: Path | None, experiment: Mapping[str, Any]) -> sqlite3.Connection:
+def _open(path: Path | None, experiment: Mapping[str, Any]) -> sqlite3.Connection:
     """Return a connection to the file, which is made if there is none; None is in memory."""
     if path is None:
         connection = sqlite3.connect(":memory:")
@@ -229,7 +229,7 @@ def _compare(connection: sqlite3.Connection, path: Path, experiment: Mapping[str
 
 
 @contextmanager
-def _explained(path: Path | None) -> Iterator[None]:
+def _explain_errors(path: Path | None) -> Iterator[None]:
     """Say of an error of SQLite whether the disk is at fault or the file, and what to do."""
     try:
         yield

@@ -70,7 +70,7 @@ def claimed(folder: Path, resume: bool) -> Iterator[None]:
         try:
             stack.callback(_remove_empty, missing)
             folder.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(_locked(folder))
+            stack.enter_context(_lock(folder))
         except FolderInUseError:
             raise
         except OSError as error:
@@ -108,14 +108,14 @@ def remove_unfinished(folder: Path) -> None:
 
 
 @contextmanager
-def _locked(folder: Path) -> Iterator[None]:
+def _lock(folder: Path) -> Iterator[None]:
     """Hold the folder's lock; nothing to do where this thread holds it already."""
     place, me = folder.resolve(), (os.getpid(), get_ident())
     if HELD.get(place) == me:
         yield
         return
     _refuse_other_lock(place / LOCK)
-    lock = _acquired(place / LOCK, folder)
+    lock = _acquire(place / LOCK, folder)
     HELD[place] = me
     try:
         with suppress(OSError):  # on a full disk the lock still holds, without a name
@@ -148,7 +148,7 @@ def _write_over(path: Path, text: str) -> None:
         file.write(text)
 
 
-def _acquired(path: Path, folder: Path) -> BaseFileLock | None:
+def _acquire(path: Path, folder: Path) -> BaseFileLock | None:
     """Return the lock, held; None where the file system has none, after a warning."""
     while True:
         lock: BaseFileLock = FileLock(path, timeout=WAIT)

@@ -26,7 +26,7 @@ def write_csv(table: pd.DataFrame, path: Path) -> None:
     A text that begins with `=`, `+`, `-`, `@`, a tab or a return, and is not a number, gets a `'`
     in front; so does one that begins so after some `'`. `read_csv` takes it away again.
     """
-    shown = table.map(_quoted)
+    shown = table.map(_quote)
     has_return = bool(shown.map(lambda v: isinstance(v, str) and "\r" in v).any(axis=None))
     quoting = csv.QUOTE_NONNUMERIC if has_return else csv.QUOTE_MINIMAL  # a return ends a row, bare
     with replacing(path) as temporary:
@@ -47,7 +47,7 @@ def read_csv(path: str | PathLike[str], texts: tuple[str, ...] = ("output",)) ->
     if kept := [name for name in texts if name in table]:
         plain = pd.read_csv(path, usecols=kept, dtype=str, na_filter=False)
         table[kept] = plain[kept]
-    return table.map(_unquoted)
+    return table.map(_unquote)
 
 
 def markdown_cell(value: object) -> str:
@@ -56,13 +56,13 @@ def markdown_cell(value: object) -> str:
     return _TAG.sub("&lt;", " ".join(text.splitlines()))
 
 
-def _quoted(value: Any) -> Any:
+def _quote(value: Any) -> Any:
     if not isinstance(value, str) or not _FORMULA.match(value) or _NUMBER.fullmatch(value):
         return value
     return f"'{value}"
 
 
-def _unquoted(value: Any) -> Any:
+def _unquote(value: Any) -> Any:
     if isinstance(value, str) and value.startswith("'") and _FORMULA.match(value):
         return value[1:]
     return value

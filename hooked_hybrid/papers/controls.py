@@ -74,7 +74,7 @@ def _heads_line(evidence: Evidence) -> str:
             way: estimate(evidence.cells("controls", f"{way} k={k}", True)).mean
             for way in ("peaked", "reversed", "by lot", "needle")
         }
-        drawn = _drawn(evidence, k)
+        drawn = _draw(evidence, k)
         said = ", ".join(f"{way} {100 * mean:.1f}%" for way, mean in ways.items())
         parts.append(
             f"k = {k}: {said}, {len(drawn)} sets drawn once {100 * np.mean(drawn):.1f}% "
@@ -86,7 +86,7 @@ def _heads_line(evidence: Evidence) -> str:
     )
 
 
-def _drawn(evidence: Evidence, k: int) -> list[float]:
+def _draw(evidence: Evidence, k: int) -> list[float]:
     """Return the accuracy of each set of heads that was drawn once, inside the window."""
     names = evidence.tables["controls"]["setting"].unique()
     own = [name for name in names if name.startswith((f"drawn k={k} #", f"every k={k} #"))]

@@ -66,8 +66,8 @@ def facts_of(evidence: Evidence, card: Mapping[str, str]) -> dict[str, str]:
     close = sum(int((t["min_margin"] < SMALL_MARGIN).sum()) for t in evidence.tables.values())
     return {
         **card,
-        "prompts": f"{len(recipe.lengths)} lengths ({_listed(recipe.lengths)} tokens) x "
-        f"{len(recipe.depths)} depths ({_listed(round(100 * d) for d in recipe.depths)}%) x "
+        "prompts": f"{len(recipe.lengths)} lengths ({_list(recipe.lengths)} tokens) x "
+        f"{len(recipe.depths)} depths ({_list(round(100 * d) for d in recipe.depths)}%) x "
         f"{1 + recipe.n_held_out} needles (the paper's and {recipe.n_held_out} held-out ones) x "
         f"{len(recipe.seeds)} seeds; for controls every second length and depth, of four or more",
         "needles in all": f"{recipe.n_needles}; {recipe.n_many} in runs named -many",
@@ -90,7 +90,7 @@ def _documents(evidence: Evidence) -> str:
     return f"{'all' if n is None else f'the first {n}'}; {said}"
 
 
-def _listed(values: Iterable[int]) -> str:
+def _list(values: Iterable[int]) -> str:
     return ", ".join(f"{value:,}" for value in values)
 
 

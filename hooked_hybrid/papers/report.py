@@ -241,7 +241,7 @@ def _section(entry: Judged, evidence: Evidence) -> str:
     if entry.controls:
         parts.append("Controls:\n\n" + "\n".join(f"- {line}." for line in entry.controls))
     if entry.values:
-        parts.append(_folded(f"{len(entry.values[1])} values", markdown(*entry.values)))
+        parts.append(_fold(f"{len(entry.values[1])} values", markdown(*entry.values)))
     return "\n\n".join(parts)
 
 
@@ -249,7 +249,7 @@ def _controls(done: Sequence[Judged], evidence: Evidence) -> list[str]:
     ran = (entry for entry in done if not entry.why_not)
     names = dict.fromkeys(name for entry in ran for name in entry.item.controls)
     tables = [
-        f"### {control.title}\n\n{_folded('values', markdown(*control.rows(evidence)))}"
+        f"### {control.title}\n\n{_fold('values', markdown(*control.rows(evidence)))}"
         for control in (CONTROLS[name] for name in names)
     ]
     return ["## Controls", *tables] if tables else []
@@ -260,7 +260,7 @@ def _what_was_run(facts: Mapping[str, str], command: str) -> str:
     return shown + markdown(["", ""], [[name, value] for name, value in facts.items()])
 
 
-def _folded(title: str, text: str) -> str:
+def _fold(title: str, text: str) -> str:
     return f"<details><summary>{title}</summary>\n\n{text}\n\n</details>"
 
 

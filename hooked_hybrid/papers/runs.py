@@ -234,7 +234,7 @@ def text_losses(
     import pandas as pd
 
     path, length = folder / "text_loss.csv", max(recipe.lengths)
-    beside, said = path.with_suffix(".json"), _said_of_losses(model, settings, recipe, documents)
+    beside, said = path.with_suffix(".json"), _describe_losses(model, settings, recipe, documents)
     if not (path.exists() and beside.exists()):  # or without what it is of
         losses = text_loss(
             model, settings, length, recipe.n_texts, documents, workers=workers, verbose=verbose
@@ -258,7 +258,7 @@ def text_losses(
     return losses
 
 
-def _said_of_losses(
+def _describe_losses(
     model: HookedHybrid, settings: Sequence[Setting], recipe: Recipe, documents: Sequence[str]
 ) -> dict[str, Any]:
     """Return what the loss of text depends on."""

@@ -170,12 +170,12 @@ def _wrap_concatenations(node: nodes.Node) -> None:
     """Put every `~` of a tree through the look at sizes."""
     for field, value in node.iter_fields():
         if isinstance(value, list):
-            value[:] = [_wrapped(one) for one in value]
+            value[:] = [_wrap(one) for one in value]
         elif isinstance(value, nodes.Node):
-            setattr(node, field, _wrapped(value))
+            setattr(node, field, _wrap(value))
 
 
-def _wrapped(value: Any) -> Any:
+def _wrap(value: Any) -> Any:
     if not isinstance(value, nodes.Node):
         return value
     _wrap_concatenations(value)

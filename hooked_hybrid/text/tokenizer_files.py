@@ -52,7 +52,7 @@ def read_backend(files: dict[str, bytes], folder: Path) -> tuple[Tokenizer, dict
     with breaking_off(f"{path}: its tokens are not those of a tokenizer"):
         _add_special_tokens(backend, settings)
         if "tokenizer.json" not in files:
-            _put_around(backend, settings)
+            _wrap_in_special_tokens(backend, settings)
     return backend, settings
 
 
@@ -133,12 +133,12 @@ def _add_special_tokens(backend: Tokenizer, settings: dict[str, Any]) -> None:
     """Let the tokens that the settings name stand for themselves in a text."""
     known = {token.content for token in backend.get_added_tokens_decoder().values()}
     decoder = settings.get("added_tokens_decoder") or {}
-    added = [_added_token(decoder[key], False) for key in sorted(decoder, key=int)]
+    added = [_make_added_token(decoder[key], False) for key in sorted(decoder, key=int)]
     new = [token for token in added if token.content not in known]
     if new:
         backend.add_tokens(new)
     known |= {token.content for token in new}
-    special = [_added_token(value, True) for value in _named(settings)]
+    special = [_make_added_token(value, True) for value in _named(settings)]
     if special := [token for token in special if token.content not in known]:
         backend.add_special_tokens(special)
 
@@ -154,7 +154,7 @@ def _named(settings: dict[str, Any]) -> Iterator[Any]:
     yield from (value for value in more if _is_text(value) or isinstance(value, dict))
 
 
-def _added_token(value: Any, special: bool) -> AddedToken:
+def _make_added_token(value: Any, special: bool) -> AddedToken:
     """Return a token as the files write it: its text, or an object with its options."""
     if isinstance(value, str):
         return AddedToken(value, special=special, normalized=not special)
@@ -165,7 +165,7 @@ def _added_token(value: Any, special: bool) -> AddedToken:
     return AddedToken(content, **{"special": special, **flags})
 
 
-def _put_around(backend: Tokenizer, settings: dict[str, Any]) -> None:
+def _wrap_in_special_tokens(backend: Tokenizer, settings: dict[str, Any]) -> None:
     """Put BOS and EOS around a text if the settings say so."""
     around, tokens = ["$A"], []
     for name, at in (("bos", 0), ("eos", len(around) + 1)):

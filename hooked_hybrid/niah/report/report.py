@@ -194,10 +194,10 @@ def _what_was_run(
         "prompts": f"{len(prompts)}: {lengths.nunique()} lengths from {lengths.min():,} to "
         f"{lengths.max():,} tokens, {depths.nunique()} depths",
         "depth": _depths_said(prompts),
-        "needles": _listed(table["needle_id"].unique()),
-        "template": _listed(table["template"].unique()),
-        "context given twice": _listed(table["read_twice"].unique()),
-        "distractors": _listed(table["n_distractors"].unique()),
+        "needles": _list(table["needle_id"].unique()),
+        "template": _list(table["template"].unique()),
+        "context given twice": _list(table["read_twice"].unique()),
+        "distractors": _list(table["n_distractors"].unique()),
         "versions": ", ".join(f"{name} {version}" for name, version in versions().items()),
     }
     specs = [[setting.name, json.dumps(dict(setting.spec))] for setting in settings]
@@ -272,7 +272,7 @@ def _image(path: Path, what: str) -> str:
     return f'<p><img alt="{escape(what)}" src="data:image/png;base64,{data}"></p>'
 
 
-def _listed(values: Iterable[Any], most: int = 6) -> str:
+def _list(values: Iterable[Any], most: int = 6) -> str:
     texts = [str(value) for value in values]
     more = f" and {len(texts) - most} more" if len(texts) > most else ""
     return ", ".join(texts[:most]) + more
