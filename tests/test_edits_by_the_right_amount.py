@@ -17,9 +17,7 @@ from tests.tolerances import FLOAT64_LONG, FP32_PARITY
 models = pytest.mark.parametrize("name", list(CONFIGS))
 
 
-@cache
-def model_of(name: str) -> HookedHybrid:
-    return tiny_model(name)
+model_of = cache(tiny_model)
 
 
 @models

@@ -29,9 +29,7 @@ models = pytest.mark.parametrize("name", list(CONFIGS))
 GOOGLE = Path(__file__).parent / "golden" / "recurrentgemma_google" / "tiny.pt"
 
 
-@cache
-def model_of(name: str) -> HookedHybrid:
-    return tiny_model(name)
+model_of = cache(tiny_model)
 
 
 def double(x: Tensor, hook: HookPoint) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from hooked_hybrid import HookedHybrid, HookPoint, interventions
 from hooked_hybrid.network.plan import piece_length
+from tests.loops import looped
 from tests.models import CONFIGS, random_tokens, relative, tiny_model
 from tests.tolerances import FP32_PARITY
 
@@ -23,12 +24,10 @@ HOOKS = {
 }
 
 models = pytest.mark.parametrize("name", list(CONFIGS))
-hooked = pytest.mark.parametrize("hooks", list(HOOKS))
+hooked = looped("hooks", list(HOOKS))
 
 
-@cache
-def model_of(name: str) -> HookedHybrid:
-    return tiny_model(name)
+model_of = cache(tiny_model)
 
 
 def run(model: HookedHybrid, tokens: Tensor, hooks: str, **options: Any) -> Any:
@@ -215,9 +214,9 @@ def test_pieces_of_a_long_forward_equal_the_whole(
         pieces.append(piece_length(n_pos, points, piece=4))
         return pieces[-1]
 
-    with torch.no_grad():
+    with torch.no_grad(), monkeypatch.context() as patch:
         whole, state = run(model, tokens, hooks, attention_mask=mask, return_state=True)
-        monkeypatch.setattr("hooked_hybrid.model.language_model.piece_length", small)
+        patch.setattr("hooked_hybrid.model.language_model.piece_length", small)
         cut, end = run(model, tokens, hooks, attention_mask=mask, return_state=True)
         assert pieces == [4]
         assert relative(cut[mask.bool()], whole[mask.bool()]) < FP32_PARITY

@@ -26,6 +26,7 @@ from hooked_hybrid.network.attention.attend import (
 from hooked_hybrid.network.layout import lay_out
 from hooked_hybrid.network.plan import piece_length
 from hooked_hybrid.network.state import HybridState
+from tests.loops import looped
 from tests.models import CONFIGS, griffin_config, random_model, random_tokens, relative, tiny_model
 from tests.tolerances import FP32_PARITY
 
@@ -150,12 +151,12 @@ WINDOWS = {  # window and cached keys, for 13 queries
     "window of the sequence, cache full": (13, 12),
     "window longer than everything": (40, 6),
 }
-windows = pytest.mark.parametrize("window", list(WINDOWS))
+windows = looped("window", WINDOWS)
 
 
 @layouts
 @windows
-@pytest.mark.parametrize("batch", [1, 3])
+@looped("batch", [1, 3])
 def test_the_definition_is_what_loops_over_visible_keys_compute(
     layout: str, window: str, batch: int
 ):
@@ -167,7 +168,7 @@ def test_the_definition_is_what_loops_over_visible_keys_compute(
 
 @layouts
 @windows
-@pytest.mark.parametrize("batch", [1, 3])
+@looped("batch", [1, 3])
 def test_blocks_and_kernel_equal_the_definition(
     layout: str, window: str, batch: int, monkeypatch: pytest.MonkeyPatch
 ):
@@ -180,8 +181,8 @@ def test_blocks_and_kernel_equal_the_definition(
 
 
 @layouts
-@pytest.mark.parametrize("length", [1, 3, 4, 5, 8, 22])
-@pytest.mark.parametrize("window", [(None, 0), (None, 6), (6, 0), (6, 3), (6, 5)], ids=str)
+@looped("length", [1, 3, 4, 5, 8, 22])
+@looped("window", [(None, 0), (None, 6), (6, 0), (6, 3), (6, 5)])
 def test_blocks_and_kernel_equal_the_definition_at_any_length(
     layout: str, length: int, window: Any, monkeypatch: pytest.MonkeyPatch
 ):
@@ -257,9 +258,7 @@ def test_half_precision_blocks_round_no_more_than_the_definition(
 # --- in a model -----------------------------------------------------------------------------------
 
 
-@cache
-def model_of(name: str) -> HookedHybrid:
-    return tiny_model(name)
+model_of = cache(tiny_model)
 
 
 def counting(fn: Callable, name: str, calls: list[str]) -> Callable:
@@ -349,7 +348,7 @@ def test_unhooked_blocks_give_the_logits_of_the_definition(name: str, layout: st
 
 
 @in_layouts
-@pytest.mark.parametrize("leaf", [*INSIDE, "hook_z"])
+@looped("leaf", [*INSIDE, "hook_z"])
 def test_hooks_on_blocks_see_the_values_of_the_whole(
     name: str, layout: str, leaf: str, ways: list[str]
 ):
@@ -488,7 +487,7 @@ def edits_of(model: HookedHybrid, edit: str, mark: Callable) -> list[Any]:
 
 
 @in_layouts
-@pytest.mark.parametrize("edit", list(EDITS))
+@looped("edit", list(EDITS))
 def test_an_edit_of_blocks_is_that_edit_of_the_whole(
     name: str, layout: str, edit: str, ways: list[str]
 ):
@@ -509,7 +508,7 @@ def test_an_edit_of_blocks_is_that_edit_of_the_whole(
 
 
 @in_layouts
-@pytest.mark.parametrize("pair", ["keep_top_heads", "boost_span", "permute"])
+@looped("pair", ["keep_top_heads", "boost_span", "permute"])
 def test_what_one_hook_leaves_for_the_next_holds_block_by_block(
     name: str, layout: str, pair: str, ways: list[str]
 ):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import jaxtyping
 import pytest
 import torch
 from torch import Tensor
@@ -46,12 +45,6 @@ def cached(model, values) -> ActivationCache:
 def one_row(model) -> ActivationCache:
     _, kept = model.run_with_cache(random_tokens(batch=1, n_pos=6))
     return kept
-
-
-@pytest.fixture
-def unchecked(monkeypatch):
-    """Without the runtime type checks of the test run, as users have it."""
-    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
 
 
 def leaf(name: str) -> str:

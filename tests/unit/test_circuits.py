@@ -51,9 +51,7 @@ each = pytest.mark.parametrize("name", CONFIGS)
 SYMBOLS = torch.arange(N_SPECIAL, N_SYMBOLS)
 
 
-@cache
-def model_of(name: str) -> HookedHybrid:
-    return tiny_model(name)
+model_of = cache(tiny_model)
 
 
 @cache

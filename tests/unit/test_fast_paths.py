@@ -46,9 +46,7 @@ models = pytest.mark.parametrize("name", list(CONFIGS))
 unchecked = pytest.mark.usefixtures("unchecked")
 
 
-@cache
-def model_of(name: str) -> HookedHybrid:
-    return tiny_model(name)
+model_of = cache(tiny_model)
 
 
 @pytest.fixture

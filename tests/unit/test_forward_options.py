@@ -26,9 +26,7 @@ from tests.tolerances import FP32_PARITY
 models = pytest.mark.parametrize("name", list(CONFIGS))
 
 
-@cache
-def model_of(name: str) -> HookedHybrid:
-    return tiny_model(name)
+model_of = cache(tiny_model)
 
 
 @models

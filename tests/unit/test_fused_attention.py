@@ -17,6 +17,7 @@ from hooked_hybrid.network.attention import attend
 from hooked_hybrid.network.attention.attend import Sight, attend_fused, attend_whole
 from hooked_hybrid.network.kernels import fused_attention
 from hooked_hybrid.network.kernels.fused_attention import Call, block_length
+from tests.loops import looped
 from tests.models import random_model, random_tokens, relative
 from tests.pretended_gpu.backends import backend
 from tests.unit.test_attend import (
@@ -31,7 +32,7 @@ from tests.unit.test_attend import (
 )
 
 layouts = pytest.mark.parametrize("layout", LAYOUTS)
-windows = pytest.mark.parametrize("window", list(WINDOWS))
+windows = looped("window", WINDOWS)
 
 
 @pytest.fixture
@@ -68,8 +69,9 @@ def derivatives(z: Tensor, leaves: list[Tensor], real: Tensor) -> list[Tensor]:
 
 @layouts
 @windows
-@pytest.mark.parametrize("heads", HEADS)
+@looped("heads", HEADS)
 def test_values_and_derivatives_are_the_definitions(calls, monkeypatch, layout, window, heads):
+    calls.clear()
     monkeypatch.setattr(fused_attention, "BLOCK", 5)
     where = case(layout, 13, 3, *WINDOWS[window])
     inputs = queries_keys_values(where.sight, heads, torch.float64)
@@ -83,10 +85,11 @@ def test_values_and_derivatives_are_the_definitions(calls, monkeypatch, layout, 
 
 @layouts
 @windows
-@pytest.mark.parametrize("heads", HEADS)
-@pytest.mark.parametrize("length", [1, 13])
+@looped("heads", HEADS)
+@looped("length", [1, 13])
 def test_no_call_is_answered_by_cudnn_or_unfused(calls, layout, window, heads, length):
     """In half precision and in fp32, on A100 and on Hopper: fp64 alone is not fused on CUDA."""
+    calls.clear()
     where = case(layout, length, 3, *WINDOWS[window])
     with torch.no_grad():
         attend_fused(*queries_keys_values(where.sight, heads), where.sight)
@@ -179,10 +182,11 @@ def test_bytes_of_a_call_by_hand():
     assert not call(on_gpu=False, dtype=torch.float64).is_unfused and not call().is_unfused
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-@pytest.mark.parametrize("d_head", [4, 8, 12, 64, 128, 256])
-@pytest.mark.parametrize("window", ["window", "no window", "window, some keys cached"])
+@looped("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@looped("d_head", [4, 8, 12, 64, 128, 256])
+@looped("window", ["window", "no window", "window, some keys cached"])
 def test_what_counts_as_unfused_is_what_torch_has_no_kernel_for(calls, dtype, d_head, window):
+    calls.clear()
     sight = case("plain", 13, 1, *WINDOWS[window]).sight
     with torch.no_grad():
         attend_fused(*queries_keys_values(sight, "GQA", d_head=d_head), sight)

@@ -8,7 +8,6 @@ from contextlib import nullcontext
 from functools import cache
 from typing import Any
 
-import jaxtyping
 import pytest
 import torch
 from tokenizers import Tokenizer
@@ -70,12 +69,6 @@ def each_model(request):
 @pytest.fixture
 def tokens() -> Tensor:
     return random_tokens(batch=3, n_pos=9)
-
-
-@pytest.fixture
-def unchecked(monkeypatch):
-    """Without the runtime type checks of the test run, as users have it."""
-    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
 
 
 def full_greedy(model: HookedHybrid, tokens: Tensor, n_new: int) -> tuple[Tensor, Tensor]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-import jaxtyping
 import pytest
 import torch
 from torch import Tensor, nn
@@ -31,12 +30,6 @@ def point() -> HookPoint:
 @pytest.fixture
 def x() -> Tensor:
     return torch.arange(12.0).view(2, 3, 2)
-
-
-@pytest.fixture
-def unchecked(monkeypatch):
-    """Without the runtime type checks of the test run, as users have it."""
-    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
 
 
 def named(name: str, axes: str = "batch pos d_head", **options: bool) -> HookPoint:

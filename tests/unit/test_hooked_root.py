@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import jaxtyping
 import numpy as np
 import pytest
 import torch
@@ -72,12 +71,6 @@ def model() -> Toy:
 def x() -> Tensor:
     generator = torch.Generator().manual_seed(1)
     return torch.randn(2, 5, D, generator=generator, dtype=torch.float64)
-
-
-@pytest.fixture
-def unchecked(monkeypatch):
-    """Without the runtime type checks of the test run, as users have it."""
-    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
 
 
 def total(out: Tensor) -> Tensor:

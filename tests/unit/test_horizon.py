@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hooked_hybrid import HookedHybrid, HookPoint
+from hooked_hybrid import HookPoint
 from hooked_hybrid.analysis.horizon import (
     decay_range,
     half_life,
@@ -27,9 +27,7 @@ models = pytest.mark.parametrize("name", list(CONFIGS))
 families = pytest.mark.parametrize("name", ["griffin", "jamba"])
 
 
-@cache
-def model_of(name: str) -> HookedHybrid:
-    return tiny_model(name)
+model_of = cache(tiny_model)
 
 
 @cache

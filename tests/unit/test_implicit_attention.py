@@ -27,9 +27,7 @@ models = pytest.mark.parametrize("name", list(CONFIGS))
 families = pytest.mark.parametrize("name", ["griffin", "jamba"])
 
 
-@cache
-def model_of(name: str) -> HookedHybrid:
-    return tiny_model(name)
+model_of = cache(tiny_model)
 
 
 def reads(name: str) -> str:

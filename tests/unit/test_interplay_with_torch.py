@@ -111,9 +111,7 @@ def halved(value: Tensor, hook: Any) -> Tensor:
     return value / 2
 
 
-@cache
-def model_of(name: str) -> HookedHybrid:
-    return tiny_model(name)
+model_of = cache(tiny_model)
 
 
 @cache

@@ -15,6 +15,7 @@ from hooked_hybrid.hooks.names import HookNameError
 from hooked_hybrid.interventions.rows import check_spans
 from hooked_hybrid.interventions.weights import MODES, boost_span, manipulate_span, normalised
 from hooked_hybrid.network.plan import piece_length
+from tests.loops import looped
 from tests.models import griffin_config, jamba_config, random_model, random_tokens, relative
 from tests.tolerances import BF16, FP32_PARITY
 
@@ -29,10 +30,10 @@ CONFIGS = {
 
 models = pytest.mark.parametrize("name", ["griffin", "jamba"])
 every_model = pytest.mark.parametrize("name", list(CONFIGS))
-every_mode = pytest.mark.parametrize("mode", MODES)
-every_change = pytest.mark.parametrize("mode", [m for m in MODES if m != "keep"])
-normed = pytest.mark.parametrize("renormalise", [False, True])
-sides = pytest.mark.parametrize("side", ["left", "right"])
+every_mode = looped("mode", MODES)
+every_change = looped("mode", [m for m in MODES if m != "keep"])
+normed = looped("renormalise", [False, True])
+sides = looped("side", ["left", "right"])
 
 
 @cache
@@ -323,10 +324,10 @@ def test_pieces_of_a_long_prefill_equal_the_whole(
 
     watched = [*manipulate_span(mode, SPAN), ("blocks.0.hook_resid_pre", look)]
     whole = model.run_with_hooks(tokens, fwd_hooks=watched)
-    monkeypatch.setattr(
-        "hooked_hybrid.model.language_model.piece_length", lambda n, p: piece_length(n, p, 4)
-    )
-    with torch.no_grad():
+    with torch.no_grad(), monkeypatch.context() as patch:
+        patch.setattr(
+            "hooked_hybrid.model.language_model.piece_length", lambda n, p: piece_length(n, p, 4)
+        )
         pieces = model.run_with_hooks(tokens, fwd_hooks=watched)
     assert lengths == [N_POS, 4, 4, 4, 4, 4, 3]
     assert_close(pieces, whole)
@@ -576,10 +577,10 @@ def test_boost_of_padded_rows_equals_single_runs_and_may_be_cut(
         one = boost_span(int(k[row]), spans, 1.5, "entropy", ties="lowest")
         alone = model.run_with_hooks(tokens[row][real][None], fwd_hooks=one)
         assert_close(logits[row][real], alone[0])
-    monkeypatch.setattr(
-        "hooked_hybrid.model.language_model.piece_length", lambda n, p: piece_length(n, p, 4)
-    )
-    with torch.no_grad():
+    with torch.no_grad(), monkeypatch.context() as patch:
+        patch.setattr(
+            "hooked_hybrid.model.language_model.piece_length", lambda n, p: piece_length(n, p, 4)
+        )
         pieces = model.run_with_hooks(tokens, fwd_hooks=hooks, attention_mask=mask)
     assert_close(pieces[mask.bool()], logits[mask.bool()])
 

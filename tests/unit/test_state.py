@@ -7,7 +7,6 @@ from collections.abc import Callable
 from functools import cache
 from typing import Any
 
-import jaxtyping
 import pytest
 import safetensors
 import torch
@@ -16,18 +15,18 @@ from torch import Tensor
 
 from hooked_hybrid import HookedHybrid, HookPoint
 from hooked_hybrid.network.state import AttentionState, HybridState, RecurrentState
-from tests.models import CONFIGS, griffin_config, random_model, random_tokens, tiny_model
+from tests.loops import looped
+from tests.models import griffin_config, random_model, random_tokens, tiny_model
 
 N_KEYS, N_LAYERS = 7, 4
 ATTENTION, RECURRENT = 2, (0, 1, 3)
 KIND = {"k": "kv", "v": "kv", "pos": "kv", "conv": "conv", "ssm": "ssm"}
 SHORT, LONG = 4, 12  # fewer keys than the window holds, and more
-FLOATING = [
-    (config, name)
-    for config in ("griffin", "jamba")
-    for name, point in HookedHybrid.meta(CONFIGS[config]).hook_dict.items()
-    if not point.is_integer
-]
+
+
+def floating(config: str) -> list[str]:
+    return [name for name, point in model_of(config).hook_dict.items() if not point.is_integer]
+
 
 model_of = cache(tiny_model)
 
@@ -50,12 +49,6 @@ def uneven(model) -> HybridState:
     for row, n in enumerate((3, 12, 8)):
         mask[row, :n] = 1
     return state_after(model, random_tokens(3, LONG), attention_mask=mask)
-
-
-@pytest.fixture
-def unchecked(monkeypatch):
-    """Without the runtime type checks of the test run, as users have it."""
-    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
 
 
 def state_after(model: HookedHybrid, tokens: Tensor, **options: Any) -> HybridState:
@@ -552,7 +545,8 @@ def test_later_forwards_do_not_reach_into_an_earlier_state(model, state):
     assert [s.next_pos[0].item() for s in states] == [12, 13, 14, 15, 16]
 
 
-@pytest.mark.parametrize(("config", "name"), FLOATING)
+@pytest.mark.parametrize("config", ["griffin", "jamba"])
+@looped("name", floating)
 def test_an_edit_in_place_is_the_same_edit_returned(config, name):
     """In the logits, in the state, and in every other value, computed before it or after."""
     model, tokens = model_of(config), random_tokens(2, 6)

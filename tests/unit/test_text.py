@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-import jaxtyping
 import pytest
 import torch
 from tokenizers import Tokenizer
@@ -49,12 +48,6 @@ def with_tokenizer(tokenizer: Any, **changes: Any) -> HookedHybrid:
 @pytest.fixture(params=KINDS)
 def model(request) -> HookedHybrid:
     return with_tokenizer(toy_tokenizer(request.param))
-
-
-@pytest.fixture
-def unchecked(monkeypatch):
-    """Without the runtime type checks of the test run, as users have it."""
-    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
 
 
 def assert_close(actual: Tensor, expected: Tensor) -> None:
