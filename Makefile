@@ -65,7 +65,7 @@ transformers: $(TRANSFORMERS:%=transformers-%)
 
 $(TRANSFORMERS:%=transformers-%): transformers-%: .venv-interop-transformers-%/.installed
 	.venv-interop-transformers-$*/bin/python -m pytest tests/parity \
-		tests/unit/test_reference_tokenizers.py tests/unit/test_tokenizers.py
+		tests/text/test_reference_tokenizers.py tests/text/test_tokenizers.py
 
 .venv-interop-%/.installed: pyproject.toml interop/%/requirements.txt interop/%/constraints.txt
 	$(PYTHON) -m venv .venv-interop-$*

@@ -53,8 +53,11 @@ TARGETS = (
 """Modules whose mutants are drawn."""
 
 TESTS = (
-    "niah_scores evaluation_scoring niah_prompts niah_statistics intervals generate next_questions "
-    "key_room state placement placement_counts placement_doors placement_files placement_plan "
-    "placement_sizes placement_quantized padding options_model step_graph"
+    "niah/test_scores evaluation/test_scoring niah/test_prompts niah/test_summary "
+    "runs/test_intervals model/test_generate interventions/test_following "
+    "network/test_key_room network/test_state network/test_placement "
+    "accounting/test_plan_counts network/test_placement_doors network/test_placement_faults "
+    "accounting/test_plans accounting/test_plan_sizes network/test_placement_quantized "
+    "text/test_padding model/test_options model/test_step_graph"
 ).split()
-"""Files of `tests/unit` that are run."""
+"""Files of `tests` that are run."""

@@ -51,7 +51,7 @@ class Run:
     def look(self) -> None:
         """Run all tests once, to record which lines each reaches, unless that is recorded."""
         paths = [ROOT / "hooked_hybrid" / f"{target}.py" for target in TARGETS]
-        files = [f"tests/unit/test_{name}.py" for name in TESTS]
+        files = [f"tests/{name}.py" for name in TESTS]
         where = self.args.reached
         newest = max(path.stat().st_mtime for path in [*paths, *(ROOT / file for file in files)])
         if not where.is_file() or where.stat().st_mtime < newest:

@@ -14,7 +14,7 @@ from tests.models import CONFIGS, tiny_model
 from tests.seams.calls import N_SPECIAL, check_cache, check_forward
 from tests.seams.generations import check_generation
 from tests.seams.programs import check_program
-from tests.unit.test_text import SPECIAL, toy_tokenizer
+from tests.text.test_text import SPECIAL, toy_tokenizer
 
 COUNT = int(os.environ.get("SEAMS", "8"))
 SEED = int(os.environ.get("SEAMS_SEED", "0"))
