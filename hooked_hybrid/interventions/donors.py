@@ -164,11 +164,7 @@ class Donor:
 
 
 def _table(pos: Int[Tensor, "batch kept"], what: str) -> Int[Tensor, "batch position"]:
-    """Return the index of the entry at each position, -1 if there is none.
-
-    Raises:
-        ValueError: a position occurs twice in a row.
-    """
+    """Return the index of the entry at each position, -1 if there is none."""
     batch, n = pos.shape
     size = max(int(pos.max()), 0) + 1
     at = torch.where(pos >= 0, pos, size)  # padding goes to a column of its own

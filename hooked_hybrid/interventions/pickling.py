@@ -95,11 +95,7 @@ def _rebuilt(
     keyword_defaults: dict[str, Any] | None,
     marks: dict[str, Any],
 ) -> Made:
-    """Return the function that `_parts` took apart.
-
-    Raises:
-        ValueError: this version has no such function, or one that holds on to other values.
-    """
+    """Return the function that `_parts` took apart."""
     codes = _codes(module, name)
     if index >= len(codes) or set(codes[index].co_freevars) != held.keys():
         raise ValueError(

@@ -88,11 +88,7 @@ class Cut:
     # --- inside -----------------------------------------------------------------------------------
 
     def _cuts_before(self, hook: HookPoint) -> list[Cut]:
-        """Return the other cuts of this layer that act before this one.
-
-        Raises:
-            ValueError: something else edits the output before it, or has wrapped these hooks.
-        """
+        """Return the other cuts of this layer that act before this one."""
         cuts: list[Cut] = []
         for handle in hook.fwd_hooks:
             owner = getattr(handle.hook, "__self__", None)

@@ -205,11 +205,7 @@ class LanguageModel(TextModel):
         return [(p, (*p.fwd_hooks, *p.bwd_hooks)) for p in self.hook_points()]
 
     def _require_attached(self, before: Sequence[tuple[HookPoint, tuple[LensHandle, ...]]]) -> None:
-        """Refuse to go on with other hooks than those that the pieces before had.
-
-        Raises:
-            RuntimeError: naming the point where they changed.
-        """
+        """Refuse to go on with other hooks than those that the pieces before had."""
         for point, handles in before:
             if handles != (*point.fwd_hooks, *point.bwd_hooks):
                 raise RuntimeError(changed_meanwhile(point))

@@ -232,11 +232,7 @@ class RayWorkers:
         return [waiting[id(answer)] for answer in ready]
 
     def _advance(self, slot: Slot) -> None:
-        """Go on with a worker that is not at work yet.
-
-        Raises:
-            ValueError: its versions are not those here.
-        """
+        """Go on with a worker that is not at work yet."""
         found = value_of(slot.answer)
         if slot.state == "loading":
             slot.state, slot.lost = "idle", 0
@@ -249,11 +245,7 @@ class RayWorkers:
         slot.state = "loading"
 
     def _bury(self, slot: Slot, error: DiedError, job: Job[Any, Any], todo: deque[Unit]) -> None:
-        """Put a new worker in a dead one's place, and its work back.
-
-        Raises:
-            OSError: too many died of the same.
-        """
+        """Put a new worker in a dead one's place, and its work back."""
         unit, was_busy = slot.unit, slot.state == "busy"
         release(slot)
         if not was_busy:

@@ -118,11 +118,7 @@ def homes_of(
 
 
 def _require_at_home(places: Mapping[str, Place]) -> None:
-    """Refuse places from which weights would be brought: quantised ones are not.
-
-    Raises:
-        ValueError: names the first.
-    """
+    """Refuse places from which weights would be brought: quantised ones are not."""
     for part, place in places.items():
         if place.is_streamed or place.on_disk:
             raise ValueError(

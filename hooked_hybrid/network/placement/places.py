@@ -104,11 +104,7 @@ def _given(part: str, device_map: DeviceMap) -> str | int | torch.device | None:
 
 
 def _device(given: str | int | torch.device | None) -> tuple[torch.device, bool]:
-    """Return the device that holds the weights, and whether it maps them from the disk.
-
-    Raises:
-        ValueError: no device, or none that this machine has.
-    """
+    """Return the device that holds the weights, and whether it maps them from the disk."""
     if given == DISK:
         return torch.device("cpu"), True
     try:
