@@ -1,6 +1,9 @@
 """Properties of FactoredMatrix: every operation agrees with the product multiplied out."""
 
+import itertools
 import math
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -9,6 +12,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from hooked_hybrid.network.weights.factored import FactoredMatrix
+from tests.loops import looped
 
 LOW_RANK = (7, 3, 5)  # ldim, mdim, rdim
 SQUARE = (6, 3, 6)
@@ -41,14 +45,16 @@ def factored(
     return FactoredMatrix(A, B)
 
 
-@pytest.fixture(params=[LOW_RANK, SQUARE, WIDE_INNER], ids=["low_rank", "square", "wide_inner"])
-def sizes(request) -> tuple[int, int, int]:
-    return request.param
+SIZES = {"low_rank": LOW_RANK, "square": SQUARE, "wide_inner": WIDE_INNER}
 
 
-@pytest.fixture(params=LEADING.values(), ids=LEADING.keys())
-def M(request, sizes) -> FactoredMatrix:
-    return factored(sizes, request.param)
+def every() -> Iterator[Any]:
+    """Return a matrix of each kind of sizes and leading dimensions."""
+    for (size, sizes), (lead, leading) in itertools.product(SIZES.items(), LEADING.items()):
+        yield pytest.param(factored(sizes, leading), id=f"{size}-{lead}")
+
+
+every_M = looped("M", every)
 
 
 def orthonormal(columns: Tensor) -> bool:
@@ -79,11 +85,13 @@ def test_broadcasting_copies_no_factor():
     assert M.B.data_ptr() == B.data_ptr()
 
 
+@every_M
 def test_pair_is_the_two_factors(M):
     assert M.pair[0] is M.A
     assert M.pair[1] is M.B
 
 
+@every_M
 def test_transpose_transposes_the_product(M):
     assert isinstance(M.T, FactoredMatrix)
     assert torch.equal(M.T.AB, M.T.A @ M.T.B)
@@ -100,6 +108,7 @@ def test_repr_shows_the_shape_and_the_inner_dimension():
 # Products
 
 
+@every_M
 @pytest.mark.parametrize("columns", [2, 11])
 def test_times_a_matrix_stays_factored_and_is_the_product(M, columns):
     X = random(M.rdim, columns)
@@ -109,6 +118,7 @@ def test_times_a_matrix_stays_factored_and_is_the_product(M, columns):
     assert_close(product.AB, M.AB @ X)
 
 
+@every_M
 @pytest.mark.parametrize("rows", [2, 11])
 def test_a_matrix_times_it_stays_factored_and_is_the_product(M, rows):
     X = random(rows, M.ldim)
@@ -118,12 +128,14 @@ def test_a_matrix_times_it_stays_factored_and_is_the_product(M, rows):
     assert_close(product.AB, X @ M.AB)
 
 
+@every_M
 def test_times_a_vector_is_a_tensor(M):
     v = random(M.rdim)
     assert isinstance(M @ v, Tensor)
     assert_close(M @ v, M.AB @ v)
 
 
+@every_M
 def test_a_vector_times_it_is_a_tensor(M):
     v = random(M.ldim)
     assert isinstance(v @ M, Tensor)
@@ -143,6 +155,7 @@ def test_leading_dims_of_a_matrix_operand_broadcast():
     assert_close((random(3, 4, 7) @ M).AB, random(3, 4, 7) @ M.AB)
 
 
+@every_M
 @pytest.mark.parametrize("mdim", [2, 8])
 def test_product_of_two_is_the_product_with_the_smallest_inner_dimension(M, mdim):
     N = factored((M.rdim, mdim, 10), seed=2)
@@ -158,6 +171,7 @@ def test_product_of_two_broadcasts_leading_dims():
     assert_close((M @ N).AB, M.AB @ N.AB)
 
 
+@every_M
 @pytest.mark.parametrize(
     "scalar", [2, -0.5, torch.tensor(3.0), torch.tensor([3.0]), torch.tensor([[[2]]])], ids=str
 )
@@ -179,6 +193,7 @@ def test_ba_is_the_other_order():
 # Decompositions
 
 
+@every_M
 def test_svd_reconstructs_the_product(M):
     U, S, Vh = M.svd()
     rank = min(M.ldim, M.mdim, M.rdim)
@@ -188,16 +203,19 @@ def test_svd_reconstructs_the_product(M):
     assert_close(U @ torch.diag_embed(S) @ Vh.mT, M.AB, rtol=1e-12, atol=1e-12)
 
 
+@every_M
 def test_singular_vectors_are_orthonormal(M):
     assert orthonormal(M.U)
     assert orthonormal(M.Vh)
 
 
+@every_M
 def test_singular_values_are_those_of_the_product_in_descending_order(M):
     assert_close(M.S, torch.linalg.svdvals(M.AB)[..., : M.S.shape[-1]], rtol=1e-12, atol=1e-12)
     assert (M.S.diff(dim=-1) <= 0).all()
 
 
+@every_M
 def test_u_s_vh_are_the_parts_of_svd(M):
     for part, expected in zip((M.U, M.S, M.Vh), M.svd(), strict=True):
         assert torch.equal(part, expected)
@@ -230,12 +248,14 @@ def test_eigenvalues_are_those_of_the_product_without_its_zeros(leading):
         assert_close((M.eigenvalues**power).sum(-1), (full**power).sum(-1), rtol=1e-10, atol=1e-10)
 
 
+@every_M
 def test_norm_is_the_frobenius_norm(M):
     assert M.norm().shape == M.shape[:-2]
     assert_close(M.norm(), torch.linalg.matrix_norm(M.AB), rtol=1e-13, atol=0)
     assert_close(M.norm(), M.S.square().sum(-1).sqrt(), rtol=1e-13, atol=0)
 
 
+@every_M
 def test_make_even_keeps_the_product_and_balances_the_factors(M):
     even = M.make_even()
     assert_close(even.AB, M.AB, rtol=1e-12, atol=1e-12)
@@ -243,11 +263,13 @@ def test_make_even_keeps_the_product_and_balances_the_factors(M):
     assert_close(even.B @ even.B.mT, torch.diag_embed(M.S), rtol=1e-12, atol=1e-12)
 
 
+@every_M
 def test_collapse_l_drops_the_left_rotation(M):
     assert M.collapse_l().shape == (*M.shape[:-2], M.S.shape[-1], M.rdim)
     assert_close(M.U @ M.collapse_l(), M.AB, rtol=1e-12, atol=1e-12)
 
 
+@every_M
 def test_collapse_r_drops_the_right_rotation(M):
     assert M.collapse_r().shape == (*M.shape[:-1], M.S.shape[-1])
     assert_close(M.collapse_r() @ M.Vh.mT, M.AB, rtol=1e-12, atol=1e-12)
@@ -353,6 +375,7 @@ DIFFERENTIABLE = {
 }
 
 
+@looped("sizes", SIZES.values())
 @pytest.mark.parametrize("function", DIFFERENTIABLE.values(), ids=DIFFERENTIABLE.keys())
 @pytest.mark.parametrize("leading", [((), ()), ((2,), (1,))], ids=["single", "broadcast"])
 def test_gradients_match_finite_differences(sizes, leading, function):
