@@ -301,7 +301,7 @@ def test_what_cannot_be_is_refused_before_anything_changes():
     refused(model, "int8", "none of the 13 weights", only=["embed.W_E"])
     refused(model, "int8", "chooses no weight", only=lambda _: False)
     refused(random_model(CONFIGS["griffin"], dtype=torch.float16), "int8", "torch.bfloat16")
-    refused(random_model(griffin_config()), "nf4", "no multiple of 64")
+    refused(random_model(griffin_config()), "nf4", "not a multiple of 64")
     plain_format = torchao.Int4WeightOnlyConfig(group_size=32)
     refused(model, plain_format, "cannot be quantised with .* on cpu: .*'nf4'")
     refused(model, torchao.Int4WeightOnlyConfig(group_size=256), "group size")
