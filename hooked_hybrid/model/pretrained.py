@@ -4,30 +4,21 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection
-from typing import Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
 from torch import nn
 
-from hooked_hybrid.accounting.plan.machine import MaxMemory, this_machine
-from hooked_hybrid.accounting.plan.planning import plan as plan_of
 from hooked_hybrid.model.language_model import LanguageModel
-from hooked_hybrid.network.placement.homes import homes_of
-from hooked_hybrid.network.placement.offload import identity_of
-from hooked_hybrid.network.placement.places import DeviceMap
 from hooked_hybrid.network.weights.quantization import Only
 from hooked_hybrid.options import refuse_ignored
 from hooked_hybrid.text.text import as_tokenizer
-from hooked_hybrid.text.tokenizer import read_tokenizer
-from weights_conversion.adapters import adapter_files
-from weights_conversion.errors import CheckpointError
-from weights_conversion.families import family_of_config
-from weights_conversion.filling import as_dtype, filled, without_memory
-from weights_conversion.names import plainly_named, require_head
-from weights_conversion.plan import LoadingPlan, adapter_of, read_plan
-from weights_conversion.save import save
-from weights_conversion.sources import MemorySource, open_checkpoint
 
+if TYPE_CHECKING:
+    from hooked_hybrid.accounting.plan.machine import MaxMemory
+    from hooked_hybrid.network.placement.places import DeviceMap
+
+# What reads checkpoints is imported where it is used: it brings `tokenizers`, `jinja2` and more.
 P = TypeVar("P", bound="PretrainedModel")
 
 
@@ -88,6 +79,15 @@ class PretrainedModel(LanguageModel):
             UserWarning: settings that are not used (of `generation_config.json`, of programs that
                 add their own to `config.json`), or weights of an earlier saving in the same folder.
         """
+        from hooked_hybrid.network.placement.homes import homes_of
+        from hooked_hybrid.network.placement.offload import identity_of
+        from hooked_hybrid.text.tokenizer import read_tokenizer
+        from weights_conversion.adapters import adapter_files
+        from weights_conversion.errors import CheckpointError
+        from weights_conversion.filling import as_dtype, filled, without_memory
+        from weights_conversion.plan import adapter_of, read_plan
+        from weights_conversion.sources import open_checkpoint
+
         _refuse_mixed_places(device, device_map, max_memory, offload_folder)
         if quantize is None and quantize_only is not None:
             raise ValueError("quantize_only needs quantize: give quantize='int8'")
@@ -144,6 +144,12 @@ class PretrainedModel(LanguageModel):
         Raises:
             weights_conversion.CheckpointError: what is wrong with the model, by name.
         """
+        from weights_conversion.families import family_of_config
+        from weights_conversion.filling import filled
+        from weights_conversion.names import plainly_named, require_head
+        from weights_conversion.plan import LoadingPlan
+        from weights_conversion.sources import MemorySource
+
         tokenizer = as_tokenizer(tokenizer)
         while not hasattr(hf_model, "config") and isinstance(
             inner := getattr(hf_model, "module", None), nn.Module
@@ -175,6 +181,8 @@ class PretrainedModel(LanguageModel):
         Raises:
             FileExistsError: the directory holds a checkpoint.
         """
+        from weights_conversion.save import save
+
         save(self, directory, max_shard_size, self.tokenizer)
 
 
@@ -205,6 +213,9 @@ def _device_map(
         ValueError: options that the map leaves without effect.
         MemoryError: there is no plan; says what would do.
     """
+    from hooked_hybrid.accounting.plan.machine import this_machine
+    from hooked_hybrid.accounting.plan.planning import plan as plan_of
+
     if device_map != "auto":
         if max_memory is not None:
             raise ValueError("max_memory is for device_map='auto'; a dict says all there is to say")

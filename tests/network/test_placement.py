@@ -349,7 +349,7 @@ def test_auto_fills_memory_first_and_says_what_is_missing(
     checkpoint: Path, tmp_path: Path, monkeypatch: Any
 ):
     short = partial(plan, lengths=(4,))  # so that weights are most of what is needed
-    monkeypatch.setattr("hooked_hybrid.model.pretrained.plan_of", short)
+    monkeypatch.setattr("hooked_hybrid.accounting.plan.planning.plan", short)
     sizes = Sizes(CONFIGS["jamba"], torch.float32, on_cpu=True)
     planner = Planner(sizes, Machine((), GB), 4)
     needed = planner.usage(range(4), range(0), is_first=True).total
