@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from hooked_hybrid.options import require
 from hooked_hybrid.runs.intervals import SHARE, mean_interval
 
 if TYPE_CHECKING:
@@ -45,7 +44,6 @@ def summary(table: pd.DataFrame) -> pd.DataFrame:
     Raises:
         ValueError: no cell has a score.
     """
-    require("pandas")
     import pandas as pd
 
     cells = scored(table)

@@ -56,6 +56,14 @@ PAIRS: dict[str, tuple[str, str]] = {
         "def f(x, hook): return x.min()",
         "def f(x, hook): return x.max()",
     ),
+    "a text that is no docstring": (
+        "def f(x, hook): return x if hook == 'a' else 0",
+        "def f(x, hook): return x if hook == 'b' else 0",
+    ),
+    "a text in a comprehension": (
+        "def f(x, hook): return ['a' for _ in x]",
+        "def f(x, hook): return ['b' for _ in x]",
+    ),
     "a default": ("def f(x, hook, s=1): return s * x", "def f(x, hook, s=2): return s * x"),
     "a keyword default": (
         "def f(x, hook, *, s=1): return s * x",
@@ -117,10 +125,12 @@ def test_functions_that_differ_in_one_thing_are_told_apart_and_made_anew_they_ar
     [
         (PLAIN, "\n\n# later\ndef f(x, hook):\n    return 2 * x  # and said otherwise"),
         (PLAIN, "def g(x, hook): return 2 * x\nf = g"),
+        (PLAIN, 'def f(x, hook):\n    """Return twice as much."""\n    return 2 * x'),
+        (MADE.format(2), MADE.format(2).replace("f(x, hook):", "f(x, hook):\n    'In words.'")),
         (GLOBAL.format(1), f"unread = 5\n{GLOBAL.format(1)}"),
     ],
 )
-def test_lines_names_and_what_is_not_looked_up_do_not_count(one, other):
+def test_lines_names_docstrings_and_what_is_not_looked_up_do_not_count(one, other):
     assert describe(hook_from(one)) == describe(hook_from(other))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dis
+import inspect
 import sys
 from dataclasses import dataclass
 from hashlib import sha256
@@ -18,7 +19,8 @@ class Code:
     """A code object with those inside it.
 
     Attributes:
-        digest: of instructions, constants, names of variables and flags; not of lines or names.
+        digest: of instructions, constants, names of variables and flags; not of lines, names or
+            docstrings.
         names: that are looked up in the module, in order.
         attributes: names that are looked up on whatever, such as a module.
         imports: modules that are imported, with the level of a relative import.
@@ -74,9 +76,19 @@ def _read(code: CodeType) -> Code:
         code.co_names,
     )
     said = [repr(shape), code.co_code.hex(), code.co_exceptiontable.hex()]
-    said += [constant(part) for part in code.co_consts]
+    said += [constant(part) for part in _constants(code)]
     digest = sha256("\n".join(said).encode("utf-8", "surrogatepass")).hexdigest()
     return Code(digest, tuple(names), tuple(attributes), tuple(imports))
+
+
+def _constants(code: CodeType) -> tuple[Any, ...]:
+    """Return the constants, with None for a docstring, which changes nothing that code does."""
+    if sys.version_info >= (3, 13):
+        has_docstring = bool(code.co_flags & inspect.CO_HAS_DOCSTRING)
+    else:  # the first constant of a function is its docstring, or None
+        is_function = bool(code.co_flags & inspect.CO_OPTIMIZED) and code.co_name[0] != "<"
+        has_docstring = is_function and isinstance(code.co_consts[0], str)
+    return (None, *code.co_consts[1:]) if has_docstring else code.co_consts
 
 
 def constant(value: Any) -> str:
