@@ -206,7 +206,9 @@ KILL = textwrap.dedent(
     torch.set_num_threads(1)  # and no work before a fork: a thread pool would not survive it
     sys.path.insert(0, {root!r})
     from jaxtyping import install_import_hook
-    install_import_hook("hooked_hybrid", "beartype.beartype")  # as here: hooks count by their code
+    from tests import checking
+    checking.put_off()
+    install_import_hook("hooked_hybrid", "tests.checking.when_called")  # hooks count by their code
     from tests.niah.test_sweep import QUIET, all_settings, kill_prompts, model_of
     from hooked_hybrid.niah.sweep import niah
     model, prompts, settings = model_of("griffin"), kill_prompts(), all_settings()
