@@ -126,7 +126,7 @@ def _recurrence_begins(
 ) -> list[HookSpec]:
     """Return hooks that part a recurrence and its convolution at a position."""
     mixer = mixer_of(cfg)
-    path, n_taps, forgets = f"blocks.{layer}.{mixer.path}", mixer.n_taps(cfg), mixer.forgets
+    path, n_taps, forgets = f"blocks.{layer}.{mixer.path}", mixer.n_taps(cfg), dict(mixer.forgets)
 
     @per_position
     def hide_from_convolution(x: Tensor, hook: HookPoint) -> Tensor:

@@ -184,13 +184,13 @@ def reached(monkeypatch, tmp_path) -> Iterator[list[str]]:
     monkeypatch.setattr("hooked_hybrid.commands.accounting.compute_figure", lambda *_: None)
     monkeypatch.setattr("hooked_hybrid.commands.accounting.save_figure", lambda *_: [])
     for module, name in (
-        ("niah.command", "run_sweep"),
-        ("niah.experiment_commands", "run_sweep"),
-        ("niah.cached_state_command", "run_cases"),
-        ("evaluation.command", "evaluate"),
-        ("harvest.command", "run_harvest"),
-        ("reproduce.command", "walk"),
-        ("niah.ray_options", "RayWorkers"),
+        ("commands.niah", "run_sweep"),
+        ("commands.niah_experiments", "run_sweep"),
+        ("commands.cached_state", "run_cases"),
+        ("commands.evaluation", "evaluate"),
+        ("commands.harvest", "run_harvest"),
+        ("commands.papers", "walk"),
+        ("commands.ray_options", "RayWorkers"),
     ):
         monkeypatch.setattr(f"hooked_hybrid.{module}.{name}", stop)
     return seen

@@ -145,7 +145,7 @@ def test_a_shards_header_that_says_what_cannot_be_is_refused(edit: Callable, out
     edit(said)
     save_file(load_file(path), path, {"harvest": json.dumps(said)})
     edited(out, lambda i: first(i).update(bytes=path.stat().st_size))
-    with pytest.raises(ValueError, match="no whole shard"):
+    with pytest.raises(ValueError, match="not a whole shard"):
         HarvestedActivations(out)
 
 
@@ -153,7 +153,7 @@ def test_a_header_too_deep_to_read_is_refused(out: Path):
     path = HarvestedActivations(out).paths[0]
     save_file(load_file(path), path, {"harvest": "[" * 10**6})
     edited(out, lambda i: first(i).update(bytes=path.stat().st_size))
-    with pytest.raises(ValueError, match="no whole shard"):
+    with pytest.raises(ValueError, match="not a whole shard"):
         HarvestedActivations(out)
 
 

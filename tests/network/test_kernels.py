@@ -339,7 +339,7 @@ def test_nothing_is_imported_before_it_is_needed_nor_needed():
     code = """
 import sys
 import hooked_hybrid
-from hooked_hybrid import kernels
+from hooked_hybrid.network import kernels
 from hooked_hybrid.network.kernels import causal_conv1d, grouped_experts, mamba_ssm
 from hooked_hybrid.network.kernels import linear_scan, selective_scan
 packages = {"triton", "mamba_ssm", "causal_conv1d"}

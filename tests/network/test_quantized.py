@@ -169,7 +169,8 @@ def test_large_weights_are_quantised_and_all_others_are_the_same_bits(name: str,
 
 
 def test_every_kind_of_layer_says_what_is_large_in_it():
-    known = [*MIXERS.values(), *MLPS.values()][:5]
+    mixers, mlps = list(MIXERS.values())[:3], list(MLPS.values())[:2]  # a test may add more
+    known = [*mixers, *mlps]
     assert [part.large() for part in known] == [
         ("q.weight", "k.weight", "v.weight", "o.weight"),
         ("linear_x.weight", "linear_y.weight", "linear_out.weight"),

@@ -32,30 +32,30 @@ class Fault:
 
 FAULTS = {
     "positions on the host": Fault(
-        "layout:lay_out", "torch.arange(n_pos, device=device)", "torch.arange(n_pos)"
+        "network.layout:lay_out", "torch.arange(n_pos, device=device)", "torch.arange(n_pos)"
     ),
     "starts on the host": Fault(
-        "layout:lay_out",
+        "network.layout:lay_out",
         "torch.zeros(batch, dtype=torch.long, device=device)",
         "torch.zeros(batch, dtype=torch.long)",
     ),
     "masks left where they were given": Fault(
-        "layout:lay_out",
+        "network.layout:lay_out",
         "allow_empty_rows).to(device)",
         "allow_empty_rows).cpu()",
         "padding_on_the_left",
     ),
     "indices of padding on the host": Fault(
-        "layout:_last_real_index", ", device=is_real.device", "", "packing"
+        "network.layout:_last_real_index", ", device=is_real.device", "", "packing"
     ),
     "angles on the host": Fault(
-        "layers:rotation", "device=layout.pos.device, ", "", "cached_steps"
+        "network.layers:rotation", "device=layout.pos.device, ", "", "cached_steps"
     ),
     "a state's rows on the host": Fault(
-        "state:HybridState.replace", ", device=self.device", "", "states_cut_and_joined"
+        "network.state:HybridState.replace", ", device=self.device", "", "states_cut_and_joined"
     ),
     "a cache's positions not moved": Fault(
-        "savers:PieceSaver.save", ".to(value.device)", "", "cache_of_some_positions"
+        "hooks.savers:PieceSaver.save", ".to(value.device)", "", "cache_of_some_positions"
     ),
     "entries of rows not moved": Fault(
         "interventions.rows:entries_of_rows",
@@ -85,10 +85,13 @@ FAULTS = {
         "patched_from_the_host, forward",
     ),
     "hidden corners on the host": Fault(
-        "attend:_corner", ", device=device", "", "cache_of_everything"
+        "network.attention.attend:_corner", ", device=device", "", "cache_of_everything"
     ),
     "what left a window on the host": Fault(
-        "attend:_left", "torch.arange(n, device=device)", "torch.arange(n)", "cache_of_everything"
+        "network.attention.attend:_left",
+        "torch.arange(n, device=device)",
+        "torch.arange(n)",
+        "cache_of_everything",
     ),
     "channels on the host": Fault(
         "interventions.state_edges:is_chosen",
@@ -97,16 +100,16 @@ FAULTS = {
         "state_edges_cut_by_a_mask, forward",
     ),
     "a norm's weight not moved": Fault(
-        "residual_norms:ResidualNorms.apply_ln_to_stack",
+        "model.residual.norms:ResidualNorms.apply_ln_to_stack",
         "norm.w.to(stack.device)",
         "norm.w",
         "parts_of_a_cache_on_the_host",
     ),
     "values changed where only a GPU runs": Fault(
-        "kernels.fused_attention:read_masked", "b kv (g q) e", "b kv (q g) e"
+        "network.kernels.fused_attention:read_masked", "b kv (g q) e", "b kv (q g) e"
     ),
     "queries of a group that see each other's keys": Fault(
-        "attend:Sight.is_causal",
+        "network.attention.attend:Sight.is_causal",
         "self.n_cached == start == 0",
         "start == 0",
         "states_cut_and_joined",

@@ -293,7 +293,7 @@ def test_a_dangling_link_named_as_a_store_makes_no_file_elsewhere(elsewhere: Pat
 def test_a_pipe_named_as_a_store_is_refused_at_once(tmp_path: Path):
     (tmp_path / "out").mkdir()
     os.mkfifo(tmp_path / "out" / FILE)
-    with within(10), pytest.raises((ValueError, OSError), match="no plain file"):
+    with within(10), pytest.raises((ValueError, OSError), match="not a plain file"):
         Store(tmp_path / "out", EXPERIMENT, resume=True)
 
 

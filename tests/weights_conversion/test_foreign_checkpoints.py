@@ -65,7 +65,7 @@ def test_json_is_read_to_a_depth_and_a_size(tmp_path: Path):
     with pytest.raises(ValueError, match="has 101 bytes, more than 100"):
         read_json(tmp_path / "big.json", 100)
     os.mkfifo(tmp_path / "pipe.json")
-    with within(5), pytest.raises(ValueError, match="no plain file"):
+    with within(5), pytest.raises(ValueError, match="not a plain file"):
         read_json(tmp_path / "pipe.json")
     with pytest.raises(FileNotFoundError):
         read_json(tmp_path / "none.json")
@@ -303,7 +303,7 @@ def test_a_tokenizers_file_that_is_none_is_refused_at_once(name: str, tmp_path: 
     read_from(tmp_path, plain_tokenizer())
     (tmp_path / name).unlink(missing_ok=True)
     os.mkfifo(tmp_path / name)
-    with within(5), pytest.raises(ValueError, match="no plain file"):
+    with within(5), pytest.raises(ValueError, match="not a plain file"):
         read_tokenizer(tmp_path)
     (tmp_path / name).unlink()
     (tmp_path / name).touch()
