@@ -26,7 +26,8 @@ from experiments.window_relay import kept
 from hooked_hybrid import HookedHybrid
 from hooked_hybrid.accounting.configs import PUBLISHED
 from hooked_hybrid.network.weights.plain import stored_bytes
-from hooked_hybrid.network.weights.quantized import Only, quantizable, quantize_weights
+from hooked_hybrid.network.weights.quantization import Only
+from hooked_hybrid.network.weights.quantized import quantizable, quantize_weights
 from hooked_hybrid.niah.needles import Needle, known_needles
 from hooked_hybrid.niah.prompts import grid
 from hooked_hybrid.niah.sweep import niah

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from hooked_hybrid.config import HybridConfig
 from hooked_hybrid.network.network import Network
 from hooked_hybrid.network.placement.homes import Homes, one_home
-from hooked_hybrid.network.weights.quantized import Only, Quantizer
+from hooked_hybrid.network.weights.quantization import Only
+from hooked_hybrid.network.weights.quantized import Quantizer
 from weights_conversion.errors import CheckpointError
 from weights_conversion.plan import LoadingPlan, adapter_of, config_of, google_config, read_plan
 from weights_conversion.rules import Rule, Shapes, account, convert

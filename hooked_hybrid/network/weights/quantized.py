@@ -17,8 +17,8 @@ stand for. `dequantize_weights` puts these into an ordinary model.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -33,14 +33,8 @@ from hooked_hybrid.network.mlps import mlp_of
 from hooked_hybrid.network.network import Network
 from hooked_hybrid.network.weights.layout import laid_out
 from hooked_hybrid.network.weights.plain import as_matrix, is_quantized, stored_bytes
-from hooked_hybrid.network.weights.quantization import Quantization, QuantizedWeight
+from hooked_hybrid.network.weights.quantization import Only, Quantization, QuantizedWeight
 from hooked_hybrid.network.weights.torchao import Matrix, quantizer_of
-
-if TYPE_CHECKING:
-    pass
-
-
-Only = Collection[str] | Callable[[str], bool]
 
 
 class Quantizer:
