@@ -27,7 +27,7 @@ from torch import Tensor
 from experiments import window_figures, window_relay
 from hooked_hybrid import HookedHybrid
 from hooked_hybrid.analysis import generic_activation_patch
-from hooked_hybrid.hooks.root import HookSpec
+from hooked_hybrid.hooks.attaching import HookSpec
 from hooked_hybrid.interventions import knock_out_crossings, limit_window
 from hooked_hybrid.niah.needles import Needle, draw_needle, find_needle, known_needles
 from hooked_hybrid.niah.prompts import Prompt, build_prompt, grid

@@ -29,8 +29,8 @@ from tqdm import tqdm
 
 from experiments.tiny_data import ANSWER, CONTENT, DRILL, TEXT, Maker, Size, TokenBatch
 from hooked_hybrid import HookedHybrid, HookPoint, HybridConfig
-from hooked_hybrid.hooks.point import HookFn
-from hooked_hybrid.hooks.root import HookSpec
+from hooked_hybrid.hooks.attaching import HookSpec
+from hooked_hybrid.hooks.marks import HookFn
 from hooked_hybrid.network.mixers.rglru import DECAY_STRENGTH
 from hooked_hybrid.niah.haystacks.words import vocabulary
 from hooked_hybrid.presets import configs as presets

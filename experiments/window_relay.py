@@ -23,7 +23,7 @@ from experiments.recall.score import HELD_OUT
 from experiments.recall.task import RecallBatch, Task, draw
 from experiments.recall.train import Recipe, small_config, train
 from hooked_hybrid import HookedHybrid
-from hooked_hybrid.hooks.root import HookSpec
+from hooked_hybrid.hooks.attaching import HookSpec
 from hooked_hybrid.interventions import (
     knock_out_crossings,
     knock_out_edges,

@@ -10,8 +10,8 @@ from hooked_hybrid.hooks.names import HookNameError, get_act_name
 from hooked_hybrid.hooks.point import HookPoint
 from hooked_hybrid.hooks.root import HookedRootModule
 from hooked_hybrid.model.cache import ActivationCache
+from hooked_hybrid.model.decoding import GenerationOutput
 from hooked_hybrid.model.folding import FoldRecord, fold_ln, unfold_ln
-from hooked_hybrid.model.generate import GenerationOutput
 from hooked_hybrid.model.hybrid import HookedHybrid
 from hooked_hybrid.network.part import NotSupported
 from hooked_hybrid.network.state import HybridState

@@ -22,7 +22,8 @@ from hooked_hybrid.analysis.forms.base import Index, PerChannel, PerState
 from hooked_hybrid.config import MixerConfig
 from hooked_hybrid.hooks.point import HookPoint
 from hooked_hybrid.network.costs import Flops, Piece
-from hooked_hybrid.network.layers import Linear, RMSNorm, at_least_fp32
+from hooked_hybrid.network.elementwise import at_least_fp32
+from hooked_hybrid.network.layers import Linear, RMSNorm
 from hooked_hybrid.network.layout import Layout
 from hooked_hybrid.network.mixers import Mixer, register_mixer
 from hooked_hybrid.network.mixers.base import ScanTerms

@@ -20,8 +20,9 @@ from experiments.beside.frame import (
 )
 from hooked_hybrid.analysis.answers import Copied, copies
 from hooked_hybrid.analysis.channels import GroupScores, channel_scores
-from hooked_hybrid.hooks.point import HookPoint, per_position
-from hooked_hybrid.hooks.root import HookSpec
+from hooked_hybrid.hooks.attaching import HookSpec
+from hooked_hybrid.hooks.marks import per_position
+from hooked_hybrid.hooks.point import HookPoint
 from hooked_hybrid.model.hybrid import HookedHybrid
 from hooked_hybrid.niah.prompts import Prompt
 from hooked_hybrid.niah.settings.papers import WHOLE

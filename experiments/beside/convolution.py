@@ -17,8 +17,8 @@ from experiments.beside.frame import (
     leaves_half,
     spares,
 )
+from hooked_hybrid.hooks.attaching import HookSpec
 from hooked_hybrid.hooks.point import HookPoint
-from hooked_hybrid.hooks.root import HookSpec
 from hooked_hybrid.model.hybrid import HookedHybrid
 from hooked_hybrid.niah.settings.papers import WHOLE
 from hooked_hybrid.runs.intervals import SHARE, mean_interval

@@ -12,7 +12,7 @@ from torch import Tensor
 from experiments.recall.task import RecallBatch, Task, draw
 from experiments.train_tiny import CUTS, cut
 from hooked_hybrid import HookedHybrid
-from hooked_hybrid.hooks.root import HookSpec
+from hooked_hybrid.hooks.attaching import HookSpec
 from hooked_hybrid.runs.intervals import SHARE, mean_interval
 
 HELD_OUT = 10**9

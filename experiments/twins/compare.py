@@ -18,7 +18,7 @@ from experiments.twins.models import TWINS, TwinsPlan, folder, load
 from experiments.twins.probe import facts_of, read_presence, read_values, states_at_ask
 from hooked_hybrid import HookedHybrid
 from hooked_hybrid.analysis import memory_horizon
-from hooked_hybrid.hooks.root import HookSpec
+from hooked_hybrid.hooks.attaching import HookSpec
 from hooked_hybrid.interventions import knock_out_crossings
 from hooked_hybrid.outputs.whole_files import replacing
 

@@ -17,8 +17,8 @@ from tqdm.auto import tqdm
 
 from hooked_hybrid.analysis.metrics import Metric, measured
 from hooked_hybrid.analysis.patch_grid import PatchGrid
+from hooked_hybrid.hooks.attaching import HookSpec
 from hooked_hybrid.hooks.names import NameFilter, matching
-from hooked_hybrid.hooks.root import HookSpec
 from hooked_hybrid.hooks.slicing import Indices, whole_numbers
 from hooked_hybrid.interventions.patching import patch
 from hooked_hybrid.interventions.places import Positions, at_positions, read_positions

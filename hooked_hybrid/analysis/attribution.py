@@ -20,8 +20,9 @@ from tqdm.auto import tqdm
 from hooked_hybrid.analysis.metrics import Metric, measured
 from hooked_hybrid.analysis.scores import HeadScores
 from hooked_hybrid.analysis.slopes import Slopes, through_softmax
+from hooked_hybrid.hooks.marks import watcher
 from hooked_hybrid.hooks.names import NameFilter, Shorthand, matching, resolve
-from hooked_hybrid.hooks.point import HookPoint, watcher
+from hooked_hybrid.hooks.point import HookPoint
 from hooked_hybrid.model.hybrid import HookedHybrid
 from hooked_hybrid.model.text_model import checked_batch
 from hooked_hybrid.network.finite import require_numbers

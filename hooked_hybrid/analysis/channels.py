@@ -10,10 +10,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hooked_hybrid.analysis.answers import Copied, HasNeedle, copies
-from hooked_hybrid.hooks.point import HookPoint, per_position
+from hooked_hybrid.hooks.marks import per_position
+from hooked_hybrid.hooks.point import HookPoint
 from hooked_hybrid.model.hybrid import HookedHybrid
+from hooked_hybrid.network.elementwise import at_least_fp32
 from hooked_hybrid.network.finite import require_numbers
-from hooked_hybrid.network.layers import at_least_fp32
 
 UNGROUPED = 8
 """Groups of a recurrence that has no gate blocks of its own."""

@@ -19,7 +19,8 @@ from torch import Tensor
 from hooked_hybrid.analysis.forms import form_of
 from hooked_hybrid.config import AttentionConfig
 from hooked_hybrid.model.hybrid import HookedHybrid
-from hooked_hybrid.network.layers import at_least_fp32, rotate
+from hooked_hybrid.network.elementwise import at_least_fp32
+from hooked_hybrid.network.layers import rotate
 from hooked_hybrid.network.layout import lay_out
 from hooked_hybrid.network.mixers import Attention, Mixer
 from hooked_hybrid.network.weights.factored import FactoredMatrix

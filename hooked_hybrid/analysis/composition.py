@@ -36,7 +36,7 @@ from hooked_hybrid.analysis.circuits import (
 from hooked_hybrid.analysis.pair_scores import PairScores, Part
 from hooked_hybrid.analysis.token_circuits import NO_ATTENTION, TokenSource, full_qk_circuit
 from hooked_hybrid.model.hybrid import HookedHybrid
-from hooked_hybrid.network.layers import at_least_fp32
+from hooked_hybrid.network.elementwise import at_least_fp32
 from hooked_hybrid.network.weights.factored import FactoredMatrix
 from hooked_hybrid.options import refuse_ignored
 

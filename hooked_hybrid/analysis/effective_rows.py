@@ -12,7 +12,7 @@ from torch import Tensor
 from hooked_hybrid.analysis.forms import Terms
 from hooked_hybrid.analysis.forms.base import Index, PerChannel
 from hooked_hybrid.analysis.linear_form import Recurrence
-from hooked_hybrid.network.layers import at_least_fp32
+from hooked_hybrid.network.elementwise import at_least_fp32
 from hooked_hybrid.network.layout import Layout
 
 Through = Literal["scan", "block"]

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from hooked_hybrid.analysis.scores import HeadScores
 from hooked_hybrid.analysis.watching import attention_of, no_totals, watch_patterns
-from hooked_hybrid.hooks.point import HookPoint, per_position
+from hooked_hybrid.hooks.marks import per_position
+from hooked_hybrid.hooks.point import HookPoint
 from hooked_hybrid.model.cache import ActivationCache
 from hooked_hybrid.model.hybrid import HookedHybrid
 from hooked_hybrid.shapes import Pattern, Tokens

@@ -16,7 +16,9 @@ from torch import Tensor
 from hooked_hybrid.analysis.answers import Copied, HasNeedle, copies
 from hooked_hybrid.analysis.scores import HeadScores
 from hooked_hybrid.analysis.watching import attention_of, no_totals, watch_patterns
-from hooked_hybrid.hooks.point import HookPoint, Run, per_position
+from hooked_hybrid.hooks.marks import per_position
+from hooked_hybrid.hooks.point import HookPoint
+from hooked_hybrid.hooks.run import Run
 from hooked_hybrid.model.hybrid import HookedHybrid
 from hooked_hybrid.shapes import Pattern, Tokens
 

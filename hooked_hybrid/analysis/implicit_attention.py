@@ -41,7 +41,7 @@ from hooked_hybrid.analysis.linear_form import Recurrence
 from hooked_hybrid.hooks.slicing import indices_on, read_indices
 from hooked_hybrid.model.cache import ActivationCache
 from hooked_hybrid.model.memory import WORTH_CHECKING, available_bytes
-from hooked_hybrid.network.layers import at_least_fp32
+from hooked_hybrid.network.elementwise import at_least_fp32
 
 Summary = Literal["channel", "gate_block", "layer"] | int
 Measure = Literal["mean", "norm"]

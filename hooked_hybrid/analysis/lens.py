@@ -19,14 +19,14 @@ from hooked_hybrid.hooks.slicing import PosSlice
 from hooked_hybrid.model.residual.norms import TokenChoice, ids_at
 from hooked_hybrid.model.residual.parts import stream
 from hooked_hybrid.model.residual.reading import require_room
-from hooked_hybrid.network.layers import at_least_fp32, inverse_rms
+from hooked_hybrid.network.elementwise import at_least_fp32, inverse_rms
 from hooked_hybrid.network.weights.products import linear
 from hooked_hybrid.network.written import weigh
 from hooked_hybrid.options import refuse_ignored
 
 if TYPE_CHECKING:
     from hooked_hybrid.model.cache import ActivationCache
-    from hooked_hybrid.model.generate import GenerationOutput
+    from hooked_hybrid.model.decoding import GenerationOutput
     from hooked_hybrid.model.hybrid import HookedHybrid
 
 Kind = Literal["logits", "probs", "logprobs"]

@@ -20,7 +20,7 @@ from hooked_hybrid.analysis.forms import Terms, form_of
 from hooked_hybrid.analysis.forms.base import Index, PerState
 from hooked_hybrid.hooks.names import HookNameError
 from hooked_hybrid.model.cache import ActivationCache
-from hooked_hybrid.network.layers import at_least_fp32
+from hooked_hybrid.network.elementwise import at_least_fp32
 from hooked_hybrid.network.layout import Layout, lay_out
 from hooked_hybrid.network.state import HybridState
 

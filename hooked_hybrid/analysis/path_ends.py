@@ -39,7 +39,7 @@ from hooked_hybrid.config import AttentionConfig
 from hooked_hybrid.hooks.names import resolve
 from hooked_hybrid.hooks.slicing import whole_numbers
 from hooked_hybrid.model.hybrid import HookedHybrid
-from hooked_hybrid.network.layers import at_least_fp32
+from hooked_hybrid.network.elementwise import at_least_fp32
 from hooked_hybrid.network.mixers import mixer_of
 from hooked_hybrid.shapes import Resid
 

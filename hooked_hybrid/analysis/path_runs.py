@@ -19,13 +19,14 @@ from hooked_hybrid.analysis.path_ends import (
     components,
     several,
 )
-from hooked_hybrid.hooks.point import HookFn, HookPoint, per_position
-from hooked_hybrid.hooks.root import HookSpec
+from hooked_hybrid.hooks.attaching import HookSpec
+from hooked_hybrid.hooks.marks import HookFn, per_position
+from hooked_hybrid.hooks.point import HookPoint
 from hooked_hybrid.interventions.donors import read_kept
 from hooked_hybrid.interventions.places import Positions, at_positions, read_positions
 from hooked_hybrid.model.hybrid import HookedHybrid
 from hooked_hybrid.model.text_model import checked_batch
-from hooked_hybrid.network.layers import at_least_fp32
+from hooked_hybrid.network.elementwise import at_least_fp32
 from hooked_hybrid.network.layout import lay_out
 from hooked_hybrid.shapes import Resid, Tokens
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from hooked_hybrid.analysis.metrics import Metric, measured
 from hooked_hybrid.hooks.point import HookPoint
 from hooked_hybrid.model.hybrid import HookedHybrid
-from hooked_hybrid.network.layers import at_least_fp32
+from hooked_hybrid.network.elementwise import at_least_fp32
 from hooked_hybrid.shapes import Logits, Pattern, Tokens
 
 LARGEST_CHANGE = 80.0

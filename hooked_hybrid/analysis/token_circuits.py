@@ -18,7 +18,7 @@ from hooked_hybrid.analysis.circuit_scores import Kind, score_of
 from hooked_hybrid.analysis.circuits import norm_weight, ov_circuit, qk_circuit, recurrent_circuit
 from hooked_hybrid.analysis.scores import HeadScores
 from hooked_hybrid.model.hybrid import HookedHybrid
-from hooked_hybrid.network.layers import at_least_fp32, inverse_rms
+from hooked_hybrid.network.elementwise import at_least_fp32, inverse_rms
 from hooked_hybrid.network.weights.factored import FactoredMatrix
 from hooked_hybrid.options import refuse_ignored
 

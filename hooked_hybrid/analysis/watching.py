@@ -8,7 +8,7 @@ import torch
 
 from hooked_hybrid.analysis.scores import HeadScores
 from hooked_hybrid.config import AttentionConfig
-from hooked_hybrid.hooks.point import HookFn
+from hooked_hybrid.hooks.marks import HookFn
 from hooked_hybrid.model.language_model import LanguageModel
 from hooked_hybrid.shapes import Tokens
 

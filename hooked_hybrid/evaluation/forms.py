@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from hooked_hybrid.config import AttentionConfig, HybridConfig
-from hooked_hybrid.hooks.root import HookSpec
+from hooked_hybrid.hooks.attaching import HookSpec
 from hooked_hybrid.interventions import keep_top_heads, random_score
 
 HeadChoice = Literal["entropy", "l2", "random"]

@@ -19,7 +19,7 @@ from hooked_hybrid.evaluation.forms import Form, HeadChoice, Stage
 from hooked_hybrid.evaluation.generating import GenerationPlan, read_plan, texts_after
 from hooked_hybrid.evaluation.loading import loaded
 from hooked_hybrid.evaluation.scoring import Score, score, truncated
-from hooked_hybrid.hooks.root import HookSpec
+from hooked_hybrid.hooks.attaching import HookSpec
 from hooked_hybrid.model.hybrid import HookedHybrid
 from hooked_hybrid.options import check_choice, refuse_ignored, require
 

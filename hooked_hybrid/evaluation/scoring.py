@@ -18,7 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hooked_hybrid.evaluation.batching import Batching, BatchSize, may_cut
-from hooked_hybrid.hooks.root import HookSpec
+from hooked_hybrid.hooks.attaching import HookSpec
 from hooked_hybrid.model.hybrid import HookedHybrid
 from hooked_hybrid.network.state import HybridState
 from hooked_hybrid.text.text import pad_rows

@@ -38,8 +38,8 @@ from hooked_hybrid.harvest.shards import (
     shard_name,
     write_json,
 )
+from hooked_hybrid.hooks.attaching import HookSpec
 from hooked_hybrid.hooks.names import NameFilter
-from hooked_hybrid.hooks.root import HookSpec
 from hooked_hybrid.model.hybrid import HookedHybrid
 from hooked_hybrid.options import check_count
 from hooked_hybrid.outputs.folders import claimed, holds_results

@@ -21,7 +21,7 @@ from hooked_hybrid.harvest.documents import Documents
 from hooked_hybrid.harvest.recipe import Recipe
 from hooked_hybrid.harvest.running import Runner, ShardMaker, bytes_of_row
 from hooked_hybrid.harvest.shards import Header, read_header, shard_name
-from hooked_hybrid.hooks.root import HookSpec
+from hooked_hybrid.hooks.attaching import HookSpec
 from hooked_hybrid.model.hybrid import HookedHybrid
 from hooked_hybrid.runs.work import Job
 

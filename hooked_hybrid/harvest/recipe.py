@@ -12,7 +12,7 @@ from hooked_hybrid.config import HybridConfig
 from hooked_hybrid.harvest.contexts import PackingPlan
 from hooked_hybrid.harvest.documents import Documents
 from hooked_hybrid.harvest.shards import FORMAT, RECIPE, shard_paths, short_hash, write_json
-from hooked_hybrid.hooks.root import HookSpec
+from hooked_hybrid.hooks.attaching import HookSpec
 from hooked_hybrid.model.hybrid import HookedHybrid
 from hooked_hybrid.outputs.foreign import LARGEST_RESULTS, one_line, read_json
 from hooked_hybrid.runs.identity.comparing import changes, refusal

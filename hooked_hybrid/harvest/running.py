@@ -15,9 +15,10 @@ from torch import Tensor
 
 from hooked_hybrid.harvest.contexts import PackedBatch, PackingPlan
 from hooked_hybrid.harvest.shards import Header, shard_name, write_shard
+from hooked_hybrid.hooks.attaching import HookSpec
+from hooked_hybrid.hooks.marks import is_per_position, watcher
 from hooked_hybrid.hooks.names import HookNameError, NameFilter, matching
-from hooked_hybrid.hooks.point import HookPoint, is_per_position, watcher
-from hooked_hybrid.hooks.root import HookSpec
+from hooked_hybrid.hooks.point import HookPoint
 from hooked_hybrid.model.hybrid import HookedHybrid
 
 WILD = frozenset("*?[")

@@ -1,134 +1,26 @@
 """`HookPoint`: a named identity on which functions read, replace and differentiate a value.
 
 Nothing here depends on a model. A function attached to a point is called `fn(tensor, hook=point)`
-and returns a replacement or None, as in TransformerLens. What a function promises of itself is a
-mark on it (`per_position`, `positions`); the forward reads the marks to choose how it may run.
+and returns a replacement or None, as in TransformerLens. What `hook.run` holds is in `run.py`, the
+marks that a function may carry in `marks.py`.
 """
 
 from __future__ import annotations
 
-import functools
-import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
-from typing import Any, Literal, NoReturn, TypeVar
+from dataclasses import dataclass
+from typing import Any, Literal, NoReturn
 
 import torch
-from jaxtyping import Int
 from torch import Tensor, nn
 
 from hooked_hybrid.hooks import transforms
+from hooked_hybrid.hooks.marks import HookFn, is_per_position, is_watcher
+from hooked_hybrid.hooks.one_position import ONCE_A_POSITION, OnePosition
+from hooked_hybrid.hooks.run import Run, RunHolder
 
-Stage = Literal["forward", "prefill", "generation"]
 Direction = Literal["fwd", "bwd"]
-HookFn = Callable[..., Any]
-F = TypeVar("F", bound=HookFn)
-
-
-@dataclass(frozen=True)
-class Run:
-    """Where in a run a hook is being called: `hook.run`.
-
-    `query_pos` and `key_pos` are positions within the document (-1 at padding), for exactly the
-    positions of the tensor the hook was given; `key_pos` is set at attention's score and pattern
-    points only. `step` is 0 in a forward and in prefill, then 1, 2, ... in generation. `rows` are
-    indices into the original batch of `n_rows` (None where a caller gave `rows` alone). The tensor
-    begins at index `first` of the forward's `n_pos` positions (None: at 0, and it holds all).
-    """
-
-    stage: Stage
-    step: int
-    query_pos: Int[Tensor, "batch query"]
-    rows: Int[Tensor, " batch"]
-    key_pos: Int[Tensor, "batch key"] | None = None
-    n_rows: int | None = None
-    first: int = 0
-    n_pos: int | None = None
-
-    def at(self, start: int, stop: int) -> Run:
-        """Return the run as seen by a piece of the positions."""
-        n_pos = self.query_pos.shape[1] if self.n_pos is None else self.n_pos
-        return replace(
-            self,
-            query_pos=self.query_pos[:, start:stop],
-            first=self.first + start,
-            n_pos=n_pos,
-        )
-
-    def of_rows(self, index: Int[Tensor, " row"]) -> Run:
-        """Return the run as seen by some rows of this forward."""
-        key_pos = None if self.key_pos is None else self.key_pos[index]
-        return replace(
-            self, query_pos=self.query_pos[index], rows=self.rows[index], key_pos=key_pos
-        )
-
-    def on(self, device: torch.device) -> Run:
-        """Return the run as layers on another device see it."""
-        key_pos = None if self.key_pos is None else self.key_pos.to(device)
-        return replace(
-            self,
-            query_pos=self.query_pos.to(device),
-            rows=self.rows.to(device),
-            key_pos=key_pos,
-        )
-
-    def with_keys(self, key_pos: Int[Tensor, "batch key"]) -> Run:
-        """Return the run as attention's score and pattern points see it."""
-        return replace(self, key_pos=key_pos)
-
-
-class RunHolder(threading.local):
-    """The current `Run` of each thread, shared by all hook points of one model."""
-
-    run: Run | None = None
-
-    def __reduce__(self) -> tuple[type[RunHolder], tuple[()]]:
-        """Copy and pickle as one that holds none: a run is not a part of a model."""
-        return RunHolder, ()
-
-
-def per_position(fn: F) -> F:
-    """Mark a hook that treats each position by itself.
-
-    Such a hook may be called on pieces of a sequence, so that a forward can run in chunks. It must
-    give position t the same result whatever other positions are in the tensor, and attach or remove
-    no hooks, which the pieces before would have run without.
-    """
-    return _marked(fn, "per_position", True)
-
-
-def watcher(fn: F) -> F:
-    """Mark a hook that only reads: its result is ignored, and fast paths give it whole tensors."""
-    return _marked(fn, "is_watcher", True)
-
-
-def is_per_position(fn: HookFn) -> bool:
-    """Whether `fn`, or the function inside a `functools.partial`, is marked `per_position`."""
-    return bool(_mark(fn, "per_position", False))
-
-
-def positions_of(fn: HookFn) -> tuple[int, ...] | None:
-    """Return the positions `interventions.hook_at` restricted `fn` to, or None for all."""
-    return _mark(fn, "positions", None)
-
-
-def _mark(fn: HookFn, name: str, default: Any) -> Any:
-    while isinstance(fn, functools.partial):  # by its own marks: a failed look-up costs more
-        if name in vars(fn):
-            return vars(fn)[name]
-        fn = fn.func
-    return getattr(fn, name, default)
-
-
-def _marked(fn: F, name: str, value: Any) -> F:
-    try:
-        setattr(fn, name, value)
-        return fn
-    except AttributeError:  # bound methods and builtins take no attributes
-        wrapped: Any = functools.partial(fn)
-        setattr(wrapped, name, value)
-        return wrapped
 
 
 @dataclass(eq=False)
@@ -343,9 +235,7 @@ class HookPoint(nn.Module):
         """
         if not callable(hook):
             raise TypeError(f"a hook on {self.name!r} must be callable, not {hook!r}")
-        handle = LensHandle(
-            self, hook, dir, is_permanent, level, is_watcher=bool(_mark(hook, "is_watcher", False))
-        )
+        handle = LensHandle(self, hook, dir, is_permanent, level, is_watcher=is_watcher(hook))
         handles = self._handles(dir)
         handles.insert(0 if prepend else len(handles), handle)
         return handle
@@ -421,7 +311,7 @@ class HookPoint(nn.Module):
         except BaseException as error:
             error.add_note(f"in the hook {_name_of(handle.hook)} on {self.name!r}")
             if self.is_stepwise and isinstance(error, IndexError):
-                error.add_note(_ONCE)
+                error.add_note(ONCE_A_POSITION)
             raise
         else:
             return result
@@ -477,62 +367,6 @@ def changed_meanwhile(point: HookPoint) -> str:
         "of which they would miss: do that before the forward, or do not mark the hook that does "
         "it as per_position"
     )
-
-
-_ONCE = (
-    "hooks here are called once a position, with one entry on the position axis: to act at some "
-    "positions use interventions.hook_at(fn, positions) or edit_state(fn, positions); a function "
-    "marked per_position is meant for each"
-)
-
-
-class OnePosition(Tensor):
-    """What a hook is given of a value that comes position by position.
-
-    While the hook runs, selecting on the position axis is refused: `h[:, -1]` would be this
-    position, whichever it is, and not the last one.
-    """
-
-    point_name: str
-    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
-
-    @classmethod
-    def of(cls, value: Tensor, name: str) -> OnePosition:
-        """Return the value, in the same memory."""
-        here = value.as_subclass(cls)
-        here.point_name = name
-        return here
-
-    def close(self) -> None:
-        """Become a tensor like any other: the hook has run, and may have kept it."""
-        del self.point_name
-        self.__class__ = Tensor  # type: ignore[assignment]
-
-    def __getitem__(self, index: Any) -> Tensor:
-        """Return a selection that is the same at each position."""
-        self._check(index)
-        return super().__getitem__(index)
-
-    def __setitem__(self, index: Any, value: Any) -> None:
-        """Write to a selection that is the same at each position."""
-        self._check(index)
-        super().__setitem__(index, value)
-
-    def _check(self, index: Any) -> None:
-        if _axis_1(index, self.ndim) != slice(None):
-            raise IndexError(
-                f"{self.point_name!r} comes one position at a time: an index on axis 1"
-            )
-
-
-def _axis_1(index: Any, ndim: int) -> Any:
-    """Return what an index selects on axis 1: all, where it is too short or a mask of several."""
-    entries = [i for i in (index if isinstance(index, tuple) else (index,)) if i is not None]
-    if any(getattr(i, "ndim", 1) != 1 and getattr(i, "dtype", 0) == torch.bool for i in entries):
-        return slice(None)
-    gap = next((at for at, i in enumerate(entries) if i is ...), len(entries))
-    entries[gap : gap + 1] = [slice(None)] * (ndim - len(entries) + (gap < len(entries)))
-    return entries[1] if len(entries) > 1 and isinstance(entries[1], slice) else entries[1:2]
 
 
 def _name_of(hook: HookFn) -> str:

@@ -2,224 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, MutableMapping
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from hooked_hybrid.hooks import transforms
+from hooked_hybrid.hooks.attaching import AttachingModule, HookSpec
 from hooked_hybrid.hooks.names import NameFilter, matching
 from hooked_hybrid.hooks.places import Places
-from hooked_hybrid.hooks.point import Direction, HookFn, HookPoint, LensHandle, RunHolder
+from hooked_hybrid.hooks.point import LensHandle
 from hooked_hybrid.hooks.savers import CopyingSaver, KeptValues, PieceSaver, Saver
 from hooked_hybrid.hooks.slicing import PosSlice
 from hooked_hybrid.options import refuse_ignored
 
-HookSpec = tuple[NameFilter, HookFn]
-"""A hook and where it goes: `(name | names | predicate, fn)`."""
 
-
-class HookedRootModule(nn.Module):
-    """A module whose hook points are found by name.
+class HookedRootModule(AttachingModule):
+    """A module whose hook points are found by name, run with hooks and cached.
 
     Call `setup()` at the end of the constructor.
     """
-
-    mod_dict: dict[str, nn.Module]
-    hook_dict: dict[str, HookPoint]
-
-    def setup(self) -> None:
-        """Name every hook point by its path and collect them in `hook_dict`."""
-        self.mod_dict = {name: module for name, module in self.named_modules() if name}
-        self.hook_dict = {n: m for n, m in self.mod_dict.items() if isinstance(m, HookPoint)}
-        self.run_holder = RunHolder()
-        self._contexts: list[object] = []
-        for name, point in self.hook_dict.items():
-            point.name = name
-            point.run_holder = self.run_holder
-        for module in self.modules():
-            for part in module.children():
-                if isinstance(part, HookPoint):
-                    part.owner = type(module)
-            # Found in the instance's own dict, a part costs a tenth of nn.Module's lookup.
-            module.__dict__.update({n: m for n, m in module._modules.items() if n.isidentifier()})
-
-    @property
-    def context_level(self) -> int:
-        """How many `hooks` blocks are open."""
-        return len(self._contexts)
-
-    # --- attaching --------------------------------------------------------------------------
-
-    def hook_points(self) -> Iterable[HookPoint]:
-        """Every hook point, in the order of the modules."""
-        return self.hook_dict.values()
-
-    def list_hooks(
-        self,
-        name_filter: NameFilter | None = None,
-        dir: Literal["fwd", "bwd", "both"] = "both",
-        including_permanent: bool = True,
-    ) -> dict[str, list[LensHandle]]:
-        """Return what is attached, by the names of the points that have something.
-
-        Args:
-            name_filter: a name, several, or a predicate; None means every point.
-            dir: forward hooks, backward hooks, or both, forward ones first.
-            including_permanent: False leaves permanent hooks out.
-
-        Raises:
-            HookNameError: a name that does not exist, or a predicate that is true of none.
-            ValueError: `dir` is none of the three.
-        """
-        if dir not in ("fwd", "bwd", "both"):
-            raise ValueError(f"direction {dir!r}: give 'fwd', 'bwd' or 'both'")
-        names = self.hook_dict if name_filter is None else matching(name_filter, self.hook_dict)
-        found = {}
-        for name in names:
-            fwd, bwd = self.hook_dict[name].fwd_hooks, self.hook_dict[name].bwd_hooks
-            both = (*(fwd if dir != "bwd" else ()), *(bwd if dir != "fwd" else ()))
-            if chosen := [h for h in both if including_permanent or not h.is_permanent]:
-                found[name] = chosen
-        return found
-
-    def attached(self) -> list[LensHandle]:
-        """Every attached function, with its point (`.point.name`) and direction, in one list."""
-        return [h for p in self.hook_points() for h in (*p.fwd_hooks, *p.bwd_hooks)]
-
-    def add_hook(
-        self,
-        name: NameFilter,
-        hook: HookFn,
-        dir: Direction = "fwd",
-        is_permanent: bool = False,
-        level: int | None = None,
-        prepend: bool = False,
-    ) -> list[LensHandle]:
-        """Attach `hook` to every point that `name` selects; see `HookPoint.add_hook`.
-
-        Raises:
-            HookNameError: nothing is selected; the message lists the nearest names.
-        """
-        return [
-            self.hook_dict[n].add_hook(hook, dir, is_permanent, level, prepend)
-            for n in matching(name, self.hook_dict)
-        ]
-
-    def add_perma_hook(
-        self, name: NameFilter, hook: HookFn, dir: Direction = "fwd"
-    ) -> list[LensHandle]:
-        """Attach a hook that survives `reset_hooks`."""
-        return self.add_hook(name, hook, dir, is_permanent=True)
-
-    def check_hooks_to_add(
-        self, fwd_hooks: Iterable[HookSpec] = (), bwd_hooks: Sequence[HookSpec] = ()
-    ) -> None:
-        """Raise what attaching these would raise, and attach none.
-
-        Raises:
-            HookNameError: a name that does not exist, or a predicate that is true of none.
-            TypeError: an entry that is not a pair of a selector and a function.
-        """
-        for spec in (*fwd_hooks, *bwd_hooks):
-            if not isinstance(spec, Sequence) or len(spec) != 2 or not callable(spec[1]):
-                raise TypeError(f"a hook is a pair (name | predicate, function), not {spec!r}")
-            matching(spec[0], self.hook_dict)
-
-    @contextmanager
-    def hooks(
-        self,
-        fwd_hooks: Iterable[HookSpec] = (),
-        bwd_hooks: Iterable[HookSpec] = (),
-        reset_hooks_end: bool = True,
-        clear_contexts: bool = False,
-    ) -> Iterator[HookedRootModule]:
-        """Attach hooks for the length of a `with` block, then remove these and no others.
-
-        Hooks belong to the model: a forward of it in another thread calls them too. Threads that
-        need hooks of their own, or gradients, need a model each (`copy.deepcopy`).
-
-        Args:
-            fwd_hooks: pairs (name | names | predicate, fn), called in this order.
-            bwd_hooks: the same, for gradients.
-            reset_hooks_end: False leaves them attached.
-            clear_contexts: also empty every point's `ctx` at the end.
-
-        Raises:
-            HookNameError: a selector that matches nothing; then none is attached.
-        """
-        fwd_hooks, bwd_hooks = tuple(fwd_hooks), tuple(bwd_hooks)  # an iterator is read once
-        self.check_hooks_to_add(fwd_hooks, bwd_hooks)
-        self._contexts.append(context := object())  # a count would lose some if threads run at once
-        added: list[LensHandle] = []
-        try:
-            for specs, direction in ((fwd_hooks, "fwd"), (bwd_hooks, "bwd")):
-                for name, hook in specs:
-                    added += self.add_hook(name, hook, direction, level=self.context_level)  # type: ignore[arg-type]
-            yield self
-        finally:
-            self._contexts.remove(context)
-            if reset_hooks_end:
-                for handle in added:
-                    handle.remove()
-            if clear_contexts:
-                self.clear_contexts()
-
-    def reset_hooks(
-        self,
-        clear_contexts: bool = True,
-        direction: Literal["fwd", "bwd", "both"] = "both",
-        including_permanent: bool = False,
-        level: int | None = None,
-    ) -> None:
-        """Detach every hook, permanent ones only if asked."""
-        self.remove_all_hook_fns(direction, including_permanent, level)
-        if clear_contexts:
-            self.clear_contexts()
-
-    def remove_all_hook_fns(
-        self,
-        direction: Literal["fwd", "bwd", "both"] = "both",
-        including_permanent: bool = False,
-        level: int | None = None,
-    ) -> None:
-        """Detach every hook and leave every `ctx` as it is."""
-        for point in self.hook_points():
-            point.remove_hooks(direction, including_permanent, level)
-
-    def clear_contexts(self) -> None:
-        """Empty `ctx` of every hook point."""
-        for point in self.hook_points():
-            point.clear_context()
-
-    # --- running ----------------------------------------------------------------------------
-
-    def run_with_hooks(
-        self,
-        *args: Any,
-        fwd_hooks: Iterable[HookSpec] = (),
-        bwd_hooks: Iterable[HookSpec] = (),
-        reset_hooks_end: bool = True,
-        clear_contexts: bool = False,
-        **kwargs: Any,
-    ) -> Any:
-        """Run the forward once with hooks attached; see `hooks` and the forward's own arguments.
-
-        Backward hooks need the backward pass inside the same scope: use `hooks` for those, or
-        `reset_hooks_end=False`. They are attached all the same, as the graph of this forward
-        remembers them.
-
-        Raises:
-            ValueError: backward hooks where no graph is recorded.
-        """
-        if not torch.is_grad_enabled():
-            why = "this runs under torch.no_grad() or inference_mode, where no graph is recorded"
-            bwd_hooks = tuple(bwd_hooks)
-            refuse_ignored(why, bwd_hooks=bwd_hooks)
-        with self.hooks(fwd_hooks, bwd_hooks, reset_hooks_end, clear_contexts):
-            return self(*args, **kwargs)
 
     def run_with_cache(
         self,

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from hooked_hybrid.hooks import transforms
+from hooked_hybrid.hooks.marks import per_position, watcher
 from hooked_hybrid.hooks.places import (
     Places,
     check_pos_slice,
@@ -19,7 +20,7 @@ from hooked_hybrid.hooks.places import (
     select_positions,
     take_per_row,
 )
-from hooked_hybrid.hooks.point import HookPoint, per_position, watcher
+from hooked_hybrid.hooks.point import HookPoint
 from hooked_hybrid.hooks.slicing import LAST, PosSlice, indices_on
 
 

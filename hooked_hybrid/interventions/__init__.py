@@ -1,6 +1,6 @@
 """Interventions as plain hooks: each factory returns what `fwd_hooks` takes."""
 
-from hooked_hybrid.hooks.point import per_position
+from hooked_hybrid.hooks.marks import per_position
 from hooked_hybrid.interventions.ablation import (
     ablate_heads,
     ablate_layers,

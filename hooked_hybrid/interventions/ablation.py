@@ -16,9 +16,10 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from hooked_hybrid.config import AttentionConfig, HybridConfig
+from hooked_hybrid.hooks.attaching import HookSpec
+from hooked_hybrid.hooks.marks import per_position
 from hooked_hybrid.hooks.places import Places
-from hooked_hybrid.hooks.point import HookPoint, per_position
-from hooked_hybrid.hooks.root import HookSpec
+from hooked_hybrid.hooks.point import HookPoint
 from hooked_hybrid.hooks.slicing import whole_numbers
 from hooked_hybrid.interventions.donors import Donor, mask_of, read_kept
 from hooked_hybrid.interventions.patching import Cache

@@ -8,8 +8,9 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from hooked_hybrid.hooks.point import HookPoint, per_position, watcher
-from hooked_hybrid.hooks.root import HookSpec
+from hooked_hybrid.hooks.attaching import HookSpec
+from hooked_hybrid.hooks.marks import per_position, watcher
+from hooked_hybrid.hooks.point import HookPoint
 from hooked_hybrid.interventions.pickling import picklable
 from hooked_hybrid.interventions.rows import (
     Handover,

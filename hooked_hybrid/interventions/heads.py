@@ -10,8 +10,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from hooked_hybrid.hooks import transforms
-from hooked_hybrid.hooks.point import HookPoint, per_position
-from hooked_hybrid.hooks.root import HookSpec
+from hooked_hybrid.hooks.attaching import HookSpec
+from hooked_hybrid.hooks.marks import per_position
+from hooked_hybrid.hooks.point import HookPoint
 from hooked_hybrid.interventions.hashes import hashes
 from hooked_hybrid.interventions.pickling import picklable
 from hooked_hybrid.interventions.rows import (

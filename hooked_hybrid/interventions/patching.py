@@ -14,10 +14,11 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from hooked_hybrid.hooks.attaching import HookSpec
+from hooked_hybrid.hooks.marks import per_position
 from hooked_hybrid.hooks.names import NameFilter, Shorthand, matching, resolve
 from hooked_hybrid.hooks.places import Places
-from hooked_hybrid.hooks.point import HookPoint, per_position
-from hooked_hybrid.hooks.root import HookSpec
+from hooked_hybrid.hooks.point import HookPoint
 from hooked_hybrid.hooks.slicing import Indices, whole_numbers
 from hooked_hybrid.interventions.donors import Donor, read_kept
 from hooked_hybrid.interventions.pickling import picklable

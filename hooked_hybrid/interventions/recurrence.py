@@ -11,9 +11,10 @@ from functools import partial
 from jaxtyping import Int
 from torch import Tensor
 
+from hooked_hybrid.hooks.attaching import HookSpec
+from hooked_hybrid.hooks.marks import HookFn, per_position, watcher
 from hooked_hybrid.hooks.names import NameFilter
-from hooked_hybrid.hooks.point import HookFn, HookPoint, per_position, watcher
-from hooked_hybrid.hooks.root import HookSpec
+from hooked_hybrid.hooks.point import HookPoint
 from hooked_hybrid.hooks.slicing import Indices, whole_numbers
 from hooked_hybrid.interventions.pickling import picklable
 from hooked_hybrid.interventions.places import Positions, read_positions

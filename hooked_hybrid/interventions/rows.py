@@ -9,7 +9,8 @@ import torch
 from jaxtyping import Bool, Int, Shaped
 from torch import Tensor
 
-from hooked_hybrid.hooks.point import HookPoint, Run
+from hooked_hybrid.hooks.point import HookPoint
+from hooked_hybrid.hooks.run import Run
 from hooked_hybrid.hooks.slicing import read_indices, whole_numbers
 
 PerRow = int | Sequence[int] | Int[Tensor, " batch"] | Any

@@ -14,10 +14,12 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from hooked_hybrid.hooks.point import HookPoint, Run, per_position, watcher
+from hooked_hybrid.hooks.marks import per_position, watcher
+from hooked_hybrid.hooks.point import HookPoint
+from hooked_hybrid.hooks.run import Run
 from hooked_hybrid.interventions.places import Chosen, is_among
 from hooked_hybrid.interventions.rows import Handover
-from hooked_hybrid.network.layers import at_least_fp32
+from hooked_hybrid.network.elementwise import at_least_fp32
 from hooked_hybrid.network.mixers.base import Mixer, ScanTerms
 from hooked_hybrid.network.scans.scan import scan
 

@@ -11,9 +11,10 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
+from hooked_hybrid.hooks.attaching import HookSpec
+from hooked_hybrid.hooks.marks import per_position, watcher
 from hooked_hybrid.hooks.names import NameFilter
-from hooked_hybrid.hooks.point import HookPoint, per_position, watcher
-from hooked_hybrid.hooks.root import HookSpec
+from hooked_hybrid.hooks.point import HookPoint
 from hooked_hybrid.hooks.slicing import whole_numbers
 from hooked_hybrid.interventions.hashes import hashes
 from hooked_hybrid.interventions.heads import SCORES, HeadScore, at_tokens, best_heads

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hooked_hybrid.hooks.point import HookFn, HookPoint, is_per_position, per_position, positions_of
+from hooked_hybrid.hooks.marks import HookFn, is_per_position, per_position, positions_of
+from hooked_hybrid.hooks.point import HookPoint
 from hooked_hybrid.hooks.slicing import Indices
 from hooked_hybrid.interventions.pickling import picklable
 from hooked_hybrid.interventions.places import (

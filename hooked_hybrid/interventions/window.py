@@ -10,9 +10,10 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from hooked_hybrid.config import AttentionConfig, HybridConfig, MixerConfig
+from hooked_hybrid.hooks.attaching import HookSpec
+from hooked_hybrid.hooks.marks import per_position
 from hooked_hybrid.hooks.names import NameFilter
-from hooked_hybrid.hooks.point import HookPoint, per_position
-from hooked_hybrid.hooks.root import HookSpec
+from hooked_hybrid.hooks.point import HookPoint
 from hooked_hybrid.hooks.slicing import whole_numbers
 from hooked_hybrid.interventions.pickling import picklable
 from hooked_hybrid.interventions.rows import PerRow, entries_of_rows, read_per_row

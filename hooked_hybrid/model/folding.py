@@ -23,7 +23,8 @@ from torch import Tensor, nn
 
 from hooked_hybrid.config import HybridConfig
 from hooked_hybrid.model.hybrid import HookedHybrid
-from hooked_hybrid.network.layers import InnerNorm, RMSNorm, at_least_fp32
+from hooked_hybrid.network.elementwise import at_least_fp32
+from hooked_hybrid.network.layers import InnerNorm, RMSNorm
 from hooked_hybrid.network.weights.quantization import require_plain_weights
 
 UNEMBEDDING = "unembed.weight"

@@ -13,7 +13,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from hooked_hybrid.hooks.point import HookPoint, LensHandle, Stage, changed_meanwhile
+from hooked_hybrid.hooks.point import HookPoint, LensHandle, changed_meanwhile
+from hooked_hybrid.hooks.run import Stage
 from hooked_hybrid.model.checks import (
     check_read_out,
     checked_layers,

@@ -10,9 +10,11 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from hooked_hybrid.hooks.marks import per_position, watcher
 from hooked_hybrid.hooks.names import NameFilter
 from hooked_hybrid.hooks.places import Places, over_all_columns
-from hooked_hybrid.hooks.point import HookPoint, Run, per_position, watcher
+from hooked_hybrid.hooks.point import HookPoint
+from hooked_hybrid.hooks.run import Run
 from hooked_hybrid.hooks.savers import fill_of
 from hooked_hybrid.model.cache import ActivationCache
 from hooked_hybrid.network.state import AttentionState, HybridState

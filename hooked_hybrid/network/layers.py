@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import math
-from functools import cache
 from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
-from hooked_hybrid.config import Activation, HybridConfig, NormConfig, RotaryConfig
+from hooked_hybrid.config import HybridConfig, NormConfig, RotaryConfig
 from hooked_hybrid.hooks import transforms
-from hooked_hybrid.hooks.point import HookPoint, Run
+from hooked_hybrid.hooks.point import HookPoint
+from hooked_hybrid.hooks.run import Run
 from hooked_hybrid.network.component import Component
+from hooked_hybrid.network.elementwise import at_least_fp32, inverse_rms
 from hooked_hybrid.network.kernels import causal_conv1d
 from hooked_hybrid.network.layout import Layout
 from hooked_hybrid.network.plan import may_overwrite
@@ -24,11 +23,6 @@ from hooked_hybrid.network.weights.products import linear
 from hooked_hybrid.shapes import Logits, Resid, Tokens
 
 INIT_STD = 0.02
-WORTH_SPLITTING = 2**16
-"""Values from which on a function of one argument is computed some rows at a time."""
-_n_modes = torch._C._len_torch_dispatch_stack
-GELU_ROWS = 32
-"""Rows worked on together: they and a temporary stay in a core's cache."""
 
 
 def draw_normal(weight: Tensor, std: float) -> None:
@@ -331,70 +325,3 @@ def rotate(
     turned, rest = x[..., : cfg.d_rotary], x[..., cfg.d_rotary :]
     swapped = turned.unflatten(-1, (2, -1)).flip(-2).flatten(-2)
     return torch.cat([torch.addcmul(turned * cos, swapped, sin), rest], dim=-1)
-
-
-def activate(x: Tensor, name: Activation, overwrite: bool = False) -> Tensor:
-    """Return the nonlinearity of `x`, in its memory if asked; gelu is the tanh approximation."""
-    if name == "silu":
-        return nn.functional.silu(x, inplace=overwrite)
-    if x.numel() >= WORTH_SPLITTING and x.device.type == "cpu" and not transforms.is_followed():
-        return gelu_tanh_(x if overwrite else x.clone())
-    return nn.functional.gelu(x, approximate="tanh")
-
-
-def gelu_tanh_(x: Tensor) -> Tensor:
-    """Return gelu's tanh approximation, in the memory of `x` where its rows can be viewed.
-
-    As x sigmoid(2 c (x + 0.044715 x^3)): the same function as 0.5 x (1 + tanh(c (x + 0.044715
-    x^3))), c = sqrt(2 / pi); a CPU computes a sigmoid in a third of a tanh's time.
-    """
-    slope_at_0 = 2 * math.sqrt(2 / math.pi)
-    at_0 = constant(slope_at_0, x.dtype, x.device)
-    rows = x.reshape(-1, x.shape[-1])  # in memory of its own where a hook returned another layout
-    for block in rows.split(GELU_ROWS):
-        slope = torch.addcmul(at_0, block, block, value=0.044715 * slope_at_0)
-        block.mul_(slope.mul_(block).sigmoid_())
-    return rows.view(x.shape)
-
-
-def times(
-    a: Float[Tensor, "*shape"], b: Float[Tensor, "*#shape"], overwrite: bool
-) -> Float[Tensor, "*shape"]:
-    """Return `a * b`, in the memory of `a` if asked."""
-    return a.mul_(b) if overwrite else a * b
-
-
-def inverse_rms(x: Float[Tensor, "batch pos width"], eps: float) -> Float[Tensor, "batch pos 1"]:
-    """Return 1 / sqrt(mean(x^2) + eps); a product with it rounds as the references do."""
-    if transforms.is_followed():
-        return torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
-    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    return torch.addcmul(
-        constant(eps, x.dtype, x.device), norm, norm, value=1 / x.shape[-1]
-    ).rsqrt_()
-
-
-def constant(value: float, dtype: torch.dtype, device: torch.device) -> Float[Tensor, ""]:
-    """Return a number as a tensor, made once: making one costs more than adding it.
-
-    One made inside a transform or a dispatch mode (a fake tensor, say) is good there only, unless
-    the mode does no more than watch, and says so.
-    """
-    if transforms.are_active() or (_n_modes() and not _are_only_watching()):
-        return torch.tensor(value, dtype=dtype, device=device)
-    return _constant(value, dtype, device)
-
-
-def _are_only_watching() -> bool:
-    return all(getattr(m, "only_watches", False) for m in _get_current_dispatch_mode_stack())
-
-
-@cache
-def _constant(value: float, dtype: torch.dtype, device: torch.device) -> Float[Tensor, ""]:
-    with torch.inference_mode(False):
-        return torch.tensor(value, dtype=dtype, device=device)
-
-
-def at_least_fp32(x: Tensor) -> Tensor:
-    """Return `x` in fp32, or in fp64 where it is that."""
-    return x if x.dtype in (torch.float32, torch.float64) else x.float()

@@ -16,7 +16,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from hooked_hybrid.hooks import transforms
-from hooked_hybrid.hooks.point import Run, Stage
+from hooked_hybrid.hooks.run import Run, Stage
 from hooked_hybrid.network.state import HybridState
 
 T = TypeVar("T")

@@ -12,8 +12,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from hooked_hybrid.config import HybridConfig
-from hooked_hybrid.hooks.point import HookPoint, Run
+from hooked_hybrid.hooks.point import HookPoint
 from hooked_hybrid.hooks.root import HookedRootModule
+from hooked_hybrid.hooks.run import Run
 from hooked_hybrid.network.allocator import keep_freed_memory
 from hooked_hybrid.network.block import Block
 from hooked_hybrid.network.layers import Embed, RMSNorm, Unembed

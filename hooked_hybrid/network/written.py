@@ -9,7 +9,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from hooked_hybrid.network.layers import RMSNorm, at_least_fp32
+from hooked_hybrid.network.elementwise import at_least_fp32
+from hooked_hybrid.network.layers import RMSNorm
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 import torch
 
-from hooked_hybrid.hooks.point import is_per_position
+from hooked_hybrid.hooks.marks import is_per_position
 from hooked_hybrid.model.generate import stages_of
 from hooked_hybrid.model.hybrid import HookedHybrid
 from hooked_hybrid.network.mixers import windows_of

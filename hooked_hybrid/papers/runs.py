@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hooked_hybrid.hooks.root import HookSpec
+from hooked_hybrid.hooks.attaching import HookSpec
 from hooked_hybrid.interventions import manipulate_span
 from hooked_hybrid.model.hybrid import HookedHybrid
 from hooked_hybrid.niah.language import text_loss, texts_of

@@ -17,7 +17,7 @@ from hooked_hybrid.evaluation.conversation import as_text
 from hooked_hybrid.evaluation.forms import FORMS, Form, form_of
 from hooked_hybrid.evaluation.gaps import Estimate, gap, mean
 from hooked_hybrid.evaluation.scoring import FAMILY, Request, score, truncated
-from hooked_hybrid.hooks.point import per_position
+from hooked_hybrid.hooks.marks import per_position
 from hooked_hybrid.interventions import keep_top_heads
 from hooked_hybrid.text.tokenizer import CheckpointTokenizer
 from tests.models import random_tokens, tiny_model

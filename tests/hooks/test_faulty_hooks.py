@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from hooked_hybrid import HookedHybrid, HookPoint
-from hooked_hybrid.hooks.point import watcher
+from hooked_hybrid.hooks.marks import watcher
 from tests.models import griffin_config, jamba_config, random_model, random_tokens, relative
 from tests.tolerances import FP32_PARITY
 

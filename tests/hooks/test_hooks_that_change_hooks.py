@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from hooked_hybrid import HookedHybrid, HookPoint, interventions
-from hooked_hybrid.hooks.point import per_position, watcher
+from hooked_hybrid.hooks.marks import per_position, watcher
 from hooked_hybrid.interventions import hook_at
 from tests.models import griffin_config, jamba_config, random_model, random_tokens, relative
 from tests.tolerances import FLOAT64, FP32_PARITY

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from hooked_hybrid import HookPoint
-from hooked_hybrid.hooks.point import Run, is_per_position, per_position, positions_of, watcher
+from hooked_hybrid.hooks.marks import is_per_position, per_position, positions_of, watcher
+from hooked_hybrid.hooks.run import Run
 from hooked_hybrid.interventions import hook_at
 
 TORCH_HOOKS = [

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from hooked_hybrid import HookedRootModule, HookPoint
+from hooked_hybrid.hooks.marks import per_position, watcher
 from hooked_hybrid.hooks.names import HookNameError
-from hooked_hybrid.hooks.point import per_position, watcher
 
 D = 4
 EMBED, INDEX, LARGE = "hook_embed", "hook_index", "hook_large"

@@ -20,7 +20,7 @@ from hooked_hybrid import ActivationCache, FactoredMatrix, HookedHybrid, HookPoi
 from hooked_hybrid import interventions as iv
 from hooked_hybrid.analysis.answers import NeedlePrompt
 from hooked_hybrid.analysis.planted import planted_retrieval
-from hooked_hybrid.hooks.point import Run
+from hooked_hybrid.hooks.run import Run
 from tests.models import griffin_config, jamba_config, random_model, random_tokens, relative
 from tests.tolerances import BF16_ONE_STEP, FP32_EIGENVALUES, FP32_PARITY
 

@@ -21,16 +21,10 @@ from torch.nn.modules.module import (
 )
 
 from hooked_hybrid import HookedHybrid, HookPoint
-from hooked_hybrid.hooks.point import per_position, watcher
+from hooked_hybrid.hooks.marks import per_position, watcher
 from hooked_hybrid.network.component import Component
-from hooked_hybrid.network.layers import (
-    BlockDiagonalLinear,
-    CausalConv1d,
-    Linear,
-    activate,
-    gelu_tanh_,
-    inverse_rms,
-)
+from hooked_hybrid.network.elementwise import activate, gelu_tanh_, inverse_rms
+from hooked_hybrid.network.layers import BlockDiagonalLinear, CausalConv1d, Linear
 from hooked_hybrid.network.layout import lay_out
 from hooked_hybrid.network.plan import may_overwrite, piece_length
 from hooked_hybrid.network.weights.layout import empty_weight, laid_out
@@ -60,8 +54,8 @@ def small(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     monkeypatch.setattr("hooked_hybrid.model.language_model.piece_length", length)
     monkeypatch.setattr("hooked_hybrid.network.attention.attend.BLOCK", 3)
-    monkeypatch.setattr("hooked_hybrid.network.layers.WORTH_SPLITTING", 1)
-    monkeypatch.setattr("hooked_hybrid.network.layers.GELU_ROWS", 4)
+    monkeypatch.setattr("hooked_hybrid.network.elementwise.WORTH_SPLITTING", 1)
+    monkeypatch.setattr("hooked_hybrid.network.elementwise.GELU_ROWS", 4)
     return chosen
 
 

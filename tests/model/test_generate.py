@@ -15,8 +15,9 @@ from tokenizers.models import WordLevel
 from torch import Tensor
 
 from hooked_hybrid import HookedHybrid, HookPoint
+from hooked_hybrid.hooks.marks import per_position, watcher
 from hooked_hybrid.hooks.names import HookNameError
-from hooked_hybrid.hooks.point import Run, per_position, watcher
+from hooked_hybrid.hooks.run import Run
 from hooked_hybrid.model.sampling import Sampling
 from hooked_hybrid.network.state import AttentionState, HybridState
 from tests.models import (

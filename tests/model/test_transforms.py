@@ -16,7 +16,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from hooked_hybrid import HookedHybrid
 from hooked_hybrid.interventions import edit_state, keep_top_heads, knock_out_edges, limit_window
 from hooked_hybrid.network.attention.fused_gradient import twice_differentiable
-from hooked_hybrid.network.layers import constant
+from hooked_hybrid.network.elementwise import constant
 from hooked_hybrid.network.mixers.rglru import sqrt_bounded
 from hooked_hybrid.network.scans.scan import CHUNK
 from tests.models import CONFIGS, random_tokens, relative, tiny_model

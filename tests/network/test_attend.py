@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from hooked_hybrid import HookedHybrid, HookPoint, interventions
-from hooked_hybrid.hooks.point import per_position, watcher
+from hooked_hybrid.hooks.marks import per_position, watcher
 from hooked_hybrid.network.attention import attend
 from hooked_hybrid.network.attention.attend import (
     Hooks,

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from hooked_hybrid import HookedHybrid, HookPoint, interventions
-from hooked_hybrid.hooks.point import per_position
+from hooked_hybrid.hooks.marks import per_position
 from hooked_hybrid.model.sampling import Sampling
 from tests.models import griffin_config, jamba_config, random_model, random_tokens, relative
 from tests.tolerances import FP32_PARITY

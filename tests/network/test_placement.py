@@ -21,7 +21,7 @@ from hooked_hybrid.accounting.plan import Machine
 from hooked_hybrid.accounting.plan.planner import Planner
 from hooked_hybrid.accounting.plan.planning import plan
 from hooked_hybrid.accounting.plan.working import Sizes
-from hooked_hybrid.hooks.point import watcher
+from hooked_hybrid.hooks.marks import watcher
 from hooked_hybrid.model.folding import fold_ln
 from hooked_hybrid.network.layout import lay_out
 from hooked_hybrid.network.placement import place, resolve

@@ -17,7 +17,7 @@ from hooked_hybrid.accounting.plan import Machine, gpus_of
 from hooked_hybrid.accounting.plan.planning import plan
 from hooked_hybrid.accounting.plan.stored import stored_weights
 from hooked_hybrid.commands.program import build_app
-from hooked_hybrid.hooks.point import watcher
+from hooked_hybrid.hooks.marks import watcher
 from hooked_hybrid.network.layout import lay_out
 from hooked_hybrid.network.placement import place
 from hooked_hybrid.network.weights.plain import is_quantized, stored_bytes

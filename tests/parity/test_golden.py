@@ -16,7 +16,7 @@ from torch import Tensor
 
 from hooked_hybrid import HookedHybrid, HookPoint, interventions
 from hooked_hybrid.interventions.weights import boost_span
-from hooked_hybrid.model.generate import GenerationOutput
+from hooked_hybrid.model.decoding import GenerationOutput
 from hooked_hybrid.network.state import AttentionState, RecurrentState
 from tests.models import relative
 from tests.tolerances import BF16, FP32_PARITY

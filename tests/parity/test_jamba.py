@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import JambaForCausalLM  # noqa: TID251
 
 from hooked_hybrid import HookedHybrid, HookPoint
-from hooked_hybrid.model.generate import GenerationOutput
+from hooked_hybrid.model.decoding import GenerationOutput
 from hooked_hybrid.network.state import HybridState, RecurrentState
 from tests.jamba_references import (
     SPECS,

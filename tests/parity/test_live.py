@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import RecurrentGemmaConfig, RecurrentGemmaForCausalLM  # noqa: TID251
 
 from hooked_hybrid import HookedHybrid, HookPoint
-from hooked_hybrid.model.generate import GenerationOutput
+from hooked_hybrid.model.decoding import GenerationOutput
 from hooked_hybrid.network.state import AttentionState, HybridState, RecurrentState
 from tests.models import relative
 from tests.references import (

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from hooked_hybrid import HookedHybrid, interventions
-from hooked_hybrid.hooks.point import per_position
+from hooked_hybrid.hooks.marks import per_position
 from hooked_hybrid.runs.identity.comparing import changes, refusal
 from hooked_hybrid.runs.identity.model import hashed_once, model_identity, weights_hash
 from hooked_hybrid.runs.identity.values import UntoldError, describe, describe_callable

@@ -14,7 +14,7 @@ from experiments.benchmarks.figures import OURS, Measurement
 from experiments.benchmarks.options import Options
 from experiments.benchmarks.timing import Work, check_equal, interleaved
 from hooked_hybrid import HookPoint
-from hooked_hybrid.hooks.point import per_position
+from hooked_hybrid.hooks.marks import per_position
 from hooked_hybrid.network.attention.attend import Hooks, Sight, attend
 from hooked_hybrid.network.layout import lay_out
 

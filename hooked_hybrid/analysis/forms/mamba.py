@@ -17,7 +17,7 @@ from hooked_hybrid.analysis.forms.base import (
     Terms,
 )
 from hooked_hybrid.config import MambaConfig
-from hooked_hybrid.network.layers import at_least_fp32
+from hooked_hybrid.network.elementwise import at_least_fp32
 from hooked_hybrid.network.mixers import Mamba
 from hooked_hybrid.network.mixers.mamba import forget
 

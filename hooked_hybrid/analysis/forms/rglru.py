@@ -19,7 +19,7 @@ from hooked_hybrid.analysis.forms.base import (
     Ran,
     Terms,
 )
-from hooked_hybrid.network.layers import at_least_fp32
+from hooked_hybrid.network.elementwise import at_least_fp32
 from hooked_hybrid.network.mixers import RGLRU
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hooked_hybrid.hooks.slicing import PosSlice, is_one, slice_axis
 from hooked_hybrid.model.residual.reading import PartReader, inverse
-from hooked_hybrid.network.layers import at_least_fp32
+from hooked_hybrid.network.elementwise import at_least_fp32
 from hooked_hybrid.options import refuse_ignored
 
 if TYPE_CHECKING:

@@ -20,7 +20,8 @@ from hooked_hybrid.hooks.slicing import LAST, PosSlice, indices_on, slice_axis
 from hooked_hybrid.model.memory import WORTH_CHECKING, available_bytes
 from hooked_hybrid.model.residual import parts as parts_of
 from hooked_hybrid.model.residual.parts import Parts
-from hooked_hybrid.network.layers import RMSNorm, at_least_fp32
+from hooked_hybrid.network.elementwise import at_least_fp32
+from hooked_hybrid.network.layers import RMSNorm
 from hooked_hybrid.network.written import Way
 
 if TYPE_CHECKING:

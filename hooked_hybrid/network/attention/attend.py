@@ -15,7 +15,8 @@ from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from hooked_hybrid.hooks.point import HookPoint, Run, changed_meanwhile
+from hooked_hybrid.hooks.point import HookPoint, changed_meanwhile
+from hooked_hybrid.hooks.run import Run
 from hooked_hybrid.network.attention.fused_gradient import twice_differentiable
 from hooked_hybrid.network.finite import is_finite
 from hooked_hybrid.network.kernels import fused_attention

@@ -8,8 +8,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from hooked_hybrid.config import Activation
+from hooked_hybrid.network.elementwise import activate
 from hooked_hybrid.network.kernels.trials import Pair, waves, works
-from hooked_hybrid.network.layers import activate
 from hooked_hybrid.shapes import Resid
 
 WITHOUT_SYNC = (9, 10)  # major capabilities; elsewhere torch loops over experts on the host

@@ -24,16 +24,11 @@ from torch import Tensor, nn
 from torch.nn.functional import softplus
 
 from hooked_hybrid.config import MambaConfig
-from hooked_hybrid.hooks.point import HookPoint, LensHandle, positions_of
+from hooked_hybrid.hooks.marks import positions_of
+from hooked_hybrid.hooks.point import HookPoint, LensHandle
 from hooked_hybrid.network.costs import SILU, SOFTPLUS, Flops, Piece, norm
-from hooked_hybrid.network.layers import (
-    CausalConv1d,
-    InnerNorm,
-    Linear,
-    activate,
-    at_least_fp32,
-    times,
-)
+from hooked_hybrid.network.elementwise import activate, at_least_fp32, times
+from hooked_hybrid.network.layers import CausalConv1d, InnerNorm, Linear
 from hooked_hybrid.network.layout import Layout
 from hooked_hybrid.network.mixers.base import Mixer, ScanTerms
 from hooked_hybrid.network.part import FoldedNorm

@@ -26,16 +26,8 @@ from hooked_hybrid.config import RGLRUConfig
 from hooked_hybrid.hooks import transforms
 from hooked_hybrid.hooks.point import HookPoint
 from hooked_hybrid.network.costs import ACTIVATION, SIGMOID, Flops, Piece
-from hooked_hybrid.network.layers import (
-    BlockDiagonalLinear,
-    CausalConv1d,
-    Linear,
-    RMSNorm,
-    activate,
-    at_least_fp32,
-    constant,
-    times,
-)
+from hooked_hybrid.network.elementwise import activate, at_least_fp32, constant, times
+from hooked_hybrid.network.layers import BlockDiagonalLinear, CausalConv1d, Linear, RMSNorm
 from hooked_hybrid.network.layout import Layout
 from hooked_hybrid.network.mixers.base import Mixer, ScanTerms
 from hooked_hybrid.network.plan import may_overwrite

@@ -8,7 +8,8 @@ from torch import Tensor
 from hooked_hybrid.config import GatedMLPConfig
 from hooked_hybrid.hooks.point import HookPoint
 from hooked_hybrid.network.costs import ACTIVATION, Flops, Piece
-from hooked_hybrid.network.layers import Linear, RMSNorm, activate, times
+from hooked_hybrid.network.elementwise import activate, times
+from hooked_hybrid.network.layers import Linear, RMSNorm
 from hooked_hybrid.network.layout import Layout
 from hooked_hybrid.network.mlps.base import MLP
 from hooked_hybrid.network.plan import may_overwrite

@@ -18,8 +18,9 @@ from hooked_hybrid.config import MoEConfig
 from hooked_hybrid.hooks import transforms
 from hooked_hybrid.hooks.point import HookPoint
 from hooked_hybrid.network.costs import ACTIVATION, SOFTMAX, Flops, Piece
+from hooked_hybrid.network.elementwise import activate, times
 from hooked_hybrid.network.kernels import grouped_experts
-from hooked_hybrid.network.layers import Linear, RMSNorm, activate, draw_normal, times
+from hooked_hybrid.network.layers import Linear, RMSNorm, draw_normal
 from hooked_hybrid.network.layout import Layout
 from hooked_hybrid.network.mlps.base import MLP
 from hooked_hybrid.network.plan import may_overwrite

@@ -16,7 +16,8 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from hooked_hybrid.hooks import transforms
-from hooked_hybrid.hooks.point import HookPoint, LensHandle, positions_of
+from hooked_hybrid.hooks.marks import positions_of
+from hooked_hybrid.hooks.point import HookPoint, LensHandle
 from hooked_hybrid.network.finite import is_finite
 from hooked_hybrid.network.kernels import linear_scan, need_gradients
 from hooked_hybrid.network.layout import Layout

@@ -10,8 +10,8 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from hooked_hybrid.hooks.point import Stage
-from hooked_hybrid.hooks.root import HookSpec
+from hooked_hybrid.hooks.attaching import HookSpec
+from hooked_hybrid.hooks.run import Stage
 from hooked_hybrid.interventions import keep_top_heads, on_rows
 from hooked_hybrid.model.hybrid import HookedHybrid
 from hooked_hybrid.network.finite import require_numbers

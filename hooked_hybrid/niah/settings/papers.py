@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from hooked_hybrid.config import AttentionConfig, HybridConfig
-from hooked_hybrid.hooks.root import HookSpec
+from hooked_hybrid.hooks.attaching import HookSpec
 from hooked_hybrid.interventions import (
     ablate_layers,
     attention_to,

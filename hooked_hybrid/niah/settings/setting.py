@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from hooked_hybrid.hooks.root import HookSpec
+from hooked_hybrid.hooks.attaching import HookSpec
 from hooked_hybrid.interventions import keep_top_heads, on_rows
 from hooked_hybrid.model.hybrid import HookedHybrid
 from hooked_hybrid.niah.prompts import Prompt

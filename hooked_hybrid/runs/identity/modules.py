@@ -16,10 +16,14 @@ UNVERSIONED = sys.stdlib_module_names | {"builtins", "torch", "numpy"}
 """Whose version does not count in what a function is, as it does not in a model's forward."""
 _INSTALLED: dict[str, bool] = {}
 _STORED_AS = {
+    "hooked_hybrid.hooks.attaching": "hooked_hybrid.hooked_root",
+    "hooked_hybrid.hooks.marks": "hooked_hybrid.hooks",
     "hooked_hybrid.hooks.names": "hooked_hybrid.names",
+    "hooked_hybrid.hooks.one_position": "hooked_hybrid.hooks",
     "hooked_hybrid.hooks.places": "hooked_hybrid.places",
     "hooked_hybrid.hooks.point": "hooked_hybrid.hooks",
     "hooked_hybrid.hooks.root": "hooked_hybrid.hooked_root",
+    "hooked_hybrid.hooks.run": "hooked_hybrid.hooks",
     "hooked_hybrid.hooks.slicing": "hooked_hybrid.slicing",
     "hooked_hybrid.model.cache": "hooked_hybrid.cache",
     "hooked_hybrid.model.hybrid": "hooked_hybrid.model",

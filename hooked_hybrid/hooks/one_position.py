@@ -1,0 +1,63 @@
+"""`OnePosition`: the tensor of one position that hooks at a stepwise point are given."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+ONCE_A_POSITION = (
+    "hooks here are called once a position, with one entry on the position axis: to act at some "
+    "positions use interventions.hook_at(fn, positions) or edit_state(fn, positions); a function "
+    "marked per_position is meant for each"
+)
+
+
+class OnePosition(Tensor):
+    """What a hook is given of a value that comes position by position.
+
+    While the hook runs, selecting on the position axis is refused: `h[:, -1]` would be this
+    position, whichever it is, and not the last one.
+    """
+
+    point_name: str
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    @classmethod
+    def of(cls, value: Tensor, name: str) -> OnePosition:
+        """Return the value, in the same memory."""
+        here = value.as_subclass(cls)
+        here.point_name = name
+        return here
+
+    def close(self) -> None:
+        """Become a tensor like any other: the hook has run, and may have kept it."""
+        del self.point_name
+        self.__class__ = Tensor  # type: ignore[assignment]
+
+    def __getitem__(self, index: Any) -> Tensor:
+        """Return a selection that is the same at each position."""
+        self._check(index)
+        return super().__getitem__(index)
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        """Write to a selection that is the same at each position."""
+        self._check(index)
+        super().__setitem__(index, value)
+
+    def _check(self, index: Any) -> None:
+        if _axis_1(index, self.ndim) != slice(None):
+            raise IndexError(
+                f"{self.point_name!r} comes one position at a time: an index on axis 1"
+            )
+
+
+def _axis_1(index: Any, ndim: int) -> Any:
+    """Return what an index selects on axis 1: all, where it is too short or a mask of several."""
+    entries = [i for i in (index if isinstance(index, tuple) else (index,)) if i is not None]
+    if any(getattr(i, "ndim", 1) != 1 and getattr(i, "dtype", 0) == torch.bool for i in entries):
+        return slice(None)
+    gap = next((at for at, i in enumerate(entries) if i is ...), len(entries))
+    entries[gap : gap + 1] = [slice(None)] * (ndim - len(entries) + (gap < len(entries)))
+    return entries[1] if len(entries) > 1 and isinstance(entries[1], slice) else entries[1:2]

@@ -1,0 +1,75 @@
+"""`Run`: the stage, positions and rows of a forward, as a hook reads them from `hook.run`."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+Stage = Literal["forward", "prefill", "generation"]
+
+
+@dataclass(frozen=True)
+class Run:
+    """Where in a run a hook is being called: `hook.run`.
+
+    `query_pos` and `key_pos` are positions within the document (-1 at padding), for exactly the
+    positions of the tensor the hook was given; `key_pos` is set at attention's score and pattern
+    points only. `step` is 0 in a forward and in prefill, then 1, 2, ... in generation. `rows` are
+    indices into the original batch of `n_rows` (None where a caller gave `rows` alone). The tensor
+    begins at index `first` of the forward's `n_pos` positions (None: at 0, and it holds all).
+    """
+
+    stage: Stage
+    step: int
+    query_pos: Int[Tensor, "batch query"]
+    rows: Int[Tensor, " batch"]
+    key_pos: Int[Tensor, "batch key"] | None = None
+    n_rows: int | None = None
+    first: int = 0
+    n_pos: int | None = None
+
+    def at(self, start: int, stop: int) -> Run:
+        """Return the run as seen by a piece of the positions."""
+        n_pos = self.query_pos.shape[1] if self.n_pos is None else self.n_pos
+        return replace(
+            self,
+            query_pos=self.query_pos[:, start:stop],
+            first=self.first + start,
+            n_pos=n_pos,
+        )
+
+    def of_rows(self, index: Int[Tensor, " row"]) -> Run:
+        """Return the run as seen by some rows of this forward."""
+        key_pos = None if self.key_pos is None else self.key_pos[index]
+        return replace(
+            self, query_pos=self.query_pos[index], rows=self.rows[index], key_pos=key_pos
+        )
+
+    def on(self, device: torch.device) -> Run:
+        """Return the run as layers on another device see it."""
+        key_pos = None if self.key_pos is None else self.key_pos.to(device)
+        return replace(
+            self,
+            query_pos=self.query_pos.to(device),
+            rows=self.rows.to(device),
+            key_pos=key_pos,
+        )
+
+    def with_keys(self, key_pos: Int[Tensor, "batch key"]) -> Run:
+        """Return the run as attention's score and pattern points see it."""
+        return replace(self, key_pos=key_pos)
+
+
+class RunHolder(threading.local):
+    """The current `Run` of each thread, shared by all hook points of one model."""
+
+    run: Run | None = None
+
+    def __reduce__(self) -> tuple[type[RunHolder], tuple[()]]:
+        """Copy and pickle as one that holds none: a run is not a part of a model."""
+        return RunHolder, ()
