@@ -3,30 +3,32 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import ItemsView, Iterator, KeysView, Mapping, ValuesView
-from typing import TYPE_CHECKING, Any
+import os
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from hooked_hybrid.hooks.names import HookNameError, Shorthand, not_kept, resolve
-from hooked_hybrid.hooks.places import Places
 from hooked_hybrid.hooks.slicing import PosSlice, indices_on, is_one
-from hooked_hybrid.model.cache_positions import CachePositions
-from hooked_hybrid.model.residual.stacks import ResidualStacks
+from hooked_hybrid.model import cache_files, cache_positions
+from hooked_hybrid.model.cached_values import CachedValues
+from hooked_hybrid.model.residual import norms, reading, stacks
 
 if TYPE_CHECKING:
     from hooked_hybrid.model.language_model import LanguageModel
 
+C = TypeVar("C", bound="ActivationCache")
 
-class ActivationCache(CachePositions, ResidualStacks, Mapping[Any, Tensor]):
+
+class ActivationCache(CachedValues):
     """A read-only mapping from hook names to values, in the order they were computed.
 
     `cache["blocks.2.attn.hook_pattern"]`, `cache["pattern", 2]`, `cache["resid_post", -1]`,
     `cache["scale", 0, "ln1"]` and `cache["embed"]` all work; gradients are at name + "_grad".
     Each value has memory of its own. What a cache says about positions and padding is in
-    `CachePositions`, about the residual stream and the logits in `ResidualStacks`.
+    `cache_positions`, about the residual stream in `residual.stacks`, about norms and logits in
+    `residual.norms`: the functions there are methods here, whose first argument is the cache.
 
     A copy (`copy.deepcopy`) has the same model; pickled, or saved with `save`, a cache is without
     it, and is given one by `cache.model = model`.
@@ -44,126 +46,76 @@ class ActivationCache(CachePositions, ResidualStacks, Mapping[Any, Tensor]):
         ValueError: `attention_mask` with `places`, or one that is not a mask.
     """
 
-    def __init__(
-        self,
-        cache_dict: dict[str, Tensor],
-        model: LanguageModel | None,
-        has_batch_dim: bool = True,
-        pos_slice: PosSlice = None,
-        places: dict[str, Places] | None = None,
-        *,
-        attention_mask: Int[Tensor, "batch pos"] | None = None,
-    ) -> None:
-        self.cache_dict = cache_dict
-        self._model = model
-        self.has_batch_dim = has_batch_dim
-        self.pos_slice = pos_slice
-        self.n_layers = 0 if model is None else model.cfg.n_layers
-        points = {} if model is None else model.hook_dict
-        known = [name for name in cache_dict if name.removesuffix("_grad") in points]
-        self.axes = {name: points[name.removesuffix("_grad")].axes for name in known}
-        self.places = dict(places or {})
-        if attention_mask is not None:
-            self._place_by_mask(attention_mask)
+    positions = cache_positions.positions
+    last_token = cache_positions.last_token
+    mean_over_pos = cache_positions.mean_over_pos
+    unpadded = cache_positions.unpadded
+    value_at = cache_positions.value_at
+    require_first_positions = cache_positions.require_first_positions
+
+    accumulated_resid = stacks.accumulated_resid
+    decompose_resid = stacks.decompose_resid
+    compute_head_results = stacks.compute_head_results
+    stack_head_results = stacks.stack_head_results
+    stack_expert_results = stacks.stack_expert_results
+    get_neuron_results = stacks.get_neuron_results
+    stack_neuron_results = stacks.stack_neuron_results
+    stack_activation = stacks.stack_activation
+    get_full_resid_decomposition = stacks.get_full_resid_decomposition
+    apply_ln_to_stack = norms.apply_ln_to_stack
+    logit_attrs = norms.logit_attrs
+    require_parts = reading.require_parts
+    read_parts = reading.read_parts
 
     @property
-    def model(self) -> LanguageModel:
-        """The model the values come from.
+    def attention_mask(self) -> Int[Tensor, "*batch pos"]:
+        """1 at tokens and 0 at padding, for the positions that values hold.
+
+        In a cache of a generation also 0 where a row had ended. (Fewer logits may have been
+        computed than positions: `positions(name)` is that of one value.)
 
         Raises:
-            ValueError: the cache was unpickled or loaded, and was not given one.
+            ValueError: no value has positions, or the cache was made by hand without a mask.
         """
-        if self._model is None:
-            raise ValueError(
-                "this cache came without its model, which this needs: set cache.model = model"
-            )
-        return self._model
-
-    @model.setter
-    def model(self, model: LanguageModel) -> None:
-        self._model, self.n_layers = model, model.cfg.n_layers
+        return (self.positions() >= 0).long()
 
     @property
-    def has_embed(self) -> bool:
-        """Whether the embedding is in the cache."""
-        return "hook_embed" in self.cache_dict
+    def has_padding(self) -> bool:
+        """Whether some entry of some value stands at padding, as far as is known."""
+        return cache_positions.has_padding(self)
 
-    def full_name(self, key: Shorthand) -> str:
-        """Return the full name of a value that was kept.
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the cache to a safetensors file, whole or not at all; `load` reads it.
 
-        Raises:
-            HookNameError: (a KeyError) nothing of this name was kept: a point of the model that was
-                not, with the way to keep it, or the nearest names.
-        """
-        if isinstance(key, str) and key in self.cache_dict:
-            return key
-        try:
-            return resolve(key, self.cache_dict.keys(), self.n_layers)
-        except HookNameError:
-            points = {} if self._model is None else self._model.hook_dict
-            known = {**points, **{f"{name}_grad": point for name, point in points.items()}}
-            name = resolve(key, known.keys(), self.n_layers)
-            raise HookNameError(not_kept(name, known[name].is_large)) from None
-
-    def __getitem__(self, key: Shorthand) -> Tensor:
-        """Return the value at a full name or shorthand.
+        Any reader of safetensors finds the values under their full names; under names that begin
+        with "places." are the positions of their entries.
 
         Raises:
-            HookNameError: as `full_name`.
+            OSError: the file cannot be written.
         """
-        return self.cache_dict[self.full_name(key)]
+        cache_files.save_values(self, path)
 
-    def __contains__(self, key: object) -> bool:
-        parts = key if isinstance(key, tuple) else (key,)
-        if not parts or not isinstance(parts[0], str):
-            return False
-        try:
-            self[key]  # type: ignore[index]
-        except HookNameError:
-            return False
-        return True
+    @classmethod
+    def load(
+        cls: type[C],
+        path: str | os.PathLike[str],
+        model: LanguageModel | None = None,
+        device: torch.device | str = "cpu",
+    ) -> C:
+        """Read a cache that `save` wrote.
 
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.cache_dict)
+        Args:
+            path: the file.
+            model: that it comes from; may also be given later, as `cache.model`.
+            device: where the values are put.
 
-    def __len__(self) -> int:
-        return len(self.cache_dict)
+        Raises:
+            FileNotFoundError, safetensors.SafetensorError: no such file, or no safetensors file.
+            ValueError: a safetensors file that holds something else, or of another model.
+        """
+        return cache_files.load_values(cls, path, model, device)
 
-    def __repr__(self) -> str:
-        return f"ActivationCache with {len(self)} values, {self.n_bytes / 1e6:.1f} MB"
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Return what is pickled: everything but the model."""
-        return {**self.__dict__, "_model": None}
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> ActivationCache:
-        """Return a cache of copies, of the same model."""
-        other = type(self).__new__(type(self))
-        other.__dict__ = copy.deepcopy(self.__getstate__(), memo)
-        other._model = self._model
-        return other
-
-    def keys(self) -> KeysView[str]:
-        """Return the full names."""
-        return self.cache_dict.keys()
-
-    def values(self) -> ValuesView[Tensor]:
-        """Return the values."""
-        return self.cache_dict.values()
-
-    def items(self) -> ItemsView[str, Tensor]:
-        """Return full names and values."""
-        return self.cache_dict.items()
-
-    @property
-    def n_bytes(self) -> int:
-        """Bytes of the storage behind the values, each counted once."""
-        storages = {
-            t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in self.values()
-        }
-        return sum(storages.values())
-
-    def remove_batch_dim(self) -> ActivationCache:
+    def remove_batch_dim(self: C) -> C:
         """Drop the batch axis, in place, and return the cache.
 
         Raises:
@@ -178,7 +130,7 @@ class ActivationCache(CachePositions, ResidualStacks, Mapping[Any, Tensor]):
             self.has_batch_dim = False
         return self
 
-    def apply_slice_to_batch_dim(self, batch_slice: PosSlice) -> ActivationCache:
+    def apply_slice_to_batch_dim(self: C, batch_slice: PosSlice) -> C:
         """Return a cache of copies of some rows; an int drops the batch axis.
 
         Args:
@@ -200,7 +152,7 @@ class ActivationCache(CachePositions, ResidualStacks, Mapping[Any, Tensor]):
                 some.places[name] = self.places[name].of_rows(index)
         return some.remove_batch_dim() if is_one(batch_slice) else some
 
-    def to(self, device: torch.device | str, move_model: bool = False) -> ActivationCache:
+    def to(self: C, device: torch.device | str, move_model: bool = False) -> C:
         """Move every value to a device, in place, and return the cache."""
         self.cache_dict = {name: t.to(device) for name, t in self.items()}
         if move_model:

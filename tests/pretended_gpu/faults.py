@@ -100,7 +100,7 @@ FAULTS = {
         "state_edges_cut_by_a_mask, forward",
     ),
     "a norm's weight not moved": Fault(
-        "model.residual.norms:ResidualNorms.apply_ln_to_stack",
+        "model.residual.norms:apply_ln_to_stack",
         "norm.w.to(stack.device)",
         "norm.w",
         "parts_of_a_cache_on_the_host",

@@ -3,7 +3,25 @@
 The stream after the last block is the embedding plus what every mixer and every MLP wrote. A stack
 made from a cache sums to the stream of that run to rounding, with the effects of hooks on the
 parts. An edit of the stream itself (`hook_resid_*`) belongs to no part; a remainder takes it.
-Names, arguments and meaning are those of TransformerLens's `ActivationCache`.
+Names, arguments and meaning are those of TransformerLens's `ActivationCache`, whose methods these
+functions are.
+
+Arguments they share:
+    layer: stack what was written before this layer; None and -1 mean all layers.
+    mlp_input: also what its mixer wrote, up to what its MLP reads.
+    apply_ln: divide by the scale of the norm that reads the stream there, and multiply by its
+        weight; see `apply_ln_to_stack`.
+    pos_slice: positions, among those that the cache holds: an int or "last", each row's last
+        token, drops the axis; a slice, indices or a mask keep it. A single position that is
+        padding in some row is an error.
+    return_labels: return `(stack, labels)`.
+    incl_remainder: add what the stream there holds beyond the stack, labelled "remainder".
+    project_output_onto: directions [d_model] or [d_model output] to take each part along, without
+        ever holding whole parts; the last axis is then gone, or `output`.
+
+They raise `HookNameError` where the cache holds too little, with the `names_filter` that keeps
+enough; `ValueError` for a layer that is not there or a stack of nothing; `MemoryError` for a stack
+that would not fit.
 """
 
 from __future__ import annotations
@@ -17,266 +35,264 @@ from torch import Tensor
 
 from hooked_hybrid.hooks.names import find, get_act_name
 from hooked_hybrid.hooks.slicing import PosSlice
+from hooked_hybrid.model.cached_values import CachedValues
 from hooked_hybrid.model.residual import parts as parts_of
-from hooked_hybrid.model.residual.norms import ResidualNorms
-from hooked_hybrid.model.residual.reading import Onto
+from hooked_hybrid.model.residual.norms import apply_ln_to_stack
+from hooked_hybrid.model.residual.reading import (
+    Onto,
+    mixer_parts_before,
+    place_at,
+    read_parts,
+    require_parts,
+    stack_parts,
+    write_parts,
+)
 from hooked_hybrid.network.part import not_stated
 
 Stacked = Float[Tensor, "component ..."] | tuple[Float[Tensor, "component ..."], list[str]]
 
 
-class ResidualStacks(ResidualNorms):
-    """The methods of `ActivationCache` that take the residual stream apart.
+def accumulated_resid(
+    cache: CachedValues,
+    layer: int | None = None,
+    incl_mid: bool = False,
+    apply_ln: bool = False,
+    pos_slice: PosSlice = None,
+    mlp_input: bool = False,
+    return_labels: bool = False,
+) -> Stacked:
+    """Stack the stream as it enters each layer up to `layer`: its sums so far.
 
-    Arguments they share:
-        layer: stack what was written before this layer; None and -1 mean all layers.
-        mlp_input: also what its mixer wrote, up to what its MLP reads.
-        apply_ln: divide by the scale of the norm that reads the stream there, and multiply by its
-            weight; see `apply_ln_to_stack`.
-        pos_slice: positions, among those that the cache holds: an int or "last", each row's last
-            token, drops the axis; a slice, indices or a mask keep it. A single position that is
-            padding in some row is an error.
-        return_labels: return `(stack, labels)`.
-        incl_remainder: add what the stream there holds beyond the stack, labelled "remainder".
-        project_output_onto: directions [d_model] or [d_model output] to take each part along,
-            without ever holding whole parts; the last axis is then gone, or `output`.
-
-    They raise `HookNameError` where the cache holds too little, with the `names_filter` that keeps
-    enough; `ValueError` for a layer that is not there or a stack of nothing; `MemoryError` for a
-    stack that would not fit.
+    Labels are "0_pre", "0_mid" (with `incl_mid`) and so on, and "final_post" at the end of all
+    layers. With `apply_ln` there, each is divided by its own scale, as a logit lens needs;
+    before an earlier layer all are divided by the scale of that layer's norm.
     """
+    place, n_layers = place_at(cache, layer, mlp_input), cache.model.cfg.n_layers
+    parts = []
+    for i in range(place.layer + 1):
+        label = "final_post" if i == n_layers else f"{i}_pre"
+        parts.append(replace(parts_of.stream(cache.model, i, False), labels=(label,)))
+        if (incl_mid and i < place.layer) or (mlp_input and i == place.layer):
+            parts.append(replace(parts_of.stream(cache.model, i, True), labels=(f"{i}_mid",)))
+    at_end = place.layer == n_layers
+    by_cached = apply_ln and not at_end
+    stack, labels = stack_parts(cache, "accumulated_resid", parts, place, pos_slice, by_cached)
+    if apply_ln and at_end:
+        stack = apply_ln_to_stack(cache, stack, recompute_ln=True)
+    return (stack, labels) if return_labels else stack
 
-    def accumulated_resid(
-        self,
-        layer: int | None = None,
-        incl_mid: bool = False,
-        apply_ln: bool = False,
-        pos_slice: PosSlice = None,
-        mlp_input: bool = False,
-        return_labels: bool = False,
-    ) -> Stacked:
-        """Stack the stream as it enters each layer up to `layer`: its sums so far.
 
-        Labels are "0_pre", "0_mid" (with `incl_mid`) and so on, and "final_post" at the end of all
-        layers. With `apply_ln` there, each is divided by its own scale, as a logit lens needs;
-        before an earlier layer all are divided by the scale of that layer's norm.
-        """
-        place, n_layers = self._place(layer, mlp_input), self.model.cfg.n_layers
-        parts = []
-        for i in range(place.layer + 1):
-            label = "final_post" if i == n_layers else f"{i}_pre"
-            parts.append(replace(parts_of.stream(self.model, i, False), labels=(label,)))
-            if (incl_mid and i < place.layer) or (mlp_input and i == place.layer):
-                parts.append(replace(parts_of.stream(self.model, i, True), labels=(f"{i}_mid",)))
-        at_end = place.layer == n_layers
-        by_cached = apply_ln and not at_end
-        stack, labels = self._stacked("accumulated_resid", parts, place, pos_slice, by_cached)
-        if apply_ln and at_end:
-            stack = self.apply_ln_to_stack(stack, recompute_ln=True)
-        return (stack, labels) if return_labels else stack
+def decompose_resid(
+    cache: CachedValues,
+    layer: int | None = None,
+    mlp_input: bool = False,
+    mode: Literal["all", "mlp", "mixer", "attn"] = "all",
+    apply_ln: bool = False,
+    pos_slice: PosSlice = None,
+    incl_embeds: bool = True,
+    return_labels: bool = False,
+) -> Stacked:
+    """Stack what the embedding, each mixer and each MLP wrote; they sum to the stream.
 
-    def decompose_resid(
-        self,
-        layer: int | None = None,
-        mlp_input: bool = False,
-        mode: Literal["all", "mlp", "mixer", "attn"] = "all",
-        apply_ln: bool = False,
-        pos_slice: PosSlice = None,
-        incl_embeds: bool = True,
-        return_labels: bool = False,
-    ) -> Stacked:
-        """Stack what the embedding, each mixer and each MLP wrote; they sum to the stream.
+    Labels say what each is: "embed", "0_rglru_out", "0_mamba_out", "2_attn_out", "2_mlp_out",
+    "3_moe_out".
 
-        Labels say what each is: "embed", "0_rglru_out", "0_mamba_out", "2_attn_out", "2_mlp_out",
-        "3_moe_out".
+    Args:
+        mode: "all"; "mlp", MLPs and mixtures; "mixer"; or "attn", attention layers alone.
+        incl_embeds: begin with the embedding.
+    """
+    if mode not in ("all", "mlp", "mixer", "attn"):
+        raise ValueError(f"mode={mode!r}: give 'all', 'mlp', 'mixer' or 'attn'")
+    place, cfg = place_at(cache, layer, mlp_input), cache.model.cfg
+    mixers = {"mlp": (), "attn": cfg.attention_layers}.get(mode, range(cfg.n_layers))
+    parts = [parts_of.embedding()] if incl_embeds else []
+    for i in range(place.layer + mlp_input):
+        if i in mixers:
+            parts.append(parts_of.mixer(cache.model, i))
+        if i < place.layer and mode in ("all", "mlp"):
+            parts.append(parts_of.mlp(cache.model, i))
+    stack, labels = stack_parts(cache, "decompose_resid", parts, place, pos_slice, apply_ln)
+    return (stack, labels) if return_labels else stack
 
-        Args:
-            mode: "all"; "mlp", MLPs and mixtures; "mixer"; or "attn", attention layers alone.
-            incl_embeds: begin with the embedding.
-        """
-        if mode not in ("all", "mlp", "mixer", "attn"):
-            raise ValueError(f"mode={mode!r}: give 'all', 'mlp', 'mixer' or 'attn'")
-        place, cfg = self._place(layer, mlp_input), self.model.cfg
-        mixers = {"mlp": (), "attn": cfg.attention_layers}.get(mode, range(cfg.n_layers))
-        parts = [parts_of.embedding()] if incl_embeds else []
-        for i in range(place.layer + mlp_input):
-            if i in mixers:
-                parts.append(parts_of.mixer(self.model, i))
-            if i < place.layer and mode in ("all", "mlp"):
-                parts.append(parts_of.mlp(self.model, i))
-        stack, labels = self._stacked("decompose_resid", parts, place, pos_slice, apply_ln)
-        return (stack, labels) if return_labels else stack
 
-    def compute_head_results(self) -> None:
-        """Keep `hook_result` of every attention layer in the cache, as z @ W_O where it is not."""
-        layers = self.model.cfg.attention_layers
-        parts = [parts_of.mixer_parts(self.model, i) for i in layers]
-        self.require_parts("compute_head_results", parts)
-        for part in parts:
-            name = part.ways[0].names[0]
-            self.cache_dict[name] = self.read_parts(part, None, None).movedim(0, -2)
+def compute_head_results(cache: CachedValues) -> None:
+    """Keep `hook_result` of every attention layer in the cache, as z @ W_O where it is not."""
+    layers = cache.model.cfg.attention_layers
+    parts = [parts_of.mixer_parts(cache.model, i) for i in layers]
+    require_parts(cache, "compute_head_results", parts)
+    for part in parts:
+        name = part.ways[0].names[0]
+        cache.cache_dict[name] = read_parts(cache, part, None, None).movedim(0, -2)
 
-    def stack_head_results(
-        self,
-        layer: int | None = -1,
-        return_labels: bool = False,
-        incl_remainder: bool = False,
-        pos_slice: PosSlice = None,
-        apply_ln: bool = False,
-        *,
-        mlp_input: bool = False,
-        recurrent: Literal["none", "layer", "block"] = "none",
-    ) -> Stacked:
-        """Stack what each attention head wrote, "L2H0" and so on: `hook_result`, or z @ W_O.
 
-        Args:
-            recurrent: what stands for recurrent layers. "none": nothing. "layer": one part each,
-                "0_rglru_out". "block": the gate blocks of an RG-LRU, "L0B1", each the block's
-                channels of `hook_gated` through its rows of the output projection; a Mamba layer
-                has no groups of channels that act apart and stays one part. Output biases of heads
-                and blocks are in the remainder.
-        """
-        place = self._place(layer, mlp_input)
-        parts = self._mixer_parts(place, recurrent)
-        what, rest = "stack_head_results", incl_remainder
-        stack, labels = self._stacked(what, parts, place, pos_slice, apply_ln, incl_remainder=rest)
-        return (stack, labels) if return_labels else stack
+def stack_head_results(
+    cache: CachedValues,
+    layer: int | None = -1,
+    return_labels: bool = False,
+    incl_remainder: bool = False,
+    pos_slice: PosSlice = None,
+    apply_ln: bool = False,
+    *,
+    mlp_input: bool = False,
+    recurrent: Literal["none", "layer", "block"] = "none",
+) -> Stacked:
+    """Stack what each attention head wrote, "L2H0" and so on: `hook_result`, or z @ W_O.
 
-    def stack_expert_results(
-        self,
-        layer: int | None = -1,
-        return_labels: bool = False,
-        incl_remainder: bool = False,
-        pos_slice: PosSlice = None,
-        apply_ln: bool = False,
-        *,
-        mlp_input: bool = False,
-    ) -> Stacked:
-        """Stack what each expert of each mixture wrote, "L3E1" and so on: 0 where not chosen.
+    Args:
+        recurrent: what stands for recurrent layers. "none": nothing. "layer": one part each,
+            "0_rglru_out". "block": the gate blocks of an RG-LRU, "L0B1", each the block's
+            channels of `hook_gated` through its rows of the output projection; a Mamba layer
+            has no groups of channels that act apart and stays one part. Output biases of heads
+            and blocks are in the remainder.
+    """
+    place = place_at(cache, layer, mlp_input)
+    parts = mixer_parts_before(cache, place, recurrent)
+    what, rest = "stack_head_results", incl_remainder
+    stacked = stack_parts(cache, what, parts, place, pos_slice, apply_ln, incl_remainder=rest)
+    return stacked if return_labels else stacked[0]
 
-        From `hook_expert_out` or `hook_expert_post` where they are cached; else the chosen experts
-        run again on what the mixture read.
-        """
-        place = self._place(layer, mlp_input)
-        mixtures = [i for i in range(place.layer) if parts_of.letter(self.model, i) == "E"]
-        parts = [parts_of.mlp_parts(self.model, i) for i in mixtures]
-        what, rest = "stack_expert_results", incl_remainder
-        stack, labels = self._stacked(what, parts, place, pos_slice, apply_ln, incl_remainder=rest)
-        return (stack, labels) if return_labels else stack
 
-    def get_neuron_results(
-        self,
-        layer: int,
-        neuron_slice: PosSlice = None,
-        pos_slice: PosSlice = None,
-        project_output_onto: Onto | None = None,
-    ) -> Tensor:
-        """Return what each neuron of a dense MLP wrote [*batch_pos neuron d_model]."""
-        n_layers = self.model.cfg.n_layers
-        if not -n_layers <= layer < n_layers:
-            raise ValueError(f"layer={layer}: there are {n_layers} layers")
-        layer %= n_layers
-        letter = parts_of.letter(self.model, layer)
-        if letter == "E":
-            raise ValueError(f"layer {layer} has a mixture: see stack_expert_results")
-        if letter != "N":
-            raise not_stated(type(self.model.blocks[layer].mlp), "part_letter", "neurons")
-        part = parts_of.mlp_parts(self.model, layer, neuron_slice)
-        self.require_parts("get_neuron_results", [part])
-        results = self._write([part], pos_slice, project_output_onto)
-        is_one = project_output_onto is not None and project_output_onto.ndim == 1
-        return results.movedim(0, -1 if is_one else -2)
+def stack_expert_results(
+    cache: CachedValues,
+    layer: int | None = -1,
+    return_labels: bool = False,
+    incl_remainder: bool = False,
+    pos_slice: PosSlice = None,
+    apply_ln: bool = False,
+    *,
+    mlp_input: bool = False,
+) -> Stacked:
+    """Stack what each expert of each mixture wrote, "L3E1" and so on: 0 where not chosen.
 
-    def stack_neuron_results(
-        self,
-        layer: int | None,
-        pos_slice: PosSlice = None,
-        neuron_slice: PosSlice = None,
-        return_labels: bool = False,
-        incl_remainder: bool = False,
-        apply_ln: bool = False,
-        project_output_onto: Onto | None = None,
-        mlp_input: bool = False,
-    ) -> Stacked:
-        """Stack what each neuron of each dense MLP wrote, "L2N7" and so on.
+    From `hook_expert_out` or `hook_expert_post` where they are cached; else the chosen experts
+    run again on what the mixture read.
+    """
+    place = place_at(cache, layer, mlp_input)
+    mixtures = [i for i in range(place.layer) if parts_of.letter(cache.model, i) == "E"]
+    parts = [parts_of.mlp_parts(cache.model, i) for i in mixtures]
+    what, rest = "stack_expert_results", incl_remainder
+    stacked = stack_parts(cache, what, parts, place, pos_slice, apply_ln, incl_remainder=rest)
+    return stacked if return_labels else stacked[0]
 
-        Mixtures are in the remainder, as are output biases; `neuron_slice` chooses in every MLP.
-        """
-        place = self._place(layer, mlp_input)
-        dense = [i for i in range(place.layer) if parts_of.letter(self.model, i) == "N"]
-        parts = [parts_of.mlp_parts(self.model, i, neuron_slice) for i in dense]
-        stack, labels = self._stacked(
-            "stack_neuron_results",
-            parts,
-            place,
-            pos_slice,
-            apply_ln,
-            incl_remainder=incl_remainder,
-            onto=project_output_onto,
-        )
-        return (stack, labels) if return_labels else stack
 
-    def stack_activation(
-        self,
-        activation_name: str,
-        layer: int | None = -1,
-        sublayer_type: str | None = None,
-        return_labels: bool = False,
-    ) -> Stacked:
-        """Stack one hook point of every layer before `layer` that has it; labels are full names."""
-        last = self._place(layer, False).layer
-        names = [get_act_name(activation_name, i, sublayer_type) for i in range(last)]
-        found = (find(name, self.model.hook_dict) for name in names)
-        there = [name for name in found if name is not None]
-        if not there:
-            raise ValueError(f"no layer before {last} has {activation_name!r}, such as {names[:1]}")
-        self.require_parts("stack_activation", [parts_of.whole(name, name) for name in there])
-        shapes = {tuple(self.cache_dict[name].shape) for name in there}
-        if len(shapes) > 1:
-            raise ValueError(f"layers have {activation_name!r} in shapes {sorted(shapes)}")
-        stack = torch.stack([self.cache_dict[name] for name in there])
-        return (stack, there) if return_labels else stack
+def get_neuron_results(
+    cache: CachedValues,
+    layer: int,
+    neuron_slice: PosSlice = None,
+    pos_slice: PosSlice = None,
+    project_output_onto: Onto | None = None,
+) -> Tensor:
+    """Return what each neuron of a dense MLP wrote [*batch_pos neuron d_model]."""
+    n_layers = cache.model.cfg.n_layers
+    if not -n_layers <= layer < n_layers:
+        raise ValueError(f"layer={layer}: there are {n_layers} layers")
+    layer %= n_layers
+    letter = parts_of.letter(cache.model, layer)
+    if letter == "E":
+        raise ValueError(f"layer {layer} has a mixture: see stack_expert_results")
+    if letter != "N":
+        raise not_stated(type(cache.model.blocks[layer].mlp), "part_letter", "neurons")
+    part = parts_of.mlp_parts(cache.model, layer, neuron_slice)
+    require_parts(cache, "get_neuron_results", [part])
+    results = write_parts(cache, [part], pos_slice, project_output_onto)
+    is_one = project_output_onto is not None and project_output_onto.ndim == 1
+    return results.movedim(0, -1 if is_one else -2)
 
-    def get_full_resid_decomposition(
-        self,
-        layer: int | None = None,
-        mlp_input: bool = False,
-        expand_neurons: bool = True,
-        apply_ln: bool = False,
-        pos_slice: PosSlice = None,
-        return_labels: bool = False,
-        project_output_onto: Onto | None = None,
-        *,
-        expand_experts: bool = True,
-        recurrent: Literal["layer", "block"] = "block",
-    ) -> Stacked:
-        """Stack the finest parts there are; they sum to the stream.
 
-        In this order: heads and recurrent layers, MLPs, the embedding, and under "bias" what the
-        layers that are split wrote besides these parts: output biases, and, where the cache holds
-        their writes (`hook_mixer_out` or `hook_attn_out`, `hook_mlp_out`), edits of these.
+def stack_neuron_results(
+    cache: CachedValues,
+    layer: int | None,
+    pos_slice: PosSlice = None,
+    neuron_slice: PosSlice = None,
+    return_labels: bool = False,
+    incl_remainder: bool = False,
+    apply_ln: bool = False,
+    project_output_onto: Onto | None = None,
+    mlp_input: bool = False,
+) -> Stacked:
+    """Stack what each neuron of each dense MLP wrote, "L2N7" and so on.
 
-        Args:
-            expand_neurons: split dense MLPs into neurons.
-            expand_experts: split mixtures into experts; their neurons stay together.
-            recurrent: as in `stack_head_results`.
-        """
-        if recurrent not in ("layer", "block"):
-            raise ValueError(f"recurrent={recurrent!r}: give 'layer' or 'block'")
-        place = self._place(layer, mlp_input)
-        splits = {"N": expand_neurons, "E": expand_experts}
-        parts = self._mixer_parts(place, recurrent)
-        for i in range(place.layer):
-            is_split = splits.get(parts_of.letter(self.model, i) or "", True)
-            parts.append((parts_of.mlp_parts if is_split else parts_of.mlp)(self.model, i))
-        parts.append(parts_of.embedding())
-        stack, labels = self._stacked(
-            "get_full_resid_decomposition",
-            parts,
-            place,
-            pos_slice,
-            apply_ln,
-            incl_bias=True,
-            onto=project_output_onto,
-        )
-        return (stack, labels) if return_labels else stack
+    Mixtures are in the remainder, as are output biases; `neuron_slice` chooses in every MLP.
+    """
+    place = place_at(cache, layer, mlp_input)
+    dense = [i for i in range(place.layer) if parts_of.letter(cache.model, i) == "N"]
+    parts = [parts_of.mlp_parts(cache.model, i, neuron_slice) for i in dense]
+    stack, labels = stack_parts(
+        cache,
+        "stack_neuron_results",
+        parts,
+        place,
+        pos_slice,
+        apply_ln,
+        incl_remainder=incl_remainder,
+        onto=project_output_onto,
+    )
+    return (stack, labels) if return_labels else stack
+
+
+def stack_activation(
+    cache: CachedValues,
+    activation_name: str,
+    layer: int | None = -1,
+    sublayer_type: str | None = None,
+    return_labels: bool = False,
+) -> Stacked:
+    """Stack one hook point of every layer before `layer` that has it; labels are full names."""
+    last = place_at(cache, layer, False).layer
+    names = [get_act_name(activation_name, i, sublayer_type) for i in range(last)]
+    found = (find(name, cache.model.hook_dict) for name in names)
+    there = [name for name in found if name is not None]
+    if not there:
+        raise ValueError(f"no layer before {last} has {activation_name!r}, such as {names[:1]}")
+    require_parts(cache, "stack_activation", [parts_of.whole(name, name) for name in there])
+    shapes = {tuple(cache.cache_dict[name].shape) for name in there}
+    if len(shapes) > 1:
+        raise ValueError(f"layers have {activation_name!r} in shapes {sorted(shapes)}")
+    stack = torch.stack([cache.cache_dict[name] for name in there])
+    return (stack, there) if return_labels else stack
+
+
+def get_full_resid_decomposition(
+    cache: CachedValues,
+    layer: int | None = None,
+    mlp_input: bool = False,
+    expand_neurons: bool = True,
+    apply_ln: bool = False,
+    pos_slice: PosSlice = None,
+    return_labels: bool = False,
+    project_output_onto: Onto | None = None,
+    *,
+    expand_experts: bool = True,
+    recurrent: Literal["layer", "block"] = "block",
+) -> Stacked:
+    """Stack the finest parts there are; they sum to the stream.
+
+    In this order: heads and recurrent layers, MLPs, the embedding, and under "bias" what the
+    layers that are split wrote besides these parts: output biases, and, where the cache holds
+    their writes (`hook_mixer_out` or `hook_attn_out`, `hook_mlp_out`), edits of these.
+
+    Args:
+        expand_neurons: split dense MLPs into neurons.
+        expand_experts: split mixtures into experts; their neurons stay together.
+        recurrent: as in `stack_head_results`.
+    """
+    if recurrent not in ("layer", "block"):
+        raise ValueError(f"recurrent={recurrent!r}: give 'layer' or 'block'")
+    place = place_at(cache, layer, mlp_input)
+    splits = {"N": expand_neurons, "E": expand_experts}
+    parts = mixer_parts_before(cache, place, recurrent)
+    for i in range(place.layer):
+        is_split = splits.get(parts_of.letter(cache.model, i) or "", True)
+        parts.append((parts_of.mlp_parts if is_split else parts_of.mlp)(cache.model, i))
+    parts.append(parts_of.embedding())
+    stack, labels = stack_parts(
+        cache,
+        "get_full_resid_decomposition",
+        parts,
+        place,
+        pos_slice,
+        apply_ln,
+        incl_bias=True,
+        onto=project_output_onto,
+    )
+    return (stack, labels) if return_labels else stack
