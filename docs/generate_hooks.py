@@ -2,14 +2,14 @@
 
     python docs/generate_hooks.py
 
-What a hook point means stands in `MEANINGS`, by the class it belongs to; everything else on the
-page is read off models without weights. A hook point without a meaning, or a meaning without a hook
-point, is an error.
+The meaning of a hook point comes from the class that it belongs to: `hook_meanings` of a mixer or
+an MLP, and `MEANINGS` for all other classes. Everything else on the page is read from models
+without weights. A hook point without a meaning, or a meaning without a hook point, is an error.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
@@ -18,6 +18,9 @@ from torch import nn
 
 from hooked_hybrid import HookedHybrid, HookPoint, HybridConfig
 from hooked_hybrid.accounting.configs import PUBLISHED
+from hooked_hybrid.network.mixers import MIXERS
+from hooked_hybrid.network.mlps import MLPS
+from hooked_hybrid.network.part import Part
 
 PAGE = Path(__file__).parent / "hooks.md"
 
@@ -42,74 +45,14 @@ MEANINGS: dict[str, dict[str, str]] = {
     "Unembed": {
         "hook_logits": "the logits asked for, before the soft cap",
     },
-    "Attention": {
-        "hook_q_input": "each query head's own copy of what the layer reads, after `ln1`",
-        "hook_k_input": "each key-value head's own copy of it, for its keys",
-        "hook_v_input": "each key-value head's own copy of it, for its values",
-        "hook_q": "queries, before rotation",
-        "hook_k": "keys, before rotation",
-        "hook_v": "values",
-        "hook_rot_q": "queries, rotated by their positions",
-        "hook_rot_k": "keys, rotated by their positions: what the state remembers",
-        "hook_attn_scores": "scaled and masked scores, before the softmax",
-        "hook_pattern": "attention weights: the softmax of the scores over keys",
-        "hook_z": "the values each head reads, weighted by its pattern",
-        "hook_result": "what each head writes to the residual stream; the output bias is apart",
-    },
-    "RGLRU": {
-        "hook_in_proj": "the recurrent branch, before the convolution",
-        "hook_gate": "the gate branch, after its gelu",
-        "hook_conv": "the convolution's output: what the gates and the recurrence read",
-        "hook_input_gate": "the input gate i, in 0 to 1",
-        "hook_rec_gate": "the recurrence gate r, in 0 to 1",
-        "hook_log_decay": "the log of the decay a: -8 r softplus(a_param), before any reset",
-        "hook_ssm_write": "what is added to the state: sqrt(1 - a^2) i u",
-        "hook_ssm_state": "the state h after each position, fp32; an edit reaches all later ones",
-        "hook_ssm_y": "the state as read, in the model's dtype",
-        "hook_gated": "the product of state and gate branch: what the output map reads",
-    },
-    "Mamba": {
-        "hook_in_proj": "the recurrent branch, before the convolution",
-        "hook_gate": "the gate branch z, after its silu",
-        "hook_conv": "the convolution's output, before its silu",
-        "hook_ssm_input": "the scan's input u: the convolution after its silu",
-        "hook_dt_low": "the low-rank step sizes, after their norm",
-        "hook_ssm_B": "B, after its norm: how an input is spread over the states",
-        "hook_ssm_C": "C, after its norm: how the states are read",
-        "hook_dt_proj": "the step sizes before the softplus",
-        "hook_ssm_dt": "the step sizes delta, after the softplus, in fp32",
-        "hook_ssm_decay": "the decay exp(delta A) of each state",
-        "hook_ssm_write": "what is added to each state: delta B u",
-        "hook_ssm_state": "the states h after each position, fp32; an edit reaches all later ones",
-        "hook_ssm_y": "the scan's output C h + D u",
-        "hook_gated": "the product of output and gate branch: what the output map reads",
-    },
-    "GatedMLP": {
-        "hook_pre": "the gate, before its nonlinearity",
-        "hook_act": "the gate, after its nonlinearity",
-        "hook_pre_linear": "the linear branch",
-        "hook_post": "the product of the two: what the output map reads",
-    },
-    "MoE": {
-        "hook_router_logits": "the router's logit of every expert",
-        "hook_expert_weights": "the chosen experts' shares of a softmax over all, not renormalised",
-        "hook_expert_indices": "which experts are chosen, the largest share first",
-        "hook_expert_post": "each chosen expert's product of gate and linear branch",
-        "hook_expert_out": "what each chosen expert writes, times its share",
-    },
 }
-"""What each hook point holds, by the class that has it and its last name."""
+"""What each hook point outside mixers and MLPs holds, by the class that has it and its name."""
 
 TITLES = {
     "HookedHybrid": "The model",
     "Block": "Every block, `blocks.i.`",
     "RMSNorm": "Norms, `blocks.i.ln1.`, `blocks.i.ln2.`, `ln_final.`",
     "Unembed": "Unembedding, `unembed.`",
-    "Attention": "Attention, `blocks.i.attn.`",
-    "RGLRU": "RG-LRU, `blocks.i.mixer.`",
-    "Mamba": "Mamba, `blocks.i.mixer.`",
-    "GatedMLP": "Gated MLP, `blocks.i.mlp.`",
-    "MoE": "Mixture of experts, `blocks.i.mlp.`",
 }
 
 MODELS: dict[str, HybridConfig] = {
@@ -167,19 +110,26 @@ def owner(model: HookedHybrid, name: str) -> str:
     return type(module).__name__
 
 
+def meanings_of(module: nn.Module) -> Mapping[str, str]:
+    """Return what the hook points of a module hold, by the last part of their names."""
+    if isinstance(module, Part):
+        return module.hook_meanings
+    return MEANINGS.get(type(module).__name__, {})
+
+
 def meaning(model: HookedHybrid, name: str) -> str:
     """Return what a hook point holds.
 
     Raises:
-        LookupError: `MEANINGS` has no line for it.
+        LookupError: neither its mixer or MLP nor `MEANINGS` has a line for it.
     """
-    try:
-        return MEANINGS[owner(model, name)][name.rpartition(".")[2]]
-    except KeyError:
-        raise LookupError(
-            f"{name!r} has no meaning: add a line for {owner(model, name)} to MEANINGS in "
-            "docs/generate_hooks.py"
-        ) from None
+    path, _, leaf = name.rpartition(".")
+    module: nn.Module = model.mod_dict[path] if path else model
+    if leaf not in (found := meanings_of(module)):
+        kind = type(module).__name__
+        where = f"`hook_meanings` of {kind}" if isinstance(module, Part) else "`MEANINGS`"
+        raise LookupError(f"{name!r} has no meaning: add a line for {kind} to {where}")
+    return found[leaf]
 
 
 def shape(model: HookedHybrid, name: str) -> tuple[str, ...]:
@@ -209,23 +159,46 @@ def table(head: tuple[str, ...], lines: Iterable[tuple[str, ...]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in (head, rules, *lines)) + "\n"
 
 
+def kinds_of(models: Iterable[HookedHybrid]) -> dict[str, tuple[str, Mapping[str, str]]]:
+    """Return the title and the meanings of each class with hook points, by its name.
+
+    The classes of `MEANINGS` come first, then the mixers and the MLPs that the models have.
+    """
+    found = {kind: (TITLES[kind], texts) for kind, texts in MEANINGS.items()}
+    paths = {
+        type(module): name.split(".", 2)[2]
+        for model in models
+        for name, module in model.mod_dict.items()
+        if isinstance(module, Part)
+    }
+    for part in (*MIXERS.values(), *MLPS.values()):
+        if part in paths:
+            title = f"{part.title[0].upper()}{part.title[1:]}, `blocks.i.{paths[part]}.`"
+            found[part.__name__] = title, part.hook_meanings
+    return found
+
+
 def meanings_section(models: Iterable[HookedHybrid]) -> str:
     """Return a table for each class: what its hook points hold, with their axes.
 
     Raises:
         LookupError: a hook point without a meaning, or a meaning without a hook point.
     """
-    found: dict[str, dict[str, tuple[str, ...]]] = {kind: {} for kind in MEANINGS}
+    models = list(models)
+    kinds = kinds_of(models)
+    found: dict[str, dict[str, tuple[str, ...]]] = {kind: {} for kind in kinds}
     for model in models:
         for name, point in model.hook_dict.items():
             text, leaf = meaning(model, name), name.rpartition(".")[2]
             line = (f"`{leaf}`", text, " ".join(point.axes), marks(point))
             found[owner(model, name)][leaf] = line
-    for kind, texts in MEANINGS.items():
+    for kind, (_, texts) in kinds.items():
         if unused := sorted(set(texts) - set(found[kind])):
-            raise LookupError(f"{kind} has no hook points {unused}: remove them from MEANINGS")
+            raise LookupError(f"{kind} has no hook points {unused}: remove their meanings")
     head = ("name", "holds", "axes", "marks")
-    parts = [f"### {TITLES[kind]}\n\n{table(head, found[kind].values())}" for kind in MEANINGS]
+    parts = [
+        f"### {kinds[kind][0]}\n\n{table(head, lines.values())}" for kind, lines in found.items()
+    ]
     return "\n".join(["## What they hold\n", *parts])
 
 

@@ -73,6 +73,7 @@ def test_what_it_reads_and_writes_are_its_parameters_and_hook_points(kind: str):
         norm = part.get_submodule(inner.norm)
         assert norm.weight.shape[0] == parameters[inner.reader].shape[-1]
         assert inner.hook in points
+    assert set(part.hook_meanings) <= points
     children = {name.split(".")[0] for name in parameters}
     assert {*part.rows_apart, *part.rows_within} <= children
     assert part.title and part.row and part.label

@@ -1,4 +1,4 @@
-"""What a model cannot do without: its matrix products in prefill, its weights read in decoding."""
+"""Lower bounds of time: a model's matrix products in prefill, its weights read in decoding."""
 
 from __future__ import annotations
 
@@ -12,13 +12,9 @@ from torch.nn.functional import linear
 
 from experiments.benchmarks.timing import timed
 from hooked_hybrid import HookedHybrid
-from hooked_hybrid.config import (
-    AttentionConfig,
-    GatedMLPConfig,
-    MambaConfig,
-    MoEConfig,
-    RGLRUConfig,
-)
+from hooked_hybrid.config import MoEConfig
+from hooked_hybrid.network.layers import BlockDiagonalLinear, Linear
+from hooked_hybrid.network.part import Part
 
 PIECE = 512
 """Rows of one product: as fast as thousands, and small enough for the caches."""
@@ -34,33 +30,44 @@ class Product(NamedTuple):
 
 
 def products(model: HookedHybrid, tokens: Tensor, unembed: bool = False) -> list[Product]:
-    """Return the linear layers' products for a prompt; what reads the same input is one product.
+    """Return the products of the linear layers for a prompt; maps with one input are one product.
 
-    Only the experts that are chosen count. Attention itself is left out, and so is the unembedding
-    but with `unembed`.
+    Only chosen experts count. Attention's own products are left out; the unembedding is included
+    only with `unembed`.
     """
     n_pos, d_model = tokens.shape[1], model.cfg.d_model
     found: list[Product] = []
-    for i, layer in enumerate(model.cfg.layers):
-        mixer, mlp = layer.mixer, layer.mlp
-        if isinstance(mixer, AttentionConfig):
-            d_q, d_kv = mixer.n_heads * mixer.d_head, mixer.n_kv_heads * mixer.d_head
-            found += [Product(n_pos, d_model, d_q + 2 * d_kv), Product(n_pos, d_q, d_model)]
-        elif isinstance(mixer, RGLRUConfig):
-            d, n = mixer.d_rnn, mixer.n_gate_blocks
-            found += [Product(n_pos, d_model, 2 * d), Product(n_pos, d // n, 2 * d // n, n)]
-            found.append(Product(n_pos, d, d_model))
-        elif isinstance(mixer, MambaConfig):
-            d, low = mixer.d_inner, mixer.dt_rank
-            found += [Product(n_pos, d_model, 2 * d), Product(n_pos, d, low + 2 * mixer.d_state)]
-            found += [Product(n_pos, low, d), Product(n_pos, d, d_model)]
-        assert isinstance(mlp, GatedMLPConfig | MoEConfig)
-        if isinstance(mlp, MoEConfig):
-            found.append(Product(n_pos, d_model, mlp.n_experts))
-        for rows in _expert_rows(model, tokens, i) if isinstance(mlp, MoEConfig) else [n_pos]:
-            found.append(Product(rows, d_model, 2 * mlp.d_mlp))
-            found.append(Product(rows, mlp.d_mlp, d_model))
+    for name, part in model.named_modules():
+        if not isinstance(part, Part):
+            continue
+        if isinstance(part.cfg, MoEConfig):
+            found.append(Product(n_pos, d_model, part.cfg.n_experts))
+            for rows in _expert_rows(model, tokens, name):
+                found.append(Product(rows, d_model, 2 * part.cfg.d_mlp))
+                found.append(Product(rows, part.cfg.d_mlp, d_model))
+        else:
+            found += _products_of(part, n_pos)
     return [*found, Product(n_pos, d_model, model.cfg.d_vocab)] if unembed else found
+
+
+def _products_of(part: Part, n_pos: int) -> Iterator[Product]:
+    """Yield the products of a mixer or MLP; inner maps of equal input width share their input."""
+    weights = dict(part.named_parameters())
+    yield Product(
+        n_pos, weights[part.reads[0]].shape[-1], sum(weights[n].shape[0] for n in part.reads)
+    )
+    inner: dict[tuple[int, int], int] = {}
+    for name, layer in part.named_modules():
+        if f"{name}.weight" in (*part.reads, *part.writes):
+            continue
+        if isinstance(layer, Linear | BlockDiagonalLinear):
+            *stack, d_out, d_in = layer.weight.shape
+            blocks = stack[0] if stack else 1
+            inner[blocks, d_in] = inner.get((blocks, d_in), 0) + d_out
+    yield from (Product(n_pos, d_in, d_out, blocks) for (blocks, d_in), d_out in inner.items())
+    for name in part.writes:
+        d_out, d_in = weights[name].shape
+        yield Product(n_pos, d_in, d_out)
 
 
 def gemm_floor(wanted: Sequence[Product]) -> Callable[[], None]:
@@ -88,9 +95,9 @@ def pieces(n: int) -> Iterator[int]:
         yield min(PIECE, n - start)
 
 
-def _expert_rows(model: HookedHybrid, tokens: Tensor, layer: int) -> list[int]:
-    """Return how many tokens each expert of a layer is given."""
-    name = f"blocks.{layer}.mlp.hook_expert_indices"
+def _expert_rows(model: HookedHybrid, tokens: Tensor, mlp: str) -> list[int]:
+    """Return how many tokens each chosen expert computes, for the experts at `mlp`."""
+    name = f"{mlp}.hook_expert_indices"
     _, cache = model.run_with_cache(tokens, return_type=None, names_filter=name)
     return [n for n in cache[name].flatten().bincount().tolist() if n]
 

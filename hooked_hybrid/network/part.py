@@ -77,6 +77,9 @@ class Part(Component):
     inner_norms: ClassVar[tuple[FoldedNorm, ...]] = ()
     """Norms inside that are folded into what reads them."""
 
+    hook_meanings: ClassVar[Mapping[str, str]] = MappingProxyType({})
+    """What each of its hook points holds, by name, for the page of hook points."""
+
     part_letter: ClassVar[str | None] = None
     """What a part of its write is called in labels ("L2H0"); None where it acts as one."""
 

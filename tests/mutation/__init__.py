@@ -32,6 +32,7 @@ TARGETS = (
     "runs/statistics",
     "niah/cells",
     "runs/intervals",
+    "model/decoding",
     "model/generate",
     "model/sampling",
     "niah/cached_state/sweep",

@@ -11,6 +11,8 @@ rotary positions. Position t of a row reads the keys of its own document at t an
 
 from __future__ import annotations
 
+from types import MappingProxyType
+
 import torch
 from einops import rearrange
 from jaxtyping import Float
@@ -39,6 +41,22 @@ class Attention(Mixer[AttentionState]):
     out_hooks, grows, part_letter = ("hook_attn_out",), ("k", "v", "pos"), "H"
     reads, writes = ("q.weight", "k.weight", "v.weight"), ("o.weight",)
     hooks_after_norm = ("hook_q_input", "hook_k_input", "hook_v_input")
+    hook_meanings = MappingProxyType(
+        {
+            "hook_q_input": "each query head's own copy of what the layer reads, after `ln1`",
+            "hook_k_input": "each key-value head's own copy of it, for its keys",
+            "hook_v_input": "each key-value head's own copy of it, for its values",
+            "hook_q": "queries, before rotation",
+            "hook_k": "keys, before rotation",
+            "hook_v": "values",
+            "hook_rot_q": "queries, rotated by their positions",
+            "hook_rot_k": "keys, rotated by their positions: what the state remembers",
+            "hook_attn_scores": "scaled and masked scores, before the softmax",
+            "hook_pattern": "attention weights: the softmax of the scores over keys",
+            "hook_z": "the values each head reads, weighted by its pattern",
+            "hook_result": "what each head writes to the residual stream; the output bias is apart",
+        }
+    )
 
     def __init__(self, cfg: AttentionConfig, d_model: int) -> None:
         super().__init__(cfg, d_model)

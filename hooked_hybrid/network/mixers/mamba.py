@@ -53,6 +53,24 @@ class Mamba(Mixer[RecurrentState]):
     rows_within = dict.fromkeys(
         ("x_proj", "dt_norm", "B_norm", "C_norm", "dt_proj", "A_log", "D"), "selective SSM"
     )
+    hook_meanings = MappingProxyType(
+        {
+            "hook_in_proj": "the recurrent branch, before the convolution",
+            "hook_gate": "the gate branch z, after its silu",
+            "hook_conv": "the convolution's output, before its silu",
+            "hook_ssm_input": "the scan's input u: the convolution after its silu",
+            "hook_dt_low": "the low-rank step sizes, after their norm",
+            "hook_ssm_B": "B, after its norm: how an input is spread over the states",
+            "hook_ssm_C": "C, after its norm: how the states are read",
+            "hook_dt_proj": "the step sizes before the softplus",
+            "hook_ssm_dt": "the step sizes delta, after the softplus, in fp32",
+            "hook_ssm_decay": "the decay exp(delta A) of each state",
+            "hook_ssm_write": "what is added to each state: delta B u",
+            "hook_ssm_state": "states h after each position, fp32; an edit changes all later ones",
+            "hook_ssm_y": "the scan's output C h + D u",
+            "hook_gated": "the product of output and gate branch: what the output map reads",
+        }
+    )
 
     def __init__(self, cfg: MambaConfig, d_model: int) -> None:
         super().__init__(cfg, d_model)

@@ -50,6 +50,20 @@ class RGLRU(Mixer[RecurrentState]):
     scan_hooks = ("hook_log_decay", "hook_ssm_write", "hook_ssm_state")
     part_letter = "B"
     rows_within = dict.fromkeys(("input_gate", "rec_gate", "a_param"), "RG-LRU")
+    hook_meanings = MappingProxyType(
+        {
+            "hook_in_proj": "the recurrent branch, before the convolution",
+            "hook_gate": "the gate branch, after its gelu",
+            "hook_conv": "the convolution's output: what the gates and the recurrence read",
+            "hook_input_gate": "the input gate i, in 0 to 1",
+            "hook_rec_gate": "the recurrence gate r, in 0 to 1",
+            "hook_log_decay": "the log of the decay a: -8 r softplus(a_param), before any reset",
+            "hook_ssm_write": "what is added to the state: sqrt(1 - a^2) i u",
+            "hook_ssm_state": "state h after each position, fp32; an edit changes all later ones",
+            "hook_ssm_y": "the state as read, in the model's dtype",
+            "hook_gated": "the product of state and gate branch: what the output map reads",
+        }
+    )
 
     def __init__(self, cfg: RGLRUConfig, d_model: int) -> None:
         super().__init__(cfg, d_model)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import MappingProxyType
+
 from jaxtyping import Float
 from torch import Tensor
 
@@ -23,6 +25,14 @@ class GatedMLP(MLP):
     config, kind, title = GatedMLPConfig, "mlp", "MLP"
     part_letter = "N"
     reads, writes = ("gate.weight", "up.weight"), ("down.weight",)
+    hook_meanings = MappingProxyType(
+        {
+            "hook_pre": "the gate, before its nonlinearity",
+            "hook_act": "the gate, after its nonlinearity",
+            "hook_pre_linear": "the linear branch",
+            "hook_post": "the product of the two: what the output map reads",
+        }
+    )
 
     def __init__(self, cfg: GatedMLPConfig, d_model: int) -> None:
         super().__init__(cfg, d_model)

@@ -43,6 +43,15 @@ class MoE(MLP):
     kept_plain = ("router.weight",)
     rows_apart = MappingProxyType({"router": "router"})
     matrices = ("gate", "up", "down")
+    hook_meanings = MappingProxyType(
+        {
+            "hook_router_logits": "the router's logit of every expert",
+            "hook_expert_weights": "softmax over all experts, of the chosen ones, not renormalized",
+            "hook_expert_indices": "which experts are chosen, the largest share first",
+            "hook_expert_post": "each chosen expert's product of gate and linear branch",
+            "hook_expert_out": "what each chosen expert writes, times its share",
+        }
+    )
 
     def __init__(self, cfg: MoEConfig, d_model: int) -> None:
         super().__init__(cfg, d_model)
