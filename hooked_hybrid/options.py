@@ -1,8 +1,8 @@
-"""An option without effect is an error: what every public function checks first.
+"""Checks of options: an option without effect is an error.
 
-An option that can go unread defaults to None (or False, or an empty sequence), which asks for
-nothing. Its real default is filled in where it is read. So a value that was given can be
-distinguished from one that was not, and `refuse_ignored` names those that nothing would read.
+An option that may be unused defaults to None (or False, or an empty sequence). Its real default is
+filled in where it is read. So a given value can be distinguished from a default, and
+`refuse_ignored` names the given options that would have no effect.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor
 
 
 class Unset(Enum):
-    """The default of an option where None says something else."""
+    """The default of an option for which None is a value."""
 
     UNSET = "unset"
 
@@ -40,25 +40,25 @@ EXTRAS = {
     "torchao": "quantized",
     "typer": "niah",
 }
-"""Packages, and the extra of hooked-hybrid that each comes with."""
+"""Packages, and the extra of hooked-hybrid that installs each."""
 
 
 def is_given(value: Any) -> bool:
-    """Whether an option's value asks for something: None, False and empty sequences do not."""
+    """Whether an option was given: None, False and empty sequences count as not given."""
     if value is None or value is False or value is UNSET:
         return False
     return not (isinstance(value, str | Sequence | dict) and not len(value))
 
 
 def refuse_ignored(why: str, **options: Any) -> None:
-    """Refuse options that were given where nothing reads them.
+    """Refuse options that were given and have no effect.
 
     Args:
-        why: what to do instead, as the end of a sentence.
+        why: the remedy, as the end of a sentence.
         options: by name.
 
     Raises:
-        ValueError: it names those that were given, and says why.
+        ValueError: names the given options and the remedy.
     """
     given = [f"{name}={shown(value)}" for name, value in options.items() if is_given(value)]
     if given:
@@ -67,7 +67,7 @@ def refuse_ignored(why: str, **options: Any) -> None:
 
 
 def shown(value: Any) -> str:
-    """Return a value as a message shows it: of a tensor the shape, of a function the name."""
+    """Return a value as shown in messages: a tensor by its shape, a function by its name."""
     if isinstance(value, Tensor):
         return f"<tensor {tuple(value.shape)}>"
     text = getattr(value, "__qualname__", None) or repr(value)
@@ -75,10 +75,10 @@ def shown(value: Any) -> str:
 
 
 def check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:
-    """Refuse a value that is none of the choices.
+    """Refuse a value that is not one of the choices.
 
     Raises:
-        ValueError: it lists them.
+        ValueError: lists the choices.
     """
     if not any(value is c or (isinstance(value, str) and value == c) for c in choices):
         *most, last = (repr(choice) for choice in choices)
@@ -89,16 +89,16 @@ def check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:
 def check_count(
     name: str, value: Any, least: int = 1, most: int | None = None, of: str = ""
 ) -> int:
-    """Return a whole number in a range; a bool or a fraction is none.
+    """Return a whole number in a range; bools and fractions are refused.
 
     Args:
         name: of the option.
         value: what was given.
         least, most: the range; None for no upper end.
-        of: what the range comes from, for the message: "the vocabulary".
+        of: the source of the range, for the message: "the vocabulary".
 
     Raises:
-        ValueError: it says the range.
+        ValueError: states the range.
     """
     try:
         number = None if isinstance(value, bool) else operator.index(value)
@@ -125,7 +125,7 @@ def check_number(
         value: what was given.
         above: it must be greater.
         up_to: it must not be greater.
-        rather: what to do instead, for the message.
+        rather: the alternative, for the message.
 
     Raises:
         ValueError: not a number, NaN, infinite or out of the range.
@@ -145,7 +145,7 @@ def check_number(
 
 
 def require(*packages: str) -> None:
-    """Refuse, before any work, what needs packages that are not installed.
+    """Raise before any work if packages are not installed.
 
     Raises:
         ModuleNotFoundError: names them and what to install.

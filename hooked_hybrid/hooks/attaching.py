@@ -41,7 +41,7 @@ class AttachingModule(nn.Module):
             for part in module.children():
                 if isinstance(part, HookPoint):
                     part.owner = type(module)
-            # Found in the instance's own dict, a part costs a tenth of nn.Module's lookup.
+            # Reading a child from the instance's own dict takes a tenth of nn.Module's lookup.
             module.__dict__.update({n: m for n, m in module._modules.items() if n.isidentifier()})
 
     @property
@@ -61,7 +61,7 @@ class AttachingModule(nn.Module):
         dir: Literal["fwd", "bwd", "both"] = "both",
         including_permanent: bool = True,
     ) -> dict[str, list[LensHandle]]:
-        """Return what is attached, by the names of the points that have something.
+        """Return the attached functions by the names of their points; other points are left out.
 
         Args:
             name_filter: a name, several, or a predicate; None means every point.
@@ -69,8 +69,8 @@ class AttachingModule(nn.Module):
             including_permanent: False leaves permanent hooks out.
 
         Raises:
-            HookNameError: a name that does not exist, or a predicate that is true of none.
-            ValueError: `dir` is none of the three.
+            HookNameError: a name that does not exist, or a predicate that selects no point.
+            ValueError: `dir` is not one of the three.
         """
         if dir not in ("fwd", "bwd", "both"):
             raise ValueError(f"direction {dir!r}: give 'fwd', 'bwd' or 'both'")
@@ -115,10 +115,10 @@ class AttachingModule(nn.Module):
     def check_hooks_to_add(
         self, fwd_hooks: Iterable[HookSpec] = (), bwd_hooks: Sequence[HookSpec] = ()
     ) -> None:
-        """Raise what attaching these would raise, and attach none.
+        """Raise the errors that attaching these hooks would raise, without attaching any.
 
         Raises:
-            HookNameError: a name that does not exist, or a predicate that is true of none.
+            HookNameError: a name that does not exist, or a predicate that selects no point.
             TypeError: an entry that is not a pair of a selector and a function.
         """
         for spec in (*fwd_hooks, *bwd_hooks):
@@ -136,8 +136,8 @@ class AttachingModule(nn.Module):
     ) -> Iterator[Self]:
         """Attach hooks for the length of a `with` block, then remove these and no others.
 
-        Hooks belong to the model: a forward of it in another thread calls them too. Threads that
-        need hooks of their own, or gradients, need a model each (`copy.deepcopy`).
+        Hooks belong to the model: a forward of it in another thread calls them too. Each thread
+        that needs its own hooks, or gradients, needs its own model (`copy.deepcopy`).
 
         Args:
             fwd_hooks: pairs (name | names | predicate, fn), called in this order.
@@ -146,11 +146,11 @@ class AttachingModule(nn.Module):
             clear_contexts: also empty every point's `ctx` at the end.
 
         Raises:
-            HookNameError: a selector that matches nothing; then none is attached.
+            HookNameError: a selector that matches nothing; no hook is attached then.
         """
         fwd_hooks, bwd_hooks = tuple(fwd_hooks), tuple(bwd_hooks)  # an iterator is read once
         self.check_hooks_to_add(fwd_hooks, bwd_hooks)
-        self._contexts.append(context := object())  # a count would lose some if threads run at once
+        self._contexts.append(context := object())  # a count would be wrong with threads
         added: list[LensHandle] = []
         try:
             for specs, direction in ((fwd_hooks, "fwd"), (bwd_hooks, "bwd")):
@@ -172,7 +172,7 @@ class AttachingModule(nn.Module):
         including_permanent: bool = False,
         level: int | None = None,
     ) -> None:
-        """Detach every hook, permanent ones only if asked."""
+        """Detach every hook; permanent ones only with `including_permanent`."""
         self.remove_all_hook_fns(direction, including_permanent, level)
         if clear_contexts:
             self.clear_contexts()
@@ -205,9 +205,8 @@ class AttachingModule(nn.Module):
     ) -> Any:
         """Run the forward once with hooks attached; see `hooks` and the forward's own arguments.
 
-        Backward hooks need the backward pass inside the same scope: use `hooks` for those, or
-        `reset_hooks_end=False`. They are attached all the same, as the graph of this forward
-        remembers them.
+        Backward hooks act in the backward pass. To remove them only after it, use `hooks`, or
+        `reset_hooks_end=False`; otherwise the graph of this forward still calls them.
 
         Raises:
             ValueError: backward hooks where no graph is recorded.

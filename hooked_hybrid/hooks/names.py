@@ -1,4 +1,4 @@
-"""Hook names: TransformerLens's shorthand, and errors that say what was probably meant."""
+"""Hook names: TransformerLens's shorthand, and errors that suggest the nearest names."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ GROUPS: dict[str, frozenset[str]] = {
         "router_logits expert_weights expert_indices expert_post expert_out".split()
     ),
 }
-"""Which submodule of a block each shorthand name lives in; every other name is the block's own."""
+"""The submodule of a block that has each shorthand name; all other names belong to the block."""
 
 ALIASES = {
     "attn": "pattern",
@@ -74,11 +74,11 @@ def get_act_name(name: str, layer: int | None = None, layer_type: str | None = N
 
 
 def resolve(key: Shorthand, names: Collection[str], n_layers: int) -> str:
-    """Return the one of `names` that a full name or a shorthand stands for.
+    """Return the full name in `names` for a full name or a shorthand.
 
     Args:
         key: a full name, or `(name, layer)` or `(name, layer, layer_type)`; a negative layer
-            counts from the last.
+            counts from the last block.
         names: what exists.
         n_layers: blocks of the model.
 
@@ -101,15 +101,15 @@ def resolve(key: Shorthand, names: Collection[str], n_layers: int) -> str:
 
 
 def find(full: str, names: Collection[str]) -> str | None:
-    """Return a full name that exists; or, for one of a block itself, the only one inside it.
+    """Return `full` if it exists; for a name of a block itself, the only match inside the block.
 
     Args:
-        full: what `get_act_name` makes of a shorthand, in which a name that `GROUPS` lacks is the
-            block's own.
+        full: the result of `get_act_name`, which treats names outside `GROUPS` as names of the
+            block itself.
         names: what exists.
 
     Returns:
-        None where there is no such name, or several.
+        None if there is no match, or several.
     """
     if full in names:
         return full
@@ -137,7 +137,7 @@ def unknown_name(name: str, names: Iterable[str]) -> str:
 
 
 def not_kept(name: str, is_large: bool) -> str:
-    """Return an error message for a point that exists, and is not in a cache."""
+    """Return an error message for a point that exists but is not in a cache."""
     if name.endswith("_grad"):
         return f"the gradient {name!r} was not kept: run_with_cache(..., incl_bwd=True) keeps it"
     why = ", as it is large" if is_large else ""
@@ -156,8 +156,8 @@ def matching(selector: NameFilter, names: Collection[str]) -> list[str]:
         names: what exists.
 
     Raises:
-        HookNameError: a name that does not exist, or a predicate that is true of none.
-        TypeError: `selector` is none of these.
+        HookNameError: a name that does not exist, or a predicate that selects none.
+        TypeError: `selector` is of another kind.
     """
     if isinstance(selector, str):
         selector = [selector]

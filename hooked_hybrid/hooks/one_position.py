@@ -15,10 +15,10 @@ ONCE_A_POSITION = (
 
 
 class OnePosition(Tensor):
-    """What a hook is given of a value that comes position by position.
+    """The value passed to a hook at a point that is called once a position.
 
-    While the hook runs, selecting on the position axis is refused: `h[:, -1]` would be this
-    position, whichever it is, and not the last one.
+    While the hook runs, selecting on the position axis is an error: `h[:, -1]` would be the
+    current position, not the last one.
     """
 
     point_name: str
@@ -26,23 +26,23 @@ class OnePosition(Tensor):
 
     @classmethod
     def of(cls, value: Tensor, name: str) -> OnePosition:
-        """Return the value, in the same memory."""
+        """Return a view of the value as `OnePosition`."""
         here = value.as_subclass(cls)
         here.point_name = name
         return here
 
     def close(self) -> None:
-        """Become a tensor like any other: the hook has run, and may have kept it."""
+        """Become a plain tensor: the hook has returned, and may have kept a reference."""
         del self.point_name
         self.__class__ = Tensor  # type: ignore[assignment]
 
     def __getitem__(self, index: Any) -> Tensor:
-        """Return a selection that is the same at each position."""
+        """Return a selection on other axes than that of positions."""
         self._check(index)
         return super().__getitem__(index)
 
     def __setitem__(self, index: Any, value: Any) -> None:
-        """Write to a selection that is the same at each position."""
+        """Write to a selection on other axes than that of positions."""
         self._check(index)
         super().__setitem__(index, value)
 
@@ -54,7 +54,7 @@ class OnePosition(Tensor):
 
 
 def _axis_1(index: Any, ndim: int) -> Any:
-    """Return what an index selects on axis 1: all, where it is too short or a mask of several."""
+    """Return the part of an index for axis 1: all, if it is shorter or has a wide mask."""
     entries = [i for i in (index if isinstance(index, tuple) else (index,)) if i is not None]
     if any(getattr(i, "ndim", 1) != 1 and getattr(i, "dtype", 0) == torch.bool for i in entries):
         return slice(None)

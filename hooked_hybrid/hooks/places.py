@@ -1,7 +1,7 @@
-"""Where the entries of cached values stood: their positions in the document, and their keys'.
+"""The positions of cached values in their documents, and the positions of their keys.
 
-A cache may hold some positions only, rows may be padded, and a run may have continued from a state:
-code that reads a cache by position uses these, and never counts from the edge of a tensor.
+A cache may hold only some positions, rows may be padded, and a run may have continued from a
+state. So code that reads a cache by position uses these, and never counts from a tensor's edge.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from hooked_hybrid.hooks.slicing import LAST, PosSlice, indices_on, read_indices
 
 @dataclass(frozen=True, eq=False)
 class Places:
-    """The position in its document of each entry of a value, -1 at padding and where none was read.
+    """The position of each entry of a value in its document; -1 at padding and unread entries.
 
-    `key_pos` is that of each key, of scores and patterns.
+    `key_pos` is the position of each key of scores and patterns.
     """
 
     pos: Int[Tensor, "batch kept"]
@@ -32,10 +32,10 @@ class Places:
 
 
 def last_index(pos: Int[Tensor, "batch kept"], name: str) -> Int[Tensor, "batch 1"]:
-    """Return where each row's last token stands among the entries of a value.
+    """Return the index of each row's last token among the entries of a value.
 
     Raises:
-        IndexError: a row has no token there.
+        IndexError: a row has no token among them.
     """
     is_real = pos >= 0
     if bool((empty := ~is_real.any(1)).any()):
@@ -46,7 +46,7 @@ def last_index(pos: Int[Tensor, "batch kept"], name: str) -> Int[Tensor, "batch 
 
 
 def take_per_row(x: Tensor, index: Int[Tensor, "batch taken"], dim: int) -> Tensor:
-    """Return the entries of an axis that each row has at its own indices."""
+    """Return the entries along an axis at indices that differ between rows."""
     shape = [1] * x.ndim
     shape[0], shape[dim] = index.shape
     size = list(x.shape)
@@ -57,10 +57,10 @@ def take_per_row(x: Tensor, index: Int[Tensor, "batch taken"], dim: int) -> Tens
 def refuse_padding(
     pos: Int[Tensor, "batch taken"], asked: PosSlice, name: str, what: str = "pos_slice"
 ) -> None:
-    """Refuse single positions that are padding in some row; slices and masks may reach over it.
+    """Refuse single positions that are padding in some row; slices and masks may include padding.
 
     Raises:
-        ValueError: says which row, and how its last token is asked for.
+        ValueError: names the row, and how to select its last token.
     """
     if bool((at := pos < 0).any()):
         row, _ = at.nonzero()[0].tolist()
@@ -71,7 +71,7 @@ def refuse_padding(
 
 
 def names_single_positions(asked: PosSlice) -> bool:
-    """Whether a selection names positions one by one, so that each is meant."""
+    """Whether a selection lists single positions, rather than a slice or a mask."""
     if asked is None or isinstance(asked, str):
         return False
     read = read_indices(asked, "positions", tuple_is_slice=True)
@@ -79,10 +79,10 @@ def names_single_positions(asked: PosSlice) -> bool:
 
 
 def check_pos_slice(asked: PosSlice) -> None:
-    """Refuse what selects no positions, before anything runs.
+    """Refuse values that cannot select positions, before anything runs.
 
     Raises:
-        TypeError: none of the kinds that `slicing.slice_axis` reads, nor "last".
+        TypeError: neither a kind that `slicing.slice_axis` reads nor "last".
     """
     if asked is not None and not (isinstance(asked, str) and asked == LAST):
         read_indices(asked, "positions", tuple_is_slice=True)
@@ -98,18 +98,18 @@ def select_positions(
     first: int = 0,
     n_pos: int | None = None,
 ) -> tuple[Tensor, Int[Tensor, "batch kept"] | None]:
-    """Return the positions asked for of a value, with their places; the axis stays.
+    """Return the selected positions of a value, with their places; the axis is kept.
 
     Args:
         value: a part of a forward's positions, or all.
-        asked: the positions, counted in the whole forward.
+        asked: the selection, counted in the whole forward.
         dim: the axis of positions.
         pos: in the document, of the part; None if unknown.
         name: of the value, for errors.
-        first, n_pos: where in the forward the part begins, and how many positions that has.
+        first, n_pos: index of the part's first position in the forward, and the forward's length.
 
     Raises:
-        IndexError: a position outside, or none that this part holds.
+        IndexError: a position outside the forward, or no position of this part.
         TypeError: as `check_pos_slice`.
         ValueError: single positions that are padding in some row.
     """
@@ -142,7 +142,7 @@ def over_all_columns(
     is_token: Bool[Tensor, "batch column"],
     fill: float,
 ) -> Tensor:
-    """Return scores or patterns [batch head query key] with their keys where they stand in a row.
+    """Return scores or patterns [batch head query key] with each key in its column of the row.
 
     Keys are the last ones of each row, padding anywhere among them; so the last tokens among keys
     and among columns are the same.
@@ -151,7 +151,7 @@ def over_all_columns(
         value: of some queries.
         key_pos: of its keys, -1 at padding.
         is_token: of every column up to the last query's, of those before this forward too.
-        fill: what stands where a query has no key.
+        fill: the value where a query has no key.
     """
     n_keys = value.shape[-1]
     is_key = key_pos >= 0

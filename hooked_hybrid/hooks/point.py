@@ -49,8 +49,8 @@ class LensHandle:
 class HookPoint(nn.Module):
     """An identity with a name, on which hooks are called.
 
-    What is attached as a value arrives is called, in order, also where one of them removes another;
-    what a hook attaches here counts from the next value on.
+    The hooks attached when a value arrives are all called, in order, even if one of them removes
+    another. A hook that a hook attaches here is called from the next value on.
 
     Args:
         axes: names of the value's axes, for example `"batch pos d_model"`.
@@ -59,7 +59,7 @@ class HookPoint(nn.Module):
         integer: whether the value is an index, without a gradient.
         stepwise: whether hooks are called once a position, with one entry on the position axis;
             watchers are given all positions at once. A hook that is not marked `per_position`
-            may not select positions of that one: it would act at every position.
+            may not index the position axis: it would act at every position.
     """
 
     def __init__(
@@ -104,7 +104,7 @@ class HookPoint(nn.Module):
     forward = __call__
 
     def branch(self, x: Tensor) -> Tensor:
-        """Hook one of several uses of `x`, so that an edit in place stays out of the others."""
+        """Hook one of several uses of `x`; an edit in place does not change the others."""
         if not self.fwd_hooks and not self.bwd_hooks:
             return x
         return self(x.clone() if self.has_editors else x)
@@ -127,7 +127,7 @@ class HookPoint(nn.Module):
                     x = constrain(x)
             if bwd and torch.is_grad_enabled():
                 x = self._listen(x, tuple(bwd))
-                # Where no edit can reach, the gradient is zero too.
+                # Where an edit has no effect, the gradient is zero too.
                 x = x if constrain is None else constrain(x)
             return x
 
@@ -161,7 +161,7 @@ class HookPoint(nn.Module):
 
     @property
     def run_or_none(self) -> Run | None:
-        """`run`, or None where nothing says it: in a root module that lays out no positions."""
+        """`run`, or None in a root module that lays out no positions."""
         return self.run_holder.run
 
     @property
@@ -178,7 +178,7 @@ class HookPoint(nn.Module):
 
     @contextmanager
     def seeing(self, run: Run) -> Iterator[None]:
-        """Let `hook.run` be another run for the length of a `with` block."""
+        """Set `hook.run` to another run for the length of a `with` block."""
         outer, self.run_holder.run = self.run_holder.run, run
         try:
             yield
@@ -297,9 +297,9 @@ class HookPoint(nn.Module):
         return self.fwd_hooks if direction == "fwd" else self.bwd_hooks
 
     def _called(self, handle: LensHandle, value: Tensor) -> Any:
-        """Return what a hook returns; an error of its own gets a note that says where it was."""
+        """Call a hook and return its result; an error gets a note with the hook and the point."""
         here = None
-        is_plain = type(value) is Tensor  # a subclass of another kind, a fake one say, stays itself
+        is_plain = type(value) is Tensor  # fake tensors, say, are passed unchanged
         if (
             self.is_stepwise
             and is_plain
@@ -339,7 +339,7 @@ class HookPoint(nn.Module):
         return result
 
     def _listen(self, x: Tensor, handles: tuple[LensHandle, ...]) -> Tensor:
-        """Return `x` as a node of its own whose gradient the handles are given."""
+        """Return `x` as a new node of the graph; the handles are called on its gradient."""
         transforms.refuse(f"hooks on gradients, such as those on {self.name!r}, cannot be called")
         if not x.is_floating_point():
             raise ValueError(f"{self.name!r} holds {x.dtype} values, which have no gradient")

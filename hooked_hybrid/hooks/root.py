@@ -38,17 +38,17 @@ class HookedRootModule(AttachingModule):
         clear_contexts: bool = False,
         **kwargs: Any,
     ) -> tuple[Any, Any]:
-        """Run the forward once and keep what passes the hook points.
+        """Run the forward once and cache the values at the hook points.
 
         Args:
             args: positional arguments of the forward.
-            names_filter: one name, several, or a predicate. None keeps every point but the large
-                ones, which are kept when named.
+            names_filter: one name, several, or a predicate. None keeps every point except the
+                large ones, which are kept only when named.
             pos_slice: positions to keep, on the position (query) axis: an int, a slice, a tuple
                 `(start, stop)`, indices in a list, array or tensor, or a mask [pos] of True and
-                False, counted in the whole input; or "last", each row's last token. The axis stays,
-                of length 1 for an int, as in TransformerLens. Others are never held: a long input
-                runs in pieces as without a cache.
+                False, counted in the whole input; or "last", each row's last token. The axis is
+                kept, with length 1 for an int, as in TransformerLens. Other positions are never
+                stored: a long input runs in pieces as without a cache.
             device: where the cache is put; None leaves each value where it is.
             incl_bwd: also keep the gradient of the target at each point, as name + "_grad".
                 The `.grad` of parameters is not touched.
@@ -65,7 +65,7 @@ class HookedRootModule(AttachingModule):
         Raises:
             HookNameError: the filter matches nothing.
             IndexError: a position outside the input, or a mask of another length.
-            TypeError: a `pos_slice` that is none of these, or hooks among the keywords.
+            TypeError: a `pos_slice` of another kind, or hooks among the keywords.
             ValueError: `incl_bwd` without a metric on an output that is not a scalar, a metric
                 without `incl_bwd`, points that did not run, or a single position that is padding
                 in some row.
@@ -118,7 +118,7 @@ class HookedRootModule(AttachingModule):
     ) -> MutableMapping[str, Tensor]:
         """Attach caching hooks and return the dict they fill; `reset_hooks` detaches them.
 
-        Values are copies: what later hooks edit in place stays out of them.
+        Values are copies: edits in place by later hooks do not change them.
         """
         cache = KeptValues() if cache is None else cache
         saver = CopyingSaver(cache, pos_slice, device, remove_batch_dim)
@@ -142,7 +142,7 @@ class HookedRootModule(AttachingModule):
     # --- inside -----------------------------------------------------------------------------
 
     def cached_names(self, names_filter: NameFilter | None) -> list[str]:
-        """Return the names that a filter keeps; None keeps all points but the large ones."""
+        """Return the names that a filter keeps; None keeps all points except the large ones."""
         if names_filter is None:
             return [name for name, point in self.hook_dict.items() if not point.is_large]
         return matching(names_filter, self.hook_dict)
@@ -150,7 +150,7 @@ class HookedRootModule(AttachingModule):
     def _caching_hooks(
         self, names_filter: NameFilter | None, saver: Saver, incl_bwd: bool
     ) -> tuple[list[HookSpec], list[HookSpec]]:
-        """Return the watchers that fill a cache; integers have no gradient to keep."""
+        """Return the watchers that fill a cache; integer points have no gradient."""
         names = self.cached_names(names_filter)
         floating = [name for name in names if incl_bwd and not self.hook_dict[name].is_integer]
         return [(n, saver.save) for n in names], [(n, saver.save_grad) for n in floating]
@@ -163,7 +163,7 @@ class HookedRootModule(AttachingModule):
         return added + [self.hook_dict[str(name)].add_hook(hook, "bwd") for name, hook in bwd]
 
     def _may_cache_pieces(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:  # noqa: ARG002
-        """Whether this forward tells `PieceSaver` where its pieces belong."""
+        """Whether this forward passes `PieceSaver` the positions of its pieces."""
         return False
 
     def _target(
@@ -186,13 +186,13 @@ class HookedRootModule(AttachingModule):
         pos_slice: PosSlice = None,  # noqa: ARG002
         places: dict[str, Places] | None = None,  # noqa: ARG002
     ) -> Any:
-        """Return the cache in the form the model hands out."""
+        """Return the cache in the form that the model returns."""
         return cache
 
 
 @contextmanager
 def _frozen(module: nn.Module) -> Iterator[None]:
-    """Keep parameters out of the graph: hook points start it, and no `.grad` is filled."""
+    """Exclude parameters from the graph: it starts at hook points, and no `.grad` is filled."""
     trainable = [p for p in module.parameters() if p.requires_grad]
     for p in trainable:
         p.requires_grad_(False)

@@ -15,13 +15,13 @@ Stage = Literal["forward", "prefill", "generation"]
 
 @dataclass(frozen=True)
 class Run:
-    """Where in a run a hook is being called: `hook.run`.
+    """The stage, positions and rows that a hook is being called for: `hook.run`.
 
     `query_pos` and `key_pos` are positions within the document (-1 at padding), for exactly the
     positions of the tensor the hook was given; `key_pos` is set at attention's score and pattern
     points only. `step` is 0 in a forward and in prefill, then 1, 2, ... in generation. `rows` are
-    indices into the original batch of `n_rows` (None where a caller gave `rows` alone). The tensor
-    begins at index `first` of the forward's `n_pos` positions (None: at 0, and it holds all).
+    indices into the original batch of `n_rows` (None if a caller gave `rows` alone). The tensor
+    begins at index `first` of the forward's `n_pos` positions (None: it holds all of them).
     """
 
     stage: Stage
@@ -34,7 +34,7 @@ class Run:
     n_pos: int | None = None
 
     def at(self, start: int, stop: int) -> Run:
-        """Return the run as seen by a piece of the positions."""
+        """Return the run of a piece of the positions."""
         n_pos = self.query_pos.shape[1] if self.n_pos is None else self.n_pos
         return replace(
             self,
@@ -44,14 +44,14 @@ class Run:
         )
 
     def of_rows(self, index: Int[Tensor, " row"]) -> Run:
-        """Return the run as seen by some rows of this forward."""
+        """Return the run of some rows of this forward."""
         key_pos = None if self.key_pos is None else self.key_pos[index]
         return replace(
             self, query_pos=self.query_pos[index], rows=self.rows[index], key_pos=key_pos
         )
 
     def on(self, device: torch.device) -> Run:
-        """Return the run as layers on another device see it."""
+        """Return the run with its tensors on another device."""
         key_pos = None if self.key_pos is None else self.key_pos.to(device)
         return replace(
             self,
@@ -61,7 +61,7 @@ class Run:
         )
 
     def with_keys(self, key_pos: Int[Tensor, "batch key"]) -> Run:
-        """Return the run as attention's score and pattern points see it."""
+        """Return the run with key positions, for attention's score and pattern points."""
         return replace(self, key_pos=key_pos)
 
 
@@ -71,5 +71,5 @@ class RunHolder(threading.local):
     run: Run | None = None
 
     def __reduce__(self) -> tuple[type[RunHolder], tuple[()]]:
-        """Copy and pickle as one that holds none: a run is not a part of a model."""
+        """Copy and pickle without the run, which is not a part of the model."""
         return RunHolder, ()

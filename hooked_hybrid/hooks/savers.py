@@ -1,4 +1,4 @@
-"""What `run_with_cache` attaches: watchers that put values and gradients into a dict."""
+"""The hooks of `run_with_cache`: watchers that put values and gradients into a dict."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from hooked_hybrid.hooks.slicing import LAST, PosSlice, indices_on
 
 
 class KeptValues(dict[str, Tensor]):
-    """Values by full name, and where their entries stood."""
+    """Values by full name, and the places of their entries."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -33,9 +33,9 @@ class KeptValues(dict[str, Tensor]):
 
 
 class Saver:
-    """Keeps whole values, as they are; of a selection of positions, a copy.
+    """Keeps whole values without copying them, or a copy of selected positions.
 
-    `places` says where the entries of each kept value stood, where the forward tells.
+    `places` holds the places of the entries of each kept value, if the forward has positions.
     """
 
     def __init__(
@@ -64,8 +64,8 @@ class Saver:
         """Complete the dict after the forward."""
 
     def own(self, *others: Any) -> None:
-        """Copy what lies in the same memory as another kept value, or as a tensor of `others`."""
-        if transforms.are_active():  # what they follow has no memory of its own to look at
+        """Copy values that share memory with another kept value, or with a tensor of `others`."""
+        if transforms.are_active():  # their tensors have no memory to compare
             return
         taken = {t.untyped_storage().data_ptr() for t in _tensors(others)} - {0}
         for name, value in self.cache.items():
@@ -88,7 +88,7 @@ class Saver:
         self._put(name, value)
 
     def _put(self, name: str, value: Tensor) -> None:
-        """Keep a value in the form and at the place that was asked for."""
+        """Keep a value with the selected positions, on the given device."""
         if self.remove_batch_dim:
             if value.shape[0] != 1:
                 raise ValueError(f"remove_batch_dim needs one row; {name!r} has {value.shape[0]}")
@@ -97,7 +97,7 @@ class Saver:
 
 
 class CopyingSaver(Saver):
-    """Keeps copies: what it watches may be edited in place by hooks that were attached later."""
+    """Keeps copies, as hooks attached later may edit the values in place."""
 
     def _put(self, name: str, value: Tensor) -> None:
         super()._put(name, value.clone() if self.pos_slice is None else value)
@@ -105,7 +105,7 @@ class CopyingSaver(Saver):
 
 @dataclass
 class _Pieces:
-    """What came of one point so far: kept pieces, and where every position stood."""
+    """The pieces of one point kept so far, and the places of all positions."""
 
     values: list[Tensor] = field(default_factory=list)
     columns: list[int] = field(default_factory=list)
@@ -115,7 +115,7 @@ class _Pieces:
 
 
 class PieceSaver(Saver):
-    """Keeps some positions of values that come in pieces; the others are never put together.
+    """Keeps some positions of values that arrive in pieces; the other positions are not stored.
 
     For forwards without a state and without packed documents.
     """
@@ -135,7 +135,7 @@ class PieceSaver(Saver):
     @watcher
     @per_position
     def save(self, value: Tensor, hook: HookPoint) -> None:
-        """Keep what is asked for of a piece."""
+        """Keep the selected positions of a piece."""
         run, dim = hook.run, hook.pos_dim
         mine = self.of.setdefault(hook, _Pieces())
         mine.n_pos = run.first + value.shape[dim] if run.n_pos is None else run.n_pos
@@ -157,7 +157,7 @@ class PieceSaver(Saver):
         mine.pos.append(pos)
 
     def finish(self) -> None:
-        """Put pieces together, in the order of positions that was asked for."""
+        """Join the pieces, in the order of the selected positions."""
         for hook, mine in self.of.items():
             name, dim = str(hook.name), hook.pos_dim
             value, pos = torch.cat(mine.values, dim=dim), torch.cat(mine.pos, dim=1)
@@ -178,7 +178,7 @@ class PieceSaver(Saver):
             self._put(name, value)
 
     def _keep_last(self, value: Tensor, hook: HookPoint, mine: _Pieces) -> None:
-        """Keep each row's last token so far, in place of the one before."""
+        """Keep each row's last token so far, replacing the previous one."""
         pos, dim = hook.run.query_pos, hook.pos_dim
         index = torch.arange(pos.shape[1], device=pos.device)
         index = torch.where(pos >= 0, index, 0).amax(1, keepdim=True)
@@ -193,7 +193,7 @@ class PieceSaver(Saver):
 
 
 def _over_all_keys(piece: Tensor, hook: HookPoint, mine: _Pieces) -> Tensor:
-    """Return scores or patterns with a column for every key of the forward, others as they are."""
+    """Return scores or patterns with a column for every key of the forward; others unchanged."""
     if "key" not in hook.axes:
         return piece
     key_pos = hook.run.key_pos
@@ -208,7 +208,7 @@ def _over_all_keys(piece: Tensor, hook: HookPoint, mine: _Pieces) -> Tensor:
 
 
 def fill_of(hook: HookPoint, dtype: torch.dtype) -> float:
-    """Return what scores or patterns are where a query sees no key."""
+    """Return the value of scores or patterns where a query sees no key."""
     is_scores = str(hook.name).endswith("hook_attn_scores")
     return torch.finfo(dtype).min if is_scores else 0.0
 

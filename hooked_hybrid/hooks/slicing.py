@@ -1,7 +1,7 @@
-"""The one reader of positions, rows and other indices along an axis, and selecting with them.
+"""Reading positions, rows and other indices along an axis, and selecting with them.
 
-Whatever is given is read once, here: an int; a slice; a list, range, numpy array or tensor of
-indices; a boolean list, array or tensor, which is a mask and never the indices 0 and 1.
+Every selection in the library is read here: an int; a slice; a list, range, numpy array or tensor
+of indices; a boolean list, array or tensor, which is a mask and never the indices 0 and 1.
 """
 
 from __future__ import annotations
@@ -15,24 +15,24 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 LAST = "last"
-"""As a `pos_slice`: each row's last token, wherever its padding stands."""
+"""As a `pos_slice`: each row's last token, on whichever side its padding is."""
 PosSlice = int | slice | str | tuple[int, ...] | Sequence[int] | Tensor | Any | None
 Indices = int | slice | Iterable[int] | Iterable[bool] | Tensor | Any
-"""What chooses several along an axis. (Any: a numpy array, which is not imported to be named.)"""
+"""A selection of several indices. (Any: a numpy array; numpy is not imported for its type.)"""
 Read = int | slice | Int[Tensor, " index"] | Bool[Tensor, " axis"]
 
 
 def read_indices(given: Any, what: str, *, tuple_is_slice: bool = False) -> Read:
-    """Return an index, a slice, a tensor of indices or a mask, and refuse all else.
+    """Return a selection as an index, a slice, a tensor of indices or a mask.
 
     Args:
         given: what a caller chose.
-        what: is chosen, for errors: "positions", say.
+        what: the name of the indices in errors, such as "positions".
         tuple_is_slice: whether a tuple is `(start, stop)` or `(start, stop, step)`, as in
             TransformerLens, and not several indices.
 
     Raises:
-        TypeError: fractions, one True or False, several axes, or another kind of thing.
+        TypeError: fractions, one True or False, several axes, or another type.
     """
     if tuple_is_slice and isinstance(given, tuple):
         if not 1 <= len(given) <= 3:
@@ -58,7 +58,7 @@ def whole_numbers(given: Indices, what: str) -> tuple[int, ...]:
     A mask has its own length and is not read here: see `interventions.places`.
 
     Raises:
-        ValueError: none, or one that is negative, a fraction, or True or False.
+        ValueError: no index, or one that is negative, a fraction, or True or False.
     """
     found: tuple[int, ...] = ()
     try:
@@ -88,7 +88,7 @@ def indices_on(
     """Return the indices chosen on an axis of a known length; negative ones count from its end.
 
     Raises:
-        IndexError: an index outside, a mask of another length, or (unless that may be) nothing.
+        IndexError: an index outside, a mask of another length, or (unless allowed) nothing.
         TypeError: as `read_indices`.
     """
     read = read_indices(given, what, tuple_is_slice=tuple_is_slice)
@@ -120,7 +120,7 @@ def slice_axis(x: Tensor, selection: PosSlice, dim: int, what: str = "positions"
             `(start, stop, step)`, a list, array or tensor of indices, a mask as long as the axis,
             or None for all.
         dim: the axis.
-        what: is selected, for errors.
+        what: the name of the indices in errors.
 
     Raises:
         IndexError: an index outside the axis, a mask of another length, or nothing; the message
@@ -140,7 +140,7 @@ def slice_axis(x: Tensor, selection: PosSlice, dim: int, what: str = "positions"
 
 
 def is_one(selection: PosSlice) -> bool:
-    """Whether a selection is a single index, by which an axis goes."""
+    """Whether a selection is a single index, which removes the axis."""
     if selection is None or isinstance(selection, str):
         return False
     return isinstance(read_indices(selection, "selection", tuple_is_slice=True), int)
@@ -154,7 +154,7 @@ def _is_flag(x: Any) -> bool:
 
 
 def _whole(x: Any, given: Any, what: str) -> int:
-    """Return a whole number; True is 1 to Python, and was not meant so."""
+    """Return a whole number; True, which Python counts as 1, is refused."""
     if _is_flag(x) or not hasattr(x, "__index__"):
         raise TypeError(f"{what} {given!r}: {_KINDS}")
     try:
@@ -181,7 +181,7 @@ def _read_slice(given: slice, what: str) -> slice:
 
 
 def _bounded(read: slice, given: Any, what: str) -> tuple[int, ...]:
-    """Return the indices of a slice with an end of its own."""
+    """Return the indices of a slice that states its end."""
     if read.stop is None or read.stop < 0 or (read.start or 0) < 0:
         raise ValueError(f"{what} {given!r}: counted from 0, and with an end, as none is known")
     return tuple(range(read.start or 0, read.stop, read.step or 1))

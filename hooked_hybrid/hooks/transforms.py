@@ -1,9 +1,9 @@
-"""What may trace a computation: autograd, torch.func, forward-mode derivatives.
+"""Whether autograd, torch.func or forward-mode derivatives trace a computation.
 
 Under a transform of `torch.func` (`grad`, `vjp`, `jvp`, `jacrev`, `jacfwd`, `hessian`, `vmap`) and
 under forward-mode derivatives a model runs by its definitions: attention with all scores, scans
-one step at a time, every expert on every token. Those are operations that torch transforms, and
-none of them reads the value of a tensor.
+one step at a time, every expert on every token. torch can transform these operations, and none of
+them reads the value of a tensor.
 """
 
 from __future__ import annotations
@@ -17,23 +17,23 @@ _in_functorch = torch._C._are_functorch_transforms_active
 
 
 def are_active() -> bool:
-    """Return whether a transform of `torch.func`, or a forward-mode derivative, is at work."""
+    """Return whether a transform of `torch.func`, or a forward-mode derivative, is active."""
     return _in_functorch() or forward_ad._current_level >= 0
 
 
 def is_followed() -> bool:
-    """Return whether autograd or a transform may need every value, so that none is overwritten."""
+    """Return whether autograd or a transform may need every value; then none may be overwritten."""
     return torch.is_grad_enabled() or _in_functorch() or forward_ad._current_level >= 0
 
 
 def refuse(what: str) -> None:
-    """Raise where a transform is at work.
+    """Raise inside a transform.
 
     Args:
-        what: cannot be transformed; the error says so.
+        what: the start of the error message, such as "generate cannot run".
 
     Raises:
-        RuntimeError: one is.
+        RuntimeError: a transform is active.
     """
     if are_active():
         raise RuntimeError(

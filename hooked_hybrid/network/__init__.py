@@ -1,1 +1,1 @@
-"""What computes: layers, mixers, MLPs, states and layouts."""
+"""The parts that compute: layers, mixers, MLPs, states and layouts."""

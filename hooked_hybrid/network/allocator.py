@@ -1,4 +1,4 @@
-"""Freed memory that the C allocator keeps for the next tensors."""
+"""Whether the C allocator keeps freed memory for later tensors."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 
 @functools.cache
 def keep_freed_memory() -> None:
-    """Let glibc's allocator keep freed memory for the next tensors, up to 512 MiB; once a process.
+    """Make glibc's allocator keep up to 512 MiB of freed memory for later tensors.
 
-    It would give it back to the system, and the next forward would pay a page fault for each
-    4 KiB of its activations and caches: up to a quarter of a prefill's time. Nothing is done under
-    another allocator, or where the environment says how glibc's should behave.
+    By default it returns freed memory to the system, and the next forward has a page fault for each
+    4 KiB of its activations and caches: up to a quarter of a prefill's time. This acts once a
+    process, and not under another allocator or if the environment configures glibc's.
     """
     if any(name in os.environ for name in NEVER_SET) or "LD_PRELOAD" in os.environ:
         return
@@ -32,6 +32,6 @@ def keep_freed_memory() -> None:
 
 
 def give_back_freed_memory() -> None:
-    """Let glibc's allocator give what it keeps (see `keep_freed_memory`) back to the system."""
+    """Make glibc's allocator return freed memory (see `keep_freed_memory`) to the system."""
     with suppress(AttributeError, OSError, TypeError):  # another allocator
         ctypes.CDLL(None).malloc_trim(0)

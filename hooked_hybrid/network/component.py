@@ -1,4 +1,4 @@
-"""The base of every part of a model: a `torch.nn.Module` that costs no more than its forward."""
+"""The base class of all parts of a model: a `torch.nn.Module` with cheap calls."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from hooked_hybrid.network.weights.plain import is_quantized
 
 
 class Component(nn.Module):
-    """A module whose call is its forward, unless torch's own hooks are registered on it.
+    """A module whose call runs `forward` directly, unless torch's own hooks are registered on it.
 
-    A step of decoding calls some hundred modules, and torch's way there costs as much as a small
-    operation each time.
+    A decoding step calls a hundred or more modules, and each call by `nn.Module.__call__` costs as
+    much as a small operation.
     """
 
     matrices: tuple[str, ...] = ()
-    """Weights [... d_out d_in] that lie in memory as `weight_layout.laid_out` says."""
+    """Weights [... d_out d_in] whose memory layout `weights.layout.laid_out` chooses."""
 
     def _apply(self, fn: Any, recurse: bool = True) -> Component:
-        """Convert or move parameters, and lay matrices out for the dtype they have then."""
+        """Convert or move parameters, and lay matrices out for their new dtype."""
         super()._apply(fn, recurse)
         for name in self.matrices:
             weight = self._parameters.get(name)
@@ -35,10 +35,10 @@ class Component(nn.Module):
     def _save_to_state_dict(
         self, destination: dict[str, Any], prefix: str, keep_vars: bool
     ) -> None:
-        """Put weights into a state dict, those that lie the other way as contiguous copies.
+        """Put weights into a state dict, transposed ones as contiguous copies.
 
-        Formats such as safetensors take no other. A copy cannot be written to, as that would not
-        reach the model: torch raises.
+        Formats such as safetensors need contiguous tensors. The copies are read-only: a write would
+        not reach the model, so torch raises.
         """
         super()._save_to_state_dict(destination, prefix, keep_vars)
         for name in () if keep_vars else self.matrices:
@@ -51,7 +51,7 @@ class Component(nn.Module):
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *args: Any
     ) -> None:
-        """Copy weights from a state dict; with `assign`, take them as they are but laid out."""
+        """Copy weights from a state dict; with `assign`, use its tensors, laid out."""
         for name in self.matrices if local_metadata.get("assign_to_params_buffers") else ():
             weight = state_dict.get(prefix + name)
             if isinstance(weight, Tensor) and not is_quantized(weight):
@@ -60,7 +60,7 @@ class Component(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Return `forward(*args, **kwargs)`, by way of torch's own hooks if there are any."""
+        """Return `forward(*args, **kwargs)`, with torch's own hooks if there are any."""
         if (
             self._forward_hooks
             or self._forward_pre_hooks
@@ -73,8 +73,8 @@ class Component(nn.Module):
 
 
 def _unshared(value: Any) -> Any:
-    """Return copies of tensors that torch's hooks may have kept: the others may be overwritten."""
-    if transforms.is_followed():  # then nothing is
+    """Return copies of tensors that torch's hooks may have kept; others may be overwritten."""
+    if transforms.is_followed():  # then nothing is overwritten
         return value
     if type(value) is tuple:
         return tuple(_unshared(part) for part in value)

@@ -1,10 +1,10 @@
-"""Units in which mixers and MLPs state what they cost: operations of a token, bytes of a piece.
+"""Units of the costs that mixers and MLPs state: operations of a token, bytes of a piece.
 
 A matrix product of [m k] and [k n] is 2 m k n operations, as `torch.utils.flop_counter` counts.
-Everything else is one operation for each sum, product, quotient, maximum, root, exponential,
-logarithm and hyperbolic tangent of two numbers or one, as the equations in `mixers` and `mlps` have
-them; what depends on the weights or on the position alone (`-8 softplus(a_param)`, `-exp(A_log)`,
-`1 + w`, cosines and sines) is not counted, nor are comparisons with a mask, look-ups and casts.
+Every other sum, product, quotient, maximum, root, exponential, logarithm and hyperbolic tangent in
+the equations of `mixers` and `mlps` is one operation for each number. Values that depend only on
+weights or positions (`-8 softplus(a_param)`, `-exp(A_log)`, `1 + w`, cosines and sines) are not
+counted, nor are comparisons with a mask, look-ups and casts.
 
 =============  ==========================================================  =====================
 function       equation                                                    operations
@@ -33,15 +33,15 @@ SIGMOID, SILU, SOFTPLUS, SOFTMAX = 4, 4, 3, 5
 
 WIDE = torch.float32.itemsize
 OF_MASK = torch.long.itemsize + 3
-"""Bytes of a query and a key while it is worked out whether one sees the other: by distance."""
+"""Bytes for each pair of query and key while the mask is computed from their distance."""
 
 
 @dataclass(frozen=True)
 class Flops:
-    """Floating-point operations of three sorts."""
+    """Floating-point operations of three kinds."""
 
     products: int = 0
-    """Of matrix products, the read-out C h of a selective scan among them."""
+    """Of matrix products, including the read-out C h of a selective scan."""
     scan: int = 0
     """Of the recurrence h_t = a_t h_{t-1} + x_t itself."""
     elementwise: int = 0
@@ -53,7 +53,7 @@ class Flops:
         return self.products + self.scan + self.elementwise
 
     def __add__(self, other: Flops) -> Flops:
-        """Return the sum of each sort."""
+        """Return the sum of each kind."""
         return Flops(
             self.products + other.products,
             self.scan + other.scan,
@@ -72,12 +72,12 @@ def norm(width: int) -> int:
 
 @dataclass(frozen=True)
 class Piece:
-    """What a block is given: rows, positions of a piece, keys seen, on which kind of device."""
+    """The input of a block: rows, positions of a piece, tokens read so far, kind of device."""
 
     batch: int
     n_pos: int
     n_tokens: int
-    """Tokens of each row when the piece has been read."""
+    """Tokens of each row up to the end of the piece."""
     width: int
     """Bytes of a number in the model's dtype."""
     on_cpu: bool

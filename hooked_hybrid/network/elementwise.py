@@ -17,11 +17,11 @@ WORTH_SPLITTING = 2**16
 """From this many values on, a function of one argument is computed some rows at a time."""
 _n_modes = torch._C._len_torch_dispatch_stack
 GELU_ROWS = 32
-"""Rows worked on together: they and a temporary stay in a core's cache."""
+"""Rows computed together, so that they and a temporary fit a core's cache."""
 
 
 def activate(x: Tensor, name: Activation, overwrite: bool = False) -> Tensor:
-    """Return the nonlinearity of `x`, in its memory if asked; gelu is the tanh approximation."""
+    """Return the nonlinearity of `x`, in place with `overwrite`; gelu is the tanh approximation."""
     if name == "silu":
         return nn.functional.silu(x, inplace=overwrite)
     if x.numel() >= WORTH_SPLITTING and x.device.type == "cpu" and not transforms.is_followed():
@@ -30,14 +30,14 @@ def activate(x: Tensor, name: Activation, overwrite: bool = False) -> Tensor:
 
 
 def gelu_tanh_(x: Tensor) -> Tensor:
-    """Return gelu's tanh approximation, in the memory of `x` where its rows can be viewed.
+    """Return gelu's tanh approximation, in place if the rows of `x` can be viewed.
 
-    As x sigmoid(2 c (x + 0.044715 x^3)): the same function as 0.5 x (1 + tanh(c (x + 0.044715
-    x^3))), c = sqrt(2 / pi); a CPU computes a sigmoid in a third of a tanh's time.
+    It is computed as x sigmoid(2 c (x + 0.044715 x^3)), which equals 0.5 x (1 + tanh(c (x +
+    0.044715 x^3))) for c = sqrt(2 / pi); a CPU computes a sigmoid in a third of a tanh's time.
     """
     slope_at_0 = 2 * math.sqrt(2 / math.pi)
     at_0 = constant(slope_at_0, x.dtype, x.device)
-    rows = x.reshape(-1, x.shape[-1])  # in memory of its own where a hook returned another layout
+    rows = x.reshape(-1, x.shape[-1])  # a copy if a hook returned another layout
     for block in rows.split(GELU_ROWS):
         slope = torch.addcmul(at_0, block, block, value=0.044715 * slope_at_0)
         block.mul_(slope.mul_(block).sigmoid_())
@@ -47,12 +47,12 @@ def gelu_tanh_(x: Tensor) -> Tensor:
 def times(
     a: Float[Tensor, "*shape"], b: Float[Tensor, "*#shape"], overwrite: bool
 ) -> Float[Tensor, "*shape"]:
-    """Return `a * b`, in the memory of `a` if asked."""
+    """Return `a * b`, in the memory of `a` with `overwrite`."""
     return a.mul_(b) if overwrite else a * b
 
 
 def inverse_rms(x: Float[Tensor, "batch pos width"], eps: float) -> Float[Tensor, "batch pos 1"]:
-    """Return 1 / sqrt(mean(x^2) + eps); a product with it rounds as the references do."""
+    """Return 1 / sqrt(mean(x^2) + eps); products with it round as in the references."""
     if transforms.is_followed():
         return torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
@@ -62,10 +62,10 @@ def inverse_rms(x: Float[Tensor, "batch pos width"], eps: float) -> Float[Tensor
 
 
 def constant(value: float, dtype: torch.dtype, device: torch.device) -> Float[Tensor, ""]:
-    """Return a number as a tensor, made once: making one costs more than adding it.
+    """Return a number as a tensor, which is cached: making one costs more than adding it.
 
-    One made inside a transform or a dispatch mode (a fake tensor, say) is good there only, unless
-    the mode does no more than watch, and says so.
+    Inside a transform or a dispatch mode a new tensor is made each time, as it (a fake tensor, say)
+    is valid only there; modes with `only_watches` are an exception.
     """
     if transforms.are_active() or (_n_modes() and not _are_only_watching()):
         return torch.tensor(value, dtype=dtype, device=device)
@@ -83,5 +83,5 @@ def _constant(value: float, dtype: torch.dtype, device: torch.device) -> Float[T
 
 
 def at_least_fp32(x: Tensor) -> Tensor:
-    """Return `x` in fp32, or in fp64 where it is that."""
+    """Return `x` in fp32, or unchanged if it is fp32 or fp64."""
     return x if x.dtype in (torch.float32, torch.float64) else x.float()

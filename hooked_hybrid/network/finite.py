@@ -1,4 +1,4 @@
-"""Whether values are finite, at the price of a sum."""
+"""Whether values are finite, for the cost of a sum."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from hooked_hybrid.hooks import transforms
 
 
 def is_finite(*values: Tensor) -> bool:
-    """Return whether no value is NaN or infinite, as far as the host can ask.
+    """Return whether no value is NaN or infinite, as far as the host can read them.
 
-    By sums, in fp32 or wider: those of huge values may overflow, and then the answer is False. What
-    cannot be read (a tensor without memory, anything inside a transform) counts as finite.
+    It sums in fp32 or wider. The sum of very large values may overflow; the result is then False.
+    Tensors that cannot be read (without memory, or inside a transform) count as finite.
     """
     if transforms.are_active():
         return True
@@ -22,14 +22,14 @@ def is_finite(*values: Tensor) -> bool:
     for x in values:
         if not x.is_meta:
             total = total + x.detach().sum(dtype=torch.promote_types(x.dtype, torch.float32))
-    return math.isfinite(float(total))  # a GPU is waited for once
+    return math.isfinite(float(total))  # the host waits for a GPU once
 
 
 def require_numbers(values: Tensor, what: str) -> None:
-    """Refuse to rank values of which some are NaN, which would come first.
+    """Refuse to rank values if some are NaN, as NaN would come first.
 
     Raises:
-        ValueError: with the first index at which one stands.
+        ValueError: names the index of the first NaN.
     """
     if bool((bad := values.isnan()).any()):
         at = tuple(bad.nonzero()[0].tolist())

@@ -1,4 +1,4 @@
-"""Noticing what a host waits for, before a CUDA graph is captured, in which nothing can wait."""
+"""Detecting operations that the host waits for, before a CUDA graph is captured."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ from torch.utils._pytree import tree_leaves
 
 ASKING = torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape
 UNTAGGED = ("multinomial",)
-"""Operations that wait inside a GPU's kernel, without a sign of it."""
+"""Operations that wait inside their GPU implementation, which cannot be seen from outside."""
 READS = (Tensor.tolist, Tensor.numpy)
-"""What reads a tensor without an operation."""
+"""Methods that read a tensor without an operation."""
 FROM_HOST = (torch.tensor, torch.as_tensor, torch.asarray, Tensor.new_tensor)
-"""What makes a tensor of Python's numbers, and then copies it to its device."""
+"""Functions that make a tensor from Python numbers and copy it to its device."""
 
 
 class AsksNothing(TorchDispatchMode):
-    """Raises a RuntimeError at operations that the host waits for, before a capture reaches them.
+    """Raises RuntimeError at operations that the host waits for, which cannot be captured.
 
-    A capture that fails leaves torch's random generator unusable. Other threads are not watched.
+    A failed capture leaves torch's random generator unusable. Other threads are not watched.
 
-    Below autograd, where a step of decoding runs, operations that are made of others come here
-    whole: they are taken apart, so that each is seen by what it does.
+    Decoding runs below autograd, where composite operations arrive whole: they are decomposed, so
+    that each part is checked.
     """
 
     only_watches = True
-    """Tensors that are made inside are good outside."""
+    """Tensors made inside this mode are valid outside it."""
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -65,7 +65,7 @@ class AsksNothing(TorchDispatchMode):
 
 
 class _ReadsNothing(TorchFunctionMode):
-    """Raises a RuntimeError where numbers come from or go to the host without an operation."""
+    """Raises RuntimeError where numbers are copied to or from the host without an operation."""
 
     def __torch_function__(
         self, func: Any, _types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -87,9 +87,9 @@ def _is_made_of_others(func: Any) -> bool:
 
 
 def _asks(func: Any, args: tuple[Any, ...], out: Any) -> bool:
-    """Return whether the host waits in an operation that gave `out`."""
+    """Return whether the host waits in an operation that returned `out`."""
     name = func.overloadpacket.__name__
-    if name in ("index", "index_put", "index_put_"):  # by a mask, they look for what is true
+    if name in ("index", "index_put", "index_put_"):  # a mask is searched for its True entries
         return any(t is not None and t.dtype in (torch.bool, torch.uint8) for t in args[1])
     if name in ("copy_", "_to_copy"):
         leaves = tree_leaves((args, out))

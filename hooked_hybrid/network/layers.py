@@ -1,4 +1,4 @@
-"""The parts that every kind of layer is made of: projections, norms, embedding, convolution."""
+"""The modules that all layers are built from: projections, norms, embedding, convolution."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ INIT_STD = 0.02
 
 
 def draw_normal(weight: Tensor, std: float) -> None:
-    """Draw a weight from N(0, std^2): the same values however it lies in memory."""
+    """Draw a weight from N(0, std^2), with the same values for every memory layout."""
     with torch.no_grad():
         weight.copy_(
             torch.empty(weight.shape, dtype=weight.dtype, device=weight.device).normal_(0, std)
@@ -88,9 +88,9 @@ class RMSNorm(Component):
     """Root-mean-square norm, `x / hook_scale * weight`.
 
     The sum of squares is taken in fp32. Style "one_plus_weight" (RecurrentGemma in transformers)
-    multiplies by `1 + weight` in fp32 and rounds once, after it; style "weight" (Llama, Jamba)
-    rounds before. Google's own code works in the model's dtype throughout: equal in fp32, and
-    apart by a bf16 rounding in bf16.
+    multiplies by `1 + weight` in fp32 and rounds once, afterwards; style "weight" (Llama, Jamba)
+    rounds before the product. Google's code uses the model's dtype throughout: its result is equal
+    in fp32, and differs by a rounding in bf16.
     """
 
     def __init__(self, d_model: int, cfg: NormConfig) -> None:
@@ -102,7 +102,7 @@ class RMSNorm(Component):
         self.hook_normalized = HookPoint("batch pos d_model")
 
     def reset_parameters(self) -> None:
-        """Start as a norm without a weight."""
+        """Set the weight so that it has no effect."""
         nn.init.constant_(self.weight, 0.0 if self.adds_one else 1.0)
 
     @property
@@ -133,7 +133,7 @@ class RMSNorm(Component):
 
 
 class InnerNorm(Component):
-    """A root-mean-square norm inside a mixer, whose result has a hook point there."""
+    """A root-mean-square norm inside a mixer; the mixer has the hook point of its result."""
 
     def __init__(self, width: int, eps: float) -> None:
         super().__init__()
@@ -141,7 +141,7 @@ class InnerNorm(Component):
         self.weight = nn.Parameter(torch.empty(width))
 
     def reset_parameters(self) -> None:
-        """Start as a norm without a weight."""
+        """Set the weight so that it has no effect."""
         nn.init.ones_(self.weight)
 
     def forward(self, x: Float[Tensor, "batch pos width"]) -> Float[Tensor, "batch pos width"]:
@@ -151,7 +151,7 @@ class InnerNorm(Component):
 
 
 class Embed(Component):
-    """Rows of `W_E`, times sqrt(d_model) rounded to bfloat16 where the config says so.
+    """Rows of `W_E`, times sqrt(d_model) rounded to bfloat16 if the config has this scale.
 
     The rounding is part of the published models in every dtype: sqrt(2560) = 50.596 is 50.5.
     """
@@ -171,14 +171,14 @@ class Embed(Component):
 
     def forward(self, tokens: Tokens) -> Resid:
         """Return the embedding of each token."""
-        # Side by side along the vocabulary, one channel of all tokens after another reads faster.
+        # With the vocabulary contiguous, it is faster to read one channel of all tokens at a time.
         along_vocab = self.W_E.stride(0) == 1 and not transforms.is_followed()
         x = _columns(self.W_E.T, tokens) if along_vocab else self.W_E[tokens]
         return x if self.scale is None else x * self.scale
 
 
 class Unembed(Component):
-    """`soft_cap(x @ W_U)`; `weight` is None where the embedding is used again."""
+    """`soft_cap(x @ W_U)`; `weight` is None if the embedding is used for it."""
 
     matrices = ("weight",)
 
@@ -224,7 +224,7 @@ class CausalConv1d(Component):
     def initial_state(
         self, u: Float[Tensor, "batch pos channel"]
     ) -> Float[Tensor, "batch tap channel"]:
-        """Return the zeros that stand before a sequence."""
+        """Return the zeros that precede a sequence."""
         return u.new_zeros(u.shape[0], self.weight.shape[0] - 1, u.shape[2])
 
     def forward(
@@ -235,7 +235,7 @@ class CausalConv1d(Component):
     ) -> tuple[Float[Tensor, "batch pos channel"], Float[Tensor, "batch tap channel"]]:
         """Return `b + sum_j w_j u_{t-j}` and the inputs that later positions need.
 
-        Nothing is read across the start of a document, and nothing of what stands at padding.
+        Inputs of other documents and at padding are not read.
         """
         n_past = state.shape[1]
         if layout.doc is None and not layout.has_padding:
@@ -253,7 +253,7 @@ class CausalConv1d(Component):
             after = after.masked_fill(other[..., None], 0)
         if not layout.has_padding:
             return self._taps(torch.cat([state, u], dim=1), docs), after
-        # Padding on the left of a continued row must not part its tokens from the state.
+        # Left padding in a continued row must not come between its tokens and the state.
         order = (~layout.is_real).int().argsort(dim=1, stable=True)
         packed = u.gather(1, order[..., None].expand_as(u))
         if docs is not None:
@@ -274,7 +274,7 @@ class CausalConv1d(Component):
         n_taps = self.weight.shape[0]
         n_pos = inputs.shape[1] - (n_taps - 1)
         bias = inputs.new_zeros(()) if self.bias is None else self.bias
-        # Oldest tap first, products fused into the sum: bit for bit what conv1d gives on a CPU.
+        # Oldest tap first, with fused products: bit for bit the result of conv1d on a CPU.
         y = bias.expand(inputs.shape[0], n_pos, inputs.shape[2])
         for tap in range(n_taps):
             x = inputs[:, tap : tap + n_pos]
@@ -291,16 +291,16 @@ def _columns(W: Float[Tensor, "d_model d_vocab"], tokens: Tokens) -> Resid:
 
 
 class Rotation(NamedTuple):
-    """What turns channels x at some positions: `x cos + swap(x) sin`, sines with their signs."""
+    """Rotates channels x at some positions: `x cos + swap(x) sin`, with signed sines."""
 
     cos: Float[Tensor, "batch pos 1 d_rotary"]
     sin: Float[Tensor, "batch pos 1 d_rotary"]
 
 
 def rotation(layout: Layout, cfg: RotaryConfig, dtype: torch.dtype) -> Rotation:
-    """Return the rotation at each position, made once for all layers of a forward.
+    """Return the rotation at each position, computed once for all layers of a forward.
 
-    Angles are in fp32, their cosines and sines in `dtype`; padding stands at position 0.
+    Angles are in fp32, their cosines and sines in `dtype`; padding has position 0.
     """
 
     def make() -> Rotation:

@@ -1,7 +1,7 @@
-"""Where each token of a forward stands: its position, its document, and what is padding.
+"""The position and the document of each token of a forward, and its padding.
 
-Mixers never see masks or segment ids; they use a `Layout`. Padding may stand on the left or on
-the right of a row, documents may be packed into one, and a row may continue from a state.
+Mixers use a `Layout`, not masks or segment ids. Padding may be on the left or the right of a row,
+several documents may be packed into a row, and a row may continue from a state.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ class Layout:
     """Positions of one forward, or of a piece of one.
 
     `pos` counts from 0 in each document and is -1 at padding. `doc` numbers the documents of a
-    row; the one the state ended in is `state_doc`. `doc` is None where each row is one document
+    row; `state_doc` is the last document of the state. `doc` is None if each row is one document
     that continues the state's. `segment` is the id of the last document in each row.
-    `n_before` counts the tokens before this piece where rows are alike and unpadded, else None.
+    `n_before` counts the tokens before this piece if rows are alike and unpadded, else None.
     """
 
     pos: Int[Tensor, "batch pos"]
@@ -43,7 +43,7 @@ class Layout:
     memo: dict[Any, Any] = dataclasses.field(default_factory=dict, compare=False, repr=False)
 
     def once(self, key: Any, make: Callable[[], T]) -> T:
-        """Return what `make` gives, made once for this layout: layers share it."""
+        """Return the result of `make`, computed once for this layout and shared by its layers."""
         if key not in self.memo:
             self.memo[key] = make()
         return self.memo[key]
@@ -70,14 +70,14 @@ class Layout:
 
     @property
     def resets(self) -> Bool[Tensor, "batch pos"] | None:
-        """Where a recurrence must forget: the starts of documents that something stands before.
+        """True where a recurrence must forget: at starts of documents that are preceded by tokens.
 
-        None where every document begins its row, and so begins at a state of zero.
+        None if every document begins its row, and so begins from a state of zero.
         """
         return None if self.doc is None else self.is_start
 
     def on(self, device: torch.device) -> Layout:
-        """Return the layout as layers on another device need it, made once for all of them."""
+        """Return the layout on another device, made once for all layers there."""
         if self.pos.device == device:
             return self
 
@@ -125,8 +125,8 @@ class Layout:
     def detach_padding(self, x: Tensor) -> Tensor:
         """Return `x` [batch pos ...] without a gradient at padding, where it may be NaN.
 
-        For values at which positions mix: through them the gradient at padding, 0 times what stands
-        there, would reach tokens.
+        For values that are mixed across positions: otherwise the gradient at padding, 0 times a
+            value that may not be finite, would reach tokens.
         """
         if not self.has_padding or not torch.is_grad_enabled():
             return x
@@ -155,7 +155,7 @@ class Layout:
 
     @property
     def last_doc(self) -> Int[Tensor, "batch 1"] | None:
-        """The document each row ends in; padding on the right belongs to the one before it."""
+        """The last document of each row; right padding belongs to the document before it."""
         return None if self.doc is None else self.doc[:, -1:]
 
 
@@ -176,8 +176,8 @@ def lay_out(
         x: tokens or residual stream [batch pos ...]: its shape and device.
         state: what the rows continue from.
         attention_mask: 1 at tokens, 0 at padding [batch pos]; zeros on one or both sides only.
-        segment_ids: id of each token's document [batch pos], 0 at padding. A document goes on over
-            a cut where its id is the one the state ended with.
+        segment_ids: id of each token's document [batch pos], 0 at padding. A document continues
+            from the state if its id is that of the state's last document.
         stage, step, rows, n_rows: for `hook.run`.
         allow_empty_rows: whether a row may be all padding.
 
@@ -210,7 +210,7 @@ def lay_out(
     if segment_ids is None:
         pos, doc = start[:, None] + rank, None
         next_pos = start + rank[:, -1] + 1
-        if not has_padding:  # a mask of ones says nothing
+        if not has_padding:  # a mask of ones has no effect
             return lay_out(x, state, None, None, stage, step, rows, n_rows=n_rows)
     else:
         before = torch.cat([segment[:, None], ids[:, :-1]], dim=1)
@@ -232,7 +232,7 @@ def _last_real_index(is_real: Bool[Tensor, "batch pos"]) -> Int[Tensor, "batch 1
 
 
 def _checked_ids(ids: Tensor, name: str, shape: tuple[int, int], allow_empty_rows: bool) -> Tensor:
-    """Return integer ids after refusing what would be misread."""
+    """Return the ids as integers, after refusing values that would be misread."""
     ids = ids if isinstance(ids, Tensor) else torch.as_tensor(ids, device="cpu")
     if tuple(ids.shape) != shape:
         raise ValueError(

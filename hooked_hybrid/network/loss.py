@@ -17,12 +17,12 @@ def next_token_loss(
 
     Args:
         logits: of every position.
-        tokens: what was read.
-        layout: tells padding, and where documents begin; neither is predicted.
-        per_token: return every token's loss, 0 where nothing is predicted, not their mean.
+        tokens: the input.
+        layout: gives padding and first tokens of documents, which are not predicted.
+        per_token: return the loss of every token, 0 where none is predicted, instead of the mean.
 
     Raises:
-        ValueError: fewer than two positions, or logits for some of them only.
+        ValueError: fewer than two positions, or logits of only some of them.
     """
     if tokens.shape[1] < 2 or logits.shape[1] != tokens.shape[1]:
         raise ValueError(
@@ -31,7 +31,7 @@ def next_token_loss(
         )
     wide = logits[:, :-1].float() if logits.dtype.itemsize < 4 else logits[:, :-1]
     is_predicted = layout.is_real[:, :-1] & (layout.pos[:, 1:] > 0)
-    if not layout.is_plain:  # what stands there is not read, nor is its gradient NaN
+    if not layout.is_plain:  # values at padding are not read, and their gradient is not NaN
         wide = wide.masked_fill(~is_predicted[..., None], 0)
     loss = cross_entropy(wide.flatten(0, 1), tokens[:, 1:].flatten(), reduction="none")
     loss = loss.view_as(is_predicted) * is_predicted

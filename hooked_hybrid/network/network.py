@@ -1,4 +1,4 @@
-"""`Network`: embed -> blocks -> ln_final -> unembed, with a hook point on everything."""
+"""`Network`: embed -> blocks -> ln_final -> unembed, with a hook point on every value."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ N = TypeVar("N", bound="Network")
 
 
 class Network(HookedRootModule):
-    """The layers of a hybrid language model, and the one loop through them.
+    """The layers of a hybrid language model, and the loop over them.
 
     `HookedHybrid` adds text, checked input, caches, generation and published checkpoints.
 
@@ -38,9 +38,9 @@ class Network(HookedRootModule):
     """
 
     placement: Any = None
-    """Where the parts of the model are, a `placement.Placement`; None for one on one device."""
+    """The places of the model's parts, a `placement.Placement`; None if it is on one device."""
     quantization: Quantization | None = None
-    """How the weights are quantised; None for plain ones."""
+    """A record of how the weights are quantised; None for plain ones."""
 
     def __init__(
         self,
@@ -78,13 +78,13 @@ class Network(HookedRootModule):
     def run_blocks(
         self, resid: Resid, states: Sequence[BlockState | None], layout: Layout, layers: range
     ) -> tuple[Resid, list[BlockState | None]]:
-        """Return the residual stream after some blocks, and all states, theirs being new.
+        """Return the residual stream after some blocks, and all states, with those blocks' updated.
 
         Args:
             resid: [batch pos d_model], entering the first of the blocks.
-            states: of every block; None where a sequence begins.
+            states: of every block; None at the beginning of a sequence.
             layout: of these positions.
-            layers: the blocks that run, in order.
+            layers: the blocks to run, in order.
         """
         after = list(states)
         for i in layers:
@@ -95,7 +95,7 @@ class Network(HookedRootModule):
         return resid, after
 
     def run_ln_final(self, resid: Resid, first: int) -> Float[Tensor, "batch kept d_model"]:
-        """Return the final norm from position `first` on; hooks on it see every position."""
+        """Return the final norm from position `first` on; its hooks receive every position."""
         if self.placement is not None:
             resid = resid.to(self.device)
         if self.ln_final.is_hooked:
@@ -108,7 +108,7 @@ class Network(HookedRootModule):
 
     @contextmanager
     def running(self, layout: Layout) -> Iterator[None]:
-        """Let hooks see this layout's run, and the outer one again afterwards."""
+        """Set `hook.run` for this layout, and restore the previous run afterwards."""
         outer, self.run_holder.run = self.run_holder.run, layout.run
         try:
             yield
@@ -119,7 +119,7 @@ class Network(HookedRootModule):
 
     @property
     def cfg(self) -> HybridConfig:
-        """What the model is, and the device and dtype it has now."""
+        """The config, with the model's current device and dtype."""
         config, weight = self._cfg, self.embed.W_E
         if config.dtype is not weight.dtype or config.device != weight.device:
             self._cfg = config = config.on(weight.device, weight.dtype)
@@ -151,13 +151,13 @@ class Network(HookedRootModule):
 
     @property
     def layer_devices(self) -> tuple[torch.device, ...]:
-        """Where each block runs, and its state is."""
+        """The device on which each block runs and keeps its state."""
         if self.placement is not None:
             return self.placement.layer_devices
         return (self.device,) * self._cfg.n_layers
 
     def reset_parameters(self) -> None:
-        """Draw every parameter anew."""
+        """Draw every parameter again."""
         for module in self.modules():
             reset = getattr(module, "reset_parameters", None)
             if module is not self and callable(reset):
@@ -180,7 +180,7 @@ class Network(HookedRootModule):
         return super()._apply(fn, recurse)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Network:
-        """Return a copy that shares nothing; quantised weights are the same numbers."""
+        """Return a copy that shares no memory; quantised weights keep their exact numbers."""
         memo |= {id(p): exact_copy(p) for p in self.parameters() if is_quantized(p)}
         memo[id(self)] = copy = type(self).__new__(type(self))
         copy.__dict__.update(deepcopy(self.__dict__, memo))

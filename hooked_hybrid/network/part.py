@@ -1,7 +1,7 @@
-"""A mixer or an MLP, and what the rest of the library may ask of it.
+"""The base class of mixers and MLPs, with the facts that the rest of the library reads.
 
-Everything that is known of a kind of mixer or MLP stands in its class, and is read from there. A
-fact without a default that a class does not state raises `NotSupported` where it is asked for.
+All that the library knows of a kind of mixer or MLP is in its class. Reading a fact that has no
+default and that the class does not state raises `NotSupported`.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from hooked_hybrid.network.written import Split
 
 
 class NotSupported(ValueError):
-    """A mixer or an MLP does not state what a function needs to know of it."""
+    """A mixer or an MLP does not state a fact that a function needs."""
 
 
 class Unstated:
     """A fact without a default: reading it raises `NotSupported`.
 
     Args:
-        what: what the fact is, as the message says it.
+        what: a description of the fact, for the message.
     """
 
     def __init__(self, what: str) -> None:
@@ -38,60 +38,60 @@ class Unstated:
 
 
 class FoldedNorm(NamedTuple):
-    """A norm inside a mixer or MLP, by paths below it."""
+    """A norm inside a mixer or MLP; paths are relative to it."""
 
     norm: str
     reader: str
-    """The parameter that reads what the norm gives, and nothing else does."""
+    """The only parameter that reads the norm's output."""
     hook: str
     """The hook point between the two."""
 
 
 class Part(Component):
-    """What a mixer and an MLP have in common: how they are called, what they read and write."""
+    """The common base of mixers and MLPs: their names, inputs and outputs."""
 
     config: ClassVar[type] = Unstated("its config class")  # type: ignore[assignment]
-    """The class of the configs that this class is made from."""
+    """The class of its configs."""
     kind: ClassVar[str] = Unstated("what it is called")  # type: ignore[assignment]
-    """What it is called in arguments and columns; no two classes have the same."""
+    """Its name in arguments and columns, which is unique."""
     title: ClassVar[str] = ""
-    """What it is called in text; `kind` where nothing else is given."""
+    """Its name in text; by default `kind`."""
     row: ClassVar[str] = ""
-    """Its row in tables of parameters and operations; `title` where nothing else is given."""
+    """Its row in tables of parameters and operations; by default `title`."""
     label: ClassVar[str] = ""
-    """What its write is called in labels; `kind` where nothing else is given."""
+    """The name of its output in labels; by default `kind`."""
 
     reads: ClassVar[tuple[str, ...]] = Unstated(  # type: ignore[assignment]
         "the parameters that read the residual stream"
     )
-    """Parameters [... d_model], by name, that read what the block's norm gives, and are all that
-    does."""
+    """Names of the parameters [... d_model] that read the output of the block's norm; nothing else
+    reads it."""
     writes: ClassVar[tuple[str, ...]] = Unstated(  # type: ignore[assignment]
         "the parameters that write to the residual stream"
     )
-    """Parameters [... d_model d_in], by name, whose products are added to the stream."""
+    """Names of the parameters [... d_model d_in] whose products are added to the stream."""
     kept_plain: ClassVar[tuple[str, ...]] = ()
     """Those of `reads` and `writes` that are never quantised."""
     hooks_after_norm: ClassVar[tuple[str, ...]] = ()
     """Hook points between the block's norm and `reads`."""
     inner_norms: ClassVar[tuple[FoldedNorm, ...]] = ()
-    """Norms inside that are folded into what reads them."""
+    """Inner norms that can be folded into the parameters that read them."""
 
     hook_meanings: ClassVar[Mapping[str, str]] = MappingProxyType({})
     """What each of its hook points holds, by name, for the page of hook points."""
 
     part_letter: ClassVar[str | None] = None
-    """What a part of its write is called in labels ("L2H0"); None where it acts as one."""
+    """Letter of the parts of its output in labels ("L2H0"); None if it has no parts."""
 
     rows_apart: ClassVar[Mapping[str, str]] = MappingProxyType({})
-    """Children whose parameters are a row of their own, with its name."""
+    """Children whose parameters have a separate row, with the name of the row."""
     rows_within: ClassVar[Mapping[str, str]] = MappingProxyType({})
-    """Children whose parameters are also counted alone, inside `row`, with the name of that."""
+    """Children whose parameters are also listed as a part of `row`, with the name of that part."""
 
     cfg: Any
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
-        """Give a class that states its kind the names that follow from it."""
+        """Fill in the names that follow from the kind."""
         super().__init_subclass__(**kwargs)
         if "kind" not in vars(cls):
             return
@@ -100,13 +100,13 @@ class Part(Component):
         cls.label = vars(cls).get("label", cls.kind)
 
     def split(self, norm: RMSNorm) -> Split:  # noqa: ARG002
-        """Return its write as parts that act apart.
+        """Return its output as a sum of separate parts.
 
         Args:
-            norm: what it reads through, before it in the block.
+            norm: the norm before it in the block.
 
         Raises:
-            NotSupported: it states no such parts.
+            NotSupported: it states no parts.
         """
         raise not_stated(type(self), "split", "parts of its write that act apart")
 
@@ -114,21 +114,21 @@ class Part(Component):
     def operations(cls, cfg: Any, d_model: int) -> dict[str, Flops]:  # noqa: ARG003
         """Return the operations of one token, by row of the tables.
 
-        What a mixer does with each pair of a query and a key is apart: `pair_operations`.
+        The operations of a mixer for each pair of a query and a key are in `pair_operations`.
         """
         raise not_stated(cls, "operations", "its floating-point operations")
 
     @classmethod
     def working_bytes(cls, cfg: Any, d_model: int, piece: Piece) -> int:  # noqa: ARG003
-        """Return the bytes that its own values take at their most while a piece is run.
+        """Return the largest number of bytes that its values take while a piece is run.
 
-        What it writes is among them, what it is given is not. Without hooks and gradients.
+        Its output is included, its input is not. Without hooks and gradients.
         """
         raise not_stated(cls, "working_bytes", "the bytes of its values in a forward")
 
     @classmethod
     def active_parameters(cls, cfg: Any, child: str, n: int) -> int:  # noqa: ARG003
-        """Return how many of the `n` parameters of a child act on one token: all, as a rule."""
+        """Return how many of the `n` parameters of a child act on one token; by default all."""
         return n
 
     @classmethod
@@ -138,12 +138,12 @@ class Part(Component):
 
     @classmethod
     def large(cls) -> tuple[str, ...]:
-        """Return the parameters that may be quantised: all that reads or writes the stream."""
+        """Return the parameters that may be quantised: those that read or write the stream."""
         return tuple(name for name in (*cls.reads, *cls.writes) if name not in cls.kept_plain)
 
 
 def not_stated(part: type[Part], name: str, what: str) -> NotSupported:
-    """Return the error that a class does not state a fact."""
+    """Return the error for a fact that a class does not state."""
     stated = next((vars(c)["kind"] for c in part.__mro__ if "kind" in vars(c)), None)
     called = f"the kind {stated!r} ({part.__name__})" if isinstance(stated, str) else part.__name__
     return NotSupported(
@@ -152,7 +152,7 @@ def not_stated(part: type[Part], name: str, what: str) -> NotSupported:
 
 
 def register(known: dict[type, type[Any]], part: type[Part], names: tuple[str, ...]) -> None:
-    """Let a class be found by its config, where it states `names` and its kind is new.
+    """Register a class under its config class, after checking that it states `names`.
 
     Raises:
         NotSupported: one of `names` is not stated.

@@ -1,27 +1,27 @@
-"""How a forward runs, chosen from what is attached: the one place that decides it.
+"""The choice of how a forward runs, depending on the attached hooks. No other module makes it.
 
-Each fast way has a slow one that is its definition, and gives the same values to rounding.
+Each fast way has a slow one as its definition, and computes the same values up to rounding.
 
 ==========================  =================================================================
-what is attached            what runs
+attached hooks              what runs
 ==========================  =================================================================
 nothing                     long inputs in pieces, attention in blocks of queries (`attend`),
-                            fast scans, values overwritten if nothing else reads them
-`per_position` hooks only   the same, hooks called once a piece; on scores and patterns, and
-                            then on `hook_z` too, once a block of queries
-watchers only               the sequence whole; scores and patterns put together from blocks
-any other hook              the sequence whole; on scores or pattern, attention as it is
-                            defined (`attend.attend_whole`)
+                            fast scans, values overwritten if not read again
+`per_position` hooks only   the same, with hooks called once a piece; on scores and patterns,
+                            and then also on `hook_z`, once a block of queries
+watchers only               the sequence whole; scores and patterns joined from blocks
+any other hook              the sequence whole; on scores or pattern, attention by its
+                            definition (`attend.attend_whole`)
 on the recurrent state      watchers: the fast scan; `hook_at`: the fast scan split at its
                             positions; any other: one step at a time (`scan.hooked_scan`)
-on `hook_result`,           heads written or read one by one (`Attention`)
+on `hook_result`,           heads computed separately (`Attention`)
 `hook_*_input`
-on an expert's own values   each chosen expert's values are kept (`MoE`)
+on an expert's values       the values of each chosen expert are kept (`MoE`)
 ==========================  =================================================================
 
 With autograd the sequence is whole and nothing is overwritten; attention is torch's fused one, or
-as it is defined where scores or patterns are hooked. Under transforms of `torch.func` everything
-runs by its definition (`transforms`).
+the definition if scores or patterns are hooked. Under transforms of `torch.func` everything runs by
+its definition (`transforms`).
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from hooked_hybrid.hooks import transforms
 from hooked_hybrid.hooks.point import HookPoint
 
 PIECE = 512
-"""Positions of a piece: matrices are multiplied at full speed, and temporaries stay small."""
+"""Positions of a piece: large enough for fast products, small enough for small temporaries."""
 
 AttentionWay = Literal["fused", "blocks", "whole"]
 
@@ -44,12 +44,12 @@ AttentionWay = Literal["fused", "blocks", "whole"]
 def piece_length(n_pos: int, points: Iterable[HookPoint], piece: int = PIECE) -> int:
     """Return how many positions to run at a time.
 
-    Pieces bound the memory of a long prefill and give the same result as the whole. A graph for
-    autograd is kept whole, as cutting it saves nothing.
+    Pieces bound the memory of a long prefill, with the same result. With autograd the sequence is
+    not cut, as the graph would keep all pieces.
 
     Args:
         n_pos: positions to run.
-        points: every hook point that would be called once a piece.
+        points: the hook points that would be called once a piece.
         piece: tokens in a piece.
     """
     if n_pos <= piece or transforms.is_followed():
@@ -60,11 +60,11 @@ def piece_length(n_pos: int, points: Iterable[HookPoint], piece: int = PIECE) ->
 def attention_way(
     scores: HookPoint, pattern: HookPoint, z: HookPoint, device: torch.device
 ) -> AttentionWay:
-    """Return how attention computes what the hooks on its scores, pattern and output see.
+    """Return how attention computes its scores, pattern and output for the hooks on them.
 
-    "fused" is torch's kernel, where nothing is attached; "blocks" materialises scores and patterns
-    for a block of queries at a time; "whole" does for all of them, and is the definition. Blocks
-    cost a CPU no more than the kernel does.
+    "fused" is torch's kernel, without hooks; "blocks" materialises scores and patterns for a block
+    of queries at a time; "whole" materialises them for all queries, and is the definition. On a
+    CPU, blocks take no more time than the kernel.
     """
     if transforms.are_active():
         return "whole"
@@ -79,10 +79,10 @@ def attention_way(
 
 
 def dispatch(n_pos: int, points: Iterable[HookPoint]) -> AbstractContextManager[Any]:
-    """Return a context in which a step's operations skip autograd's part of torch's dispatcher.
+    """Return a context in which operations of a decoding step skip torch's autograd dispatch.
 
-    Under `no_grad` that part does nothing and still costs a tenth of a small step's time. Hooks may
-    use autograd themselves, so that it stays where any is attached; in long inputs it does not
+    Under `no_grad` autograd dispatch does nothing, and takes a tenth of a small step's time. It is
+    not skipped with hooks attached, as they may use autograd, nor in long inputs, where it does not
     matter.
     """
     if n_pos > 1 or transforms.is_followed() or any(p.fwd_hooks or p.bwd_hooks for p in points):
@@ -93,8 +93,8 @@ def dispatch(n_pos: int, points: Iterable[HookPoint]) -> AbstractContextManager[
 def may_overwrite(*points: HookPoint) -> bool:
     """Whether a value may be changed in place after it has passed these points.
 
-    It may not where a hook sees it, and may keep it, or where autograd or a transform needs it. To
-    be called before the value passes: a hook may remove itself.
+    It may not if a hook receives it and may keep it, or if autograd or a transform needs it. Call
+    this before the value passes the points, as a hook may remove itself.
     """
     if transforms.is_followed():
         return False

@@ -1,4 +1,4 @@
-"""What a mixer or an MLP writes to the residual stream, as parts that act apart."""
+"""The output of a mixer or an MLP as a sum of separate parts."""
 
 from __future__ import annotations
 
@@ -15,11 +15,10 @@ from hooked_hybrid.network.layers import RMSNorm
 
 @dataclass(frozen=True)
 class Way:
-    """One way to find parts of a write: which values at hook points, and what they go through.
+    """One way to compute the parts of an output: values at hook points, and a map from them.
 
-    `values` makes [*batch_pos part inner] of them. They are the writes themselves, or what
-    `weight` [part inner d_model] turns into them. A mixer or an MLP names hook points as they are
-    called in its block.
+    `values` maps the values at the hook points to [*batch_pos part inner]. These are the parts, or
+    `weight` [part inner d_model] maps them to the parts. Hook points are named as in the block.
     """
 
     names: tuple[str, ...]
@@ -29,9 +28,9 @@ class Way:
 
 @dataclass(frozen=True)
 class Split:
-    """A write as `n` parts, with all ways to them, the best first.
+    """An output as `n` parts, with all ways to compute them, the best first.
 
-    `bias` is what is written beside these parts, the same at every position.
+    `bias` is the rest of the output, the same at every position.
     """
 
     n: int
@@ -40,12 +39,12 @@ class Split:
 
 
 def as_they_are(x: Tensor) -> Tensor:
-    """Return values that are parts already."""
+    """Return the values, which are the parts themselves."""
     return x
 
 
 def weigh(norm: RMSNorm, normalized: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return what a norm gives for values it has divided by their scale, rounded as it rounds."""
+    """Return a norm's output for values already divided by their scale, with its rounding."""
     weight = norm.weight.to(normalized.device)
     if norm.adds_one:
         return torch.addcmul(normalized, normalized, at_least_fp32(weight)).to(dtype)

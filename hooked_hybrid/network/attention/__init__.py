@@ -1,1 +1,1 @@
-"""Attention, and the keys and values it remembers."""
+"""Attention, and its cached keys and values."""

@@ -1,8 +1,8 @@
-"""Softmax attention between heads' queries, keys and values: its definition and its fast twins.
+"""Softmax attention over the queries, keys and values of heads: its definition and fast versions.
 
-`attend` is what the layer calls. `attend_whole` is the definition, with scores and pattern of all
-queries at once; `attend_blocks` computes them for a block of queries and the keys these may see,
-and calls the hooks on each block; `attend_fused` leaves them inside torch's kernel.
+The layer calls `attend`. `attend_whole` is the definition, with the scores and pattern of all
+queries at once; `attend_blocks` computes them for one block of queries and its visible keys at a
+time, and calls the hooks on each block; `attend_fused` uses torch's kernel, which stores neither.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from hooked_hybrid.network.plan import attention_way
 from hooked_hybrid.shapes import KeysValues, Mask, Pattern, Queries
 
 BLOCK = 64
-"""Queries of a block on a CPU: few masked scores are computed, and the rest stay in its cache."""
+"""Queries of a block on a CPU, so that few masked scores are computed and scores fit the cache."""
 
 HeadQueries = Float[Tensor, "batch_kv group_query d_head"]
 HeadKeys = Float[Tensor, "batch_kv key d_head"]
@@ -33,11 +33,11 @@ HeadKeys = Float[Tensor, "batch_kv key d_head"]
 
 @dataclass(frozen=True)
 class Sight:
-    """Which keys each query sees: those of its document at its position and before, in a window.
+    """The keys that each query sees: those of its document up to its position, within a window.
 
-    Keys are the cached ones and then the new ones, `key_pos` their positions (-1 if there is
-    none); the last `layout.length` keys stand where the queries do. `n_keys` bounds the window,
-    the query itself included; None means no bound.
+    Cached keys come first, then new ones; `key_pos` holds their positions (-1 for no token). The
+    last `layout.length` keys have the positions of the queries. `n_keys` is the size of the window,
+    the query itself included; None means no window.
     """
 
     layout: Layout
@@ -50,7 +50,7 @@ class Sight:
         return self.key_pos.shape[1] - self.layout.length
 
     def keys_of(self, start: int, stop: int) -> slice:
-        """Return a range of keys that holds all that queries `start` to `stop` see."""
+        """Return a range of keys that contains every key that queries `start` to `stop` see."""
         first = 0
         if self.n_keys is not None and self.layout.is_plain:
             first = max(0, self.n_cached + start - (self.n_keys - 1))
@@ -59,7 +59,7 @@ class Sight:
     def mask(self, start: int, stop: int) -> Mask:
         """Return True where queries `start` to `stop` see a key of `keys_of(start, stop)`.
 
-        One row serves all where rows are alike.
+        The batch axis has length 1 if all rows are alike.
         """
         layout, keys = self.layout, self.keys_of(start, stop)
         q_pos, k_pos = layout.pos[:, start:stop], self.key_pos[:, keys]
@@ -82,15 +82,15 @@ class Sight:
         return self.layout.is_plain and stop - start == 1
 
     def is_causal(self, start: int, stop: int) -> bool:
-        """Whether these queries see those of their own places up to each, and nothing else."""
+        """Whether keys and queries have equal positions, and each query sees all keys up to it."""
         is_first = self.layout.is_plain and self.n_cached == start == 0
         return is_first and (self.n_keys is None or stop <= self.n_keys)
 
     def hide(self, scores: Pattern, start: int, stop: int) -> Pattern:
-        """Return a block's scores, in place, with the lowest finite value where none is seen.
+        """Set the scores of unseen keys in a block to the lowest finite value, in place.
 
-        Where rows are alike, only the corners of the block can be hidden: the keys after each
-        query among the last, and those that left its window among the first.
+        If rows are alike, unseen keys lie in two corners of the block: keys after the query, and
+        keys that have left its window.
         """
         if self.sees_all(start, stop):
             return scores
@@ -108,7 +108,7 @@ class Sight:
 
 @dataclass(frozen=True)
 class Hooks:
-    """The points that attention's values pass: scores, pattern and what the heads read."""
+    """The hook points of attention: scores, pattern and z."""
 
     scores: HookPoint
     pattern: HookPoint
@@ -126,10 +126,10 @@ class Hooks:
 
 
 class _Attached:
-    """What is attached to the points as attention begins: it is called on every block.
+    """The hooks attached when attention begins, which are called on every block.
 
-    A hook that removes itself acts on all queries, as where attention runs whole. One that is
-    attached meanwhile would be called on some of them or none.
+    A hook that removes itself still acts on all queries, as when attention runs whole. A hook that
+    is attached meanwhile would be called on some blocks only, or on none.
     """
 
     def __init__(self, hooks: Hooks) -> None:
@@ -150,7 +150,7 @@ class _Attached:
         """Return a value after the hooks of its point.
 
         Raises:
-            RuntimeError: one of them attached another to a point that comes `later`.
+            RuntimeError: one of them attached a hook to a point that comes `later`.
         """
         if not self.handles[point]:
             return x
@@ -162,19 +162,17 @@ class _Attached:
 
 
 def attend(q: Queries, k: KeysValues, v: KeysValues, sight: Sight, hooks: Hooks) -> Queries:
-    """Return what each head reads at each query: the values it sees, weighted by its pattern.
+    """Return z: for each head and query, the sum of the seen values weighted by the pattern.
 
     Args:
         q: queries, rotated.
         k, v: cached and new keys and values; `n_kv_heads` may divide the query heads.
-        sight: what each query may see.
+        sight: the keys that each query may see.
         hooks: the points on scores, pattern and z.
     """
     way = attention_way(hooks.scores, hooks.pattern, hooks.z, q.device)
     if way != "whole" and q.shape[1] > 1 and not is_finite(k, v):
-        way = (
-            "whole"  # which checks for itself, and reads nothing of masked keys: 0 times NaN is NaN
-        )
+        way = "whole"  # it reads nothing of masked keys, as 0 times NaN is NaN
     if way == "whole":
         return hooks.z(attend_whole(q, k, v, sight, hooks))
     if way == "fused" or (q.shape[1] == 1 and not hooks.are_inside):
@@ -242,9 +240,9 @@ def attend_fused(q: Queries, k: KeysValues, v: KeysValues, sight: Sight) -> Quer
 def attend_blocks(q: Queries, k: KeysValues, v: KeysValues, sight: Sight, hooks: Hooks) -> Queries:
     """Return z, scores and pattern materialised for a block of queries at a time.
 
-    Hooks are called on each block, with the keys that its queries may see; those on z too, where
-    scores or patterns are hooked, as one may act on what another saw. Watchers that need the whole
-    are given it in the end, put together from the blocks.
+    Hooks are called on each block, with the keys that its queries may see. If scores or patterns
+    are hooked, hooks on z are called on each block too, so that hooks can pass values to later
+    ones. Watchers that need whole tensors are called at the end, on the joined blocks.
     """
     attached = _Attached(hooks) if hooks.are_inside else None
     by_block = attached is not None and hooks.take_blocks
@@ -281,7 +279,7 @@ def _scores(queries: HeadQueries, keys: HeadKeys) -> Float[Tensor, "batch_kv gro
 def _hooked_pattern(
     scores: Pattern, sight: Sight, hooks: Hooks, attached: _Attached, start: int
 ) -> Pattern:
-    """Return the pattern of one block after what is attached."""
+    """Return the pattern of one block after its hooks."""
     stop = start + scores.shape[2]
     run = sight.layout.run.at(start, stop).with_keys(sight.key_pos[:, sight.keys_of(start, stop)])
     lowest = torch.finfo(scores.dtype).min
@@ -326,7 +324,7 @@ def _softmax(scores: Pattern, sight: Sight, is_edited: bool, overwrite: bool) ->
 
 
 class _Whole:
-    """Scores and patterns of all queries and keys, for watchers, put together from blocks."""
+    """Scores and patterns of all queries and keys, joined from blocks, for watchers."""
 
     def __init__(self, q: Queries, sight: Sight, hooks: Hooks, attached: _Attached) -> None:
         self.sight, self.attached, self.pattern = sight, attached, hooks.pattern
@@ -351,8 +349,8 @@ class _Whole:
 def softmax_or_zero(scores: Pattern) -> Pattern:
     """Return the softmax over keys in fp32, and zeros in rows whose every score is masked.
 
-    A score at or below the lowest finite value of its dtype counts as masked, so that a hook may
-    knock an edge out with minus infinity too.
+    A score at or below the lowest finite value of its dtype counts as masked. So a hook may also
+    remove an edge with minus infinity.
     """
     lowest = torch.finfo(scores.dtype).min
     wide = torch.promote_types(scores.dtype, torch.float32)
@@ -369,14 +367,14 @@ def _hidden(sight: Sight) -> Bool[Tensor, "#batch 1 query key"]:
 
 
 def _corner(n: int, device: torch.device) -> Bool[Tensor, "query key"]:
-    """Return True at the later ones among n keys that stand where n queries do."""
+    """Return True at the keys after each query, for n queries and n keys at the same positions."""
     return torch.ones(n, n, dtype=torch.bool, device=device).triu(1)
 
 
 def _left(n: int, gone: int, device: torch.device) -> Bool[Tensor, "query key"]:
     """Return True at the first keys of a block that have left each query's window.
 
-    The last of n queries has lost `gone` keys, each one before it one fewer.
+    `gone` keys have left the window of the last of n queries, and one fewer for each earlier query.
     """
     query, key = torch.arange(n, device=device), torch.arange(gone, device=device)
     return key < gone - (n - 1 - query[:, None])

@@ -1,4 +1,4 @@
-"""The second derivative of torch's fused attention, whose kernels have but the first."""
+"""Second derivatives of torch's fused attention, whose kernels have only first ones."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ def twice_differentiable(
     mask: Mask | None,
     is_causal: bool = False,
 ) -> Queries:
-    """Return `z`, which torch's kernel computed from q, k and v, such that its gradient has one.
+    """Return `z`, which torch's kernel computed from q, k and v, with a differentiable gradient.
 
-    A backward pass is the kernel's own; one that makes a graph (`create_graph`) computes the same
-    gradient by attention's definition, whose every operation can be differentiated again.
+    An ordinary backward pass uses the kernel's. With `create_graph` the same gradient is computed
+    by the definition of attention, whose operations can be differentiated again.
 
     Args:
         z: with the kernel's graph.
-        q, k, v: what it was computed from; there are as many query heads, or more, for each key.
+        q, k, v: its inputs; query heads are a multiple of key heads.
         mask: True where a query sees a key; None where each sees all.
-        is_causal: whether, of as many keys as queries, each sees those up to its own.
+        is_causal: whether there are as many keys as queries, and each query sees the keys up to it.
     """
     return _Fused.apply(z, q, k, v, mask, is_causal) if z.requires_grad else z
 
 
 class _Fused(torch.autograd.Function):
-    """The identity on z. Its backward pass goes on into the kernel, or past it to q, k and v."""
+    """The identity on z. Its gradient goes to the kernel, or directly to q, k and v."""
 
     @staticmethod
     def forward(
@@ -64,7 +64,7 @@ class _Fused(torch.autograd.Function):
 def _gradients(
     grad: Queries, q: Queries, k: KeysValues, v: KeysValues, mask: Mask | None
 ) -> tuple[Queries, KeysValues, KeysValues]:
-    """Return the gradients by q, k and v from that by z."""
+    """Return the gradients with respect to q, k and v, given that with respect to z."""
     n_kv = k.shape[2]
     q, grad = (rearrange(t, "b q (kv g) e -> b kv g q e", kv=n_kv) for t in (q, grad))
     k, v = (rearrange(t, "b k kv e -> b kv 1 k e") for t in (k, v))

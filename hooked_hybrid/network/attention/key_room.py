@@ -1,8 +1,8 @@
-"""Room behind a state's keys, so that a step of decoding appends to them instead of copying them.
+"""Spare space after a state's keys, so that a decoding step appends to them without a copy.
 
-States stay values: each sees its own stretch of buffers that several states share, and only
-entries that no state has taken yet are written. The second continuation of a state finds its room
-taken and gets a copy.
+States remain values: each uses its own range of buffers that several states share, and only
+entries that belong to no state yet are written. The first continuation of a state appends in
+place; a second one copies.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from hooked_hybrid.hooks import transforms
 from hooked_hybrid.network.state import AttentionState
 
 STEP = 16
-"""New keys up to which more are expected to follow: room is made for those too."""
+"""Up to this many new keys, more are expected to follow, and space is allocated for them too."""
 
 
 class _Room:
@@ -29,10 +29,10 @@ class _Room:
         self._lock = threading.Lock()
 
     def take(self, n: int, after: int) -> bool:
-        """Take the `n` entries that follow entry `after`; False if there are none to take."""
+        """Reserve the `n` entries that follow entry `after`; False if they are not free."""
         k = self.buffers[0]
         if k.is_inference() and not torch.is_inference_mode_enabled():
-            return False  # torch allows no write
+            return False  # torch does not allow writes
         with self._lock:
             if self.used != after or after + n > k.shape[1]:
                 return False
@@ -41,7 +41,7 @@ class _Room:
 
 
 _rooms: WeakKeyDictionary[AttentionState, tuple[_Room, int]] = WeakKeyDictionary()
-"""The room of a state, and where its entries end there."""
+"""The room of a state, and the end of its entries in it."""
 
 
 def with_new_keys(
@@ -53,7 +53,7 @@ def with_new_keys(
 ) -> AttentionState:
     """Return the keys of a state followed by new ones; the state itself is not changed.
 
-    Where the new ones `are_seen` by hooks, which may have kept them, they are copied.
+    New keys that `are_seen` by hooks are copied, as a hook may have kept them.
     """
     new = (k, v, pos)
     if state is None:
@@ -87,12 +87,12 @@ def last_keys(state: AttentionState, n: int) -> AttentionState:
 
 
 def room_for_steps(n_keys: int) -> int:
-    """Return for how many more keys a step of decoding makes room behind some."""
+    """Return the number of further keys that a decoding step allocates space for."""
     return max(64, n_keys // 8)
 
 
 def _new_room(old: tuple[Tensor, ...], n_new: int) -> _Room:
-    """Return buffers that hold some entries, space for new ones and, after a step, for more."""
+    """Return buffers with given entries and space for new ones; after a step, for more."""
     n_old = old[0].shape[1]
     more = room_for_steps(n_old + n_new) if n_new <= STEP else 0
     buffers = tuple(t.new_empty(t.shape[0], n_old + n_new + more, *t.shape[2:]) for t in old)

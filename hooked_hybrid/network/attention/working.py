@@ -1,4 +1,4 @@
-"""Bytes of attention's own values while a piece of a prompt is run, and inside torch's kernel."""
+"""Bytes of attention's values while a piece of a prompt runs, and inside torch's kernel."""
 
 from __future__ import annotations
 

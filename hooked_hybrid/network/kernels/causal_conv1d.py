@@ -14,12 +14,12 @@ from hooked_hybrid.network.kernels.twice import twice_differentiable
 MODULE = "causal_conv1d"
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 WIDTHS = (2, 3, 4)
-CHANNELS = 8  # channels, and strides of everything but channels, come in multiples of this
-VECTOR = 16  # bytes that are read at once, and so must be aligned
+CHANNELS = 8  # channels and the other axes' strides must be multiples of this
+VECTOR = 16  # bytes read at once; addresses must be aligned to it
 
 
 def usable(u: Tensor, state: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    """Return whether `convolve` takes these; rows must be plain: no padding, one document each."""
+    """Return whether `convolve` accepts these; rows must have no padding and one document each."""
     floats = (u, state, weight, *(() if bias is None else (bias,)))
     return (
         all(t.is_cuda and t.device == u.device and t.dtype == u.dtype for t in floats)
@@ -41,15 +41,15 @@ def convolve(
 ) -> tuple[Float[Tensor, "batch pos channel"], Float[Tensor, "batch tap channel"]]:
     """Return `b + sum_j w_j u_{t-j}` and the last inputs, which later positions need.
 
-    The twin of `layers.CausalConv1d` on plain rows. It sums in fp32 and rounds once, where the
-    definition rounds after every tap: apart by a rounding in half precision. First derivatives are
-    the package's, second ones the definition's.
+    The fast version of `layers.CausalConv1d` for plain rows. It sums in fp32 and rounds once, while
+    the definition rounds after every tap, so half-precision results differ by a rounding. First
+    derivatives are the package's, second derivatives the definition's.
 
     Args:
         u: new inputs.
         state: the `d_conv - 1` inputs before them.
         weight: taps, oldest first.
-        bias: what is added to each channel.
+        bias: added to each channel.
 
     Source: `causal_conv1d_fn` of causal-conv1d 1.7; states need its layout with channels last.
     """
@@ -72,7 +72,7 @@ def convolve(
 def _definition(
     u: Tensor, state: Tensor, weight: Tensor, bias: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Return what `convolve` does, tap by tap."""
+    """Compute the same as `convolve`, tap by tap."""
     inputs = torch.cat([state, u], dim=1)
     y = torch.zeros_like(u) if bias is None else bias.expand_as(u)
     for tap, w in enumerate(weight):
@@ -103,7 +103,7 @@ def _trial_of_gradients(device: torch.device, dtype: torch.dtype) -> Pair:
 
 
 def _channels_last(x: Tensor) -> Tensor:
-    """Return `x`, copied unless the kernels can read it as it lies."""
+    """Return `x`, copied unless the kernels can read its memory layout."""
     outer = x.stride()[:2]
     if (
         x.stride(2) == 1

@@ -1,7 +1,7 @@
-"""torch's fused attention, called in the form that each device's kernels take.
+"""torch's fused attention, called in the form that the kernels of each device accept.
 
-On CUDA torch chooses one of these for each call, by dtype, capability and form; it says nothing
-where it takes the last one, which keeps the scores of all queries and keys in memory:
+On CUDA torch chooses one of these for each call, by dtype, capability and form. It does not warn
+when it uses `math`, which keeps the scores of all queries and keys in memory:
 
 ==========  ==============  ===================================================  ==============
 kernel      capability      takes                                                called with
@@ -13,13 +13,13 @@ math        all             everything, fp64 too                                
 cuDNN       8.0 and above   bf16, fp16; a mask                                   never
 ==========  ==============  ===================================================  ==============
 
-cuDNN, which torch prefers on 9.0, makes a plan of some 50 ms for each shape that it has not seen,
-as each step of decoding is one; and with a mask its gradients are NaN at some lengths in torch 2.11
-to 2.13 (pytorch#196678). A mask with fewer key heads than query heads is refused by flash and by
-efficient. So under a mask the heads of a group are given as queries of its key head, and where
-queries see all before them the key heads are repeated and no mask is given.
+cuDNN, which torch prefers on 9.0, takes about 50 ms to plan each new shape, and each decoding step
+has a new shape; and with a mask its gradients are NaN at some lengths in torch 2.11 to 2.13
+(pytorch#196678). Flash and efficient refuse a mask with fewer key heads than query heads. So with a
+mask, the heads of a group are passed as queries of their key head; if queries see all keys before
+them, the key heads are repeated and no mask is passed.
 
-A CPU has a flash kernel that takes everything, and keeps the form it is fastest in.
+A CPU has a flash kernel that accepts everything, and is called in its fastest form.
 """
 
 from __future__ import annotations
@@ -36,18 +36,18 @@ from torch.nn.functional import scaled_dot_product_attention
 from hooked_hybrid.shapes import KeysValues, Mask, Queries
 
 BLOCK = 1024
-"""Queries of one call where a long sequence has a window."""
+"""Queries of one call for a long sequence with a window."""
 VECTOR = 16
-"""Bytes in whole numbers of which the efficient kernel reads a row of d_head."""
+"""The efficient kernel reads rows of d_head in units of this many bytes."""
 
 
 def block_length(length: int, n_keys: int | None, on_gpu: bool) -> int:
-    """Return how many queries to give to one call.
+    """Return how many queries to pass to one call.
 
     Args:
         length: of the sequence.
         n_keys: the window.
-        on_gpu: a CPU's kernel takes gradients of the whole at once.
+        on_gpu: whether on a GPU; on a CPU the gradients of the whole sequence are computed at once.
     """
     if n_keys is None or (torch.is_grad_enabled() and not on_gpu):
         return length
@@ -55,13 +55,13 @@ def block_length(length: int, n_keys: int | None, on_gpu: bool) -> int:
 
 
 def read_all(q: Queries, k: KeysValues, v: KeysValues) -> Queries:
-    """Return z of one query a row, which sees every key: its heads are the kernel's queries."""
+    """Return z of one query a row, which sees every key; its heads are passed as queries."""
     grouped = q.reshape(q.shape[0], k.shape[2], -1, q.shape[-1])
     return _attention(grouped, k.transpose(1, 2), v.transpose(1, 2)).reshape(q.shape)
 
 
 def read_causal(q: Queries, k: KeysValues, v: KeysValues) -> Queries:
-    """Return z of as many queries as keys, of which each sees those up to its own; no mask."""
+    """Return z of as many queries as keys, each of which sees the keys up to it; without a mask."""
     group = q.shape[2] // k.shape[2]
     heads = (t.transpose(1, 2) for t in (q, _repeated(k, group), _repeated(v, group)))
     return _attention(*heads, is_causal=True).transpose(1, 2)
@@ -83,7 +83,7 @@ def read_masked(q: Queries, k: KeysValues, v: KeysValues, mask: Mask) -> Queries
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
-    """Return torch's attention, without cuDNN's on CUDA; other kernels are as their user says."""
+    """Return torch's attention, on CUDA without cuDNN; the user's choice of other kernels holds."""
     if not q.is_cuda or not cuda.cudnn_sdp_enabled():
         return scaled_dot_product_attention(q, k, v, **options)
     cuda.enable_cudnn_sdp(False)
@@ -94,7 +94,7 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
 
 
 def _repeated(x: KeysValues, group: int) -> Tensor:
-    """Return keys or values once for each query head."""
+    """Return keys or values repeated for each query head."""
     if group == 1:
         return x
     return x[:, :, :, None].expand(-1, -1, -1, group, -1).flatten(2, 3)

@@ -1,4 +1,4 @@
-"""A mixture's experts as three grouped products; the host does not wait for their sizes."""
+"""The experts of a mixture as three grouped products, without waiting for their sizes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hooked_hybrid.shapes import Resid
 
 WITHOUT_SYNC = (9, 10)  # major capabilities; elsewhere torch loops over experts on the host
 MAX_EXPERTS = 1023
-ALIGNMENT = 16  # bytes, of rows and of the tensors themselves
+ALIGNMENT = 16  # bytes, of rows and of the tensors' addresses
 
 
 def usable(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> bool:
@@ -42,14 +42,14 @@ def run_experts(
     down: Float[Tensor, "expert d_model d_mlp"],
     act: Activation,
 ) -> Resid:
-    """Return the weighted sum of what the chosen experts write; twin of `MoE._run_sorted`.
+    """Return the weighted sum of the chosen experts' outputs, as `MoE._run_sorted` does.
 
-    Nothing is read back from the GPU where `usable`, so that a CUDA graph can hold it. It runs
-    wherever `grouped_mm` does. The sum over a token's experts is taken as in `MoE._run_hooked`:
+    If `usable`, nothing is read back from the GPU, so a CUDA graph can capture it. It runs
+    wherever `grouped_mm` does. The sum over a token's experts is computed as in `MoE._run_hooked`:
     always in the same order, and rounded once.
 
     Args:
-        x: what the experts read.
+        x: the experts' input.
         weights: shares of the chosen experts.
         indices: the chosen experts, 0 to n_experts - 1.
         gate, up, down: the experts' matrices, as `MoE` stores them.
@@ -75,12 +75,12 @@ def _grouped(
     weight: Float[Tensor, "expert d_out d_in"],
     ends: Int[Tensor, " expert"],
 ) -> Float[Tensor, "row d_out"]:
-    """Return each row times its expert's matrix; rows up to `ends[e]` are those of experts to e."""
+    """Return each row times its expert's matrix; `ends[e]` is the end of the rows of expert e."""
     return functional.grouped_mm(rows, weight.mT, offs=ends)
 
 
 def _is_aligned(weight: Tensor) -> bool:
-    """Return whether rows of `weight` [expert d_out d_in], and of what it gives, are aligned."""
+    """Return whether rows of `weight` [expert d_out d_in], and of its output, are aligned."""
     in_row = ALIGNMENT // weight.element_size()
     return (
         (weight.is_contiguous() or weight.mT.is_contiguous())
@@ -91,7 +91,7 @@ def _is_aligned(weight: Tensor) -> bool:
 
 @torch.no_grad()
 def _trial(device: torch.device, dtype: torch.dtype) -> Pair:
-    """Return what three experts write, in grouped products and in one product each."""
+    """Return the outputs of three experts, by grouped products and by one product each."""
     shapes = ((2, 5, 16), (2, 5, 2), (3, 32, 16), (3, 32, 16), (3, 16, 32))
     x, shares, gate, up, down = (
         waves(*shape, seed=i).to(device, dtype) for i, shape in enumerate(shapes)

@@ -1,10 +1,10 @@
 """h_t = a_t h_{t-1} + x_t on a GPU: three Triton kernels, two of them parallel over chunks.
 
-One program for each block of channels would walk over all positions and leave most of a GPU idle
-at batch 1. So, as in `scan.scan_chunked`, a first kernel finds what each chunk does to a state, a
-second one carries the state over the chunks, and a third one writes the states. All three work in
-fp64 and round each state once; no decays are divided or taken the logarithm of, so that decays of
-0 and of 1 are exact.
+With one program for each block of channels, which runs over all positions, most of a GPU would be
+idle at batch 1. So, as in `scan.scan_chunked`, a first kernel computes the effect of each chunk on
+a state, a second one carries the state over the chunks, and a third one writes the states. All
+three use fp64 and round each state once. No decay is divided by, and no logarithm of one is taken,
+so decays of 0 and 1 are exact.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from hooked_hybrid.network.kernels.trials import Pair, waves, works
 
 CHUNK = 64
 BLOCK = 128  # channels of a program, which is one warp: 16 bytes a thread
-STAGES = 4  # positions that are read ahead
+STAGES = 4  # positions read ahead
 DTYPES = (torch.float32, torch.float64)
 # Products fuse into sums, as in `addcmul`; Triton 3.10 changes its default.
 OPTIONS = {"num_warps": 1, "enable_fp_fusion": True}
@@ -27,7 +27,7 @@ State = Float[Tensor, "batch *channels"]
 
 
 def usable(a: Tensor, x: Tensor, h0: Tensor) -> bool:
-    """Return whether `linear_scan` takes these: fp32 or fp64, on one GPU, without autograd."""
+    """Return whether `linear_scan` accepts these: fp32 or fp64, on one GPU, without autograd."""
     return (
         x.dtype in DTYPES
         and a.dtype == h0.dtype == x.dtype
@@ -38,17 +38,17 @@ def usable(a: Tensor, x: Tensor, h0: Tensor) -> bool:
 
 
 def linear_scan(a: States, x: States, h0: State, reverse: bool = False) -> States:
-    """Return every state of h_t = a_t h_{t-1} + x_t; the fast twin of `scan.scan_loop`.
+    """Return every state of h_t = a_t h_{t-1} + x_t; the fast version of `scan.scan_loop`.
 
     Args:
         a: decays, 0 where the past is forgotten.
-        x: what is written.
+        x: added to the state.
         h0: the state before the first position; with `reverse`, after the last one.
         reverse: run from the last position to the first, h_t = a_t h_{t+1} + x_t, as the backward
             pass of a scan does.
 
     Raises:
-        ValueError: shapes that do not fit; anything that `usable` refuses. Half precision is
+        ValueError: shapes that do not fit, or inputs that are not `usable`. Half precision is
             refused because it cannot hold decays near 1.
     """
     _check(a, x, h0)
@@ -106,7 +106,7 @@ def _check(a: Tensor, x: Tensor, h0: Tensor) -> None:
 
 @torch.no_grad()
 def _trial(device: torch.device, dtype: torch.dtype) -> Pair:
-    """Return the states of two chunks, both ways, by the kernels and by the loop."""
+    """Return the states of two chunks, forward and reverse, by the kernels and by the loop."""
     from hooked_hybrid.network.scans.loops import scan_loop
 
     shapes = ((2, CHUNK + 6, 16), (2, CHUNK + 6, 16), (2, 16))

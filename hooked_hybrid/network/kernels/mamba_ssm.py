@@ -27,11 +27,11 @@ def usable(
     h0: Tensor | None = None,
     resets: Tensor | None = None,
 ) -> bool:
-    """Return whether `selective_scan` takes these.
+    """Return whether `selective_scan` accepts these.
 
     Args:
         u, dt, A, B, C, resets: as in `network.scans.selective_scan.selective_scan_loop`.
-        h0: None where the state before is zero. mamba-ssm begins there, and has no resets.
+        h0: must be None, a state of zero, as mamba-ssm takes no initial state and no resets.
     """
     return (
         h0 is None
@@ -54,8 +54,8 @@ def selective_scan(
 ) -> tuple[Inner, SSMState]:
     """Return C h at every position and the last state, from a state of zero.
 
-    Its products of decays are in fp32, over up to 2048 positions; `kernels.selective_scan` is the
-    closer one where memories are long. First derivatives are the package's, second ones the
+    It multiplies decays in fp32 over up to 2048 positions; `kernels.selective_scan` is more
+    accurate for long memories. First derivatives are the package's, second derivatives the
     definition's.
 
     Args:
@@ -75,8 +75,8 @@ def _by_package(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor) -> tuple
     if not need_gradients(u, dt, A, B, C):
         y, last = selective_scan_fn(u, dt, A, B, C, return_last_state=True)
         return y.transpose(1, 2), last.contiguous()
-    # Its last state has no gradient. So the state is read out as the y of d_state more positions,
-    # which leave it as it is (dt = 0) and whose C takes one entry after the other.
+    # The package's last state has no gradient. So the state is read as the y of d_state further
+    # positions, which do not change it (dt = 0) and whose C selects one entry each.
     u, dt, B = (pad(t, (0, d_state)) for t in (u, dt, B))
     entries = torch.eye(d_state, dtype=C.dtype, device=C.device).expand(len(C), -1, -1)
     y = selective_scan_fn(u, dt, A, B, torch.cat([C, entries], dim=2))
@@ -84,7 +84,7 @@ def _by_package(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor) -> tuple
 
 
 def _definition(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
-    """Return what `selective_scan` does, one position after another."""
+    """Compute the same as `selective_scan`, one position after another."""
     from hooked_hybrid.network.scans.loops import selective_scan_loop
 
     return selective_scan_loop(u, dt, A, B, C, u.new_zeros(u.shape[0], *A.shape))

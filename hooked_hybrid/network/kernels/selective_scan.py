@@ -28,7 +28,7 @@ def usable(
     h0: Tensor,
     resets: Tensor | None = None,
 ) -> bool:
-    """Return whether `selective_scan` takes these: fp32, on one GPU, without autograd."""
+    """Return whether `selective_scan` accepts these: fp32, on one GPU, without autograd."""
     floats = (u, dt, A, B, C, h0)
     return (
         all(t.dtype == torch.float32 for t in floats)
@@ -49,15 +49,15 @@ def selective_scan(
 ) -> tuple[Inner, SSMState]:
     """Return C h at every position and the last state; twin of `selective_scan_loop`.
 
-    Each program takes a block of channels through all positions. Decays near 1 are applied as what
-    they differ from 1 by, so that long memories come out closer to a float64 loop than fp32 decays
-    do.
+    Each program runs over all positions of a block of channels. Decays near 1 are applied as their
+    difference from 1, so for long memories the result is closer to a float64 loop than with fp32
+    decays.
 
     Args:
         u, dt, A, B, C, h0, resets: as in `network.scans.selective_scan.selective_scan_loop`.
 
     Raises:
-        ValueError: shapes that do not fit; anything that `usable` refuses.
+        ValueError: shapes that do not fit, or inputs that are not `usable`.
 
     Source: Mamba (Gu & Dao 2023), algorithm 2 and section 3.3.2.
     """

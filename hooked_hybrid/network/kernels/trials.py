@@ -1,4 +1,4 @@
-"""A kernel is tried before it is first used: it may import, and still not run, or be wrong."""
+"""Trials of kernels before their first use: one that imports may not run, or may be wrong."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ import torch
 from torch import Tensor
 
 Pair = tuple[Sequence[Tensor], Sequence[Tensor]]
-"""What a kernel and its definition give."""
+"""The results of a kernel and of its definition."""
 Trial = Callable[[torch.device, torch.dtype], Pair]
-"""Gives what a kernel and its definition compute on a device from small inputs of a dtype."""
+"""Runs a kernel and its definition on small inputs of a dtype on a device."""
 BOUNDS = {torch.float64: 1e-8, torch.float32: 1e-3}
-"""How far a kernel may be from its definition, over the largest entry: wrong ones are far off."""
+"""The largest difference allowed, relative to the largest entry; wrong kernels exceed it by far."""
 BOUND_OF_HALF = 0.05
 
 
 def works(name: str, trial: Trial, device: torch.device, dtype: torch.dtype) -> bool:
-    """Return whether a kernel runs on a GPU and gives what it should, tried once for each dtype.
+    """Return whether a kernel runs on a GPU and is correct; it is tried once for each dtype.
 
-    One that does not is left out from then on, which a warning says.
+    A kernel that fails is not used from then on, with a warning.
 
     Args:
         name: of the kernel, for the warning.
         trial: runs it and its definition; it is called at most once.
-        device: on others than CUDA's, kernels run in tests alone, which compare for themselves.
+        device: kernels run on other devices than CUDA's only in tests, which compare themselves.
         dtype: of the numbers.
     """
     if device.type != "cuda":
@@ -43,7 +43,7 @@ _found: dict[tuple[str, int, torch.dtype], bool] = {}
 
 
 def _cannot_try() -> bool:
-    """Return whether values cannot be read now: in a capture, or where tensors are fake ones."""
+    """Return whether values cannot be read now: in a capture, or with fake tensors."""
     fake = torch._C._TorchDispatchModeKey.FAKE
     return torch.cuda.is_current_stream_capturing() or torch._C._get_dispatch_mode(fake) is not None
 
@@ -54,7 +54,7 @@ def _is_right(name: str, trial: Trial, device: torch.device, dtype: torch.dtype)
             found, expected = trial(device, dtype)
             worst = max(_apart(a, b) for a, b in zip(found, expected, strict=True))
     except torch.OutOfMemoryError:
-        raise  # says nothing of the kernel
+        raise  # not a fault of the kernel
     except Exception as error:
         why = f"cannot run on {device}: {type(error).__name__}: {error}"
     else:
@@ -66,7 +66,7 @@ def _is_right(name: str, trial: Trial, device: torch.device, dtype: torch.dtype)
 
 
 def _apart(found: Tensor, expected: Tensor) -> float:
-    """Return the largest difference over the largest entry; infinity where one is not a number."""
+    """Return the largest difference over the largest entry; infinity if a value is NaN."""
     if found.shape != expected.shape:
         return float("inf")
     found, expected = found.detach().double(), expected.detach().double()
@@ -75,7 +75,7 @@ def _apart(found: Tensor, expected: Tensor) -> float:
 
 
 def gradients_of(pair: Pair, inputs: Sequence[Tensor]) -> Pair:
-    """Return gradients by the inputs, through a kernel and through its definition."""
+    """Return gradients of the inputs, through a kernel and through its definition."""
     found, expected = (
         torch.autograd.grad([t.square().sum() for t in outputs], inputs) for outputs in pair
     )
@@ -83,6 +83,6 @@ def gradients_of(pair: Pair, inputs: Sequence[Tensor]) -> Pair:
 
 
 def waves(*shape: int, seed: int = 0) -> Tensor:
-    """Return numbers between -1 and 1 on the CPU, always the same: no generator is touched."""
+    """Return fixed numbers between -1 and 1 on the CPU, without using a generator."""
     n = torch.arange(torch.Size(shape).numel(), dtype=torch.float64)
     return (n * (1.7 + 0.3 * seed) + seed).sin().view(shape)

@@ -27,7 +27,7 @@ def summarise_chunks(
     BLOCK: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """Write what each full chunk does to a state: the product of its decays, its own writes."""
+    """Write the effect of each full chunk on a state: the product of its decays, its own writes."""
     channel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     chunk = tl.program_id(1)
     row = tl.program_id(2).to(tl.int64)
@@ -142,7 +142,7 @@ def selective_scan(
     BLOCK_N: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """Run a block of channels of one row through all positions, their states in registers."""
+    """Run a block of channels of one row through all positions, with states in registers."""
     channel = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
     row = tl.program_id(1).to(tl.int64)
     n = tl.arange(0, BLOCK_N)
@@ -162,13 +162,13 @@ def selective_scan(
         B = tl.load(B_ptr + at_n, mask=mask_n, other=0.0)
         C = tl.load(C_ptr + at_n, mask=mask_n, other=0.0)
         if HAS_RESETS:
-            # The same for all channels, but only blocks of 4-byte numbers are read ahead.
+            # Equal for all channels, but only blocks of 4-byte numbers are read ahead.
             reset = tl.load(resets_ptr + at_pos + channel * 0)
             h = tl.where(reset[:, None] != 0, 0.0, h)
         log_decay = dt[:, None] * A
         write = (dt * u)[:, None] * B[None, :]
-        # A decay near 1 would be rounded, the same way at each step, and tl.exp is but approximate
-        # in fp32; what it differs from 1 by is exact, and is added to the state.
+        # A decay near 1 would be rounded in the same direction at each step, and tl.exp is
+        # approximate in fp32. Its difference from 1 is exact, and is applied to the state instead.
         is_slow = tl.abs(log_decay) < 0.25
         factor = tl.where(is_slow, small_expm1(log_decay), tl.exp(log_decay))
         h = tl.where(is_slow, h, 0.0) + (factor * h + write)

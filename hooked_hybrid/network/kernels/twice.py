@@ -1,4 +1,4 @@
-"""Second derivatives through kernels that have but the first: by the plain definition."""
+"""Second derivatives, by the definition, of kernels that have only first ones."""
 
 from __future__ import annotations
 
@@ -17,16 +17,17 @@ Definition = Callable[..., Outputs]
 def twice_differentiable(
     outputs: Outputs, definition: Definition, inputs: Sequence[Tensor | None]
 ) -> Outputs:
-    """Return `outputs`, which a kernel computed, such that their gradients have gradients.
+    """Return `outputs`, which a kernel computed, with differentiable gradients.
 
-    A backward pass is the kernel's own. One that makes a graph (`create_graph`) computes the same
-    gradients by the definition, whose every operation can be differentiated again: to autograd a
-    compiled backward pass is a constant, and second derivatives through it are wrong in silence.
+    An ordinary backward pass is the kernel's. With `create_graph` the same gradients are computed
+    by
+    the definition, whose operations can be differentiated again: autograd treats a compiled
+    backward pass as a constant, so second derivatives through it would be silently wrong.
 
     Args:
         outputs: of the kernel, with its graph.
-        definition: gives the same from `inputs`, in plain torch.
-        inputs: what the outputs were computed from.
+        definition: computes the same from `inputs`, in plain torch.
+        inputs: the kernel's inputs.
     """
     if not any(t.requires_grad for t in outputs):
         return outputs
@@ -34,7 +35,7 @@ def twice_differentiable(
 
 
 class _Twice(torch.autograd.Function):
-    """The identity on outputs. Its backward pass goes on into the kernel, or past it to inputs."""
+    """The identity on outputs. Its gradient goes to the kernel, or directly to the inputs."""
 
     @staticmethod
     def forward(ctx: Any, definition: Definition, n: int, *tensors: Tensor | None) -> Outputs:
@@ -60,8 +61,8 @@ class _Twice(torch.autograd.Function):
 def _gradients(
     definition: Definition, inputs: Sequence[Tensor | None], grads: Sequence[Tensor | None]
 ) -> list[Tensor | None]:
-    """Return gradients by the inputs that have a graph."""
-    # Views of their own: one input may depend on another, and that path is not the kernel's.
+    """Return gradients of the inputs, with a graph."""
+    # New views, as one input may depend on another, and that path is not the kernel's.
     here = [None if t is None else t.view_as(t) for t in inputs]
     wanted = [t for t in here if t is not None and t.requires_grad]
     given = next(g for g in grads if g is not None)

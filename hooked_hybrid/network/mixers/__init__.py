@@ -1,4 +1,4 @@
-"""Mixers: a file each, which states all that the library knows of its kind, and a line here."""
+"""Mixers: each has one file, with everything the library knows of its kind, and a line here."""
 
 from hooked_hybrid.network.mixers.attention import Attention
 from hooked_hybrid.network.mixers.base import MIXERS, Mixer, mixer_of, register_mixer, windows_of

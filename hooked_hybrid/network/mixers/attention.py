@@ -4,7 +4,7 @@ MHA, MQA and GQA; an optional window of `n_keys` keys, the query itself included
 rotary positions. Position t of a row reads the keys of its own document at t and before it.
 
     q, k, v = x W_Q, x W_K, x W_V                    per head
-    scores  = rot(q) . rot(k) / sqrt(d_head)         masked outside what t may see
+    scores  = rot(q) . rot(k) / sqrt(d_head)         masked at keys that t may not see
     pattern = softmax(scores)                        fp32, then the model's dtype
     z       = pattern v;    out = sum_heads z W_O + b_O
 """
@@ -35,7 +35,7 @@ from hooked_hybrid.shapes import Queries, Resid
 
 
 class Attention(Mixer[AttentionState]):
-    """Multi-head attention over what the state remembers and the new positions."""
+    """Multi-head attention over the keys of the state and the new positions."""
 
     config, kind, label, path = AttentionConfig, "attention", "attn", "attn"
     out_hooks, grows, part_letter = ("hook_attn_out",), ("k", "v", "pos"), "H"
@@ -43,18 +43,18 @@ class Attention(Mixer[AttentionState]):
     hooks_after_norm = ("hook_q_input", "hook_k_input", "hook_v_input")
     hook_meanings = MappingProxyType(
         {
-            "hook_q_input": "each query head's own copy of what the layer reads, after `ln1`",
+            "hook_q_input": "each query head's own copy of the layer's input, after `ln1`",
             "hook_k_input": "each key-value head's own copy of it, for its keys",
             "hook_v_input": "each key-value head's own copy of it, for its values",
             "hook_q": "queries, before rotation",
             "hook_k": "keys, before rotation",
             "hook_v": "values",
             "hook_rot_q": "queries, rotated by their positions",
-            "hook_rot_k": "keys, rotated by their positions: what the state remembers",
+            "hook_rot_k": "keys, rotated by their positions, as stored in the state",
             "hook_attn_scores": "scaled and masked scores, before the softmax",
             "hook_pattern": "attention weights: the softmax of the scores over keys",
             "hook_z": "the values each head reads, weighted by its pattern",
-            "hook_result": "what each head writes to the residual stream; the output bias is apart",
+            "hook_result": "what each head writes to the residual stream, without the output bias",
         }
     )
 
@@ -84,7 +84,7 @@ class Attention(Mixer[AttentionState]):
     def forward(
         self, x: Resid, state: AttentionState | None, layout: Layout
     ) -> tuple[Resid, AttentionState]:
-        """Return what the heads write, and the keys and values that later positions may see."""
+        """Return the layer's output, and the keys and values that later positions may see."""
         are_seen = state is None and self._keys_are_seen()
         q = self.hook_q(self._project(self.q, self.hook_q_input, x, self.cfg.n_heads))
         k = self.hook_k(self._project(self.k, self.hook_k_input, x, self.cfg.n_kv_heads))
@@ -92,7 +92,7 @@ class Attention(Mixer[AttentionState]):
         if self.cfg.rotary:
             q = self.hook_rot_q(rotate(q, layout, self.cfg.rotary))
             k = self.hook_rot_k(rotate(k, layout, self.cfg.rotary))
-        # What stands at padding is never read: 0 times what is not finite would be.
+        # Values at padding are never read: 0 times a value that is not finite is NaN.
         if layout.has_padding:
             q, k, v = (layout.zero_padding(t) for t in (q, k, v))
         keys = with_new_keys(state, k, v, layout.pos, are_seen)
@@ -100,7 +100,7 @@ class Attention(Mixer[AttentionState]):
         z = attend(q, keys.k, keys.v, Sight(layout, keys.pos, self.cfg.n_keys), hooks)
         return self._write(layout.detach_padding(z)), self._remember(keys, layout)
 
-    # --- what the library asks of it ------------------------------------------------------------
+    # --- facts for the library ------------------------------------------------------------------
 
     @classmethod
     def state_shapes(cls, cfg: AttentionConfig) -> dict[str, tuple[int, ...]]:
@@ -129,7 +129,7 @@ class Attention(Mixer[AttentionState]):
 
     @classmethod
     def pair_operations(cls, cfg: AttentionConfig) -> Flops:
-        """Return what a query and a key it sees cost: score, scale, softmax and weighted value."""
+        """Return the operations of a query and a key: score, scale, softmax and weighted value."""
         return Flops(products=4 * cfg.n_heads * cfg.d_head, elementwise=cfg.n_heads * (1 + SOFTMAX))
 
     @classmethod
@@ -147,11 +147,11 @@ class Attention(Mixer[AttentionState]):
     ) -> int:
         """Return the bytes of masks and unfused scores inside torch's kernel."""
         if self.hook_attn_scores.is_hooked or self.hook_pattern.is_hooked:
-            return 0  # not inside the kernel: `hooked_numbers` counts them
+            return 0  # scores outside the kernel are counted by `hooked_numbers`
         return kernel_bytes(self.cfg, layout, n_cached, piece, dtype, device)
 
     def split(self, norm: RMSNorm) -> Split:  # noqa: ARG002
-        """Return what each head writes; `b_O` is left over."""
+        """Return the output of each head; `b_O` belongs to none."""
         results = Way(("attn.hook_result",), as_they_are)
         z = Way(("attn.hook_z",), as_they_are, lambda: self.W_O)
         return Split(self.cfg.n_heads, (results, z), self.b_O)
@@ -175,7 +175,7 @@ class Attention(Mixer[AttentionState]):
 
     @property
     def W_O(self) -> Float[Tensor, "head d_head d_model"]:
-        """Output weights of each head: what it writes is `z @ W_O`."""
+        """Output weights of each head, which writes `z @ W_O`."""
         return rearrange(as_matrix(self.o.weight), "d (h e) -> h e d", h=self.cfg.n_heads)
 
     @property
@@ -198,7 +198,7 @@ class Attention(Mixer[AttentionState]):
     def _project(
         self, linear: Linear, hook_input: HookPoint, x: Resid, n_heads: int
     ) -> Float[Tensor, "batch pos n_heads d_head"]:
-        """Return `x W` split into heads; hooked, each head reads its own copy of `x`."""
+        """Return `x W` split into heads; if hooked, each head reads its own copy of `x`."""
         if not hook_input.is_hooked:
             return linear(x).unflatten(-1, (n_heads, self.cfg.d_head))
         copies = hook_input(x[:, :, None].repeat(1, 1, n_heads, 1))
@@ -207,7 +207,7 @@ class Attention(Mixer[AttentionState]):
         return out if linear.bias is None else out + linear.bias.view(n_heads, -1)
 
     def _keys_are_seen(self) -> bool:
-        """Whether a hook is given the tensors that the state would hold."""
+        """Whether a hook receives the tensors that the state would hold."""
         last_of_k = self.hook_rot_k if self.cfg.rotary else self.hook_k
         return self.hook_k.is_hooked or last_of_k.is_hooked or self.hook_v.is_hooked
 
@@ -227,7 +227,7 @@ class Attention(Mixer[AttentionState]):
         if docs is not None and layout.last_doc is not None:
             pos = pos.masked_fill(docs != layout.last_doc, -1)
         k, v, pos = (layout.last_real(t, pos >= 0, n) for t in (keys.k, keys.v, pos))
-        gone = (pos < 0)[..., None, None]  # steps hide these, and must not find a NaN there
+        gone = (pos < 0)[..., None, None]  # steps mask these, and must not read a NaN there
         return AttentionState(k.masked_fill(gone, 0), v.masked_fill(gone, 0), pos)
 
     def _per_query_head(self, W: Float[Tensor, "kv_head m n"]) -> Float[Tensor, "head m n"]:

@@ -3,13 +3,13 @@
     u, z    = x W_in                                     two branches
     u       = silu(conv4(u) + b)
     dt, B, C = norm(u W_dt), norm(u W_B), norm(u W_C)    low rank, d_state, d_state
-    delta   = softplus(dt W_up + b_up)                   fp32, as everything up to y
+    delta   = softplus(dt W_up + b_up)                   fp32 from here to y
     h_t     = exp(delta_t A) h_{t-1} + delta_t B_t u_t   A = -exp(A_log), state [d_inner d_state]
     y_t     = C_t h_t + D u_t
     out     = (y * silu(z)) W_out
 
-fp32 from delta to y is what the official kernels compute. transformers' own torch path rounds delta
-and the state to the model's dtype, so that it agrees in fp32 and differs by a rounding in bf16.
+The official kernels compute in fp32 from delta to y. transformers' own torch code rounds delta and
+the state to the model's dtype, so it agrees in fp32 and differs by a rounding in bf16.
 """
 
 from __future__ import annotations
@@ -60,15 +60,15 @@ class Mamba(Mixer[RecurrentState]):
             "hook_conv": "the convolution's output, before its silu",
             "hook_ssm_input": "the scan's input u: the convolution after its silu",
             "hook_dt_low": "the low-rank step sizes, after their norm",
-            "hook_ssm_B": "B, after its norm: how an input is spread over the states",
-            "hook_ssm_C": "C, after its norm: how the states are read",
+            "hook_ssm_B": "B, after its norm: the weights of an input in the states",
+            "hook_ssm_C": "C, after its norm: the weights of the states in the output",
             "hook_dt_proj": "the step sizes before the softplus",
             "hook_ssm_dt": "the step sizes delta, after the softplus, in fp32",
             "hook_ssm_decay": "the decay exp(delta A) of each state",
             "hook_ssm_write": "what is added to each state: delta B u",
             "hook_ssm_state": "states h after each position, fp32; an edit changes all later ones",
             "hook_ssm_y": "the scan's output C h + D u",
-            "hook_gated": "the product of output and gate branch: what the output map reads",
+            "hook_gated": "the product of output and gate branch, the input of the output map",
         }
     )
 
@@ -113,10 +113,10 @@ class Mamba(Mixer[RecurrentState]):
     def forward(
         self, x: Resid, state: RecurrentState | None, layout: Layout
     ) -> tuple[Resid, RecurrentState]:
-        """Return what the block writes, and its state after the last token of each row."""
+        """Return the block's output, and its state after the last token of each row."""
         u, z = self.in_proj(x).chunk(2, dim=-1)
         gate = self.hook_gate(activate(z, "silu", may_overwrite()))
-        u = self.hook_in_proj.branch(u)  # a half of one projection
+        u = self.hook_in_proj.branch(u)  # one half of a projection
         conv_state = self.conv.initial_state(u) if state is None else state.conv
         u, conv_state = self.conv(u, conv_state, layout)
         u = layout.detach_padding(u)
@@ -135,11 +135,11 @@ class Mamba(Mixer[RecurrentState]):
 
     @classmethod
     def operations(cls, cfg: MambaConfig, d_model: int) -> dict[str, Flops]:
-        """Return the Mamba block with Jamba's norms for one token.
+        """Return the operations of the Mamba block with Jamba's norms for one token.
 
-        Of a channel: the convolution and its silu, the bias of the step size and softplus, delta u,
-        D u and its sum, the silu of the gate and the product with it. Of each of its states:
-        exp(delta A), the write, h, and C h, which is a matrix product here.
+        For each channel: the convolution and its silu, the bias of the step size and softplus,
+        delta u, D u and its sum, the silu of the gate and the product with it. For each of its
+        states: exp(delta A), the write, h, and C h, which counts as a matrix product.
         """
         d, n, rank = cfg.d_inner, cfg.d_state, cfg.dt_rank
         taps = 2 * cfg.d_conv - (not cfg.conv_bias)
@@ -156,7 +156,7 @@ class Mamba(Mixer[RecurrentState]):
 
     @classmethod
     def working_bytes(cls, cfg: MambaConfig, d_model: int, piece: Piece) -> int:
-        """Return the bytes of branches, convolution, step sizes, what is read, and chunks."""
+        """Return the bytes of branches, convolution, step sizes, y, and chunks of the scan."""
         narrow, wide = 3, 4
         a_chunk = piece.batch * min(CHUNK, piece.n_pos) * cfg.d_inner * cfg.d_state
         chunk = 2 * (min(a_chunk, CHUNK_NUMBERS) if piece.on_cpu else a_chunk) * piece.wide
@@ -165,7 +165,7 @@ class Mamba(Mixer[RecurrentState]):
 
     @classmethod
     def scan_terms(cls, seen: Mapping[str, Tensor]) -> ScanTerms:
-        """Return what the scan computed with."""
+        """Return the decays, writes, states and reads of the scan."""
         write, states, C = (
             at_least_fp32(seen[name]) for name in ("hook_ssm_write", "hook_ssm_state", "hook_ssm_C")
         )
@@ -193,7 +193,7 @@ class Mamba(Mixer[RecurrentState]):
         dt = softplus(at_least_fp32(self.hook_dt_proj(self.dt_proj(dt))))
         dt = self.hook_ssm_dt(layout.zero_padding(dt), constrain=layout.zero_padding)
         u, B, C = at_least_fp32(u), at_least_fp32(B), at_least_fp32(C)
-        # Padding's step of 0 would write nothing, but for what is not finite.
+        # A step of 0 at padding writes nothing, except where values are not finite.
         B, C = layout.zero_padding(B), layout.zero_padding(C)
         h0 = u.new_zeros(u.shape[0], cfg.d_inner, cfg.d_state) if state is None else state.ssm
         y, h = self._scan(u, dt, B, C, h0, layout, begins=state is None)
@@ -210,7 +210,7 @@ class Mamba(Mixer[RecurrentState]):
         layout: Layout,
         begins: bool,
     ) -> tuple[Inner, SSMState]:
-        """Return C h and the last state, the fastest way that what is attached allows."""
+        """Return C h and the last state, in the fastest way that the attached hooks allow."""
         if autocast_dtype(u.device) is not None:
             with in_own_dtype(u.device):  # fp32, as without it
                 return self._scan(u, dt, B, C, h0, layout, begins)
@@ -249,7 +249,7 @@ class Mamba(Mixer[RecurrentState]):
         h0: SSMState,
         layout: Layout,
     ) -> tuple[Inner, SSMState]:
-        """Return what `_scan_hooked` does, by fast scans that stop at each edited position."""
+        """Compute the same as `_scan_hooked`, by fast scans that stop at each edited position."""
         rates, resets, h, ys, done = self.A, layout.resets, h0, [], 0
         handles = tuple(self.hook_ssm_state.fwd_hooks)
         edited = edited_positions(handles, layout)

@@ -7,8 +7,8 @@
     h_t = a_t h_{t-1} + sqrt(1 - a_t^2) i_t u_t            fp32
     out = (h * y) W_out + b_out
 
-At the first position of a document the past is dropped (a = 0) and the write is not scaled
-(i u alone), as in the published models.
+At the first position of a document the previous state is dropped (a = 0) and the write is not
+scaled (it is i u), as in the published models.
 """
 
 from __future__ import annotations
@@ -54,14 +54,14 @@ class RGLRU(Mixer[RecurrentState]):
         {
             "hook_in_proj": "the recurrent branch, before the convolution",
             "hook_gate": "the gate branch, after its gelu",
-            "hook_conv": "the convolution's output: what the gates and the recurrence read",
+            "hook_conv": "the convolution's output, the input of the gates and the recurrence",
             "hook_input_gate": "the input gate i, in 0 to 1",
             "hook_rec_gate": "the recurrence gate r, in 0 to 1",
             "hook_log_decay": "the log of the decay a: -8 r softplus(a_param), before any reset",
             "hook_ssm_write": "what is added to the state: sqrt(1 - a^2) i u",
             "hook_ssm_state": "state h after each position, fp32; an edit changes all later ones",
-            "hook_ssm_y": "the state as read, in the model's dtype",
-            "hook_gated": "the product of state and gate branch: what the output map reads",
+            "hook_ssm_y": "the state in the model's dtype, as read by the product",
+            "hook_gated": "the product of state and gate branch, the input of the output map",
         }
     )
 
@@ -97,7 +97,7 @@ class RGLRU(Mixer[RecurrentState]):
     def forward(
         self, x: Resid, state: RecurrentState | None, layout: Layout
     ) -> tuple[Resid, RecurrentState]:
-        """Return what the block writes, and its state after the last token of each row."""
+        """Return the block's output, and its state after the last token of each row."""
         gate = activate(self.linear_y(x), "gelu_tanh", overwrite=may_overwrite())
         gate = self.hook_gate(gate)
         u = self.hook_in_proj(self.linear_x(x))
@@ -118,7 +118,7 @@ class RGLRU(Mixer[RecurrentState]):
 
     @classmethod
     def scan_terms(cls, seen: Mapping[str, Tensor]) -> ScanTerms:
-        """Return what the scan computed with, one state a channel."""
+        """Return the decays, writes, states and reads of the scan, with one state a channel."""
         states = at_least_fp32(seen["hook_ssm_state"])[..., None]
         write = at_least_fp32(seen["hook_ssm_write"])[..., None]
         decay = torch.exp(seen["hook_log_decay"])[..., None]
@@ -131,10 +131,11 @@ class RGLRU(Mixer[RecurrentState]):
 
     @classmethod
     def operations(cls, cfg: RGLRUConfig, d_model: int) -> dict[str, Flops]:
-        """Return Griffin's recurrent block for one token.
+        """Return the operations of Griffin's recurrent block for one token.
 
-        Of a channel: the gate branch's bias and gelu, the other branch's bias, the convolution, two
-        gates, log a = r log_a_at_1 and a, sqrt(1 - exp(2 log a)) i u, and h times the gate branch.
+        For each channel: the gate branch's bias and gelu, the other branch's bias, the convolution,
+            two gates, log a = r log_a_at_1 and a, sqrt(1 - exp(2 log a)) i u, and h times the gate
+            branch.
         """
         d = cfg.d_rnn
         gates, decay, write = 2 * (1 + SIGMOID), 2, 4 + 2
@@ -154,9 +155,9 @@ class RGLRU(Mixer[RecurrentState]):
         return piece.n * (cfg.d_rnn * (narrow * piece.width + wide * piece.wide) + written)
 
     def split(self, norm: RMSNorm) -> Split:  # noqa: ARG002
-        """Return what each gate block writes; the output bias is left over.
+        """Return the output of each gate block; the output bias belongs to none.
 
-        The gates act within blocks of channels, which the output projection then adds up.
+        The gates act within blocks of channels, whose outputs the output projection adds up.
         """
         n = self.cfg.n_gate_blocks
         gated = Way(
@@ -169,7 +170,7 @@ class RGLRU(Mixer[RecurrentState]):
     def _recur(
         self, u: Channels, state: RecurrentState | None, layout: Layout
     ) -> tuple[Channels, bool]:
-        """Return the RG-LRU's state at every position, and whether no hook was given it.
+        """Return the RG-LRU's state at every position, and whether no hook received it.
 
         Padding writes and forgets nothing.
         """
@@ -184,7 +185,7 @@ class RGLRU(Mixer[RecurrentState]):
 
         one = constant(1.0, log_a.dtype, log_a.device)
         scale = layout.fill_starts(sqrt_bounded(one - torch.exp(log_a + log_a)), 1.0)
-        # At padding the decay is 1, and the write 0 whatever stands there.
+        # At padding the decay is 1 and the write 0, whatever the values there.
         write = layout.zero_padding(u * input_gate * scale)
         write = self.hook_ssm_write(write, constrain=layout.zero_padding)
         a = at_least_fp32(layout.fill_starts(torch.exp(log_a), 0.0))
@@ -233,10 +234,10 @@ def sqrt_bounded(x: Tensor) -> Tensor:
 
 
 def _sqrt_of_operations(x: Tensor) -> Tensor:
-    """Return what `_SqrtBounded` does, by operations that can be differentiated in any order.
+    """Compute the same as `_SqrtBounded`, by operations that can be differentiated again.
 
-    A function with derivatives of its own has none of second order in forward mode: they would be
-    zero without a word.
+    An autograd function with its own forward-mode derivative has no second derivatives: they would
+    silently be zero.
     """
     is_small = 4 * x < MAX_SQRT_GRADIENT**-2
     value = x.detach()

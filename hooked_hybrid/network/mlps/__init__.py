@@ -1,4 +1,4 @@
-"""MLPs: a file each, which states all that the library knows of its kind, and a line here."""
+"""MLPs: each has one file, with everything the library knows of its kind, and a line here."""
 
 from hooked_hybrid.network.mlps.base import MLP, MLPS, mlp_of, register_mlp
 from hooked_hybrid.network.mlps.gated import GatedMLP

@@ -1,4 +1,4 @@
-"""What a block asks of its MLP, and what the library may ask of a kind of MLP."""
+"""The interface of an MLP, for its block and for the rest of the library."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ MLPS: dict[type, type[MLP]] = {}
 
 
 class MLP(Part):
-    """A map of each position by itself."""
+    """A map that acts on each position separately."""
 
     def __init__(self, cfg: Any, d_model: int) -> None:  # noqa: ARG002  (made with both)
         super().__init__()
@@ -24,19 +24,19 @@ class MLP(Part):
 
     @abstractmethod
     def forward(self, x: Resid, layout: Layout) -> Resid:
-        """Return what the MLP writes."""
+        """Return the MLP's output."""
 
     def asks_for_counts(self, x: Tensor) -> bool:  # noqa: ARG002
-        """Return whether a step waits for the host to read what the device computed: as a rule no.
+        """Return whether a decoding step waits for the host to read results: by default no.
 
         Args:
-            x: of the device and the dtype of a step.
+            x: a tensor with the device and dtype of a step.
         """
         return False
 
 
 def register_mlp(*mlps: type[MLP]) -> None:
-    """Let configs of these classes' `config` make layers with them.
+    """Register MLP classes, by their config classes.
 
     Raises:
         NotSupported: a class does not state its config or its kind.

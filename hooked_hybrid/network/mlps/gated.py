@@ -20,7 +20,7 @@ from hooked_hybrid.shapes import Resid
 
 
 class GatedMLP(MLP):
-    """GeGLU or SwiGLU, by the config's activation."""
+    """GeGLU or SwiGLU, depending on the config's activation."""
 
     config, kind, title = GatedMLPConfig, "mlp", "MLP"
     part_letter = "N"
@@ -30,7 +30,7 @@ class GatedMLP(MLP):
             "hook_pre": "the gate, before its nonlinearity",
             "hook_act": "the gate, after its nonlinearity",
             "hook_pre_linear": "the linear branch",
-            "hook_post": "the product of the two: what the output map reads",
+            "hook_post": "the product of the two, the input of the output map",
         }
     )
 
@@ -46,7 +46,7 @@ class GatedMLP(MLP):
         self.hook_post = HookPoint("batch pos d_mlp")
 
     def split(self, norm: RMSNorm) -> Split:  # noqa: ARG002
-        """Return what each neuron writes; the output bias is left over."""
+        """Return the output of each neuron; the output bias belongs to none."""
         post = Way(("mlp.hook_post",), lambda x: x[..., None], lambda: self.W_out[:, None])
         return Split(self.cfg.d_mlp, (post,), self.down.bias)
 
@@ -77,12 +77,12 @@ class GatedMLP(MLP):
 
     @classmethod
     def working_bytes(cls, cfg: GatedMLPConfig, d_model: int, piece: Piece) -> int:
-        """Return the bytes of gate and linear branch, the nonlinearity, and what is written."""
+        """Return the bytes of gate and linear branch, the nonlinearity, and the output."""
         copies = 2 if cfg.act == "silu" or piece.on_cpu else 3
         return piece.n * (copies * cfg.d_mlp + d_model) * piece.width
 
     def forward(self, x: Resid, layout: Layout) -> Resid:  # noqa: ARG002  (experts need it)
-        """Return the MLP's write."""
+        """Return the MLP's output."""
         is_ours = may_overwrite(self.hook_pre)
         pre = self.hook_pre(self.gate(x))
         act = activate(pre, self.cfg.act, is_ours)

@@ -1,4 +1,4 @@
-"""A mixture of experts as Jamba has it (Lieber et al. 2024): top-k of a softmax over all experts.
+"""Jamba's mixture of experts (Lieber et al. 2024): the top k of a softmax over all experts.
 
 p       = softmax(x W_router)                       fp32, over all experts
 weights = the n_chosen largest of p                 not renormalised
@@ -49,7 +49,7 @@ class MoE(MLP):
             "hook_expert_weights": "softmax over all experts, of the chosen ones, not renormalized",
             "hook_expert_indices": "which experts are chosen, the largest share first",
             "hook_expert_post": "each chosen expert's product of gate and linear branch",
-            "hook_expert_out": "what each chosen expert writes, times its share",
+            "hook_expert_out": "each chosen expert's output, times its share",
         }
     )
 
@@ -73,7 +73,7 @@ class MoE(MLP):
 
     @classmethod
     def operations(cls, cfg: MoEConfig, d_model: int) -> dict[str, Flops]:
-        """Return the scores of all experts, their softmax and the largest; and the chosen ones."""
+        """Return the operations of the router over all experts and of the chosen experts."""
         router = Flops(
             products=2 * d_model * cfg.n_experts,
             elementwise=(SOFTMAX + cfg.n_chosen) * cfg.n_experts,
@@ -87,9 +87,9 @@ class MoE(MLP):
 
     @classmethod
     def working_bytes(cls, cfg: MoEConfig, d_model: int, piece: Piece) -> int:
-        """Return the bytes of the experts' inputs and of their values: on a CPU one at a time.
+        """Return the bytes of the experts' inputs and values; on a CPU one expert runs at a time.
 
-        One expert may be given every token; on a GPU all chosen ones are run together.
+        One expert may receive every token; on a GPU all chosen experts run together.
         """
         at_once, copies = (1, 2) if piece.on_cpu else (cfg.n_chosen, 3)
         routed = piece.n * cfg.n_experts * (piece.width + piece.wide)
@@ -99,11 +99,11 @@ class MoE(MLP):
 
     @classmethod
     def active_parameters(cls, cfg: MoEConfig, child: str, n: int) -> int:
-        """Return the parameters that act on one token: all of the router's, the chosen experts'."""
+        """Return how many parameters act on one token: the router's and the chosen experts'."""
         return n if child == "router" else n * cfg.n_chosen // cfg.n_experts
 
     def split(self, norm: RMSNorm) -> Split:
-        """Return what each expert writes: zero where it was not chosen."""
+        """Return the output of each expert, zero if it was not chosen."""
         chosen = ("mlp.hook_expert_weights", "mlp.hook_expert_indices")
         ways = (
             Way(("mlp.hook_expert_out", chosen[1]), partial(_by_expert, self)),
@@ -129,12 +129,12 @@ class MoE(MLP):
 
     @property
     def stacks(self) -> tuple[Tensor, Tensor, Tensor] | None:
-        """Gate, up and down as they are stored; None where quantised matrices stand one by one."""
+        """Gate, up and down as stored; None if they are lists of quantised matrices."""
         stored = [w for w in (self.gate, self.up, self.down) if isinstance(w, Tensor)]
         return (stored[0], stored[1], stored[2]) if len(stored) == 3 else None
 
     def forward(self, x: Resid, layout: Layout) -> Resid:  # noqa: ARG002  (one signature for MLPs)
-        """Return the weighted sum of what the chosen experts write."""
+        """Return the weighted sum of the chosen experts' outputs."""
         weights, indices = self._route(x)
         if transforms.are_active():
             return self._run_all(x, weights, indices)
@@ -146,7 +146,7 @@ class MoE(MLP):
         return run(x, weights, indices)
 
     def asks_for_counts(self, x: Tensor) -> bool:
-        """Return whether the host reads how many tokens each expert got."""
+        """Return whether the host reads the number of tokens of each expert."""
         return not (self.stacks and grouped_experts.usable(x, *self.stacks))
 
     def _route(self, x: Resid) -> tuple[Weights, Indices]:
@@ -160,7 +160,7 @@ class MoE(MLP):
         return weights, self._checked(indices) if is_edited else indices
 
     def _run_sorted(self, x: Resid, weights: Weights, indices: Indices) -> Resid:
-        """Return the sum, each expert run once on all tokens that chose it."""
+        """Return the sum, running each expert once on all tokens that chose it."""
         flat, (experts, slots) = x.flatten(0, 1), indices.flatten().sort(stable=True)
         tokens = slots // self.cfg.n_chosen
         counts = torch.bincount(experts, minlength=self.cfg.n_experts).tolist()
@@ -176,7 +176,7 @@ class MoE(MLP):
         return out.view_as(x)
 
     def _run_one(self, x: Resid, weights: Weights, indices: Indices) -> Resid:
-        """Return the sum for a single token: there is nothing to sort."""
+        """Return the sum for a single token, without sorting."""
         chosen = zip(indices.flatten().tolist(), weights.flatten().unbind(), strict=True)
         parts = ((linear(self.activations_of(x, e), self.down[e]), s) for e, s in chosen)
         written = [part.to(x.dtype) * scale for part, scale in parts]
@@ -197,7 +197,7 @@ class MoE(MLP):
         return self.hook_expert_out(out * weights[..., None]).sum(dim=2)
 
     def _run_all(self, x: Resid, weights: Weights, indices: Indices) -> Resid:
-        """Return what `_run_hooked` does, by every expert on every token: no index is read."""
+        """Compute the same as `_run_hooked` by every expert on every token, without indexing."""
         is_chosen = [(indices == expert)[..., None] for expert in range(self.cfg.n_experts)]
         post = x.new_zeros(*indices.shape, self.cfg.d_mlp)
         for expert, here in enumerate(is_chosen):
@@ -230,7 +230,7 @@ def _by_expert(
     written: Float[Tensor, "*batch_pos n_chosen d_model"],
     indices: Int[Tensor, "*batch_pos n_chosen"],
 ) -> Float[Tensor, "*batch_pos n_experts d_model"]:
-    """Return the writes of a token's chosen experts under each expert's own number."""
+    """Return the outputs of the chosen experts, indexed by the number of the expert."""
     empty = written.new_zeros(*indices.shape[:-1], moe.cfg.n_experts, written.shape[-1])
     return empty.scatter_add(-2, indices[..., None].expand_as(written), written)
 
@@ -241,7 +241,7 @@ def _from_post(
     weights: Float[Tensor, "*batch_pos n_chosen"],
     indices: Int[Tensor, "*batch_pos n_chosen"],
 ) -> Float[Tensor, "*batch_pos n_experts d_model"]:
-    """Return each expert's write from its values after the nonlinearity."""
+    """Return each expert's output from its values after the nonlinearity."""
     down = as_matrix(moe.down)
     written = post.new_zeros(*indices.shape, down.shape[1])
     for expert in indices.unique().tolist():
@@ -257,7 +257,7 @@ def _run(
     weights: Float[Tensor, "*batch_pos n_chosen"],
     indices: Int[Tensor, "*batch_pos n_chosen"],
 ) -> Float[Tensor, "*batch_pos n_experts d_model"]:
-    """Return each expert's write by running the chosen ones again on what the mixture read."""
+    """Return each expert's output, by running the chosen ones again on the mixture's input."""
     down = as_matrix(moe.down)
     device = down.device
     x = weigh(norm, normalized.to(device), down.dtype)

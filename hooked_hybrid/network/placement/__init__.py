@@ -1,4 +1,4 @@
-"""Models larger than a device: what goes where, and running it there."""
+"""Models larger than a device: the places of their parts, and running them there."""
 
 from hooked_hybrid.network.placement.doors import Placement
 from hooked_hybrid.network.placement.homes import place

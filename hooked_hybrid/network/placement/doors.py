@@ -2,8 +2,8 @@
 
 The residual stream and the layout are moved to a block's device before it runs, and its weights
 with them where they are kept elsewhere; its state is made there and stays. accelerate's hooks do
-this for modules whose inputs are tensors in lists and dicts; ours take a layout and a state, and
-their call passes torch's by.
+this for modules whose inputs are tensors in lists and dicts; our modules take a layout and a state,
+and their calls bypass `nn.Module.__call__`.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from hooked_hybrid.shapes import Resid, Tokens
 
 
 class Placement:
-    """Where each part of a model is, and the way in and out of its blocks.
+    """The places of a model's parts, and the moves into and out of its blocks.
 
     Args:
-        model: whose weights are in their places.
+        model: has its weights in these places.
         places: of every part, see `places.resolve`.
     """
 
@@ -49,22 +49,22 @@ class Placement:
 
     @property
     def is_on_one_device(self) -> bool:
-        """Whether every part is kept and runs on one device, if partly mapped from the disk."""
+        """Whether every part is kept and runs on one device; some may be mapped from the disk."""
         return len({d for p in self.places.values() for d in (p.device, p.runs_on)}) == 1
 
     @contextmanager
     def inside(self, model: Network, i: int, layout: Layout) -> Iterator[Layout]:
-        """Bring block `i` to where it runs; hooks see a run on its device."""
+        """Move block `i` to the device it runs on; `hook.run` has tensors on that device."""
         here = layout.on(self.layer_devices[i])
         device = torch.cuda.device(here.pos.device) if here.pos.is_cuda else nullcontext()
         door = self._doors[i]
-        with device, door, door.graph(), model.running(here):  # kernels go to the current GPU
+        with device, door, door.graph(), model.running(here):  # kernels run on the current GPU
             yield here
 
     def run_block(
         self, model: Network, i: int, resid: Resid, state: BlockState | None, layout: Layout
     ) -> tuple[Resid, BlockState]:
-        """Return what block `i` does, on its device."""
+        """Return the output of block `i`, on its device."""
         with self.inside(model, i, layout) as here:
             return model.blocks[i](resid.to(self.layer_devices[i]), state, here)
 
@@ -78,8 +78,8 @@ class Placement:
     ) -> tuple[Iterator[Resid], Sequence[BlockState]]:
         """Return the residual stream of each piece after all blocks, and the blocks' states.
 
-        Each block reads all pieces before the next block does, so that its weights are brought
-        once, not once a piece; the values are those of the other order.
+        Each block runs on all pieces before the next block does, so that its weights are moved
+        once, not once for each piece; the values do not depend on this order.
         """
         parts = [layout.piece(at, at + piece) for at in range(0, layout.length, piece)]
         streams: list[Resid] = []
@@ -96,7 +96,7 @@ class Placement:
         return iter(streams), after
 
     def __reduce__(self) -> NoReturn:
-        """Refuse a copy, whose weights would all be brought into memory."""
+        """Refuse to copy, which would read all weights into memory."""
         raise TypeError(
             "a model placed by a device_map is not copied or pickled: load it again with the same "
             "device_map and offload_folder"
@@ -104,7 +104,7 @@ class Placement:
 
 
 class Brought(NamedTuple):
-    """What a graph keeps of a weight that was brought: how to bring it again."""
+    """What a graph keeps of a weight that was moved: how to move it again."""
 
     kept: nn.Parameter
     shape: tuple[int, ...]
@@ -113,10 +113,10 @@ class Brought(NamedTuple):
 
 
 class Door:
-    """Brings the weights of a block to where it runs, for as long as anyone is inside.
+    """Moves the weights of a block to the device it runs on, while any forward is inside.
 
-    Between times they are where they are kept, for all to read. A graph for gradients holds none
-    of them where the block ran: the backward pass brings each again.
+    Otherwise they are in the place where they are kept. A graph for gradients holds no copy of
+    them on the block's device: the backward pass moves each of them again.
     """
 
     def __init__(self, block: nn.Module, device: torch.device, is_streamed: bool) -> None:
@@ -134,7 +134,7 @@ class Door:
     def _saved(self, value: Tensor) -> Tensor | Brought:
         kept = self._origins.get(value.untyped_storage().data_ptr())
         if kept is None:
-            return value.detach()  # as it is, a result would keep its own graph alive
+            return value.detach()  # otherwise a result would keep its own graph alive
         return Brought(kept, tuple(value.shape), value.stride(), int(value.storage_offset()))
 
     def _restored(self, saved: Tensor | Brought) -> Tensor:
@@ -164,7 +164,7 @@ class Door:
                     self._kept.append((module, own))
                     moved = {n: _there(p, self.device) for n, p in own.items()}
                     module._parameters.update(moved)
-                    if self.device.type != "meta":  # where all storages are at address 0
+                    if self.device.type != "meta":  # there all storages have address 0
                         self._origins |= {
                             moved[n].untyped_storage().data_ptr(): p for n, p in own.items()
                         }
@@ -180,13 +180,13 @@ class Door:
 
 
 def _there(parameter: nn.Parameter, device: torch.device) -> Any:
-    """Return a parameter's values on a device; a gradient finds its way back where one is due."""
+    """Return a parameter's values on a device; gradients flow back to it if it needs them."""
     moved = parameter.to(device)
     return moved if parameter.requires_grad else nn.Parameter(moved, requires_grad=False)
 
 
 def is_one_device(places: Mapping[str, Place]) -> bool:
-    """Whether these are the places of a model that lies on one device, and nothing on the disk."""
+    """Whether the places are all on one device, with nothing on the disk."""
     return len({(p.device, p.runs_on, p.on_disk) for p in places.values()}) == 1 and not any(
         p.on_disk for p in places.values()
     )

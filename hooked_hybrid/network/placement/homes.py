@@ -1,4 +1,4 @@
-"""Putting a model's weights in their places: while a checkpoint is read, or from memory."""
+"""Putting a model's weights in their places, from a checkpoint or from memory."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Homes:
         return self.folder.filling({n: t for n, t in parameters.items() if self.on_disk(n)})
 
     def found(self, name: str, like: Tensor) -> Tensor | None:
-        """Return a parameter that is on the disk from an earlier time, or None."""
+        """Return a parameter that an earlier run wrote to the disk, or None."""
         if self.folder is None or not self.on_disk(name) or not self.folder.has(name, like):
             return None
         return self.folder.read(name, like)
@@ -58,14 +58,14 @@ class Homes:
         return self.folder.read(name, like)
 
     def close(self) -> None:
-        """Remove what no other run may use; see `OffloadFolder.close`."""
+        """Remove files that no other run can use; see `OffloadFolder.close`."""
         if self.folder is not None:
             self.folder.close()
 
     def finish(self, model: N) -> N:
-        """Let the model run as its weights lie; those kept elsewhere are frozen.
+        """Make the model run with its weights in these places; weights kept elsewhere are frozen.
 
-        Their gradients would take as much memory as they do, when there is too little.
+        Their gradients would take as much memory as the weights, which is short.
         """
         for name, parameter in model.named_parameters():
             place = self.places[part_of(name)]
@@ -76,7 +76,7 @@ class Homes:
 
 
 def one_home(cfg: HybridConfig, device: torch.device) -> Homes:
-    """Return the places of a model that goes to one device as a whole."""
+    """Return the places of a model that is entirely on one device."""
     return Homes(dict.fromkeys(parts_of(cfg), Place(device, device)), None)
 
 
@@ -88,19 +88,19 @@ def homes_of(
     is_quantized: bool = False,
     is_planned: bool = False,
 ) -> Homes:
-    """Return where each parameter will go, before any is read.
+    """Return the place of each parameter, before any is read.
 
     Args:
-        model: what is placed, with or without weights.
+        model: the model to place, with or without weights.
         device_map: see `places.resolve`.
-        offload_folder: of what goes to the disk.
+        offload_folder: for the weights on the disk.
         identity: of the weights, see `OffloadFolder`.
         is_quantized: whether weights will be quantised.
-        is_planned: whether the map is a plan's, which may leave a folder unused.
+        is_planned: whether the map is from a plan, which may leave the folder unused.
 
     Raises:
-        ValueError: a map that cannot be, that needs a folder and has none, or that keeps quantised
-            blocks elsewhere than where they run.
+        ValueError: an impossible map, one that needs a folder without one, or one that keeps
+            quantised blocks on another device than they run on.
     """
     places = resolve(model.cfg, device_map)
     if is_quantized:
@@ -118,7 +118,7 @@ def homes_of(
 
 
 def _require_at_home(places: Mapping[str, Place]) -> None:
-    """Refuse places from which weights would be brought: quantised ones are not."""
+    """Refuse places from which weights would be moved: quantised weights cannot be."""
     for part, place in places.items():
         if place.is_streamed or place.on_disk:
             raise ValueError(
@@ -133,19 +133,19 @@ def place(
     device_map: DeviceMap,
     offload_folder: str | os.PathLike[str] | None = None,
 ) -> N:
-    """Put a model that is in memory in several places, and return it.
+    """Move a model in memory to several places, and return it.
 
-    What goes to the disk is this process's own: its files leave with it.
+    Files on the disk belong to this process and are deleted with it.
 
     Args:
-        model: whose weights are moved.
+        model: the model to move.
         device_map: see `places.resolve`.
-        offload_folder: of what goes to the disk.
+        offload_folder: for the weights on the disk.
 
     Raises:
-        ValueError: a model that is placed already, quantised or without weights, or as in
+        ValueError: a model that is already placed, quantised or without weights, or as in
             `homes_of`.
-        OSError: the disk is full, or cannot be written; the model is as it was.
+        OSError: the disk is full, or cannot be written; the model is unchanged.
     """
     if model.placement is not None:
         raise ValueError("this model is placed already: load it again with another device_map")

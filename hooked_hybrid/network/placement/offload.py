@@ -1,8 +1,7 @@
-"""Weights on the disk, one file a tensor, mapped into memory page by page as they are read.
+"""Weights on the disk, one file for each tensor, mapped into memory page by page as they are read.
 
-A mapped weight is a tensor like any other: whoever reads it, gets it. Its pages belong to the
-system's file cache, which drops them where memory is short. An edit in place stays in this
-process's memory, and the file as it is.
+A mapped weight is read like any other tensor. Its pages belong to the system's file cache, which
+drops them if memory is short. An edit in place changes this process's memory, not the file.
 """
 
 from __future__ import annotations
@@ -24,26 +23,26 @@ from hooked_hybrid.outputs.folders import FolderInUseError, claimed, remove_unfi
 from hooked_hybrid.outputs.foreign import refuse_link
 
 FORMAT = 1
-"""Of what the files hold; to be raised where conversion gives other numbers than before."""
+"""Version of the files' content; to be raised if a conversion changes its numbers."""
 WAIT = 1.0
-"""Seconds after which a folder that another process fills is looked at again."""
+"""Seconds between checks of a folder that another process is filling."""
 START = 2**16
-"""Bytes at the start of each file of a checkpoint that tell it from another of the same size."""
+"""Bytes at the start of each file of a checkpoint that count in its identity."""
 SAMPLES, SAMPLE = 16, 2**12
-"""Further stretches of it that do, and their bytes."""
+"""Number and size of further samples of the file that count."""
 
 
 class OffloadFolder:
     """The folder of one checkpoint in one dtype, inside the folder that the user gave.
 
-    A tensor is written under another name and renamed when it is whole and on the disk, so that
-    what bears its name is good, whenever the writing was cut off; what is there already is taken
-    as it is. Of several processes one fills it, and the others wait.
+    A tensor is written under a temporary name and renamed when it is complete, so a file with the
+    final name is always whole, even after an interrupted write; existing files are used. If several
+    processes use a folder, one fills it and the others wait.
 
     Args:
-        folder: may hold those of other checkpoints.
-        identity: tells what the tensors are; None for tensors that only this process has, whose
-            files leave as soon as they are mapped.
+        folder: may also hold folders of other checkpoints.
+        identity: identifies the tensors; None for tensors that only this process has, whose files
+            are deleted as soon as they are mapped.
 
     Raises:
         ValueError: `folder` is blank.
@@ -71,13 +70,13 @@ class OffloadFolder:
 
     @contextmanager
     def filling(self, tensors: Mapping[str, Tensor]) -> Iterator[None]:
-        """Hold the folder while some tensors are written, where one of them is missing.
+        """Lock the folder while tensors are written, if any of them is missing.
 
         Raises:
-            OSError: the disk has no room for what is missing; raised before any of it is written.
+            OSError: the disk has too little space for the missing tensors; none was written.
 
         Warns:
-            UserWarning: another process fills the folder, and this one waits for it.
+            UserWarning: another process is filling the folder, and this one waits for it.
         """
         with ExitStack() as stack:
             if not self._holds(tensors):
@@ -90,7 +89,7 @@ class OffloadFolder:
         return all(self.has(name, tensor) for name, tensor in tensors.items())
 
     def _claim(self, stack: ExitStack) -> None:
-        """Hold the folder, after whoever holds it now."""
+        """Lock the folder, after waiting for the process that holds the lock."""
         is_told = False
         while True:
             try:
@@ -98,7 +97,7 @@ class OffloadFolder:
                 return
             except FolderInUseError as error:
                 if not is_told:
-                    holder = str(error).rpartition(": ")[0]  # what it is, without what to do
+                    holder = str(error).rpartition(": ")[0]  # the holder, without the remedy
                     warnings.warn(f"{holder}: waiting until it is filled", stacklevel=2)
                 is_told = True
                 time.sleep(WAIT)
@@ -113,12 +112,12 @@ class OffloadFolder:
             )
 
     def has(self, name: str, like: Tensor) -> bool:
-        """Return whether a tensor of this name and size is there."""
+        """Return whether a tensor of this name and size exists."""
         file = self.path / name
         return file.is_file() and file.stat().st_size == like.nbytes
 
     def write(self, name: str, tensor: Tensor, like: Tensor) -> None:
-        """Write a tensor in the dtype and memory layout of another, whole or not at all.
+        """Write a tensor in the dtype and memory layout of another, atomically.
 
         Raises:
             OSError: the disk is full, or cannot be written.
@@ -131,12 +130,12 @@ class OffloadFolder:
     def read(self, name: str, like: Tensor) -> Tensor:
         """Return a tensor, mapped."""
         tensor = mapped(self.path / name, like)
-        if not self.is_kept:  # what is mapped stays readable, and a killed process leaves nothing
+        if not self.is_kept:  # mapped files stay readable, and a killed process leaves none
             (self.path / name).unlink()
         return tensor
 
     def close(self) -> None:
-        """Remove the folder if no other run may use it; what is mapped stays readable."""
+        """Remove the folder if no other run can use it; mapped files stay readable."""
         if not self.is_kept:
             shutil.rmtree(self.path, ignore_errors=True)
 
@@ -145,8 +144,8 @@ def mapped(path: Path, like: Tensor, shared: bool = False) -> Tensor:
     """Return the content of a file as a tensor with shape, dtype and strides of another.
 
     Args:
-        path: holds the numbers and nothing else, in the order of memory.
-        like: dense, on any device.
+        path: a file of the numbers only, in memory order.
+        like: a dense tensor on any device.
         shared: whether edits go to the file.
     """
     flat = torch.from_file(str(path), shared=shared, size=like.numel(), dtype=like.dtype)
@@ -156,8 +155,8 @@ def mapped(path: Path, like: Tensor, shared: bool = False) -> Tensor:
 def identity_of(files: Iterable[Path], dtype: torch.dtype) -> str:
     """Return a name for the tensors of a checkpoint's files in a dtype.
 
-    Files are distinguished by name, size, date, their first bytes, where safetensors has all names
-    and shapes, and a few more all over them: copies may bear one date for all.
+    Files are distinguished by name, size, date, first bytes (where safetensors has all names and
+    shapes) and samples throughout the file, as copies of different files may have the same date.
     """
     digest = hashlib.sha256()
     for path in sorted(files):
@@ -172,13 +171,13 @@ def identity_of(files: Iterable[Path], dtype: torch.dtype) -> str:
 
 
 def layout_of(parameters: Mapping[str, Tensor]) -> str:
-    """Return a name for how tensors lie in memory, and so in files."""
+    """Return a name for the memory layout of tensors, which is that of their files."""
     about = [f"{name} {tuple(t.shape)} {t.stride()}" for name, t in sorted(parameters.items())]
     return hashlib.sha256("\n".join([str(FORMAT), *about]).encode()).hexdigest()[:8]
 
 
 def _make_room(descriptor: int, n_bytes: int) -> None:
-    """Take the space of a file: a mapped one on a full disk would end the process."""
+    """Allocate the space of a file, as writing to a mapped file on a full disk ends the process."""
     if hasattr(os, "posix_fallocate"):
         os.posix_fallocate(descriptor, 0, n_bytes)
     else:

@@ -1,7 +1,7 @@
-"""Where the parts of a model lie and run: a device map, checked before anything is loaded.
+"""The places where a model's parts are kept and run: a device map, checked before loading.
 
-The parts are the blocks, each of them whole, and the ends: embedding, final norm and read-out,
-which run together on the model's device, where tokens go in and logits come out.
+The parts are the blocks, each as a whole, and the ends: embedding, final norm and read-out. The
+ends run together on the model's device, which takes tokens and returns logits.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from hooked_hybrid.config import HybridConfig
 DISK = "disk"
 ENDS = ("embed", "ln_final", "unembed")
 ONE_OF_A_KIND = ("cpu", "meta")
-"""Devices that tensors name without a number."""
+"""Devices whose names have no number."""
 DeviceMap = Mapping[str, str | int | torch.device]
 
 
@@ -24,7 +24,7 @@ DeviceMap = Mapping[str, str | int | torch.device]
 class Place:
     """Where the weights of a part are kept, and where it runs.
 
-    Kept on the disk, they are mapped into the CPU's memory, a page when it is read.
+    Weights on the disk are mapped into the CPU's memory, each page when it is read.
     """
 
     device: torch.device
@@ -33,17 +33,17 @@ class Place:
 
     @property
     def is_streamed(self) -> bool:
-        """Whether the weights are moved elsewhere for each forward of the part."""
+        """Whether the weights are moved to another device for each forward of the part."""
         return self.device != self.runs_on
 
     @property
     def name(self) -> str:
-        """Return the place as a device map says it."""
+        """Return the place as written in a device map."""
         return DISK if self.on_disk else str(self.device)
 
 
 def parts_of(cfg: HybridConfig) -> list[str]:
-    """Return the names of what a device map places, in the order in which they run."""
+    """Return the names of the parts in a device map, in the order in which they run."""
     return ["embed", *(f"blocks.{i}" for i in range(cfg.n_layers)), "ln_final", "unembed"]
 
 
@@ -56,18 +56,18 @@ def part_of(parameter: str) -> str:
 def resolve(cfg: HybridConfig, device_map: DeviceMap) -> dict[str, Place]:
     """Return the place of every part.
 
-    A block that is kept on the CPU or on the disk runs on the accelerator of the part before it,
-    or of the next one that has one; if there is none, on the CPU. The ends run where they are.
+    A block that is kept on the CPU or on the disk runs on the accelerator of the part before it, or
+    of the next part with one; without any, it runs on the CPU. The ends run where they are kept.
 
     Args:
         cfg: what the model is.
-        device_map: device by name of a part, or of what several names begin with: `""` means
-            everything, `"blocks"` all blocks; the longest name that fits counts. A device is a
-            torch device, the number of a GPU, "cpu" or "disk".
+        device_map: device by name of a part or prefix of several: `""` means everything,
+            `"blocks"` all blocks; the longest matching name counts. A device is a torch device,
+            the number of a GPU, "cpu" or "disk".
 
     Raises:
-        ValueError: no map, a name that is not a part, a part without a place, a device that is not
-            there, or ends that run on different devices.
+        ValueError: not a map, a name that is not a part, a part without a place, a missing device,
+            or ends that run on different devices.
     """
     if not isinstance(device_map, Mapping):
         raise ValueError(f"device_map={device_map!r}: give 'auto', or a dict of parts and devices")
@@ -85,7 +85,7 @@ def resolve(cfg: HybridConfig, device_map: DeviceMap) -> dict[str, Place]:
         )
     rest = {part: _device(device) for part, device in given.items()}
     if cfg.tied_embedding:
-        rest["unembed"] = rest["embed"]  # it has no weights of its own
+        rest["unembed"] = rest["embed"]  # it uses the embedding's weights
     runs = {part: _runs_on(i, parts, rest) for i, part in enumerate(parts)}
     if len(devices := {runs[part] for part in ENDS}) > 1:
         raise ValueError(
@@ -96,7 +96,7 @@ def resolve(cfg: HybridConfig, device_map: DeviceMap) -> dict[str, Place]:
 
 
 def _given(part: str, device_map: DeviceMap) -> str | int | torch.device | None:
-    """Return what the longest name that fits a part says of it."""
+    """Return the entry of the longest name that matches a part."""
     for name in (part, part.split(".")[0], ""):
         if name in device_map:
             return device_map[name]
@@ -119,13 +119,13 @@ def _device(given: str | int | torch.device | None) -> tuple[torch.device, bool]
         raise ValueError(f"device_map says {given!r}: this machine has {n_gpus} GPUs")
     if device.type in ONE_OF_A_KIND:
         return torch.device(device.type), False
-    return torch.device(device.type, index), False  # as its tensors say it
+    return torch.device(device.type, index), False  # as its tensors name it
 
 
 def _runs_on(
     i: int, parts: Sequence[str], rest: Mapping[str, tuple[torch.device, bool]]
 ) -> torch.device:
-    """Return where part number `i` runs."""
+    """Return the device on which part number `i` runs."""
     here = rest[parts[i]][0]
     if here.type != "cpu" or parts[i] in ENDS:
         return here

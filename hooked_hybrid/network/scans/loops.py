@@ -19,7 +19,7 @@ def scan_loop(a: States, x: States, h0: State) -> States:
 
     Args:
         a: decays, 0 where the past is forgotten.
-        x: what is written.
+        x: added to the state.
         h0: the state before the first position.
     """
     h, states = h0, []
@@ -41,7 +41,7 @@ def selective_scan_loop(
     """Return C h at every position and the last state: the definition.
 
     Args:
-        u: what the recurrence reads.
+        u: the input.
         dt: step sizes, after softplus.
         A: decay rates, negative.
         B, C: input and output maps of each position.

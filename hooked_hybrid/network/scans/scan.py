@@ -1,7 +1,7 @@
-"""The linear recurrence h_t = a_t h_{t-1} + x_t: one definition, one fast twin, and its hook.
+"""The linear recurrence h_t = a_t h_{t-1} + x_t: its definition, its fast version, its hook.
 
-`scan_loop` is the definition. `scan` is what layers call: the same values to rounding, in two
-passes over chunks or by a GPU's kernel, with a backward pass that is the same scan run backwards.
+`scan_loop` is the definition. Layers call `scan`, which computes the same values up to rounding, in
+two passes over chunks or by a GPU kernel. Its backward pass is the same scan, run backwards.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ CHUNK = 32
 
 
 def scan(a: States, x: States, h0: State) -> States:
-    """Return every state of h_t = a_t h_{t-1} + x_t; the fast twin of `scan_loop`."""
+    """Return every state of h_t = a_t h_{t-1} + x_t; the fast version of `scan_loop`."""
     if a.shape[1] == 1:
         return torch.addcmul(x, a, h0[:, None])
     if a.shape[1] < 2 * CHUNK or transforms.are_active():
@@ -39,7 +39,7 @@ def scan(a: States, x: States, h0: State) -> States:
 
 @torch.no_grad()
 def _scan_fast(a: States, x: States, h0: State, reverse: bool = False) -> States:
-    """Return the states, by Triton's kernel where it runs; `reverse` begins at the last position.
+    """Return the states, by the Triton kernel if it runs; `reverse` begins at the last position.
 
     In reverse, h_t = a_t h_{t+1} + x_t.
     """
@@ -54,7 +54,7 @@ def _scan_fast(a: States, x: States, h0: State, reverse: bool = False) -> States
 def scan_chunked(a: States, x: States, h0: State, chunk: int = CHUNK) -> States:
     """Return the states by two passes over chunks; not differentiable, see `scan`.
 
-    The first pass finds what each chunk does to a state (its decay product and its own writes),
+    The first pass computes the effect of each chunk on a state (its decay product, its own writes),
     all chunks at once; a short loop carries the state over the chunks; the second pass writes the
     states. No product of decays longer than a chunk is formed and no logarithm is taken, so zero
     and strong decays are exact.
@@ -62,7 +62,7 @@ def scan_chunked(a: States, x: States, h0: State, chunk: int = CHUNK) -> States:
     n_chunks, n_pos = a.shape[1] // chunk, a.shape[1]
     body = n_chunks * chunk
     states = torch.empty_like(x)
-    # One tensor [batch chunk *channels] for each place in a chunk.
+    # One tensor [batch chunk *channels] for each index in a chunk.
     a_t, x_t, out_t = (
         t[:, :body].unflatten(1, (n_chunks, chunk)).unbind(2) for t in (a, x, states)
     )
@@ -109,7 +109,7 @@ class _Scan(torch.autograd.Function):
 def scan_documents(
     a: States, x: States, h0: State, resets: Bool[Tensor, "batch pos"] | None
 ) -> States:
-    """Return what `scan` does, with nothing of a state passing a reset: no NaN either.
+    """Compute the same as `scan`, with nothing of a state passing a reset, not even NaN.
 
     Args:
         a, x, h0: as in `scan_loop`; `a` is 0 at resets.
@@ -126,7 +126,7 @@ def scan_documents(
 
 
 def parts_between(resets: Bool[Tensor, "batch pos"]) -> list[slice]:
-    """Return the stretches of positions inside which no row is reset."""
+    """Return the ranges of positions within which no row is reset."""
     n_pos = resets.shape[1]
     starts = resets.any(dim=0).nonzero()[:, 0].tolist()
     bounds = sorted({0, *starts, n_pos})
@@ -144,13 +144,13 @@ def hooked_scan(a: States, x: States, h0: State, hook: HookPoint, layout: Layout
     Watchers alone keep the fast scan and are given all states at once. Any other hook is called
     once a position, on [batch 1 *channels]; the scan is fast between the positions that
     `interventions.hook_at` names. At padding a state is only carried, so edits there are undone.
-    Gradients at this point are total: through the output at t and through all later states; those
-    that are cached are what the backward hooks before the caching one made of them.
+    Gradients at this point are total: through the output at t and through all later states. Cached
+    gradients include the edits of backward hooks before the caching hook.
 
     Args:
         a, x, h0: as in `scan_loop`.
         hook: the point on the state.
-        layout: which positions are tokens.
+        layout: states which positions are tokens.
     """
     if not hook.is_hooked:
         return scan_documents(a, x, h0, layout.resets)
@@ -164,14 +164,14 @@ def hooked_scan(a: States, x: States, h0: State, hook: HookPoint, layout: Layout
 
 
 GradientHooks = list[tuple[list[LensHandle], "States | None"]]
-"""Backward hooks in order: editors with None, or, for watchers, none with a probe of all states."""
+"""Backward hooks in order: editors with None; watchers with a zero probe of all states."""
 
 
 def _gradients(x: States, hook: HookPoint) -> GradientHooks:
-    """Return the backward hooks of a point, neighbouring ones of a kind together.
+    """Return the backward hooks of a point, with consecutive ones of a kind grouped.
 
-    Watchers are given the gradient of a zero that is added to each state: the state's total one,
-    after the edits of those before them.
+    Watchers receive the gradient of a zero that is added to each state. It is the state's total
+    gradient, after the edits of hooks before them.
     """
     found: GradientHooks = []
     if not torch.is_grad_enabled():
@@ -229,12 +229,12 @@ def _scan_edited(
 
 
 def only_where(is_real: Tensor, carried: Tensor, edited: Tensor) -> Tensor:
-    """Return an edit of states at real tokens; at padding a state is the one before it."""
+    """Return an edit of states at tokens; at padding the state is the previous one."""
     return edited.where(is_real, carried)
 
 
 def edited_positions(handles: Sequence[LensHandle], layout: Layout) -> list[int]:
-    """Return the indices at which some handle may act."""
+    """Return the indices at which any handle may act."""
     wanted: set[int] = set()
     for handle in handles:
         positions = positions_of(handle.hook)

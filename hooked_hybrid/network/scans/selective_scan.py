@@ -1,8 +1,8 @@
-"""Mamba's selective scan without its hooks: bounded scratch, one time-chunk after another.
+"""Mamba's selective scan without hooks, in bounded memory: one chunk of positions at a time.
 
-`selective_scan_loop` is the definition. `selective_scan` is what layers call; it chooses among the
-fast twins: one step, chunks, and, with autograd, chunks that are computed once more in the backward
-pass, so that only the states between them are kept.
+`selective_scan_loop` is the definition. Layers call `selective_scan`, which chooses among the fast
+versions: one step, chunks, and, with autograd, chunks that the backward pass computes again, so
+that only the states between chunks are kept.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from hooked_hybrid.shapes import Inner
 
 CHUNK = 32
 LOG2_E = 1 / math.log(2)
-CHUNK_NUMBERS = 2**19  # decays of one chunk: 2 MB, of which the next pass finds much in the cache
-# Inside a chunk channels, the long axis, are last: one pass runs over contiguous numbers.
+CHUNK_NUMBERS = 2**19  # decays of one chunk: 2 MB, most of which stays in the cache
+# Within a chunk the long axis, channels, is last, so that passes run over contiguous numbers.
 Wide = Float[Tensor, "batch pos d_state d_inner"]
 WideState = Float[Tensor, "batch d_state d_inner"]
 
@@ -41,7 +41,7 @@ def selective_scan(
     resets: Bool[Tensor, "batch pos"] | None = None,
     begins: bool = False,
 ) -> tuple[Inner, SSMState]:
-    """Return C h at every position and the last state, by the twin that fits.
+    """Return C h at every position and the last state, by the version that applies.
 
     Args:
         u, dt, A, B, C, h0, resets: as in `selective_scan_loop`.
@@ -62,7 +62,7 @@ def selective_scan(
 
 
 class _Inputs(NamedTuple):
-    """What a scan reads, as `selective_scan_loop` says."""
+    """The inputs of a scan, see `selective_scan_loop`."""
 
     u: Tensor
     dt: Tensor
@@ -74,7 +74,7 @@ class _Inputs(NamedTuple):
 
 
 def _scan_documents(x: _Inputs, resets: Bool[Tensor, "batch pos"]) -> tuple[Inner, SSMState]:
-    """Return the same where something is not finite, with nothing of a state passing a reset."""
+    """Return the same for values that are not finite, with nothing of a state passing a reset."""
     h, ys = x.h0, []
     for at in parts_between(resets):
         h = forgotten(h, resets[:, at.start])
@@ -84,7 +84,7 @@ def _scan_documents(x: _Inputs, resets: Bool[Tensor, "batch pos"]) -> tuple[Inne
 
 
 def _scan_step(x: _Inputs) -> tuple[Inner, SSMState]:
-    """Return C h and the state of one position, in the layout states are kept in."""
+    """Return C h and the state of one position, in the memory layout of states."""
     decay = (x.dt.mT * x.A).exp_()
     if x.resets is not None:
         decay.masked_fill_(x.resets[..., None], 0)
@@ -96,10 +96,10 @@ def _scan_step(x: _Inputs) -> tuple[Inner, SSMState]:
 def _scan_chunks(
     x: _Inputs, chunks: list[_Chunk], starts: Tensor | None = None
 ) -> tuple[Inner, SSMState]:
-    """Return what `selective_scan` does, decays and states of one chunk in memory at a time.
+    """Compute the same as `selective_scan`, with one chunk's decays and states in memory at a time.
 
     Args:
-        x: what the scan reads.
+        x: the inputs of the scan.
         chunks: the same in chunks, the first one the longest.
         starts: where to write the state before each chunk [chunk batch d_state d_inner].
     """
@@ -139,7 +139,7 @@ class _SelectiveScan(torch.autograd.Function):
 def _differentiable_gradients(
     x: _Inputs, grad_y: Tensor, grad_last: Tensor
 ) -> tuple[Tensor | None, ...]:
-    """Return gradients that have a graph, by way of the definition, which keeps all states."""
+    """Return gradients with a graph, by the definition, which keeps all states."""
     *numbers, resets = x
     here = u, dt, A, B, C, h0 = tuple(t.view_as(t) for t in numbers)  # dt may depend on u: that
     wanted = [t for t in here if t.requires_grad]  # path is not the scan's
@@ -155,7 +155,7 @@ def _differentiable_gradients(
 def _gradients(
     x: _Inputs, starts: Tensor, grad_y: Tensor, grad_last: Tensor
 ) -> tuple[Tensor | None, ...]:
-    """Return gradients by what `selective_scan` reads, chunk by chunk from the last one."""
+    """Return gradients of the inputs of `selective_scan`, chunk by chunk from the last one."""
     chunks = _cut(x, CHUNK)
     rooms, pieces, by_rates = _rooms(chunks[0], 3), [], torch.zeros_like(chunks[0].rates)
     by_h, stop = grad_last.mT, x.u.shape[1]
@@ -172,7 +172,7 @@ def _gradients(
 
 
 class _Chunk(NamedTuple):
-    """What a scan reads at some positions; `rates` is A, channels last, also for powers of 2."""
+    """The inputs of a scan at some positions; `rates` is A, channels last, also for powers of 2."""
 
     u: Tensor
     dt: Tensor
@@ -184,7 +184,7 @@ class _Chunk(NamedTuple):
 
 
 def _chunk_length(x: _Inputs) -> int:
-    """Return how many positions to take at a time where no states are kept."""
+    """Return how many positions to process at a time if no states are kept."""
     if x.u.device.type != "cpu":
         return CHUNK
     return max(2, min(CHUNK, CHUNK_NUMBERS // x.h0.numel()))
@@ -217,7 +217,7 @@ def _fit(room: Tensor, chunk: _Chunk) -> Wide:
 
 
 def _decays(chunk: _Chunk, room: Tensor) -> Wide:
-    # A power of 2 costs two thirds of one of e.
+    # exp2 takes two thirds of the time of exp.
     decay = torch.mul(chunk.dt[:, :, None], chunk.log2_rates, out=_fit(room, chunk)).exp2_()
     if chunk.resets is not None:
         decay.masked_fill_(chunk.resets[..., None, None], 0)
@@ -235,12 +235,12 @@ def _states(chunk: _Chunk, decay: Wide, h: WideState, room: Tensor) -> Wide:
 def _chunk_gradients(
     chunk: _Chunk, h: WideState, grad_y: Inner, grad_h: WideState, rooms: list[Tensor]
 ) -> tuple[Inner, Inner, SmallInputs, SmallInputs, Tensor, WideState]:
-    """Return gradients by u, dt, B, C, the rates and the state before, from those by y and after.
+    """Return gradients of u, dt, B, C, the rates and the state before a chunk.
 
     Args:
-        chunk: what was read.
+        chunk: the inputs.
         h: the state before the chunk.
-        grad_y, grad_h: gradients by C h and by the state after the chunk.
+        grad_y, grad_h: gradients of C h and of the state after the chunk.
         rooms: scratch memory for three tensors.
     """
     decay = _decays(chunk, rooms[0])
@@ -253,7 +253,7 @@ def _chunk_gradients(
     grad_h = decay[:, 0] * after
     by_B = (totals @ (chunk.dt * chunk.u)[..., None])[..., 0]
     by_write = (chunk.B[:, :, None] @ totals)[:, :, 0]
-    # From here on the gradient by the exponent of each decay.
+    # From here on: the gradient of each decay's exponent.
     totals[:, 1:].mul_(states[:, :-1])
     totals[:, 0].mul_(h)
     totals.mul_(decay)

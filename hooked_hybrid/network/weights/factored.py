@@ -13,8 +13,8 @@ class FactoredMatrix:
 
     Names and behaviour follow TransformerLens. `A` and `B` broadcast over their leading dimensions
     and are stored expanded (views, no copy). Everything is differentiable in `A` and `B`. Factors
-    of 16 bits are decomposed in float32, and what comes of it (`svd`, `eigenvalues`, `norm`,
-    `make_even`, `collapse_l`, `collapse_r`) is float32 too. Gradients of decompositions need
+    of 16 bits are decomposed in float32, and the results (`svd`, `eigenvalues`, `norm`,
+    `make_even`, `collapse_l`, `collapse_r`) are float32 too. Gradients of decompositions need
     factors of full rank, and those of the singular vectors need distinct singular values.
 
     Attributes:

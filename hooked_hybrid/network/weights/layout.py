@@ -1,4 +1,4 @@
-"""How weights lie in memory: shapes, names and values are not affected."""
+"""The memory layout of weights; shapes, names and values do not depend on it."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ import torch
 from torch import Tensor
 
 NARROW = 2
-"""Bytes of a number up to which a weight lies as `torch.nn.Linear` would have it."""
+"""Weights of numbers with up to this many bytes have the layout of `torch.nn.Linear`."""
 
 
 def laid_out(weight: Tensor) -> Tensor:
-    """Return a weight [... d_out d_in] laid out as it is read fastest; itself where it is already.
+    """Return a weight [... d_out d_in] in the layout that is read fastest; unchanged if it has it.
 
-    One token reads a weight once, and how fast depends on which axis is contiguous: in fp32 on a
-    CPU a wide output from few inputs is read up to twice as fast along the outputs, a wide input
-    along the inputs (long inputs do not care). In 16 bits, a CPU without instructions for them
-    reads along the inputs 10 to 30 times as fast as along the outputs.
+    For one token the time to read a weight depends on its contiguous axis. In fp32 on a CPU, a
+    weight with many outputs and few inputs is read up to twice as fast along the outputs, one with
+    many inputs along the inputs (for long sequences it does not matter). In 16 bits, a CPU without
+    instructions for them reads 10 to 30 times as fast along the inputs as along the outputs.
     """
     d_out, d_in = weight.shape[-2:]
     if d_out > d_in and weight.itemsize > NARROW:
@@ -24,5 +24,5 @@ def laid_out(weight: Tensor) -> Tensor:
 
 
 def empty_weight(*shape: int) -> Tensor:
-    """Return an empty weight [... d_out d_in] in torch's default dtype, laid out so."""
+    """Return an empty weight [... d_out d_in] in torch's default dtype and this layout."""
     return laid_out(torch.empty(shape))

@@ -1,4 +1,4 @@
-"""Weights as plain numbers, whether they are stored so or quantised (see `quantized`)."""
+"""Weights as plain numbers, whether stored plain or quantised (see `quantized`)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 Stored = Tensor | nn.ParameterList
-"""A weight as a module holds it: a tensor, or the quantised matrices of a stack one by one."""
+"""A weight as stored in a module: a tensor, or a list of the quantised matrices of a stack."""
 
 
 def is_quantized(weight: Stored) -> bool:
@@ -19,9 +19,9 @@ def is_quantized(weight: Stored) -> bool:
 
 
 def as_matrix(weight: Stored) -> Tensor:
-    """Return a weight as plain numbers: itself, or the values that a quantised one stands for.
+    """Return a weight as plain numbers; a quantised one is dequantised.
 
-    Those are computed anew at each call, in the dtype that the weight had before.
+    It is dequantised at each call, to the dtype that the weight had before.
     """
     if isinstance(weight, nn.ParameterList):
         return torch.stack([as_matrix(w) for w in weight])
@@ -32,10 +32,10 @@ def as_matrix(weight: Stored) -> Tensor:
 
 
 def stored_bytes(weights: Iterable[Tensor]) -> int:
-    """Return the bytes that tensors take: of quantised ones their integers and scales.
+    """Return the bytes of tensors; a quantised one counts its integers and scales.
 
-    Of a whole model: `stored_bytes(model.parameters())`. A tensor on the meta device counts as what
-    it would take.
+    For a whole model: `stored_bytes(model.parameters())`. A tensor on the meta device counts the
+    bytes it would take.
     """
     return sum(sum(part.nbytes for part in _parts(w)) for w in weights)
 
@@ -43,7 +43,7 @@ def stored_bytes(weights: Iterable[Tensor]) -> int:
 def exact_copy(weight: Tensor) -> nn.Parameter:
     """Return a copy of a quantised weight, number for number.
 
-    `clone` may not: that of torchao's NF4 quantises the values again.
+    `clone` may differ: torchao's NF4 quantises the values again.
     """
     names, context = weight.__tensor_flatten__()  # type: ignore[attr-defined]
     parts = {name: getattr(weight, name).clone() for name in names}

@@ -1,4 +1,4 @@
-"""Products with weights, in fp32 where a CPU has none in 16 bits."""
+"""Products with weights, in fp32 if the CPU has no 16-bit instructions."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 MANY = 16
-"""Rows from which reading a weight in fp32 costs less than 16-bit products save."""
+"""From this many rows on, products in fp32 are faster although the weight is converted."""
 _PLAIN = (Tensor, nn.Parameter)
 
 
@@ -23,10 +23,10 @@ def linear(
 ) -> Float[Tensor, "*row d_out"]:
     """Return `x @ weight.T + bias`.
 
-    A product in 16 bits sums in fp32 and rounds once. torch does that number by number on a CPU
-    without instructions for it; there many rows are multiplied in fp32 and rounded once, which is
-    the same but for sums that lie between two numbers. Not where a gradient may be wanted: it would
-    keep each weight in fp32.
+    A 16-bit product sums in fp32 and rounds once. On a CPU without 16-bit instructions torch does
+    this number by number; there, products of many rows are computed in fp32 and rounded once, which
+    gives the same except for sums at a rounding boundary. This is not done if a gradient may be
+    needed, as the graph would keep each weight in fp32.
     """
     if weight.dtype in _slow_dtypes() and _is_widened(x, weight):
         wide = functional.linear(x.float(), weight.float(), None if bias is None else bias.float())
@@ -51,7 +51,7 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
 
 
 def in_own_dtype(device: torch.device) -> AbstractContextManager[Any]:
-    """Return a context in which products keep the dtype of what they multiply."""
+    """Return a context in which products keep the dtype of their factors."""
     if autocast_dtype(device) is None:
         return nullcontext()
     return torch.autocast(device.type, enabled=False)
@@ -59,7 +59,7 @@ def in_own_dtype(device: torch.device) -> AbstractContextManager[Any]:
 
 @cache
 def _slow_dtypes() -> frozenset[torch.dtype]:
-    """Return the dtypes of 16 bits for which this CPU has no fast product."""
+    """Return the 16-bit dtypes for which this CPU has no fast product."""
     has = {
         torch.bfloat16: getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None),
         torch.float16: getattr(torch.ops.mkldnn, "_is_mkldnn_fp16_supported", None),

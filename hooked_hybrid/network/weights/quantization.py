@@ -1,4 +1,4 @@
-"""How the weights of a model are quantised: a record, with a line for each weight."""
+"""A record of how the weights of a model are quantised, with a line for each weight."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Only = Collection[str] | Callable[[str], bool]
 
 
 class QuantizedWeight(NamedTuple):
-    """What became of one weight."""
+    """The size and error of one quantised weight."""
 
     name: str
     shape: tuple[int, ...]

@@ -20,17 +20,17 @@ INSTALL = "pip install 'hooked-hybrid[quantized]'"
 
 
 def quantizer_of(scheme: str | Any) -> Callable[[Matrix], Tensor]:
-    """Return what quantises one matrix by "int8", "nf4" or a weight-only config of torchao.
+    """Return a function that quantises one matrix by "int8", "nf4" or a config of torchao.
 
-    torchao's configs may set options of the compiler and the precision of all float32 products of
-    the process; they are kept from it.
+    torchao's configs may set compiler options and the precision of all float32 products of the
+    process; this is prevented.
 
     Raises:
         ImportError: torchao is not installed, or too old.
         ValueError: another scheme.
     """
     try:
-        with _without_warnings("torchao", "torch.utils._pytree"):  # of kernels for other devices
+        with _without_warnings("torchao", "torch.utils._pytree"):  # about kernels for other devices
             from torchao.core.config import AOBaseConfig
             from torchao.quantization import Int8WeightOnlyConfig, quantize_, to_nf4
     except ImportError as error:
@@ -63,7 +63,7 @@ def quantizer_of(scheme: str | Any) -> Callable[[Matrix], Tensor]:
 
 @contextmanager
 def _without_warnings(*names: str) -> Iterator[None]:
-    """Let some loggers tell of errors alone."""
+    """Let some loggers report errors only."""
     loggers = [logging.getLogger(name) for name in names]
     levels = [logger.level for logger in loggers]
     try:
