@@ -138,7 +138,7 @@ def shape(model: HookedHybrid, name: str) -> tuple[str, ...]:
     point = model.hook_dict[name]
     if name.startswith("blocks."):
         layer = model.cfg.layers[point.layer()]
-        sizes |= vars(layer.mixer) | vars(layer.mlp)
+        sizes |= vars(layer.mixers[0]) | vars(layer.mlp)
     heads = {"head": "n_heads", "kv_head": "n_kv_heads"}
     return tuple(str(sizes.get(heads.get(axis, axis), axis)) for axis in point.axes)
 
@@ -217,7 +217,7 @@ def model_section(title: str, model: HookedHybrid) -> str:
     parts.append(f"### {title}: outside the blocks\n\n{table(head, outside)}")
     for lines, layers in kinds.items():
         block = model.blocks[layers[0]]
-        kind = f"{type(block.any_mixer).__name__} and {type(block.mlp).__name__}"
+        kind = f"{type(block.mixers[0]).__name__} and {type(block.mlp).__name__}"
         where = "block" if len(layers) == 1 else "blocks"
         parts.append(
             f"### {title}: {kind}\n\n{where.capitalize()} {spans(layers)}; each name after "

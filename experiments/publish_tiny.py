@@ -134,7 +134,11 @@ def card(kind: str, model: HookedHybrid, folders: list[Path], tables: list[pd.Da
     recipe = json.loads((folders[0] / "recipe.json").read_text())
     last = log_of(folders[0])[-1]
     windows = {m.mixer.n_keys for m in model.cfg.layers if hasattr(m.mixer, "n_keys")}
-    kinds = [type(layer.mixer).__name__.removesuffix("Config") for layer in model.cfg.layers]
+    kinds = [
+        type(of).__name__.removesuffix("Config")
+        for layer in model.cfg.layers
+        for of in layer.mixers
+    ]
     lines = [
         {"run": folder.name, **figures(table)}
         for folder, table in zip(folders, tables, strict=True)

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from hooked_hybrid import HookedHybrid, HookPoint, interventions
-from hooked_hybrid.network.state import HybridState, RecurrentState
+from hooked_hybrid.network.block_state import RecurrentState
+from hooked_hybrid.network.state import HybridState
 from tests.models import CONFIGS, griffin_config, random_model, random_tokens, relative, tiny_model
 from tests.tolerances import FLOAT64_LONG, FP32_PARITY
 
@@ -53,7 +54,7 @@ def test_zeroing_mixer_out_equals_removing_the_mixer(name: str):
     model, tokens = model_of(name), random_tokens()
     for i in range(model.cfg.n_layers):
         removed = tiny_model(name)
-        for leaf, parameter in removed.blocks[i].any_mixer.named_parameters():
+        for leaf, parameter in removed.blocks[i].mixers[0].named_parameters():
             if leaf.startswith(("o.", "linear_out.", "out_proj.")):
                 parameter.zero_()
         zero = [(f"blocks.{i}.hook_mixer_out", lambda x, hook: torch.zeros_like(x))]

@@ -18,13 +18,14 @@ from hooked_hybrid.analysis.forms import FORMS, LinearForm, form_of, register_fo
 from hooked_hybrid.config import GatedMLPConfig, LayerConfig, MixerConfig, MLPConfig, NormConfig
 from hooked_hybrid.hooks.point import HookPoint
 from hooked_hybrid.interventions import freeze_state, knock_out_crossings
+from hooked_hybrid.network.block_state import BlockState, RecurrentState
 from hooked_hybrid.network.costs import Flops, Piece
 from hooked_hybrid.network.layers import Linear, RMSNorm
 from hooked_hybrid.network.layout import Layout
 from hooked_hybrid.network.mixers import MIXERS, Mixer, mixer_of, register_mixer
 from hooked_hybrid.network.mlps import MLPS, mlp_of, register_mlp
 from hooked_hybrid.network.part import Part
-from hooked_hybrid.network.state import BlockState, HybridState, RecurrentState
+from hooked_hybrid.network.state import HybridState
 from hooked_hybrid.network.weights.quantized import quantizable
 from tests.models import CONFIGS, D_VOCAB, random_tokens
 from tests.toy_mixer import Ema, EmaConfig, EmaForm
@@ -42,7 +43,7 @@ def instances() -> dict[str, Part]:
     found: dict[str, Part] = {}
     for cfg in MODELS.values():
         for block in HookedHybrid.meta(cfg).blocks:
-            for part in (block.any_mixer, block.mlp):
+            for part in (block.mixers[0], block.mlp):
                 found.setdefault(type(part).kind, part)
     return found
 

@@ -21,6 +21,7 @@ from hooked_hybrid.analysis.forms import DecayRange, LinearForm, Ran, Terms, reg
 from hooked_hybrid.analysis.forms.base import Index, PerChannel, PerState
 from hooked_hybrid.config import MixerConfig
 from hooked_hybrid.hooks.point import HookPoint
+from hooked_hybrid.network.block_state import BlockState
 from hooked_hybrid.network.costs import Flops, Piece
 from hooked_hybrid.network.elementwise import at_least_fp32
 from hooked_hybrid.network.layers import Linear, RMSNorm
@@ -28,7 +29,6 @@ from hooked_hybrid.network.layout import Layout
 from hooked_hybrid.network.mixers import Mixer, register_mixer
 from hooked_hybrid.network.mixers.base import ScanTerms
 from hooked_hybrid.network.scans.scan import hooked_scan
-from hooked_hybrid.network.state import BlockState
 from hooked_hybrid.network.written import Split, Way
 from hooked_hybrid.shapes import Resid
 
@@ -61,13 +61,13 @@ class Ema(Mixer[EmaState]):
     holds = MappingProxyType({"hook_log_decay": 0.0})
     forgets = MappingProxyType({"hook_ssm_decay": 0.0})
     scan_hooks = ("hook_ssm_decay", "hook_ssm_write", "hook_ssm_state")
-    part_letter = "B"
+    part_letter, scales_write = "B", True
 
     def __init__(self, cfg: EmaConfig, d_model: int) -> None:
         super().__init__(cfg, d_model)
         self.cfg: EmaConfig = cfg
         self.in_proj = Linear(d_model, cfg.d_inner, bias=False)
-        self.out_proj = Linear(cfg.d_inner, d_model, bias=True)
+        self.out_proj = Linear(cfg.d_inner, d_model, bias=True, scale=cfg.write_scale)
         self.decay = nn.Parameter(torch.empty(cfg.n_heads))
         self.hook_in_proj = HookPoint("batch pos d_inner")
         self.hook_log_decay = HookPoint("batch pos head")
@@ -129,7 +129,7 @@ class Ema(Mixer[EmaState]):
         one = states.new_ones(*states.shape[:2], 1, 1)
         return ScanTerms(seen["hook_ssm_decay"][..., None], write, states, one)
 
-    def split(self, norm: RMSNorm) -> Split:
+    def split(self, norm: RMSNorm | None) -> Split:
         """Return what each head writes; the output bias is left over."""
         n = self.cfg.n_heads
         y = Way(
@@ -137,7 +137,7 @@ class Ema(Mixer[EmaState]):
             lambda y: y.unflatten(-1, (n, -1)),
             lambda: self.out_proj.W.unflatten(0, (n, -1)),
         )
-        return Split(n, (y,), self.out_proj.bias)
+        return Split(n, (y,), self.out_proj.b)
 
 
 def _forget(

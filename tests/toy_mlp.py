@@ -26,12 +26,12 @@ class SquaredMLP(MLP):
 
     config, kind, title = SquaredConfig, "squared", "squared MLP"
     reads, writes = ("up.weight",), ("down.weight",)
-    part_letter = "N"
+    part_letter, scales_write = "N", True
 
     def __init__(self, cfg: SquaredConfig, d_model: int) -> None:
         super().__init__(cfg, d_model)
         self.up = Linear(d_model, cfg.d_mlp, bias=False)
-        self.down = Linear(cfg.d_mlp, d_model, bias=True)
+        self.down = Linear(cfg.d_mlp, d_model, bias=True, scale=cfg.write_scale)
         self.hook_pre = HookPoint("batch pos d_mlp")
         self.hook_relu = HookPoint("batch pos d_mlp")
         self.hook_post = HookPoint("batch pos d_mlp")
@@ -52,10 +52,10 @@ class SquaredMLP(MLP):
         """Return the bytes of the neurons before and after, and of what is written."""
         return piece.n * (3 * cfg.d_mlp + d_model) * piece.width
 
-    def split(self, norm: RMSNorm) -> Split:
+    def split(self, norm: RMSNorm | None) -> Split:
         """Return what each neuron writes; the output bias is left over."""
         post = Way(("mlp.hook_post",), lambda x: x[..., None], lambda: self.down.W[:, None])
-        return Split(self.cfg.d_mlp, (post,), self.down.bias)
+        return Split(self.cfg.d_mlp, (post,), self.down.b)
 
 
 register_mlp(SquaredMLP)

@@ -39,7 +39,7 @@ def cut_taps(model: HookedHybrid, layer: int, lags: Sequence[int]) -> list[HookS
         ValueError: a lag that the convolution does not have; a run that goes on from a state that
             was read without these hooks.
     """
-    taps = model.blocks[layer].any_mixer.conv.weight.detach()  # [d_conv channel], last is current
+    taps = model.blocks[layer].recurrence.conv.weight.detach()  # [d_conv channel], last is current
     n_past = len(taps) - 1
     if not lags or not set(lags) <= set(range(n_past + 1)):
         raise ValueError(f"lags {list(lags)}: layer {layer} reads 0 to {n_past} positions back")
@@ -101,7 +101,7 @@ def run(bench: Bench) -> Finding:
     model = bench.model
     cuts: dict[str, list[HookSpec]] = {"whole": []}
     for layer in model.cfg.recurrent_layers:
-        back = range(1, model.blocks[layer].any_mixer.conv.weight.shape[0])
+        back = range(1, model.blocks[layer].recurrence.conv.weight.shape[0])
         for name, lags in {
             "all past taps": [*back],
             **{f"tap {i} back": [i] for i in back},

@@ -15,16 +15,17 @@ A generated token has one query, and the three are alike: the keys that are stil
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from functools import cache
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from hooked_hybrid.accounting.parameters import order_of_rows
-from hooked_hybrid.config import HybridConfig
+from hooked_hybrid.config import HybridConfig, LayerConfig, PartConfig
 from hooked_hybrid.network.attention.attend import BLOCK
 from hooked_hybrid.network.costs import Flops, norm
 from hooked_hybrid.network.mixers import mixer_of
 from hooked_hybrid.network.mlps import mlp_of
+from hooked_hybrid.network.part import Part
 from hooked_hybrid.network.plan import PIECE
 from hooked_hybrid.options import require
 
@@ -116,17 +117,19 @@ def _flops(
     """Return the operations of a forward; `pairs_of` gives the pairs of a row from its window."""
     found: defaultdict[str, Flops] = defaultdict(Flops)
     for layer, n_layers in Counter(cfg.layers).items():
-        mixer, mlp = mixer_of(layer.mixer), mlp_of(layer.mlp)
-        for kind, flops in mixer.operations(layer.mixer, cfg.d_model).items():
-            found[kind] += flops * (n_layers * n_tokens)
-        if mixer.grows:
-            n_pairs = pairs_of(mixer.window(layer.mixer))
-            found[mixer.row] += mixer.pair_operations(layer.mixer) * (n_layers * n_pairs)
-        for kind, flops in mlp.operations(layer.mlp, cfg.d_model).items():
-            found[kind] += flops * (n_layers * n_tokens)
-    n_norms = 2 * cfg.n_layers * n_tokens + n_logits
+        for part, of in parts_of_layer(layer):
+            for kind, flops in part.operations(of, cfg.d_model).items():
+                found[kind] += flops * (n_layers * n_tokens)
+            if of.write_scale != 1:
+                found[part.row] += Flops(elementwise=cfg.d_model) * (n_layers * n_tokens)
+        for of in layer.mixers:
+            mixer = mixer_of(of)
+            if mixer.grows:
+                n_pairs = pairs_of(mixer.window(of))
+                found[mixer.row] += mixer.pair_operations(of) * (n_layers * n_pairs)
+    n_norms = n_block_norms(cfg) * n_tokens + n_logits
     found["norms"] = Flops(elementwise=n_norms * norm(cfg.d_model))
-    if cfg.scale_embedding:
+    if cfg.scale_embedding or cfg.embedding_scale != 1:
         found["embedding"] = Flops(elementwise=n_tokens * cfg.d_model)
     found["read-out"] = read_out(cfg) * n_logits
     order = order_of_rows()
@@ -134,9 +137,26 @@ def _flops(
 
 
 def read_out(cfg: HybridConfig) -> Flops:
-    """Return the logits of one token, with their soft cap."""
+    """Return the logits of one token, with their scale and soft cap."""
     capped = 3 * cfg.d_vocab if cfg.logits_soft_cap is not None else 0
-    return Flops(products=2 * cfg.d_model * cfg.d_vocab, elementwise=capped)
+    scaled = cfg.d_vocab if cfg.logits_scale != 1 else 0
+    return Flops(products=2 * cfg.d_model * cfg.d_vocab, elementwise=scaled + capped)
+
+
+def parts_of_layer(layer: LayerConfig) -> Iterator[tuple[type[Part], PartConfig]]:
+    """Yield the mixers and the MLP of a layer, each with its config."""
+    for mixer in layer.mixers:
+        yield mixer_of(mixer), mixer
+    if layer.mlp is not None:
+        yield mlp_of(layer.mlp), layer.mlp
+
+
+def n_block_norms(cfg: HybridConfig) -> int:
+    """Return the norms of all blocks, before mixers and MLPs and on what they write."""
+    halves = {"pre": 1, "post": 1, "both": 2}
+    return sum(
+        halves[layer.norm] * (bool(layer.mixers) + (layer.mlp is not None)) for layer in cfg.layers
+    )
 
 
 class Ratio(NamedTuple):
@@ -175,15 +195,14 @@ def recurrence_over_attention(
         prefill_flops(cfg, length, pairs=pairs) if stage == "prefill" else step_flops(cfg, length)
     )
     recurrent, attention = (
-        sum(by_kind[kind].total for kind in {k for i in layers for k in _mixer_kinds(cfg, i)})
-        for layers in (cfg.recurrent_layers, cfg.attention_layers)
+        sum(by_kind[row].total for row in {row for of in mixers for row in mixer_of(of).rows()})
+        for mixers in (
+            [cfg.layers[i].recurrence for i in cfg.recurrent_layers],
+            [cfg.layers[i].attention for i in cfg.attention_layers],
+        )
     )
     ratio = recurrent / attention
     return Ratio(length, ratio, ratio * len(cfg.attention_layers) / len(cfg.recurrent_layers))
-
-
-def _mixer_kinds(cfg: HybridConfig, layer: int) -> Iterable[str]:
-    return mixer_of(cfg.layers[layer].mixer).rows()
 
 
 def flops_table(
@@ -229,12 +248,9 @@ def flops_table(
 def _layers(cfg: HybridConfig) -> dict[str, int]:
     """Return how many layers there are of each kind."""
     counts = Counter(
-        kind
-        for layer in cfg.layers
-        for part in (mixer_of(layer.mixer), mlp_of(layer.mlp))
-        for kind in part.rows()
+        kind for layer in cfg.layers for part, _ in parts_of_layer(layer) for kind in part.rows()
     )
-    return {**counts, "norms": 2 * cfg.n_layers + 1}
+    return {**counts, "norms": n_block_norms(cfg) + 1}
 
 
 def _require(least: int, **values: int) -> None:

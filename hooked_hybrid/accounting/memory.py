@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from hooked_hybrid.config import HybridConfig, MixerConfig
+from hooked_hybrid.config import HybridConfig, LayerConfig, MixerConfig
+from hooked_hybrid.network.block_state import kept_dtype
 from hooked_hybrid.network.mixers import mixer_of
-from hooked_hybrid.network.state import kept_dtype
 from hooked_hybrid.options import require
 
 if TYPE_CHECKING:
@@ -86,12 +86,18 @@ def state_bytes(
         raise ValueError(f"n_tokens={n_tokens}, batch={batch}: give 1 or more of each")
     row = StateBytes(counters=2 * POSITION)
     for layer in cfg.layers:
-        row += layer_state_bytes(layer.mixer, n_tokens, dtype)
+        row += layer_state_bytes(layer, n_tokens, dtype)
     return row * batch
 
 
-def layer_state_bytes(cfg: MixerConfig, n_tokens: int, dtype: torch.dtype) -> StateBytes:
-    """Return what one row of a layer's state takes, from its shapes.
+def layer_state_bytes(cfg: LayerConfig, n_tokens: int, dtype: torch.dtype) -> StateBytes:
+    """Return what one row of a layer's state takes; see `mixer_state_bytes`."""
+    parts = (mixer_state_bytes(mixer, n_tokens, dtype) for mixer in cfg.mixers)
+    return sum(parts, start=StateBytes())
+
+
+def mixer_state_bytes(cfg: MixerConfig, n_tokens: int, dtype: torch.dtype) -> StateBytes:
+    """Return what one row of a mixer's state takes, from its shapes.
 
     Raises:
         NotSupported: the mixer does not state the shapes of its state.
@@ -137,7 +143,7 @@ def tokens_where_attention_is_larger(
 
     None where they never do: a short window, or no attention layer.
     """
-    mixers = [(mixer_of(layer.mixer), layer.mixer) for layer in cfg.layers]
+    mixers = [(mixer_of(of), of) for layer in cfg.layers for of in layer.mixers]
     windows = [mixer.window(of) for mixer, of in mixers if mixer.grows]
     last = _FAR if None in windows else max((w for w in windows if w is not None), default=1)
 

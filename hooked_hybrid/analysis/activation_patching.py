@@ -233,7 +233,7 @@ class Cells:
             axis = next((a for a in ("head", "kv_head") if a in point.axes), None)
             if axis is None:
                 raise ValueError(f"{name!r} has axes {point.axes}, none of them heads")
-            cfg = self.model.blocks[point.layer()].any_mixer.cfg
+            cfg = self.model.blocks[point.layer()].attn.cfg
             numbers[name] = cfg.n_heads if axis == "head" else cfg.n_kv_heads
         if len(set(numbers.values())) > 1:
             raise ValueError(f"numbers of heads differ, {numbers}: give heads=, or fewer names")

@@ -97,7 +97,7 @@ def channel_scores(
         for i, layer in enumerate(groups):
             for group in range(n):
                 silence = _unread(copied, group, n)
-                name = f"blocks.{layer}.{model.blocks[layer].mixer_path}.hook_ssm_write"
+                name = f"blocks.{layer}.{model.blocks[layer].recurrence.path}.hook_ssm_write"
                 with model.hooks([(name, silence)]):
                     lost[i, group] += whole - _log_probability(model, copied)
     return GroupScores(
@@ -111,7 +111,7 @@ def _groups(model: HookedHybrid, n_groups: int | None) -> dict[int, int]:
     """Return the number of groups of each recurrent layer."""
     found = {}
     for layer in model.cfg.recurrent_layers:
-        mixer = model.blocks[layer].any_mixer
+        mixer = model.blocks[layer].recurrence
         (width, *_) = mixer.state_shapes(mixer.cfg)["ssm"]
         n = (mixer.channel_groups(mixer.cfg) or UNGROUPED) if n_groups is None else n_groups
         if n < 1 or width % n:

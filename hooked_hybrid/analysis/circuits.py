@@ -23,6 +23,7 @@ from hooked_hybrid.network.elementwise import at_least_fp32
 from hooked_hybrid.network.layers import rotate
 from hooked_hybrid.network.layout import lay_out
 from hooked_hybrid.network.mixers import Attention, Mixer
+from hooked_hybrid.network.part import NotSupported
 from hooked_hybrid.network.weights.factored import FactoredMatrix
 
 # --- one layer --------------------------------------------------------------------------------
@@ -57,8 +58,11 @@ def qk_circuit(
 
     Raises:
         ValueError: no attention layer, or a distance that the layer does not see.
+        NotSupported: queries and keys are normalised, so that no such matrix makes scores.
     """
     attention = attention_at(model, layer)
+    if attention.cfg.qk_norm:
+        raise NotSupported(f"layer {layer} has norms on queries and keys: scores are not bilinear")
     _check_distance(attention.cfg, layer, distance)
     W_Q = _turned(at_least_fp32(attention.W_Q), distance, attention.cfg)
     W_K = _per_query_head(attention.W_K, attention.cfg)
@@ -81,8 +85,10 @@ def ov_circuit(model: HookedHybrid, layer: int, *, with_norm: bool = False) -> F
 
     Raises:
         ValueError: no attention layer.
+        NotSupported: what it writes passes a norm.
     """
     attention = attention_at(model, layer)
+    _require_linear_write(model, layer)
     W_V = _per_query_head(attention.W_V, attention.cfg)
     W_V = W_V * norm_weight(model, layer)[:, None] if with_norm else W_V
     return FactoredMatrix(W_V, at_least_fp32(attention.W_O))
@@ -111,8 +117,10 @@ def recurrent_circuit(
 
     Raises:
         ValueError: no recurrent layer, or a lag beyond the convolution.
+        NotSupported: what it writes passes a norm.
     """
     mixer = recurrence_at(model, layer)
+    _require_linear_write(model, layer)
     maps = recurrent_maps(mixer)
     W_in = maps["in"] * norm_weight(model, layer)[:, None] if with_norm else maps["in"]
     return FactoredMatrix(W_in * _taps(mixer, layer, lag), maps["out"])
@@ -127,7 +135,7 @@ def attention_at(model: HookedHybrid, layer: int) -> Attention:
         raise ValueError(
             f"layer {layer} has no attention; layers that have: {model.cfg.attention_layers}"
         )
-    return model.blocks[layer].any_mixer
+    return model.blocks[layer].attn
 
 
 def recurrence_at(model: HookedHybrid, layer: int) -> Mixer[Any]:
@@ -136,12 +144,36 @@ def recurrence_at(model: HookedHybrid, layer: int) -> Mixer[Any]:
         raise ValueError(
             f"layer {layer} is not a recurrence; layers that are: {model.cfg.recurrent_layers}"
         )
-    return model.blocks[layer].any_mixer
+    return model.blocks[layer].recurrence
 
 
 def norm_weight(model: HookedHybrid, layer: int) -> Float[Tensor, " d_model"]:
-    """Return what `ln1` of a layer multiplies by, in float32 or float64."""
-    return at_least_fp32(model.blocks[layer].ln1.w)
+    """Return what `ln1` of a layer multiplies by, in float32 or float64; 1 where it has none."""
+    norm = model.blocks[layer].ln1
+    if norm is None:
+        return at_least_fp32(model.W_E.new_ones(model.cfg.d_model))
+    return at_least_fp32(norm.w)
+
+
+def require_one_mixer(model: HookedHybrid, layer: int) -> None:
+    """Refuse a layer in which a head and a block of a recurrence would have the same number.
+
+    Raises:
+        NotSupported: several mixers stand side by side.
+    """
+    if len(model.cfg.layers[layer].mixers) > 1:
+        raise NotSupported(
+            f"layer {layer} has several mixers, and this counts the parts of one: use ov_circuit "
+            "and recurrent_circuit"
+        )
+
+
+def _require_linear_write(model: HookedHybrid, layer: int) -> None:
+    if model.blocks[layer].ln1_post is not None:
+        raise NotSupported(
+            f"what layer {layer} writes passes a norm, whose scale depends on the run: there is no "
+            "circuit of weights alone"
+        )
 
 
 def recurrent_maps(

@@ -32,9 +32,11 @@ from hooked_hybrid.analysis.circuits import (
     qk_circuit,
     recurrence_at,
     recurrent_maps,
+    require_one_mixer,
 )
 from hooked_hybrid.analysis.pair_scores import PairScores, Part
 from hooked_hybrid.analysis.token_circuits import NO_ATTENTION, TokenSource, full_qk_circuit
+from hooked_hybrid.config import HybridConfig
 from hooked_hybrid.model.hybrid import HookedHybrid
 from hooked_hybrid.network.elementwise import at_least_fp32
 from hooked_hybrid.network.weights.factored import FactoredMatrix
@@ -107,7 +109,7 @@ def all_composition_scores(
         kind = "attention" if mode in HEAD_MODES else "recurrent"
         raise ValueError(f"mode={mode!r}: this model has no {kind} layer")
     with torch.no_grad():
-        writes = {i: _writer(model, i, by_block) for i in range(cfg.n_layers)}
+        writes = {i: _writer(model, i, by_block) for i in _writing(cfg)}
         reads = {i: _reader(model, mode, i, distance, by_block) for i in reading}
         values, z = (
             torch.cat([_row(of_pair, i, W_out, reads) for i, W_out in writes.items()])
@@ -150,8 +152,8 @@ def all_matching_scores(
     cfg = model.cfg
     if not cfg.attention_layers:
         raise ValueError(NO_ATTENTION)
-    n_parts = [_writer(model, i, by_block=True).shape[0] for i in range(cfg.n_layers)]
-    writers = tuple(p for i, n in enumerate(n_parts) for p in _parts(model, i, n))
+    n_parts = {i: _writer(model, i, by_block=True).shape[0] for i in _writing(cfg)}
+    writers = tuple(p for i, n in n_parts.items() for p in _parts(model, i, n))
     readers = tuple(p for i in cfg.attention_layers for p in _parts(model, i, n_parts[i]))
     values = at_least_fp32(model.W_E).new_zeros(len(writers), len(readers))
     with torch.no_grad():
@@ -228,7 +230,12 @@ def _parts(model: HookedHybrid, layer: int, n: int) -> list[Part]:
     return [Part(layer, i, "head" if is_attention else "block") for i in range(n)]
 
 
+def _writing(cfg: HybridConfig) -> list[int]:
+    return [i for i, layer in enumerate(cfg.layers) if layer.mixers]
+
+
 def _writer(model: HookedHybrid, layer: int, by_block: bool) -> Float[Tensor, "part k d_model"]:
+    require_one_mixer(model, layer)
     if layer in model.cfg.attention_layers:
         return ov_circuit(model, layer, with_norm=True).collapse_l()
     W_out = recurrent_maps(recurrence_at(model, layer))["out"]

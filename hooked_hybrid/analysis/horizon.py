@@ -123,12 +123,13 @@ def decay_range(model: HookedHybrid, layer: int) -> DecayRange:
     index = layer + model.cfg.n_layers if layer < 0 else layer
     if index not in recurrent:
         raise ValueError(f"layer {layer} has no recurrence; those that have: {recurrent}")
+    mixer = model.blocks[index].recurrence
     with torch.no_grad():
-        return form_of(model.cfg.layers[index].mixer).decay_range(model.blocks[index].any_mixer)
+        return form_of(mixer.cfg).decay_range(mixer)
 
 
 def how_far(cache: ActivationCache, eps: float = 0.01, **run: Any) -> list[Reach]:
-    """Return how far back each layer reads, in tokens: windows of attention, horizons of the rest.
+    """Return how far back each mixer reads, in tokens: windows of attention, horizons of the rest.
 
     Args:
         cache: of a run that kept the points of every recurrence.
@@ -136,17 +137,19 @@ def how_far(cache: ActivationCache, eps: float = 0.01, **run: Any) -> list[Reach
         run: as in `half_life`.
 
     Returns:
-        A row for each layer, in order. What a stack of layers passes on reaches further than each.
+        A row for each mixer, in the order of the layers. What a stack of layers passes on reaches
+        further than each.
 
     Raises:
         ValueError, HookNameError: as `memory_horizon`.
     """
     rows = []
-    for layer, cfg in enumerate(cache.model.cfg.layers):
-        mixer = mixer_of(cfg.mixer)
+    layers = enumerate(cache.model.cfg.layers)
+    for layer, cfg in ((layer, cfg) for layer, of in layers for cfg in of.mixers):
+        mixer = mixer_of(cfg)
         kind = mixer.kind
         if mixer.grows:
-            n_keys = mixer.window(cfg.mixer)
+            n_keys = mixer.window(cfg)
             window = math.inf if n_keys is None else float(n_keys)
             rows.append(Reach(layer, kind, window, window, None))
             continue

@@ -58,7 +58,7 @@ class Recurrence:
         if index not in recurrent:
             raise ValueError(f"layer {layer} has no recurrence; those that have: {recurrent}")
         self.cache, self.layer = cache, index
-        self.mixer: Any = cache.model.blocks[index].any_mixer
+        self.mixer: Any = cache.model.blocks[index].recurrence
         self.cfg: Any = self.mixer.cfg
         self.form = form_of(self.cfg)
         y = self["ssm_y"]

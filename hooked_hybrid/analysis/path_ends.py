@@ -7,7 +7,8 @@ sender                                    what it writes
 `("gated", layer, part)`                  channels of a recurrent layer: one of the RG-LRU's gate
                                           blocks by its number, or any by a slice or a list;
                                           without `part`, all
-`("mixer_out", layer)`, or "attn_out"     a whole mixer
+`("mixer_out", layer)`, or "attn_out"     a whole mixer, or all that stand side by side
+`("attn_out", layer)`, "ssm_out"          one of several mixers that stand side by side
 `("mlp_out", layer)`                      an MLP or a mixture of experts
 `("embed",)`                              the embedding
 ========================================  =====================================================
@@ -41,6 +42,7 @@ from hooked_hybrid.hooks.slicing import whole_numbers
 from hooked_hybrid.model.hybrid import HookedHybrid
 from hooked_hybrid.network.elementwise import at_least_fp32
 from hooked_hybrid.network.mixers import mixer_of
+from hooked_hybrid.network.part import NotSupported
 from hooked_hybrid.shapes import Resid
 
 End = tuple[Any, ...]
@@ -49,9 +51,9 @@ Through = Literal["mlps", "mixers", "all"] | Iterable[tuple[str, int]]
 Component = tuple[str, int]
 """("mixer" | "mlp", layer)."""
 
-WRITES = ("z", "result", "gated", "mixer_out", "attn_out", "mlp_out", "embed")
+WRITES = ("z", "result", "gated", "mixer_out", "attn_out", "ssm_out", "mlp_out", "embed")
 READS = ("q_input", "k_input", "v_input", "mixer_in", "mlp_in", "final")
-ALIASES = {"result": "z", "attn_out": "mixer_out"}
+ALIASES = {"result": "z"}
 
 
 @dataclass(frozen=True)
@@ -84,11 +86,19 @@ class Sender:
             return cls("hook_embed", 0)
         name = resolve((ALIASES.get(leaf, leaf), layer), model.hook_dict, model.cfg.n_layers)
         layer = model.hook_dict[name].layer()
+        block = model.blocks[layer]
         if leaf == "mlp_out":
             return cls(name, 2 * layer + 2)
-        if leaf in ("mixer_out", "attn_out"):
+        if leaf == "attn_out" and len(block.mixers) == 1:
+            name = f"blocks.{layer}.hook_mixer_out"
+        if leaf != "mixer_out" and block.ln1_post is not None:
+            raise NotSupported(
+                f"the sender {end!r}: what its layer writes passes a norm, so that no part of it "
+                f"is added to the stream by itself: give ('mixer_out', {layer})"
+            )
+        if leaf in ("mixer_out", "attn_out", "ssm_out"):
             return cls(name, 2 * layer + 1)
-        mixer = model.blocks[layer].any_mixer
+        mixer = block.attn if leaf in ("z", "result") else block.recurrence
         weight = mixer.out_projection.W
         return cls(name, 2 * layer + 1, _channels(mixer.cfg, len(weight), which, end), weight)
 
@@ -115,14 +125,14 @@ class Receiver:
     Attributes:
         name: of the hook point, before the norm, or after it where each head has a copy.
         source: the hook point that holds the stream that is read; `name` itself before the norm.
-        norm: path of the norm between the stream and the component.
+        norm: path of the norm between the stream and the component; None where there is none.
         depth: it reads what components up to this depth have written.
         heads: which copies are set; None means all there are.
     """
 
     name: str
     source: str
-    norm: str
+    norm: str | None
     depth: int
     heads: tuple[int, ...] | None = None
 
@@ -141,14 +151,17 @@ class Receiver:
             return cls(name, name, "ln_final", 2 * n_layers)
         name = resolve((leaf, layer), model.hook_dict, n_layers)
         layer = model.hook_dict[name].layer()
+        block = model.blocks[layer]
         if leaf == "mlp_in":
-            return cls(name, name, f"blocks.{layer}.ln2", 2 * layer + 1)
+            norm = None if block.ln2 is None else f"blocks.{layer}.ln2"
+            return cls(name, name, norm, 2 * layer + 1)
         heads = None
         if head is not None:
-            cfg = model.blocks[layer].any_mixer.cfg
+            cfg = block.attn.cfg
             heads = _among(head, cfg.n_heads if leaf == "q_input" else cfg.n_kv_heads, end)
         source = f"blocks.{layer}.hook_mixer_in"
-        return cls(name, source, f"blocks.{layer}.ln1", 2 * layer, heads)
+        norm = None if block.ln1 is None else f"blocks.{layer}.ln1"
+        return cls(name, source, norm, 2 * layer, heads)
 
     @property
     def component(self) -> Component:
@@ -183,16 +196,22 @@ def components(model: HookedHybrid, through: Through) -> frozenset[Component]:
         kinds = {"mlps": ("mlp",), "mixers": ("mixer",), "all": ("mixer", "mlp")}
         if through not in kinds:
             raise ValueError(f"through={through!r}: give 'mlps', 'mixers', 'all' or a list")
-        return frozenset((kind, i) for kind in kinds[through] for i in range(n))
+        found = {(kind, i) for kind in kinds[through] for i in range(n)}
+        return frozenset(c for c in found if is_there(model, c))
     found = frozenset(tuple(component) for component in through)
     for component in found:
         is_pair = len(component) == 2 and component[0] in ("mixer", "mlp")
-        if not is_pair or component[1] not in range(n):
+        if not is_pair or component[1] not in range(n) or not is_there(model, component):
             raise ValueError(
                 f"through has {component!r}: give pairs ('mixer' | 'mlp', layer), layers from 0 "
-                f"to {n - 1}"
+                f"to {n - 1} that have one"
             )
     return found  # type: ignore[return-value]
+
+
+def is_there(model: HookedHybrid, component: Component) -> bool:
+    """Whether a layer has a mixer, or an MLP."""
+    return f"blocks.{component[1]}.hook_{component[0]}_out" in model.hook_dict
 
 
 def _parsed(
@@ -202,7 +221,7 @@ def _parsed(
     named = isinstance(end, tuple) and bool(end) and end[0] in leaves
     if not named:
         raise ValueError(f"the {what} {end!r}: give a tuple that begins with one of {leaves}")
-    no_part = {"mixer_out": 1, "attn_out": 1, "mlp_out": 1}
+    no_part = {"mixer_out": 1, "attn_out": 1, "ssm_out": 1, "mlp_out": 1}
     most = {**no_part, **n_indices}.get(end[0], 2)
     if not min(most, 1) < len(end) <= most + 1:
         raise ValueError(

@@ -17,6 +17,7 @@ from hooked_hybrid.analysis.path_ends import (
     Sender,
     Through,
     components,
+    is_there,
     several,
 )
 from hooked_hybrid.hooks.attaching import HookSpec
@@ -94,7 +95,7 @@ class Paths:
             if receiver.name != receiver.source:  # its copies come after the norm
                 stream = self._normed(receiver, stream)[:, :, None]
             hooks.append((receiver.name, _put(stream, self._copies(receiver))))
-            if self.freeze_norm and receiver.name == receiver.source:
+            if self.freeze_norm and receiver.norm and receiver.name == receiver.source:
                 scale = f"{receiver.norm}.hook_scale"
                 hooks.append((scale, _put(self.clean[scale], None)))
         return self._measure(hooks)
@@ -137,11 +138,12 @@ class Paths:
         names |= {sender.name for sender in self.senders}
         names |= {receiver.source for receiver in self.receivers}
         if self.freeze_norm:
-            names |= {f"{receiver.norm}.hook_scale" for receiver in self.receivers}
+            names |= {f"{receiver.norm}.hook_scale" for receiver in self.receivers if receiver.norm}
         if self.through:
             outs = ("mixer_out", "mlp_out", "resid_post")
             n_layers = range(self.model.cfg.n_layers)
-            names |= {"hook_embed"} | {f"blocks.{i}.hook_{out}" for i in n_layers for out in outs}
+            every = {f"blocks.{i}.hook_{out}" for i in n_layers for out in outs}
+            names |= {"hook_embed"} | (every & self.model.hook_dict.keys())
         _, cache = self.model.run_with_cache(
             self.tokens, names_filter=sorted(names), attention_mask=self.mask
         )
@@ -175,6 +177,8 @@ class Paths:
         hooks: list[HookSpec] = []
         for layer in range(first, stop):
             for part in ("mixer", "mlp"):
+                if not is_there(self.model, (part, layer)):
+                    continue
                 mine = [sender for sender in senders if sender.component == (part, layer)]
                 hooks += self._held((part, layer), mine)
         stream = self.clean[_before(first)]
@@ -224,6 +228,8 @@ class Paths:
 
     def _normed(self, receiver: Receiver, stream: Resid) -> Resid:
         """Return the stream after the norm before a receiver."""
+        if receiver.norm is None:
+            return stream
         scale, hooks = f"{receiver.norm}.hook_scale", []
         if self.freeze_norm:
             hooks = [(scale, _put(self.clean[scale], None))]
@@ -234,7 +240,7 @@ class Paths:
         """Return True at the heads whose copy of the input is set; None for all."""
         if receiver.heads is None:
             return None
-        mixer = self.model.blocks[receiver.depth // 2].any_mixer
+        mixer = self.model.blocks[receiver.depth // 2].attn
         is_query = receiver.name.endswith("hook_q_input")
         n_heads = mixer.cfg.n_heads if is_query else mixer.cfg.n_kv_heads
         chosen = torch.zeros(1, 1, n_heads, 1, dtype=torch.bool, device=self.model.device)

@@ -182,7 +182,7 @@ def planted_retrieval(noise: float = 0.0, seed: int = 0) -> Planted:
     planted = Planted(model.eval().requires_grad_(False), (2, 1), 0, (1, 2), group, DECAY)
     with torch.no_grad():
         for block in model.blocks:
-            block.any_mixer.out_projection.weight.mul_(noise)
+            block.mixers[0].out_projection.weight.mul_(noise)
             block.mlp.down.weight.mul_(noise)
         model.embed.W_E.zero_()
         model.embed.W_E[:, :N_SYMBOLS] = torch.eye(N_SYMBOLS)  # scaled to 8, as fresh ones

@@ -15,7 +15,13 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from hooked_hybrid.analysis.circuit_scores import Kind, score_of
-from hooked_hybrid.analysis.circuits import norm_weight, ov_circuit, qk_circuit, recurrent_circuit
+from hooked_hybrid.analysis.circuits import (
+    norm_weight,
+    ov_circuit,
+    qk_circuit,
+    recurrent_circuit,
+    require_one_mixer,
+)
 from hooked_hybrid.analysis.scores import HeadScores
 from hooked_hybrid.model.hybrid import HookedHybrid
 from hooked_hybrid.network.elementwise import at_least_fp32, inverse_rms
@@ -166,6 +172,7 @@ def written_tokens(
         ValueError: no such layer, head or block; a lag of a head; see also `token_directions`.
     """
     layer, index = component
+    require_one_mixer(model, layer)
     is_attention = layer in model.cfg.attention_layers
     if is_attention:
         refuse_ignored(f"layer {layer} is attention, which has no convolution", lag=lag)
@@ -269,5 +276,7 @@ def _as_read(
 ) -> Float[Tensor, "token d_model"]:
     """Return the tokens' directions after `ln1`, each as if it were alone in the stream."""
     x = token_directions(model, layer, tokens, vocab)
-    inverse = inverse_rms(x[None], model.blocks[layer].ln1.eps)[0]
+    if model.blocks[layer].ln1 is None:
+        return x
+    inverse = inverse_rms(x, model.blocks[layer].ln1.eps)
     return x * inverse * norm_weight(model, layer)

@@ -19,8 +19,8 @@ def attention_of(model: LanguageModel) -> dict[int, AttentionConfig]:
     Raises:
         ValueError: there is none.
     """
-    mixers = {i: model.cfg.layers[i].mixer for i in model.cfg.attention_layers}
-    found = {i: m for i, m in mixers.items() if isinstance(m, AttentionConfig)}
+    layers = enumerate(model.cfg.layers)
+    found = {i: of.attention for i, of in layers if of.attention is not None}
     if not found:
         raise ValueError("this model has no attention layer: there are no heads to score")
     return found

@@ -101,12 +101,16 @@ def niah(
         show(table, written)
 
 
+def _kind(cfg: object) -> str:
+    return type(cfg).__name__.removesuffix("Config")
+
+
 def model_card(model: HookedHybrid, name: str) -> dict[str, str]:
     """Return facts about a model, for people."""
     attention = attention_of(model.cfg)
     heads = sorted({mixer.n_heads for mixer in attention})
     windows = sorted({str(mixer.n_keys or "all") for mixer in attention})
-    kinds = (type(layer.mixer).__name__.removesuffix("Config") for layer in model.cfg.layers)
+    kinds = ("+".join(map(_kind, layer.mixers)) or _kind(layer.mlp) for layer in model.cfg.layers)
     stored = {} if model.quantization is None else {"large weights": model.quantization.scheme}
     if model.placement is not None:
         places = Counter(model.placement.device_map.values())

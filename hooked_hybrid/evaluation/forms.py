@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from hooked_hybrid.config import AttentionConfig, HybridConfig
+from hooked_hybrid.config import HybridConfig
 from hooked_hybrid.hooks.attaching import HookSpec
 from hooked_hybrid.interventions import keep_top_heads, random_score
 
@@ -37,7 +37,7 @@ class Form:
             raise ValueError(f"score={self.by!r}: give 'entropy', 'l2' or 'random'")
         if self.k is None:
             return []
-        counts = [m.n_heads for m in _mixers(cfg) if isinstance(m, AttentionConfig)]
+        counts = [layer.attention.n_heads for layer in cfg.layers if layer.attention is not None]
         if not counts:
             raise ValueError("this model has no attention layer: there are no heads to silence")
         if not 0 <= self.k <= min(counts):
@@ -67,7 +67,3 @@ def title(form: Form) -> str:
     if form.k is None or form.name == f"k={form.k}":
         return form.name
     return f"{form.name} (k={form.k}{', at random' if form.by == 'random' else ''})"
-
-
-def _mixers(cfg: HybridConfig) -> list[object]:
-    return [layer.mixer for layer in cfg.layers]

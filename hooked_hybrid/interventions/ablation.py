@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from hooked_hybrid.config import AttentionConfig, HybridConfig
+from hooked_hybrid.config import HybridConfig
 from hooked_hybrid.hooks.attaching import HookSpec
 from hooked_hybrid.hooks.marks import per_position
 from hooked_hybrid.hooks.places import Places
@@ -166,6 +166,13 @@ def ablate_layers(
         )
     _check_method(method, values, None, attention_mask)
     names = {i: f"blocks.{i}.hook_{kind}_out" for i in whole_numbers(layers, "layers")}
+    return _replace_writes(names, values, attention_mask)
+
+
+def _replace_writes(
+    names: dict[int, str], values: Cache | None, attention_mask: DonorMask | None
+) -> list[HookSpec]:
+    """Return hooks that replace the values of one point of each layer by zeros or means."""
     means: dict[int, Tensor] = {}
     if values is not None:
         means = {i: _mean(*_of_layer(values, i, n), 1, attention_mask) for i, n in names.items()}
@@ -177,8 +184,59 @@ def ablate_layers(
     return [(list(names.values()), replace)]
 
 
+@picklable
+def ablate_mixers(
+    cfg: HybridConfig,
+    kind: str,
+    layers: int | Iterable[int] | None = None,
+    method: Literal["zero", "mean"] = "zero",
+    values: Cache | None = None,
+    *,
+    attention_mask: DonorMask | None = None,
+) -> list[HookSpec]:
+    """Replace what the mixers of one kind write, and leave those that stand beside them.
+
+    In a layer with one mixer this is `ablate_layers`, at `hook_mixer_out`; in a layer with several
+    it is at the hook on that mixer's own write (`hook_attn_out`, `hook_ssm_out`).
+
+    Args:
+        cfg: of the model.
+        kind: "attention", "recurrence" for recurrences of every kind, or as in `layers_of`.
+        layers: those of the kind to replace; None means all.
+        method, values, attention_mask: as in `ablate_layers`.
+
+    Raises:
+        ValueError: an unknown kind, a layer without it, or as in `ablate_layers`.
+    """
+    there = _points_of_mixers(cfg, kind)
+    chosen = tuple(there) if layers is None else whole_numbers(layers, "layers")
+    if missing := [i for i in chosen if i not in there] or not there:
+        raise ValueError(f"kind={kind!r}: layers {missing} have none; {tuple(there)} have")
+    alone = [i for i in chosen if there[i].endswith("hook_mixer_out")]
+    hooks: list[HookSpec] = []
+    if alone:
+        hooks += ablate_layers(alone, "mixer", method, values, attention_mask=attention_mask)
+    _check_method(method, values, None, attention_mask)
+    names = {i: there[i] for i in chosen if i not in alone}
+    return [*hooks, *(_replace_writes(names, values, attention_mask) if names else [])]
+
+
+def _points_of_mixers(cfg: HybridConfig, kind: str) -> dict[int, str]:
+    """Return the hook point on the write of the mixer of a kind, by layer."""
+    is_known = kind == "recurrence" or kind in [mixer.kind for mixer in MIXERS.values()]
+    if not is_known:
+        layers_of(cfg, kind)  # which says what there is
+    found = {}
+    for i, layer in enumerate(cfg.layers):
+        for of in layer.mixers:
+            if of.is_recurrence if kind == "recurrence" else mixer_of(of).kind == kind:
+                leaf = mixer_of(of).write_hook if len(layer.mixers) > 1 else "hook_mixer_out"
+                found[i] = f"blocks.{i}.{leaf}"
+    return found
+
+
 def layers_of(cfg: HybridConfig, kind: str) -> tuple[int, ...]:
-    """Return the indices of the layers whose mixer is of a kind; there may be none.
+    """Return the indices of the layers that have a mixer of a kind; there may be none.
 
     Args:
         cfg: of the model.
@@ -190,8 +248,11 @@ def layers_of(cfg: HybridConfig, kind: str) -> tuple[int, ...]:
     kinds = [mixer.kind for mixer in MIXERS.values()]
     if kind not in kinds:
         raise ValueError(f"kind={kind!r}: give one of {', '.join(kinds)}")
-    mixers = [mixer_of(layer.mixer) for layer in cfg.layers]
-    return tuple(i for i, mixer in enumerate(mixers) if mixer.kind == kind)
+    return tuple(
+        i
+        for i, layer in enumerate(cfg.layers)
+        if any(mixer_of(mixer).kind == kind for mixer in layer.mixers)
+    )
 
 
 def check_heads(cfg: HybridConfig, heads: Heads) -> None:
@@ -344,8 +405,8 @@ def _flags(mine: tuple[int, ...] | Tensor, n_heads: int) -> Tensor:
 
 
 def _n_heads(cfg: HybridConfig) -> dict[int, int]:
-    mixers = {i: layer.mixer for i, layer in enumerate(cfg.layers)}
-    return {i: m.n_heads for i, m in mixers.items() if isinstance(m, AttentionConfig)}
+    layers = enumerate(cfg.layers)
+    return {i: of.attention.n_heads for i, of in layers if of.attention is not None}
 
 
 def _of_layer(values: Cache, layer: int, name: str) -> tuple[Tensor, Places | None]:

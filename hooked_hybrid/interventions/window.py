@@ -114,11 +114,11 @@ def knock_out_crossings(
 
     hooks: list[HookSpec] = []
     for layer in chosen:
-        mixer = cfg.layers[layer].mixer
-        if isinstance(mixer, AttentionConfig):
-            hooks.append((f"blocks.{layer}.attn.hook_attn_scores", cut_edges))
-        else:
-            hooks += _recurrence_begins(layer, mixer, first)
+        for mixer in cfg.layers[layer].mixers:
+            if isinstance(mixer, AttentionConfig):
+                hooks.append((f"blocks.{layer}.attn.hook_attn_scores", cut_edges))
+            else:
+                hooks += _recurrence_begins(layer, mixer, first)
     return hooks
 
 

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from hooked_hybrid.network.block_state import kept_dtype
 from hooked_hybrid.network.network import Network
 from hooked_hybrid.network.state import HybridState
 from hooked_hybrid.network.weights.products import autocast_dtype
@@ -151,26 +152,25 @@ def checked_state(model: Network, state: HybridState | None, batch: int) -> None
         )
     devices, autocast = model.layer_devices, autocast_dtype(model.device)
     for i, (block, kept) in enumerate(zip(model.blocks, state.blocks, strict=True)):
-        parameter = block.ln1.weight
-        mixer = block.any_mixer
-        wanted, grows = mixer.state_shapes(mixer.cfg), mixer.grows
+        wanted, windows, tensors = block.state_shapes(), block.windows(), kept.tensors()
         # Without the batch, and the keys where there are any.
-        got = {n: tuple(t.shape[2 if n in grows else 1 :]) for n, t in vars(kept).items()}
+        got = {n: tuple(t.shape[2 if n in windows else 1 :]) for n, t in tensors.items()}
         if got != wanted:
             raise ValueError(
                 f"block {i} of the state has shapes {got}, this model {wanted}: it is another "
                 "model's"
             )
-        for name, t in vars(kept).items():
+        for name, t in tensors.items():
             if t.device != devices[i]:
                 remedy = "device" if model.placement is None else "model.layer_devices"
                 raise ValueError(
                     f"block {i} of the state lies on {t.device}, the model's on {devices[i]}: use "
                     f"state.to({remedy})"
                 )
-            if name in ("k", "v", "conv") and t.dtype not in (parameter.dtype, autocast):
+            follows = kept_dtype(name, model.dtype) == model.dtype
+            if follows and t.dtype not in (model.dtype, autocast):
                 raise ValueError(
-                    f"block {i} of the state is {t.dtype}, the model {parameter.dtype}: use "
+                    f"block {i} of the state is {t.dtype}, the model {model.dtype}: use "
                     "state.to(dtype=...), or go on under the autocast that it was made under"
                 )
 

@@ -171,21 +171,28 @@ def unfold_ln(folded: HookedHybrid, record: FoldRecord, inplace: bool = False) -
 def _folds(model: HookedHybrid, inner_norms: bool) -> Iterator[Fold]:
     """Yield what is folded into what, in the order of the model."""
     for i, block in enumerate(model.blocks):
-        for norm, path in (("ln1", block.mixer_path), ("ln2", "mlp")):
-            part, module = f"blocks.{i}.{path}", block.get_submodule(path)
-            yield Fold(
-                f"blocks.{i}.{norm}",
-                tuple(f"{part}.{name}" for name in module.reads),
-                tuple(f"{part}.{name}" for name in module.hooks_after_norm),
-                _multiplier(getattr(block, norm)),
-            )
-            for inner in module.inner_norms if inner_norms else ():
+        paths = {"ln1": block.mixer_paths, "ln2": () if block.mlp is None else ("mlp",)}
+        for norm, below in paths.items():
+            parts = {f"blocks.{i}.{path}": block.get_submodule(path) for path in below}
+            if getattr(block, norm) is not None:
                 yield Fold(
-                    f"{part}.{inner.norm}",
-                    (f"{part}.{inner.reader}",),
-                    (f"{part}.{inner.hook}",),
-                    _multiplier(module.get_submodule(inner.norm)),
+                    f"blocks.{i}.{norm}",
+                    tuple(f"{at}.{name}" for at, part in parts.items() for name in part.reads),
+                    tuple(
+                        f"{at}.{name}"
+                        for at, part in parts.items()
+                        for name in part.hooks_after_norm
+                    ),
+                    _multiplier(getattr(block, norm)),
                 )
+            for part, module in parts.items():
+                for inner in module.inner_norms if inner_norms else ():
+                    yield Fold(
+                        f"{part}.{inner.norm}",
+                        (f"{part}.{inner.reader}",),
+                        (f"{part}.{inner.hook}",),
+                        _multiplier(module.get_submodule(inner.norm)),
+                    )
     yield Fold("ln_final", (UNEMBEDDING,), (), _multiplier(model.ln_final))
 
 

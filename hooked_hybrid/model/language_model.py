@@ -26,10 +26,11 @@ from hooked_hybrid.model.checks import (
 )
 from hooked_hybrid.model.memory import require_memory
 from hooked_hybrid.model.text_model import Input, TextModel, checked_batch, checked_tokens, is_texts
+from hooked_hybrid.network.block_state import BlockState
 from hooked_hybrid.network.layout import Layout, lay_out
 from hooked_hybrid.network.loss import next_token_loss
 from hooked_hybrid.network.plan import dispatch, piece_length
-from hooked_hybrid.network.state import BlockState, HybridState
+from hooked_hybrid.network.state import HybridState
 from hooked_hybrid.options import UNSET, UnsetType
 from hooked_hybrid.shapes import Resid, Tokens
 from hooked_hybrid.text.text import PaddingSide

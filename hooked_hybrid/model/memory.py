@@ -10,7 +10,7 @@ import torch
 from hooked_hybrid.hooks.point import HookPoint
 from hooked_hybrid.network.layout import Layout
 from hooked_hybrid.network.network import Network
-from hooked_hybrid.network.state import AttentionState, HybridState
+from hooked_hybrid.network.state import HybridState
 
 WORTH_CHECKING = 2**28
 """Bytes below which no estimate is compared with what is free."""
@@ -49,8 +49,9 @@ def large_bytes(
     """
     sizes = {}
     batch, width = layout.pos.shape[0], model.dtype.itemsize
-    for i in range(model.cfg.n_layers) if layers is None else layers:
-        mixer, n_keys = model.blocks[i].any_mixer, 0
+    every = range(model.cfg.n_layers) if layers is None else layers
+    for i, mixer in ((at, mixer) for at in every for mixer in model.blocks[at].mixers):
+        n_keys = 0
         if mixer.grows:
             window = mixer.window(mixer.cfg)
             window = layout.length if window is None else window
@@ -78,11 +79,10 @@ def attention_bytes(
     """
     devices = model.layer_devices
     return {
-        i: model.blocks[i].any_mixer.kernel_bytes(
-            layout, _n_keys(state, i), piece, model.dtype, devices[i]
-        )
+        i: mixer.kernel_bytes(layout, _n_keys(state, i), piece, model.dtype, devices[i])
         for i in (range(model.cfg.n_layers) if layers is None else layers)
-        if model.blocks[i].any_mixer.grows
+        for mixer in model.blocks[i].mixers
+        if mixer.grows
     }
 
 
@@ -161,5 +161,4 @@ def _layer(name: str) -> int:
 
 
 def _n_keys(state: HybridState | None, layer: int) -> int:
-    block = None if state is None else state.blocks[layer]
-    return block.k.shape[1] if isinstance(block, AttentionState) else 0
+    return 0 if state is None else state.blocks[layer].n_keys

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from jaxtyping import Int
@@ -17,7 +17,7 @@ from hooked_hybrid.hooks.point import HookPoint
 from hooked_hybrid.hooks.run import Run
 from hooked_hybrid.hooks.savers import fill_of
 from hooked_hybrid.model.cache import ActivationCache
-from hooked_hybrid.network.state import AttentionState, HybridState
+from hooked_hybrid.network.state import HybridState
 
 if TYPE_CHECKING:
     from hooked_hybrid.model.language_model import LanguageModel
@@ -113,6 +113,5 @@ class Recorder:
         """Return the positions of the keys that the first state brings."""
         if self.state is None:
             return pos.new_zeros(self.batch, 0)
-        block = self.state.blocks[hook.layer()]
-        assert isinstance(block, AttentionState)
-        return block.pos.to(pos)
+        keys: Any = self.state.blocks[hook.layer()]
+        return keys.pos.to(pos)

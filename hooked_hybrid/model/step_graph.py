@@ -27,7 +27,6 @@ from torch.nn.modules import module as torch_module
 from hooked_hybrid.hooks.point import HookPoint
 from hooked_hybrid.network.host_waits import AsksNothing
 from hooked_hybrid.network.layout import lay_out
-from hooked_hybrid.network.mixers import mixer_of
 from hooked_hybrid.network.state import HybridState
 
 if TYPE_CHECKING:
@@ -103,7 +102,8 @@ def attachments(model: LanguageModel) -> list[Sized]:
 
 def _asks_for_counts(model: LanguageModel) -> bool:
     """Return whether an MLP has the host read how many tokens each of its experts got."""
-    return any(block.mlp.asks_for_counts(model.W_E[:1]) for block in model.blocks)
+    mlps = (block.mlp for block in model.blocks if block.mlp is not None)
+    return any(mlp.asks_for_counts(model.W_E[:1]) for mlp in mlps)
 
 
 def is_watched(attached: list[Sized]) -> bool:
@@ -169,11 +169,10 @@ class StepGraph:
     ) -> None:
         self.model, device, batch = model, model.device, state.batch_size
         self._attached = attachments(model)
-        mixers = [(mixer_of(layer.mixer), layer.mixer) for layer in model.cfg.layers]
         self._windows = {
-            f"blocks.{i}.{name}": mixer.window(cfg)
-            for i, (mixer, cfg) in enumerate(mixers)
-            for name in mixer.grows
+            f"blocks.{i}.{name}": window
+            for i, block in enumerate(model.blocks)
+            for name, window in block.windows().items()
         }
         self._buffers = {
             name: t.new_zeros(self._room_for(name, t.shape, n_steps))
@@ -252,11 +251,12 @@ class StepGraph:
             else:
                 values[name] = t[rows]
         n_seen = None if self._n_seen is None else self._n_seen + self._n_steps
-        return HybridState.from_tensors(values, n_seen)
+        return HybridState.from_tensors(values, n_seen, self.model.cfg.n_layers)
 
     def _step(self) -> None:
         """Read the tokens into the logits and the buffers: what a replay repeats."""
-        state = HybridState.from_tensors(self._buffers)  # n_seen is None: masks from positions
+        # n_seen is None: masks are made from positions.
+        state = HybridState.from_tensors(self._buffers, None, self.model.cfg.n_layers)
         layout = lay_out(self._tokens, state, None, None, "generation", 1, self._rows)
         logits, after = self.model.run_layout(self._tokens, layout, state, logits_to_keep=1)
         assert after is not None  # of the whole model

@@ -51,7 +51,7 @@ def times(
     return a.mul_(b) if overwrite else a * b
 
 
-def inverse_rms(x: Float[Tensor, "batch pos width"], eps: float) -> Float[Tensor, "batch pos 1"]:
+def inverse_rms(x: Float[Tensor, "... width"], eps: float) -> Float[Tensor, "... 1"]:
     """Return 1 / sqrt(mean(x^2) + eps); products with it round as in the references."""
     if transforms.is_followed():
         return torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)

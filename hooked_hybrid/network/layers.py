@@ -34,14 +34,15 @@ def draw_normal(weight: Tensor, std: float) -> None:
 
 
 class Linear(Component):
-    """`x @ W + b`. `W` is [d_in, d_out]; the parameter, `weight`, is its transpose."""
+    """`(x @ weight^T + bias) * scale`, which is `x @ W + b` with both scaled."""
 
     matrices = ("weight",)
 
-    def __init__(self, d_in: int, d_out: int, bias: bool) -> None:
+    def __init__(self, d_in: int, d_out: int, bias: bool, scale: float = 1.0) -> None:
         super().__init__()
         self.weight = nn.Parameter(empty_weight(d_out, d_in))
         self.bias = nn.Parameter(torch.empty(d_out)) if bias else None
+        self.scale = scale
 
     def reset_parameters(self) -> None:
         """Draw the weight from N(0, 1 / d_in); the bias is zero."""
@@ -52,11 +53,18 @@ class Linear(Component):
     @property
     def W(self) -> Float[Tensor, "d_in d_out"]:
         """The matrix as used: `x @ W`."""
-        return as_matrix(self.weight).T
+        W = as_matrix(self.weight).T
+        return W if self.scale == 1 else W * self.scale
+
+    @property
+    def b(self) -> Float[Tensor, " d_out"] | None:
+        """The bias as used; None where there is none."""
+        return self.bias if self.bias is None or self.scale == 1 else self.bias * self.scale
 
     def forward(self, x: Float[Tensor, "... d_in"]) -> Float[Tensor, "... d_out"]:
-        """Return `x @ W + b`."""
-        return linear(x, self.weight, self.bias)
+        """Return `x @ W + b`; the scale is applied to the sum, as the references do."""
+        out = linear(x, self.weight, self.bias)
+        return out if self.scale == 1 else out * self.scale
 
 
 class BlockDiagonalLinear(Component):
@@ -93,13 +101,13 @@ class RMSNorm(Component):
     in fp32, and differs by a rounding in bf16.
     """
 
-    def __init__(self, d_model: int, cfg: NormConfig) -> None:
+    def __init__(self, width: int, cfg: NormConfig, axes: str = "batch pos d_model") -> None:
         super().__init__()
         self.eps = cfg.eps
         self.adds_one = cfg.style == "one_plus_weight"
-        self.weight = nn.Parameter(torch.empty(d_model))
-        self.hook_scale = HookPoint("batch pos 1")
-        self.hook_normalized = HookPoint("batch pos d_model")
+        self.weight = nn.Parameter(torch.empty(width))
+        self.hook_scale = HookPoint(f"{axes.rpartition(' ')[0]} 1")
+        self.hook_normalized = HookPoint(axes)
 
     def reset_parameters(self) -> None:
         """Set the weight so that it has no effect."""
@@ -111,11 +119,11 @@ class RMSNorm(Component):
         return self.hook_scale.is_hooked or self.hook_normalized.is_hooked
 
     @property
-    def w(self) -> Float[Tensor, " d_model"]:
+    def w(self) -> Float[Tensor, " width"]:
         """The factor that multiplies the normalised values, fp32 where one is added to it."""
         return 1 + at_least_fp32(self.weight) if self.adds_one else self.weight
 
-    def forward(self, x: Resid) -> Resid:
+    def forward(self, x: Float[Tensor, "... width"]) -> Float[Tensor, "... width"]:
         """Return the normalised and weighted values in the dtype of `x`."""
         wide = at_least_fp32(x)
         inverse = inverse_rms(wide, self.eps)
@@ -151,7 +159,7 @@ class InnerNorm(Component):
 
 
 class Embed(Component):
-    """Rows of `W_E`, times sqrt(d_model) rounded to bfloat16 if the config has this scale.
+    """Rows of `W_E`, times `embedding_scale`, or sqrt(d_model) rounded to bfloat16.
 
     The rounding is part of the published models in every dtype: sqrt(2560) = 50.596 is 50.5.
     """
@@ -162,8 +170,9 @@ class Embed(Component):
         shape = (cfg.d_vocab, cfg.d_model)
         self.W_E = nn.Parameter(empty_weight(*shape) if tied else torch.empty(shape))
         self.matrices = ("W_E",) if tied else ()
-        scale = torch.tensor(cfg.d_model**0.5, device="cpu").bfloat16().item()
-        self.scale = scale if cfg.scale_embedding else None
+        root = torch.tensor(cfg.d_model**0.5, device="cpu").bfloat16().item()
+        scale = root if cfg.scale_embedding else cfg.embedding_scale
+        self.scale = None if scale == 1 else scale
 
     def reset_parameters(self) -> None:
         """Draw embeddings so that the residual stream starts with entries of order one."""
@@ -178,13 +187,13 @@ class Embed(Component):
 
 
 class Unembed(Component):
-    """`soft_cap(x @ W_U)`; `weight` is None if the embedding is used for it."""
+    """`soft_cap(x @ weight^T * scale)`; `weight` is None if the embedding is used for it."""
 
     matrices = ("weight",)
 
     def __init__(self, cfg: HybridConfig) -> None:
         super().__init__()
-        self.soft_cap = cfg.logits_soft_cap
+        self.soft_cap, self.scale = cfg.logits_soft_cap, cfg.logits_scale
         self.weight = (
             None if cfg.tied_embedding else nn.Parameter(empty_weight(cfg.d_vocab, cfg.d_model))
         )
@@ -199,7 +208,10 @@ class Unembed(Component):
         """Return logits, `cap * tanh(logits / cap)` under a cap; `run` is of these positions."""
         weight = W_E if self.weight is None else self.weight
         is_ours = may_overwrite(self.hook_logits)
-        logits = self.hook_logits(linear(x, weight), run=run)
+        logits = linear(x, weight)
+        if self.scale != 1:
+            logits = logits * self.scale
+        logits = self.hook_logits(logits, run=run)
         if self.soft_cap is None:
             return logits
         if is_ours:

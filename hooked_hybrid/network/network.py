@@ -17,9 +17,9 @@ from hooked_hybrid.hooks.root import HookedRootModule
 from hooked_hybrid.hooks.run import Run
 from hooked_hybrid.network.allocator import keep_freed_memory
 from hooked_hybrid.network.block import Block
+from hooked_hybrid.network.block_state import BlockState
 from hooked_hybrid.network.layers import Embed, RMSNorm, Unembed
 from hooked_hybrid.network.layout import Layout
-from hooked_hybrid.network.state import BlockState
 from hooked_hybrid.network.weights.plain import exact_copy, is_quantized
 from hooked_hybrid.network.weights.quantization import Quantization
 from hooked_hybrid.shapes import Logits, Resid, Tokens
@@ -146,8 +146,9 @@ class Network(HookedRootModule):
 
     @property
     def W_U(self) -> Float[Tensor, "d_model d_vocab"]:
-        """The unembedding, after the final norm."""
-        return (self.W_E if self.unembed.weight is None else self.unembed.weight).T
+        """The unembedding after the final norm, `logits_scale` included."""
+        weight = self.W_E if self.unembed.weight is None else self.unembed.weight
+        return weight.T if self.unembed.scale == 1 else weight.T * self.unembed.scale
 
     @property
     def layer_devices(self) -> tuple[torch.device, ...]:

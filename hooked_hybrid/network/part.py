@@ -72,6 +72,9 @@ class Part(Component):
     """Names of the parameters [... d_model d_in] whose products are added to the stream."""
     kept_plain: ClassVar[tuple[str, ...]] = ()
     """Those of `reads` and `writes` that are never quantised."""
+    scales_write: ClassVar[bool] = False
+    """Whether it multiplies what it writes by `cfg.write_scale`: its output bias too, and the
+    values at hook points on parts of the write."""
     hooks_after_norm: ClassVar[tuple[str, ...]] = ()
     """Hook points between the block's norm and `reads`."""
     inner_norms: ClassVar[tuple[FoldedNorm, ...]] = ()
@@ -99,11 +102,11 @@ class Part(Component):
         cls.row = vars(cls).get("row", cls.title)
         cls.label = vars(cls).get("label", cls.kind)
 
-    def split(self, norm: RMSNorm) -> Split:  # noqa: ARG002
+    def split(self, norm: RMSNorm | None) -> Split:  # noqa: ARG002
         """Return its output as a sum of separate parts.
 
         Args:
-            norm: the norm before it in the block.
+            norm: the norm before it in the block; None if there is none.
 
         Raises:
             NotSupported: it states no parts.

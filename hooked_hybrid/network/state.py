@@ -15,66 +15,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.nn.functional import pad
 
 from hooked_hybrid.hooks.slicing import Indices, indices_on
+from hooked_hybrid.network.block_state import BlockState, block_of, cat_blocks, graft, leaf_of
 from hooked_hybrid.outputs.foreign import one_line, parse_json, require_safetensors
 from hooked_hybrid.outputs.whole_files import replacing
 
 Rows = Indices
-
-
-class BlockState:
-    """What one layer remembers: a frozen dataclass of tensors whose first axis is the batch.
-
-    A class of states is found by the names of its tensors, which no other has.
-    """
-
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        """Let states that are read from a file be of this class."""
-        super().__init_subclass__(**kwargs)
-        _CLASSES[frozenset(cls.__annotations__)] = cls
-
-
-_CLASSES: dict[frozenset[str], type[BlockState]] = {}
-
-
-@dataclass(frozen=True, eq=False)
-class AttentionState(BlockState):
-    """Keys and values that later queries may still see, oldest first.
-
-    `k` is after rotation and after every hook. `pos` is the position of each key in its
-    document, or -1 where a row has none (padding, or an earlier document).
-    """
-
-    k: Float[Tensor, "batch key kv_head d_head"]
-    v: Float[Tensor, "batch key kv_head d_head"]
-    pos: Int[Tensor, "batch key"]
-
-
-@dataclass(frozen=True, eq=False)
-class RecurrentState(BlockState):
-    """The last inputs of the short convolution, oldest first, and the recurrence's state.
-
-    `ssm` is fp32 (or wider) in every model dtype.
-    """
-
-    conv: Float[Tensor, "batch tap channel"]
-    ssm: Float[Tensor, "batch channel ..."]
-
-
-def kept_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype in which a model of some dtype keeps a tensor of its state."""
-    if name == "pos":
-        return torch.int64
-    return torch.promote_types(dtype, torch.float32) if name == "ssm" else dtype
-
-
-_KINDS = {"k": "kv", "v": "kv", "pos": "kv", "conv": "conv", "ssm": "ssm"}
+MOST_BLOCKS = 2**16
+"""Of a file of others, so that one large number in it does not fill the memory."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -171,11 +124,11 @@ class HybridState:
             raise ValueError(f"{len(devices)} devices for a state of {n} blocks")
 
         def moved(name: str, t: Tensor, to: Any) -> Tensor:
-            keeps_dtype = name in ("ssm", "pos") or not t.is_floating_point()
+            keeps_dtype = leaf_of(name) in ("ssm", "pos") or not t.is_floating_point()
             return t.to(device=to, dtype=None if keeps_dtype else dtype)
 
         blocks = tuple(
-            _rebuilt(b, {name: moved(name, t, to) for name, t in vars(b).items()})
+            b.with_tensors({name: moved(name, t, to) for name, t in b.tensors().items()})
             for b, to in zip(self.blocks, devices, strict=True)
         )
         return dataclasses.replace(
@@ -224,7 +177,7 @@ class HybridState:
         if rows is not None:
             where[self._indices(rows)] = True
         blocks = tuple(
-            _graft(mine, theirs, kinds, where) if i in chosen else mine
+            graft(mine, theirs, kinds, where) if i in chosen else mine
             for i, (mine, theirs) in enumerate(zip(self.blocks, other.blocks, strict=True))
         )
         # The donor's keys may stand at other positions, so nothing is assumed of them any more.
@@ -244,9 +197,7 @@ class HybridState:
         """
         if not states or len({len(s.blocks) for s in states}) != 1:
             raise ValueError("cat takes one or more states of one model")
-        blocks = tuple(
-            _cat_blocks(parts) for parts in zip(*(s.blocks for s in states), strict=True)
-        )
+        blocks = tuple(cat_blocks(parts) for parts in zip(*(s.blocks for s in states), strict=True))
         n_seen = {s.n_seen for s in states}
         return cls(
             blocks,
@@ -262,7 +213,7 @@ class HybridState:
         named = {
             f"blocks.{i}.{name}": t
             for i, b in enumerate(self.blocks)
-            for name, t in vars(b).items()
+            for name, t in b.tensors().items()
         }
         return {**named, "next_pos": self.next_pos, "segment": self.segment}
 
@@ -270,7 +221,8 @@ class HybridState:
         """Write the state to a safetensors file, whole or not at all."""
         tensors = {name: t.detach().contiguous().clone() for name, t in self.tensors().items()}
         with replacing(Path(path)) as partial:
-            save_file(tensors, partial, metadata={"n_seen": json.dumps(self.n_seen)})
+            about = {"n_seen": json.dumps(self.n_seen), "n_blocks": json.dumps(len(self.blocks))}
+            save_file(tensors, partial, metadata=about)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], device: str = "cpu") -> HybridState:
@@ -283,13 +235,17 @@ class HybridState:
         require_safetensors(Path(path))
         with safe_open(path, "pt", device=device) as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            n_seen = parse_json((file.metadata() or {}).get("n_seen", "null"), path)
+            about = file.metadata() or {}
+            n_seen, n_blocks = (
+                parse_json(about.get(name, "null"), path) for name in ("n_seen", "n_blocks")
+            )
         if not {"next_pos", "segment"} <= tensors.keys():
             raise ValueError(f"{path} holds no state: write one with state.save(path)")
         try:
-            if n_seen is not None and (type(n_seen) is not int or n_seen < 0):
-                raise ValueError(f"n_seen={one_line(n_seen)}")
-            state = cls.from_tensors(tensors, n_seen)
+            for name, value in (("n_seen", n_seen), ("n_blocks", n_blocks)):
+                if value is not None and (type(value) is not int or value < 0):
+                    raise ValueError(f"{name}={one_line(value)}")
+            state = cls.from_tensors(tensors, n_seen, n_blocks)
             if any(t.ndim == 0 or len(t) != state.batch_size for t in tensors.values()):
                 raise ValueError("its tensors are of other numbers of rows")
         except (AttributeError, LookupError, TypeError, ValueError) as error:
@@ -297,21 +253,36 @@ class HybridState:
         return state
 
     @classmethod
-    def from_tensors(cls, tensors: Mapping[str, Tensor], n_seen: int | None = None) -> HybridState:
-        """Rebuild a state from `tensors()`."""
+    def from_tensors(
+        cls, tensors: Mapping[str, Tensor], n_seen: int | None = None, n_blocks: int | None = None
+    ) -> HybridState:
+        """Rebuild a state from `tensors()`.
+
+        Args:
+            tensors: by name.
+            n_seen: as in the state.
+            n_blocks: of the model; None means up to the last one that has a tensor, which is right
+                unless layers without a mixer follow it.
+
+        Raises:
+            ValueError: names that no state has, or blocks beyond `n_blocks`.
+        """
         parts: dict[int, dict[str, Tensor]] = {}
         for name, t in tensors.items():
             if name.startswith("blocks."):
-                _, index, leaf = name.split(".")
+                _, index, leaf = name.split(".", 2)
                 parts.setdefault(int(index), {})[leaf] = t
-        blocks = tuple(_class_of(parts[i])(**parts[i]) for i in sorted(parts))
+        n = max(parts, default=-1) + 1 if n_blocks is None else n_blocks
+        if outside := [i for i in parts if not 0 <= i < min(n, MOST_BLOCKS)]:
+            raise ValueError(f"a tensor of block {outside[0]}, of {min(n, MOST_BLOCKS)}")
+        blocks = tuple(block_of(parts.get(i, {})) for i in range(min(n, MOST_BLOCKS)))
         return cls(blocks, tensors["next_pos"], tensors["segment"], n_seen)
 
     # --- inside -------------------------------------------------------------------------------
 
     def _map(self, fn: Callable[[Tensor], Tensor]) -> HybridState:
         blocks = tuple(
-            _rebuilt(b, {name: fn(t) for name, t in vars(b).items()}) for b in self.blocks
+            b.with_tensors({name: fn(t) for name, t in b.tensors().items()}) for b in self.blocks
         )
         return dataclasses.replace(
             self, blocks=blocks, next_pos=fn(self.next_pos), segment=fn(self.segment)
@@ -322,57 +293,3 @@ class HybridState:
             return indices_on(rows, self.batch_size, "rows", may_be_empty=True).to(self.device)
         except TypeError as error:
             raise ValueError(str(error)) from error
-
-
-def _class_of(tensors: Mapping[str, Tensor]) -> type[BlockState]:
-    """Return the class of states that consist of tensors of these names."""
-    try:
-        return _CLASSES[frozenset(tensors)]
-    except KeyError:
-        raise ValueError(f"no kind of layer keeps {', '.join(sorted(tensors))}") from None
-
-
-def _rebuilt(block: BlockState, tensors: dict[str, Tensor]) -> BlockState:
-    """Return a state of the same kind with these tensors."""
-    return type(block)(**tensors)
-
-
-def _graft(mine: BlockState, theirs: BlockState, kinds: set[str], rows: Tensor) -> BlockState:
-    if type(mine) is not type(theirs):
-        raise ValueError("the donor's layers are of other kinds: both states must be of one model")
-    if "kv" in kinds:
-        mine, theirs = _same_number_of_keys(mine, theirs)
-    new = {}
-    for name, t in vars(mine).items():
-        donor = getattr(theirs, name)
-        if _KINDS.get(name, "ssm") not in kinds:
-            continue
-        if donor.shape != t.shape:
-            raise ValueError(
-                f"the donor's {name} has shape {tuple(donor.shape)}, this state's {tuple(t.shape)}"
-            )
-        where = rows.to(t.device).view(-1, *(1,) * (t.ndim - 1))
-        new[name] = torch.where(where, donor.to(t), t)
-    return _rebuilt(mine, {**vars(mine), **new})
-
-
-def _same_number_of_keys(*blocks: BlockState) -> tuple[BlockState, ...]:
-    """Return attention states of one length, the shorter filled up on the left."""
-    lengths = [b.k.shape[1] for b in blocks if isinstance(b, AttentionState)]
-    return tuple(_widened(b, max(lengths)) if isinstance(b, AttentionState) else b for b in blocks)
-
-
-def _widened(s: AttentionState, n: int) -> AttentionState:
-    more = n - s.k.shape[1]
-    if more == 0:
-        return s
-    k, v = (pad(t, (0, 0, 0, 0, more, 0)) for t in (s.k, s.v))
-    return AttentionState(k, v, pad(s.pos, (more, 0), value=-1))
-
-
-def _cat_blocks(parts: Sequence[BlockState]) -> BlockState:
-    parts = _same_number_of_keys(*parts)
-    if len({type(p) for p in parts}) != 1:
-        raise ValueError("cat takes states of one model: their layers are of different kinds")
-    together = {name: torch.cat([getattr(p, name) for p in parts]) for name in vars(parts[0])}
-    return _rebuilt(parts[0], together)

@@ -29,8 +29,7 @@ def longest_prompt(cfg: HybridConfig) -> int:
 
 def attention_of(cfg: HybridConfig) -> list[AttentionConfig]:
     """Return the attention of each layer that has it."""
-    mixers = (layer.mixer for layer in cfg.layers)
-    return [mixer for mixer in mixers if isinstance(mixer, AttentionConfig)]
+    return [layer.attention for layer in cfg.layers if layer.attention is not None]
 
 
 def lengths_for(

@@ -114,7 +114,7 @@ class Item:
 
 def shape_of(cfg: HybridConfig) -> str | None:
     """Return the published model that has this shape: its recurrence, layers and width."""
-    mixers = {mixer_of(layer.mixer).kind for layer in cfg.layers}
+    mixers = {mixer_of(of).kind for layer in cfg.layers for of in layer.mixers}
     for published, shape in _SHAPE.items():
         if shape == (cfg.n_layers, cfg.d_model) and _KIND[published] in mixers:
             return published
@@ -146,7 +146,7 @@ def applies(claim: Claim, cfg: HybridConfig) -> bool:
         return True
     if published := shape_of(cfg):
         return claim.about == published
-    kinds = {mixer_of(layer.mixer).kind for layer in cfg.layers}
+    kinds = {mixer_of(of).kind for layer in cfg.layers for of in layer.mixers}
     return claim.any_model or _KIND[claim.about] in kinds
 
 

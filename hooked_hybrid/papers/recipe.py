@@ -214,7 +214,7 @@ def recipe_for(
             f"--seeds {n_seeds}, --held-out {n_held_out}: give two seeds and one held-out needle "
             "or more, an interval needs them"
         )
-    kinds = {mixer_of(layer.mixer).kind for layer in model.cfg.layers}
+    kinds = {mixer_of(of).kind for layer in model.cfg.layers for of in layer.mixers}
     as_theirs: list[FirstToken] = [s for kind, s in _FIRST_TOKEN.items() if kind in kinds]
     return Recipe(
         identity=model_identity(model),

@@ -55,7 +55,7 @@ def maps_out(model: HookedHybrid) -> dict[str, Tensor]:
     """Every writer as one whole matrix, slice by slice."""
     found = {}
     for i, block in enumerate(model.blocks):
-        m, w = block.any_mixer, block.ln1.w[:, None]
+        m, w = block.mixers[0], block.ln1.w[:, None]
         if i in model.cfg.attention_layers:
             per_kv = m.cfg.n_heads // m.cfg.n_kv_heads
             for h in range(m.cfg.n_heads):
@@ -73,7 +73,7 @@ def maps_in(model: HookedHybrid, mode: str, distance: int) -> dict[str, Tensor]:
     """Every reader as one whole matrix, slice by slice."""
     found = {}
     for i, block in enumerate(model.blocks):
-        m, w = block.any_mixer, block.ln1.w[:, None]
+        m, w = block.mixers[0], block.ln1.w[:, None]
         if i in model.cfg.attention_layers:
             if mode not in "QKV":
                 continue

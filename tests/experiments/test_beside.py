@@ -44,7 +44,7 @@ def packaged() -> HookedHybrid:
 def test_cut_taps_are_taps_of_weight_zero(name: str, lags: list[int]):
     model, tokens = shared_model(name), random_tokens()
     other = random_model(CONFIGS[name], seed=5)
-    weight = other.blocks[1].any_mixer.conv.weight
+    weight = other.blocks[1].mixers[0].conv.weight
     with torch.no_grad():
         weight[[len(weight) - 1 - lag for lag in lags]] = 0
     found = model.run_with_hooks(tokens, fwd_hooks=cut_taps(model, 1, lags))
@@ -97,7 +97,7 @@ def test_induction_of_a_packaged_model_is_in_one_layers_convolution():
 def test_cut_channels_are_rows_of_zero_in_the_output_projection(name: str):
     model, tokens = shared_model(name), random_tokens()
     other = random_model(CONFIGS[name], seed=5)
-    mixer = other.blocks[1].any_mixer
+    mixer = other.blocks[1].mixers[0]
     n = mixer.state_shapes(mixer.cfg)["ssm"][0] // 4
     out = getattr(mixer, "linear_out", None) or mixer.out_proj
     with torch.no_grad():  # [out in]

@@ -80,7 +80,7 @@ def test_the_long_start_is_the_hybrid_with_other_decays(tmp_path: Path) -> None:
     for (name, a), b in zip(one.named_parameters(), two.parameters(), strict=True):
         assert torch.equal(a, b) != name.endswith("a_param")
     for layer in (0, 2):
-        decays = two.blocks[layer].any_mixer.log_a_at_1.exp()
+        decays = two.blocks[layer].mixers[0].log_a_at_1.exp()
         assert models.START[0] <= decays.min() < decays.max() <= models.START[1]
 
 

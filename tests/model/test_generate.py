@@ -19,7 +19,8 @@ from hooked_hybrid.hooks.marks import per_position, watcher
 from hooked_hybrid.hooks.names import HookNameError
 from hooked_hybrid.hooks.run import Run
 from hooked_hybrid.model.sampling import Sampling
-from hooked_hybrid.network.state import AttentionState, HybridState
+from hooked_hybrid.network.block_state import AttentionState
+from hooked_hybrid.network.state import HybridState
 from tests.models import (
     D_VOCAB,
     griffin_config,

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from hooked_hybrid import HookedHybrid, HybridState
 from hooked_hybrid.network.attention.key_room import last_keys, with_new_keys
-from hooked_hybrid.network.state import AttentionState
+from hooked_hybrid.network.block_state import AttentionState
 from tests.models import (
     griffin_config,
     jamba_config,

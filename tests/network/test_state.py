@@ -14,7 +14,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from hooked_hybrid import HookedHybrid, HookPoint
-from hooked_hybrid.network.state import AttentionState, HybridState, RecurrentState
+from hooked_hybrid.network.block_state import AttentionState, RecurrentState
+from hooked_hybrid.network.state import HybridState
 from tests.loops import looped
 from tests.models import griffin_config, random_model, random_tokens, tiny_model
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from hooked_hybrid import HookedHybrid, HookPoint, interventions
 from hooked_hybrid.interventions.weights import boost_span
 from hooked_hybrid.model.decoding import GenerationOutput
-from hooked_hybrid.network.state import AttentionState, RecurrentState
+from hooked_hybrid.network.block_state import AttentionState, RecurrentState
 from tests.models import relative
 from tests.tolerances import BF16, FP32_PARITY
 

@@ -16,7 +16,8 @@ from transformers import JambaForCausalLM  # noqa: TID251
 
 from hooked_hybrid import HookedHybrid, HookPoint
 from hooked_hybrid.model.decoding import GenerationOutput
-from hooked_hybrid.network.state import HybridState, RecurrentState
+from hooked_hybrid.network.block_state import RecurrentState
+from hooked_hybrid.network.state import HybridState
 from tests.jamba_references import (
     SPECS,
     hf_breaks_left_padding,

@@ -16,7 +16,8 @@ from transformers import RecurrentGemmaConfig, RecurrentGemmaForCausalLM  # noqa
 
 from hooked_hybrid import HookedHybrid, HookPoint
 from hooked_hybrid.model.decoding import GenerationOutput
-from hooked_hybrid.network.state import AttentionState, HybridState, RecurrentState
+from hooked_hybrid.network.block_state import AttentionState, RecurrentState
+from hooked_hybrid.network.state import HybridState
 from tests.models import relative
 from tests.references import (
     SPECS,

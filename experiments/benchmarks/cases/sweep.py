@@ -68,7 +68,7 @@ def _measured(
 
 def eleven_settings(model: HookedHybrid) -> list[Setting]:
     """Return the top-k settings of both scores, and as many random ones as make eleven."""
-    n_heads = max(getattr(layer.mixer, "n_heads", 0) for layer in model.cfg.layers)
+    n_heads = max(layer.attention.n_heads for layer in model.cfg.layers if layer.attention)
     ks = range(n_heads + 1)
     settings = []
     for score in ("entropy", "l2"):

@@ -16,13 +16,13 @@ import torch
 
 from hooked_hybrid.accounting.memory import StateBytes, layer_state_bytes
 from hooked_hybrid.accounting.plan.stored import Stored, stored_weights
-from hooked_hybrid.config import HybridConfig
+from hooked_hybrid.config import HybridConfig, MixerConfig
 from hooked_hybrid.network.attention.key_room import room_for_steps
+from hooked_hybrid.network.block_state import kept_dtype
 from hooked_hybrid.network.costs import WIDE, Piece
 from hooked_hybrid.network.mixers import mixer_of
 from hooked_hybrid.network.mlps import mlp_of
 from hooked_hybrid.network.plan import PIECE
-from hooked_hybrid.network.state import kept_dtype
 from hooked_hybrid.network.weights.products import MANY
 
 if TYPE_CHECKING:
@@ -95,10 +95,13 @@ class Sizes:
         last ones of a tensor with those of a piece in it; the first step makes room for keys to
         come.
         """
-        state, cfg = self._state(layer, length), self.cfg.layers[layer].mixer
+        mixers = self.cfg.layers[layer].mixers
+        spare = sum(self._spare_keys(cfg, length) for cfg in mixers if mixer_of(cfg).grows)
+        return self._state(layer, length).total + spare
+
+    def _spare_keys(self, cfg: MixerConfig, length: int) -> int:
+        """Return the bytes of keys that are no longer seen, or for which there is room."""
         mixer = mixer_of(cfg)
-        if not mixer.grows:
-            return state.total
         n_kept = mixer.n_kept(cfg, length)
         gone = min(PIECE, length - n_kept)
         in_view = gone if n_kept >= gone else 0  # else the tensor is freed, see `last_keys`
@@ -107,7 +110,7 @@ class Sizes:
         a_key = sum(
             math.prod(shapes[name]) * kept_dtype(name, self.dtype).itemsize for name in mixer.grows
         )
-        return state.total + self.batch * spare * a_key
+        return self.batch * spare * a_key
 
     def working(self, layer: int, length: int) -> int:
         """Return the bytes of a block's own values at their most, in a prefill of `length`."""
@@ -115,8 +118,11 @@ class Sizes:
         of_layer = self.cfg.layers[layer]
         stream = piece.n * self.cfg.d_model
         d_model = self.cfg.d_model
-        mixer = mixer_of(of_layer.mixer).working_bytes(of_layer.mixer, d_model, piece)
-        mlp = mlp_of(of_layer.mlp).working_bytes(of_layer.mlp, d_model, piece)
+        mixers = [mixer_of(of).working_bytes(of, d_model, piece) for of in of_layer.mixers]
+        written = max(0, len(mixers) - 1) * stream * piece.width  # by mixers that ran before
+        mixer = max(mixers, default=0) + written
+        mlp_cfg = of_layer.mlp
+        mlp = 0 if mlp_cfg is None else mlp_of(mlp_cfg).working_bytes(mlp_cfg, d_model, piece)
         stored = self._stored[f"blocks.{layer}"]
         plain = stored.to_multiply + piece.n * stored.d_out * piece.width
         plain += self._widening(stored, piece.n)
@@ -147,13 +153,13 @@ class Sizes:
         That is so if weights are moved for each forward: each block reads all pieces before the
         next does, and layers share what rotates each.
         """
-        mixers = [layer.mixer for layer in self.cfg.layers]
-        rotary = max(mixer_of(mixer).position_width(mixer) for mixer in mixers)
+        mixers = [mixer for layer in self.cfg.layers for mixer in layer.mixers]
+        rotary = max((mixer_of(mixer).position_width(mixer) for mixer in mixers), default=0)
         width = self.cfg.d_model + 2 * rotary
         return self.batch * length * width * self.dtype.itemsize
 
     def _state(self, layer: int, length: int) -> StateBytes:
-        return layer_state_bytes(self.cfg.layers[layer].mixer, length, self.dtype) * self.batch
+        return layer_state_bytes(self.cfg.layers[layer], length, self.dtype) * self.batch
 
     def _piece(self, length: int) -> Piece:
         return Piece(

@@ -12,7 +12,8 @@ from torch import Tensor
 from hooked_hybrid.hooks.slicing import PosSlice, is_one, slice_axis
 from hooked_hybrid.model.cache_positions import value_at
 from hooked_hybrid.model.cached_values import CachedValues
-from hooked_hybrid.model.residual.reading import inverse, place_at, require_parts
+from hooked_hybrid.model.residual.parts import inverse
+from hooked_hybrid.model.residual.reading import place_at, require_parts
 from hooked_hybrid.network.elementwise import at_least_fp32
 from hooked_hybrid.options import refuse_ignored
 

@@ -15,7 +15,7 @@ from hooked_hybrid.model.cache_positions import value_at
 from hooked_hybrid.model.cached_values import CachedValues
 from hooked_hybrid.model.memory import WORTH_CHECKING, available_bytes
 from hooked_hybrid.model.residual import parts as parts_of
-from hooked_hybrid.model.residual.parts import Parts
+from hooked_hybrid.model.residual.parts import Parts, inverse
 from hooked_hybrid.network.elementwise import at_least_fp32
 from hooked_hybrid.network.layers import RMSNorm
 from hooked_hybrid.network.written import Way
@@ -33,11 +33,21 @@ class Place(NamedTuple):
     mlp_input: bool
 
     def norm(self, model: LanguageModel) -> tuple[str, RMSNorm]:
-        """Return the norm that reads the stream here, with its path."""
+        """Return the norm that reads the stream here, with its path.
+
+        Raises:
+            ValueError: the stream is read without one.
+        """
         if self.layer == model.cfg.n_layers:
             return "ln_final", model.ln_final
-        name = "ln2" if self.mlp_input else "ln1"
-        return f"blocks.{self.layer}.{name}", getattr(model.blocks[self.layer], name)
+        block = model.blocks[self.layer]
+        name = "ln2" if self.mlp_input or not block.mixers else "ln1"
+        norm = getattr(block, name)
+        if norm is None:
+            raise ValueError(
+                f"layer {self.layer} reads the stream without a norm: leave out apply_ln"
+            )
+        return f"blocks.{self.layer}.{name}", norm
 
 
 def place_at(cache: CachedValues, layer: int | None, mlp_input: bool) -> Place:
@@ -52,6 +62,8 @@ def place_at(cache: CachedValues, layer: int | None, mlp_input: bool) -> Place:
         raise ValueError(f"layer={layer}: give 0 to {n_layers}, or None or -1 for all layers")
     if mlp_input and place.layer == n_layers:
         raise ValueError(f"mlp_input means a layer's own: give layer=0 to {n_layers - 1}")
+    if mlp_input and cache.model.cfg.layers[place.layer].mlp is None:
+        raise ValueError(f"mlp_input: layer {place.layer} has no MLP")
     return place
 
 
@@ -61,12 +73,14 @@ def mixer_parts_before(
     """Return the parts of each mixer up to a place: heads, and what stands for recurrences."""
     if recurrent not in ("none", "layer", "block"):
         raise ValueError(f"recurrent={recurrent!r}: give 'none', 'layer' or 'block'")
-    parts, cfg = [], cache.model.cfg
+    parts, model = [], cache.model
     for i in range(place.layer + place.mlp_input):
-        if i in cfg.attention_layers or recurrent == "block":
-            parts.append(parts_of.mixer_parts(cache.model, i))
-        elif recurrent == "layer":
-            parts.append(parts_of.mixer(cache.model, i))
+        mixers = model.blocks[i].mixers
+        for mixer, whole in zip(mixers, parts_of.mixers(model, i), strict=True):
+            if not mixer.cfg.is_recurrence or recurrent == "block":
+                parts.append(parts_of.mixer_parts(model, i, mixer.path))
+            elif recurrent == "layer":
+                parts.append(whole)
     return parts
 
 
@@ -83,14 +97,14 @@ def stack_parts(
     onto: Onto | None = None,
 ) -> tuple[Float[Tensor, "component ..."], list[str]]:
     """Return parts and what is left besides them, after the norm at a place if asked for."""
-    path, norm = place.norm(cache.model)
+    path, norm = place.norm(cache.model) if apply_ln else ("", None)
     whole = [parts_of.stream(cache.model, *place)] if incl_remainder else []
     scale_name = [f"{path}.hook_scale"] if apply_ln else []
     require_parts(cache, purpose, [*parts, *whole], scale_name)
     if not parts and not whole:
         raise ValueError(f"{purpose}: no such part before layer {place.layer}")
     labels = [label for part in parts for label in part.labels]
-    if apply_ln and onto is not None:
+    if norm is not None and onto is not None:
         onto = at_least_fp32(onto)
         onto = torch.einsum("d...,d->d...", onto, norm.w.to(onto))
     n_more = bool(parts) * incl_remainder + incl_bias
@@ -103,7 +117,7 @@ def stack_parts(
     if incl_bias:
         labels.append("bias")
         stack[-1] = _read_bias(cache, parts, pos_slice, onto, stack)
-    if apply_ln:
+    if norm is not None:
         factor = inverse(value_at(cache, scale_name[0], pos_slice))
         stack = at_least_fp32(stack)
         if onto is None:
@@ -128,6 +142,9 @@ def _read_bias(
         if part.written is not None and _find_way(cache, part.written) is not None:
             whole = read_parts(cache, part.written, pos_slice, onto)[0]
             rest = rest + (at_least_fp32(whole) - mine.sum(0, dtype=rest.dtype))
+        elif isinstance(part.bias, Parts):
+            require_parts(cache, "an output bias", [part.bias])
+            rest = rest + read_parts(cache, part.bias, pos_slice, onto)[0]
         elif part.bias is not None:
             bias = part.bias.to(rest)
             rest = rest + (bias if onto is None else bias @ onto.to(bias))
@@ -226,11 +243,6 @@ def _scaled(
 ) -> Float[Tensor, "component ..."]:
     """Return a stack times a factor, in its own memory if nothing else needs it."""
     return stack * factor if stack.requires_grad or factor.requires_grad else stack.mul_(factor)
-
-
-def inverse(scale: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-    """Return 1 / scale, and 0 at positions of a generation that a finished row did not read."""
-    return torch.where(scale == 0, 0.0, scale.reciprocal())
 
 
 def require_room(needed: int, device: torch.device, what: str, remedy: str) -> None:

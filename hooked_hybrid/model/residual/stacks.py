@@ -33,6 +33,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from hooked_hybrid.config import AttentionConfig
 from hooked_hybrid.hooks.names import find, get_act_name
 from hooked_hybrid.hooks.slicing import PosSlice
 from hooked_hybrid.model.cached_values import CachedValues
@@ -72,7 +73,8 @@ def accumulated_resid(
     for i in range(place.layer + 1):
         label = "final_post" if i == n_layers else f"{i}_pre"
         parts.append(replace(parts_of.stream(cache.model, i, False), labels=(label,)))
-        if (incl_mid and i < place.layer) or (mlp_input and i == place.layer):
+        is_wanted = (incl_mid and i < place.layer) or (mlp_input and i == place.layer)
+        if is_wanted and parts_of.has_mid(cache.model, i):
             parts.append(replace(parts_of.stream(cache.model, i, True), labels=(f"{i}_mid",)))
     at_end = place.layer == n_layers
     by_cached = apply_ln and not at_end
@@ -104,12 +106,13 @@ def decompose_resid(
     if mode not in ("all", "mlp", "mixer", "attn"):
         raise ValueError(f"mode={mode!r}: give 'all', 'mlp', 'mixer' or 'attn'")
     place, cfg = place_at(cache, layer, mlp_input), cache.model.cfg
-    mixers = {"mlp": (), "attn": cfg.attention_layers}.get(mode, range(cfg.n_layers))
     parts = [parts_of.embedding()] if incl_embeds else []
     for i in range(place.layer + mlp_input):
-        if i in mixers:
-            parts.append(parts_of.mixer(cache.model, i))
-        if i < place.layer and mode in ("all", "mlp"):
+        wrote = zip(cfg.layers[i].mixers, parts_of.mixers(cache.model, i), strict=True)
+        for mixer, whole in wrote if mode != "mlp" else ():
+            if mode != "attn" or isinstance(mixer, AttentionConfig):
+                parts.append(whole)
+        if i < place.layer and mode in ("all", "mlp") and cfg.layers[i].mlp is not None:
             parts.append(parts_of.mlp(cache.model, i))
     stack, labels = stack_parts(cache, "decompose_resid", parts, place, pos_slice, apply_ln)
     return (stack, labels) if return_labels else stack
@@ -118,7 +121,7 @@ def decompose_resid(
 def compute_head_results(cache: CachedValues) -> None:
     """Keep `hook_result` of every attention layer in the cache, as z @ W_O where it is not."""
     layers = cache.model.cfg.attention_layers
-    parts = [parts_of.mixer_parts(cache.model, i) for i in layers]
+    parts = [parts_of.head_results(cache.model, i) for i in layers]
     require_parts(cache, "compute_head_results", parts)
     for part in parts:
         name = part.ways[0].names[0]
@@ -190,6 +193,9 @@ def get_neuron_results(
     letter = parts_of.letter(cache.model, layer)
     if letter == "E":
         raise ValueError(f"layer {layer} has a mixture: see stack_expert_results")
+    if cache.model.cfg.layers[layer].mlp is None:
+        having = cache.model.cfg.mlp_layers
+        raise ValueError(f"layer {layer} has no MLP; layers that have: {having}")
     if letter != "N":
         raise not_stated(type(cache.model.blocks[layer].mlp), "part_letter", "neurons")
     part = parts_of.mlp_parts(cache.model, layer, neuron_slice)
@@ -281,7 +287,7 @@ def get_full_resid_decomposition(
     place = place_at(cache, layer, mlp_input)
     splits = {"N": expand_neurons, "E": expand_experts}
     parts = mixer_parts_before(cache, place, recurrent)
-    for i in range(place.layer):
+    for i in (i for i in cache.model.cfg.mlp_layers if i < place.layer):
         is_split = splits.get(parts_of.letter(cache.model, i) or "", True)
         parts.append((parts_of.mlp_parts if is_split else parts_of.mlp)(cache.model, i))
     parts.append(parts_of.embedding())

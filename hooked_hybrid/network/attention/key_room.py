@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from hooked_hybrid.hooks import transforms
-from hooked_hybrid.network.state import AttentionState
+from hooked_hybrid.network.block_state import AttentionState
 
 STEP = 16
 """Up to this many new keys, more are expected to follow, and space is allocated for them too."""

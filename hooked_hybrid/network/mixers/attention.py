@@ -3,7 +3,7 @@
 MHA, MQA and GQA; an optional window of `n_keys` keys, the query itself included; optional partial
 rotary positions. Position t of a row reads the keys of its own document at t and before it.
 
-    q, k, v = x W_Q, x W_K, x W_V                    per head
+    q, k, v = x W_Q, x W_K, x W_V                    per head; q and k with an optional norm
     scores  = rot(q) . rot(k) / sqrt(d_head)         masked at keys that t may not see
     pattern = softmax(scores)                        fp32, then the model's dtype
     z       = pattern v;    out = sum_heads z W_O + b_O
@@ -18,16 +18,17 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
-from hooked_hybrid.config import AttentionConfig
+from hooked_hybrid.config import AttentionConfig, QKNormConfig
 from hooked_hybrid.hooks.point import HookPoint
 from hooked_hybrid.network.attention.attend import Hooks, Sight, attend
 from hooked_hybrid.network.attention.key_room import last_keys, with_new_keys
 from hooked_hybrid.network.attention.working import kernel_bytes, working_bytes
-from hooked_hybrid.network.costs import SOFTMAX, Flops, Piece
+from hooked_hybrid.network.block_state import AttentionState
+from hooked_hybrid.network.costs import SOFTMAX, Flops, Piece, norm
 from hooked_hybrid.network.layers import Linear, RMSNorm, rotate
 from hooked_hybrid.network.layout import Layout
 from hooked_hybrid.network.mixers.base import Mixer
-from hooked_hybrid.network.state import AttentionState
+from hooked_hybrid.network.part import NotSupported
 from hooked_hybrid.network.weights.factored import FactoredMatrix
 from hooked_hybrid.network.weights.plain import as_matrix
 from hooked_hybrid.network.written import Split, Way, as_they_are
@@ -38,7 +39,8 @@ class Attention(Mixer[AttentionState]):
     """Multi-head attention over the keys of the state and the new positions."""
 
     config, kind, label, path = AttentionConfig, "attention", "attn", "attn"
-    out_hooks, grows, part_letter = ("hook_attn_out",), ("k", "v", "pos"), "H"
+    out_hooks, write_hook, grows = ("hook_attn_out",), "hook_attn_out", ("k", "v", "pos")
+    part_letter, scales_write = "H", True
     reads, writes = ("q.weight", "k.weight", "v.weight"), ("o.weight",)
     hooks_after_norm = ("hook_q_input", "hook_k_input", "hook_v_input")
     hook_meanings = MappingProxyType(
@@ -65,7 +67,10 @@ class Attention(Mixer[AttentionState]):
         self.q = Linear(d_model, d_q, bias=cfg.qkv_bias)
         self.k = Linear(d_model, d_kv, bias=cfg.qkv_bias)
         self.v = Linear(d_model, d_kv, bias=cfg.qkv_bias)
-        self.o = Linear(d_q, d_model, bias=cfg.out_bias)
+        if cfg.qk_norm:
+            self.q_norm = _head_norm(cfg.qk_norm, cfg.n_heads, cfg.d_head)
+            self.k_norm = _head_norm(cfg.qk_norm, cfg.n_kv_heads, cfg.d_head)
+        self.o = Linear(d_q, d_model, bias=cfg.out_bias, scale=cfg.write_scale)
 
         self.hook_q_input = HookPoint("batch pos head d_model", lazy=True, large=True)
         self.hook_k_input = HookPoint("batch pos kv_head d_model", lazy=True, large=True)
@@ -89,6 +94,8 @@ class Attention(Mixer[AttentionState]):
         q = self.hook_q(self._project(self.q, self.hook_q_input, x, self.cfg.n_heads))
         k = self.hook_k(self._project(self.k, self.hook_k_input, x, self.cfg.n_kv_heads))
         v = self.hook_v(self._project(self.v, self.hook_v_input, x, self.cfg.n_kv_heads))
+        if self.cfg.qk_norm:
+            q, k = self._normalize(self.q_norm, q), self._normalize(self.k_norm, k)
         if self.cfg.rotary:
             q = self.hook_rot_q(rotate(q, layout, self.cfg.rotary))
             k = self.hook_rot_k(rotate(k, layout, self.cfg.rotary))
@@ -125,7 +132,8 @@ class Attention(Mixer[AttentionState]):
         biases = (d_q + 2 * d_kv) * cfg.qkv_bias + d_model * cfg.out_bias
         rotated = (cfg.n_heads + cfg.n_kv_heads) * cls.position_width(cfg)
         products = 2 * d_model * (2 * d_q + 2 * d_kv)
-        return {cls.row: Flops(products, elementwise=biases + 3 * rotated + d_model)}
+        norms = _norm_operations(cfg)
+        return {cls.row: Flops(products, elementwise=biases + norms + 3 * rotated + d_model)}
 
     @classmethod
     def pair_operations(cls, cfg: AttentionConfig) -> Flops:
@@ -150,7 +158,7 @@ class Attention(Mixer[AttentionState]):
             return 0  # scores outside the kernel are counted by `hooked_numbers`
         return kernel_bytes(self.cfg, layout, n_cached, piece, dtype, device)
 
-    def split(self, norm: RMSNorm) -> Split:  # noqa: ARG002
+    def split(self, norm: RMSNorm | None) -> Split:  # noqa: ARG002
         """Return the output of each head; `b_O` belongs to none."""
         results = Way(("attn.hook_result",), as_they_are)
         z = Way(("attn.hook_z",), as_they_are, lambda: self.W_O)
@@ -176,16 +184,22 @@ class Attention(Mixer[AttentionState]):
     @property
     def W_O(self) -> Float[Tensor, "head d_head d_model"]:
         """Output weights of each head, which writes `z @ W_O`."""
-        return rearrange(as_matrix(self.o.weight), "d (h e) -> h e d", h=self.cfg.n_heads)
+        return rearrange(self.o.W, "(h e) d -> h e d", h=self.cfg.n_heads)
 
     @property
     def b_O(self) -> Float[Tensor, " d_model"] | None:
         """Output bias, shared by the heads; None where the model has none."""
-        return self.o.bias
+        return self.o.b
 
     @property
     def QK(self) -> FactoredMatrix:
-        """`W_Q W_K^T` [head d_model d_model] per query head, before rotation and scaling."""
+        """`W_Q W_K^T` [head d_model d_model] per query head, before rotation and scaling.
+
+        Raises:
+            NotSupported: queries and keys are normalised, so that no such matrix makes scores.
+        """
+        if self.cfg.qk_norm:
+            raise NotSupported("queries and keys have norms: no one matrix W_Q W_K^T makes scores")
         return FactoredMatrix(self.W_Q, self._per_query_head(self.W_K).transpose(-1, -2))
 
     @property
@@ -205,6 +219,12 @@ class Attention(Mixer[AttentionState]):
         weight = rearrange(as_matrix(linear.weight), "(h e) d -> h e d", h=n_heads)
         out = torch.einsum("bshd,hed->bshe", copies, weight)
         return out if linear.bias is None else out + linear.bias.view(n_heads, -1)
+
+    def _normalize(self, over: RMSNorm, x: Queries) -> Queries:
+        """Return queries or keys after their norm, per head or over all heads."""
+        if self.cfg.qk_norm is not None and self.cfg.qk_norm.over == "head":
+            return over(x)
+        return over(x.flatten(-2)).unflatten(-1, x.shape[-2:])
 
     def _keys_are_seen(self) -> bool:
         """Whether a hook receives the tensors that the state would hold."""
@@ -232,3 +252,18 @@ class Attention(Mixer[AttentionState]):
 
     def _per_query_head(self, W: Float[Tensor, "kv_head m n"]) -> Float[Tensor, "head m n"]:
         return W.repeat_interleave(self.cfg.n_heads // self.cfg.n_kv_heads, dim=0)
+
+
+def _head_norm(cfg: QKNormConfig, n_heads: int, d_head: int) -> RMSNorm:
+    if cfg.over == "head":
+        return RMSNorm(d_head, cfg.norm, "batch pos head d_head")
+    return RMSNorm(n_heads * d_head, cfg.norm, "batch pos d_heads")
+
+
+def _norm_operations(cfg: AttentionConfig) -> int:
+    """Return the operations of the norms on one token's queries and keys."""
+    if cfg.qk_norm is None:
+        return 0
+    if cfg.qk_norm.over == "head":
+        return (cfg.n_heads + cfg.n_kv_heads) * norm(cfg.d_head)
+    return norm(cfg.n_heads * cfg.d_head) + norm(cfg.n_kv_heads * cfg.d_head)

@@ -11,11 +11,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hooked_hybrid.config import HybridConfig
+from hooked_hybrid.network.block_state import BlockState
 from hooked_hybrid.network.costs import Flops
 from hooked_hybrid.network.layers import Linear
 from hooked_hybrid.network.layout import Layout
 from hooked_hybrid.network.part import Part, Unstated, look_up, not_stated, register
-from hooked_hybrid.network.state import BlockState
 from hooked_hybrid.shapes import Resid
 
 S = TypeVar("S", bound=BlockState)
@@ -46,7 +46,10 @@ class Mixer(Part, Generic[S]):
     path: ClassVar[str] = "mixer"
     """Where it lies in its block, and so in its hook names."""
     out_hooks: ClassVar[tuple[str, ...]] = ()
-    """Further hook points of the block, in series after `hook_mixer_out`."""
+    """Further hook points of the block, in series after `hook_mixer_out`, where it is the only
+    mixer."""
+    write_hook: ClassVar[str] = "hook_ssm_out"
+    """The hook point of the block on its own write, where other mixers stand beside it."""
     holds: ClassVar[Mapping[str, float]] = Unstated(  # type: ignore[assignment]
         "how its state is held"
     )
@@ -181,7 +184,7 @@ def register_mixer(*mixers: type[Mixer[Any]]) -> None:
 
 def windows_of(cfg: HybridConfig) -> list[int]:
     """Return the keys that each mixer with a window sees, in the order of the layers."""
-    mixers = [(mixer_of(layer.mixer), layer.mixer) for layer in cfg.layers]
+    mixers = [(mixer_of(of), of) for layer in cfg.layers for of in layer.mixers]
     windows = [mixer.window(of) for mixer, of in mixers if mixer.grows]
     return [n_keys for n_keys in windows if n_keys is not None]
 

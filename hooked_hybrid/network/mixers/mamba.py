@@ -26,6 +26,7 @@ from torch.nn.functional import softplus
 from hooked_hybrid.config import MambaConfig
 from hooked_hybrid.hooks.marks import positions_of
 from hooked_hybrid.hooks.point import HookPoint, LensHandle
+from hooked_hybrid.network.block_state import RecurrentState
 from hooked_hybrid.network.costs import SILU, SOFTPLUS, Flops, Piece, norm
 from hooked_hybrid.network.elementwise import activate, at_least_fp32, times
 from hooked_hybrid.network.layers import CausalConv1d, InnerNorm, Linear
@@ -36,7 +37,6 @@ from hooked_hybrid.network.plan import may_overwrite
 from hooked_hybrid.network.scans.loops import SmallInputs, SSMState
 from hooked_hybrid.network.scans.scan import edited_positions, hooked_scan, only_where
 from hooked_hybrid.network.scans.selective_scan import CHUNK, CHUNK_NUMBERS, selective_scan
-from hooked_hybrid.network.state import RecurrentState
 from hooked_hybrid.network.weights.products import autocast_dtype, in_own_dtype
 from hooked_hybrid.shapes import Inner, Resid
 
@@ -45,7 +45,7 @@ class Mamba(Mixer[RecurrentState]):
     """The selective state space block."""
 
     config, kind, title, row = MambaConfig, "mamba", "Mamba", "Mamba block"
-    reads, writes = ("in_proj.weight",), ("out_proj.weight",)
+    reads, writes, scales_write = ("in_proj.weight",), ("out_proj.weight",), True
     inner_norms = (FoldedNorm("dt_norm", "dt_proj.weight", "hook_dt_low"),)
     holds = MappingProxyType({"hook_ssm_dt": 0.0})
     forgets = MappingProxyType({"hook_ssm_decay": 0.0})
@@ -84,7 +84,7 @@ class Mamba(Mixer[RecurrentState]):
         self.dt_proj = Linear(cfg.dt_rank, cfg.d_inner, bias=True)
         self.A_log = nn.Parameter(torch.empty(cfg.d_inner, cfg.d_state))
         self.D = nn.Parameter(torch.empty(cfg.d_inner))
-        self.out_proj = Linear(cfg.d_inner, d_model, bias=cfg.proj_bias)
+        self.out_proj = Linear(cfg.d_inner, d_model, bias=cfg.proj_bias, scale=cfg.write_scale)
 
         self.hook_in_proj = HookPoint("batch pos d_inner")
         self.hook_gate = HookPoint("batch pos d_inner")

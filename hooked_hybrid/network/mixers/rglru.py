@@ -25,6 +25,7 @@ from torch.nn.functional import softplus
 from hooked_hybrid.config import RGLRUConfig
 from hooked_hybrid.hooks import transforms
 from hooked_hybrid.hooks.point import HookPoint
+from hooked_hybrid.network.block_state import RecurrentState
 from hooked_hybrid.network.costs import ACTIVATION, SIGMOID, Flops, Piece
 from hooked_hybrid.network.elementwise import activate, at_least_fp32, constant, times
 from hooked_hybrid.network.layers import BlockDiagonalLinear, CausalConv1d, Linear, RMSNorm
@@ -32,7 +33,6 @@ from hooked_hybrid.network.layout import Layout
 from hooked_hybrid.network.mixers.base import Mixer, ScanTerms
 from hooked_hybrid.network.plan import may_overwrite
 from hooked_hybrid.network.scans.scan import hooked_scan
-from hooked_hybrid.network.state import RecurrentState
 from hooked_hybrid.network.written import Split, Way
 from hooked_hybrid.shapes import Channels, Resid
 
@@ -48,7 +48,7 @@ class RGLRU(Mixer[RecurrentState]):
     holds = MappingProxyType({"hook_log_decay": 0.0, "hook_input_gate": 0.0})
     forgets = MappingProxyType({"hook_log_decay": -torch.inf})
     scan_hooks = ("hook_log_decay", "hook_ssm_write", "hook_ssm_state")
-    part_letter = "B"
+    part_letter, scales_write = "B", True
     rows_within = dict.fromkeys(("input_gate", "rec_gate", "a_param"), "RG-LRU")
     hook_meanings = MappingProxyType(
         {
@@ -70,7 +70,7 @@ class RGLRU(Mixer[RecurrentState]):
         self.cfg: RGLRUConfig = cfg
         self.linear_x = Linear(d_model, cfg.d_rnn, bias=True)
         self.linear_y = Linear(d_model, cfg.d_rnn, bias=True)
-        self.linear_out = Linear(cfg.d_rnn, d_model, bias=True)
+        self.linear_out = Linear(cfg.d_rnn, d_model, bias=True, scale=cfg.write_scale)
         self.conv = CausalConv1d(cfg.d_conv, cfg.d_rnn)
         self.input_gate = BlockDiagonalLinear(cfg.n_gate_blocks, cfg.d_rnn)
         self.rec_gate = BlockDiagonalLinear(cfg.n_gate_blocks, cfg.d_rnn)
@@ -154,7 +154,7 @@ class RGLRU(Mixer[RecurrentState]):
         written = d_model * piece.width
         return piece.n * (cfg.d_rnn * (narrow * piece.width + wide * piece.wide) + written)
 
-    def split(self, norm: RMSNorm) -> Split:  # noqa: ARG002
+    def split(self, norm: RMSNorm | None) -> Split:  # noqa: ARG002
         """Return the output of each gate block; the output bias belongs to none.
 
         The gates act within blocks of channels, whose outputs the output projection adds up.
@@ -165,7 +165,7 @@ class RGLRU(Mixer[RecurrentState]):
             lambda x: x.unflatten(-1, (n, -1)),
             lambda: self.linear_out.W.unflatten(0, (n, -1)),
         )
-        return Split(n, (gated,), self.linear_out.bias)
+        return Split(n, (gated,), self.linear_out.b)
 
     def _recur(
         self, u: Channels, state: RecurrentState | None, layout: Layout

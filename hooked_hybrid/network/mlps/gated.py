@@ -23,7 +23,7 @@ class GatedMLP(MLP):
     """GeGLU or SwiGLU, depending on the config's activation."""
 
     config, kind, title = GatedMLPConfig, "mlp", "MLP"
-    part_letter = "N"
+    part_letter, scales_write = "N", True
     reads, writes = ("gate.weight", "up.weight"), ("down.weight",)
     hook_meanings = MappingProxyType(
         {
@@ -39,16 +39,16 @@ class GatedMLP(MLP):
         self.cfg: GatedMLPConfig = cfg
         self.gate = Linear(d_model, cfg.d_mlp, bias=cfg.bias)
         self.up = Linear(d_model, cfg.d_mlp, bias=cfg.bias)
-        self.down = Linear(cfg.d_mlp, d_model, bias=cfg.bias)
+        self.down = Linear(cfg.d_mlp, d_model, bias=cfg.bias, scale=cfg.write_scale)
         self.hook_pre = HookPoint("batch pos d_mlp")
         self.hook_act = HookPoint("batch pos d_mlp")
         self.hook_pre_linear = HookPoint("batch pos d_mlp")
         self.hook_post = HookPoint("batch pos d_mlp")
 
-    def split(self, norm: RMSNorm) -> Split:  # noqa: ARG002
+    def split(self, norm: RMSNorm | None) -> Split:  # noqa: ARG002
         """Return the output of each neuron; the output bias belongs to none."""
         post = Way(("mlp.hook_post",), lambda x: x[..., None], lambda: self.W_out[:, None])
-        return Split(self.cfg.d_mlp, (post,), self.down.bias)
+        return Split(self.cfg.d_mlp, (post,), self.down.b)
 
     @property
     def W_gate(self) -> Float[Tensor, "d_model d_mlp"]:

@@ -39,7 +39,7 @@ class MoE(MLP):
 
     config, kind, title = MoEConfig, "moe", "experts"
     reads, writes = ("router.weight", "gate", "up"), ("down",)
-    part_letter = "E"
+    part_letter, scales_write = "E", True
     kept_plain = ("router.weight",)
     rows_apart = MappingProxyType({"router": "router"})
     matrices = ("gate", "up", "down")
@@ -102,13 +102,14 @@ class MoE(MLP):
         """Return how many parameters act on one token: the router's and the chosen experts'."""
         return n if child == "router" else n * cfg.n_chosen // cfg.n_experts
 
-    def split(self, norm: RMSNorm) -> Split:
+    def split(self, norm: RMSNorm | None) -> Split:
         """Return the output of each expert, zero if it was not chosen."""
         chosen = ("mlp.hook_expert_weights", "mlp.hook_expert_indices")
+        read = "hook_mlp_in" if norm is None else "ln2.hook_normalized"
         ways = (
             Way(("mlp.hook_expert_out", chosen[1]), partial(_by_expert, self)),
             Way(("mlp.hook_expert_post", *chosen), partial(_from_post, self)),
-            Way(("ln2.hook_normalized", *chosen), partial(_run, self, norm)),
+            Way((read, *chosen), partial(_run, self, norm)),
         )
         return Split(self.cfg.n_experts, ways)
 
@@ -125,7 +126,7 @@ class MoE(MLP):
     @property
     def W_out(self) -> Float[Tensor, "expert d_mlp d_model"]:
         """Output weights of each expert."""
-        return as_matrix(self.down).mT
+        return self._scaled(as_matrix(self.down).mT)
 
     @property
     def stacks(self) -> tuple[Tensor, Tensor, Tensor] | None:
@@ -141,9 +142,15 @@ class MoE(MLP):
         if self.hook_expert_post.is_hooked or self.hook_expert_out.is_hooked:
             return self._run_hooked(x, weights, indices)
         if x.is_cuda and (stacks := self.stacks) and grouped_experts.usable(x, *stacks):
-            return grouped_experts.run_experts(x, weights, indices, *stacks, self.cfg.act)
-        run = self._run_one if x.shape[:2].numel() == 1 else self._run_sorted
-        return run(x, weights, indices)
+            out = grouped_experts.run_experts(x, weights, indices, *stacks, self.cfg.act)
+        elif x.shape[:2].numel() == 1:
+            out = self._run_one(x, weights, indices)
+        else:
+            out = self._run_sorted(x, weights, indices)
+        return self._scaled(out)
+
+    def _scaled(self, out: Tensor) -> Tensor:
+        return out if self.cfg.write_scale == 1 else out * self.cfg.write_scale
 
     def asks_for_counts(self, x: Tensor) -> bool:
         """Return whether the host reads the number of tokens of each expert."""
@@ -194,7 +201,7 @@ class MoE(MLP):
             b, s, slot = (indices == expert).nonzero(as_tuple=True)
             written = linear(post[b, s, slot], self.down[expert])
             out = out.index_put((b, s, slot), written.to(x.dtype))
-        return self.hook_expert_out(out * weights[..., None]).sum(dim=2)
+        return self.hook_expert_out(self._scaled(out * weights[..., None])).sum(dim=2)
 
     def _run_all(self, x: Resid, weights: Weights, indices: Indices) -> Resid:
         """Compute the same as `_run_hooked` by every expert on every token, without indexing."""
@@ -206,7 +213,7 @@ class MoE(MLP):
         out = x.new_zeros(*indices.shape, x.shape[-1])
         for expert, here in enumerate(is_chosen):
             out = torch.where(here, linear(post, self.down[expert]).to(x.dtype), out)
-        return self.hook_expert_out(out * weights[..., None]).sum(dim=2)
+        return self.hook_expert_out(self._scaled(out * weights[..., None])).sum(dim=2)
 
     def activations_of(
         self, x: Float[Tensor, "*token d_model"], expert: int
@@ -247,12 +254,12 @@ def _from_post(
     for expert in indices.unique().tolist():
         at = (indices == expert).nonzero(as_tuple=True)
         written[at] = linear(post[at], down[expert].to(post.device)) * weights[at][:, None]
-    return _by_expert(moe, written, indices)
+    return _by_expert(moe, written * moe.cfg.write_scale, indices)
 
 
 def _run(
     moe: MoE,
-    norm: RMSNorm,
+    norm: RMSNorm | None,
     normalized: Float[Tensor, "*batch_pos d_model"],
     weights: Float[Tensor, "*batch_pos n_chosen"],
     indices: Int[Tensor, "*batch_pos n_chosen"],
@@ -260,7 +267,8 @@ def _run(
     """Return each expert's output, by running the chosen ones again on the mixture's input."""
     down = as_matrix(moe.down)
     device = down.device
-    x = weigh(norm, normalized.to(device), down.dtype)
+    x = normalized.to(device)
+    x = x.to(down.dtype) if norm is None else weigh(norm, x, down.dtype)
     post = x.new_zeros(*indices.shape, moe.cfg.d_mlp)
     for expert in indices.unique().tolist():
         at = (indices == expert).to(device).nonzero(as_tuple=True)

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
+from hooked_hybrid.network.block_state import BlockState
 from hooked_hybrid.network.layout import Layout
 from hooked_hybrid.network.network import Network
 from hooked_hybrid.network.placement.places import Place
-from hooked_hybrid.network.state import BlockState
 from hooked_hybrid.shapes import Resid, Tokens
 
 

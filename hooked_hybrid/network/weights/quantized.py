@@ -192,9 +192,10 @@ def quantizable(cfg: HybridConfig) -> list[str]:
     """
     names = []
     for i, layer in enumerate(cfg.layers):
-        mixer, mlp = mixer_of(layer.mixer), mlp_of(layer.mlp)
-        names += [f"blocks.{i}.{mixer.path}.{leaf}" for leaf in mixer.large()]
-        names += [f"blocks.{i}.mlp.{leaf}" for leaf in mlp.large()]
+        for mixer in map(mixer_of, layer.mixers):
+            names += [f"blocks.{i}.{mixer.path}.{leaf}" for leaf in mixer.large()]
+        if layer.mlp is not None:
+            names += [f"blocks.{i}.mlp.{leaf}" for leaf in mlp_of(layer.mlp).large()]
     return names
 
 

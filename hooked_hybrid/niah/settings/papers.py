@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hooked_hybrid.config import AttentionConfig, HybridConfig
+from hooked_hybrid.config import HybridConfig
 from hooked_hybrid.hooks.attaching import HookSpec
 from hooked_hybrid.interventions import (
     ablate_layers,
@@ -82,11 +82,12 @@ def layer_settings(cfg: HybridConfig) -> list[Setting]:
     settings = [WHOLE]
     for mixer in MIXERS.values():
         if layers := layers_of(cfg, mixer.kind):
-            settings.append(_silenced(f"no {mixer.title}", layers, "mixer"))
-    settings.append(_silenced("no MLP", range(cfg.n_layers), "mlp"))
+            settings.append(_without(cfg, f"no {mixer.title}", mixer.kind, layers))
+    if cfg.mlp_layers:
+        settings.append(_silenced("no MLP", cfg.mlp_layers, ablate_layers(cfg.mlp_layers, "mlp")))
     for mixer in MIXERS.values():
         for layer in layers_of(cfg, mixer.kind):
-            settings.append(_silenced(f"no {mixer.title} {layer}", [layer], "mixer"))
+            settings.append(_without(cfg, f"no {mixer.title} {layer}", mixer.kind, [layer]))
     return settings
 
 
@@ -139,7 +140,7 @@ def control_settings(
             "1 draw or more"
         )
     rng = random.Random(seed)
-    settings = [WHOLE, _silenced("no attention", cfg.attention_layers, "mixer")]
+    settings = [WHOLE, _without(cfg, "no attention", "attention", cfg.attention_layers)]
     for k in ks:
         settings += [
             _kept(f"peaked k={k}", k, lambda k, _: keep_top_heads(k)),
@@ -154,10 +155,11 @@ def control_settings(
             [f"{word} k={k} #{i}" for i in range(len(kept))],
             [all_but(counts, heads) for heads in kept],
         )
-    recurrent = [i for i in range(cfg.n_layers) if i not in cfg.attention_layers]
+    recurrent = list(cfg.recurrent_layers)
     n_layers = min(len(cfg.attention_layers), len(recurrent))
     for layers in _sets_of(recurrent, n_layers, n_draws or USUAL_DRAWS, rng):
-        settings.append(_silenced(f"no recurrence {'+'.join(map(str, layers))}", layers, "mixer"))
+        name = f"no recurrence {'+'.join(map(str, layers))}"
+        settings.append(_without(cfg, name, "recurrence", layers))
     return settings
 
 
@@ -218,15 +220,20 @@ def _kept(name: str, k: int, make: Callable[[int, Prompt], list[HookSpec]]) -> S
     return Setting(name, hooks, hooks, {"kind": name.split(" k=")[0], "stage": "both"})
 
 
-def _silenced(name: str, layers: Sequence[int] | range, kind: Any) -> Setting:
-    hooks = tuple(ablate_layers(list(layers), kind))
-    return Setting(name, hooks, hooks, {"kind": name, "layers": list(layers), "stage": "both"})
+def _without(cfg: HybridConfig, name: str, kind: str, layers: Sequence[int]) -> Setting:
+    """Return the setting in which the mixers of a kind write nothing in some layers."""
+    return _silenced(name, layers, ablate_mixers(cfg, kind, layers))
+
+
+def _silenced(name: str, layers: Sequence[int], hooks: Sequence[HookSpec]) -> Setting:
+    spec = {"kind": name, "layers": list(layers), "stage": "both"}
+    return Setting(name, tuple(hooks), tuple(hooks), spec)
 
 
 def heads_of(cfg: HybridConfig) -> dict[int, int]:
     """Return how many heads each attention layer has; none at all is an error."""
-    mixers = {i: cfg.layers[i].mixer for i in cfg.attention_layers}
-    found = {i: m.n_heads for i, m in mixers.items() if isinstance(m, AttentionConfig)}
+    layers = enumerate(cfg.layers)
+    found = {i: of.attention.n_heads for i, of in layers if of.attention is not None}
     if not found:
         raise ValueError("this model has no attention layer: there are no heads to silence")
     return found

@@ -79,7 +79,8 @@ def weights_hash(model: HookedHybrid) -> str:
     hashed = _HASHED.get()
     if hashed is not None and id(model) in hashed:
         return hashed[id(model)][1]
-    digest = hashlib.sha256(repr((model.cfg.layers, model.cfg.d_model, model.cfg.norm)).encode())
+    shape = (model.cfg.layers, model.cfg.d_model, model.cfg.norm)
+    digest = hashlib.sha256(_shown_without_options(shape).encode())
     if model.quantization is not None:
         digest.update(model.quantization.scheme.encode())
     for name, value in (*model.named_parameters(), *model.named_buffers()):
@@ -130,13 +131,37 @@ def _described(handle: Any, known: Known) -> dict[str, str]:
 def _fields(value: Any) -> Any:
     """Return a dataclass of dataclasses as JSON-able values."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        found = {f.name: _fields(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        found = {name: _fields(getattr(value, name)) for name in _fields_of(value)}
         return {"kind": type(value).__name__, **found}
     if isinstance(value, list | tuple):
         return [_fields(part) for part in value]
     if isinstance(value, Mapping):
         return {str(name): _fields(part) for name, part in value.items()}
     return value if value is None or isinstance(value, bool | int | float | str) else repr(value)
+
+
+def _fields_of(value: Any) -> list[str]:
+    """Return the fields of a config in their order, without options that have their default.
+
+    So a config has the same identity as before the option was there.
+    """
+    fields = sorted(dataclasses.fields(value), key=lambda f: f.kw_only)
+    return [
+        f.name
+        for f in fields
+        if not (f.metadata.get("is_option") and getattr(value, f.name) == f.default)
+    ]
+
+
+def _shown_without_options(value: Any) -> str:
+    """Return what `repr` gives for a config, without options that have their default."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = (f"{n}={_shown_without_options(getattr(value, n))}" for n in _fields_of(value))
+        return f"{type(value).__qualname__}({', '.join(fields)})"
+    if isinstance(value, tuple):
+        parts = [_shown_without_options(part) for part in value]
+        return f"({', '.join(parts)}{',' * (len(parts) == 1)})"
+    return repr(value)
 
 
 def _changes(model: HookedHybrid) -> dict[str, str]:

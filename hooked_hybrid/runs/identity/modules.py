@@ -16,6 +16,11 @@ UNVERSIONED = sys.stdlib_module_names | {"builtins", "torch", "numpy"}
 """Whose version does not count in what a function is, as it does not in a model's forward."""
 _INSTALLED: dict[str, bool] = {}
 _STORED_AS = {
+    "hooked_hybrid.config.layer": "hooked_hybrid.config",
+    "hooked_hybrid.config.mixers": "hooked_hybrid.config",
+    "hooked_hybrid.config.mlps": "hooked_hybrid.config",
+    "hooked_hybrid.config.model": "hooked_hybrid.config",
+    "hooked_hybrid.config.norms": "hooked_hybrid.config",
     "hooked_hybrid.hooks.attaching": "hooked_hybrid.hooked_root",
     "hooked_hybrid.hooks.marks": "hooked_hybrid.hooks",
     "hooked_hybrid.hooks.names": "hooked_hybrid.names",

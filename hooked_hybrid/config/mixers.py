@@ -1,0 +1,106 @@
+"""What a mixer is, as data: a frozen dataclass for each kind."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from hooked_hybrid.config.fields import option, require_positive, require_scale
+from hooked_hybrid.config.norms import QKNormConfig
+
+
+@dataclass(frozen=True)
+class PartConfig:
+    """What a mixer and an MLP have in common.
+
+    `write_scale` multiplies what it adds to the residual stream, its output bias included.
+    """
+
+    write_scale: float = option(1.0)
+
+    def __post_init__(self) -> None:
+        require_scale(self, "write_scale")
+
+
+@dataclass(frozen=True)
+class MixerConfig(PartConfig):
+    """What a mixer is; each kind has a class of its own, see `network.mixers.register_mixer`."""
+
+    is_recurrence: ClassVar[bool] = True
+    """Whether it carries a state from token to token by a recurrence, rather than keys."""
+
+
+@dataclass(frozen=True)
+class RotaryConfig:
+    """Rotary positions on the first `d_rotary` channels of a head, in the halves-swapped layout."""
+
+    d_rotary: int
+    theta: float = 10_000.0
+
+
+@dataclass(frozen=True)
+class AttentionConfig(MixerConfig):
+    """Softmax attention: MHA, MQA or GQA, optionally windowed, optionally rotary.
+
+    `n_keys` counts the keys a query may see, itself included; None means all earlier ones.
+    `qk_norm` puts norms on queries and keys; None does not.
+    """
+
+    is_recurrence = False
+
+    n_heads: int
+    n_kv_heads: int
+    d_head: int
+    n_keys: int | None = None
+    rotary: RotaryConfig | None = None
+    qkv_bias: bool = False
+    out_bias: bool = False
+    qk_norm: QKNormConfig | None = option(None)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_positive(self, "n_heads", "n_kv_heads", "d_head")
+        if self.n_heads % self.n_kv_heads:
+            raise ValueError(
+                f"n_heads={self.n_heads} is not a multiple of n_kv_heads={self.n_kv_heads}"
+            )
+        if self.n_keys is not None and not (isinstance(self.n_keys, int) and self.n_keys >= 1):
+            raise ValueError(f"n_keys={self.n_keys!r}: a token sees at least itself, so 1 or more")
+        if self.rotary and (self.rotary.d_rotary % 2 or self.rotary.d_rotary > self.d_head):
+            raise ValueError(
+                f"d_rotary={self.rotary.d_rotary} must be even and at most d_head={self.d_head}"
+            )
+
+
+@dataclass(frozen=True)
+class RGLRUConfig(MixerConfig):
+    """Griffin's recurrent block: two branches, a short convolution, and the RG-LRU."""
+
+    d_rnn: int
+    n_gate_blocks: int
+    d_conv: int = 4
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_positive(self, "d_rnn", "n_gate_blocks", "d_conv")
+        if self.d_rnn % self.n_gate_blocks:
+            raise ValueError(
+                f"d_rnn={self.d_rnn} is not a multiple of n_gate_blocks={self.n_gate_blocks}"
+            )
+
+
+@dataclass(frozen=True)
+class MambaConfig(MixerConfig):
+    """Jamba's Mamba-1 block: selective scan, with norms on dt, B and C of `norm_eps`."""
+
+    d_inner: int
+    d_state: int
+    dt_rank: int
+    d_conv: int = 4
+    conv_bias: bool = True
+    proj_bias: bool = False
+    norm_eps: float = 1e-6
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_positive(self, "d_inner", "d_state", "dt_rank", "d_conv")

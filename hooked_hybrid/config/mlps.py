@@ -1,0 +1,48 @@
+"""What an MLP is, as data: a frozen dataclass for each kind."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from hooked_hybrid.config.fields import require_positive
+from hooked_hybrid.config.mixers import PartConfig
+
+Activation = Literal["gelu_tanh", "silu"]
+
+
+@dataclass(frozen=True)
+class MLPConfig(PartConfig):
+    """What an MLP is; each kind has a class of its own, see `network.mlps.register_mlp`."""
+
+
+@dataclass(frozen=True)
+class GatedMLPConfig(MLPConfig):
+    """`down(act(gate(x)) * up(x))`; `d_mlp` is the width of gate and of up, each."""
+
+    d_mlp: int
+    act: Activation = "gelu_tanh"
+    bias: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_positive(self, "d_mlp")
+
+
+@dataclass(frozen=True)
+class MoEConfig(MLPConfig):
+    """A mixture of `n_experts` gated MLPs, of which a router chooses `n_chosen` for each token.
+
+    The weights of the chosen ones are their shares of a softmax over all experts, not renormalised.
+    """
+
+    n_experts: int
+    n_chosen: int
+    d_mlp: int
+    act: Activation = "silu"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_positive(self, "n_experts", "n_chosen", "d_mlp")
+        if self.n_chosen > self.n_experts:
+            raise ValueError(f"n_chosen={self.n_chosen} of n_experts={self.n_experts}")
