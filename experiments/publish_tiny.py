@@ -133,7 +133,7 @@ def card(kind: str, model: HookedHybrid, folders: list[Path], tables: list[pd.Da
     """Return the model card."""
     recipe = json.loads((folders[0] / "recipe.json").read_text())
     last = log_of(folders[0])[-1]
-    windows = {m.mixer.n_keys for m in model.cfg.layers if hasattr(m.mixer, "n_keys")}
+    windows = {layer.attention.n_keys for layer in model.cfg.layers if layer.attention}
     kinds = [
         type(of).__name__.removesuffix("Config")
         for layer in model.cfg.layers

@@ -7,6 +7,8 @@ import warnings
 from collections.abc import Collection
 from typing import Any
 
+from hooked_hybrid.config import HybridConfig
+from hooked_hybrid.config.fields import options_set
 from weights_conversion.config_keys import GENERIC, is_listed, is_without_effect
 from weights_conversion.errors import CheckpointError
 
@@ -194,6 +196,20 @@ def require(*needs: tuple[bool, str]) -> None:
     """
     if lacking := [why_not for is_so, why_not in needs if not is_so]:
         raise CheckpointError("; ".join(lacking))
+
+
+def require_plain_layers(cfg: HybridConfig) -> None:
+    """Refuse what a family without such options cannot express.
+
+    Raises:
+        CheckpointError: an option has not its default, or a layer has not one mixer and one MLP.
+    """
+    others = [i for i, x in enumerate(cfg.layers) if len(x.mixers) != 1 or x.mlp is None]
+    set_ones = ", ".join(f"{name}={value!r}" for name, value in options_set(cfg).items())
+    require(
+        (not others, f"layers {others} have not one mixer and one MLP"),
+        (not set_ones, f"it has no setting for {set_ones}"),
+    )
 
 
 def without_keys(config: dict[str, Any], ignored: Collection[str]) -> dict[str, Any]:

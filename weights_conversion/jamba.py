@@ -15,13 +15,12 @@ from hooked_hybrid.config import (
     HybridConfig,
     LayerConfig,
     MambaConfig,
-    MixerConfig,
     MLPConfig,
     MoEConfig,
     NormConfig,
 )
 from weights_conversion.errors import CheckpointError
-from weights_conversion.hf_config import ConfigReader, require
+from weights_conversion.hf_config import ConfigReader, require, require_plain_layers
 from weights_conversion.periods import period_of, periodic
 from weights_conversion.rules import CONV_TAPS, SPLIT_ROWS, STACK, Rule, rule
 
@@ -120,7 +119,7 @@ def rules(cfg: HybridConfig, names: Collection[str] = ()) -> list[Rule]:
     return table
 
 
-def _mixer_rules(mixer: MixerConfig) -> tuple[Rule, ...]:
+def _mixer_rules(mixer: object) -> tuple[Rule, ...]:
     if not isinstance(mixer, MambaConfig):
         return ATTENTION
     return (
@@ -196,6 +195,7 @@ def config_to_dict(cfg: HybridConfig) -> dict[str, Any]:
     Raises:
         CheckpointError: this family cannot express it; says why.
     """
+    require_plain_layers(cfg)
     attention = {layer.mixer for layer in cfg.layers if isinstance(layer.mixer, AttentionConfig)}
     mamba = {layer.mixer for layer in cfg.layers if isinstance(layer.mixer, MambaConfig)}
     experts = {layer.mlp for layer in cfg.layers if isinstance(layer.mlp, MoEConfig)}

@@ -17,7 +17,7 @@ from hooked_hybrid.config import (
     RotaryConfig,
 )
 from weights_conversion.errors import CheckpointError
-from weights_conversion.hf_config import ConfigReader, require, rope_settings
+from weights_conversion.hf_config import ConfigReader, require, require_plain_layers, rope_settings
 from weights_conversion.rules import CONV_TAPS, Rule, rule
 
 MODEL_TYPE = "recurrent_gemma"
@@ -101,7 +101,7 @@ def config_from_dict(config: dict[str, Any]) -> HybridConfig:
     if width % 2:
         raise CheckpointError(f"config.json: intermediate_size={width} must be even (it is halved)")
     mlp = GatedMLPConfig(d_mlp=width // 2, act="gelu_tanh", bias=True)
-    of_attention = {
+    of_attention: dict[str, Any] = {
         "n_heads": n_heads,
         "n_kv_heads": reader.integer("num_key_value_heads", n_heads),
         "d_head": d_head,
@@ -153,6 +153,7 @@ def config_to_dict(cfg: HybridConfig) -> dict[str, Any]:
     Raises:
         CheckpointError: this family cannot express it; says why.
     """
+    require_plain_layers(cfg)
     attention = {layer.mixer for layer in cfg.layers if isinstance(layer.mixer, AttentionConfig)}
     recurrent = {layer.mixer for layer in cfg.layers if isinstance(layer.mixer, RGLRUConfig)}
     mlps = {layer.mlp for layer in cfg.layers}

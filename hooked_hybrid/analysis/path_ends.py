@@ -196,8 +196,8 @@ def components(model: HookedHybrid, through: Through) -> frozenset[Component]:
         kinds = {"mlps": ("mlp",), "mixers": ("mixer",), "all": ("mixer", "mlp")}
         if through not in kinds:
             raise ValueError(f"through={through!r}: give 'mlps', 'mixers', 'all' or a list")
-        found = {(kind, i) for kind in kinds[through] for i in range(n)}
-        return frozenset(c for c in found if is_there(model, c))
+        every = ((kind, i) for kind in kinds[through] for i in range(n))
+        return frozenset(component for component in every if is_there(model, component))
     found = frozenset(tuple(component) for component in through)
     for component in found:
         is_pair = len(component) == 2 and component[0] in ("mixer", "mlp")
@@ -209,7 +209,7 @@ def components(model: HookedHybrid, through: Through) -> frozenset[Component]:
     return found  # type: ignore[return-value]
 
 
-def is_there(model: HookedHybrid, component: Component) -> bool:
+def is_there(model: HookedHybrid, component: tuple[Any, ...]) -> bool:
     """Whether a layer has a mixer, or an MLP."""
     return f"blocks.{component[1]}.hook_{component[0]}_out" in model.hook_dict
 

@@ -1,15 +1,29 @@
-"""Fields of configs: options, and checks of their values."""
+"""Fields of configs: which are options, and checks of their values."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from dataclasses import field
+from types import MappingProxyType
 from typing import Any
 
+OPTION = MappingProxyType({"is_option": True})
+"""Metadata of a field that identities of results leave out where it has its default."""
 
-def option(default: Any) -> Any:
-    """Return a keyword-only field. Where it has its default, identities of results leave it out."""
-    return field(default=default, kw_only=True, metadata={"is_option": True})
+
+def options_set(config: Any, path: str = "") -> dict[str, Any]:
+    """Return the options that do not have their default, by their path in a config."""
+    found: dict[str, Any] = {}
+    if isinstance(config, tuple):
+        for i, part in enumerate(config):
+            found |= options_set(part, f"{path}.{i}")
+    elif dataclasses.is_dataclass(config):
+        for field in dataclasses.fields(config):
+            value, here = getattr(config, field.name), f"{path}.{field.name}".strip(".")
+            if field.metadata.get("is_option") and value != field.default:
+                found[here] = value
+            found |= options_set(value, here)
+    return found
 
 
 def require_positive(config: object, *names: str) -> None:

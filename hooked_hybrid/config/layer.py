@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
-from hooked_hybrid.config.fields import option, require_one_of
+from hooked_hybrid.config.fields import OPTION, require_one_of
 from hooked_hybrid.config.mixers import AttentionConfig, MixerConfig
 from hooked_hybrid.config.mlps import MLPConfig
 
@@ -26,7 +26,7 @@ class LayerConfig:
 
     mixer: MixerConfig | tuple[MixerConfig, ...] | None
     mlp: MLPConfig | None
-    norm: NormPlace = option("pre")
+    norm: NormPlace = field(default="pre", kw_only=True, metadata=OPTION)
 
     def __post_init__(self) -> None:
         require_one_of(self, "norm", "pre", "post", "both")

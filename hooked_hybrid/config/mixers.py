@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
-from hooked_hybrid.config.fields import option, require_positive, require_scale
+from hooked_hybrid.config.fields import OPTION, require_positive, require_scale
 from hooked_hybrid.config.norms import QKNormConfig
 
 
@@ -16,7 +16,7 @@ class PartConfig:
     `write_scale` multiplies what it adds to the residual stream, its output bias included.
     """
 
-    write_scale: float = option(1.0)
+    write_scale: float = field(default=1.0, kw_only=True, metadata=OPTION)
 
     def __post_init__(self) -> None:
         require_scale(self, "write_scale")
@@ -55,7 +55,7 @@ class AttentionConfig(MixerConfig):
     rotary: RotaryConfig | None = None
     qkv_bias: bool = False
     out_bias: bool = False
-    qk_norm: QKNormConfig | None = option(None)
+    qk_norm: QKNormConfig | None = field(default=None, kw_only=True, metadata=OPTION)
 
     def __post_init__(self) -> None:
         super().__post_init__()

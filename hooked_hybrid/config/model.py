@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from hooked_hybrid.config.fields import option, require_positive, require_scale
+from hooked_hybrid.config.fields import OPTION, require_positive, require_scale
 from hooked_hybrid.config.layer import LayerConfig
 from hooked_hybrid.config.mixers import AttentionConfig
 from hooked_hybrid.config.norms import NormConfig
@@ -45,8 +45,8 @@ class HybridConfig:
     generation_config: Mapping[str, Any] = field(default_factory=dict, compare=False, hash=False)
     device: torch.device | None = field(default=None, init=False, compare=False, repr=False)
     dtype: torch.dtype | None = field(default=None, init=False, compare=False, repr=False)
-    embedding_scale: float = option(1.0)
-    logits_scale: float = option(1.0)
+    embedding_scale: float = field(default=1.0, kw_only=True, metadata=OPTION)
+    logits_scale: float = field(default=1.0, kw_only=True, metadata=OPTION)
 
     attn_only = False  # this and the next are for TransformerLens's functions, which ask
     normalization_type = "RMS"

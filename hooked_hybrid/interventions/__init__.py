@@ -4,6 +4,7 @@ from hooked_hybrid.hooks.marks import per_position
 from hooked_hybrid.interventions.ablation import (
     ablate_heads,
     ablate_layers,
+    ablate_mixers,
     check_heads,
     cut_heads,
     keep_heads,
@@ -35,6 +36,7 @@ from hooked_hybrid.interventions.window import knock_out_crossings, limit_window
 __all__ = [
     "ablate_heads",
     "ablate_layers",
+    "ablate_mixers",
     "attention_to",
     "best_heads",
     "boost_span",

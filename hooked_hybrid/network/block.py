@@ -28,6 +28,13 @@ class Block(Component):
     norms and hooks, and no `hook_resid_mid`.
     """
 
+    hook_resid_pre: HookPoint
+    hook_mixer_in: HookPoint
+    hook_mixer_out: HookPoint
+    hook_resid_mid: HookPoint
+    hook_mlp_in: HookPoint
+    hook_mlp_out: HookPoint
+    hook_resid_post: HookPoint
     ln1: RMSNorm | None
     ln1_post: RMSNorm | None
     mlp: Any

@@ -15,6 +15,7 @@ from hooked_hybrid.config import HybridConfig
 from hooked_hybrid.hooks.attaching import HookSpec
 from hooked_hybrid.interventions import (
     ablate_layers,
+    ablate_mixers,
     attention_to,
     cut_heads,
     follow_span,

@@ -145,7 +145,7 @@ def _fields_of(value: Any) -> list[str]:
 
     So a config has the same identity as before the option was there.
     """
-    fields = sorted(dataclasses.fields(value), key=lambda f: f.kw_only)
+    fields = sorted(dataclasses.fields(value), key=lambda f: f.kw_only is True)
     return [
         f.name
         for f in fields
