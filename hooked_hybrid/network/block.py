@@ -150,7 +150,7 @@ class Block(Component):
         return self.hook_mlp_out(out)
 
     def _add_norm(self, cfg: HybridConfig, name: str, is_there: bool) -> None:
-        self.register_module(name, RMSNorm(cfg.d_model, cfg.norm) if is_there else None)
+        setattr(self, name, RMSNorm(cfg.d_model, cfg.norm) if is_there else None)
 
 
 def _part(part: Any, cfg: Any, model: HybridConfig) -> Any:
