@@ -27,7 +27,7 @@ FLOORS = (
 )
 """Rooms from the lowest floor up: folders and files of the two packages."""
 LAZY_DOORS = {
-    ("hooked_hybrid.config", "weights_conversion"),  # HybridConfig.from_pretrained
+    ("hooked_hybrid.config.model", "weights_conversion"),  # HybridConfig.from_pretrained
     ("weights_conversion.__main__", "hooked_hybrid.commands.convert"),  # python -m
 }
 """Imports that run upward by intention; ARCHITECTURE.md says why."""

@@ -4,11 +4,9 @@ from hooked_hybrid.hooks.marks import per_position
 from hooked_hybrid.interventions.ablation import (
     ablate_heads,
     ablate_layers,
-    ablate_mixers,
     check_heads,
     cut_heads,
     keep_heads,
-    layers_of,
     masks_of_rows,
     mean_over_tokens,
 )
@@ -22,6 +20,7 @@ from hooked_hybrid.interventions.heads import (
     random_score,
     reversed_score,
 )
+from hooked_hybrid.interventions.layers import ablate_mixers, layers_of
 from hooked_hybrid.interventions.patching import freeze, knock_out_edges, patch
 from hooked_hybrid.interventions.recurrence import (
     edit_state,

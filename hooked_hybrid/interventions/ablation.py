@@ -25,7 +25,6 @@ from hooked_hybrid.interventions.donors import Donor, mask_of, read_kept
 from hooked_hybrid.interventions.patching import Cache
 from hooked_hybrid.interventions.pickling import picklable
 from hooked_hybrid.interventions.places import index_of_rows
-from hooked_hybrid.network.mixers import MIXERS, mixer_of
 from hooked_hybrid.shapes import Resid
 
 Heads = Mapping[int, Iterable[int] | Bool[Tensor, "..."]] | Iterable[tuple[int, int]]
@@ -164,12 +163,12 @@ def ablate_layers(
         raise ValueError(
             f"kind={kind!r}, method={method!r}: give 'mixer' or 'mlp', and 'zero' or 'mean'"
         )
-    _check_method(method, values, None, attention_mask)
+    check_method(method, values, None, attention_mask)
     names = {i: f"blocks.{i}.hook_{kind}_out" for i in whole_numbers(layers, "layers")}
-    return _replace_writes(names, values, attention_mask)
+    return replace_writes(names, values, attention_mask)
 
 
-def _replace_writes(
+def replace_writes(
     names: dict[int, str], values: Cache | None, attention_mask: DonorMask | None
 ) -> list[HookSpec]:
     """Return hooks that replace the values of one point of each layer by zeros or means."""
@@ -182,77 +181,6 @@ def _replace_writes(
         return _filled(means[hook.layer()], out, hook) if means else torch.zeros_like(out)
 
     return [(list(names.values()), replace)]
-
-
-@picklable
-def ablate_mixers(
-    cfg: HybridConfig,
-    kind: str,
-    layers: int | Iterable[int] | None = None,
-    method: Literal["zero", "mean"] = "zero",
-    values: Cache | None = None,
-    *,
-    attention_mask: DonorMask | None = None,
-) -> list[HookSpec]:
-    """Replace what the mixers of one kind write, and leave those that stand beside them.
-
-    In a layer with one mixer this is `ablate_layers`, at `hook_mixer_out`; in a layer with several
-    it is at the hook on that mixer's own write (`hook_attn_out`, `hook_ssm_out`).
-
-    Args:
-        cfg: of the model.
-        kind: "attention", "recurrence" for recurrences of every kind, or as in `layers_of`.
-        layers: those of the kind to replace; None means all.
-        method, values, attention_mask: as in `ablate_layers`.
-
-    Raises:
-        ValueError: an unknown kind, a layer without it, or as in `ablate_layers`.
-    """
-    there = _points_of_mixers(cfg, kind)
-    chosen = tuple(there) if layers is None else whole_numbers(layers, "layers")
-    if missing := [i for i in chosen if i not in there] or not there:
-        raise ValueError(f"kind={kind!r}: layers {missing} have none; {tuple(there)} have")
-    alone = [i for i in chosen if there[i].endswith("hook_mixer_out")]
-    hooks: list[HookSpec] = []
-    if alone:
-        hooks += ablate_layers(alone, "mixer", method, values, attention_mask=attention_mask)
-    _check_method(method, values, None, attention_mask)
-    names = {i: there[i] for i in chosen if i not in alone}
-    return [*hooks, *(_replace_writes(names, values, attention_mask) if names else [])]
-
-
-def _points_of_mixers(cfg: HybridConfig, kind: str) -> dict[int, str]:
-    """Return the hook point on the write of the mixer of a kind, by layer."""
-    is_known = kind == "recurrence" or kind in [mixer.kind for mixer in MIXERS.values()]
-    if not is_known:
-        layers_of(cfg, kind)  # which says what there is
-    found = {}
-    for i, layer in enumerate(cfg.layers):
-        for of in layer.mixers:
-            if of.is_recurrence if kind == "recurrence" else mixer_of(of).kind == kind:
-                leaf = mixer_of(of).write_hook if len(layer.mixers) > 1 else "hook_mixer_out"
-                found[i] = f"blocks.{i}.{leaf}"
-    return found
-
-
-def layers_of(cfg: HybridConfig, kind: str) -> tuple[int, ...]:
-    """Return the indices of the layers that have a mixer of a kind; there may be none.
-
-    Args:
-        cfg: of the model.
-        kind: "attention", "rglru", "mamba", or the `kind` of another class of mixers.
-
-    Raises:
-        ValueError: an unknown kind.
-    """
-    kinds = [mixer.kind for mixer in MIXERS.values()]
-    if kind not in kinds:
-        raise ValueError(f"kind={kind!r}: give one of {', '.join(kinds)}")
-    return tuple(
-        i
-        for i, layer in enumerate(cfg.layers)
-        if any(mixer_of(mixer).kind == kind for mixer in layer.mixers)
-    )
 
 
 def check_heads(cfg: HybridConfig, heads: Heads) -> None:
@@ -319,7 +247,7 @@ def _edit_of_heads(
     method: Method, values: Cache | None, seed: int | None, attention_mask: Tensor | None
 ) -> Edit:
     """Return a function of z, the heads to replace in it, and the point."""
-    _check_method(method, values, seed, attention_mask)
+    check_method(method, values, seed, attention_mask)
     if method == "norm":
         return _restoring_norm
     if values is None:
@@ -352,9 +280,10 @@ def _restoring_norm(result: PerHead, mask: HeadMask, hook: HookPoint) -> PerHead
     return (left.to(wide) * scale[..., None, None]).to(result.dtype)
 
 
-def _check_method(
+def check_method(
     method: str, values: Cache | None, seed: int | None, attention_mask: Tensor | None
 ) -> None:
+    """Refuse a method that there is not, and arguments that it does not take or that it lacks."""
     takes_values = {"zero": False, "mean": True, "resample": True, "norm": False}
     if method not in takes_values:
         raise ValueError(f"method={method!r}: give one of {', '.join(takes_values)}")

@@ -18,10 +18,10 @@ from hooked_hybrid.interventions.ablation import (
     check_heads,
     cut_heads,
     keep_heads,
-    layers_of,
     masks_of_rows,
     mean_over_tokens,
 )
+from hooked_hybrid.interventions.layers import layers_of
 from hooked_hybrid.network.plan import piece_length
 from tests.models import griffin_config, jamba_config, random_model, random_tokens, relative
 from tests.tolerances import FP32_PARITY

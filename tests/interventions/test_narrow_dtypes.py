@@ -124,6 +124,9 @@ INTERVENTIONS: dict[str, Callable[[Case], Tensor]] = {
         ]
     ),
     "ablate_layers": lambda c: c.edited(iv.ablate_layers([A], "mixer", "mean", c.other_cache)),
+    "ablate_mixers": lambda c: c.edited(
+        iv.ablate_mixers(c.model.cfg, "attention", [A], "mean", c.other_cache)
+    ),
     "attention_to": lambda c: kept_scores(
         c, iv.keep_top_heads(2, iv.attention_to(SPAN)), iv.attention_to(SPAN)
     ),

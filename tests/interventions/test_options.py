@@ -107,6 +107,27 @@ INTERVENTIONS: dict[str, tuple[tuple[Any, ...], dict[str, Option]]] = {
             ),
         },
     ),
+    "ablate_mixers": (
+        ("cfg", "recurrence"),
+        {
+            "layers": ({}, {"layers": 2}, ({"layers": ATTENTION},)),
+            "method": (
+                {"layers": 0, "method": "mean", "values": WRITES},
+                {"method": "zero", "values": None},
+                ({"method": "norm"},),
+            ),
+            "values": (
+                {"layers": 0, "method": "mean", "values": WRITES},
+                {"values": {0: torch.ones(24)}},
+                ({"values": WRITES},),
+            ),
+            "attention_mask": (
+                {"layers": 0, "method": "mean", "values": WRITES},
+                {"attention_mask": MASK},
+                ({"attention_mask": MASK},),
+            ),
+        },
+    ),
     "follow_span": (
         (SPAN, 7),
         {

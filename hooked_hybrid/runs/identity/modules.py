@@ -16,6 +16,7 @@ UNVERSIONED = sys.stdlib_module_names | {"builtins", "torch", "numpy"}
 """Whose version does not count in what a function is, as it does not in a model's forward."""
 _INSTALLED: dict[str, bool] = {}
 _STORED_AS = {
+    "hooked_hybrid.interventions.layers": "hooked_hybrid.interventions.ablation",
     "hooked_hybrid.config.layer": "hooked_hybrid.config",
     "hooked_hybrid.config.mixers": "hooked_hybrid.config",
     "hooked_hybrid.config.mlps": "hooked_hybrid.config",
