@@ -18,7 +18,7 @@ from hooked_hybrid.analysis.forms import FORMS, LinearForm, form_of, register_fo
 from hooked_hybrid.config import GatedMLPConfig, LayerConfig, MixerConfig, MLPConfig, NormConfig
 from hooked_hybrid.hooks.point import HookPoint
 from hooked_hybrid.interventions import freeze_state, knock_out_crossings
-from hooked_hybrid.network.block_state import BlockState, RecurrentState
+from hooked_hybrid.network.block_state import BlockState, RecurrentState, class_of
 from hooked_hybrid.network.costs import Flops, Piece
 from hooked_hybrid.network.layers import Linear, RMSNorm
 from hooked_hybrid.network.layout import Layout
@@ -112,7 +112,9 @@ def test_what_is_asked_of_a_mixer(mixer: type[Mixer[Any]]):
         pytest.skip("made by another test of this file")
     part: Any = PARTS[mixer.kind]
     cfg, shapes = part.cfg, mixer.state_shapes(part.cfg)
-    assert set(mixer.grows) <= set(shapes)
+    assert mixer.grows == class_of(dict.fromkeys(shapes)).growing
+    assert cfg.is_recurrence == (mixer.kind in FORMS)
+    assert mixer.scales_write and mixer.write_hook in ("hook_attn_out", "hook_ssm_out")
     points = {name for name, m in part.named_modules() if isinstance(m, HookPoint)}
     assert set(mixer.hooked_numbers(cfg, 5, 9)) <= points
     assert isinstance(part.out_projection, Linear)

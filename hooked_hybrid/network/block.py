@@ -44,7 +44,8 @@ class Block(Component):
     def __init__(self, cfg: HybridConfig, layer: LayerConfig) -> None:
         super().__init__()
         self.mixer_paths, self.out_hooks = _paths(layer.mixers)
-        has_mixer, has_mlp = bool(layer.mixers), layer.mlp is not None
+        self.has_mlp = has_mlp = layer.mlp is not None
+        has_mixer = bool(layer.mixers)
         self._add_norm(cfg, "ln1", has_mixer and layer.norm != "post")
         for path, mixer in zip(self.mixer_paths, layer.mixers, strict=True):
             self.add_module(path, _part(mixer_of(mixer), mixer, cfg))
@@ -108,7 +109,7 @@ class Block(Component):
         if self.mixer_paths:
             mixer_out, state = self._mix(self.hook_mixer_in.branch(resid), state, layout)
             resid = resid + mixer_out
-            if self.mlp is None:
+            if not self.has_mlp:
                 return self.hook_resid_post(resid), state
             resid = self.hook_resid_mid(resid)
         mlp_out = self._run_mlp(self.hook_mlp_in.branch(resid), layout)
@@ -116,8 +117,8 @@ class Block(Component):
 
     def _mix(self, x: Resid, state: BlockState | None, layout: Layout) -> tuple[Resid, BlockState]:
         """Return what the mixers add to the stream."""
-        if self.ln1 is not None:
-            x = self.ln1(x)
+        if (ln1 := self.ln1) is not None:
+            x = ln1(x)
         if len(self.mixer_paths) == 1:
             out, state = self._modules[self.mixer_paths[0]](x, state, layout)  # type: ignore[misc]
         else:
@@ -144,7 +145,9 @@ class Block(Component):
 
     def _run_mlp(self, x: Resid, layout: Layout) -> Resid:
         """Return what the MLP adds to the stream."""
-        out = self.mlp(x if self.ln2 is None else self.ln2(x), layout)
+        if (ln2 := self.ln2) is not None:
+            x = ln2(x)
+        out = self.mlp(x, layout)
         if self.ln2_post is not None:
             out = self.ln2_post(out)
         return self.hook_mlp_out(out)

@@ -147,13 +147,13 @@ def block_of(tensors: Mapping[str, Tensor]) -> BlockState:
     for name, t in tensors.items():
         path, _, leaf = name.rpartition(".")
         parts.setdefault(path, {})[leaf] = t
-    states = {path: _class_of(own)(**own) for path, own in parts.items()}
+    states = {path: class_of(own)(**own) for path, own in parts.items()}
     if "" in states or not states:
         return states.get("", NoState())
     return JointState(states)
 
 
-def _class_of(tensors: Mapping[str, Tensor]) -> type[BlockState]:
+def class_of(tensors: Mapping[str, Any]) -> type[BlockState]:
     """Return the class of states that consist of tensors of these names."""
     try:
         return _CLASSES[frozenset(tensors)]

@@ -39,7 +39,7 @@ class Attention(Mixer[AttentionState]):
     """Multi-head attention over the keys of the state and the new positions."""
 
     config, kind, label, path = AttentionConfig, "attention", "attn", "attn"
-    out_hooks, write_hook, grows = ("hook_attn_out",), "hook_attn_out", ("k", "v", "pos")
+    out_hooks, write_hook, grows = ("hook_attn_out",), "hook_attn_out", AttentionState.growing
     part_letter, scales_write = "H", True
     reads, writes = ("q.weight", "k.weight", "v.weight"), ("o.weight",)
     hooks_after_norm = ("hook_q_input", "hook_k_input", "hook_v_input")

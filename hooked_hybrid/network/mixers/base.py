@@ -63,7 +63,8 @@ class Mixer(Part, Generic[S]):
     )
     """Of a recurrence: the hook points that `scan_terms` needs."""
     grows: ClassVar[tuple[str, ...]] = ()
-    """Those tensors of the state that have an axis of keys, after the batch: one a token."""
+    """Those tensors of the state that have an axis of keys, after the batch: one a token. They are
+    the `growing` of its class of states."""
 
     def __init__(self, cfg: Any, d_model: int) -> None:
         super().__init__()
