@@ -61,6 +61,7 @@ GUIDE = {
 PACKAGES = {
     "hooked_hybrid.model": "The model, its caches and its generation",
     "hooked_hybrid.model.residual": "The residual stream by parts",
+    "hooked_hybrid.config": "Configs",
     "hooked_hybrid.hooks": "Hook points",
     "hooked_hybrid.interventions": "Interventions",
     "hooked_hybrid.analysis": "Analysis",
