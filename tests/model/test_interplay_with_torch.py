@@ -137,6 +137,7 @@ def made(name: str) -> dict[str, list[Any]]:
         "cut_heads": edits.cut_heads(heads),
         "keep_heads": edits.keep_heads(heads),
         "ablate_layers": edits.ablate_layers([0], "mlp", "mean", values),
+        "ablate_mixers": edits.ablate_mixers(model.cfg, "attention", None, "mean", values),
         "patch": edits.patch(values, z, positions=[2], heads=[1]),
         "freeze": edits.freeze(values, z),
         "knock_out_edges": edits.knock_out_edges([5], [1]),
