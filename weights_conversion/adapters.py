@@ -70,6 +70,14 @@ class AdaptedSource:
     ) -> None:
         self.base, self.adapter, self.updates, self.replaced = base, adapter, updates, replaced
         self.shapes = base.shapes
+        of_base = {n: dtype for n, dtype in base.unfit.items() if n not in replaced}
+        parts = [(name, part) for name, u in updates.items() for part in (u.A, u.B)]
+        of_adapter = {
+            name: f"{adapter.unfit[part]} in the adapter"
+            for name, part in (*replaced.items(), *parts)
+            if part in adapter.unfit
+        }
+        self.unfit = of_base | of_adapter
 
     def read(self, name: str) -> Tensor:
         """Return one tensor of the merged model."""

@@ -1,4 +1,4 @@
-"""From a checkpoint to a network: shapes first, then one tensor at a time."""
+"""From a checkpoint to a network: names and shapes first, then one tensor at a time."""
 
 from __future__ import annotations
 
@@ -11,16 +11,11 @@ from torch import Tensor, nn
 
 from hooked_hybrid.config import HybridConfig
 from hooked_hybrid.network.network import Network
-from hooked_hybrid.network.placement.homes import Homes, one_home
-from hooked_hybrid.network.weights.quantization import Only
-from hooked_hybrid.network.weights.quantized import Quantizer
+from hooked_hybrid.network.placement.homes import Homes
+from weights_conversion.content import Content, adapter_of, config_of, google_config, read_content
 from weights_conversion.errors import CheckpointError
-from weights_conversion.plan import LoadingPlan, adapter_of, config_of, google_config, read_plan
-from weights_conversion.rules import Rule, Shapes, account, convert
-from weights_conversion.sources import (
-    TensorSource,
-    open_checkpoint,
-)
+from weights_conversion.rules import Rule, account, convert
+from weights_conversion.sources import open_checkpoint
 
 N = TypeVar("N", bound=Network)
 
@@ -64,24 +59,16 @@ def check(
     """
     checkpoint = open_checkpoint(name_or_path, revision)
     merged = adapter_of(checkpoint, adapter)
-    plan = read_plan(checkpoint, overrides, merged, ignore_config_keys)
-    target = shapes_of(without_memory(Network, plan.cfg))
-    account(plan.rules, plan.source.shapes, target, plan.ignored)
-    used = {name for rule in plan.rules for name in rule.sources}
-    n_parameters = sum(torch.Size(shape).numel() for shape in target.values())
-    left = sorted(plan.source.shapes.keys() - used)
+    content = read_content(checkpoint, overrides, merged, ignore_config_keys)
+    model = make_empty(Network, content)
+    used = {name for rule in content.rules for name in rule.sources}
+    parameters = list(model.parameters())
+    n_parameters = sum(parameter.numel() for parameter in parameters)
+    left = sorted(content.source.shapes.keys() - used)
     return (
-        f"{len(used)} tensors become {len(target)}, {n_parameters:,} parameters, "
-        f"{plan.cfg.n_layers} layers; not needed: {', '.join(left) or 'none'}"
+        f"{len(used)} tensors become {len(parameters)}, {n_parameters:,} parameters, "
+        f"{content.cfg.n_layers} layers; not needed: {', '.join(left) or 'none'}"
     )
-
-
-def without_memory(cls: type[N], cfg: HybridConfig, dtype: torch.dtype = torch.float32) -> N:
-    """Return the model on the meta device, or refuse a config whose weights have no size there."""
-    try:
-        return cls.meta(cfg, dtype)
-    except (RuntimeError, TypeError) as error:  # more than 2^63 bytes
-        raise CheckpointError(f"config.json gives weights an impossible size: {error}") from error
 
 
 def shapes_of(model: nn.Module) -> dict[str, tuple[int, ...]]:
@@ -89,76 +76,51 @@ def shapes_of(model: nn.Module) -> dict[str, tuple[int, ...]]:
     return {name: tuple(t.shape) for name, t in model.named_parameters()}
 
 
-def filled(
-    cls: type[N],
-    plan: LoadingPlan,
-    dtype: torch.dtype,
-    device: torch.device | str,
-    homes: Homes | None = None,
-    scheme: tuple[str | Any, Only | None] | None = None,
-) -> N:
-    """Return the model with every parameter set, after all of them are accounted for."""
-    model, source = without_memory(cls, plan.cfg, dtype), plan.source
-    shapes: Shapes = shapes_of(model)
-    account(plan.rules, source.shapes, shapes, plan.ignored)
-    _refuse_untied_head(plan.cfg, source)
-    parameters = dict(model.named_parameters())
-    homes = one_home(plan.cfg, torch.device(device)) if homes is None else homes
-    quantizer = None if scheme is None else Quantizer(model, *scheme, device_of=homes.device_of)
-    for name, tensor in _place(parameters, homes, source, plan.rules):
-        _set_parameter(model, name, tensor)
-        if quantizer is not None:
-            quantizer.take(name)
-    if quantizer is not None:
-        quantizer.finish()
-    return homes.finish(model)
+def make_empty(cls: type[N], content: Content, dtype: torch.dtype = torch.float32) -> N:
+    """Return the model of a checkpoint on the meta device, once all tensors are accounted for.
 
-
-def _place(
-    parameters: dict[str, nn.Parameter], homes: Homes, source: TensorSource, rules: list[Rule]
-) -> Iterator[tuple[str, Tensor]]:
-    """Yield each parameter in its place; what is on the disk already is not read again."""
-    with homes.filling(parameters):
-        for rule in rules:
-            found = {name: homes.found(name, parameters[name]) for name in rule.targets}
-            if all(tensor is not None for tensor in found.values()):
-                yield from ((name, tensor) for name, tensor in found.items() if tensor is not None)
-                continue
-            for name, tensor in convert([rule], source, parameters[rule.targets[0]].dtype):
-                like = parameters[name]
-                if homes.on_disk(name):
-                    yield name, homes.on_disk_now(name, _floating(name, tensor), like)
-                else:
-                    yield name, _copy(name, tensor, like, homes.device_of(name))
-
-
-def _copy(name: str, tensor: Tensor, like: Tensor, device: torch.device | str) -> Tensor:
-    """Return a copy in the memory layout of a parameter, that no longer needs the file."""
-    tensor = _floating(name, tensor)
-    if like.is_contiguous():
-        return torch.empty(like.shape, dtype=like.dtype, device=device).copy_(tensor.detach())
-    # The other way round in memory, see `weight_layout`; torch transposes fastest like this.
-    return tensor.detach().mT.clone(memory_format=torch.contiguous_format).to(device, like.dtype).mT
-
-
-def _floating(name: str, tensor: Tensor) -> Tensor:
-    if not tensor.is_floating_point():
-        raise CheckpointError(f"{name} is stored as {tensor.dtype}, not as floating point")
-    return tensor
-
-
-def _set_parameter(model: nn.Module, name: str, tensor: Tensor) -> None:
-    path, _, leaf = name.rpartition(".")
-    setattr(model.get_submodule(path), leaf, nn.Parameter(tensor))
-
-
-def _refuse_untied_head(cfg: HybridConfig, source: TensorSource) -> None:
-    """Refuse a stored head that differs from the embedding it should equal."""
-    head, embedding = "lm_head.weight", "model.embed_tokens.weight"
-    if not cfg.tied_embedding or head not in source.shapes:
-        return
-    if not torch.equal(source.read(head), source.read(embedding)):
+    Raises:
+        CheckpointError: tensors that are missing, left over, of another shape or not stored as
+            plain numbers, or weights of an impossible size; no tensor is read.
+    """
+    try:
+        model = cls.meta(content.cfg, dtype)
+    except (RuntimeError, TypeError) as error:  # more than 2^63 bytes
+        raise CheckpointError(f"config.json gives weights an impossible size: {error}") from error
+    source = content.source
+    account(content.rules, source.shapes, shapes_of(model), content.ignored)
+    read = (name for rule in content.rules for name in rule.sources)
+    if (name := next((name for name in read if name in source.unfit), None)) is not None:
         raise CheckpointError(
-            f"{head} differs from {embedding}, but the config ties them (tie_word_embeddings): one "
-            "of the two is wrong"
+            f"{name} is stored as {source.unfit[name]}, not as floating point of 16 bits or more"
         )
+    return model
+
+
+def fill(model: N, content: Content, homes: Homes) -> N:
+    """Put every tensor of a checkpoint into its home: read, checked and converted, one by one.
+
+    Args:
+        model: of `make_empty`; it gets the weights.
+        content: of the checkpoint.
+        homes: of the model's weights.
+
+    Raises:
+        CheckpointError: numbers that no model has, or that the dtype does not hold.
+        OSError: the disk is full, or cannot be written.
+    """
+    quantized = []
+    with homes.filling():
+        for rule in content.rules:
+            for name, tensor in _read(rule, content, homes):
+                record = homes.put(model, name, tensor)
+                if record is not None:
+                    quantized.append(record)
+    return homes.finish(model, quantized)
+
+
+def _read(rule: Rule, content: Content, homes: Homes) -> Iterator[tuple[str, Tensor | None]]:
+    """Yield what a rule gives, or None for each where all of it is on the disk already."""
+    if homes.are_filled(rule.targets):
+        return ((name, None) for name in rule.targets)
+    return convert([rule], content.source, homes.of[rule.targets[0]].dtype)

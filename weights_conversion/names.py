@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 
+import torch
 from torch import Tensor
 
 from weights_conversion.errors import CheckpointError
@@ -35,10 +36,35 @@ class RenamedSource:
     def __init__(self, source: TensorSource, names: Mapping[str, str]) -> None:
         self.source, self.names = source, names
         self.shapes: Shapes = {new: source.shapes[old] for new, old in names.items()}
+        self.unfit = {new: source.unfit[old] for new, old in names.items() if old in source.unfit}
 
     def read(self, name: str) -> Tensor:
         """Return one tensor."""
         return self.source.read(self.names[name])
+
+
+class TiedSource:
+    """The tensors of a source that has the head and the embedding, which must be equal.
+
+    They are compared when the embedding is read.
+    """
+
+    def __init__(self, source: TensorSource) -> None:
+        self.source, self.shapes, self.unfit = source, source.shapes, source.unfit
+
+    def read(self, name: str) -> Tensor:
+        """Return one tensor.
+
+        Raises:
+            CheckpointError: the head differs from the embedding.
+        """
+        tensor = self.source.read(name)
+        if name == EMBEDDING and not torch.equal(self.source.read(HEAD), tensor):
+            raise CheckpointError(
+                f"{HEAD} differs from {EMBEDDING}, but the config ties them (tie_word_embeddings): "
+                "one of the two is wrong"
+            )
+        return tensor
 
 
 def plainly_named(source: TensorSource) -> TensorSource:
@@ -61,18 +87,20 @@ def plainly_named(source: TensorSource) -> TensorSource:
     return source if all(new == old for new, old in names.items()) else RenamedSource(source, names)
 
 
-def require_head(is_tied: bool, names: Iterable[str]) -> None:
-    """Refuse a model without its head, where the embedding does not serve as one.
+def with_head(source: TensorSource, is_tied: bool) -> TensorSource:
+    """Return a source whose head is there, or is the embedding.
 
     Raises:
-        CheckpointError: it is one.
+        CheckpointError: a model without its head, where the embedding does not serve as one.
     """
-    names = set(names)
-    if not is_tied and EMBEDDING in names and HEAD not in names:
+    if is_tied:
+        return TiedSource(source) if {EMBEDDING, HEAD} <= source.shapes.keys() else source
+    if EMBEDDING in source.shapes and HEAD not in source.shapes:
         raise CheckpointError(
             f"missing: {HEAD}; these are the tensors of a base model, and its head is not its "
             "embedding (tie_word_embeddings is false): save or pass the causal model"
         )
+    return source
 
 
 def _plain(names: Iterable[str]) -> list[str]:

@@ -14,8 +14,6 @@ from torch import Tensor
 from weights_conversion.errors import CheckpointError
 from weights_conversion.sources import TensorSource
 
-PLAIN_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-"""In fewer bits a weight means nothing without a scale."""
 LARGEST_WEIGHT = 1e12
 """A gated MLP multiplies three weights, and float32 must hold their product. One bit flipped at the
 top of an exponent gives 1e30 and more."""
@@ -140,10 +138,6 @@ def convert(
 
 def _finite(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """Return a tensor whose entries a dtype can hold; one pass at the speed of memory."""
-    if tensor.dtype not in PLAIN_DTYPES:
-        raise CheckpointError(
-            f"{name} is stored as {tensor.dtype}, not as floating point of 16 bits or more"
-        )
     least, most = (float(bound) for bound in tensor.detach().aminmax())  # NaN, if there is one
     largest = math.nan if math.isnan(least) else max(-least, most)
     if not largest <= LARGEST_WEIGHT:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
@@ -25,14 +26,36 @@ HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.jinja", "*.pt")
 ADAPTER_CONFIG = "adapter_config.json"
 HUB_BIN_FILES = ("pytorch_model*.bin",)
 """Fetched if there are no safetensors; most who publish these publish the same twice."""
+PLAIN_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+"""Of weights: in fewer bits a number means nothing without a scale."""
+_DTYPES = {
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I8": torch.int8,
+    "I16": torch.int16,
+    "I32": torch.int32,
+    "I64": torch.int64,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+"""By safetensors' names; it has others, of fewer bits still."""
 
 
 class TensorSource(Protocol):
-    """Tensors by name, with shapes known before any is read."""
+    """Tensors by name, with what is known before any is read."""
 
     @property
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         """Shape of each tensor."""
+        ...
+
+    @property
+    def unfit(self) -> Mapping[str, str]:
+        """Dtype of each tensor that is not one of `PLAIN_DTYPES`."""
         ...
 
     def read(self, name: str) -> Tensor:
@@ -51,6 +74,7 @@ class MemorySource:
     def __init__(self, tensors: Mapping[str, Tensor], lets_go: bool = False) -> None:
         self.tensors, self.lets_go = dict(tensors), lets_go
         self.shapes = {name: tuple(t.shape) for name, t in tensors.items()}
+        self.unfit = {n: str(t.dtype) for n, t in tensors.items() if t.dtype not in PLAIN_DTYPES}
 
     def read(self, name: str) -> Tensor:
         """Return one tensor."""
@@ -68,7 +92,8 @@ class SafetensorsSource:
     def __init__(self, files: Mapping[Path, frozenset[str] | None]) -> None:
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.handles: dict[str, Any] = {}
-        halves: dict[str, str] = {}
+        self.unfit: dict[str, str] = {}
+        of_dtype: dict[str, str] = {}
         for path, promised in files.items():
             _require_file(path)
             try:
@@ -80,7 +105,7 @@ class SafetensorsSource:
                 names = list(handle.keys())
                 slices = {name: handle.get_slice(name) for name in names}
                 shapes = {name: tuple(part.get_shape()) for name, part in slices.items()}
-                halves |= {part.get_dtype(): name for name, part in slices.items()}
+                dtypes = {name: str(part.get_dtype()) for name, part in slices.items()}
             except SafetensorError as error:
                 raise CheckpointError(
                     f"{path} is not a whole safetensors file ({error}): download it again"
@@ -88,10 +113,16 @@ class SafetensorsSource:
             _refuse_shard(path, promised, shapes.keys(), self.shapes.keys())
             self.shapes.update(shapes)
             self.handles.update(dict.fromkeys(names, handle))
-        if {"F16", "BF16"} <= halves.keys():
+            of_dtype |= {dtype: name for name, dtype in dtypes.items()}
+            self.unfit |= {
+                name: str(_DTYPES.get(dtype, dtype))
+                for name, dtype in dtypes.items()
+                if _DTYPES.get(dtype) not in PLAIN_DTYPES
+            }
+        if {"F16", "BF16"} <= of_dtype.keys():
             raise CheckpointError(
-                f"{halves['F16']} is stored as float16 and {halves['BF16']} as bfloat16: a header "
-                "is damaged, download the checkpoint again"
+                f"{of_dtype['F16']} is stored as float16 and {of_dtype['BF16']} as bfloat16: a "
+                "header is damaged, download the checkpoint again"
             )
 
     def read(self, name: str) -> Tensor:

@@ -7,8 +7,8 @@ marks that a function may carry in `marks.py`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, NoReturn
 
@@ -176,14 +176,9 @@ class HookPoint(nn.Module):
                 return self.axes.index(name)
         raise ValueError(f"{self.name!r} has axes {self.axes}, none of them a position")
 
-    @contextmanager
-    def seeing(self, run: Run) -> Iterator[None]:
+    def seeing(self, run: Run) -> AbstractContextManager[None]:
         """Set `hook.run` to another run for the length of a `with` block."""
-        outer, self.run_holder.run = self.run_holder.run, run
-        try:
-            yield
-        finally:
-            self.run_holder.run = outer
+        return self.run_holder.holding(run)
 
     def has_hooks(
         self,

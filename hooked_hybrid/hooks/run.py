@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -69,6 +71,15 @@ class RunHolder(threading.local):
     """The current `Run` of each thread, shared by all hook points of one model."""
 
     run: Run | None = None
+
+    @contextmanager
+    def holding(self, run: Run) -> Iterator[None]:
+        """Hold a run for the length of a `with` block, and the outer one again afterwards."""
+        outer, self.run = self.run, run
+        try:
+            yield
+        finally:
+            self.run = outer
 
     def __reduce__(self) -> tuple[type[RunHolder], tuple[()]]:
         """Copy and pickle without the run, which is not a part of the model."""

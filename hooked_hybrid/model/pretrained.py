@@ -16,7 +16,7 @@ from hooked_hybrid.text.text import as_tokenizer
 
 if TYPE_CHECKING:
     from hooked_hybrid.accounting.plan.machine import MaxMemory
-    from hooked_hybrid.network.placement.places import DeviceMap
+    from hooked_hybrid.network.placement.places import DeviceMap, Place
 
 # What reads checkpoints is imported where it is used: it brings `tokenizers`, `jinja2` and more.
 P = TypeVar("P", bound="PretrainedModel")
@@ -79,46 +79,44 @@ class PretrainedModel(LanguageModel):
             UserWarning: settings that are not used (of `generation_config.json`, of programs that
                 add their own to `config.json`), or weights of an earlier saving in the same folder.
         """
-        from hooked_hybrid.network.placement.homes import homes_of
+        from hooked_hybrid.network.placement.homes import plan_homes
         from hooked_hybrid.network.placement.offload import identity_of
         from hooked_hybrid.text.tokenizer import read_tokenizer
         from weights_conversion.adapters import adapter_files
+        from weights_conversion.content import adapter_of, read_content
         from weights_conversion.errors import CheckpointError
-        from weights_conversion.filling import as_dtype, filled, without_memory
-        from weights_conversion.plan import adapter_of, read_plan
+        from weights_conversion.filling import as_dtype, fill, make_empty
         from weights_conversion.sources import open_checkpoint
 
         _refuse_mixed_places(device, device_map, max_memory, offload_folder)
         if quantize is None and quantize_only is not None:
             raise ValueError("quantize_only needs quantize: give quantize='int8'")
-        tokenizer = as_tokenizer(tokenizer)
+        tokenizer, dtype = as_tokenizer(tokenizer), as_dtype(dtype)
         checkpoint = open_checkpoint(name_or_path, revision)
         merged = adapter_of(checkpoint, adapter)
-        plan = read_plan(checkpoint, config_overrides, merged, ignore_config_keys)
-        dtype, homes = as_dtype(dtype), None
-        if device_map is not None:
-            shapes = without_memory(cls, plan.cfg, dtype)
-            map_ = _device_map(
-                shapes, device_map, max_memory, offload_folder, quantize, quantize_only
-            )
-            files = [*checkpoint.files(), *(() if merged is None else adapter_files(merged))]
-            homes = homes_of(
-                shapes,
-                map_,
-                offload_folder,
-                identity_of(files, dtype),
-                is_quantized=quantize is not None,
-                is_planned=device_map == "auto",
-            )
-        scheme = None if quantize is None else (quantize, quantize_only)
-        if tokenizer is None:
-            try:
-                tokenizer = read_tokenizer(checkpoint.folder)
-            except ValueError as error:
-                raise CheckpointError(str(error)) from error
-        model = filled(cls, plan, dtype, device, homes, scheme)
-        model.tokenizer = tokenizer
-        return model
+        content = read_content(checkpoint, config_overrides, merged, ignore_config_keys)
+        model = make_empty(cls, content, dtype)
+        places = _plan_places(
+            model, device, device_map, max_memory, offload_folder, quantize, quantize_only
+        )
+        identity = None
+        if offload_folder is not None:
+            of_adapter = [] if merged is None else adapter_files(merged)
+            identity = identity_of([*checkpoint.files(), *of_adapter], dtype)
+        homes = plan_homes(
+            model,
+            places,
+            offload_folder=offload_folder,
+            identity=identity,
+            quantize=quantize,
+            quantize_only=quantize_only,
+            is_planned=device_map == "auto",
+        )
+        try:
+            model.tokenizer = read_tokenizer(checkpoint.folder) if tokenizer is None else tokenizer
+        except ValueError as error:
+            raise CheckpointError(str(error)) from error
+        return fill(model, content, homes)
 
     @classmethod
     def from_hf(
@@ -144,10 +142,11 @@ class PretrainedModel(LanguageModel):
         Raises:
             weights_conversion.CheckpointError: what is wrong with the model, by name.
         """
+        from hooked_hybrid.network.placement.homes import plan_homes
+        from hooked_hybrid.network.placement.places import everywhere
+        from weights_conversion.content import content_of
         from weights_conversion.families import family_of_config
-        from weights_conversion.filling import filled
-        from weights_conversion.names import plainly_named, require_head
-        from weights_conversion.plan import LoadingPlan
+        from weights_conversion.filling import fill, make_empty
         from weights_conversion.sources import MemorySource
 
         tokenizer = as_tokenizer(tokenizer)
@@ -158,16 +157,14 @@ class PretrainedModel(LanguageModel):
         config = hf_model.config.to_dict()
         family = family_of_config(config)
         generation = getattr(hf_model, "generation_config", None)
-        content = None if generation is None else generation.to_dict()
-        source = plainly_named(MemorySource(hf_model.state_dict()))
-        cfg = family.read(config, config_overrides, ignore_config_keys, content)
-        require_head(cfg.tied_embedding, source.shapes)
+        generation = None if generation is None else generation.to_dict()
+        cfg = family.read(config, config_overrides, ignore_config_keys, generation)
         dtype = hf_model.dtype if dtype is None else dtype
         device = hf_model.device if device is None else device
-        plan = LoadingPlan(cfg, source, family.rules(cfg, source.shapes), family.ignored(cfg))
-        model = filled(cls, plan, dtype, device)
+        content = content_of(family, cfg, MemorySource(hf_model.state_dict()))
+        model = make_empty(cls, content, dtype)
         model.tokenizer = tokenizer
-        return model
+        return fill(model, content, plan_homes(model, everywhere(cfg, device)))
 
     def save_pretrained(
         self, directory: str | os.PathLike[str], max_shard_size: int = 5_000_000_000
@@ -199,37 +196,42 @@ def _refuse_mixed_places(
         raise ValueError(f"device={str(device)!r} and a device_map: give one of them")
 
 
-def _device_map(
+def _plan_places(
     model: LanguageModel,
-    device_map: DeviceMap | Literal["auto"],
+    device: torch.device | str,
+    device_map: DeviceMap | Literal["auto"] | None,
     max_memory: MaxMemory | None,
     offload_folder: str | os.PathLike[str] | None,
     quantize: str | Any | None,
     quantize_only: Only | None,
-) -> DeviceMap:
-    """Return the map that was given, or that of the plan for this machine.
+) -> dict[str, Place]:
+    """Return where each part goes: all to one device, by the map given, or by that of a plan.
 
     Raises:
-        ValueError: options that the map leaves without effect.
+        ValueError: a map that cannot be, or options that it leaves without effect.
         MemoryError: there is no plan; says what would do.
     """
-    from hooked_hybrid.accounting.plan.machine import this_machine
-    from hooked_hybrid.accounting.plan.planning import plan as plan_of
+    from hooked_hybrid.network.placement.places import everywhere, resolve
 
+    if device_map is None:
+        return everywhere(model.cfg, device)
     if device_map != "auto":
         if max_memory is not None:
             raise ValueError("max_memory is for device_map='auto'; a dict says all there is to say")
-        return device_map
+        return resolve(model.cfg, device_map)
     if quantize is not None:
         refuse_ignored(
             "quantised weights stay where they run, none on the disk",
             offload_folder=offload_folder,
         )
+    from hooked_hybrid.accounting.plan.machine import this_machine
+    from hooked_hybrid.accounting.plan.planning import plan as plan_of
+
     machine = this_machine(max_memory, offload_folder is not None)
     found = plan_of(
         model.cfg, machine, dtype=model.dtype, quantize=quantize, quantize_only=quantize_only
     )
     if found.fits:
-        return found.device_map
+        return resolve(model.cfg, found.device_map)
     would_do = [change.to_load for change in found.changes if change.to_load is not None]
     raise MemoryError(f"{found.why_not}. {found.remedy(would_do)}")

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from copy import deepcopy
 from typing import Any, TypeVar
 
@@ -106,14 +106,9 @@ class Network(HookedRootModule):
         """Return the logits of positions after the final norm; `run` is of these positions."""
         return self.unembed(normalized, self.embed.W_E, run)
 
-    @contextmanager
-    def running(self, layout: Layout) -> Iterator[None]:
+    def running(self, layout: Layout) -> AbstractContextManager[None]:
         """Set `hook.run` for this layout, and restore the previous run afterwards."""
-        outer, self.run_holder.run = self.run_holder.run, layout.run
-        try:
-            yield
-        finally:
-            self.run_holder.run = outer
+        return self.run_holder.holding(layout.run)
 
     # --- what there is --------------------------------------------------------------------------
 

@@ -6,6 +6,7 @@ That model, with plain weights (`dequantize_weights`), is the definition.
 from __future__ import annotations
 
 import sys
+import weakref
 from copy import deepcopy
 from functools import cache
 from pathlib import Path
@@ -244,18 +245,18 @@ def test_loading_quantises_each_tensor_before_the_next(
     name: str, scheme: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     plain(name).save_pretrained(tmp_path / "model")
+    seen: list[weakref.ref[Tensor]] = []
     waiting: list[int] = []
-    take = Quantizer.take
+    quantize = Quantizer.quantize
 
-    def counted(self: Quantizer, weight: str) -> None:
-        plain = {n: p for n, p in self.model.named_parameters() if not is_quantized(p)}
-        there = [n for n in self.names if n in plain and plain[n].device.type != "meta"]
-        waiting.append(len(there))
-        take(self, weight)
+    def counted(self: Quantizer, name: str, weight: Tensor) -> Any:
+        seen.append(weakref.ref(weight))
+        waiting.append(sum(of_weight() is not None for of_weight in seen))
+        return quantize(self, name, weight)
 
-    monkeypatch.setattr(Quantizer, "take", counted)
+    monkeypatch.setattr(Quantizer, "quantize", counted)
     model = HookedHybrid.from_pretrained(tmp_path / "model", quantize=scheme)
-    assert max(waiting) == 1
+    assert len(waiting) == len(quantizable(model.cfg)) and max(waiting) == 1
     assert torch.equal(
         model(random_tokens(n_pos=N_POS)), quantized(name, scheme)(random_tokens(n_pos=N_POS))
     )

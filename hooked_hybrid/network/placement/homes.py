@@ -1,120 +1,213 @@
-"""Putting a model's weights in their places, from a checkpoint or from memory."""
+"""Where each weight of a model is kept and in which form, planned before any is read."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar
+from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from hooked_hybrid.network.allocator import give_back_freed_memory
 from hooked_hybrid.network.network import Network
 from hooked_hybrid.network.placement.doors import Placement, is_one_device
 from hooked_hybrid.network.placement.offload import OffloadFolder, layout_of
-from hooked_hybrid.network.placement.places import DeviceMap, Place, part_of, parts_of, resolve
-from hooked_hybrid.network.weights.quantization import require_plain_weights
+from hooked_hybrid.network.placement.places import DeviceMap, Place, part_of, resolve
+from hooked_hybrid.network.weights.plain import set_weight
+from hooked_hybrid.network.weights.quantization import (
+    Only,
+    QuantizedWeight,
+    require_plain_weights,
+)
+from hooked_hybrid.network.weights.quantized import Quantizer
 from hooked_hybrid.options import refuse_ignored
-
-if TYPE_CHECKING:
-    from hooked_hybrid.config import HybridConfig
 
 N = TypeVar("N", bound=Network)
 
 
 @dataclass(frozen=True)
+class Home:
+    """Where one weight is kept, and in which form.
+
+    Attributes:
+        shape, dtype: of the weight.
+        stride: its order in memory, and in its file.
+        place: the device that holds it, and the device that it runs on.
+        file: of a weight on the disk.
+        scheme: of a quantised weight, such as "int8".
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    stride: tuple[int, ...]
+    place: Place
+    file: Path | None = None
+    scheme: str | None = None
+
+    @property
+    def like(self) -> Tensor:
+        """A tensor of this form without memory."""
+        return torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device="meta")
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether it has gradients.
+
+        Those of a weight kept elsewhere would take as much memory as it does, which is short.
+        """
+        return not (self.place.on_disk or self.place.is_streamed or self.scheme is not None)
+
+
+@dataclass(frozen=True)
 class Homes:
-    """The place of each parameter of a model, and the folder of those on the disk."""
+    """The plan for a model's weights: the home of each.
 
+    Attributes:
+        of: homes by the name of the weight.
+        places: by part of the model.
+        folder: for the weights on the disk.
+        quantizer: for the weights that are quantised.
+    """
+
+    of: Mapping[str, Home]
     places: Mapping[str, Place]
-    folder: OffloadFolder | None
+    folder: OffloadFolder | None = None
+    quantizer: Quantizer | None = None
 
-    def device_of(self, name: str) -> torch.device:
-        """Return the device that a parameter is kept on."""
-        return self.places[part_of(name)].device
-
-    def on_disk(self, name: str) -> bool:
-        """Return whether a parameter is kept on the disk."""
-        return self.places[part_of(name)].on_disk
-
-    def filling(self, parameters: Mapping[str, Tensor]) -> AbstractContextManager[None]:
-        """Return a context in which parameters go to the disk; see `OffloadFolder.filling`."""
+    def filling(self) -> AbstractContextManager[None]:
+        """Return a context for writing weights to the disk; see `OffloadFolder.filling`."""
         if self.folder is None:
             return nullcontext()
-        return self.folder.filling({n: t for n, t in parameters.items() if self.on_disk(n)})
+        return self.folder.filling({n: home.like for n, home in self.of.items() if home.file})
 
-    def found(self, name: str, like: Tensor) -> Tensor | None:
-        """Return a parameter that an earlier run wrote to the disk, or None."""
-        if self.folder is None or not self.on_disk(name) or not self.folder.has(name, like):
+    def are_filled(self, names: Iterable[str]) -> bool:
+        """Return whether an earlier run wrote all of these weights to the disk."""
+        return self.folder is not None and all(
+            self.of[name].file and self.folder.has(name, self.of[name].like) for name in names
+        )
+
+    def keep_on_disk(self, name: str, tensor: Tensor | None) -> Tensor:
+        """Write a weight to the disk, or take the one there (None), and return it mapped."""
+        assert self.folder is not None  # `plan_homes` made one
+        like = self.of[name].like
+        if tensor is not None:
+            self.folder.write(name, tensor, like)
+        return self.folder.read(name, like)
+
+    def put(self, model: Network, name: str, tensor: Tensor | None) -> QuantizedWeight | None:
+        """Put a weight into its home, in its form.
+
+        Args:
+            model: the model that the weight belongs to.
+            name: of the weight.
+            tensor: its values in any dtype; None if an earlier run wrote them to the disk.
+
+        Returns:
+            The record of a quantised weight, else None.
+        """
+        home = self.of[name]
+        if home.file is not None:
+            weight = self.keep_on_disk(name, tensor)
+        else:
+            assert tensor is not None  # what is not in a file is given
+            weight = _copy(tensor, home)
+        if home.scheme is None:
+            set_weight(model, name, nn.Parameter(weight, requires_grad=home.is_trained))
             return None
-        return self.folder.read(name, like)
-
-    def on_disk_now(self, name: str, tensor: Tensor, like: Tensor) -> Tensor:
-        """Write a parameter to the disk, and return it from there."""
-        assert self.folder is not None  # `homes_of` made one
-        self.folder.write(name, tensor, like)
-        return self.folder.read(name, like)
+        assert self.quantizer is not None  # `plan_homes` made one
+        new, record = self.quantizer.quantize(name, weight)
+        set_weight(model, name, new)
+        del weight
+        give_back_freed_memory()  # of the temporaries: they may be larger than what is kept
+        return record
 
     def close(self) -> None:
         """Remove files that no other run can use; see `OffloadFolder.close`."""
         if self.folder is not None:
             self.folder.close()
 
-    def finish(self, model: N) -> N:
-        """Make the model run with its weights in these places; weights kept elsewhere are frozen.
-
-        Their gradients would take as much memory as the weights, which is short.
-        """
-        for name, parameter in model.named_parameters():
-            place = self.places[part_of(name)]
-            if place.on_disk or place.is_streamed:
-                parameter.requires_grad_(False)
+    def finish(self, model: N, quantized: Iterable[QuantizedWeight] = ()) -> N:
+        """Make the model run with its weights in these places; record how they are quantised."""
+        if self.quantizer is not None:
+            model.quantization = self.quantizer.quantization(quantized)
         model.placement = None if is_one_device(self.places) else Placement(model, self.places)
         return model
 
 
-def one_home(cfg: HybridConfig, device: torch.device) -> Homes:
-    """Return the places of a model that is entirely on one device."""
-    return Homes(dict.fromkeys(parts_of(cfg), Place(device, device)), None)
-
-
-def homes_of(
+def plan_homes(
     model: Network,
-    device_map: DeviceMap,
+    places: Mapping[str, Place],
+    *,
     offload_folder: str | os.PathLike[str] | None = None,
     identity: str | None = None,
-    is_quantized: bool = False,
+    quantize: str | Any | None = None,
+    quantize_only: Only | None = None,
     is_planned: bool = False,
 ) -> Homes:
-    """Return the place of each parameter, before any is read.
+    """Return the home of each weight, and refuse a plan that is impossible.
 
     Args:
         model: the model to place, with or without weights.
-        device_map: see `places.resolve`.
+        places: of every part; see `places.resolve` and `places.everywhere`.
         offload_folder: for the weights on the disk.
         identity: of the weights, see `OffloadFolder`.
-        is_quantized: whether weights will be quantised.
-        is_planned: whether the map is from a plan, which may leave the folder unused.
+        quantize: the scheme for the large weights; see `quantized`.
+        quantize_only: names of some of them, or a predicate.
+        is_planned: whether the places are from a plan, which may leave the folder unused.
 
     Raises:
-        ValueError: an impossible map, one that needs a folder without one, or one that keeps
-            quantised blocks on another device than they run on.
+        ImportError: torchao is not installed.
+        OSError: the folder cannot be written.
+        ValueError: places that need a folder without one, or that keep quantised blocks on another
+            device than they run on; weights that cannot be quantised so.
     """
-    places = resolve(model.cfg, device_map)
-    if is_quantized:
+    quantizer = None
+    if quantize is not None:
         _require_at_home(places)
-    if not any(place.on_disk for place in places.values()):
+        device_of = lambda name: places[part_of(name)].device  # noqa: E731
+        quantizer = Quantizer(model, quantize, quantize_only, device_of)
+    folder = _open_folder(model, places, offload_folder, identity, is_planned)
+    schemes = {} if quantizer is None else dict.fromkeys(quantizer.names, quantizer.label)
+    homes = {}
+    for name, weight in model.named_parameters():
+        place = places[part_of(name)]
+        file = folder.path / name if folder is not None and place.on_disk else None
+        form = tuple(weight.shape), weight.dtype, weight.stride()
+        homes[name] = Home(*form, place, file, schemes.get(name))
+    return Homes(homes, places, folder, quantizer)
+
+
+def _open_folder(
+    model: Network,
+    places: Mapping[str, Place],
+    offload_folder: str | os.PathLike[str] | None,
+    identity: str | None,
+    is_planned: bool,
+) -> OffloadFolder | None:
+    """Return the folder for the weights on the disk."""
+    part = next((part for part, place in places.items() if place.on_disk), None)
+    if part is None:
         if not is_planned:
             refuse_ignored("device_map puts nothing on the disk", offload_folder=offload_folder)
-        return Homes(places, None)
+        return None
     if offload_folder is None:
-        part = next(part for part, place in places.items() if place.on_disk)
         raise ValueError(f"device_map puts {part} on the disk: say where with offload_folder=")
     if identity is not None:
         identity += f"-{layout_of(dict(model.named_parameters()))}"
-    return Homes(places, OffloadFolder(offload_folder, identity))
+    return OffloadFolder(offload_folder, identity)
+
+
+def _copy(tensor: Tensor, home: Home) -> Tensor:
+    """Return a copy of values in the form of a home, independent of the file."""
+    like, device = home.like, home.place.device
+    if like.is_contiguous():
+        return torch.empty(like.shape, dtype=like.dtype, device=device).copy_(tensor.detach())
+    # The other way round in memory, see `weights.layout`; torch transposes fastest like this.
+    return tensor.detach().mT.clone(memory_format=torch.contiguous_format).to(device, like.dtype).mT
 
 
 def _require_at_home(places: Mapping[str, Place]) -> None:
@@ -144,7 +237,7 @@ def place(
 
     Raises:
         ValueError: a model that is already placed, quantised or without weights, or as in
-            `homes_of`.
+            `places.resolve` and `plan_homes`.
         OSError: the disk is full, or cannot be written; the model is unchanged.
     """
     if model.placement is not None:
@@ -155,18 +248,19 @@ def place(
     parameters, moved = dict(model.named_parameters()), {}
     if any(parameter.is_meta for parameter in parameters.values()):
         raise ValueError("this model has no weights (it is on the meta device): nothing to place")
-    homes = homes_of(model, device_map, offload_folder=offload_folder)
+    places = resolve(model.cfg, device_map)
+    homes = plan_homes(model, places, offload_folder=offload_folder)
     try:
-        with homes.filling(parameters):
-            for name, parameter in parameters.items():
-                if homes.on_disk(name):
-                    moved[name] = homes.on_disk_now(name, parameter, parameter)
+        with homes.filling():
+            for name, home in homes.of.items():
+                values = parameters[name].detach()
+                if home.file is not None:
+                    moved[name] = homes.keep_on_disk(name, values)
                 else:
-                    moved[name] = parameter.detach().to(homes.device_of(name))
+                    moved[name] = values.to(home.place.device)
     finally:
         homes.close()
     for name, tensor in moved.items():
-        path, _, leaf = name.rpartition(".")
-        new = nn.Parameter(tensor, requires_grad=parameters[name].requires_grad)
-        setattr(model.get_submodule(path), leaf, new)
+        is_trained = parameters[name].requires_grad and homes.of[name].is_trained
+        set_weight(model, name, nn.Parameter(tensor, requires_grad=is_trained))
     return homes.finish(model)

@@ -53,6 +53,12 @@ def part_of(parameter: str) -> str:
     return ".".join(path[:2]) if path[0] == "blocks" else path[0]
 
 
+def everywhere(cfg: HybridConfig, device: torch.device | str) -> dict[str, Place]:
+    """Return the places of a model that is entirely on one device."""
+    device = torch.device(device)
+    return dict.fromkeys(parts_of(cfg), Place(device, device))
+
+
 def resolve(cfg: HybridConfig, device_map: DeviceMap) -> dict[str, Place]:
     """Return the place of every part.
 

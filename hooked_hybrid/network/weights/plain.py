@@ -40,6 +40,15 @@ def stored_bytes(weights: Iterable[Tensor]) -> int:
     return sum(sum(part.nbytes for part in _parts(w)) for w in weights)
 
 
+def set_weight(model: nn.Module, name: str, weight: nn.Parameter | nn.ParameterList) -> None:
+    """Put a weight where the model has the parameter of this name."""
+    path, _, leaf = name.rpartition(".")
+    module = model.get_submodule(path)
+    if isinstance(weight, nn.ParameterList) or leaf not in module._parameters:
+        delattr(module, leaf)  # torch puts no list where a parameter was
+    setattr(module, leaf, weight)
+
+
 def exact_copy(weight: Tensor) -> nn.Parameter:
     """Return a copy of a quantised weight, number for number.
 

@@ -17,7 +17,7 @@ stand for. `dequantize_weights` puts these into an ordinary model.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -32,13 +32,13 @@ from hooked_hybrid.network.mixers import mixer_of
 from hooked_hybrid.network.mlps import mlp_of
 from hooked_hybrid.network.network import Network
 from hooked_hybrid.network.weights.layout import laid_out
-from hooked_hybrid.network.weights.plain import as_matrix, is_quantized, stored_bytes
+from hooked_hybrid.network.weights.plain import as_matrix, is_quantized, set_weight, stored_bytes
 from hooked_hybrid.network.weights.quantization import Only, Quantization, QuantizedWeight
 from hooked_hybrid.network.weights.torchao import Matrix, quantizer_of
 
 
 class Quantizer:
-    """Quantises the parameters of a model one by one, as they are loaded or all of them.
+    """Which weights of a model are quantised, and how: chosen and tried before any is.
 
     Args:
         model: with weights, or on the meta device to learn what it would take.
@@ -69,10 +69,10 @@ class Quantizer:
                 "blocks of this model are kept elsewhere than where they run: quantised weights "
                 "stay where they run, so load it with each block on a device"
             )
-        self.model, self.scheme = model, scheme
+        self.scheme = scheme
+        self.label = scheme if isinstance(scheme, str) else repr(scheme)
         self.quantized = quantizer_of(scheme)
         self.names = _chosen(quantizable(model.cfg), only)
-        self.done: list[QuantizedWeight] = []
         parameters = dict(model.named_parameters())
         tried: dict[tuple[tuple[int, ...], torch.device], int] = {}
         for name in self.names:
@@ -82,11 +82,14 @@ class Quantizer:
                 tried[key] = self._try(name, *key, model.dtype)
         self.bytes_of = {shape: n_bytes for (shape, _), n_bytes in tried.items()}
 
-    def take(self, name: str) -> None:
-        """Quantise the parameter of this name in its place, if it is one of those chosen."""
-        if name not in self.names:
-            return
-        weight: Tensor = self.model.get_parameter(name).detach()
+    def quantize(
+        self, name: str, weight: Tensor
+    ) -> tuple[nn.Parameter | nn.ParameterList, QuantizedWeight]:
+        """Return the weight of this name quantised, and what became of it.
+
+        Raises:
+            ValueError: values that are not finite once they are quantised.
+        """
         matrices = weight.unbind() if weight.ndim == 3 else (weight,)
         new, squares = [], torch.zeros(2, dtype=torch.float64)
         for matrix in matrices:
@@ -95,17 +98,13 @@ class Quantizer:
         error = float("nan") if weight.device.type == "meta" else _ratio(*squares.tolist())
         if math.isinf(error):
             raise ValueError(f"{name} does not survive {self.scheme}: some values are not finite")
-        _set(self.model, name, nn.ParameterList(new) if weight.ndim == 3 else new[0])
-        give_back_freed_memory()  # of the temporaries: they may be larger than what is kept
-        shape = tuple(weight.shape)
-        self.done.append(QuantizedWeight(name, shape, weight.nbytes, stored_bytes(new), error))
+        record = QuantizedWeight(name, tuple(weight.shape), weight.nbytes, stored_bytes(new), error)
+        return nn.ParameterList(new) if weight.ndim == 3 else new[0], record
 
-    def finish(self) -> Quantization:
-        """Let the model say how it is quantised, and return that."""
-        label = self.scheme if isinstance(self.scheme, str) else repr(self.scheme)
-        done = sorted(self.done, key=lambda weight: self.names.index(weight.name))
-        self.model.quantization = Quantization(label, tuple(done))
-        return self.model.quantization
+    def quantization(self, done: Iterable[QuantizedWeight]) -> Quantization:
+        """Return what a model says of how it is quantised."""
+        order = {name: number for number, name in enumerate(self.names)}
+        return Quantization(self.label, tuple(sorted(done, key=lambda w: order[w.name])))
 
     def _try(
         self, name: str, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype
@@ -165,9 +164,14 @@ def quantize_weights(
         weight = model.get_parameter(name)
         if weight.device.type != "meta" and not bool(weight.isfinite().all()):
             raise ValueError(f"{name} holds NaN or infinity: look at where it comes from")
+    done = []
     for name in tqdm(quantizer.names, desc="quantise", unit="weight", disable=not verbose):
-        quantizer.take(name)
-    return quantizer.finish()
+        new, record = quantizer.quantize(name, model.get_parameter(name).detach())
+        set_weight(model, name, new)
+        give_back_freed_memory()  # of the temporaries: they may be larger than what is kept
+        done.append(record)
+    model.quantization = quantizer.quantization(done)
+    return model.quantization
 
 
 def dequantize_weights(model: Network) -> None:
@@ -180,7 +184,7 @@ def dequantize_weights(model: Network) -> None:
     for weight in () if quantization is None else quantization.weights:
         path, _, leaf = weight.name.rpartition(".")
         values = as_matrix(getattr(model.get_submodule(path), leaf))
-        _set(model, weight.name, nn.Parameter(laid_out(values), requires_grad=wants_grad))
+        set_weight(model, weight.name, nn.Parameter(laid_out(values), requires_grad=wants_grad))
     model.quantization = None
 
 
@@ -229,11 +233,3 @@ def _ratio(difference: float, whole: float) -> float:
     if not math.isfinite(difference):
         return math.inf
     return math.sqrt(difference / whole) if whole else math.sqrt(difference)
-
-
-def _set(model: Network, name: str, weight: nn.Parameter | nn.ParameterList) -> None:
-    path, _, leaf = name.rpartition(".")
-    module = model.get_submodule(path)
-    if isinstance(weight, nn.ParameterList) or leaf not in module._parameters:
-        delattr(module, leaf)  # torch puts no list where a parameter was
-    setattr(module, leaf, weight)

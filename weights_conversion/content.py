@@ -15,7 +15,7 @@ from weights_conversion.adapters import with_adapter
 from weights_conversion.errors import CheckpointError
 from weights_conversion.families import Family, family_of_config
 from weights_conversion.generation import read_generation_config
-from weights_conversion.names import plainly_named, require_head
+from weights_conversion.names import plainly_named, with_head
 from weights_conversion.rules import Rule, require_layers
 from weights_conversion.sources import ADAPTER_CONFIG, Checkpoint, TensorSource, adapter_folder
 
@@ -23,7 +23,7 @@ GOOGLE_SETTINGS = set(inspect.signature(google.config_from_shapes).parameters) -
 
 
 @dataclass(frozen=True)
-class LoadingPlan:
+class Content:
     """What is read: a config with its overrides, tensors, and the table of their names.
 
     `ignored` has patterns of the names that may be left over.
@@ -35,13 +35,13 @@ class LoadingPlan:
     ignored: tuple[str, ...]
 
 
-def read_plan(
+def read_content(
     checkpoint: Checkpoint,
     overrides: dict[str, Any],
     adapter: Path | None,
     ignore_config_keys: Collection[str],
-) -> LoadingPlan:
-    """Return what a checkpoint holds, before any of its tensors is read."""
+) -> Content:
+    """Return what a checkpoint holds, of which no tensor has been read."""
     source = checkpoint.tensors()
     if checkpoint.config is None:
         if adapter is not None:
@@ -50,14 +50,20 @@ def read_plan(
                 "convert it first (python -m weights_conversion FILE.pt FOLDER)"
             )
         cfg = google_config(source, overrides, ignore_config_keys)
-        return LoadingPlan(cfg, source, google.rules(cfg), google.ignored(cfg))
+        return Content(cfg, source, google.rules(cfg), google.ignored(cfg))
     family, cfg = config_of(checkpoint, checkpoint.config, overrides, ignore_config_keys)
+    return content_of(family, cfg, source, adapter)
+
+
+def content_of(
+    family: Family, cfg: HybridConfig, source: TensorSource, adapter: Path | None = None
+) -> Content:
+    """Return what tensors by their publisher's names hold, with those of an adapter merged in."""
     require_layers(cfg.n_layers, source.shapes)
-    source = plainly_named(source)
-    require_head(cfg.tied_embedding, source.shapes)
+    source = with_head(plainly_named(source), cfg.tied_embedding)
     if adapter is not None:
         source = with_adapter(source, adapter, cfg.tied_embedding)
-    return LoadingPlan(cfg, source, family.rules(cfg, source.shapes), family.ignored(cfg))
+    return Content(cfg, source, family.rules(cfg, source.shapes), family.ignored(cfg))
 
 
 def config_of(
