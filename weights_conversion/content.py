@@ -15,7 +15,7 @@ from weights_conversion.adapters import with_adapter
 from weights_conversion.errors import CheckpointError
 from weights_conversion.families import Family, family_of_config
 from weights_conversion.generation import read_generation_config
-from weights_conversion.names import plainly_named, with_head
+from weights_conversion.names import strip_wrappers, with_head
 from weights_conversion.rules import Rule, require_layers
 from weights_conversion.sources import ADAPTER_CONFIG, Checkpoint, TensorSource, adapter_folder
 
@@ -60,7 +60,7 @@ def content_of(
 ) -> Content:
     """Return what tensors by their publisher's names hold, with those of an adapter merged in."""
     require_layers(cfg.n_layers, source.shapes)
-    source = with_head(plainly_named(source), cfg.tied_embedding)
+    source = with_head(strip_wrappers(source), cfg.tied_embedding)
     if adapter is not None:
         source = with_adapter(source, adapter, cfg.tied_embedding)
     return Content(cfg, source, family.rules(cfg, source.shapes), family.ignored(cfg))

@@ -67,7 +67,7 @@ class TiedSource:
         return tensor
 
 
-def plainly_named(source: TensorSource) -> TensorSource:
+def strip_wrappers(source: TensorSource) -> TensorSource:
     """Return a source by its publisher's names, without what wrappers put into them.
 
     Raises:

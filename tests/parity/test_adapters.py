@@ -127,6 +127,16 @@ def test_a_checkpoint_of_a_wrapped_adapter_says_merge(tmp_path: Path):
         HookedHybrid.from_pretrained(folder)
 
 
+def test_a_matrix_of_integers_is_refused_before_an_adapter_is_merged_into_it(tmp_path: Path):
+    base = Path(shutil.copytree(BASES["griffin"], tmp_path / "base"))
+    tensors = load_file(base / "model.safetensors")
+    name = Q.removeprefix("base_model.model.").replace("lora_A.", "")
+    tensors[name] = tensors[name].to(torch.int8)
+    save_file(tensors, base / "model.safetensors")
+    with pytest.raises(CheckpointError, match=f"{name} is stored as torch.int8"):
+        HookedHybrid.from_pretrained(base, adapter=adapter("griffin"))
+
+
 # --- adapters that are not merged -----------------------------------------------------------------
 
 Q = "base_model.model.model.layers.2.temporal_block.q_proj.lora_A.weight"
@@ -151,6 +161,7 @@ def test_an_adapter_of_another_kind_is_refused_by_name(said: str, copy: Callable
 
 BROKEN: dict[str, Callable[[dict[str, Tensor]], object]] = {
     "has no other factor": lambda t: t.pop(Q),
+    "is stored as torch.int8 in the adapter": lambda t: t.update({Q: t[Q].to(torch.int8)}),
     "do not update a matrix": lambda t: t.update({Q: t[Q][:, 1:].contiguous()}),
     "the base model has not": lambda t: t.update(
         {n.replace("q_proj", "z_proj"): t.pop(n) for n in list(t) if "q_proj" in n}

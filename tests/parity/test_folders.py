@@ -16,7 +16,7 @@ from transformers import AutoModel, AutoModelForCausalLM  # noqa: TID251
 from hooked_hybrid import HookedHybrid, HybridConfig
 from tests.references import SPECS, hf_recurrentgemma
 from weights_conversion import CheckpointError, check
-from weights_conversion.names import plainly_named
+from weights_conversion.names import strip_wrappers
 from weights_conversion.sources import MemorySource
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -209,7 +209,7 @@ def test_another_prefix_is_named(tmp_path: Path):
 def test_two_tensors_of_one_plain_name_are_refused():
     both = MemorySource({"a.weight": torch.ones(1), "_orig_mod.a.weight": torch.ones(1)})
     with pytest.raises(CheckpointError, match="'a.weight' and '_orig_mod.a.weight'|are both"):
-        plainly_named(both)
+        strip_wrappers(both)
 
 
 class Wrapped(nn.Module):

@@ -125,11 +125,11 @@ class OffloadFolder:
         with replacing(self.path / name) as partial:
             with open(partial, "wb") as file:
                 _make_room(file.fileno(), like.nbytes)
-            mapped(partial, like, shared=True).copy_(tensor.detach())
+            map_file(partial, like, shared=True).copy_(tensor.detach())
 
     def read(self, name: str, like: Tensor) -> Tensor:
         """Return a tensor, mapped."""
-        tensor = mapped(self.path / name, like)
+        tensor = map_file(self.path / name, like)
         if not self.is_kept:  # mapped files stay readable, and a killed process leaves none
             (self.path / name).unlink()
         return tensor
@@ -140,7 +140,7 @@ class OffloadFolder:
             shutil.rmtree(self.path, ignore_errors=True)
 
 
-def mapped(path: Path, like: Tensor, shared: bool = False) -> Tensor:
+def map_file(path: Path, like: Tensor, shared: bool = False) -> Tensor:
     """Return the content of a file as a tensor with shape, dtype and strides of another.
 
     Args:
