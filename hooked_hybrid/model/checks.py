@@ -1,4 +1,4 @@
-"""Refusing input that a forward would misread, before anything runs."""
+"""Checks of a forward's input, before anything runs."""
 
 from __future__ import annotations
 
@@ -43,12 +43,12 @@ def checked_resid(model: Network, resid: Any) -> Tensor:
 
 
 def refuse_text_options(prepend_bos: bool | None, padding_side: str | None) -> None:
-    """Refuse options of text where tokens are given: they are read as they are.
+    """Refuse options for text if tokens are given, as tokens are read unchanged.
 
-    `prepend_bos=False` says what happens to tokens, and passes.
+    `prepend_bos=False` is accepted, as nothing is prepended to tokens.
     """
     refuse_ignored(
-        "tokens are read as they are: pass text, or make the tokens with to_tokens(text, ...)",
+        "tokens are read unchanged: pass text, or make the tokens with to_tokens(text, ...)",
         prepend_bos=prepend_bos,
         padding_side=padding_side,
     )
@@ -60,11 +60,11 @@ def checked_return_type(
     logits_to_keep: int | None,
     stop_at_layer: int | None,
 ) -> Any:
-    """Return the return type, "logits" where none was given, if all that is asked for is there.
+    """Return the return type, "logits" by default, after checking that the options fit it.
 
     Raises:
-        ValueError: an unknown one, one that `stop_at_layer` leaves no place for, a form of the
-            loss without a loss, or of the logits without logits.
+        ValueError: an unknown type, one that is not available with `stop_at_layer`, an option of
+            the loss without a loss, or of the logits without logits.
     """
     if stop_at_layer is not None:
         if return_type is not UNSET:
@@ -87,7 +87,7 @@ def checked_return_type(
 def check_read_out(
     return_type: str | None, logits_to_keep: int | None, n_pos: int, is_resid: bool
 ) -> None:
-    """Refuse what could not be returned.
+    """Refuse requests for logits or losses that cannot be computed.
 
     Raises:
         ValueError: more logits than positions, or a loss without all logits, without tokens, or of
@@ -108,7 +108,7 @@ def check_read_out(
 def checked_run(
     stage: str, step: int, rows: Tensor | None, batch: int
 ) -> Int[Tensor, " batch"] | None:
-    """Return the rows, if what `hook.run` is to say of a forward can be.
+    """Return the rows, after checking the stage, step and rows for `hook.run`.
 
     Raises:
         ValueError: a step outside generation, or rows that are not one index for each row.
@@ -134,7 +134,7 @@ def checked_state(model: Network, state: HybridState | None, batch: int) -> None
     """Refuse a state that is not of this model, this batch and these devices.
 
     Raises:
-        ValueError: saying which part does not fit.
+        ValueError: names the part that does not fit.
     """
     if state is None:
         return
@@ -179,7 +179,7 @@ def checked_layers(n: int, start: int | None, stop: int | None) -> range:
     """Return the layers of a part of a model of `n`, as a slice.
 
     Raises:
-        ValueError: a layer that is not there.
+        ValueError: a layer that does not exist.
     """
     for name, value in (("start_at_layer", start), ("stop_at_layer", stop)):
         if value is not None and not -n <= value <= n:

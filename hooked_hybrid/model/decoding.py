@@ -21,22 +21,22 @@ from hooked_hybrid.network.state import HybridState
 if TYPE_CHECKING:
     from hooked_hybrid.model.language_model import LanguageModel
 
-_PROMPT_END = 16  # tokens of a prompt that new ones are read after
+_PROMPT_END = 16  # last tokens of the prompt that new tokens are decoded with
 
 
 @dataclass(frozen=True)
 class GenerationOutput:
     """What `generate` returns with `return_type="output"`.
 
-    `tokens` are prompt and new tokens, rows padded on the left; `new_tokens` the new ones, padded
-    on the right after a row has finished. `text` is what each row's new tokens add to the prompt's
-    text, without end-of-sequence and up to a stop string, or None without a tokenizer. `logprobs`
-    are those of the new tokens under the model, in nats, 0 after the end; `margins` are the
-    differences of the two largest logits each was chosen from, infinite after the end. `state`
-    stands after all that was read: each row's last new token was not. `cache` is what one forward
-    over prompt and new tokens would have left, with the effects of the hooks; positions that a
-    finished row did not read are zero (scores: the lowest finite value). `finished` says which
-    rows met an end before the limit.
+    `tokens` are prompt and new tokens, with rows padded on the left; `new_tokens` are the new ones,
+    padded on the right after a row has finished. `text` is the text that each row's new tokens add
+    to the prompt, without end-of-sequence and up to a stop string; None without a tokenizer.
+    `logprobs` are the log-probabilities of the new tokens under the model, in nats, 0 after the
+    end; `margins` are the differences of the two largest logits at each choice, infinite after the
+    end. `state` is the state after all tokens that were read; each row's last new token was not
+    read. `cache` is the cache of one forward over prompt and new tokens, with the effects of the
+    hooks; positions that a finished row did not read are zero (scores: the lowest finite value).
+    `finished` is True for rows that ended before the limit.
     """
 
     tokens: Int[Tensor, "batch pos"]
@@ -105,7 +105,7 @@ class Decoder:
         wants_logits: bool = True,
         n_steps: int = 0,
     ) -> None:
-        """Read tokens; `n_steps` is how many steps there may be from this one on."""
+        """Read tokens; at most `n_steps` steps follow, this one included."""
         self.step += stage == "generation"
         self._enter_or_leave_graph(n_steps)
         if self.graph is not None:
@@ -134,7 +134,7 @@ class Decoder:
         self.logits = logits[:, -1] if wants_logits else None
 
     def _enter_or_leave_graph(self, n_steps: int) -> None:
-        """Give the state to a graph that can run the coming steps, or take it back."""
+        """Move the state into a graph that can run the next steps, or back out of it."""
         if self.graph is not None and not self.graph.is_valid:
             self.state, self.graph = self.graph.state(), None
         if self.graph is None and self.state is not None and self.step > 1:
@@ -142,13 +142,13 @@ class Decoder:
             self.state = self.state if self.graph is None else None
 
     def _state_now(self) -> HybridState:
-        """Return the state of the rows that go on."""
+        """Return the state of the unfinished rows."""
         state = self.state if self.graph is None else self.graph.state()
         assert state is not None
         return state
 
     def _choose(self) -> Tensor:
-        """Append a token to every row that goes on; return those that still go on after it."""
+        """Append a token to every unfinished row; return the tokens of rows that continue."""
         assert self.logits is not None
         uniform = None
         if self.draws is not None:
@@ -160,7 +160,7 @@ class Decoder:
             raise ValueError(
                 f"new token {len(self.new)} of row{'s' * (len(rows) > 1)} "
                 f"{', '.join(map(str, rows))} (step {self.step}): the logits are NaN or infinite, "
-                "so that no token is the best. A hook left them so, or a value outgrew the dtype"
+                "so no token can be chosen. A hook made them so, or a value overflowed the dtype"
             ) from error
         self.new.append(self._in_all_rows(chosen, self.pad))
         self.logprobs.append(self._in_all_rows(logprobs, 0.0))
@@ -183,7 +183,7 @@ class Decoder:
     def _in_all_rows(
         self, x: Shaped[Tensor, " going_on"], fill: int | float
     ) -> Shaped[Tensor, " batch"]:
-        """Return a value of the rows that go on, with `fill` in those that have ended."""
+        """Return a value for all rows, with `fill` in finished rows."""
         if len(self.rows) == self.batch:
             return x
         return x.new_full((self.batch,), fill).index_copy(0, self.rows, x)
@@ -199,7 +199,7 @@ class Decoder:
         )
 
     def _prompt_end(self, row: int) -> list[int]:
-        """Return the last tokens of a row's prompt, enough to read new ones after them."""
+        """Return the last tokens of a row's prompt, enough to decode new ones after them."""
         if row not in self.prompt_ends:
             n = self.tokens.shape[1] if self.mask is None else int(self.mask[row].sum())
             ids = self.tokens[row, self.tokens.shape[1] - n :].tolist()
@@ -212,7 +212,7 @@ class Decoder:
     def result(
         self, return_type: str, is_single: bool, recorder: Recorder | None
     ) -> GenerationOutput | Tensor | str | list[str]:
-        """Return what `return_type` names."""
+        """Return the result in the form of `return_type`."""
         new = torch.stack(self.new, dim=1)
         tokens = torch.cat([self.tokens, new], dim=1)
         if return_type == "tokens":
@@ -241,7 +241,7 @@ class Decoder:
         return HybridState.cat([state for _, state in parts])[rows.argsort()]
 
     def _texts(self, new: Tensor) -> list[str]:
-        """Return each row's new text, without EOS and what follows a stop string."""
+        """Return each row's new text, up to EOS or a stop string."""
         read = self.model.text.added
         rows = enumerate(map(self._before_eos, new))
         return [read(self._prompt_end(row), ids, self.stop_strings) for row, ids in rows]

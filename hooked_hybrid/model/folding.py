@@ -1,12 +1,12 @@
-"""Folding the norms' weights into what reads them, and back, bit for bit.
+"""Folding the norms' weights into the matrices that read them, and back, bit for bit.
 
     norm(x) W + b = (x / rms(x) * w) W + b = (x / rms(x)) (diag(w) W) + b
 
-A model so folded computes the same, and its matrices act on the normalised residual stream itself:
-products such as `W_O` of one head times `W_Q` of a later one then need no weight in between. What
-is folded where: `ln1` into the projections of the mixer, `ln2` into the gate and up projections (of
-every expert) and the router, `ln_final` into the unembedding, Mamba's norm of dt into `dt_proj`.
-Mamba's norms of B and C multiply elementwise what no linear map reads; they stay.
+A folded model computes the same function, and its matrices act on the normalised residual stream
+itself: products such as `W_O` of one head times `W_Q` of a later one need no weight in between.
+`ln1` is folded into the projections of the mixer, `ln2` into the gate and up projections (of every
+expert) and the router, `ln_final` into the unembedding, and Mamba's norm of dt into `dt_proj`.
+Mamba's norms of B and C are not folded, as no linear map reads their output.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ WIDE = torch.float32, torch.float64
 
 @dataclass(frozen=True)
 class Fold:
-    """One norm folded.
+    """One folded norm.
 
     Attributes:
         norm: path of the norm, such as "blocks.0.ln1".
         readers: names of the parameters that were multiplied.
-        hooks: hook points between the two: their values are no longer multiplied.
-        multiplier: what the norm multiplied by, `1 + weight` where that is the norm's style, in
+        hooks: hook points between the two, whose values are no longer multiplied.
+        multiplier: the factor of the norm, `1 + weight` if that is the norm's style, in
             float32 at least; the folded norm multiplies by exactly 1.
     """
 
@@ -51,12 +51,12 @@ class Fold:
 
 @dataclass(frozen=True)
 class FoldRecord:
-    """What `fold_ln` changed, and what `unfold_ln` needs.
+    """The changes of `fold_ln`, which `unfold_ln` needs.
 
     Attributes:
         folds: one for each norm, in the order of the model.
         originals: every parameter that was replaced, by name: the tensors themselves, not copies.
-        was_tied: the embedding was the unembedding too; the folded model has one of each.
+        was_tied: whether the unembedding was the embedding; in the folded model they are separate.
     """
 
     folds: tuple[Fold, ...]
@@ -65,16 +65,16 @@ class FoldRecord:
 
     @property
     def changed_hooks(self) -> tuple[str, ...]:
-        """Names of all hook points whose values mean something else in the folded model.
+        """Names of all hook points whose values differ in the folded model.
 
         They come after a norm's weight: `hook_q_input`, `hook_k_input` and `hook_v_input` of
-        attention, and `hook_dt_low` of Mamba, each its old value over the multiplier.
+        attention, and `hook_dt_low` of Mamba. Each holds its old value divided by the multiplier.
         """
         return tuple(name for fold in self.folds for name in fold.hooks)
 
     @property
     def n_bytes(self) -> int:
-        """Size of the original tensors, which live as long as the record."""
+        """Bytes of the original tensors, which the record keeps alive."""
         return sum(t.numel() * t.element_size() for t in self.originals.values())
 
 
@@ -83,33 +83,33 @@ def fold_ln(
 ) -> tuple[HookedHybrid, FoldRecord]:
     """Multiply each norm's weight into the weights that read it, so that the norm only normalises.
 
-    Logits, states and all hook points but those of `FoldRecord.changed_hooks` are as before, up to
-    a rounding. A tied embedding stays as it is, and the unembedding becomes a parameter of its own
-    (`cfg.tied_embedding` is then False). `save_pretrained` writes the folded model as any other,
-    in the published format: norms that multiply by 1, and a head of its own.
+    Logits, states and all hook points except `FoldRecord.changed_hooks` are unchanged, up to
+    rounding. A tied embedding is not changed; the unembedding becomes a separate parameter
+    (`cfg.tied_embedding` is then False). `save_pretrained` writes the folded model like any other,
+    in the published format, with norms that multiply by 1 and a separate head.
 
-    Memory: without `inplace`, a second model; the record keeps no tensor beyond the first one's.
+    Memory: without `inplace`, a second model; the record refers to tensors of the first one only.
     With `inplace`, the record holds the old tensors: `record.n_bytes`, half to two thirds of the
-    model. Let go of the record to free them. An unembedding untied is one more matrix of its size.
+    model. Delete the record to free them. An untied unembedding is one more matrix of its size.
 
     Args:
-        model: left as it is unless `inplace`. Hooks attached to it stay on it alone.
+        model: not changed unless `inplace`. The folded model does not have its hooks.
         inplace: fold this model, and return it.
         inner_norms: also fold Mamba's norm of dt.
 
     Returns:
-        The folded model, and what changed.
+        The folded model, and a record of the changes.
 
     Warns:
-        RuntimeWarning: weights of less than float32: each product is made in float32 and rounded
-            again. Load or convert the model to float32 to fold it exactly.
+        RuntimeWarning: weights narrower than float32: each product is computed in float32 and
+            rounded. Load or convert the model to float32 to fold it exactly.
 
     Raises:
-        ValueError: a model without weights, or with quantised ones; or not in place, one that a
-            device map spread over several devices.
+        ValueError: a model without weights, or with quantised ones; or, if not in place, one on
+            several devices by a device map.
         NotSupported: a mixer or an MLP does not state what reads the stream.
 
-    Source: TransformerLens's `fold_ln`, which folds on loading and for good; a norm without mean
+    Source: TransformerLens's `fold_ln`, which folds on loading and permanently; a norm without mean
     or bias needs no centring.
     """
     require_plain_weights(
@@ -140,12 +140,12 @@ def unfold_ln(folded: HookedHybrid, record: FoldRecord, inplace: bool = False) -
     """Return the model as it was before `fold_ln`, bit for bit.
 
     Args:
-        folded: what `fold_ln` returned; left as it is unless `inplace`.
-        record: what it returned with it.
+        folded: the model that `fold_ln` returned; not changed unless `inplace`.
+        record: the record that it returned.
         inplace: unfold this model, and return it.
 
     Raises:
-        ValueError: the model is not the one of this record, or a folded weight has changed since:
+        ValueError: the record is of another model, or a folded weight has changed since, so that
             an edit would be lost.
     """
     require_plain_weights(
@@ -169,7 +169,7 @@ def unfold_ln(folded: HookedHybrid, record: FoldRecord, inplace: bool = False) -
 
 
 def _folds(model: HookedHybrid, inner_norms: bool) -> Iterator[Fold]:
-    """Yield what is folded into what, in the order of the model."""
+    """Yield each norm with the parameters that it is folded into, in the order of the model."""
     for i, block in enumerate(model.blocks):
         paths = {"ln1": block.mixer_paths, "ln2": () if block.mlp is None else ("mlp",)}
         for norm, below in paths.items():
@@ -204,7 +204,7 @@ def _multiplier(norm: RMSNorm | InnerNorm) -> Float[Tensor, " width"]:
 def _folded_tensors(
     model: HookedHybrid, folds: tuple[Fold, ...], originals: Mapping[str, Tensor]
 ) -> Iterator[tuple[str, Tensor]]:
-    """Yield every parameter that folding replaces; where a head was tied, it is the embedding's."""
+    """Yield every parameter that folding replaces; for a tied head, that of the embedding."""
     for fold in folds:
         norm: Any = model.get_submodule(fold.norm)
         adds_one = isinstance(norm, RMSNorm) and norm.adds_one
@@ -219,7 +219,7 @@ def _folded_tensors(
 def _with(
     model: HookedHybrid, tensors: Mapping[str, Tensor], cfg: HybridConfig, inplace: bool
 ) -> HookedHybrid:
-    """Return the model, or a new one, with this config and some parameters replaced by these."""
+    """Return the model, or a new one, with this config and some parameters replaced."""
     old = dict(model.named_parameters())
     target = model if inplace else _empty_like(model, cfg)
     if cfg.tied_embedding:
@@ -237,7 +237,7 @@ def _with(
 
 
 def _empty_like(model: HookedHybrid, cfg: HybridConfig) -> HookedHybrid:
-    """Return a model without weights yet, and without the hooks of this one."""
+    """Return a new model without weights and without this model's hooks."""
     target = HookedHybrid.meta(cfg, model.dtype)
     target.tokenizer = model.tokenizer
     return target.train(model.training)

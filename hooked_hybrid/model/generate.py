@@ -1,4 +1,4 @@
-"""Prefill and decode: the same forward, over a state."""
+"""`generate`: prefill and decoding steps, by the same forward over a state."""
 
 from __future__ import annotations
 
@@ -57,52 +57,52 @@ def generate(
     return_type: GenerationReturn = "input",
     verbose: bool = True,
 ) -> Any:
-    """Continue prompts token by token, with hooks live in every forward.
+    """Continue prompts token by token, with hooks called in every forward.
 
     Args:
         model: runs the forwards.
         input: tokens [batch pos] or [pos], a text, or several.
-        max_new_tokens: tokens added to each row at most.
+        max_new_tokens: at most this many tokens are added to each row.
         fwd_hooks: attached throughout.
-        prefill_hooks, generation_hooks: attached after `fwd_hooks`, in one stage only. Those of a
-            stage that this call does not have are an error, unless the other stage has them too.
+        prefill_hooks, generation_hooks: attached after `fwd_hooks`, in one stage only. Hooks of a
+            stage that this call does not have are an error, unless they are in the other stage too.
         first_token_stage: which stage chooses the first new token. "prefill" reads the whole
-            prompt in it (Hugging Face); "generation" leaves the last prompt token to a step of
-            its own (Google's sampler), so that generation hooks act on the first new token too.
-        state: what the prompts continue from; it is not changed.
+            prompt in it (Hugging Face); "generation" reads the last prompt token in a separate
+            step (Google's sampler), so that generation hooks also act on the first new token.
+        state: the state that the prompts continue; it is not changed.
         attention_mask: 1 at tokens, 0 at padding; rows padded on the right are moved to the right
-            end, so that new tokens follow old ones. Where it is not given, padding is known as in
-            the forward: padding tokens that a row begins or ends with.
-        names_filter: what to keep of the activations, with `return_type="output"`: None for
-            nothing, True for every point but the large ones, or a name, several, or a predicate.
-        do_sample: draw tokens; else the most likely one is taken (TransformerLens draws unless
-            told otherwise).
-        temperature: of drawing, above 0; None is 1. As it goes to 0 the draw goes to the most
-            likely token, also where it is too small to divide by. Without `do_sample` 0 may be
-            given, which says the same.
-        top_k, top_p: draw from so many of the most likely tokens; from the fewest most likely
-            ones that hold this share of the probability.
-        generator: gives the seed of the draws, on any device; None uses torch's global one. Row i's
-            tokens depend on the seed, its number i and its own logits: not on the other rows, how
-            many there are or when they end. A call takes one number from the generator.
+            end, so that new tokens follow old ones. Without it, padding is recognised as in the
+            forward: the padding tokens at the beginning or end of a row.
+        names_filter: the activations to cache, with `return_type="output"`: None for none, True
+            for every point except the large ones, or a name, several, or a predicate.
+        do_sample: sample tokens; otherwise the most likely token is chosen (TransformerLens
+            samples by default).
+        temperature: of sampling, above 0; None is 1. As it approaches 0 the most likely token is
+            chosen, also if it is too small to divide by. Without `do_sample`, 0 is accepted and
+            has the same meaning.
+        top_k, top_p: sample from the `top_k` most likely tokens; from the smallest set of most
+            likely tokens with a probability of `top_p` or more.
+        generator: gives the seed of the samples, on any device; None uses torch's global one.
+            The tokens of row i depend on the seed, i and the row's own logits, and not on the
+            other rows. A call takes one number from the generator.
         stop_at_eos: end a row at an end-of-sequence token.
-        eos_token_id: instead of the model's own.
-        stop_strings: end a row when its new text holds one of these; needs a tokenizer. The new
-            text is read after the prompt's, so that a blank in front of its first word is there; a
+        eos_token_id: replaces the model's own.
+        stop_strings: end a row when its new text contains one of these; needs a tokenizer. The
+            new text is decoded after the prompt's, so it keeps a blank before its first word; a
             string that begins in the prompt does not count.
         prepend_bos, padding_side: for text; BOS is not added when continuing from a state.
         return_type: "tokens" (prompt and new), "str" (their text), "output"
-            (`GenerationOutput`), or "input" for the kind that came in.
+            (`GenerationOutput`), or "input" for the kind of the input.
         verbose: show a progress bar.
 
     Returns:
-        By `return_type`. A single text in gives a single text out.
+        Depends on `return_type`. For a single text, a single text is returned.
 
     Raises:
-        ValueError: options that do not go together or have no effect, or input that would be
+        ValueError: options that exclude each other or have no effect, or input that would be
             misread; later, logits that are NaN: the message names the row, the new token and the
             step, all from 0.
-        HookNameError: a hook or filter that matches nothing; then nothing has run.
+        HookNameError: a hook or filter that matches nothing; nothing has run then.
     """
     transforms.refuse("generate cannot run")
     check_count("max_new_tokens", max_new_tokens)
@@ -152,7 +152,7 @@ def _prompt(
     prepend_bos: bool | None,
     padding_side: PaddingSide | None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Return tokens whose rows end at the right edge, and their mask if any is padded."""
+    """Return left-padded tokens, and their mask if any row is padded."""
     if is_text:
         if attention_mask is not None:
             raise ValueError(
@@ -183,7 +183,7 @@ def _refuse_idle_hooks(
     prefill_hooks: Sequence[HookSpec],
     generation_hooks: Sequence[HookSpec],
 ) -> None:
-    """Refuse hooks of a stage that this call does not have, unless the other has them too."""
+    """Refuse hooks of a stage that this call does not have, unless the other stage has them."""
     prefills, generates = stages_of(n_pos, max_new_tokens, first_token_stage)
     if not generates:
         refuse_ignored(
@@ -201,8 +201,8 @@ def _refuse_idle_hooks(
 def stages_of(n_pos: int, max_new_tokens: int, first_token_stage: str) -> tuple[bool, bool]:
     """Return whether a generation has a prefill, and whether it has a stage of generation.
 
-    `generate` refuses hooks of a stage that is not there. What gives a user's hooks on, in parts of
-    one token or for one new token, asks here which of them to give.
+    `generate` refuses hooks of a stage that it does not have. Callers that pass on a user's hooks
+    use this to select the hooks to pass.
 
     Args:
         n_pos: tokens of the prompt that are read in this call.
@@ -213,7 +213,7 @@ def stages_of(n_pos: int, max_new_tokens: int, first_token_stage: str) -> tuple[
 
 
 def _stop_strings(given: str | Sequence[str] | None) -> list[str]:
-    """Return the strings that end a text; None is none."""
+    """Return the strings that end a text; none for None."""
     found = [given] if isinstance(given, str) else list(given or ())
     if wrong := [s for s in found if not isinstance(s, str)]:
         raise ValueError(f"stop_strings holds {wrong[0]!r}: give strings")

@@ -30,7 +30,7 @@ class HookedHybrid(PretrainedModel):
 
     Args:
         cfg: what the model is.
-        tokenizer: a Hugging Face tokenizer, or a folder that holds one; None for a model that takes
+        tokenizer: a Hugging Face tokenizer, or a folder with one; None for a model that accepts
             tokens only.
         device, dtype: of the parameters.
     """
@@ -40,7 +40,7 @@ class HookedHybrid(PretrainedModel):
     # --- what there is --------------------------------------------------------------------------
 
     def stack(self, name: str) -> LayerStack:
-        """Return one weight of every layer that has it, stacked, with the list of these layers.
+        """Return one weight of every layer that has it, stacked, with the indices of these layers.
 
         Args:
             name: below the block, such as `"attn.W_Q"`, `"mlp.W_in"` or `"mixer.a_param"`.

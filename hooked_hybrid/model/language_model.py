@@ -1,7 +1,7 @@
-"""`LanguageModel`: tokens or text in, logits or loss out, with hooks on what is between.
+"""`LanguageModel`: the forward from tokens or text to logits or loss, with hooks.
 
-Input is checked and laid out first; then `run_layout` takes the network's loop through all of it,
-or through one piece after another, with a state in and out.
+Input is checked and laid out first; then `run_layout` runs the network's loop on all of it, or on
+one piece after another, from one state to the next.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ ReturnType = Literal["logits", "loss", "both"]
 
 
 class LanguageModel(TextModel):
-    """A model that runs tokens, text or a residual stream; `HookedHybrid` is what users hold."""
+    """A model that runs tokens, text or a residual stream; the base of `HookedHybrid`."""
 
     def forward(
         self,
@@ -68,24 +68,24 @@ class LanguageModel(TextModel):
             return_type: "logits" [batch pos d_vocab], the default;
                 "loss", the mean next-token loss in nats; "both", the two in a tuple; None computes
                 neither.
-            loss_per_token: the loss of each token [batch pos-1], 0 where nothing is predicted.
-            logits_to_keep: logits of the last so many positions only.
-            attention_mask: 1 at tokens, 0 at padding on the left or right of a row. Where neither
-                it nor `segment_ids` is given, the padding tokens that a row of two tokens or more
-                begins or ends with are padding, see `get_attention_mask`; a model without a
-                tokenizer takes tokens as they are.
-            segment_ids: document of each token, 0 at padding; nothing crosses a boundary.
-            state: what the rows continue from; it is not changed.
-            return_state: return `(that, state after the last token of each row)`.
-            stage, step, rows: what `hook.run` says of this forward.
+            loss_per_token: return the loss of each token [batch pos-1], 0 where none is predicted.
+            logits_to_keep: compute logits of only this many last positions.
+            attention_mask: 1 at tokens, 0 at padding on the left or right of a row. Without it
+                and `segment_ids`, the padding tokens at the beginning or end of a row of two or
+                more tokens are padding, see `get_attention_mask`; a model without a tokenizer
+                treats all as tokens.
+            segment_ids: document of each token, 0 at padding; documents do not affect each other.
+            state: the state that the rows continue; it is not changed.
+            return_state: return `(result, state after the last token of each row)`.
+            stage, step, rows: for `hook.run` in this forward.
             start_at_layer, stop_at_layer: run these blocks only, as a slice; with `stop_at_layer`
                 the residual stream entering that layer is returned.
             prepend_bos, padding_side: for text; see `to_tokens`. A text of more than `cfg.n_ctx`
                 tokens is an error.
 
         Raises:
-            ValueError: an input that would be misread, or an option that would have no effect; the
-                message says what to give instead.
+            ValueError: an input that would be misread, or an option without effect; the message
+                states the remedy.
         """
         wanted: ReturnType | None = checked_return_type(
             return_type, loss_per_token, logits_to_keep, stop_at_layer
@@ -140,17 +140,17 @@ class LanguageModel(TextModel):
         logits_to_keep: int | None = None,
         layers: range | None = None,
     ) -> tuple[Any, HybridState | None]:
-        """Run input that is checked and laid out already; `forward` does both first.
+        """Run input that is already checked and laid out, as `forward` does.
 
         Args:
             x: tokens, or the residual stream that enters the first of `layers`.
-            layout, state, loss_per_token, logits_to_keep: as `forward` says.
-            return_type: as `forward` says; "resid" is the residual stream after `layers`.
+            layout, state, loss_per_token, logits_to_keep: as in `forward`.
+            return_type: as in `forward`; "resid" is the residual stream after `layers`.
             layers: a part of the model, run in one piece; None runs all of it.
 
         Returns:
-            What `return_type` asks for, and the state after the last token of each row; None of
-            a part of the model.
+            The result for `return_type`, and the state after the last token of each row; None
+            instead of a state for a part of the model.
         """
         n_logits = 0 if return_type in (None, "resid") else logits_to_keep or layout.length
         first = layout.length - n_logits
@@ -194,7 +194,7 @@ class LanguageModel(TextModel):
         states: list[BlockState | None],
         layers: range | None,
     ) -> Resid:
-        """Return the residual stream after the layers; `states` is given the new ones."""
+        """Return the residual stream after the layers, and put the new states into `states`."""
         resid = x if x.is_floating_point() else self.run_embed(x)
         every = range(len(states))
         resid, states[:] = self.run_blocks(
@@ -203,11 +203,11 @@ class LanguageModel(TextModel):
         return resid
 
     def _attached(self) -> list[tuple[HookPoint, tuple[LensHandle, ...]]]:
-        """Return every point with what is attached to it now."""
+        """Return every point with the hooks now attached to it."""
         return [(p, (*p.fwd_hooks, *p.bwd_hooks)) for p in self.hook_points()]
 
     def _require_attached(self, before: Sequence[tuple[HookPoint, tuple[LensHandle, ...]]]) -> None:
-        """Refuse to go on with other hooks than those that the pieces before had."""
+        """Raise if the hooks differ from those of the previous pieces."""
         for point, handles in before:
             if handles != (*point.fwd_hooks, *point.bwd_hooks):
                 raise RuntimeError(changed_meanwhile(point))
@@ -221,7 +221,7 @@ class LanguageModel(TextModel):
         loss_per_token: bool,
         first: int,
     ) -> Any:
-        """Return logits, loss, both or nothing from what pieces left of the final norm."""
+        """Return logits, loss, both or nothing from the final norm of all pieces."""
         if return_type is None:
             return None
         whole = normalized[0] if len(normalized) == 1 else torch.cat(normalized, dim=1)
@@ -238,9 +238,9 @@ class LanguageModel(TextModel):
         attention_mask: Int[Tensor, "batch pos"] | None = None,
         per_token: bool = False,
     ) -> Tensor:
-        """Return the next-token loss, in nats, of logits computed before.
+        """Return the next-token loss, in nats, of given logits.
 
-        Padding is known as in the forward, where no mask is given.
+        Without a mask, padding is recognised as in the forward.
         """
         tokens, attention_mask = checked_batch(self, tokens, attention_mask)
         layout = lay_out(tokens, None, attention_mask, None)
@@ -253,7 +253,7 @@ class LanguageModel(TextModel):
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> Tensor:
-        """Return `metric(logits)`, or the loss where no metric is given."""
+        """Return `metric(logits)`, or the loss without a metric."""
         if kwargs.get("return_state"):
             out = out[0]
         if isinstance(out, tuple):  # return_type="both"

@@ -1,4 +1,4 @@
-"""Refusing a forward that cannot fit in memory, before it starts, on an estimate."""
+"""Refusing, by an estimate, a forward that cannot fit in memory, before it starts."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hooked_hybrid.network.network import Network
 from hooked_hybrid.network.state import HybridState
 
 WORTH_CHECKING = 2**28
-"""Bytes below which no estimate is compared with what is free."""
+"""Estimates below this many bytes are not compared with free memory."""
 
 
 def available_bytes(device: torch.device) -> int:
@@ -26,7 +26,7 @@ def available_bytes(device: torch.device) -> int:
 
 
 def logits_bytes(model: Network, layout: Layout, n_logits: int) -> int:
-    """Return the bytes of the logits, with a second copy where they are capped."""
+    """Return the bytes of the logits, twice if they are capped."""
     copies = 2 if model.cfg.logits_soft_cap is not None else 1
     return copies * layout.pos.shape[0] * n_logits * model.cfg.d_vocab * model.dtype.itemsize
 
@@ -43,9 +43,9 @@ def large_bytes(
     Args:
         model: with its hooks attached.
         layout: of the whole forward.
-        state: what it continues from.
+        state: the state that it continues.
         piece: positions run at a time.
-        layers: those that run; None means all.
+        layers: the layers to run; None means all.
     """
     sizes = {}
     batch, width = layout.pos.shape[0], model.dtype.itemsize
@@ -96,14 +96,13 @@ def require_memory(
 ) -> None:
     """Refuse a forward whose largest tensors would not fit.
 
-    Counts logits, and the scores, patterns and Mamba states that hooks ask for: those that are
-    cached, and with gradients all, together, others two at a time, each on its layer's device; and
-    what attention keeps inside torch's kernel, masks and the scores of which no kernel of the
-    device takes care: with gradients in all layers, else in one. Everything else is small compared
-    with them.
+    Counted are the logits; scores, patterns and Mamba states that hooks need; and the masks and
+    unfused scores inside torch's attention kernel. Of hooked values, all cached ones count, and
+    with gradients all; of the others two at a time; each on its layer's device. Kernels count in
+    all layers with gradients, else in one. Everything else is small compared with these.
 
     Raises:
-        MemoryError: says what it would need, what there is, and which option avoids it.
+        MemoryError: states the memory needed, the free memory, and an option that avoids it.
     """
     if layout.length == 1:  # a step is small compared with the state it continues
         return
@@ -124,7 +123,7 @@ def _require_on(
     logits: int,
     n_logits: int,
 ) -> None:
-    """Refuse what would not fit on one of the model's devices."""
+    """Refuse a forward that would not fit on one of the model's devices."""
     if device.type == "meta" or logits + 3 * sum(sizes.values()) + sum(fused) < WORTH_CHECKING:
         return
     graph = torch.is_grad_enabled() and any(p.requires_grad for p in model.parameters())

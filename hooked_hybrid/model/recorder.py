@@ -1,4 +1,4 @@
-"""Caching a generation: one cache from many forwards, as one long forward would have left it."""
+"""Caching a generation: one cache from many forwards, equal to that of one long forward."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ if TYPE_CHECKING:
 
 
 class Recorder:
-    """Watchers that keep every piece of a generation and put them together at the end.
+    """Watchers that keep every piece of a generation and join them at the end.
 
     Args:
-        model: what is watched.
+        model: the model to watch.
         names_filter: True for every point but the large ones, or as in `run_with_cache`.
         tokens: the prompt, rows ending at the right edge.
-        state: what the prompt continues from.
+        state: the state that the prompt continues.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class Recorder:
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Watch for the length of a `with` block; pieces add up over several."""
+        """Watch during a `with` block; pieces of several blocks are joined."""
         handles = [self.model.hook_dict[name].add_hook(self._keep) for name in self.names]
         try:
             yield
@@ -56,7 +56,7 @@ class Recorder:
                 handle.remove()
 
     def cache(self) -> ActivationCache:
-        """Return the pieces put together: along positions, and keys where they belong."""
+        """Return the joined pieces, along positions, with each key in its column."""
         points = self.model.hook_dict
         pieces = {name: mine for name, mine in self.pieces.items() if mine}
         whole = {name: self._put_together(points[name], mine) for name, mine in pieces.items()}
@@ -82,11 +82,11 @@ class Recorder:
         return whole.index_copy(0, run.rows.to(value.device), value)
 
     def _positions(self, pieces: list[tuple[Tensor, Run]]) -> Int[Tensor, "batch pos"]:
-        """Return where every query stood, -1 at padding and where a row had ended."""
+        """Return the position of every query, -1 at padding and after the end of a row."""
         return torch.cat([self._all_rows(run.query_pos, run, -1) for _, run in pieces], dim=1)
 
     def _places(self, hook: HookPoint, pieces: list[tuple[Tensor, Run]]) -> Places:
-        """Return where the entries of a value that was put together stand."""
+        """Return the places of the entries of a joined value."""
         pos = self._positions(pieces)
         if "key" not in hook.axes:
             return Places(pos)
@@ -110,7 +110,7 @@ class Recorder:
         return whole
 
     def _old_keys(self, hook: HookPoint, pos: Tensor) -> Int[Tensor, "batch key"]:
-        """Return the positions of the keys that the first state brings."""
+        """Return the positions of the keys in the first state."""
         if self.state is None:
             return pos.new_zeros(self.batch, 0)
         keys: Any = self.state.blocks[hook.layer()]

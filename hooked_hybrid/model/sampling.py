@@ -1,9 +1,9 @@
-"""Choosing a token from logits: the most likely one, or one drawn with randomness of its row's own.
+"""Choosing a token from logits: the most likely one, or a sample that depends only on its row.
 
-A draw is a function of the generator's seed, the row and the step alone. One number is taken from
-the generator for a whole call; it and the row give a stream of uniform numbers, and each picks a
-token where the running sum of the probabilities passes it. So no row's tokens depend on how many
-others there are, or on when they end.
+A sample is a function of the seed, the row and the step. One number is taken from the generator for
+a whole call. With the row it gives a stream of uniform numbers; each selects the first token at
+which the running sum of the probabilities passes it. So the tokens of a row do not depend on the
+number of other rows, or on when they end.
 """
 
 from __future__ import annotations
@@ -18,29 +18,29 @@ from hooked_hybrid.options import check_count, check_number, refuse_ignored
 
 GREEDY = "give do_sample=True to draw tokens; without it the most likely one is taken"
 BITS = 52
-"""Of a uniform number: what a float64 below 1 holds, so that none times a sum rounds to the sum."""
+"""Bits of a uniform number: as a float64 below 1 holds, so that no product rounds up to the sum."""
 
 
 class NoChoiceError(ValueError):
-    """Logits of some rows, by index, among which there is nothing to choose."""
+    """The logits of some rows, given by index, allow no choice."""
 
     def __init__(self, rows: list[int]) -> None:
-        super().__init__(f"rows {rows}: the logits are NaN or infinite, so that no token is best")
+        super().__init__(f"rows {rows}: the logits are NaN or infinite, so no token can be chosen")
         self.rows = rows
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """Greedy, or drawn at a temperature from the most likely tokens.
+    """Greedy choice, or sampling at a temperature from the most likely tokens.
 
     Args:
-        do_sample: draw.
-        temperature: divides the logits; None is 1. Where it is too small to divide by, the draw is
-            from the most likely tokens, its limit. 0 is for `do_sample=False` alone.
-        top_k: draw from so many of the most likely tokens.
-        top_p: draw from the fewest most likely tokens that hold this share of the probability.
-        generator: gives the seed of the draws, on any device; None uses torch's global one.
-        d_vocab: tokens there are.
+        do_sample: sample; otherwise the most likely token is chosen.
+        temperature: divides the logits; None is 1. If it is too small to divide by, the sample is
+            from the most likely tokens, its limit. 0 is allowed only with `do_sample=False`.
+        top_k: sample from this many of the most likely tokens.
+        top_p: sample from the smallest set of most likely tokens with this probability or more.
+        generator: gives the seed of the samples, on any device; None uses torch's global one.
+        d_vocab: size of the vocabulary.
 
     Raises:
         ValueError: a temperature that is not positive and finite, `top_k` below 1 or above the
@@ -76,7 +76,7 @@ class Sampling:
             check_number("top_p", self.top_p, above=0.0, up_to=1.0)
 
     def draws(self) -> Draws | None:
-        """Return the random numbers of one call of `generate`, or None where none are needed."""
+        """Return the random numbers of one call of `generate`, or None if none are needed."""
         if not self.do_sample:
             return None
         device = "cpu" if self.generator is None else self.generator.device
@@ -92,20 +92,20 @@ class Sampling:
     ) -> tuple[Int[Tensor, " batch"], Float[Tensor, " batch"], Float[Tensor, " batch"]]:
         """Return one token a row, its log-probability (nats, under the model itself), the margin.
 
-        The margin is the difference of the two largest logits: how far the choice of the most
-        likely token is from another.
+        The margin is the difference of the two largest logits: the distance of the most
+        likely token from the next one.
 
         Args:
             logits: of the next token.
-            uniform: a number from 0 to below 1 for each row, where tokens are drawn.
+            uniform: for sampling, a number from 0 to below 1 for each row.
 
         Raises:
-            NoChoiceError: a row without an order: a NaN, nothing above minus infinity, or, where
-                tokens are drawn, an infinite logit.
+            NoChoiceError: a row with a NaN, with nothing above minus infinity, or, for sampling,
+                with an infinite logit.
         """
         logits = logits.float()
         best = logits.topk(min(2, logits.shape[-1])).values  # a NaN counts as the largest
-        is_some = best[:, 0] > -torch.inf  # which a NaN is not
+        is_some = best[:, 0] > -torch.inf  # False for NaN
         if uniform is not None:
             is_some &= best[:, 0] < torch.inf
         if not bool(is_some.all()):
@@ -120,16 +120,16 @@ class Sampling:
     def probabilities(
         self, logits: Float[Tensor, "batch d_vocab"]
     ) -> Float[Tensor, "batch d_vocab"]:
-        """Return what tokens are drawn from: at the temperature, and 0 for those left out."""
+        """Return the probabilities to sample from, at the temperature; 0 for excluded tokens."""
         wide = logits.to(torch.float32 if logits.device.type == "mps" else torch.float64)
         temperature = 1.0 if self.temperature is None else self.temperature
         least = torch.finfo(wide.dtype).tiny  # below it a device may divide by zero
-        # The largest is 0 first: what overflows is minus infinity, never NaN.
+        # The largest becomes 0 first, so that an overflow gives minus infinity, never NaN.
         scaled = (wide - wide.amax(-1, keepdim=True)) / max(temperature, least)
         return self._kept(scaled).softmax(-1)
 
     def _kept(self, logits: Float[Tensor, "batch d_vocab"]) -> Float[Tensor, "batch d_vocab"]:
-        """Return logits with minus infinity at tokens that top-k and top-p leave out."""
+        """Return logits with minus infinity at tokens that top-k and top-p exclude."""
         if self.top_k is not None:
             least = logits.topk(min(self.top_k, logits.shape[-1])).values[:, -1:]
             logits = logits.masked_fill(logits < least, -torch.inf)
@@ -150,7 +150,7 @@ class Draws:
     """
 
     AHEAD = 256
-    """Steps whose numbers are made at once."""
+    """Number of steps whose random numbers are made at once."""
 
     def __init__(self, seed: int) -> None:
         self.seed = seed
@@ -172,7 +172,7 @@ def uniforms(
 ) -> Float[Tensor, "step row"]:
     """Return a number in [0, 1) for each step of each row: SplitMix64, a stream for each row.
 
-    A row's stream starts at the number that stands at its index in the seed's own stream.
+    A row's stream starts at the number at the row's index in the seed's stream.
     """
     starts = splitmix64(torch.tensor(seed), rows)
     bits = splitmix64(starts[None, :], steps[:, None])
@@ -202,9 +202,9 @@ def _signed(x: int) -> int:
 def _at(
     uniform: Float[Tensor, " batch"], probabilities: Float[Tensor, "batch d_vocab"]
 ) -> Int[Tensor, " batch"]:
-    """Return the first possible token at which the running sum passes its share of the whole."""
+    """Return the first possible token at which the running sum passes the uniform share."""
     sums = probabilities.cumsum(-1)
     passed = (sums > uniform[:, None] * sums[:, -1:]) & (probabilities > 0)
     chosen = passed.int().argmax(-1)
-    # Where a device adds in another order, the last sum may not be the largest.
+    # If a device adds in another order, the last sum may not be the largest.
     return torch.where(passed.any(-1), chosen, probabilities.argmax(-1))

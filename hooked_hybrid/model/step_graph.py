@@ -1,13 +1,13 @@
 """One step of decoding as a CUDA graph: captured once, then replayed for every token.
 
-A step of a small batch is about a thousand small kernels, and a GPU waits for each of their
-launches; a graph launches them all at once. It works on buffers that never move and shapes that
-never change, so each attention layer holds a fixed number of keys, absent ones at position -1, and
-masks come from positions. The eager step is the definition, apart by the rounding of sums.
+A step of a small batch is about a thousand small kernels, and a GPU waits for the launch of each;
+a graph launches them all at once. It needs buffers that never move and shapes that never change,
+so each attention layer holds a fixed number of keys, with absent ones at position -1, and masks are
+computed from positions. The eager step is the definition; results differ by the rounding of sums.
 
-`captured` decides whether there is a graph: nothing attached, no autograd, few rows, and nothing
-that the host must read between two kernels. How to capture is an argument: calling the step again
-on the same buffers does all but the capture itself, on any machine.
+`captured` decides whether to use a graph: without hooks or autograd, for few rows, and if the host
+reads nothing between kernels. The way to capture is an argument: calling the step again on the same
+buffers is a stand-in for a capture that works on any machine.
 """
 
 from __future__ import annotations
@@ -33,35 +33,36 @@ if TYPE_CHECKING:
     from hooked_hybrid.model.language_model import LanguageModel
 
 MAX_BATCH = 32
-"""Rows up to which launches, not arithmetic, take most of a step's time."""
+"""Up to this many rows, launches take most of a step's time, not arithmetic."""
 WORTH_CAPTURING = 16
-"""Steps from which on a capture, which costs a few of them, is won back."""
+"""From this many steps on, a capture, which takes as long as a few steps, saves time."""
 MAX_STEPS = 1024
-"""Steps that one graph makes room for, in layers that forget no key."""
+"""Steps that one graph has space for, in layers without a window."""
 KEYS_MULTIPLE = 64
-"""Keys of a step, in layers without a window: masks of such a length are aligned."""
+"""Multiple for the number of keys in layers without a window, so that masks are aligned."""
 
 TORCH_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 REPLAYED = {torch.float64: 1e-6, torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.1}
-"""How far a replay may be from the step it repeats, over the largest entry; integers not at all.
+"""Largest difference of a replay from the eager step, relative to the largest entry.
 
-Its kernels are the same; a product may be summed in another order. An empty graph is off by all.
+Integers must be equal. The kernels are the same, but a product may be summed in another order. An
+empty graph would differ by the whole value.
 """
 Step = Callable[[], None]
 Capture = Callable[[Step, torch.device], Step]
-_one_capture = threading.Lock()  # torch allows no two at a time
+_one_capture = threading.Lock()  # torch allows only one at a time
 
 
 # --- whether ----------------------------------------------------------------------------------
 
 _failed: WeakSet[nn.Module] = WeakSet()
-"""Models of which a capture failed: it is not tried again."""
+"""Models for which a capture failed; it is not tried again."""
 
 
 def captured(model: LanguageModel, state: HybridState, n_steps: int) -> StepGraph | None:
-    """Return the graph of the steps that go on from a state, or None where they run eagerly.
+    """Return a graph for the steps that continue a state, or None if they run eagerly.
 
-    A graph makes room for `n_steps` more, or for as many as are reasonable.
+    A graph has space for `n_steps` more steps, up to a limit.
     """
     if n_steps < WORTH_CAPTURING or model in _failed or not usable(model, state):
         return None
@@ -78,11 +79,11 @@ def captured(model: LanguageModel, state: HybridState, n_steps: int) -> StepGrap
 
 
 def usable(model: LanguageModel, state: HybridState) -> bool:
-    """Return whether a step from this state can be captured, as far as is known beforehand."""
+    """Return whether a step from this state can be captured, as far as known beforehand."""
     device = model.device
     return (
         device.type in CAPTURES
-        and model.placement is None  # weights that come and go would outlive no capture
+        and model.placement is None  # moved weights would not outlive a capture
         and 0 < state.batch_size <= MAX_BATCH
         and not torch.is_grad_enabled()
         and not torch.is_autocast_enabled(device.type)  # its cached weights would not outlive it
@@ -94,7 +95,7 @@ def usable(model: LanguageModel, state: HybridState) -> bool:
 
 
 def attachments(model: LanguageModel) -> list[Sized]:
-    """Return every list of functions that a replay would not call; they stay the same lists."""
+    """Return every list of functions that a replay would not call, as live lists."""
     points = chain(*((p.fwd_hooks, p.bwd_hooks) for p in model.hook_points()))
     modules = (m for m in model.modules() if not isinstance(m, HookPoint))
     return [*points, *(vars(m)[name] for m in modules for name in TORCH_HOOKS)]
@@ -107,7 +108,7 @@ def _asks_for_counts(model: LanguageModel) -> bool:
 
 
 def is_watched(attached: list[Sized]) -> bool:
-    """Return whether any of a model's `attachments` is there, or one of torch's for all modules."""
+    """Return whether any of a model's `attachments`, or any global hook of torch, exists."""
     return any(attached) or bool(torch_module._has_any_global_hook())
 
 
@@ -115,7 +116,7 @@ def is_watched(attached: list[Sized]) -> bool:
 
 
 def record(step: Step, device: torch.device) -> Step:
-    """Return what replays a step, captured in a CUDA graph after it has run twice.
+    """Return a function that replays a step, captured in a CUDA graph after two runs.
 
     Raises:
         RuntimeError: it cannot be captured.
@@ -131,11 +132,11 @@ def record(step: Step, device: torch.device) -> Step:
                     step()
             stream.wait_stream(side)
             # Without `stream`, torch captures on one made for the first capture of the process,
-            # which may be another GPU's: the graph would be empty.
+            # which may be of another GPU: the graph would be empty.
             with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
                 step()
         finally:
-            torch.cuda.set_stream(stream)  # a capture that fails leaves another
+            torch.cuda.set_stream(stream)  # a failed capture leaves another stream
             stream.wait_stream(side)
     return graph.replay  # holds no reference to the step, so the buffers are freed with it
 
@@ -148,16 +149,16 @@ CAPTURES: dict[str, Capture] = {"cuda": record}
 
 
 class StepGraph:
-    """A step of decoding on buffers that never move: tokens in, logits out, the state inside.
+    """A decoding step on fixed buffers, from tokens to logits, with the state inside.
 
-    Keys lie in a ring, where a new one takes the place of the oldest; absent ones stand first.
-    Attention sees their positions, and does not care in which order they lie.
+    Keys are in a ring buffer, in which a new key replaces the oldest; absent keys come first.
+    Attention uses the positions of keys, not their order.
 
     Args:
         model: reads the tokens; its weights may change in place, but not move.
-        state: what the first step continues from; it is copied.
-        n_steps: steps to make room for, where layers forget no key.
-        capture: how to capture; None takes what the model's device has.
+        state: the state that the first step continues; it is copied.
+        n_steps: steps to allocate space for, in layers without a window.
+        capture: the function that captures; None uses that of the model's device.
 
     Raises:
         RuntimeError: the capture failed.
@@ -185,14 +186,14 @@ class StepGraph:
         self.load(state)
         self._replay = (capture or CAPTURES[device.type])(self._step, device)
         self._require_the_step(state)
-        self.load(state)  # the steps before the capture, and those compared, have changed it
+        self.load(state)  # warm-up and compared steps have changed it
 
     @torch.no_grad()
     def load(self, state: HybridState) -> None:
-        """Go on from another state of as many rows.
+        """Continue from another state with the same number of rows.
 
         Raises:
-            ValueError: another number of rows, or more keys than there is room for.
+            ValueError: another number of rows, or more keys than there is space for.
         """
         if state.batch_size != len(self._rows):
             raise ValueError(f"{state.batch_size} rows for a graph of {len(self._rows)}")
@@ -216,7 +217,7 @@ class StepGraph:
 
     @property
     def is_valid(self) -> bool:
-        """Whether the next step can be replayed: there is room, and still nothing attached."""
+        """Whether the next step can be replayed: there is space, and still no hook."""
         return self.n_left > 0 and not is_watched(self._attached)
 
     @torch.no_grad()
@@ -224,7 +225,7 @@ class StepGraph:
         """Read one token of each row that is kept; return the logits of the next.
 
         Raises:
-            ValueError: there is no room for it.
+            ValueError: there is no space for it.
         """
         if self.n_left < 1:
             raise ValueError(f"no room for a token after {self._n_steps}: go on from state()")
@@ -236,7 +237,7 @@ class StepGraph:
 
     @torch.no_grad()
     def keep(self, rows: Bool[Tensor, " row"]) -> None:
-        """Go on with some of the rows kept until now; results of the others are ignored."""
+        """Continue with some of the kept rows; results of the others are ignored."""
         self._live = self._live[rows]
 
     @torch.no_grad()
@@ -259,7 +260,7 @@ class StepGraph:
         state = HybridState.from_tensors(self._buffers, None, self.model.cfg.n_layers)
         layout = lay_out(self._tokens, state, None, None, "generation", 1, self._rows)
         logits, after = self.model.run_layout(self._tokens, layout, state, logits_to_keep=1)
-        assert after is not None  # of the whole model
+        assert after is not None  # it is None only for a part of a model
         self._logits.copy_(logits[:, -1])
         for name, new in after.tensors().items():
             mine = self._buffers[name]
@@ -270,7 +271,7 @@ class StepGraph:
         self._count.add_(1)
 
     def _require_the_step(self, state: HybridState) -> None:
-        """Refuse a replay that does not do what the step does, as that of an empty graph."""
+        """Raise if a replay differs from the step, as that of an empty graph does."""
         expected, found = (self._changes(state, run) for run in (self._step, self._replay))
         for name, wanted in expected.items():
             bound = REPLAYED.get(wanted.dtype, 0.0)
@@ -279,16 +280,16 @@ class StepGraph:
                 raise RuntimeError(f"a replay of the captured step gives another {name}")
 
     def _changes(self, state: HybridState, run: Step) -> dict[str, Tensor]:
-        """Return what one step from a state gives: logits, and the buffers where it writes."""
+        """Return the results of one step from a state: logits, and the buffers that it writes."""
         self.load(state)
-        self._logits.fill_(torch.finfo(self._logits.dtype).max)  # no logits that a step leaves
+        self._logits.fill_(torch.finfo(self._logits.dtype).max)  # a value that no step leaves
         run()
         first = {n: t[:, :1] if n in self._windows else t for n, t in self._buffers.items()}
         now = {"logits": self._logits, "count of steps": self._count, **first}
         return {name: t.clone() for name, t in now.items()}
 
     def _room_for(self, name: str, shape: Sequence[int], n_steps: int) -> list[int]:
-        """Return the shape of a buffer, with places for all keys that a step sees but its own."""
+        """Return the shape of a buffer, with space for all keys that a step sees except its own."""
         if name not in self._windows:
             return list(shape)
         in_step = self._windows[name]

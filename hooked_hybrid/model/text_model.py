@@ -1,4 +1,4 @@
-"""`TextModel`: text in and out of a network, by TransformerLens's token methods."""
+"""`TextModel`: conversion of text and tokens, with TransformerLens's methods."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ Input = str | Sequence[str] | Sequence[int] | Tensor
 
 
 class TextModel(Network):
-    """A network with a tokenizer: what goes in and comes out as text.
+    """A network with a tokenizer, which converts text to tokens and back.
 
     Args:
         cfg: what the model is.
-        tokenizer: a Hugging Face tokenizer, or a folder that holds one; None for a model that takes
+        tokenizer: a Hugging Face tokenizer, or a folder with one; None for a model that accepts
             tokens only.
         device, dtype: of the parameters.
     """
@@ -92,19 +92,19 @@ class TextModel(Network):
 
         Args:
             input: a text or several.
-            prepend_bos: None: what the tokenizer itself puts around a text, BOS and EOS; True:
-                with BOS in front in any case; False: the text's tokens alone. A text that begins
-                with BOS gets no second one, which transformers would give it.
+            prepend_bos: None: the tokenizer's own BOS and EOS; True: always with BOS in front;
+                False: only the text's tokens. A text that begins with BOS gets no second one
+                (transformers would add it).
             padding_side: "left" or "right".
             move_to_device: to the model's device; else they are on the CPU.
-            truncate: cut each text at `cfg.n_ctx` tokens before it is padded: at the tokenizer's
-                `truncation_side`, the right unless it says so; BOS and EOS stay.
-            return_mask: return (tokens, mask), the mask [batch pos] 1 at tokens and 0 at padding:
-                what the model and `generate` take as `attention_mask`.
+            truncate: cut each text to `cfg.n_ctx` tokens before padding, on the tokenizer's
+                `truncation_side`, by default the right; BOS and EOS are kept.
+            return_mask: return (tokens, mask) with the mask [batch pos], 1 at tokens and 0 at
+                padding, for the `attention_mask` of the model and of `generate`.
 
         Raises:
-            ValueError: texts without a token, or padded ones without a mask where padding could
-                not be told from text: no padding token, or one that is BOS or EOS too.
+            ValueError: texts without a token; or padded ones without a mask, if padding could not
+                be distinguished from text, as there is no padding token or it is also BOS or EOS.
         """
         tokens, mask = self._encoded(input, prepend_bos, padding_side or "right", cut=truncate)
         if not return_mask and not self.text.shows_padding and not bool(mask.all()):
@@ -117,11 +117,10 @@ class TextModel(Network):
         return (tokens.to(device), mask.to(device)) if return_mask else tokens.to(device)
 
     def get_attention_mask(self, tokens: Int[Tensor, "batch pos"]) -> Int[Tensor, "batch pos"]:
-        """Return what the model reads of tokens that come without a mask: 1, and 0 at padding.
+        """Return the mask that the model uses for tokens without one: 1, and 0 at padding.
 
-        Padding are the padding tokens that a row begins or ends with. A model without a tokenizer,
-        or whose tokenizer has no padding token, takes all tokens as text, and so does a batch of
-        one token a row.
+        Padding is the padding tokens at the beginning or end of a row. All tokens count as text if
+        the model has no tokenizer, the tokenizer has no padding token, or rows have one token.
 
         Raises:
             ValueError: padding that cannot be distinguished from text.
@@ -141,9 +140,9 @@ class TextModel(Network):
     ) -> list[str] | list[list[str]]:
         """Return each token of a text, or of a row of tokens, as a string.
 
-        A token reads as within a text: the blank in front of it is there, at the beginning of a
-        text too. Of tokens that share a character the last one gets it, those before it are
-        U+FFFD. Several texts give a list for each.
+        Each token is decoded as within a text: a blank before it is kept, also at the beginning of
+            a text. If tokens share a character, the last one has it, and those before it are
+            U+FFFD. Several texts give a list each.
 
         Raises:
             ValueError: `prepend_bos=True` with tokens.
@@ -156,7 +155,7 @@ class TextModel(Network):
         return self.text.strings(self._row(input, prepend_bos).tolist())
 
     def _row(self, input: Any, prepend_bos: bool | None) -> Int[Tensor, " pos"]:
-        """Return one row of tokens, of a text or as they came."""
+        """Return one row of tokens, from a text or from tokens."""
         if isinstance(input, str):
             return self.to_tokens(input, prepend_bos)[0]
         refuse_text_options(prepend_bos, None)
@@ -166,7 +165,7 @@ class TextModel(Network):
         return tokens.reshape(-1)
 
     def to_single_token(self, string: str) -> int:
-        """Return the token that a string is.
+        """Return the id of a string that is a single token.
 
         Raises:
             ValueError: it is several tokens, or none.
@@ -178,7 +177,7 @@ class TextModel(Network):
         return ids[0]
 
     def to_single_str_token(self, int_token: int) -> str:
-        """Return the string of one token, a blank in front of it kept."""
+        """Return the string of one token, with a blank before it kept."""
         return self.text.strings([int_token])[0]
 
     def get_token_position(
@@ -188,10 +187,10 @@ class TextModel(Network):
         mode: Literal["first", "last"] = "first",
         prepend_bos: bool | None = None,
     ) -> int:
-        """Return where a token first (or last) stands in a text or a row of tokens.
+        """Return the first (or last) position of a token in a text or a row of tokens.
 
         Raises:
-            ValueError: it does not stand there, `mode` is neither, or `prepend_bos=True` with
+            ValueError: the token is not there, `mode` is neither, or `prepend_bos=True` with
                 tokens.
         """
         check_choice("mode", mode, ("first", "last"))
@@ -201,13 +200,13 @@ class TextModel(Network):
         )
         found = (tokens == token).nonzero()[:, 0].tolist()
         if not found:
-            raise ValueError(f"token {token} ({single_token!r}) does not stand in the input")
+            raise ValueError(f"token {token} ({single_token!r}) is not in the input")
         return int(found[0] if mode == "first" else found[-1])
 
     def tokens_to_residual_directions(
         self, tokens: str | int | Int[Tensor, ...]
     ) -> Float[Tensor, "... d_model"]:
-        """Return the unembedding vector of each token: what raises its logit, before `ln_final`."""
+        """Return the unembedding vector of each token, the direction that raises its logit."""
         if isinstance(tokens, str):
             tokens = self.to_single_token(tokens)
         return self.W_U.T[torch.as_tensor(tokens, device=self.device)]
@@ -217,8 +216,8 @@ class TextModel(Network):
     ) -> Tokens:
         """Return the tokens [1 pos] of a conversation, as the model was trained to read it.
 
-        All of them, also beyond `cfg.n_ctx`: cut, it would lose what the model is to answer. What
-        the template writes is all there is: no second BOS.
+        Nothing is cut at `cfg.n_ctx`, as that would lose the question to answer. Nothing is added
+        to the template's text, so there is no second BOS.
 
         Args:
             messages: each with a "role" and a "content".
@@ -230,8 +229,8 @@ class TextModel(Network):
         """
         template = getattr(self.text.tokenizer, "apply_chat_template", None)
         if template is None:
-            raise ValueError("this tokenizer has no chat template: load one that has")
-        from hooked_hybrid.text.chat import checked_conversation  # brings `jinja2`
+            raise ValueError("this tokenizer has no chat template: load one with a template")
+        from hooked_hybrid.text.chat import checked_conversation  # imports `jinja2`
 
         said = checked_conversation(messages)
         text = template(said, add_generation_prompt=add_generation_prompt, tokenize=False)
@@ -246,8 +245,8 @@ class TextModel(Network):
     ) -> tuple[Tensor, Tensor | None]:
         """Return the padded tokens of one or several texts, and their mask if any is padded.
 
-        A text that continues a state gets no BOS by default, nor what else a tokenizer puts
-        around texts.
+        A text that continues a state gets no BOS by default, and none of the tokenizer's other
+        special tokens.
 
         Raises:
             ValueError: a text of more than `cfg.n_ctx` tokens.
@@ -277,12 +276,12 @@ class TextModel(Network):
 
 
 def is_texts(input: Any) -> bool:
-    """Whether an input is a list that begins with a text."""
+    """Whether an input is a list whose first entry is a text."""
     return isinstance(input, (list, tuple)) and bool(input) and isinstance(input[0], str)
 
 
 def checked_tokens(model: TextModel, tokens: Any) -> Tensor:
-    """Return token ids [batch pos] on the model's device, whatever is padding among them.
+    """Return token ids [batch pos] on the model's device, without looking for padding.
 
     Raises:
         ValueError: not integers, not one or two axes, empty, or outside the vocabulary.
@@ -298,8 +297,8 @@ def checked_batch(
 ) -> tuple[Tensor, Tensor | None]:
     """Return token ids [batch pos] on the model's device and their mask.
 
-    Where neither mask nor segments are given, and the model's tokenizer has a padding token,
-    rows that begin or end with it are padded there; see `padding.mask_of`.
+    Without a mask and segments, if the model's tokenizer has a padding token, rows that begin or
+    end with it are padded there; see `padding.mask_of`.
 
     Raises:
         ValueError: as `checked_tokens`, and padding that cannot be distinguished from text.
@@ -314,7 +313,7 @@ def _checked(model: TextModel, tokens: Any, knows_padding: bool) -> tuple[Tensor
     if isinstance(tokens, list | tuple) and any(isinstance(entry, str) for entry in tokens):
         raise ValueError("the input holds texts and others: give texts, or tokens [batch pos]")
     try:
-        if not isinstance(tokens, Tensor):  # which a default device of torch's would move
+        if not isinstance(tokens, Tensor):  # torch's default device would move it
             tokens = torch.as_tensor(tokens, device="cpu")
     except (RuntimeError, TypeError, ValueError) as error:
         raise ValueError(

@@ -1,1 +1,1 @@
-"""Folders and files of results: claimed, written whole, and read as data."""
+"""Folders and files of results: locking folders, writing files atomically, reading safely."""

@@ -1,4 +1,4 @@
-"""The commit of the code that runs, where it runs from a checkout."""
+"""The commit of the running code, if it runs from a checkout."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from functools import cache
 from pathlib import Path
 
 UNKNOWN = "unknown"
-"""Of installed code, which its version identifies."""
+"""The commit of installed code, which is identified by its version."""
 _PACKAGES = (":/hooked_hybrid", ":/weights_conversion")
 
 
 @cache
 def commit() -> str:
-    """Return the commit at the first call, with a plus where the packages' files differ from it.
+    """Return the commit at the first call, with a plus if the packages' files differ from it.
 
-    A run goes on with the code it began with. `UNKNOWN` without git, or where these files are not
-    its own: a package that is installed inside another project's checkout is of no commit of that.
+    A run keeps the code that it began with. `UNKNOWN` without git, or if these files do not belong
+    to the repository, as for a package that is installed inside another project's checkout.
     """
 
     def git(*words: str) -> str:

@@ -1,4 +1,4 @@
-"""Figures that belong to no window, and their files."""
+"""Figures without a window, and their files."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ if TYPE_CHECKING:
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """Return a figure of so many inches that belongs to no window.
+    """Return a figure of a size in inches, without a window.
 
     Raises:
-        ImportError: matplotlib is not installed; the message names the extra that brings it.
+        ImportError: matplotlib is not installed; the message names the extra that installs it.
     """
     require("matplotlib")
     from matplotlib.figure import Figure
@@ -32,7 +32,7 @@ def save_figure(figure: Figure, path_without_suffix: str | Path) -> list[Path]:
     for kind in ("png", "pdf"):
         paths.append(base.with_name(f"{base.name}.{kind}"))
         stamp = {"CreationDate": None} if kind == "pdf" else None
-        drawn = io.BytesIO()  # on a full disk matplotlib hides the error behind one of its own
+        drawn = io.BytesIO()  # on a full disk matplotlib would raise a misleading error
         figure.savefig(drawn, format=kind, dpi=150, metadata=stamp)
         with replacing(paths[-1]) as temporary:
             temporary.write_bytes(drawn.getvalue())

@@ -1,7 +1,7 @@
-"""A folder of results: one run at a time in it, and every file in it whole or not there.
+"""A folder of results, in which one run writes at a time, and files are written atomically.
 
-The lock is the operating system's and dies with its process, however that ends: a lock file that is
-left behind does not block. Its text is informational.
+The operating system releases the lock when its process ends, in any way: a stale lock file does not
+block. The text in it is informational.
 """
 
 from __future__ import annotations
@@ -36,33 +36,33 @@ from hooked_hybrid.outputs.whole_files import (
 
 LOCK = ".hooked-hybrid.lock"
 WAIT = 0.5
-"""Seconds after which a folder that another run holds is given up."""
+"""Seconds to wait for a folder that another run holds."""
 _NOT_THROUGH = getattr(os, "O_NOFOLLOW", 0)
 _NO_LOCKS = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK}
 
 
 class FolderInUseError(OSError):
-    """Another run writes into the folder."""
+    """Another run is writing to the folder."""
 
 
 @contextmanager
 def claimed(folder: Path, resume: bool) -> Iterator[None]:
-    """Hold a folder for a run that writes its results there.
+    """Lock a folder for a run that writes its results there.
 
-    The same thread may claim it again on the way: whoever writes claims, whoever runs several
-    writers claims for all of them.
+    The same thread may claim it again: every function that writes claims the folder, and a function
+    that calls several of these claims it for all of them.
 
     Args:
-        folder: made if there is none; what was made and is empty in the end is removed again.
+        folder: created if missing; if it was created and is empty at the end, it is removed.
         resume: whether the folder may hold results already.
 
     Raises:
-        FolderInUseError: another run holds it; the message says which.
-        FileExistsError: it holds something, and `resume` is false.
-        OSError: it cannot be made or written, or a link inside a folder of results leads to it.
+        FolderInUseError: another run holds it; the message names the run.
+        FileExistsError: it is not empty, and `resume` is false.
+        OSError: it cannot be created or written, or a link inside a folder of results leads to it.
 
     Warns:
-        UserWarning: the file system has no locks, so that another run would not be noticed.
+        UserWarning: the file system has no locks, so another run would not be noticed.
     """
     refuse_linked_below_held(folder)
     missing = [path for path in (folder, *folder.parents) if not _exists(path)]
@@ -83,11 +83,11 @@ def claimed(folder: Path, resume: bool) -> Iterator[None]:
 
 
 def holds_results(folder: Path, begun: Collection[Path] = ()) -> bool:
-    """Return whether a folder holds anything but a lock and files that were never finished.
+    """Return whether a folder holds anything except a lock and unfinished files.
 
     Args:
-        folder: of results, or to be.
-        begun: further files that were never finished.
+        folder: a folder of results, or one to be created.
+        begun: further unfinished files.
     """
     return folder.is_dir() and any(
         path.name != LOCK and not UNFINISHED.fullmatch(path.name) and path not in begun
@@ -96,9 +96,9 @@ def holds_results(folder: Path, begun: Collection[Path] = ()) -> bool:
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Remove what killed runs began to write; only for who holds the folder.
+    """Remove unfinished files of killed runs; the caller must hold the folder.
 
-    Folders in it are looked through too, but for those that another run holds.
+    Its subfolders are cleaned too, except those that another run holds.
     """
     inner = (path for path in folder.iterdir() if path.is_dir() and not path.is_symlink())
     for place in (folder, *(path for path in inner if not (path / LOCK).exists())):
@@ -109,7 +109,7 @@ def remove_unfinished(folder: Path) -> None:
 
 @contextmanager
 def _lock(folder: Path) -> Iterator[None]:
-    """Hold the folder's lock; nothing to do where this thread holds it already."""
+    """Hold the folder's lock; nothing is done if this thread already holds it."""
     place, me = folder.resolve(), (os.getpid(), get_ident())
     if HELD.get(place) == me:
         yield
@@ -122,7 +122,7 @@ def _lock(folder: Path) -> Iterator[None]:
             _write_over(place / LOCK, json.dumps(_holder()))
         yield
     finally:
-        if os.getpid() == me[0]:  # a fork that ends here holds nothing that it could release
+        if os.getpid() == me[0]:  # a forked process has no lock to release
             HELD.pop(place, None)
             with suppress(OSError):  # before the release: afterwards it may be another run's
                 (place / LOCK).unlink(missing_ok=True)
@@ -131,7 +131,7 @@ def _lock(folder: Path) -> Iterator[None]:
 
 
 def _refuse_other_lock(path: Path) -> None:
-    """Refuse a lock that is not a file of its own: what is written to it would go elsewhere."""
+    """Refuse a lock that is not a plain file, as a write to it would go elsewhere."""
     with suppress(FileNotFoundError):
         about = path.lstat()
         if not stat.S_ISREG(about.st_mode) or about.st_nlink > 1:
@@ -142,18 +142,18 @@ def _refuse_other_lock(path: Path) -> None:
 
 
 def _write_over(path: Path, text: str) -> None:
-    """Write to a file, and to nothing that a link of its name points to."""
+    """Write to a file, without following a link of its name."""
     descriptor = os.open(path, os.O_CREAT | os.O_WRONLY | os.O_TRUNC | _NOT_THROUGH, 0o666)
     with open(descriptor, "w", encoding="utf-8") as file:
         file.write(text)
 
 
 def _acquire(path: Path, folder: Path) -> BaseFileLock | None:
-    """Return the lock, held; None where the file system has none, after a warning."""
+    """Return the acquired lock; None, with a warning, if the file system has no locks."""
     while True:
         lock: BaseFileLock = FileLock(path, timeout=WAIT)
         try:
-            with warnings.catch_warnings():  # it would tell of a fallback, which is not used
+            with warnings.catch_warnings():  # it would warn of a fallback that is not used
                 warnings.simplefilter("ignore")
                 lock.acquire(poll_interval=WAIT / 10)
         except Timeout:
@@ -162,7 +162,7 @@ def _acquire(path: Path, folder: Path) -> BaseFileLock | None:
             if error.errno not in _NO_LOCKS:
                 raise
             return _warn_of(folder)
-        if isinstance(lock, SoftFileLock):  # a mere file: it would outlive a killed process
+        if isinstance(lock, SoftFileLock):  # only a file, which would outlive a killed process
             lock.release()
             return _warn_of(folder)
         if path.exists():  # else its last holder removed it while we waited
@@ -171,7 +171,7 @@ def _acquire(path: Path, folder: Path) -> BaseFileLock | None:
 
 
 def _warn_of(folder: Path) -> BaseFileLock | None:
-    """Say that there are no locks; return that there is none."""
+    """Warn that the file system has no locks, and return None."""
     warnings.warn(
         f"{folder} is on a file system without locks: a second run there would not be noticed, so "
         "start none",
@@ -205,12 +205,12 @@ def _in_use(path: Path, folder: Path) -> str:
 def _exists(path: Path) -> bool:
     try:
         return path.exists()
-    except OSError:  # such as a name that is too long: making it says so
+    except OSError:  # such as a name that is too long; creating it raises then
         return False
 
 
 def _remove_empty(folders: list[Path]) -> None:
-    """Remove folders from the innermost up, as far as they are empty."""
+    """Remove empty folders, from the innermost up."""
     with suppress(OSError):
         for folder in folders:
             folder.rmdir()

@@ -1,7 +1,7 @@
-"""What others wrote, taken as data.
+"""Safe reading of files that others wrote.
 
-Plain files of a bounded size, JSON of a bounded depth, text that a terminal shows and does not
-obey: whatever reads a file, an index or a lock that may come from someone else reads it by these.
+Files must be plain and of bounded size, JSON of bounded depth, and text is escaped so that a
+terminal does not interpret it. All files that may come from someone else are read by these.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 LARGEST_SMALL, LARGEST_JSON, LARGEST_RESULTS = 2**20, 2**23, 2**28
-"""Bytes of a config, of an index, and of results, which grow with what was run."""
+"""Largest bytes of a config, of an index, and of results, which grow with the run."""
 DEEPEST = 100
-"""Levels of a JSON value; ours have ten, and what walks through one calls itself once a level."""
+"""Largest depth of a JSON value; ours have ten levels, and reading recurses once a level."""
 
 _HIDDEN = [*range(0x00, 0x09), *range(0x0B, 0x20), *range(0x7F, 0xA0), 0x200E, 0x200F]
 _HIDDEN += [*range(0x2028, 0x202F), *range(0x2066, 0x206A), 0xFEFF]
@@ -23,26 +23,26 @@ _SHOWN = {code: f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}" for code in
 
 
 def printable(text: object) -> str:
-    """Return text with everything escaped that a terminal would obey instead of showing it.
+    """Return text with everything escaped that a terminal would interpret instead of show.
 
-    These are control characters but for line feed and tab, what changes the direction of writing,
-    separators of lines, and halves of surrogate pairs, which cannot be printed at all.
+    These are control characters except line feed and tab, changes of the writing direction, line
+    separators, and halves of surrogate pairs, which cannot be printed.
     """
     shown = str(text).translate(_SHOWN)
     return shown if shown.isascii() else shown.encode("utf-8", "backslashreplace").decode()
 
 
 def one_line(text: object, most: int = 200) -> str:
-    """Return text of others on one line, cut where it is longer than so many characters."""
+    """Return foreign text on one line, cut to at most `most` characters."""
     shown = " ".join(printable(str(text)[: 4 * most]).split())
     return shown if len(shown) <= most else f"{shown[: most - 3]}..."
 
 
 def require_plain_file(path: Path, largest: int | None = None) -> int:
-    """Return the bytes of a file, after it is known to be one.
+    """Return the bytes of a file, after checking that it is a plain file.
 
     Raises:
-        FileNotFoundError: there is none.
+        FileNotFoundError: it does not exist.
         ValueError: a pipe, a device or a folder, or larger than `largest` bytes.
     """
     about = path.stat()
@@ -57,13 +57,13 @@ def require_plain_file(path: Path, largest: int | None = None) -> int:
 
 
 def refuse_link(*paths: Path) -> None:
-    """Refuse a link where this library writes: what it points to lies elsewhere.
+    """Refuse a link where this library writes, as its target is elsewhere.
 
     Raises:
         OSError: one of the paths is a link.
     """
     for path in paths:
-        if os.path.islink(path):  # of a name that is too long it says no
+        if os.path.islink(path):  # False for a name that is too long
             raise OSError(
                 f"{printable(path)} is a link, to {one_line(os.readlink(path))!a}: files of "
                 "results are not read or written through links, put the real ones there"
@@ -71,24 +71,24 @@ def refuse_link(*paths: Path) -> None:
 
 
 def require_safetensors(path: Path) -> None:
-    """Refuse what the safetensors library would wait for, or take much more memory for than it has.
+    """Refuse files that the safetensors library would wait for, or need far too much memory for.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: no plain file, or a header larger than `LARGEST_JSON` bytes.
+        ValueError: not a plain file, or a header larger than `LARGEST_JSON` bytes.
     """
     size = require_plain_file(path)
     with path.open("rb") as file:
         n_bytes = int.from_bytes(file.read(8), "little")
-    if LARGEST_JSON < n_bytes < size:  # a header beyond its end is for the library to say
+    if LARGEST_JSON < n_bytes < size:  # the library reports a header beyond the end
         raise ValueError(
             f"{printable(path)} has a header of {n_bytes:,} bytes, more than {LARGEST_JSON:,}: "
-            "none of ours and no model's has"
+            "which no file of this library or of a model has"
         )
 
 
 def bare_name(name: object) -> bool:
-    """Return whether a value names a file of a folder, and none elsewhere."""
+    """Return whether a value is the name of a file in a folder, not a path elsewhere."""
     return isinstance(name, str) and name not in ("", ".", "..") and not set(name) & set("/\\\0")
 
 
@@ -96,11 +96,11 @@ def parse_json(text: str | bytes, where: object) -> Any:
     """Return the value of a JSON text.
 
     Args:
-        text: of a size that was looked at.
-        where: it stands, for the message.
+        text: of a size that was checked.
+        where: its location, for the message.
 
     Raises:
-        ValueError: no UTF-8, no JSON, or deeper than `DEEPEST` levels.
+        ValueError: not UTF-8, not JSON, or deeper than `DEEPEST` levels.
     """
     try:
         value = json.loads(text.decode("utf-8") if isinstance(text, bytes) else text)
@@ -127,17 +127,17 @@ def _is_deeper(value: Any, levels: int) -> bool:
 
 
 def read_json(path: Path, largest: int = LARGEST_JSON, may_be_pipe: bool = False) -> Any:
-    """Return the value that a JSON file holds.
+    """Return the value in a JSON file.
 
     Args:
         path: of the file.
-        largest: bytes that are read at most.
-        may_be_pipe: whether a user typed the path, which may be `<(a command)`; what is found in a
-            folder is not a pipe.
+        largest: the most bytes to read.
+        may_be_pipe: whether a user typed the path, which may be `<(a command)`; files found in a
+            folder must not be pipes.
 
     Raises:
         OSError: it cannot be read.
-        ValueError: no plain file, larger than `largest` bytes, no UTF-8, no JSON, or too deep.
+        ValueError: not a plain file, larger than `largest` bytes, not UTF-8, not JSON, or too deep.
     """
     if not (may_be_pipe and path.is_fifo()):
         require_plain_file(path, largest)

@@ -1,4 +1,4 @@
-"""Tables as files: texts of a model or of others stay texts, whoever opens the file."""
+"""Tables as files, in which foreign text stays text in every program that opens them."""
 
 from __future__ import annotations
 
@@ -21,24 +21,26 @@ _TAG = re.compile(r"<(?!br>)(?=[A-Za-z/!?])")
 
 
 def write_csv(table: pd.DataFrame, path: Path) -> None:
-    """Write a table, whole or not at all, such that a spreadsheet takes no text for a formula.
+    """Write a table atomically, such that a spreadsheet does not read any text as a formula.
 
     A text that begins with `=`, `+`, `-`, `@`, a tab or a return, and is not a number, gets a `'`
-    in front; so does one that begins so after some `'`. `read_csv` takes it away again.
+    in front; so does one that begins so after one or more `'`. `read_csv` removes it.
     """
     shown = table.map(_quote)
     has_return = bool(shown.map(lambda v: isinstance(v, str) and "\r" in v).any(axis=None))
-    quoting = csv.QUOTE_NONNUMERIC if has_return else csv.QUOTE_MINIMAL  # a return ends a row, bare
+    quoting = (
+        csv.QUOTE_NONNUMERIC if has_return else csv.QUOTE_MINIMAL
+    )  # an unquoted return ends a row
     with replacing(path) as temporary:
         shown.to_csv(temporary, index=False, quoting=quoting)
 
 
 def read_csv(path: str | PathLike[str], texts: tuple[str, ...] = ("output",)) -> pd.DataFrame:
-    """Return a table that `write_csv` wrote, or an earlier version of this library.
+    """Return a table that `write_csv`, or an earlier version of this library, wrote.
 
     Args:
         path: of the file.
-        texts: columns in which every value is a text, "NA" and "" too.
+        texts: columns in which every value is a text, including "NA" and "".
     """
     require("pandas")
     import pandas as pd
@@ -51,7 +53,7 @@ def read_csv(path: str | PathLike[str], texts: tuple[str, ...] = ("output",)) ->
 
 
 def markdown_cell(value: object) -> str:
-    """Return a value as a cell of a Markdown table: no HTML but `<br>`, no picture, one line."""
+    """Return a value as a cell of a Markdown table: one line, without HTML except `<br>`."""
     text = printable(value).replace("|", "\\|").replace("![", "!\\[")
     return _TAG.sub("&lt;", " ".join(text.splitlines()))
 

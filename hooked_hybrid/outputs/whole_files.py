@@ -1,4 +1,4 @@
-"""Files that are whole or not there: written under a random name, then renamed."""
+"""Atomic writing of files: under a random name, which is then changed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 from hooked_hybrid.outputs.foreign import refuse_link
 
 UNFINISHED = re.compile(r"\..+\.\d+(\.[0-9a-f]{16})?\.tmp(-journal)?")
-"""Names of files that are being written; earlier versions put no random part into them."""
+"""Names of unfinished files; those of earlier versions have no random part."""
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 _CLOSED = {errno.EROFS, errno.EACCES, errno.EPERM}
 _GO_ON = "then go on (--resume, if there is one)"
@@ -24,15 +24,15 @@ _NEW = os.O_CREAT | os.O_EXCL | os.O_WRONLY | getattr(os, "O_NOFOLLOW", 0)
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Give a name to write to that becomes `path` when all went well, and is removed otherwise.
+    """Yield a temporary path to write to; it is renamed to `path`, or removed after an error.
 
-    Under that name is a new, empty file: what others left under a name like it, such as a link, is
-    not written to. The file is on the disk before it gets its name, so that a cut of power leaves
-    the old one or the new one.
+    The temporary file is new and empty, so an existing link of a similar name is never written to.
+    The file is on the disk before it is renamed, so that a power failure leaves the old or the new
+    file.
 
     Raises:
-        OSError: it cannot be written; the message says why and what to do. One that names a file
-            elsewhere, such as one that was to be read, passes as it is.
+        OSError: it cannot be written; the message states the reason and the remedy. An error that
+            names a file elsewhere, such as one to be read, is raised unchanged.
     """
     temporary = unfinished_name(path)
     try:
@@ -57,7 +57,7 @@ def refuse_linked_below_held(folder: Path) -> None:
     """Refuse a folder that a link inside a folder of results leads to, out of it.
 
     Raises:
-        OSError: there is such a link.
+        OSError: such a link exists.
     """
     for path in (folder, *folder.parents):
         if os.path.islink(path) and any(above.resolve() in HELD for above in path.parents):
@@ -65,17 +65,17 @@ def refuse_linked_below_held(folder: Path) -> None:
 
 
 def unfinished_name(path: Path) -> Path:
-    """Return a name in a path's folder that `UNFINISHED` matches and no file has."""
+    """Return an unused name in a path's folder that `UNFINISHED` matches."""
     return path.with_name(f".{path.name}.{os.getpid()}.{os.urandom(8).hex()}.tmp")
 
 
 def unwritten(path: Path, error: OSError, kept: str = "") -> OSError:
-    """Return an error that says what could not be written, why, and what to do about it.
+    """Return an error that states the file that was not written, the reason and the remedy.
 
     Args:
-        path: that could not be written.
-        error: of the system; one with the same text already is returned as it is.
-        kept: what there is nevertheless.
+        path: the file that could not be written.
+        error: from the system; one that already has this text is returned unchanged.
+        kept: a phrase on what exists nevertheless.
     """
     if error.errno is None:
         return error
@@ -103,7 +103,7 @@ def _is_elsewhere(error: OSError, path: Path) -> bool:
 
 
 def _to_disk(path: Path) -> None:
-    # Windows can do this only with what is open to be written.
+    # On Windows the file must be open for writing.
     descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
     try:
         os.fsync(descriptor)

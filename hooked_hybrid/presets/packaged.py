@@ -6,6 +6,6 @@ from pathlib import Path
 
 
 def packaged_models() -> dict[str, Path]:
-    """Return the folder of each packaged model, by the name `from_pretrained` takes."""
+    """Return the folder of each packaged model, by its name for `from_pretrained`."""
     beside = Path(__file__).parent
     return {config.parent.name: config.parent for config in sorted(beside.glob("*/config.json"))}

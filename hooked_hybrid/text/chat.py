@@ -1,4 +1,4 @@
-"""Chat templates, rendered as transformers renders them, in a sandbox with bounds."""
+"""Chat templates, rendered as by transformers, in a sandbox with limits."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ def checked_conversation(messages: Any) -> list[dict[str, Any]]:
     """Return the messages of one conversation as a list.
 
     Raises:
-        ValueError: none, several conversations, or a message that is not an object with a role. A
-            template writes nothing in place of what it does not find.
+        ValueError: no message, several conversations, or a message that is not an object with a
+            role. A template would silently write nothing for a missing entry.
     """
     is_one = not isinstance(messages, str | Mapping)
     found = list(messages) if is_one else []
@@ -61,10 +61,10 @@ def checked_conversation(messages: Any) -> list[dict[str, Any]]:
 
 
 def refuse_unread(template: str, variables: Mapping[str, Any]) -> None:
-    """Refuse variables that a template does not read: they would change nothing.
+    """Refuse variables that a template does not read, as they would have no effect.
 
     Raises:
-        ValueError: it names them, and what the template reads.
+        ValueError: names them, and the variables that the template reads.
     """
     given = {name: value for name, value in variables.items() if is_given(value)}
     if not given:
@@ -72,7 +72,7 @@ def refuse_unread(template: str, variables: Mapping[str, Any]) -> None:
     try:
         read = meta.find_undeclared_variables(_environment().parse(template))
     except (jinja2.TemplateError, RecursionError):
-        return  # said when it is rendered
+        return  # rendering reports the error
     unread = {name: value for name, value in given.items() if name not in read}
     refuse_ignored(f"the chat template reads {', '.join(sorted(read))}", **unread)
 
@@ -81,13 +81,13 @@ def render_chat(template: str, **variables: Any) -> str:
     """Return the text of a conversation.
 
     Args:
-        template: Jinja source, as checkpoints bring it.
+        template: Jinja source, as in a checkpoint.
         variables: `messages`, `add_generation_prompt`, special tokens, and others it may read;
             `tools` and `documents` are None unless given.
 
     Raises:
-        ValueError: the template refuses the conversation, fails on it, reaches for what it may not,
-            or goes beyond the bounds of `chat_bounds`.
+        ValueError: the template refuses the conversation, fails on it, accesses something
+            forbidden, or exceeds the limits of `chat_bounds`.
     """
     environment = _environment()
     try:
@@ -97,13 +97,13 @@ def render_chat(template: str, **variables: Any) -> str:
     except (jinja2.TemplateError, BoundsError) as error:
         said = one_line(error, 1000)
         raise ValueError(f"the chat template refuses this conversation: {said}") from error
-    except Exception as error:  # it may do to a conversation what Python refuses in any way
+    except Exception as error:  # a template may raise any error
         said = f"{type(error).__name__}: {one_line(error)}"
         raise ValueError(f"the chat template fails on this conversation: {said}") from error
 
 
 def _environment() -> BoundedEnvironment:
-    """Return the sandbox, with what transformers gives templates."""
+    """Return the sandbox, with the functions that transformers provides to templates."""
     environment = BoundedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _Generation]
     )
@@ -120,7 +120,7 @@ def _to_json(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    """Return JSON as it stands, where jinja2's own filter would escape it for HTML."""
+    """Return JSON without the HTML escapes of jinja2's own filter."""
     return json.dumps(
         value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
     )

@@ -1,8 +1,8 @@
-"""Bounds on what a template of others may take: steps, seconds, and the size of every value.
+"""Limits on foreign templates: steps, seconds, and the size of every value.
 
-jinja2's sandbox keeps a template from other objects, but not from endless loops or texts
-that fill the memory. Here each turn of a loop and each call is a step, and no text, list or number
-that an operator, a filter or a call makes is larger than any conversation's.
+jinja2's sandbox prevents access to other objects, but not endless loops or texts that fill the
+memory. Here each iteration of a loop and each call is a step, and every text, list or number that
+an operator, a filter or a call makes has a limited size, larger than any conversation needs.
 """
 
 from __future__ import annotations
@@ -18,27 +18,27 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 STEPS, SECONDS = 300_000, 20.0
 LARGEST = 2**24
-"""Characters of a text, entries of a value with all that is in it; of one number, bits."""
+"""Characters of a text, entries of a nested value, bits of a number."""
 WIDEST = 10**5
-"""The largest number that a call or a filter is given: a width, a count."""
+"""The largest number as an argument of a call or a filter, such as a width."""
 _WIDE = re.compile(r"[{%][^{}%]*?(\d{6}|\*)")
 _MULTIPLY = frozenset("replace join indent expandtabs translate ljust rjust center zfill".split())
-"""Methods and filters that make a text as large as the product of what they are given."""
+"""Methods and filters whose result may be as large as the product of their arguments."""
 
 
 class BoundsError(Exception):
-    """A template uses more than any conversation needs."""
+    """A template exceeds a limit."""
 
 
 class BoundedEnvironment(ImmutableSandboxedEnvironment):
-    """A sandbox for one rendering: the steps of all that it renders are counted together."""
+    """A sandbox for one rendering, which counts its steps."""
 
     intercepted_binops = frozenset(["+", "*", "**", "%"])
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options, finalize=self._sized)
         self.steps, self.until = STEPS, time.monotonic() + SECONDS
-        self.globals.pop("lipsum", None)  # text without end, of which no conversation is made
+        self.globals.pop("lipsum", None)  # unlimited text, which no conversation needs
         self.filters = {name: self.bounded(filter_) for name, filter_ in self.filters.items()}
         self.filters["_counted"], self.filters["_sized"] = self._counted, self._sized
 
@@ -46,14 +46,14 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         """Count a step.
 
         Raises:
-            BoundsError: there were too many, or they took too long.
+            BoundsError: too many steps, or too much time.
         """
         self.steps -= 1
         if self.steps < 0 or time.monotonic() > self.until:
             raise BoundsError(f"it takes more than {STEPS:,} steps or {SECONDS:g} seconds")
 
     def joined(self, pieces: Iterable[str]) -> str:
-        """Return one text of pieces, as long as it is not too long."""
+        """Return the joined pieces, after checking the length."""
         found, size = [], 0
         for piece in pieces:
             found.append(piece)
@@ -63,7 +63,7 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         return "".join(found)
 
     def bounded(self, filter_: Callable[..., Any]) -> Callable[..., Any]:
-        """Return a filter whose arguments and result have bounded sizes."""
+        """Return a filter that checks the sizes of its arguments and result."""
 
         @wraps(filter_)
         def filtered(*args: Any, **kwargs: Any) -> Any:
@@ -93,7 +93,7 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         return wrapped
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-        """Return what an operator makes of two values of bounded size."""
+        """Return the result of an operator on two values of limited size."""
         self.step()
         self._check_sizes(left, right)
         if operator in ("*", "**") and isinstance(left, int) and isinstance(right, int):
@@ -109,7 +109,7 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         return self._sized(super().call_binop(context, operator, left, right))
 
     def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
-        """Return a template's tree, in which loops count and joined texts are looked at."""
+        """Return a template's tree, in which loops are counted and joined texts are checked."""
         tree = super()._parse(source, name, filename)
         for loop in list(tree.find_all(nodes.For)):
             loop.iter = _through("_counted", loop.iter)
@@ -134,7 +134,7 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
             yield value
 
     def _sized(self, value: Any) -> Any:
-        """Return a value as it is; raise an error where it is larger than any conversation."""
+        """Return the value, or raise an error if it is too large."""
         if isinstance(value, str):
             if len(value) > LARGEST:
                 raise _too_large()
@@ -144,7 +144,7 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
 
 
 def _count(value: Any) -> None:
-    """Count what is in a value and in what is in it, however often it is the same."""
+    """Count the entries of a nested value, repeated objects included."""
     left, waiting = LARGEST // 16, [value]
     while waiting:
         one = waiting.pop()
@@ -167,7 +167,7 @@ def _through(name: str, node: Any) -> nodes.Filter:
 
 
 def _wrap_concatenations(node: nodes.Node) -> None:
-    """Put every `~` of a tree through the look at sizes."""
+    """Wrap every `~` of a tree in the check of sizes."""
     for field, value in node.iter_fields():
         if isinstance(value, list):
             value[:] = [_wrap(one) for one in value]

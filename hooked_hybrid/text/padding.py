@@ -1,4 +1,4 @@
-"""Which tokens of a batch are padding, if no mask is given."""
+"""Recognising the padding of a batch without a mask."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ _REMEDY = (
 
 
 def may_hold_padding(tokens: Int[Tensor, "batch pos"], text: Text) -> Bool[Tensor, ""] | None:
-    """Return whether rows begin or end as padded ones do, on the tokens' device.
+    """Return whether rows begin or end like padded ones, as a tensor on the tokens' device.
 
-    None if there is nothing to look for: no padding token, or one token a row, as in decoding.
-    A padding token that is also BOS or EOS may stand once at an end of a text; but where all rows
-    begin with BOS, some with padding before it, that one is padding.
+    None without a padding token, or with one token a row, as in decoding. A padding token that is
+    also BOS or EOS may occur once at an end of a text; but if all rows begin with BOS, some after
+    padding, that token is padding.
     """
     pad, n_pos = text.pad_id, tokens.shape[1]
     if pad is None or n_pos < 2:
@@ -36,11 +36,11 @@ def may_hold_padding(tokens: Int[Tensor, "batch pos"], text: Text) -> Bool[Tenso
 
 
 def mask_of(tokens: Int[Tensor, "batch pos"], text: Text) -> Int[Tensor, "batch pos"]:
-    """Return the mask of padded rows: 0 at the padding tokens that a row begins or ends with.
+    """Return the mask of padded rows: 0 at the padding tokens at the beginning or end of a row.
 
     Raises:
-        ValueError: padding that cannot be distinguished from text: its token is BOS or EOS too; a
-            row has it on both ends, or holds nothing else.
+        ValueError: padding that cannot be distinguished from text: its token is also BOS or EOS, or
+            a row has it at both ends, or only padding.
     """
     if not text.shows_padding:
         raise ValueError(
@@ -60,12 +60,12 @@ def mask_of(tokens: Int[Tensor, "batch pos"], text: Text) -> Int[Tensor, "batch 
 
 
 def refuse_unequal_ends(tokens: Int[Tensor, "batch pos"], text: Text) -> None:
-    """Refuse prompts of which some end with a padding token that is EOS too, and some do not.
+    """Refuse prompts if only some of them end with a padding token that is also EOS.
 
     New tokens would follow the padding of the shorter ones.
 
     Raises:
-        ValueError: says which rows, and how to say what they are.
+        ValueError: names the rows and the remedy.
     """
     if text.pad_id is None or text.pad_id not in text.eos or tokens.shape[1] < 2:
         return

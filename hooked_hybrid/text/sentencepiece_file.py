@@ -1,4 +1,4 @@
-"""A `tokenizer.model` read as a tokenizer of `tokenizers`: vocabulary, merges, what is special."""
+"""Reading a `tokenizer.model` as a tokenizer of `tokenizers`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tokenizers.models import BPE, Unigram
 from hooked_hybrid.text.tokenizer_guard import require_charsmap
 
 BLANK = "▁"
-"""What a vocabulary writes for a blank."""
+"""The character for a blank in a vocabulary."""
 _UNKNOWN, _CONTROL, _USER_DEFINED = 2, 3, 4  # types of pieces
 _SPECIAL = (("unk", 40, 0), ("bos", 41, 1), ("eos", 42, 2), ("pad", 43, -1))  # field, default
 _VARINT, _EIGHT_BYTES, _BYTES, _FOUR_BYTES = 0, 1, 2, 5  # kinds of fields
@@ -21,10 +21,10 @@ _VARINT, _EIGHT_BYTES, _BYTES, _FOUR_BYTES = 0, 1, 2, 5  # kinds of fields
 
 @dataclass(frozen=True)
 class SentencePieceFile:
-    """What a `tokenizer.model` says.
+    """The content of a `tokenizer.model`.
 
     `pieces` are (text, score, type) by token. `ids` and `names` are those of "unk", "bos", "eos"
-    and "pad", without what the file switches off (an id of -1).
+    and "pad", without those that the file disables (an id of -1).
     """
 
     pieces: tuple[tuple[str, float, int], ...]
@@ -42,7 +42,7 @@ class SentencePieceFile:
 
 
 def read_sentencepiece(content: bytes) -> SentencePieceFile:
-    """Return what the bytes of a `tokenizer.model` say.
+    """Return the content of a `tokenizer.model`, from its bytes.
 
     Raises:
         ValueError: they are not a SentencePiece model.
@@ -84,18 +84,18 @@ def read_sentencepiece(content: bytes) -> SentencePieceFile:
 def sentencepiece_tokenizer(file: SentencePieceFile, prefix: str = "first") -> Tokenizer:
     """Return the tokenizer that a file describes.
 
-    Control pieces and the unknown one stand for themselves in a text, as transformers has it;
-    sentencepiece itself reads their names as plain characters.
+    The names of control pieces and of the unknown piece in a text are read as these tokens, as in
+    transformers; sentencepiece itself reads them as plain characters.
 
     Args:
-        file: what `read_sentencepiece` returned.
-        prefix: where a text that begins without a blank gets one, if the file adds any: "first",
-            at its beginning; "always", after special tokens too; "never".
+        file: the result of `read_sentencepiece`.
+        prefix: where a blank is added to text that begins without one, if the file adds blanks:
+            "first", at the beginning; "always", after special tokens too; "never".
     """
     if not file.add_dummy_prefix:
         prefix = "never"
     elif file.remove_extra_whitespaces and prefix == "first":
-        prefix = "always"  # "first" looks for the first character that was there before stripping
+        prefix = "always"  # "first" uses the first character before stripping
     tokenizer = Tokenizer(_unigram(file) if file.is_unigram else _bpe(file))
     steps: list[Any] = [normalizers.Precompiled(file.charsmap)] if file.charsmap else []
     if file.remove_extra_whitespaces:
@@ -123,7 +123,7 @@ def sentencepiece_tokenizer(file: SentencePieceFile, prefix: str = "first") -> T
 
 
 def _bpe(file: SentencePieceFile) -> BPE:
-    """Return the pieces and every merge that makes one: of the highest score first."""
+    """Return the pieces, and every merge that makes one, highest score first."""
     ids = {text: i for i, (text, _, _) in enumerate(file.pieces)}
     merges = []
     for text, i in ids.items():
@@ -178,7 +178,7 @@ def _varint(content: bytes, at: int) -> tuple[int, int]:
 
 
 def _signed(value: int) -> int:
-    """Return an int32 as it was written: negative ones come as 64 bits."""
+    """Return an int32; negative ones are encoded in 64 bits."""
     return value - (1 << 64) if value >= 1 << 63 else value
 
 

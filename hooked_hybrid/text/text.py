@@ -1,4 +1,4 @@
-"""Text in and out, with any Hugging Face tokenizer: of `transformers` or of `tokenizers`."""
+"""Encoding and decoding text with a tokenizer of `transformers` or `tokenizers`."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from torch import Tensor
 from hooked_hybrid.config import HybridConfig
 
 PaddingSide = Literal["left", "right"]
-_PARTIAL = "\N{REPLACEMENT CHARACTER}"  # what tokenizers write for bytes that are not a character
-_MOST_HELD = 4  # tokens: a character has no more bytes
+_PARTIAL = "\N{REPLACEMENT CHARACTER}"  # decoded from bytes that are not a character
+_MOST_HELD = 4  # tokens: a character has at most 4 bytes
 
 
 class Text:
-    """A tokenizer and the special tokens of the model it serves.
+    """A tokenizer and the special tokens of its model.
 
     Args:
         tokenizer: a `transformers` tokenizer or a `tokenizers.Tokenizer`.
-        cfg: gives the special tokens the tokenizer does not name.
+        cfg: provides the special tokens that the tokenizer does not name.
 
     Raises:
-        ValueError: no tokenizer, or one that pads or cuts texts by itself.
+        ValueError: not a tokenizer, or one that pads or cuts texts itself.
     """
 
     def __init__(self, tokenizer: Any, cfg: HybridConfig) -> None:
@@ -51,9 +51,9 @@ class Text:
 
     @property
     def prepends_bos(self) -> bool:
-        """Whether a text gets BOS in front by default: what the tokenizer itself does.
+        """Whether BOS is prepended to a text by default, as the tokenizer itself does.
 
-        `cfg.default_prepend_bos` says otherwise where it is set.
+        `cfg.default_prepend_bos` overrides this if it is set.
         """
         if self.bos is None or self.cfg.default_prepend_bos is not None:
             return self.bos is not None and bool(self.cfg.default_prepend_bos)
@@ -65,18 +65,18 @@ class Text:
 
     @property
     def pad(self) -> int:
-        """Padding token; where none is named, another stands in: padding is masked out."""
+        """Padding token; if none is named, another token, as padding is masked."""
         pad = self.pad_id
         return pad if pad is not None else (self.bos or 0)
 
     @property
     def pad_id(self) -> int | None:
-        """Padding token, where the tokenizer or the config names one."""
+        """Padding token, if the tokenizer or the config names one."""
         return self._special("pad_token_id")
 
     @property
     def shows_padding(self) -> bool:
-        """Whether padding differs from text: its token is neither BOS nor EOS."""
+        """Whether padding can be distinguished from text: its token is neither BOS nor EOS."""
         return self.pad_id is not None and self.pad_id not in (self.bos, *self.eos)
 
     def encode(
@@ -90,15 +90,15 @@ class Text:
 
         Args:
             text: what to encode.
-            prepend_bos: None: with the special tokens that the tokenizer puts around a text; True:
-                with BOS in front too, if it is not there already; False: the text's tokens alone.
-                A text that begins with BOS gets no second one.
-            most: as many tokens at most. The text's own are cut, on the tokenizer's
-                `truncation_side`; those around it stay.
-            ends: with what the tokenizer puts after a text; not where the text is to go on.
+            prepend_bos: None: with the tokenizer's own special tokens; True: also with BOS in
+                front; False: only the text's tokens. A text that begins with BOS gets no second
+                one.
+            most: the largest number of tokens. The text's own tokens are cut, on the tokenizer's
+                `truncation_side`; special tokens around it are kept.
+            ends: whether to add the tokens that the tokenizer puts after a text.
 
         Raises:
-            ValueError: BOS is asked for and the model has none.
+            ValueError: `prepend_bos=True`, and the model has no BOS.
         """
         before, ids, after = self._parts(text, prepend_bos)
         after = after if ends else []
@@ -112,7 +112,7 @@ class Text:
         """Return the text of some tokens."""
         options = {}
         if hasattr(self.tokenizer, "clean_up_tokenization_spaces"):
-            options = {"clean_up_tokenization_spaces": False}  # it takes blanks away
+            options = {"clean_up_tokenization_spaces": False}  # it would remove blanks
         return str(
             self.tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens, **options)
         )
@@ -120,9 +120,9 @@ class Text:
     def decode_after(
         self, before: Sequence[int], ids: Sequence[int], skip_special_tokens: bool = False
     ) -> str:
-        """Return what tokens add to the text of those before them.
+        """Return the text that tokens add to the text of the tokens before them.
 
-        A blank that a tokenizer leaves out at the very beginning of a text is there.
+        A blank that a tokenizer omits at the beginning of a text is kept.
         """
         start = self.decode(before, skip_special_tokens)
         both = self.decode([*before, *ids], skip_special_tokens)
@@ -132,25 +132,25 @@ class Text:
         return self.decode(ids, skip_special_tokens)
 
     def added(self, before: Sequence[int], ids: Sequence[int], stops: Sequence[str] = ()) -> str:
-        """Return what new tokens add to a text, up to the first of some strings in it.
+        """Return the text that new tokens add, up to the first of some strings in it.
 
-        A tokenizer whose tokens hold no blanks adds none in front of the first.
+        If a tokenizer's tokens contain no blanks, none is added before the first.
         """
         text = self.decode_after(before, ids)
         text = text[: min((text.find(s) for s in stops if s in text), default=len(text))]
         return text.removeprefix(" ") if self.joins_words and before else text
 
     def strings(self, ids: Sequence[int]) -> list[str]:
-        """Return each token as it reads within a text, a blank in front kept.
+        """Return each token as decoded within a text, with a blank before it kept.
 
-        Of tokens that share a character the last one gets it; those before it are U+FFFD.
+        If tokens share a character, the last one has it, and those before it are U+FFFD.
         """
         anchor = [] if self.joins_words else self._anchor()
         if not anchor:
             return [self.decode([token]) for token in ids]
         found: list[str] = []
-        held: list[int] = []  # tokens of a character that is not whole yet
-        shown = ""  # what their first one shows with it
+        held: list[int] = []  # tokens of an incomplete character
+        shown = ""  # complete text of the first of them
         for token in ids:
             tails = ([*held[start:], token] for start in range(len(held) + 1))
             texts = [self.decode_after(anchor, next(tails))]
@@ -170,7 +170,7 @@ class Text:
 
     @property
     def joins_words(self) -> bool:
-        """Whether decoding puts blanks between tokens that hold none: no decoder is set."""
+        """Whether decoding puts blanks between tokens, as without a decoder."""
         for name in ("backend", "backend_tokenizer"):
             found: Any = getattr(self.tokenizer, name, None)
             if hasattr(found, "decoder"):
@@ -180,7 +180,7 @@ class Text:
     def rows(
         self, texts: Sequence[str], prepend_bos: bool | None, most: int | None
     ) -> list[list[int]]:
-        """Return the tokens of several texts, `most` of each at most.
+        """Return the tokens of several texts, at most `most` of each.
 
         Raises:
             ValueError: no text, or texts without a token.
@@ -193,7 +193,7 @@ class Text:
         return rows
 
     def _parts(self, text: str, prepend_bos: bool | None) -> tuple[list[int], list[int], list[int]]:
-        """Return the tokens put before a text, its own, and those put after it."""
+        """Return the special tokens before a text, its own tokens, and those after it."""
         wanted = self.cfg.default_prepend_bos if prepend_bos is None else prepend_bos
         ids = self._ids(text, special=False)
         bos = self.bos
@@ -209,7 +209,7 @@ class Text:
         return before, ids, after
 
     def _around(self, text: str, ids: list[int]) -> tuple[list[int], list[int]]:
-        """Return what the tokenizer puts before and after a text."""
+        """Return the special tokens that the tokenizer puts before and after a text."""
         around = self._ids("", special=True)
         if around in ([], [self.bos]) and self.bos not in self.eos:
             return around, []
@@ -227,7 +227,7 @@ class Text:
         return list(getattr(encoded, "ids", encoded))
 
     def _anchor(self) -> list[int]:
-        """Return tokens of a text that others can be read after."""
+        """Return tokens of a text after which other tokens can be decoded."""
         try:
             ids = self._ids(".", special=False)
         except Exception:  # `tokenizers` raises a bare one if there is no unknown token
@@ -241,13 +241,13 @@ class Text:
 
 
 def as_tokenizer(tokenizer: Any) -> Any:
-    """Return a tokenizer that a model can use; a folder stands for the one in it.
+    """Return a tokenizer that a model can use; for a folder, the one in it.
 
     Raises:
-        ValueError: a name, a folder without a tokenizer, or an object that is none.
+        ValueError: a name, a folder without a tokenizer, or an object that is not a tokenizer.
     """
     if isinstance(tokenizer, str | os.PathLike):
-        from hooked_hybrid.text.tokenizer import read_tokenizer  # brings `tokenizers` and `jinja2`
+        from hooked_hybrid.text.tokenizer import read_tokenizer  # imports `tokenizers` and `jinja2`
 
         found = read_tokenizer(Path(tokenizer)) if Path(tokenizer).is_dir() else None
         if found is None:

@@ -16,18 +16,18 @@ Message = dict[str, Any]
 
 
 class CheckpointTokenizer:
-    """Encoding, decoding, special tokens and chat template, as a checkpoint's files give them.
+    """Encoding, decoding, special tokens and chat template, from a checkpoint's files.
 
-    Tokens are those of `transformers` 5 for the same files. With a `tokenizer.json`, its own
-    post-processor says whether BOS and EOS are put around a text, and `add_bos_token` and
-    `add_eos_token` of `tokenizer_config.json` are not read; with a `tokenizer.model` these two
-    say it, and both are off where they are absent.
+    Tokens equal those of `transformers` 5 for the same files. With a `tokenizer.json`, its
+    post-processor determines whether BOS and EOS are put around a text, and `add_bos_token` and
+    `add_eos_token` of `tokenizer_config.json` are not read. With a `tokenizer.model` these two
+    determine it; both are off by default.
 
     Args:
         backend: the tokenizer of `tokenizers`.
         settings: `tokenizer_config.json`, parsed.
         chat_template: Jinja source, or None.
-        files: what `save_pretrained` writes, by name.
+        files: the files that `save_pretrained` writes, by name.
     """
 
     def __init__(
@@ -41,7 +41,7 @@ class CheckpointTokenizer:
         self.settings, self.chat_template, self.files = settings, chat_template, files
 
     def encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
-        """Return the tokens of a text; with special tokens, those that the files put around it."""
+        """Return the tokens of a text, optionally with the special tokens around it."""
         with breaking_off("the tokenizer cannot read this text"):
             return list(self.backend.encode(text, add_special_tokens=add_special_tokens).ids)
 
@@ -52,22 +52,22 @@ class CheckpointTokenizer:
 
     @property
     def bos_token_id(self) -> int | None:
-        """Beginning-of-sequence token, where the files name one."""
+        """Beginning-of-sequence token, if the files name one."""
         return self._special_id("bos_token")
 
     @property
     def eos_token_id(self) -> int | None:
-        """End-of-sequence token, where the files name one."""
+        """End-of-sequence token, if the files name one."""
         return self._special_id("eos_token")
 
     @property
     def pad_token_id(self) -> int | None:
-        """Padding token, where the files name one."""
+        """Padding token, if the files name one."""
         return self._special_id("pad_token")
 
     @property
     def truncation_side(self) -> str:
-        """Side on which a text that is too long loses tokens: "right", or what the files say."""
+        """Side on which a text that is too long is cut: "right", unless the files state another."""
         return str(self.settings.get("truncation_side") or "right")
 
     def apply_chat_template(
@@ -77,17 +77,17 @@ class CheckpointTokenizer:
         tokenize: bool = True,
         **variables: Any,
     ) -> list[int] | str:
-        """Return a conversation as the model was trained to read it.
+        """Return a conversation in the format of the model's training.
 
         Args:
             conversation: messages with "role" and "content".
             add_generation_prompt: end with the opening of the model's turn.
-            tokenize: return tokens; else text.
+            tokenize: return tokens instead of text.
             variables: further variables of the template.
 
         Raises:
-            ValueError: the checkpoint has no chat template, it refuses the conversation or does
-                not read a variable, or this is not one conversation.
+            ValueError: the checkpoint has no chat template; the template refuses the conversation
+                or does not read a variable; or this is not one conversation.
         """
         if self.chat_template is None:
             raise ValueError(
@@ -110,7 +110,7 @@ class CheckpointTokenizer:
             (Path(folder) / name).write_bytes(content)
 
     def _special_texts(self) -> dict[str, str]:
-        """Return every special token the settings name, as templates expect them."""
+        """Return every special token in the settings, as templates expect them."""
         names = [name for name in self.settings if name.endswith("_token")]
         return {name: text for name in names if isinstance(text := self._special_text(name), str)}
 
@@ -127,7 +127,7 @@ def read_tokenizer(folder: Path) -> CheckpointTokenizer | None:
     """Return the tokenizer of a checkpoint's folder, or None if there is none.
 
     Raises:
-        ValueError: a file that cannot be read, by name.
+        ValueError: a file that cannot be read; names it.
     """
     files = read_files(folder)
     found = read_backend(files, folder)

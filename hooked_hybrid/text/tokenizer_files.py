@@ -1,4 +1,4 @@
-"""The files of a checkpoint's tokenizer: what `transformers` makes of them, without it."""
+"""Reading the files of a checkpoint's tokenizer as `transformers` does, without it."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ def read_files(folder: Path) -> dict[str, bytes]:
 
 
 def read_backend(files: dict[str, bytes], folder: Path) -> tuple[Tokenizer, dict[str, Any]] | None:
-    """Return the tokenizer and its settings, or None where the files hold none.
+    """Return the tokenizer and its settings, or None if the files contain none.
 
     Raises:
-        ValueError: a file that cannot be read, by its path in the folder.
+        ValueError: a file that cannot be read; names its path.
     """
     named: dict[str, Any] = {}
     if "tokenizer.json" in files:
@@ -65,7 +65,7 @@ def _object(files: dict[str, bytes], name: str, folder: Path) -> dict[str, Any]:
 
 
 def _settings(files: dict[str, bytes], folder: Path) -> dict[str, Any]:
-    """Return what the configuration says, older files of special tokens included."""
+    """Return the settings, including those in older files of special tokens."""
     content = _object(files, "tokenizer_config.json", folder)
     _check_settings(content, folder / "tokenizer_config.json")
     if "added_tokens_decoder" not in content:
@@ -90,12 +90,12 @@ def _check_settings(content: dict[str, Any], path: Path) -> None:
 
 
 def _is_text(value: Any) -> bool:
-    """Whether a value is text that can be encoded: half a surrogate pair cannot."""
+    """Whether a value is text that can be encoded; half a surrogate pair cannot."""
     return isinstance(value, str) and value.encode(errors="replace").decode() == value
 
 
 def read_chat_template(files: dict[str, bytes], folder: Path) -> str | None:
-    """Return the chat template: a file of its own, or in the settings, where several have names."""
+    """Return the chat template: from its file, or from the settings, which may name several."""
     if "chat_template.jinja" in files:
         try:
             return files["chat_template.jinja"].decode()
@@ -113,7 +113,7 @@ def _from_json(files: dict[str, bytes], folder: Path) -> Tokenizer:
         refuse_bombs(files["tokenizer.json"])
         tokenizer = Tokenizer.from_buffer(files["tokenizer.json"])
         refuse_growth(tokenizer)
-        tokenizer.no_padding()  # texts are padded and cut here
+        tokenizer.no_padding()  # the model pads and cuts texts
         tokenizer.no_truncation()
     return tokenizer
 
@@ -130,7 +130,7 @@ def _from_sentencepiece(files: dict[str, bytes], folder: Path) -> tuple[Tokenize
 
 
 def _add_special_tokens(backend: Tokenizer, settings: dict[str, Any]) -> None:
-    """Let the tokens that the settings name stand for themselves in a text."""
+    """Make the tokenizer recognise the special tokens of the settings in a text."""
     known = {token.content for token in backend.get_added_tokens_decoder().values()}
     decoder = settings.get("added_tokens_decoder") or {}
     added = [_make_added_token(decoder[key], False) for key in sorted(decoder, key=int)]
@@ -144,7 +144,7 @@ def _add_special_tokens(backend: Tokenizer, settings: dict[str, Any]) -> None:
 
 
 def _named(settings: dict[str, Any]) -> Iterator[Any]:
-    """Yield the special tokens that the settings name, in `transformers`' order."""
+    """Yield the special tokens of the settings, in the order of `transformers`."""
     for name in _NAMES:
         if (value := settings.get(f"{name}_token")) is not None:
             yield value
@@ -155,7 +155,7 @@ def _named(settings: dict[str, Any]) -> Iterator[Any]:
 
 
 def _make_added_token(value: Any, special: bool) -> AddedToken:
-    """Return a token as the files write it: its text, or an object with its options."""
+    """Return a token from its form in the files: its text, or an object with its options."""
     if isinstance(value, str):
         return AddedToken(value, special=special, normalized=not special)
     flags = {k: v for k, v in value.items() if k in _FLAGS and isinstance(v, bool)}
@@ -166,7 +166,7 @@ def _make_added_token(value: Any, special: bool) -> AddedToken:
 
 
 def _wrap_in_special_tokens(backend: Tokenizer, settings: dict[str, Any]) -> None:
-    """Put BOS and EOS around a text if the settings say so."""
+    """Make the tokenizer add BOS and EOS around a text, according to the settings."""
     around, tokens = ["$A"], []
     for name, at in (("bos", 0), ("eos", len(around) + 1)):
         value = settings.get(f"{name}_token")

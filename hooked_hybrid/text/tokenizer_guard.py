@@ -1,4 +1,4 @@
-"""What a tokenizer of others may do: break off with an error, and take memory in proportion."""
+"""Limits on foreign tokenizers: errors become ValueErrors, and memory is bounded."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from tokenizers import Tokenizer
 from hooked_hybrid.outputs.foreign import one_line, parse_json, require_plain_file
 
 LARGEST = {"tokenizer.json": 2**28, "tokenizer.model": 2**26}
-"""Bytes; published ones have up to 2**25 and 2**23."""
+"""Largest bytes; published files have up to 2**25 and 2**23."""
 LARGEST_OTHER = 2**24
 MOST_GROWTH = 10_000
-"""How many characters a normaliser or decoder may make of one."""
+"""Largest number of characters that a normaliser or decoder may make of one."""
 _ESCAPED = re.compile(rb"\\u00[2-7]")
-"""Letters that no writer of JSON escapes: a name that is written so hides."""
+"""Escaped letters, which no JSON writer produces, and which would hide a name."""
 
 
 def read_bytes(path: Path) -> bytes:
     """Return the content of a tokenizer's file.
 
     Raises:
-        ValueError: no plain file, or larger than any tokenizer's.
+        ValueError: not a plain file, or larger than any tokenizer's.
     """
     require_plain_file(path, LARGEST.get(path.name, LARGEST_OTHER))
     return path.read_bytes()
@@ -40,7 +40,7 @@ def breaking_off(what: object) -> Iterator[None]:
     Its panics are not an `Exception`: `except Exception` would not catch them.
 
     Args:
-        what: was read or done, for the message.
+        what: the failed action, for the message.
     """
     try:
         yield
@@ -52,10 +52,10 @@ def breaking_off(what: object) -> Iterator[None]:
 
 
 def refuse_bombs(content: bytes) -> None:
-    """Refuse a `tokenizer.json` whose table of characters would take more memory than there is.
+    """Refuse a `tokenizer.json` whose table of characters would need too much memory.
 
     Raises:
-        ValueError: there is such a table.
+        ValueError: it has such a table.
     """
     if b"recompiled" not in content and not _ESCAPED.search(content):
         return
@@ -71,10 +71,10 @@ def refuse_bombs(content: bytes) -> None:
 
 
 def require_charsmap(table: bytes) -> None:
-    """Refuse a table of normalised characters that is not whole.
+    """Refuse a table of normalised characters that is incomplete.
 
-    It is the bytes of a trie, after their number, and the texts that characters become, each ended
-    by a zero.
+    It consists of the number of bytes of a trie, the trie, and the replacement texts, each ended by
+    a zero.
 
     Raises:
         ValueError: it is cut off, or makes more than `MOST_GROWTH` characters of one.
