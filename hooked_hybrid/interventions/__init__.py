@@ -1,4 +1,4 @@
-"""Interventions as plain hooks: each factory returns what `fwd_hooks` takes."""
+"""Interventions as plain hooks: each function returns a list for `fwd_hooks`."""
 
 from hooked_hybrid.hooks.marks import per_position
 from hooked_hybrid.interventions.ablation import (

@@ -1,8 +1,8 @@
-"""Ablation: heads and layers whose outputs are removed, or replaced by ones that say less.
+"""Ablation: removing the outputs of heads and layers, or replacing them by less informative ones.
 
-A set of heads is `{layer: [heads]}` or pairs `[(layer, head), ...]`, counted from 0; where rows of
-the batch have sets of their own, `{layer: mask [batch head]}`, as `masks_of_rows` makes them. A set
-is the same in a plain forward, in pieces of a prefill, in cached steps and with padding.
+A set of heads is `{layer: [heads]}` or pairs `[(layer, head), ...]`, counted from 0; sets that
+differ between rows are `{layer: mask [batch head]}`, see `masks_of_rows`. A set has the same effect
+in a plain forward, in pieces of a prefill, in cached steps and with padding.
 """
 
 from __future__ import annotations
@@ -45,17 +45,17 @@ def ablate_heads(
     seed: int | None = None,
     attention_mask: DonorMask | None = None,
 ) -> list[HookSpec]:
-    """Replace what these heads compute, at every position, by something that says less.
+    """Replace the outputs of these heads at every position by less informative values.
 
     - "zero": z = 0.
-    - "mean": z is the head's mean over all tokens of a reference run, whatever the position.
+    - "mean": z is the head's mean over all tokens of a reference run, at every position.
     - "resample": z is that of another run at the same position of the document. With a `seed` the
-      rows of that run change places first, in one random cycle, so that each gets another's:
+      rows of that run are first permuted in one random cycle, so that each row gets another's:
       with the batch's own cache this shuffles the batch. (A shuffle inside the forward would
-      need all rows there, at the same position; generation and padding do not grant it.)
-    - "norm": z = 0, and what the other heads of the layer write is scaled, at each position, so
-      that the sum over heads, before the output bias, keeps its Euclidean norm (not its
-      direction). Where nothing is left, it stays 0.
+      need all rows at the same position, which generation and padding do not guarantee.)
+    - "norm": z = 0, and the outputs of the other heads of the layer are scaled, at each position,
+      so that the sum over heads, before the output bias, keeps its Euclidean norm (not its
+      direction). If no output is left, it stays 0.
 
     Args:
         heads: `{layer: [heads]}`, pairs (layer, head), or `{layer: mask [batch head]}`.
@@ -63,25 +63,25 @@ def ablate_heads(
         values: "mean" and "resample": z of another run [batch pos head d_head], as an
             `ActivationCache`, a mapping from full names, or from layers; "mean" also takes means
             [head d_head].
-        seed: "resample": how rows of `values` change places; None leaves them.
-        attention_mask: of the run of `values`, where its rows are padded and they are given by
-            hand; a cache holds its own.
+        seed: "resample": of the permutation of the rows of `values`; None does not permute them.
+        attention_mask: of the run of `values`, if its rows are padded and `values` is not a cache,
+            which has its own.
 
     Returns:
         Hooks on `hook_z` of these layers ("norm": on `hook_result`, after every edit of z).
 
     Raises:
         ValueError: a layer or head that is not a whole number from 0 on; an unknown method, or
-            arguments that it does not take or that it lacks; when first run, a head above those
-            of the layer, or a mask or `values` that do not fit the layer or the batch.
-        HookNameError: when attached, a layer without attention (`check_heads` says which have it).
+            missing or superfluous arguments; when first run, a head that the layer does not have,
+            or a mask or `values` that do not fit the layer or the batch.
+        HookNameError: when attached, a layer without attention (`check_heads` lists the others).
 
     Source: Wang et al. 2022 (IOI) for mean ablation, there at each position of a template; Chan et
     al. 2022 (causal scrubbing) for resampling. "norm" is ours.
     """
     chosen, edit = _by_layer(heads), _edit_of_heads(method, values, seed, attention_mask)
     if values is not None:
-        for layer in chosen:  # an error now, not when it first runs
+        for layer in chosen:  # raise errors now, not in the first run
             _of_layer(values, layer, _point(layer))
 
     @per_position
@@ -105,10 +105,10 @@ def keep_heads(
     seed: int | None = None,
     attention_mask: DonorMask | None = None,
 ) -> list[HookSpec]:
-    """Ablate all other heads, also in attention layers that are not named.
+    """Ablate all other heads, including those of attention layers that are not named.
 
     Args:
-        heads: the set that stays; an empty one ablates all attention (output biases stay).
+        heads: the set to keep; an empty one ablates all attention (output biases are kept).
         method, values, seed, attention_mask: as in `ablate_heads`.
 
     Returns:
@@ -127,7 +127,7 @@ def keep_heads(
     def replace_all(z: PerHead, hook: HookPoint) -> PerHead | None:
         return None if hook.layer() in chosen else edit(z, ~_mask((), z.shape[2], hook), hook)
 
-    # By name too: a predicate would pass over a named layer that has no heads.
+    # By name too: a predicate would ignore a named layer without heads.
     leaf = _point(0, method).removeprefix("blocks.0")
     named: list[HookSpec] = [([_point(i, method) for i in chosen], replace_the_others)]
     return [*(named if chosen else []), (lambda name: name.endswith(leaf), replace_all)]
@@ -142,21 +142,20 @@ def ablate_layers(
     *,
     attention_mask: DonorMask | None = None,
 ) -> list[HookSpec]:
-    """Replace what a mixer or an MLP writes to the residual stream, output bias included.
+    """Replace the output of a mixer or an MLP, including the output bias.
 
     Args:
         layers: `layers_of(cfg, "mamba")`, say.
         kind: "mixer" (attention or recurrence, at `hook_mixer_out`) or "mlp" (`hook_mlp_out`).
         method: "zero", or "mean" over all tokens of a reference run.
-        values: "mean": what the layers wrote in another run [batch pos d_model], as an
+        values: "mean": outputs of the layers in another run [batch pos d_model], as an
             `ActivationCache`, a mapping from full names, or from layers; or means [d_model].
         attention_mask: of the run of `values`, where its rows are padded and they are given by
             hand; a cache holds its own.
 
     Raises:
         ValueError: no layer, or one that is not a whole number from 0 on; an unknown kind or
-            method; arguments that it does not take or that it lacks; when first run, a mean of
-            another width.
+            method; missing or superfluous arguments; when first run, a mean of another width.
         HookNameError: when attached, a layer that does not exist.
     """
     if kind not in ("mixer", "mlp") or method not in ("zero", "mean"):
@@ -187,8 +186,8 @@ def check_heads(cfg: HybridConfig, heads: Heads) -> None:
     """Refuse heads that a model does not have, before anything runs.
 
     Raises:
-        ValueError: a layer without heads, a head above those of its layer, or a mask of another
-            width; the message says which layers have how many.
+        ValueError: a layer without heads, a head that its layer does not have, or a mask of another
+            width; the message lists the layers with heads.
     """
     n_heads = _n_heads(cfg)
     has = "heads are in layers " + ", ".join(f"{i} ({n} heads)" for i, n in n_heads.items())
@@ -211,7 +210,7 @@ def masks_of_rows(
         heads_of_rows: the set of each row of the original batch, in order; sets may be empty.
 
     Raises:
-        ValueError: no row, a set that has a mask for rows itself, or as `check_heads`.
+        ValueError: no row, a set that is itself a mask for rows, or as `check_heads`.
     """
     sets = [_by_layer(heads) for heads in heads_of_rows]
     if not sets or any(isinstance(m, Tensor) and m.ndim > 1 for s in sets for m in s.values()):
@@ -227,7 +226,7 @@ def masks_of_rows(
 def mean_over_tokens(
     value: Float[Tensor, "batch pos *rest"], attention_mask: Int[Tensor, "batch pos"] | None = None
 ) -> Float[Tensor, "*rest"]:
-    """Return the mean over rows and positions, padding left out, summed in fp32 or wider.
+    """Return the mean over rows and positions without padding, summed in fp32 or wider.
 
     Raises:
         ValueError: a mask of another shape.
@@ -273,7 +272,7 @@ def _edit_of_heads(
 
 
 def _restoring_norm(result: PerHead, mask: HeadMask, hook: HookPoint) -> PerHead:  # noqa: ARG001
-    """Return what heads write, some of them silent, the others scaled to the norm of all."""
+    """Return the outputs of heads, some set to 0 and the others scaled to the norm of all."""
     left, wide = result.masked_fill(mask, 0), torch.promote_types(result.dtype, torch.float32)
     before, after = (r.sum(dim=2, dtype=wide).norm(dim=-1) for r in (result, left))
     scale = before / after.where(after > 0, 1)
@@ -339,7 +338,7 @@ def _n_heads(cfg: HybridConfig) -> dict[int, int]:
 
 
 def _of_layer(values: Cache, layer: int, name: str) -> tuple[Tensor, Places | None]:
-    """Return what is given for a layer, with a batch axis and places if it comes from a run."""
+    """Return the value for a layer, with a batch axis and places if it is from a run."""
     key: Any = layer if layer in values else name
     if key not in values:
         raise ValueError(f"values hold nothing for layer {layer}: give it as {name!r} or {layer}")
@@ -372,7 +371,7 @@ def _filled(mean: Tensor, value: Tensor, hook: HookPoint) -> Tensor:
 def _donor(
     value: Tensor, places: Places | None, seed: int | None, attention_mask: Tensor | None
 ) -> Donor:
-    """Return the donor, with the rows in another order if there is a seed."""
+    """Return the donor, with permuted rows if there is a seed."""
     if seed is None:
         return Donor.of(value, attention_mask, places)
     if (n := value.shape[0]) < 2:

@@ -1,4 +1,4 @@
-"""What another run left, the donor, found by row and position in the document."""
+"""Values of another run (the donor), looked up by row and position in the document."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ def read_kept(cache: Mapping[Any, Tensor], key: Any) -> tuple[Tensor, Places | N
 def mask_of(
     value: Tensor, attention_mask: Tensor | None, places: Places | None
 ) -> Int[Tensor, "batch pos"] | None:
-    """Return the padding of a kept value [batch pos ...], None where it has none.
+    """Return the padding of a cached value [batch pos ...], or None without padding.
 
     Raises:
-        ValueError: a mask that is not that of the value's run.
+        ValueError: the mask is not that of the value's run.
     """
     if places is None:
         return attention_mask
@@ -53,7 +53,7 @@ def _agree(own: Tensor, given: Tensor) -> bool:
 
 @dataclass(frozen=True, eq=False)
 class Donor:
-    """What another run left at one hook point. Without places it is of position 0 on."""
+    """The values of another run at one hook point. Without places they begin at position 0."""
 
     value: Tensor
     places: Places | None = None
@@ -68,23 +68,23 @@ class Donor:
         """Return the donor of a value [batch pos ...] or [batch head query key].
 
         Raises:
-            ValueError: the mask is none, or not that of the value's run; a packed donor.
+            ValueError: an invalid mask, or one of another run; a packed donor.
         """
         if attention_mask is not None:
             pos = lay_out(attention_mask, None, attention_mask, None).pos
             mask_of(value, attention_mask, places)
             places = Places(pos, pos) if places is None else places
         donor = cls(value, places)
-        _ = donor._query_table  # which refuses packed rows
+        _ = donor._query_table  # raises for packed rows
         return donor
 
     def at(self, value: Tensor, wanted: Bool[Tensor, "batch pos"], hook: HookPoint) -> Tensor:
-        """Return what the donor had for the rows and positions of `value`, in its shape.
+        """Return the donor's values at the rows and positions of `value`, in its shape.
 
         Args:
-            value: what a hook was given.
-            wanted: where the result is used; elsewhere it is arbitrary.
-            hook: where.
+            value: the value passed to a hook.
+            wanted: where the result is used; it is arbitrary elsewhere.
+            hook: the hook point.
 
         Raises:
             ValueError: the donor has another shape or dtype, or lacks a row or position.
@@ -115,7 +115,7 @@ class Donor:
         return picked.masked_fill(key < 0, fill_of(hook, picked.dtype))
 
     def _refuse_columns(self, n_pos: int, hook: HookPoint) -> None:
-        """Refuse rows by hand that may be padded on the left as those of this run are."""
+        """Refuse a donor made by hand that may be padded on the left like this run."""
         run = hook.run
         n_columns = run.query_pos.shape[1] if run.n_pos is None else run.n_pos
         if run.first or self.value.shape[0] < 2 or n_pos != n_columns:
@@ -139,7 +139,7 @@ class Donor:
         return _table(self.places.key_pos, "keys")
 
     def _checked_lengths(self, value: Tensor, hook: HookPoint) -> tuple[int, int | None]:
-        """Return how many positions and keys there are, all else being as in `value`."""
+        """Return the numbers of positions and keys, after checking all else against `value`."""
         mine = self.value
         free = {0} | {hook.axes.index(a) for a in ("pos", "query", "key") if a in hook.axes}
         fits = mine.ndim == value.ndim and mine.dtype == value.dtype
@@ -167,7 +167,7 @@ def _table(pos: Int[Tensor, "batch kept"], what: str) -> Int[Tensor, "batch posi
     """Return the index of the entry at each position, -1 if there is none."""
     batch, n = pos.shape
     size = max(int(pos.max()), 0) + 1
-    at = torch.where(pos >= 0, pos, size)  # padding goes to a column of its own
+    at = torch.where(pos >= 0, pos, size)  # padding goes to an extra column
     counts = pos.new_zeros(batch, size + 1).scatter_add(1, at, torch.ones_like(at))
     if bool((counts[:, :size] > 1).any()):
         row, position = (counts[:, :size] > 1).nonzero()[0].tolist()
@@ -180,7 +180,7 @@ def _table(pos: Int[Tensor, "batch kept"], what: str) -> Int[Tensor, "batch posi
 
 
 def _found(table: Tensor | None, n: int, row: Tensor, pos: Tensor) -> Int[Tensor, "row n"]:
-    """Return the index at which the donor's rows have positions, -1 where they have not."""
+    """Return the index of each position in the donor's rows, -1 if it is missing."""
     if table is None:
         return torch.where(pos < n, pos, -1)
     table = table.to(pos.device)

@@ -1,4 +1,4 @@
-"""Attention weights that follow what is being written: one token of a span at each step."""
+"""Attention weights that follow the generated text: on one token of a span at each step."""
 
 from __future__ import annotations
 
@@ -38,40 +38,40 @@ def follow_span(
     weight: Weight = "one",
     outside: Outside = "zero",
 ) -> list[HookSpec]:
-    """Give weight to one token of a span at each query, the one that its writing has come to.
+    """Give weight to one token of a span at each query: the one that the output has reached.
 
-    The query at position `begin + j` is taken to write token j of the span: by its place, whatever
-    the model has really written. Of the span, only one token then has a weight:
+    The query at position `begin + j` is assumed to write token j of the span, whatever the model
+    actually writes. Only one token of the span then has a weight:
 
-    - token "next": the one to be written, j. A head that copies looks there.
-    - token "last": the one before it, j - 1, whose successor is the one to be written. For j = 0 it
-      would stand outside the span, and there is none.
+    - token "next": the token to be written, j. A copying head attends to it.
+    - token "last": the token before it, j - 1. For j = 0 it would be outside the span, so there is
+      none.
 
-    Queries before `begin`, after the last token of the span, and those that cannot see the token
-    (out of their window) have no such token: all their weights on the span are 0.
+    Queries before `begin`, after the last token of the span, and those whose window excludes the
+    token have no such token: all their weights on the span are 0.
 
     Args:
-        spans: (start, stop) of what is written, in document positions; one of them, or one for each
-            row of the original batch as a tensor [batch 2] or as `[[(3, 6)], [(2, 5)]]`. Where a
-            row has several (a context read twice), the last.
-        begin: position of the query that writes the first token of the span, for all rows or each:
-            that of the prompt's last token, where an answer begins with the span.
-        token: which one has a weight.
+        spans: (start, stop) of the text to write, in document positions; one, or one for each row
+            of the original batch as a tensor [batch 2] or as `[[(3, 6)], [(2, 5)]]`. If a row has
+            several (a context read twice), the last is used.
+        begin: position of the query that writes the first token of the span, for all rows or for
+            each: that of the prompt's last token, if the answer begins with the span.
+        token: the token with a weight.
         weight: "one" is 1; "mean" the mean of the query's weights on the span, as "binary" of
             `manipulate_span` gives to each of its tokens; "sum" all the weight on the span.
         outside: "zero" sets weights outside the span to 0, as in the paper's "binary"; "keep"
-            leaves them.
+            does not change them.
 
     Returns:
-        Hooks on `hook_attn_scores`, which say what a query can see, and on `hook_pattern`
-        [batch head query key]; no weight is renormalised.
+        Hooks on `hook_attn_scores`, which read the keys that a query can see, and on `hook_pattern`
+        [batch head query key]; weights are not renormalised.
 
     Raises:
-        ValueError: spans or a beginning that are none, an unknown option; when it first runs, for
-            another number of rows.
+        ValueError: invalid spans or `begin`, an unknown option; when first run, entries for another
+            number of rows.
 
-    Source: ours; the thesis (Michalak 2025) asks for a binary manipulation that moves with the
-    token being predicted.
+    Source: ours; the thesis (Michalak 2025) proposes a binary manipulation that moves with the
+    predicted token.
     """
     bounds, first = read_spans(spans)[..., -1:, :], read_per_row(begin, "begin")
     _check(token, weight, outside)
@@ -102,9 +102,9 @@ def follow_span(
 def _target(
     bounds: Tensor, first: Tensor, back: int, hook: HookPoint
 ) -> Bool[Tensor, "batch query key"]:
-    """Return True at the key that each query's token of the span is at."""
+    """Return True at the key of each query's token of the span."""
     run = hook.run
-    assert run.key_pos is not None  # `in_spans` has looked
+    assert run.key_pos is not None  # checked by `in_spans`
     if bounds.ndim == 3:
         bounds = entries_of_rows(bounds, hook, "spans")
     start, stop = bounds.to(run.key_pos.device)[..., 0, :].expand(len(run.rows), 2).unbind(-1)

@@ -1,4 +1,4 @@
-"""Pseudo-random numbers that belong to a place, so that no cut of a sequence changes them."""
+"""Pseudo-random numbers by position, which do not depend on how a sequence is cut."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ _MASK = 2**32 - 1
 def hashes(
     hook: HookPoint, n_heads: int, seed: int, columns: Int[Tensor, " column"] | None = None
 ) -> Int[Tensor, "batch head query column"]:
-    """Return numbers below 2**32, each of a seed, layer, head, query and key alone.
+    """Return numbers below 2**32, each a function of seed, layer, head, query and key only.
 
-    Without `columns` (indices of keys) there is one column, of no key.
+    Without `columns` (indices of keys) there is one column, for no key.
     """
     run = hook.run
     device = run.query_pos.device
@@ -35,11 +35,11 @@ def hashes(
 
 
 def _mixed(x: Tensor) -> Tensor:
-    """Return another 32-bit integer for each, which looks random.
+    """Return a pseudo-random 32-bit integer for each.
 
     Source: `lowbias32` of C. Wellons, "Prospecting for Hash Functions", 2018, after one addition.
     """
-    x = (x + 0x9E3779B9) & _MASK  # lowbias32 keeps 0
+    x = (x + 0x9E3779B9) & _MASK  # lowbias32 maps 0 to 0
     x = ((x ^ (x >> 16)) * 0x7FEB352D) & _MASK
     x = ((x ^ (x >> 15)) * 0x846CA68B) & _MASK
     return x ^ (x >> 16)

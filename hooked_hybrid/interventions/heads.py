@@ -1,4 +1,4 @@
-"""Interventions on attention heads: which of them may write, chosen by what they look at."""
+"""Interventions on attention heads, which are selected by their patterns."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ Scores = Float[Tensor, "batch head query"]
 def negative_entropy(pattern: Pattern, hook: HookPoint) -> Scores:  # noqa: ARG001
     """Return minus the entropy, in bits, of each head's pattern: largest for the most peaked.
 
-    Source: Zani et al. 2025, as their code computes it, with 1e-12 added to each weight. Float16,
-    where 1e-12 is 0, is scored in float32.
+    Source: Zani et al. 2025, as in their code, with 1e-12 added to each weight. Float16, in which
+    1e-12 is 0, is scored in float32.
     """
     p = (pattern.float() if pattern.dtype == torch.float16 else pattern) + 1e-12
     return (p * p.log2()).sum(-1)
@@ -47,16 +47,16 @@ def l2_norm(pattern: Pattern, hook: HookPoint) -> Scores:  # noqa: ARG001
 
 @picklable
 def reversed_score(score: Literal["entropy", "l2"] | HeadScore) -> HeadScore:
-    """Return minus a score: keeps the heads that `score` would silence first. A control."""
+    """Return minus a score, which keeps the heads that `score` would remove first. A control."""
     fn = _score(score)
     return lambda pattern, hook: -fn(pattern, hook)
 
 
 @picklable
 def random_score(seed: int = 0) -> HeadScore:
-    """Return a score without meaning, drawn for each layer, head and position. A control.
+    """Return a random score, for each layer, head and position. A control.
 
-    The same heads are kept at a position however the sequence is cut and whatever else is in the
+    The heads kept at a position do not depend on how the sequence is cut or on other rows of the
     batch.
     """
     return lambda pattern, hook: hashes(hook, pattern.shape[1], seed)[..., 0].double()
@@ -64,13 +64,13 @@ def random_score(seed: int = 0) -> HeadScore:
 
 @picklable
 def attention_to(spans: Spans) -> HeadScore:
-    """Return the weight that each head gives to a span, the needle say: a score. A control.
+    """Return a score: the weight that each head gives to a span, such as the needle. A control.
 
     Args:
         spans: as in `manipulate_span`.
 
     Raises:
-        ValueError: `spans` are none.
+        ValueError: invalid `spans`.
     """
     bounds = read_spans(spans)
     return lambda pattern, hook: pattern.masked_fill(~in_spans(bounds, hook)[:, None, None], 0).sum(
@@ -88,28 +88,27 @@ def keep_top_heads(
     ties: Literal["torch", "lowest"] = "torch",
     score_dtype: torch.dtype | None = None,
 ) -> list[HookSpec]:
-    """Zero the outputs of all but the `k` best-scoring heads, per attention layer and position.
+    """Zero the outputs of all heads except the `k` highest-scoring, per layer and position.
 
     Args:
-        k: heads kept at each position, or one number for each row of the batch. All heads or more
-            cannot be asked for: `n_heads` leaves the model as it is, above it is an error.
-        score: how peaked a head is, from its pattern: "entropy" (bits), "l2", or any function
+        k: heads kept at each position, or one number for each row of the batch. With `n_heads` the
+            model is unchanged; more is an error.
+        score: how peaked the pattern of a head is: "entropy" (bits), "l2", or any function
             `(pattern [batch head query key], hook) -> [batch head query]`; the largest are kept.
-        ties: "torch" leaves equal scores to `torch.topk`, as the papers' code does (at position 0
-            every head ties); "lowest" prefers the lower head.
+        ties: "torch" breaks ties as `torch.topk` does, like the papers' code (at position 0 all
+            heads tie); "lowest" prefers the lower head.
         score_dtype: dtype in which patterns are scored; None means the model's, as in the papers.
 
     Returns:
         Hooks on every `hook_pattern` and `hook_z`, for `run_with_hooks` and `generate` alike.
 
     Raises:
-        ValueError: `k` below 0, or above the heads of a layer (when it first runs); an unknown
-            score or rule for ties; a score of another shape, or one that is NaN; a score dtype
-            of integers.
-        RuntimeError: when attached twice at a time: each call makes hooks for one use.
+        ValueError: `k` below 0, or above the number of heads (when first run); an unknown score
+            or rule for ties; a score of another shape, or a NaN; an integer score dtype.
+            RuntimeError: the hooks are attached twice at the same time; make them twice instead.
 
-    Source: Zani, Michalak & Abreu 2025, top-k contextual sparsity. Their masks act where ours do,
-    on head outputs before the output projection, whose bias stays.
+    Source: Zani, Michalak & Abreu 2025, top-k contextual sparsity. Like theirs, our masks act on
+    head outputs before the output projection, and do not change its bias.
     """
     score_fn = _score(score)
     if ties not in ("torch", "lowest"):
@@ -148,7 +147,7 @@ def best_heads(
     `torch.topk` is called once for each distinct k, on the whole head axis.
 
     Raises:
-        ValueError: a score that is NaN, which `topk` would take for the largest.
+        ValueError: a score that is NaN, which `topk` would treat as the largest.
     """
     if bool((bad := transforms.plain_rows(scores.isnan())).any()):
         row, head, query = bad.nonzero()[0].tolist()
@@ -172,7 +171,7 @@ def best_heads(
 
 
 def at_tokens(scores: Scores, hook: HookPoint) -> Scores:
-    """Return scores with 0 at padding, where patterns say nothing."""
+    """Return scores with 0 at padding, where patterns have no meaning."""
     return scores.masked_fill((hook.run.query_pos < 0)[:, None], 0)
 
 

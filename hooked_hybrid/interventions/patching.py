@@ -1,8 +1,8 @@
-"""Patching: values of another run in the place of this one's, and attention edges cut.
+"""Patching: replacing values by those of another run, and cutting attention edges.
 
-Rows and positions are matched by what they are, `hook.run.rows` and the position in the document,
-never by where they stand in a tensor: so a patch is the same in a plain forward, in pieces of a
-long prefill, in cached steps past the window, and with padding.
+Rows and positions are matched by `hook.run.rows` and the position in the document, never by index
+in a tensor. So a patch has the same effect in a plain forward, in pieces of a long prefill, in
+cached steps past the window, and with padding.
 """
 
 from __future__ import annotations
@@ -47,30 +47,30 @@ def patch(
     heads: Indices | None = None,
     attention_mask: Int[Tensor, "donor_batch donor_pos"] | None = None,
 ) -> list[HookSpec]:
-    """Replace values by those that another run, the donor, had at the same document positions.
+    """Replace values by those of another run, the donor, at the same document positions.
 
-    The donor is read by position, as its cache tells: whatever its padding, `pos_slice` or state.
-    (One made by hand has read its sequences from position 0 on.) It has one row, which serves all,
-    or a row for each of the batch. In a packed row each document is counted, and patched, from its
-    own start; a donor is not packed.
+    The donor is read by the positions in its cache, whatever its padding, `pos_slice` or state.
+    (A donor made by hand begins at position 0.) It has one row, used for all, or one for each row
+    of the batch. In a packed row, positions count from the start of each document, and each is
+    patched; a donor must not be packed.
 
     Args:
         cache: the donor: an `ActivationCache`, or a mapping from full names to tensors.
-        names: what to replace, as the donor names it: a name or shorthand (`("z", 2)`), a list of
-            those, or a predicate on names (which is not asked about gradients).
+        names: the values to replace, by names in the donor: a name or shorthand (`("z", 2)`), a
+            list of those, or a predicate on names (which is not called for gradients).
         positions: in the document, counted from 0, or a mask that is True at them: [pos], or
-            [batch pos] where rows differ; None means every one that is met, and then the donor
-            must have them all.
+            [batch pos] if rows differ; None means every position of the run, all of which the
+            donor must then have.
         rows: of the original batch, or a mask [batch]; None means all.
         heads: on the value's head axis (key-value heads at `hook_k`, `hook_v`); None means all.
-        attention_mask: of the donor's run, where its rows are padded and it is made by hand.
+        attention_mask: of the donor's run, if its rows are padded and it is made by hand.
 
     Raises:
         HookNameError: the donor, or the model, has no such name.
-        ValueError: an index that is not a whole number from 0 on; something else than a mask, or
-            not that of the cache's run; a packed donor. When first run: the donor's shape differs
-            in more than batch and positions, or it lacks a position, row or head that is asked for;
-            `heads` if there are none.
+        ValueError: an index that is not a whole number from 0 on; an invalid mask, or one of
+            another run; a packed donor. When first run: the donor's shape differs in other axes
+            than batch and positions, or it lacks a selected position, row or head; `heads` for a
+            value without heads.
 
     Source: activation patching, as `TransformerLens.patching` does it by index.
     """
@@ -96,7 +96,7 @@ def patch(
         return torch.where(here, donor.at(value, at, hook), value)
 
     marked: Any = replace
-    if chosen is not None:  # the scan of a recurrence need not stop anywhere else
+    if chosen is not None:  # a recurrent scan needs to stop only there
         marked.positions = marks_of(chosen)
     return [(list(donors), marked)]
 
@@ -107,11 +107,11 @@ def freeze(
     *,
     attention_mask: Int[Tensor, "donor_batch donor_pos"] | None = None,
 ) -> list[HookSpec]:
-    """Hold values at what the donor had, everywhere: `patch` at all positions, rows and heads.
+    """Keep values at those of the donor: `patch` at all positions, rows and heads.
 
-    Freeze the attention patterns, say, while something else is edited: what then changes did not
-    go through them. A position that the donor lacks is an error, not left to move: to freeze the
-    prompt of a generation, give these as `prefill_hooks`.
+    For example, freeze the attention patterns while something else is edited: the remaining effect
+    does not go through them. A position that the donor lacks is an error. To freeze the prompt of a
+    generation, pass these as `prefill_hooks`.
 
     Args:
         cache, names, attention_mask: as in `patch`.
@@ -138,13 +138,13 @@ def knock_out_edges(
             edges are several calls.
         layers: attention layers; None means all.
         heads: in each of these layers; None means all.
-        renormalise: True sets scores to minus infinity, so that the softmax shares the weight
-            among the keys left; a query that has none left attends to nothing (z = 0, and the
-            layer writes its output bias alone). False sets weights to 0 and leaves the others.
+        renormalise: True sets scores to minus infinity, so that the softmax distributes the weight
+            among the remaining keys; a query without remaining keys attends to nothing (z = 0, and
+            the layer's output is its bias). False sets weights to 0 and does not change the others.
 
     Raises:
-        ValueError: an index that is not a whole number from 0 on; when first run, a head above
-            those of a layer, or a mask with another number of rows than the batch.
+        ValueError: an index that is not a whole number from 0 on; when first run, a head that a
+            layer does not have, or a mask with another number of rows than the batch.
         HookNameError: when attached, a layer without attention.
 
     Source: Geva et al. 2023, "Dissecting recall of factual associations", attention knockout
@@ -186,7 +186,7 @@ def _heads_of(value: Tensor, heads: tuple[int, ...], hook: HookPoint) -> Bool[Te
 
 
 def _named(cache: Cache, names: Names) -> dict[str, tuple[Tensor, Places | None]]:
-    """Return what the donor has under these names, by full name, with a batch axis and places."""
+    """Return the donor's values by full name, with a batch axis and places."""
     known = [n for n in cache if isinstance(n, str) and not n.endswith("_grad")]
     several = names if isinstance(names, list) else [names]
     selector: NameFilter

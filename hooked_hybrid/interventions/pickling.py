@@ -1,10 +1,9 @@
 """Hooks that can be pickled, copied, saved with a model and sent to other processes.
 
-Factories make functions inside themselves, which pickle refuses. What a factory marked `picklable`
-returns is pickled by name, as a function of that factory, together with what it holds on to; it is
-put together again from the factory's code where it is read. Hooks that hand values to each other
-still do, where they are pickled together. A function of the caller's is pickled as any other is:
-it must stand in a module.
+Functions defined inside factories cannot be pickled by default. The functions that a factory marked
+`picklable` returns are pickled by name, with the values of their closures, and rebuilt from the
+factory's code. Hooks that pass values to each other still do if they are pickled together. A user's
+own function is pickled as usual: it must be defined in a module.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ _LOCAL = ".<locals>."
 
 
 def picklable(factory: F) -> F:
-    """Let the hook, the hooks or the score that a factory returns be pickled."""
+    """Make the hook, the hooks or the score that a factory returns picklable."""
 
     @functools.wraps(factory)
     def made(*args: Any, **kwargs: Any) -> Any:
@@ -34,10 +33,10 @@ def picklable(factory: F) -> F:
 
 
 class Made(functools.partial):
-    """A function that a factory made. It has the marks, and the name, of that function."""
+    """A function made by a factory, with the marks and the name of that function."""
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Return what `_rebuilt` puts together again."""
+        """Return the arguments of `_rebuilt`."""
         *parts, marks = _parts(cast(FunctionType, self.func))
         return _rebuilt, (*parts, {**marks, **vars(self)})
 
@@ -47,7 +46,7 @@ class Made(functools.partial):
 
 
 def _wrapped(value: Any) -> Any:
-    """Return a function that was made inside one of ours such that it can be pickled."""
+    """Return a picklable version of a function made inside one of this library."""
     if isinstance(value, FunctionType) and _is_ours(inspect.unwrap(value)):
         return Made(value)
     if isinstance(value, functools._lru_cache_wrapper):
@@ -56,7 +55,7 @@ def _wrapped(value: Any) -> Any:
 
 
 class _Cached:
-    """A cached function, to be pickled without what it has cached."""
+    """A cached function, which is pickled without its cache."""
 
     def __init__(self, fn: Any) -> None:
         self.fn = fn
@@ -70,7 +69,7 @@ def _is_ours(fn: Any) -> bool:
 
 
 def _parts(fn: FunctionType) -> tuple[Any, ...]:
-    """Return where the code of a function is, and everything else that it is made of."""
+    """Return the location of a function's code, and the other parts of the function."""
     inner: Any = inspect.unwrap(fn)
     code, cells = inner.__code__, inner.__closure__ or ()
     held = zip(code.co_freevars, cells, strict=True)
@@ -95,7 +94,7 @@ def _rebuilt(
     keyword_defaults: dict[str, Any] | None,
     marks: dict[str, Any],
 ) -> Made:
-    """Return the function that `_parts` took apart."""
+    """Return the function with the parts of `_parts`."""
     codes = _codes(module, name)
     if index >= len(codes) or set(codes[index].co_freevars) != held.keys():
         raise ValueError(
@@ -112,7 +111,7 @@ def _rebuilt(
 
 
 def _codes(module: str, name: str) -> list[CodeType]:
-    """Return the code objects of this qualified name, in the order in which they stand."""
+    """Return the code objects of this qualified name, in source order."""
     path = name.split(_LOCAL)[0].split(".")
     found: Any = importlib.import_module(module)
     for part in path:

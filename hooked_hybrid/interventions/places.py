@@ -1,8 +1,8 @@
-"""Positions and rows that a hook acts at, read before a run and found again in each call of it.
+"""Positions and rows at which a hook acts, read before a run and looked up in each call.
 
 Positions are those of the document, counted from 0, as in `hook.run.query_pos`. A mask of positions
-is True at them: [pos] for every row, [batch pos] where rows differ. It must reach as far as what is
-read in a forward or a prefill; what is generated after its end is not chosen.
+is True at them: [pos] for every row, [batch pos] if rows differ. It must cover all tokens of a
+forward or a prefill; tokens generated after its end are not selected.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ Chosen = tuple[int, ...] | Bool[Tensor, "*batch pos"]
 
 
 def read_positions(positions: Positions | None, what: str = "positions") -> Chosen | None:
-    """Return positions as a tuple, or as a mask of its own memory; None as it is.
+    """Return positions as a tuple, or as a copied mask; None is returned unchanged.
 
     Raises:
-        ValueError: none, one that is not a whole number from 0 on, or a mask of other axes.
+        ValueError: no entry, one that is not a whole number from 0 on, or a mask with other axes.
     """
     if positions is None:
         return None
@@ -41,10 +41,10 @@ def read_positions(positions: Positions | None, what: str = "positions") -> Chos
 
 
 def read_rows(rows: Indices | None, what: str = "rows") -> Chosen | None:
-    """Return rows of the original batch as a tuple, or as a mask [batch]; None as it is.
+    """Return rows of the original batch as a tuple, or as a mask [batch]; None unchanged.
 
     Raises:
-        ValueError: none, one that is not a whole number from 0 on, or a mask of other axes.
+        ValueError: no entry, one that is not a whole number from 0 on, or a mask with other axes.
     """
     chosen = read_positions(rows, what)
     if isinstance(chosen, Tensor) and chosen.ndim != 1:
@@ -53,7 +53,7 @@ def read_rows(rows: Indices | None, what: str = "rows") -> Chosen | None:
 
 
 def marks_of(chosen: Chosen) -> tuple[int, ...]:
-    """Return every position that some row has chosen: where a scan of states must stop."""
+    """Return every position selected in any row, at which a scan of states must stop."""
     if isinstance(chosen, tuple):
         return chosen
     return tuple(chosen.view(-1, chosen.shape[-1]).any(dim=0).nonzero()[:, 0].tolist())
@@ -62,10 +62,10 @@ def marks_of(chosen: Chosen) -> tuple[int, ...]:
 def is_among(
     pos: Int[Tensor, "batch n"], chosen: Chosen | None, hook: HookPoint
 ) -> Bool[Tensor, "batch n"]:
-    """Return True at the tokens that stand at one of the chosen positions.
+    """Return True at the tokens at the selected positions.
 
     Raises:
-        ValueError: a mask for another number of rows, or one that ends before what is read.
+        ValueError: a mask for another number of rows, or one that ends before the last token.
     """
     if isinstance(chosen, Tensor) and chosen.ndim == 2:
         row = index_of_rows(chosen.shape[0], "the mask of positions", hook)
@@ -76,10 +76,10 @@ def is_among(
 def at_positions(
     pos: Int[Tensor, "batch n"], chosen: Chosen | None, may_pass_the_end: bool = False
 ) -> Bool[Tensor, "batch n"]:
-    """Return True where `pos` is one of the chosen positions; a mask has the rows of `pos`.
+    """Return True where `pos` is a selected position; a mask has the rows of `pos`.
 
     Raises:
-        ValueError: a mask that ends before the positions do, unless they may pass its end.
+        ValueError: a mask that ends before the positions do, unless that is allowed.
     """
     if chosen is None:
         return pos >= 0
@@ -93,7 +93,7 @@ def at_positions(
 
 
 def is_of_rows(chosen: Chosen, hook: HookPoint) -> Bool[Tensor, " row"]:
-    """Return True at the rows of this forward that are chosen.
+    """Return True at the selected rows of this forward.
 
     Raises:
         ValueError: a row that the batch does not have, or a mask of another number of rows.
@@ -110,7 +110,7 @@ def is_of_rows(chosen: Chosen, hook: HookPoint) -> Bool[Tensor, " row"]:
 
 
 def index_of_rows(n: int, what: str, hook: HookPoint) -> Int[Tensor, " row"]:
-    """Return which of `n` entries, one for each row of the original batch, each row here has.
+    """Return the index of each row of this forward among `n` entries, one for each original row.
 
     Raises:
         ValueError: the batch has another number of rows.
@@ -119,7 +119,7 @@ def index_of_rows(n: int, what: str, hook: HookPoint) -> Int[Tensor, " row"]:
 
 
 def _as_mask(given: Any, what: str) -> Tensor | None:
-    """Return a mask as a tensor that is the reader's own, and None for indices."""
+    """Return a mask as a copied tensor, and None for indices."""
     if hasattr(given, "dtype") and hasattr(given, "shape"):
         given = torch.as_tensor(given)
         return given.clone() if given.dtype == torch.bool and given.ndim else None

@@ -1,7 +1,7 @@
-"""Interventions on recurrences: states edited or held, and edges between positions cut.
+"""Interventions on recurrences: editing or holding states, and cutting edges between positions.
 
-To put a state of another run at some positions, `patch(cache, ("ssm_state", layer), positions=...)`
-does it; to go on from one prompt with another's state, `state.replace(other, kinds="ssm")`.
+To set the state of another run at some positions, use `patch(cache, ("ssm_state", layer),
+positions=...)`; to continue a prompt with another's state, `state.replace(other, kinds="ssm")`.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ from hooked_hybrid.network.part import NotSupported
 def edit_state(
     fn: HookFn, positions: Positions | None = None, *, layers: Indices | None = None
 ) -> list[HookSpec]:
-    """Apply a hook to the states of recurrences; an edit at a position reaches every later one.
+    """Apply a hook to the states of recurrences; an edit at a position changes all later ones.
 
     Args:
         fn: a hook, called with the state after one position, [batch 1 d_rnn] or
             [batch 1 d_inner d_state].
-        positions: in the document, counted from 0, or a mask, as in `hook_at`; None means every
-            one. Between those that are named the scan stays fast.
+        positions: in the document, counted from 0, or a mask, as in `hook_at`; None means all.
+            Between given positions the scan stays fast.
         layers: with a recurrence; None means all that have one.
 
     Returns:
@@ -45,7 +45,7 @@ def edit_state(
         ValueError: a position or layer that is not a whole number from 0 on.
         HookNameError: when attached, a layer without a recurrence.
     """
-    # A hook of its own: `fn` keeps its signature and its marks.
+    # A new hook: `fn` keeps its signature and its marks.
     edit = per_position(partial(fn)) if positions is None else hook_at(fn, positions)
     return [*_checked(layers), (_points(("hook_ssm_state",), layers), edit)]
 
@@ -58,26 +58,26 @@ def freeze_state(
     layers: Indices | None = None,
     channels: Indices | None = None,
 ) -> list[HookSpec]:
-    """Hold the state of recurrences over some positions: nothing is forgotten, nothing written.
+    """Hold the state of recurrences constant over some positions: no decay and no write.
 
-    Outputs are still computed from the held state, with each position's own read-out and gate (and
-    D x in Mamba). A state held from position 0 on is zero.
+    Outputs are still computed from the held state, with each position's read-out and gate (and D x
+    in Mamba). A state held from position 0 on is zero.
 
     Args:
-        start: first position held, in the document, counted from 0; one for all rows or for each.
-        stop: first position after it that is not; None holds the state to the end.
+        start: first held position, in the document, counted from 0; one for all rows or for each.
+        stop: first position after `start` that is not held; None holds the state to the end.
         layers: with a recurrence; None means all that have one.
-        channels: which; None means all.
+        channels: the held channels; None means all.
 
     Returns:
         Hooks: a log decay of 0 and an input gate of 0 in the RG-LRU (`hook_log_decay`,
-        `hook_input_gate`), a step of 0 in Mamba (`hook_ssm_dt`), in another kind what its class
-        states as `holds`. Attach them after others that edit these points.
+        `hook_input_gate`), a step of 0 in Mamba (`hook_ssm_dt`), for other kinds the values that
+        the class states as `holds`. Attach them after others that edit these points.
 
     Raises:
-        ValueError: positions or indices that are not whole numbers from 0 on; a stop before the
-            start; when first run, a channel above those of a layer, or positions for another number
-            of rows.
+        ValueError: positions or indices that are not whole numbers from 0 on; `stop` before
+            `start`; when first run, a channel that a layer does not have, or positions for another
+            number of rows.
         HookNameError: when attached, a layer without a recurrence.
         NotSupported: when run, a recurrence does not state how it is held.
     """
@@ -93,7 +93,7 @@ def freeze_state(
         if last is not None:
             here = here & (pos < _of_rows(last, "stop", hook))
         held = owner_of(hook).holds.get(str(hook.name).rpartition(".")[2])
-        if held is None:  # a point with which another kind is held
+        if held is None:  # a point by which another kind is held
             return value
         here = here.view(*here.shape, *(1,) * (value.ndim - 2))
         return value.masked_fill(here & is_chosen(chosen, value, hook), held)
@@ -111,19 +111,18 @@ def knock_out_state_edges(
 ) -> list[HookSpec]:
     """Cut recurrences from each of some queries to each of some keys.
 
-    What the keys wrote into the state is missing from the layer's output at the queries, and from
-    nothing else: the state itself and outputs at other positions do not change. It is the layer
-    with these entries of its effective attention (through "scan") set to 0, D x on the diagonal
-    of Mamba among them. A recurrence is linear in what is written, so a second scan, of the keys'
-    writes alone, is what the queries have to do without.
+    The keys' writes to the state are removed from the layer's output at the queries, and from
+    nothing else: the state itself and outputs at other positions do not change. This equals setting
+    these entries of the layer's effective attention (through "scan") to 0, including D x on the
+    diagonal of Mamba. A recurrence is linear in its writes, so the part to subtract is a second
+    scan, of the keys' writes only.
 
-    A write mixes the last `d_conv` tokens, by the convolution before it. To cut all that a token
-    writes, name the `d_conv - 1` positions after it as keys too. What it does to later decays and
-    gates stays.
+    The convolution mixes the last `d_conv` tokens into a write. To cut all writes of a token, also
+    name the `d_conv - 1` positions after it as keys. Its effects on later decays and gates remain.
 
     The hooks follow the state from call to call, in pieces of a prefill and steps of generation,
-    and check at each that it is the one they followed. They make Mamba compute decays, writes and
-    states of each position [batch pos d_inner d_state], in pieces where other hooks allow it.
+    and check at each call that the state is the one they followed. They make Mamba compute decays,
+    writes and states of each position [batch pos d_inner d_state], in pieces if other hooks allow.
 
     Args:
         query_positions, key_positions: in the document, counted from 0, or a mask that is True at
@@ -133,14 +132,14 @@ def knock_out_state_edges(
         channels: in each of these layers; None means all.
 
     Returns:
-        A hook on `hook_ssm_y`, and watchers before it. Attach them as they come, after hooks that
-        edit decays or writes of these layers and before those that edit `hook_ssm_y`.
+        A hook on `hook_ssm_y`, and watchers before it. Attach them in this order, after hooks that
+        edit decays or writes of these layers and before hooks that edit `hook_ssm_y`.
 
     Raises:
-        ValueError: an index that is not a whole number from 0 on; when run, a channel above those
-            of a layer, a mask with another number of rows than the batch, a state that was read
-            without these hooks or edited (`hook_ssm_state`) while a key stands before it, hooks in
-            another order, or an edge that is cut twice.
+        ValueError: an index that is not a whole number from 0 on; when run, a channel that a layer
+            does not have, a mask with another number of rows than the batch, a state after a key
+            that was computed without these hooks or edited (`hook_ssm_state`), hooks in another
+            order, or an edge that is cut twice.
         HookNameError: when attached, a layer without a recurrence.
 
     Source: attention knockout (Geva et al. 2023) for recurrences, as in Endy et al. 2025, "Mamba
@@ -161,7 +160,7 @@ def knock_out_state_edges(
 @watcher
 @per_position
 def _look(value: Tensor, hook: HookPoint) -> None:
-    """See nothing: attached by name, so that a layer without a recurrence is an error."""
+    """Do nothing: it is attached by name, so that a layer without a recurrence is an error."""
 
 
 def _checked(layers: Indices | None) -> list[HookSpec]:
@@ -171,9 +170,10 @@ def _checked(layers: Indices | None) -> list[HookSpec]:
 
 
 def _stated(fact: str) -> tuple[str, ...]:
-    """Return the hook points that a fact of recurrences names, of all kinds.
+    """Return the hook points in a fact of recurrences, of all kinds.
 
-    Where a kind does not state it, also the output of all: a hook there can ask its own kind.
+    If a kind does not state it, the output point is included, where a hook can read its kind's
+    facts.
     """
     leaves: list[str] = []
     for mixer in MIXERS.values():

@@ -1,4 +1,4 @@
-"""Arguments that differ between the rows of a batch, as the hooks of one forward read them."""
+"""Arguments that differ between the rows of a batch, and their values in one forward."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ Spans = (
 """One (start, stop); several, for every row; a list for each row; or a tensor or array of these.
 
 Positions are those of the document, from 0, as in `hook.run.key_pos`; `stop` is not included.
-Several spans of a row count together. Sequences are read by their depth: `(3, 6)` and
+Several spans of a row act as one. The nesting of sequences determines their meaning: `(3, 6)` and
 `[(3, 6), (9, 12)]` are for every row, `[[(3, 6)], [(2, 5), (9, 12)]]` for two rows. A tensor always
-has a row for each row of the batch, [batch 2] or [batch span 2]; where a row has fewer spans than
+has an entry for each row of the batch, [batch 2] or [batch span 2]; if a row has fewer spans than
 others, repeat one.
 """
 
@@ -37,11 +37,11 @@ Bounds = Int[Tensor, "*rows span 2"]
 def entries_of_rows(
     values: Shaped[Tensor, "batch ..."], hook: HookPoint, name: str
 ) -> Shaped[Tensor, "row ..."]:
-    """Return the entries that belong to the rows of this forward.
+    """Return the entries of the rows of this forward.
 
     Args:
         values: an entry for each row of the original batch.
-        hook: its run says which of them this forward holds.
+        hook: its run has the rows of this forward.
         name: of the argument, for the error.
 
     Raises:
@@ -56,7 +56,7 @@ def entries_of_rows(
 
 
 def read_k(k: PerRow) -> Int[Tensor, "*batch"]:
-    """Return a number of heads, or that of each row, as a tensor.
+    """Return a number of heads, or one for each row, as a tensor.
 
     Raises:
         ValueError: not whole, negative, or of another shape.
@@ -67,7 +67,7 @@ def read_k(k: PerRow) -> Int[Tensor, "*batch"]:
 def read_per_row(
     given: Any, name: str, kind: str = "a position, counted from 0"
 ) -> Int[Tensor, "*batch"]:
-    """Return a whole number from 0 on, or that of each row, as a tensor of its own memory.
+    """Return a whole number from 0 on, or one for each row, as a new tensor.
 
     Args:
         given: an int; or numbers in a sequence, array or tensor [batch].
@@ -75,7 +75,7 @@ def read_per_row(
         kind: of number, for the error.
 
     Raises:
-        ValueError: fractions, True or False, negative numbers, none, or several axes.
+        ValueError: fractions, True or False, negative numbers, no number, or several axes.
     """
     try:
         read = read_indices(given, name)
@@ -102,10 +102,10 @@ def k_of_rows(k: Int[Tensor, "*batch"], n_heads: int, hook: HookPoint) -> Int[Te
 
 
 def read_spans(spans: Spans) -> Bounds:
-    """Return spans as [span 2] where they are for every row, [batch span 2] where for each.
+    """Return spans as [span 2] if they are for every row, as [batch span 2] if for each.
 
     Raises:
-        ValueError: not whole numbers, not pairs, none at all, or not 0 <= start < stop.
+        ValueError: not whole numbers, not pairs, no span, or not 0 <= start < stop.
     """
     try:
         if hasattr(spans, "dtype"):
@@ -124,11 +124,11 @@ def read_spans(spans: Spans) -> Bounds:
 
 
 def in_spans(bounds: Bounds, hook: HookPoint) -> Bool[Tensor, "batch key"]:
-    """Return True at the keys that lie in the spans of their row.
+    """Return True at the keys in the spans of their row.
 
     Raises:
-        ValueError: spans for another number of rows; or, at a step of generation, a span of which
-            the row has not read the end (see `check_spans` for the other stages).
+        ValueError: spans for another number of rows; or, in a step of generation, a span that ends
+            after the tokens read so far (see `check_spans` for the other stages).
     """
     run = hook.run
     if run.key_pos is None:
@@ -144,14 +144,14 @@ def in_spans(bounds: Bounds, hook: HookPoint) -> Bool[Tensor, "batch key"]:
 
 
 def check_spans(spans: Spans, lengths: int | Sequence[int] | Int[Tensor, "*rows"]) -> None:
-    """Raise an error if a span is none, or ends after the tokens of its row.
+    """Raise an error if a span is invalid or ends after the tokens of its row.
 
-    For use before a run. A hook raises this error itself only in generation: a forward or a prefill
-    may come in pieces, and a piece that does not reach the span may precede one that does.
+    Call it before a run. A hook raises this error only in generation: a forward or a prefill may
+    run in pieces, and a piece before the end of the span is not an error.
 
     Args:
         spans: as in `manipulate_span`.
-        lengths: tokens of each row without padding, or of every row.
+        lengths: number of tokens of each row without padding, or one number for all rows.
 
     Raises:
         ValueError: as above; or lengths for another number of rows.
@@ -185,7 +185,7 @@ def _of_tensor(spans: Tensor) -> Int[Tensor, "batch span 2"]:
 
 
 def _nested(spans: Any) -> list[Any]:
-    """Return [span 2] or [batch span 2] as lists; rows repeat a span up to the longest row's."""
+    """Return [span 2] or [batch span 2] as lists, with spans repeated to equal numbers."""
     depth, inner = 0, spans
     while isinstance(inner, Sequence) and depth < 4:
         depth, inner = depth + 1, inner[0] if inner else None
@@ -204,10 +204,10 @@ def _pairs(spans: Sequence[Any]) -> list[tuple[int, ...]]:
 
 
 class Handover:
-    """What a hook leaves for a later one of the same layer, rows and positions.
+    """Values that a hook passes to a later hook at the same layer, rows and positions.
 
-    By rows and positions too, as `hook_at` and `on_rows` call one hook several times before they
-    call the next; and what a run that failed has left is never taken for another's.
+    Rows and positions are part of the key, as `hook_at` and `on_rows` call one hook several times
+    before the next, and as values of a failed run must not be used in another.
     """
 
     def __init__(self) -> None:
@@ -218,15 +218,15 @@ class Handover:
         self._left[self._key(hook)] = value
 
     def has(self, hook: HookPoint) -> bool:
-        """Whether a value was left for this place."""
+        """Whether there is a value for this place."""
         return self._key(hook) in self._left
 
     def take(self, hook: HookPoint) -> Tensor:
-        """Return the value left for this place.
+        """Return the value for this place.
 
         Raises:
-            RuntimeError: none was, or another has taken it: the hooks of one intervention came
-                out of step.
+            RuntimeError: there is none, or it was already taken, as the hooks of an intervention
+                were not called in turn.
         """
         if not self.has(hook):
             raise RuntimeError(

@@ -1,7 +1,7 @@
-"""The second scan that cuts edges of a recurrence, followed from call to call.
+"""The second scan that cuts edges of a recurrence, carried from call to call.
 
-In y_t = read_t . h_t + skip x_t with h_t = a_t h_{t-1} + w_t, what some keys wrote is a scan too,
-g_t = a_t g_{t-1} + [t is a key] w_t, and y_t without it is y_t - read_t . g_t.
+In y_t = read_t . h_t + skip x_t with h_t = a_t h_{t-1} + w_t, the part of some keys in the state is
+also a scan, g_t = a_t g_{t-1} + [t is a key] w_t, and y_t without them is y_t - read_t . g_t.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from hooked_hybrid.network.mixers.base import Mixer, ScanTerms
 from hooked_hybrid.network.scans.scan import scan
 
 AGREES = 1e-4
-"""How far a state may be from a_t h_{t-1} + w_t, relative to the largest |a_t h_{t-1}| + |w_t| of
-its channel in one call."""
+"""Largest difference of a state from a_t h_{t-1} + w_t, relative to the largest
+|a_t h_{t-1}| + |w_t| of its channel in one call."""
 States = Float[Tensor, "batch pos channel n"]
 State = Float[Tensor, "batch channel n"]
 
 
 class Edges(NamedTuple):
-    """Which edges: from each query to each key, in some channels; None means all."""
+    """The edges from each query to each key, in some channels; None means all."""
 
     queries: Chosen | None
     keys: Chosen | None
@@ -46,7 +46,7 @@ def _expected(terms: ScanTerms, before: State) -> tuple[States, States]:
 
 @dataclass
 class _Followed:
-    """What a layer's last call left: its rows, the states after it, what the keys have in them."""
+    """The results of a layer's last call: its rows, the states after it, the keys' part in them."""
 
     rows: Int[Tensor, " row"]
     next_pos: Int[Tensor, " row"]
@@ -66,7 +66,7 @@ class Cut:
     @watcher
     @per_position
     def watch(self, value: Tensor, hook: HookPoint) -> None:
-        """Keep what a recurrence computes with, for `subtract`."""
+        """Keep the decays, writes and states of a recurrence, for `subtract`."""
         self.seen[str(hook.name).rpartition(".")[2]].leave(hook, value)
 
     @per_position
@@ -81,7 +81,7 @@ class Cut:
         for other in earlier:
             self._check_apart(other, is_query, hook)
         wide = at_least_fp32(y)
-        if not earlier:  # which see y as it was computed
+        if not earlier:  # earlier cuts receive y as it was computed
             self.skips[hook.layer()] = wide - (terms.states * terms.read).sum(-1)
         skip = (earlier[0] if earlier else self).skips[hook.layer()]
         without = wide - (cut * terms.read).sum(-1) - skip * is_key[..., None]
@@ -106,7 +106,7 @@ class Cut:
         )
 
     def _terms(self, hook: HookPoint) -> ScanTerms:
-        """Return what the points before left, with documents parted and padding kept."""
+        """Return the values of the earlier points, with resets at documents and padding."""
         seen = {leaf: left.take(hook) for leaf, left in self.seen.items() if left.has(hook)}
         terms: ScanTerms = owner_of(hook).scan_terms(seen)
         pos = hook.run.query_pos[..., None, None]
@@ -116,7 +116,7 @@ class Cut:
     def _follow(
         self, terms: ScanTerms, is_key: Bool[Tensor, "batch pos"], hook: HookPoint
     ) -> States:
-        """Return what the keys have in each state, and keep where this call ends."""
+        """Return the keys' part in each state, and keep the state at the end of this call."""
         run, layer, states = hook.run, hook.layer(), terms.states
         is_real = run.query_pos >= 0
         begins = is_real.int().argmax(dim=1, keepdim=True)
@@ -142,7 +142,7 @@ class Cut:
         return inside
 
     def _before(self, run: Run, layer: int, states: States) -> tuple[State, State, Tensor]:
-        """Return what the last call left of these rows: states, what is cut, next positions."""
+        """Return the results of the last call for these rows: states, cut parts, next positions."""
         left, zeros = self.followed.get(layer), torch.zeros_like(states[:, 0])
         if left is None or left.states.shape[1:] != zeros.shape[1:]:
             return zeros, zeros, torch.full_like(run.rows, -1)
@@ -162,7 +162,7 @@ class Cut:
             return bool(is_among(every, self.edges.keys, hook).any())
 
     def _check_apart(self, other: Cut, is_query: Tensor, hook: HookPoint) -> None:
-        """Refuse edges that `other` has cut already: they would be taken away twice."""
+        """Refuse edges that `other` also cuts, as they would be subtracted twice."""
         run = hook.run
         mine = is_query & is_among(run.query_pos, other.edges.queries, hook)[..., None]
         mine = mine & is_chosen(other.edges.channels, is_query, hook)

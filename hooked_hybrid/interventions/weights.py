@@ -1,4 +1,4 @@
-"""Interventions on attention weights: what heads may read of a span of tokens."""
+"""Interventions on attention weights to a span of tokens."""
 
 from __future__ import annotations
 
@@ -55,19 +55,20 @@ def manipulate_span(
     null         every weight is 0
     only         weights outside the span are 0
     omit         weights in the span are 0
-    binary       as only, and those in the span are their mean over the tokens of it that the
-                 query can see
-    permute      the weights of the tokens of the span that the query can see change places
+    binary       as only, and weights in the span are replaced by their mean over its tokens
+                 that the query can see
+    permute      the weights of the span's tokens that the query can see are permuted
     ===========  =============================================================================
 
-    A query can see what its score does not hide: its document, up to itself, in the window, and
-    not what hooks before these knocked out. The hooks act in every forward they are attached in,
-    so `prefill_hooks` and `generation_hooks` make the "mode-mode" settings of the paper.
+    A query can see the keys that its scores do not mask: those of its document, up to itself, in
+    the window, except keys removed by earlier hooks. The hooks act in every forward in which they
+    are attached, so `prefill_hooks` and `generation_hooks` give the "mode-mode" settings of the
+    paper.
 
     In permute, token p of the span has a pseudo-random number, a hash of `seed`, layer, head, the
     query's position and p. The i-th visible token of the span gets the weight of the visible one
-    with the i-th smallest number: every order is equally likely, and it is the same however the
-    sequence is cut and whatever else is in the batch.
+    with the i-th smallest number. Every order is equally likely, and it does not depend on how the
+    sequence is cut or on other rows.
 
     Args:
         mode: see above.
@@ -78,16 +79,16 @@ def manipulate_span(
             stay zeros. The papers do not.
         layers: attention layers to act in; None for all.
         heads: heads to act on in each of these layers, or `{layer: heads}` instead of `layers`.
-        seed: of permute alone; None is 0.
+        seed: for permute only; None is 0.
 
     Returns:
         Hooks on `hook_pattern` [batch head query key], for binary and permute on
         `hook_attn_scores` too; for `run_with_hooks` and `generate` alike. None for keep.
 
     Raises:
-        ValueError: an unknown mode, spans or indices that are none; when it first runs, a head
-            that a layer does not have, or spans for another number of rows; in generation, a span
-            that ends after the tokens so far (a forward may be a piece: see `check_spans`).
+        ValueError: an unknown mode, invalid spans or indices; when first run, a head that a layer
+            does not have, or spans for another number of rows; in generation, a span that ends
+            after the tokens so far (a forward may be a piece: see `check_spans`).
         HookNameError: a layer without attention, when the hooks are attached.
 
     Source: Michalak & Abreu 2025, weight manipulation (Table 6.1: keep, null, only, omit, binary;
@@ -129,18 +130,18 @@ def boost_span(
     score: Literal["entropy", "l2"] | HeadScore = "entropy",
     ties: Literal["torch", "lowest"] = "torch",
 ) -> list[HookSpec]:
-    """Raise the scores of a span in the `k` best-scoring heads of each position; silence the rest.
+    """Raise the scores of a span in the `k` highest-scoring heads of each position; zero the rest.
 
     In the kept heads every score of the span that the query can see becomes `scale` times the
-    largest score of that query, before the softmax; where the largest is negative, a scale above 1
-    lowers it. Heads are chosen by their patterns before this change, as in `keep_top_heads`, which
-    these hooks replace. With k = `n_heads` every head is boosted.
+    largest score of that query, before the softmax; if the largest is negative, a scale above 1
+    lowers them. Heads are chosen by their patterns before this change, as in `keep_top_heads`,
+    which these hooks replace. With k = `n_heads` every head is boosted.
 
     Args:
         k: heads kept at each position, or one number for each row of the batch.
         spans: as in `manipulate_span`.
-        scale: what the largest score is multiplied by.
-        score: how peaked a head is, as in `keep_top_heads`; a function is called with
+        scale: the factor of the largest score.
+        score: as in `keep_top_heads`; a function is called with
             `hook_attn_scores` as its hook.
         ties: as in `keep_top_heads`.
 
@@ -151,9 +152,9 @@ def boost_span(
         ValueError: as `keep_top_heads` and `manipulate_span` do; a scale that is not finite.
 
     Source: the code of Michalak & Abreu 2025 (`increase_attention_on_needle`), which boosts in
-    steps of one token only: put the hooks into `generation_hooks` for that. Deviations: spans are
-    positions, not slots of the ring buffer; what a query may not see stays hidden; scores are in
-    the model's dtype, theirs are fp32; they boost nothing when all heads are kept.
+    steps of one token only: use `generation_hooks` for that. Differences: spans are positions, not
+    slots of the ring buffer; masked keys stay masked; scores are in the model's dtype, theirs in
+    fp32; they boost nothing when all heads are kept.
     """
     bounds, per_row = read_spans(spans), read_k(k)
     if isinstance(score, str) and score not in SCORES:
@@ -182,10 +183,10 @@ def boost_span(
 
 
 def _scaled(largest: Tensor, scale: float) -> Tensor:
-    """Return scores times a factor, within their dtype: infinity would make the softmax NaN."""
+    """Return scores times a factor, clamped to their dtype, as infinity makes the softmax NaN."""
     limit = torch.finfo(largest.dtype).max
     wide = largest.to(torch.promote_types(largest.dtype, torch.float32)) * scale
-    # Below the lowest finite score a key counts as hidden: one of float16 may not get there.
+    # A key below the lowest finite score counts as masked, which float16 scores must not reach.
     return wide.clamp(-limit * (1 - torch.finfo(largest.dtype).eps), limit).to(largest.dtype)
 
 
@@ -208,7 +209,7 @@ def _permuted(pattern: Pattern, span: Tensor, hook: HookPoint, seed: int) -> Pat
     columns = span.flatten(0, 2).any(0).nonzero()[:, 0]  # sorting all keys would be slow
     part, mask = pattern[..., columns], span[..., columns]
     numbers = hashes(hook, pattern.shape[1], seed, columns)
-    # Both orders put what stays after the visible tokens of the span, in the order of the keys.
+    # Both orders put other keys after the visible tokens of the span, in key order.
     source = torch.where(mask, numbers, 2**32).argsort(dim=-1, stable=True)
     target = (~mask).byte().argsort(dim=-1, stable=True)
     return pattern.index_copy(-1, columns, part.scatter(-1, target, part.gather(-1, source)))
@@ -252,7 +253,7 @@ def _points(name: str, layers: list[int] | None = None) -> NameFilter:
 def _layers_and_heads(
     layers: Iterable[int] | None, heads: Heads | None
 ) -> tuple[list[int] | None, dict[int | None, list[int]]]:
-    """Return the layers, and the heads of each, of every layer at None, or none for all heads."""
+    """Return the layers, and the heads of each; under None the heads of every layer."""
     if isinstance(heads, Mapping):
         if layers is not None:
             raise ValueError("heads of each layer say which layers: leave layers out")

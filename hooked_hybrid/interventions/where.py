@@ -1,4 +1,4 @@
-"""Where a hook acts: at some positions, or on some rows of a batch."""
+"""Restricting a hook to some positions, or to some rows of a batch."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ def hook_at(fn: HookFn, positions: Positions) -> HookFn:
 
     `fn` is called with the value at one position, `[batch 1 ...]` (or `[batch head 1 key]`), in
     every forward that contains the position: a plain one, prefill, or a generation step. On
-    `hook_ssm_state`, where other hooks are called once a position, the scan stays fast between.
+    `hook_ssm_state`, where other hooks are called once a position, the scan stays fast between
+    the positions.
 
     Args:
         fn: a hook.
-        positions: counted in the document from 0, as `hook.run.query_pos` does; rows that have
-            padding in front are met at their own positions. An int, a slice with an end, several
-            in a list, array or tensor; or a mask that is True at them: [pos], or [batch pos] where
-            rows differ.
+        positions: in the document, counted from 0, as in `hook.run.query_pos`, also in left-padded
+            rows. An int, a slice with an end, several in a list, array or tensor; or a mask that
+            is True at them: [pos], or [batch pos] if rows differ.
 
     Raises:
         ValueError: no position, or one that is not a whole number from 0 on; when run, a mask for
-            another number of rows, or one that ends before what is read.
+            another number of rows, or one that ends before the last token.
     """
     wanted = read_positions(positions)
     assert wanted is not None
@@ -51,7 +51,7 @@ def hook_at(fn: HookFn, positions: Positions) -> HookFn:
             part = old.clone()
             with hook.seeing(hook.run.at(t, t + 1)):
                 new = fn(part, hook=hook)
-            new = part if new is None else new  # which an edit in place has changed
+            new = part if new is None else new  # an edit in place has changed it
             here = at[:, t].view(-1, *(1,) * (value.ndim - 1))
             index = torch.tensor([t], device=value.device)
             value = value.index_copy(dim, index, torch.where(here, new, old))
@@ -66,13 +66,13 @@ def hook_at(fn: HookFn, positions: Positions) -> HookFn:
 def on_rows(fn: HookFn, rows: Indices) -> HookFn:
     """Return a hook that applies `fn` to some rows of the batch only.
 
-    `fn` is called with these rows alone and sees `hook.run` of them alone, as if they were the
-    whole batch; the others pass unchanged. Rows are those of the original batch, also after a
-    generation has dropped the rows that ended.
+    `fn` is called with only these rows and their `hook.run`, as if they were the whole batch; other
+    rows are unchanged. Rows are those of the original batch, also after a generation has dropped
+    finished rows.
 
     Args:
-        fn: a hook; its marks (`per_position`, positions) stay.
-        rows: indices into the original batch, as positions are given to `hook_at`, or a mask
+        fn: a hook; its marks (`per_position`, positions) are kept.
+        rows: indices into the original batch, in the forms of positions in `hook_at`, or a mask
             [batch].
 
     Raises:

@@ -1,4 +1,4 @@
-"""How far back layers reach: a window of keys, and a boundary that nothing crosses."""
+"""Limiting how far back layers read: a window of keys, and a boundary."""
 
 from __future__ import annotations
 
@@ -23,23 +23,23 @@ from hooked_hybrid.shapes import Pattern
 
 @picklable
 def limit_window(n_keys: int, *, layers: int | Iterable[int] | None = None) -> list[HookSpec]:
-    """Hide all but the last `n_keys` keys from each query, as a window of the architecture does.
+    """Mask all keys except the last `n_keys` of each query, like a window of the architecture.
 
-    A hook can hide a key but not bring one back: to have a window in one stage alone, load the
-    model without any and give these as `prefill_hooks` or `generation_hooks`:
+    A hook can mask a key but not restore one. For a window in only one stage, load the model
+    without a window and pass these as `prefill_hooks` or `generation_hooks`:
 
         model = HookedHybrid.from_pretrained("tiny-griffin", n_keys=None)
         model.generate(tokens, generation_hooks=limit_window(256))  # prefill sees everything
 
-    With them in both stages that model is the one whose config has the window, up to rounding.
+    In both stages, the result is that of a config with this window, up to rounding.
 
     Args:
-        n_keys: keys a query may still see, itself included; where the model's own window is
-            narrower, that one holds.
+        n_keys: keys that a query may see, itself included; a narrower window of the model is not
+            widened.
         layers: attention layers; None means all.
 
     Returns:
-        A hook on `hook_attn_scores` [batch head query key]: scores of keys further back are minus
+        A hook on `hook_attn_scores` [batch head query key]: scores of earlier keys are minus
         infinity.
 
     Raises:
@@ -75,22 +75,22 @@ def knock_out_crossings(
     *,
     layers: int | Iterable[int] | None = None,
 ) -> list[HookSpec]:
-    """Let layers begin anew at a boundary: nothing before it reaches a later token through them.
+    """Restart layers at a boundary: through them, no earlier token affects a later one.
 
-    In attention all edges across the boundary are cut (the keys left share the weight); a
-    recurrence forgets its state there, and its convolution reads nothing of the tokens before. In
-    every layer, the tokens from the boundary on give the logits that they give as a sequence of
-    their own. In some layers, what is known of earlier tokens later has come through the others,
-    by whatever detours: unlike edges cut from one token, a boundary has no way around it.
+    In attention all edges across the boundary are cut (the remaining keys share the weight); a
+    recurrence forgets its state there, and its convolution reads no earlier token. If all layers
+    are restarted, the tokens from the boundary on have the logits of a separate sequence. If only
+    some are, information on earlier tokens can reach later ones only through the other layers.
+    Unlike edges cut from one token, a boundary cannot be bypassed within a layer.
 
-    The price is paid by the `d_conv - 1` tokens before the boundary, whose convolutions read
-    nothing of them either: put it where these do not matter.
+    A side effect: the convolution inputs of the last `d_conv - 1` tokens before the boundary are 0
+    for these tokens themselves, too. Choose a boundary where this does not matter.
 
     Args:
         cfg: of the model, for the lengths of its convolutions.
         boundary: first position after it, in the document, counted from 0; one for all rows or one
             for each row of the batch.
-        layers: that begin anew; None means all.
+        layers: the layers to restart; None means all.
 
     Returns:
         Hooks: on `hook_attn_scores` of attention; of a recurrence on `hook_in_proj`, and on
@@ -125,7 +125,7 @@ def knock_out_crossings(
 def _recurrence_begins(
     layer: int, cfg: MixerConfig, first: Int[Tensor, "*batch"]
 ) -> list[HookSpec]:
-    """Return hooks that part a recurrence and its convolution at a position."""
+    """Return hooks that cut a recurrence and its convolution at a position."""
     mixer = mixer_of(cfg)
     path, n_taps, forgets = f"blocks.{layer}.{mixer.path}", mixer.n_taps(cfg), dict(mixer.forgets)
 

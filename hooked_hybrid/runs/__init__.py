@@ -1,1 +1,1 @@
-"""Work that is kept and resumed, its workers, and the identity of a run."""
+"""Resumable work, its workers, and the identity of a run."""

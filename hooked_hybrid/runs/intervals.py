@@ -1,4 +1,4 @@
-"""The 95% interval of a mean whose values come in clusters, right for as few as two of these."""
+"""The 95% interval of a mean of clustered values, valid for as few as two clusters."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from typing import Any
 import numpy as np
 
 SHARE = (0.0, 1.0)
-"""Ends of an accuracy."""
+"""Bounds of an accuracy."""
 GAP = (-1.0, 1.0)
-"""Ends of a difference of two accuracies."""
+"""Bounds of a difference of two accuracies."""
 LEVEL = 0.95
 
 _STEP = 0.08
 """Step of the quadrature, in the logarithm of its variable."""
 _PRECISION = 1e-6
-"""Of an end, as a share of the distance of the bounds."""
+"""Tolerance of an end, as a share of the distance between the bounds."""
 
 
 def mean_interval(
@@ -27,36 +27,35 @@ def mean_interval(
     bounds: tuple[float, float] | None,
     level: float = LEVEL,
 ) -> tuple[float, float]:
-    """Return the interval of a mean whose values come in clusters.
+    """Return the interval of a mean of clustered values.
 
-    Values of one cluster (a needle's cells) may depend on one another in any way, those of two may
-    not: an interval rests on the number of clusters. What is aimed at is that it holds the true
-    mean in 95% of samples or more, whatever the distribution and however few the clusters.
+    Values of one cluster (a needle's cells) may depend on one another in any way; different
+    clusters are independent. The interval is meant to contain the true mean in 95% of samples or
+    more, for any distribution and any number of clusters.
 
     **With bounds**, each end is Gaffke's: the quantile of the mean under random weights of the
-    clusters (uniform on the simplex) and of one more cluster that stands at the bound. No
-    distribution within the bounds is known for which it covers less than `level`; of values that
-    are all 0 or 1 it is Clopper and Pearson's, and where all n are 0 it reaches to
+    clusters (uniform on the simplex) and of one more cluster at the bound. No distribution within
+    the bounds is known for which it covers less than `level`. For values that are all 0 or 1 it is
+    Clopper and Pearson's; if all n are 0, its upper end is
     1 - 0.025^(1/n) (84, 60, 46, 31, 5.9% at n = 2, 4, 6, 10, 61). Clusters of different size are
-    weighted by it, the one at the bound is as large as their mean.
+    weighted by size; the one at the bound has their mean size.
 
-    **Without bounds** (a loss in nats) it is Student's, on the spread of the clusters' means: right
-    where these are about normal, as means over many tokens are. Values that are all equal then
-    give that value at both ends, for nothing says how far others may lie: of a continuous measure
-    they are equal by construction only.
+    **Without bounds** (a loss in nats) it is Student's, from the spread of the clusters' means, and
+    valid if these are about normal, as means over many tokens are. If all values are equal, both
+    ends are that value: values of a continuous measure are equal only by construction.
 
     Args:
         values: numbers.
-        clusters: the cluster of each, by any label; a missing label is a cluster too.
+        clusters: the cluster label of each value; a missing label counts as a cluster.
         bounds: lowest and highest possible value (`SHARE`, `GAP`), None if there are none.
-        level: share of samples whose interval holds the mean, 0.5 to 0.99. The ends at 0.9 are the
-            one-sided bounds at 0.95.
+        level: share of samples whose interval contains the mean, 0.5 to 0.99. The ends at 0.9 are
+            the one-sided bounds at 0.95.
 
     Returns:
-        Lower and upper end; both NaN for a single cluster, which tells nothing of others.
+        Lower and upper end; both NaN for a single cluster.
 
     Raises:
-        ValueError: nothing to average, a missing value or one outside the bounds, lengths that
+        ValueError: no values, a missing value or one outside the bounds, lengths that
             differ, or another level.
 
     Source: Gaffke 2005, Three test statistics for a nonparametric one-sided hypothesis on the mean
@@ -85,12 +84,12 @@ def combined(
 ) -> tuple[float, float]:
     """Return the interval of a weighted sum of independent figures, each with an interval.
 
-    The distances of the ends from their figures add up as standard errors do, those below and
-    those above apart; a negative weight swaps them.
+    The distances of the ends from the figures are added like standard errors, those below and
+    those above separately; a negative weight swaps them.
 
     Args:
         parts: figure, and its interval.
-        weights: what each is multiplied by.
+        weights: the factor of each.
 
     Source: Zou and Donner 2008, Construction of confidence limits about effect measures (Statist.
     Med. 27), their method of variance estimates recovery.
@@ -106,7 +105,7 @@ def combined(
 
 @lru_cache
 def t_quantile(df: int, share: float) -> float:
-    """Return below which value so large a share of Student's t lies, for a share above a half.
+    """Return the quantile of Student's t at a share above a half.
 
     Raises:
         ValueError: no degree of freedom, or a share outside 0.5 to 1.
@@ -128,7 +127,7 @@ def t_quantile(df: int, share: float) -> float:
 def _within(angle: float, df: int) -> float:
     """Return the share of Student's t between -t and t, by the angle of t."""
     is_odd = df % 2
-    powers = np.arange(1 + is_odd, df - 1, 2)  # of the cosine, that each term adds two to
+    powers = np.arange(1 + is_odd, df - 1, 2)  # of the cosine; they differ by two
     ratios = (powers / (powers + 1)) * cos(angle) ** 2
     terms = np.cumprod(np.concatenate([[1.0], ratios])).sum()
     if not is_odd:
@@ -170,7 +169,7 @@ def _gaffke(
     )
 
     def beyond(end: float) -> float:
-        """Return the chance that the weighted mean is on the far side of an end, less the tail."""
+        """Return the probability that the weighted mean is beyond an end, minus the tail."""
         below = _chance_below_zero(pairs[0] - end * pairs[1], repeats)
         return (1 - below if toward > other else below) - tail
 
@@ -178,11 +177,11 @@ def _gaffke(
 
 
 def _chance_below_zero(factors: np.ndarray, repeats: np.ndarray) -> float:
-    """Return the chance that a sum of independent exponential variables, times these, is below 0.
+    """Return the probability that a weighted sum of independent exponential variables is below 0.
 
     By the inversion of the characteristic function (Gil-Pelaez 1951; Imhof 1961), by the trapezoid
-    rule in the logarithm of its variable. Where Cantelli's inequality bounds the chance by 0.5%
-    it is taken for 0, or 1.
+    rule in the logarithm of its variable. If Cantelli's inequality bounds the probability by 0.5%
+    it is set to 0, or 1.
     """
     drift, variance = float(factors @ repeats), float((factors**2) @ repeats)
     if drift**2 >= 200 * variance or not (factors.min() < 0 < factors.max()):
@@ -200,7 +199,7 @@ def _chance_below_zero(factors: np.ndarray, repeats: np.ndarray) -> float:
 
 
 def _root(function: Callable[[float], float], start: float, end: float, precision: float) -> float:
-    """Return where a function that falls from `start` to `end` is 0, by the Illinois rule."""
+    """Return the zero of a function that falls from `start` to `end`, by the Illinois rule."""
     a, b, at_a, at_b = start, end, function(start), function(end)
     if at_a <= 0 or at_b >= 0:
         return a if at_a <= 0 else b

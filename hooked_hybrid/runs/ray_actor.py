@@ -1,4 +1,4 @@
-"""What runs on a worker of a Ray cluster: one model, and one piece of work after another."""
+"""The actor on a worker of a Ray cluster: one model, and one piece of work after another."""
 
 from __future__ import annotations
 
@@ -14,27 +14,27 @@ from hooked_hybrid.runs.identity.comparing import identity_changes
 from hooked_hybrid.runs.identity.model import model_identity
 
 Source = Callable[[], HookedHybrid] | list[Any]
-"""How a worker gets its model: a function, or a list of the Ray reference of a packed one."""
+"""The source of a worker's model: a function, or a list with a packed model's Ray reference."""
 
 
 class Worker:
     """An actor; `hello`, `load` and then `run` are called by `RayWorkers`."""
 
     def hello(self) -> dict[str, str]:
-        """Return what numbers depend on other than the model."""
+        """Return the versions and settings, other than the model, that numbers depend on."""
         return versions()
 
     def load(self, source: Source, expected: dict[str, Any], threads: int, precision: str) -> None:
         """Get the model.
 
         Args:
-            source: from where.
-            expected: what `model_identity` must say of it.
+            source: the source of the model.
+            expected: the required `model_identity`.
             threads: cores that torch uses.
             precision: of `torch.set_float32_matmul_precision`.
 
         Raises:
-            ValueError: it is another model than the caller's.
+            ValueError: it differs from the caller's model.
             Exception: whatever its source raised.
         """
         self.threads, self.key, self.job = threads, -1, None
@@ -54,8 +54,8 @@ class Worker:
         """Yield the result of each item.
 
         Args:
-            key: of the job, which is unpickled once.
-            sent: the Ray reference of the pickled job, in a list so that Ray leaves it one.
+            key: identifies the job, which is unpickled once.
+            sent: the Ray reference of the pickled job, in a list so that Ray does not resolve it.
             items: of the job.
         """
         from ray import cloudpickle
@@ -81,7 +81,7 @@ def versions() -> dict[str, str]:
 
 
 def packed(model: HookedHybrid) -> bytes:
-    """Return a model as bytes, from whatever device it is on."""
+    """Return a model as bytes, from any device."""
     from ray import cloudpickle
 
     kept = io.BytesIO()
@@ -102,11 +102,11 @@ def _got(sent: list[Any]) -> Any:
 
 
 def _sendable(error: Exception) -> Exception:
-    """Return an error that can be pickled: itself, or what it says."""
+    """Return an error that can be pickled: itself, or one with its message."""
     from ray import cloudpickle
 
     try:
         cloudpickle.loads(cloudpickle.dumps(error))
-    except Exception:  # whatever a class of errors does
+    except Exception:  # pickling an error may raise anything
         return RuntimeError(f"{type(error).__name__}: {error}")
     return error

@@ -1,4 +1,4 @@
-"""Calls of Ray: a connection, actors, and their answers."""
+"""Calls of Ray: connections, actors, and their results."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from hooked_hybrid.model.hybrid import HookedHybrid
 from hooked_hybrid.runs.ray_actor import Worker, packed
 
 STARTS = 3
-"""Times that a start of Ray is tried: it gives itself 30 s, too few on a machine that is busy."""
+"""Attempts to start Ray, whose limit of 30 s is too short on a busy machine."""
 
 
 @dataclass
 class Unit:
-    """Items that are still to do, and how many workers died on the first of them."""
+    """Items still to do, and the number of workers that died on the first of them."""
 
     items: Sequence[Any]
     deaths: int = 0
@@ -27,10 +27,10 @@ class Unit:
 
 @dataclass
 class Slot:
-    """The place of one worker: who has it now, and what is waited for.
+    """The slot of one worker: the worker, and the answer that is awaited.
 
-    A worker is `called` until the cluster has room for it, then it is `loading` the model; after
-    that it is `idle` or `busy`. `lost` workers died here, one after another, before they had it.
+    A worker is `called` until the cluster has space for it, then `loading` the model; after
+    that `idle` or `busy`. `lost` counts consecutive workers that died before loading it.
     """
 
     actor: Any
@@ -49,11 +49,11 @@ def connect(address: str, n_cores: int | None) -> bool:
 
     Args:
         address: of `RayWorkers`.
-        n_cores: that a Ray started here counts on; None is as many as there are.
+        n_cores: number of cores for a Ray started here; None uses all.
 
     Raises:
-        ValueError: another version of Ray or Python there.
-        OSError: nothing answers at the address, or Ray does not start.
+        ValueError: the cluster has another version of Ray or Python.
+        OSError: no cluster at the address, or Ray does not start.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     import ray
@@ -71,14 +71,14 @@ def connect(address: str, n_cores: int | None) -> bool:
             raise
         except (RuntimeError, ValueError) as error:
             raise ValueError(f"no work can be sent to {address}: {error}") from error
-        except Exception as error:  # Ray's own bare one: not started in 30 s
+        except Exception as error:  # Ray raises a plain Exception after 30 s
             if not left:
                 raise OSError(f"Ray cannot be started: {error} Try when less runs here") from error
     return True
 
 
 def called(cores: int, gpus: int | float) -> tuple[Any, Any]:
-    """Ask for a new worker, and return it and its first answer to come."""
+    """Request a new worker; return it and the reference of its first answer."""
     import ray
 
     asked: dict[str, Any] = {"num_cpus": cores, "num_gpus": gpus}
@@ -87,7 +87,7 @@ def called(cores: int, gpus: int | float) -> tuple[Any, Any]:
 
 
 def room(cores: int, gpus: int | float) -> int:
-    """Return how many workers of so many cores and GPUs the nodes hold."""
+    """Return how many workers with these cores and GPUs fit the nodes."""
     import ray
 
     has = [node["Resources"] for node in ray.nodes() if node["Alive"]]
@@ -116,7 +116,7 @@ def taken(slot: Slot) -> Iterator[tuple[Any, Any]]:
 
 
 def value_of(answer: Any) -> Any:
-    """Return an answer that is there.
+    """Return an answer that has arrived.
 
     Raises:
         StopIteration: of a stream at its end.
@@ -136,7 +136,7 @@ def value_of(answer: Any) -> Any:
 
 
 def what_died(said: str) -> str:
-    """Return who died of what, out of Ray's words, which hold ids and advice too."""
+    """Return the process and the cause of a death, from Ray's longer message."""
     said = " ".join(said.split())
     who = re.search(r" pid: (\d+) .*?ip: (\S+) (.*)", said)
     detail = re.sub(r".*Worker exit detail: ", "", who[3] if who else said)
@@ -148,7 +148,7 @@ def release(slot: Slot) -> None:
     """End a worker."""
     import ray
 
-    with suppress(Exception):  # it may be dead, and so may its node
+    with suppress(Exception):  # it, or its node, may be dead
         ray.kill(slot.actor)
 
 
@@ -160,7 +160,7 @@ def packed_model(model: HookedHybrid) -> bytes:
     """
     try:
         return packed(model)
-    except Exception as error:  # a model made by hand may hold anything
+    except Exception as error:  # a model may hold anything
         raise ValueError(
             f"this model cannot be sent to workers ({type(error).__name__}: {error}): say how they "
             "load it, RayWorkers(load=...)"

@@ -1,9 +1,9 @@
-"""Work spread over a Ray cluster: workers that load the model once, and may die.
+"""Work distributed over a Ray cluster, by workers that load the model once and may die.
 
-The caller of `RayWorkers.results` cuts work into items and gets every result once, one by one, so
-that a worker that dies, or a node, costs the item it was at. The rest of its unit goes to another
-worker, and a new worker to where the cluster has room. A worker has one unit at a time: whoever
-died is known to have died on it, and the gap to the next one is a few milliseconds.
+The caller of `RayWorkers.results` cuts work into items and gets every result once. If a worker or
+a node dies, only its current item is repeated: the rest of its unit goes to another worker, and a
+new worker is started where the cluster has space. A worker has one unit at a time, so the unit on
+which it died is known; the gap between units is a few milliseconds.
 """
 
 from __future__ import annotations
@@ -41,24 +41,25 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 _LOG = logging.getLogger(__name__)
 MOST_DEATHS = 3
-"""Workers that may die one after another: on one item, or at one place while they load."""
+"""Consecutive workers that may die on one item, or while loading in one slot."""
 PIECES = 4
-"""Units for each worker, so that none is left waiting for long at the end."""
+"""Units for each worker, so that no worker is idle for long at the end."""
 
 
 class RayWorkers:
-    """Workers on a Ray cluster, for as long as a `with` block.
+    """Workers on a Ray cluster, during a `with` block.
 
     Args:
-        address: "local" starts Ray on this machine; else that of a cluster, as `ray.init` takes it
-            ("auto", "HOST:PORT"). A Ray that this process is connected to already is used as it is.
-        n: workers; None is as many as the cluster's machines hold.
+        address: "local" starts Ray on this machine; otherwise the address of a cluster for
+            `ray.init` ("auto", "HOST:PORT"). An existing connection of this process is used.
+        n: workers; None is as many as fit the cluster.
         gpus_per_worker: 0 runs models on processors; 0.5 puts two workers on a GPU.
-        threads: processor cores of each worker. Numbers are those of a process with as many.
-        load: how a worker gets the model, such as `partial(HookedHybrid.from_pretrained, "NAME",
-            dtype=torch.bfloat16, device="cuda")`; None sends it the caller's own, through Ray's
-            object store, to the worker's GPU where it has one.
-        patience: seconds to wait for a cluster that has room for no worker at all.
+        threads: processor cores of each worker. Results are those of a process with as many
+            threads.
+        load: a function that loads the model, such as `partial(HookedHybrid.from_pretrained,
+            "NAME", dtype=torch.bfloat16, device="cuda")`; None sends the caller's model through
+            Ray's object store, to the worker's GPU if it has one.
+        patience: seconds to wait for a cluster without space for any worker.
 
     Raises:
         ValueError: an argument out of range, a Ray client's address, or Ray is not installed.
@@ -95,7 +96,7 @@ class RayWorkers:
     # --- as long as a `with` block ----------------------------------------------------------
 
     def __enter__(self) -> RayWorkers:
-        """Begin a block; Ray is started, and workers are made, when there is work."""
+        """Begin a block; Ray and workers are started when there is work."""
         self._depth += 1
         return self
 
@@ -115,11 +116,11 @@ class RayWorkers:
     # --- work -------------------------------------------------------------------------------
 
     def check(self, model: HookedHybrid, parts: Mapping[str, Any]) -> None:
-        """Raise what would stop the work; nothing is started.
+        """Raise the errors that would stop the work, without starting anything.
 
         Args:
-            model: what the work is done with.
-            parts: what is sent to workers, by what it is called in an error.
+            model: the model of the work.
+            parts: objects sent to workers, by their names for errors.
 
         Raises:
             ValueError: a part that cannot be pickled, or a model with hooks on it, which a
@@ -144,20 +145,20 @@ class RayWorkers:
     def results(
         self, model: HookedHybrid, job: Job[Item, Result], units: Sequence[Sequence[Item]]
     ) -> Generator[tuple[Item, Result], None, None]:
-        """Yield every item with its result, as they come; close it where it is not read to its end.
+        """Yield every item with its result, as completed; close it if not read to the end.
 
         Args:
-            model: the caller's, which the workers' are checked against.
-            job: what to do with items.
-            units: items that are cheaper together; long ones are cut, the costliest begin.
+            model: the caller's model, with which the workers' models are compared.
+            job: the work on each item.
+            units: items that are cheaper together; long units are cut, and the costliest run first.
 
         Raises:
-            ValueError: as `check`; a worker's model, library or torch that is not the caller's; or
-                no machine with the cores and GPUs of a worker, where none will come.
-            OSError: three workers died one after another on one item, or at every place while they
-                loaded the model; or there was no room for any worker as long as `patience`.
+            ValueError: as `check`; a worker's model, library or torch differs from the caller's; or
+                no machine has the cores and GPUs of a worker, and none can be added.
+            OSError: three consecutive workers died on one item, or in every slot while loading the
+                model; or there was no space for any worker within `patience`.
             RuntimeError: other results of these workers are being read, or their block has ended.
-            Exception: whatever a worker raised, which stops the others too.
+            Exception: any error of a worker, which also stops the others.
         """
         if not any(units):
             return
@@ -183,7 +184,7 @@ class RayWorkers:
             release(self._slots.pop())
 
     def _rest(self) -> None:
-        """End the workers that are still at work, whose results are not needed any more."""
+        """Stop the workers that are still busy, as their results are no longer needed."""
         for slot in [slot for slot in self._slots if slot.state == "busy"]:
             release(slot)
             self._slots.remove(slot)
@@ -192,7 +193,7 @@ class RayWorkers:
     def _worked(
         self, job: Job[Item, Result], sent: tuple[int, Any], todo: deque[Unit]
     ) -> Generator[tuple[Item, Result], None, None]:
-        """Give units to who is idle and take what comes, until all is done."""
+        """Give units to idle workers and collect results, until all are done."""
         since, n_left = time.monotonic(), sum(len(unit.items) for unit in todo)
         while n_left or any(slot.state == "busy" for slot in self._slots):
             if not self._slots:
@@ -210,7 +211,7 @@ class RayWorkers:
                         self._advance(slot)
                 except DiedError as error:
                     self._bury(slot, error, job, todo)
-                except Exception:  # the worker's own error: it gets no further work
+                except Exception:  # an error of the work itself
                     release(slot)
                     self._slots.remove(slot)
                     raise
@@ -223,7 +224,7 @@ class RayWorkers:
                 )
 
     def _ready(self) -> list[Slot]:
-        """Return the places with news, after a second at most."""
+        """Return the slots with an answer, after at most a second."""
         import ray
 
         waiting = {id(slot.answer): slot for slot in self._slots if slot.state != "idle"}
@@ -232,7 +233,7 @@ class RayWorkers:
         return [waiting[id(answer)] for answer in ready]
 
     def _advance(self, slot: Slot) -> None:
-        """Go on with a worker that is not at work yet."""
+        """Advance a worker that is not yet ready for work."""
         found = value_of(slot.answer)
         if slot.state == "loading":
             slot.state, slot.lost = "idle", 0
@@ -245,7 +246,7 @@ class RayWorkers:
         slot.state = "loading"
 
     def _bury(self, slot: Slot, error: DiedError, job: Job[Any, Any], todo: deque[Unit]) -> None:
-        """Put a new worker in a dead one's place, and its work back."""
+        """Replace a dead worker, and return its work to the queue."""
         unit, was_busy = slot.unit, slot.state == "busy"
         release(slot)
         if not was_busy:
@@ -267,7 +268,7 @@ class RayWorkers:
             _LOG.warning("a worker died on %s, which goes to another (%s)", what, error)
 
     def _prepare(self, model: HookedHybrid) -> None:
-        """Have as many workers as are wanted, for this model."""
+        """Start the missing workers, with this model."""
         import ray
 
         self._owns_ray |= connect(self.address, self.n and self.n * self.threads)

@@ -1,4 +1,4 @@
-"""Figures of a sweep: one row a setting, each mean with its interval over needles."""
+"""Statistics of a sweep: a row for each setting, with means and their intervals over needles."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def scored(table: pd.DataFrame) -> pd.DataFrame:
-    """Return the cells that have an accuracy: those whose prompt holds a needle.
+    """Return the cells with an accuracy: those whose prompt contains a needle.
 
     Raises:
         ValueError: there is none.
@@ -25,13 +25,13 @@ def scored(table: pd.DataFrame) -> pd.DataFrame:
 def interval_of(rows: pd.DataFrame) -> tuple[float, float]:
     """Return the 95% interval of the accuracy of some cells, over needles.
 
-    Both ends are NaN for a single needle: its prompts share it, and say nothing of other needles.
+    Both ends are NaN for a single needle.
     """
     return mean_interval(rows["accuracy"], rows["needle_id"], SHARE)
 
 
 def summary(table: pd.DataFrame) -> pd.DataFrame:
-    """Return one row a setting, in the order in which the table has them.
+    """Return one row for each setting, in the order of the table.
 
     Cells without a score are left out. Columns: `setting`, `stage`, `k`; `n` cells of `n_needles`
     needles; `accuracy` (mean graded score / 5) with `low` and `high`, its 95% interval over needles

@@ -1,4 +1,4 @@
-"""The one rule by which a claim about a figure is judged: by its interval, never by its mean."""
+"""The rule for judging a claim about a figure: by its interval, never by its mean."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ OPEN: Word = "open"
 
 
 def ruled(claimed: Claimed, low: float, high: float, *borders: float) -> Word:
-    """Return whether a figure lies where it is claimed to, by the ends of its interval.
+    """Return whether a figure is in the claimed range, by the ends of its interval.
 
-    "holds" where the whole interval does, "does not hold" where none of it does, else "open": the
-    interval holds the border. So it is where an end is NaN, which bounds nothing.
+    "holds" if the whole interval is in the range, "does not hold" if none of it is, else "open"; also
+    "open" if an end is NaN.
 
     Args:
         claimed: "at most" and "at least" hold at the border itself, "above" and "below" do not;
@@ -45,15 +45,15 @@ def ruled(claimed: Claimed, low: float, high: float, *borders: float) -> Word:
 
 
 def all_of(words: Iterable[Word]) -> Word:
-    """Return the word of a claim with several parts: it holds where each does."""
+    """Return the verdict of a claim with several parts: it holds if each part does."""
     found = set(words)
     return FAILS if FAILS in found else OPEN if OPEN in found else HOLDS
 
 
 def apart(upper: tuple[float, float], lower: tuple[float, float]) -> Word:
-    """Return whether one figure is above another, by two intervals that are not paired.
+    """Return whether one figure is above another, by two unpaired intervals.
 
-    It holds if the intervals do not overlap, and does not if they are in the other order.
+    It holds if the intervals do not overlap, and does not hold if they are in reverse order.
     """
     return _word(upper[0] > lower[1], upper[1] <= lower[0])
 

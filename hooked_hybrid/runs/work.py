@@ -1,8 +1,8 @@
-"""Work that is cut into items: run here, or by workers, with the same results.
+"""Work consisting of items, run by this process or by workers, with the same results.
 
 A job is called with a model and some items and yields the result of each, in order. A unit is a
-list of items that are cheaper together, as prompts are that begin alike; it may be cut anywhere, at
-the price of what its items share.
+list of items that are cheaper together, such as prompts with a common beginning. It may be cut
+anywhere, at the cost of computing the common part again.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Result = TypeVar("Result")
 
 
 class Job(ABC, Generic[Item, Result]):
-    """What is done with each item. It is sent to workers, pickled, once."""
+    """The work on each item. It is pickled and sent to workers once."""
 
     @abstractmethod
     def __call__(self, model: HookedHybrid, items: Sequence[Item]) -> Iterator[Result]:
@@ -33,13 +33,13 @@ class Job(ABC, Generic[Item, Result]):
         return 1.0
 
     def describe(self, items: Sequence[Item]) -> str:
-        """Return what these items are, for people."""
+        """Return a description of these items."""
         return ", ".join(map(str, items))
 
 
 @runtime_checkable
 class Workers(Protocol):
-    """Processes that do a job's items, each with a model of its own; see `ray_workers`."""
+    """Processes that run a job's items, each with its own model; see `ray_workers`."""
 
     def results(
         self, model: HookedHybrid, job: Job[Any, Any], units: Sequence[Sequence[Any]]
@@ -54,14 +54,14 @@ def results(
     units: Iterable[Sequence[Item]],
     workers: Workers | None = None,
 ) -> Generator[tuple[Item, Result], None, None]:
-    """Yield every item with its result: in order, or as workers have them.
+    """Yield every item with its result: in order, or as workers complete them.
 
-    Close it where it is not read to its end, so that workers stop (`contextlib.closing`).
+    Close it if it is not read to the end, so that workers stop (`contextlib.closing`).
 
     Args:
-        model: runs the items here; workers have one that is the same.
-        job: what to do.
-        units: items that are cheaper together; taken one by one where this process does the work.
+        model: the model of the work; workers have an equal one.
+        job: the work.
+        units: items that are cheaper together; without workers, each item is run separately.
         workers: None for this process.
     """
     if workers is not None:
@@ -74,10 +74,10 @@ def results(
 def spread(
     job: Job[Item, Any], units: Iterable[Sequence[Item]], n_pieces: int
 ) -> list[Sequence[Item]]:
-    """Cut units into about so many pieces of neighbours, and return the costliest first.
+    """Cut units into about this many pieces of consecutive items, the costliest first.
 
-    The costliest unit gets most cuts, so that no piece is long where others are short: a worker
-    that begins one last keeps all others waiting.
+    The costliest unit is cut into most pieces, so that no piece is much longer than the others; a
+    long piece that starts last would delay the end.
     """
     units = [unit for unit in units if unit]
     costs = [[job.cost(item) for item in unit] for unit in units]
@@ -93,7 +93,7 @@ def spread(
 def ordered(
     table: pandas.DataFrame, prompt_ids: Sequence[str], settings: Sequence[str]
 ) -> pandas.DataFrame:
-    """Return cells in the order of prompts and settings, whatever order they were written in."""
+    """Return cells in the order of prompts and settings, in whatever order they were written."""
     ranks = {
         "prompt_id": {name: i for i, name in enumerate(prompt_ids)},
         "setting": {name: i for i, name in enumerate(settings)},

@@ -1,4 +1,4 @@
-"""One identity of a run: what its results depend on, behind every store and every worker."""
+"""The identity of a run: everything its results depend on, for stores and workers."""
 
 from hooked_hybrid.runs.identity.model import model_identity
 

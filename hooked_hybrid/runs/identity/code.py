@@ -1,4 +1,4 @@
-"""What a code object is: its instructions and constants, and the names it looks up elsewhere."""
+"""The identity of a code object: its instructions, constants, and the names it looks up."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from types import CodeType
 from typing import Any
 
 PYTHON = f"{sys.version_info.major}.{sys.version_info.minor}"
-"""Of which the instructions are; another one has others for the same source."""
+"""The version of Python; others have other instructions for the same source."""
 
 
 @dataclass(frozen=True)
 class Code:
-    """A code object with those inside it.
+    """A code object, including those nested in it.
 
     Attributes:
         digest: of instructions, constants, names of variables and flags; not of lines, names or
             docstrings.
-        names: that are looked up in the module, in order.
-        attributes: names that are looked up on whatever, such as a module.
-        imports: modules that are imported, with the level of a relative import.
+        names: those looked up in the module, in order.
+        attributes: those looked up on any object, such as a module.
+        imports: imported modules, with the level of a relative import.
     """
 
     digest: str
@@ -33,12 +33,12 @@ class Code:
 
 
 _READ: dict[int, tuple[CodeType, Code]] = {}
-"""By id: a code object's own hash goes through all its constants. It is kept, so is its id."""
+"""By id, as a code object's own hash reads all constants. Keeping it keeps its id valid."""
 _MOST = 10_000
 
 
 def read_code(code: CodeType) -> Code:
-    """Return what a code object is, the same in every process of one version of Python."""
+    """Return the identity of a code object, equal in every process of one version of Python."""
     if id(code) not in _READ:
         if len(_READ) >= _MOST:
             _READ.clear()
@@ -56,7 +56,7 @@ def _read(code: CodeType) -> Code:
             names[step.argval] = None
         elif step.opname in ("LOAD_ATTR", "LOAD_METHOD", "LOAD_SUPER_ATTR", "IMPORT_FROM"):
             attributes[step.argval] = None
-        elif step.opname == "IMPORT_NAME":  # after the level and the names that are wanted of it
+        elif step.opname == "IMPORT_NAME":  # after the level and the imported names
             level = before[-2] if isinstance(before[-2], int) else 0
             imports[step.argval, level] = None
         before = [before[-1], step.argval]
@@ -82,7 +82,7 @@ def _read(code: CodeType) -> Code:
 
 
 def _constants(code: CodeType) -> tuple[Any, ...]:
-    """Return the constants, with None for a docstring, which changes nothing that code does."""
+    """Return the constants, with None for a docstring, which has no effect."""
     if sys.version_info >= (3, 13):
         has_docstring = bool(code.co_flags & inspect.CO_HAS_DOCSTRING)
     else:  # the first constant of a function is its docstring, or None
@@ -92,7 +92,7 @@ def _constants(code: CodeType) -> tuple[Any, ...]:
 
 
 def constant(value: Any) -> str:
-    """Return a constant of a code object as a text: other types and values give others."""
+    """Return a constant of a code object as text, which differs between types and values."""
     if isinstance(value, CodeType):
         return read_code(value).digest
     if isinstance(value, tuple | frozenset):

@@ -1,4 +1,4 @@
-"""What differs between what results were begun with and what they are to be gone on with."""
+"""Differences between the run that began some results and the run that would resume them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from hooked_hybrid.outputs.foreign import printable
 
 MOST_NAMED = 4
-"""Differences of one kind that an error names; of the rest it says how many there are."""
+"""Differences of one kind that an error lists; of the rest it states the number."""
 _NAMES = {
     "weights": "the weights",
     "tokenizer": "the tokenizer",
@@ -29,34 +29,34 @@ _UNRECORDED = "cannot be proven the same"
 
 
 def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Return what differs between two experiments, a clause each; none where they are the same.
+    """Return the differences between two experiments, as clauses; none if they are equal.
 
     Args:
-        before: as it was written and read again. "identity" may lack what older versions of this
-            library did not record; that cannot be proven the same, and is reported.
-        now: JSON-able values. "identity" is of `model_identity`, "settings" a mapping of names to
+        before: as read from the store. "identity" may lack entries that older versions of this
+            library did not record; these cannot be proven equal, and are reported.
+        now: JSON-able values. "identity" is from `model_identity`, "settings" a mapping of names to
             "spec" and "hooks".
     """
     now = json.loads(json.dumps(dict(now)))
     try:
         return _changes(before, now)
-    except (AttributeError, LookupError, TypeError):  # values of kinds that no version wrote
+    except (AttributeError, LookupError, TypeError):  # values of types that no version wrote
         return [_OF_ANOTHER_FORM]
 
 
 def identity_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Return what differs between two models, as `changes` says it."""
+    """Return the differences between two models, in the form of `changes`."""
     return _of_models(before, json.loads(json.dumps(dict(now))))
 
 
 def refusal(place: object, what: str, changed: Sequence[str], reading: str = "") -> str:
-    """Return why results are not gone on with.
+    """Return the reason why results cannot be resumed.
 
     Args:
         place: of the results.
-        what: they are of, such as "experiment".
+        what: the kind of the results, such as "experiment".
         changed: of `changes`.
-        reading: how they can be read all the same.
+        reading: a clause on how they can still be read.
     """
     end = "give another folder, nothing is overwritten"
     differ = [clause for clause in changed if not clause.endswith(_UNRECORDED)]
@@ -87,9 +87,10 @@ def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 
 
 def _adopted(before: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what an older version wrote in the form of now, as far as it proves anything.
+    """Return an older version's record in today's form, as far as it proves anything.
 
-    The hash of the weights was that of now; those of tokenizers, configs and hooks left things out.
+    The hash of the weights is still the same; those of tokenizers, configs and hooks were
+    incomplete.
     """
     kept = dict(before)
     if isinstance(kept.get("weights"), str):  # an evaluation
@@ -146,7 +147,7 @@ def _of_settings(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]
     for name in (name for name in now if name in before):
         old, new = before[name], now[name]
         spec, hooks = old.get("spec"), old.get("hooks")
-        if set(old) != {"spec", "hooks"}:  # an older one, with a hash that left things out
+        if set(old) != {"spec", "hooks"}:  # an older one, with an incomplete hash
             spec, hooks = {k: v for k, v in old.items() if k != "hooks"}, None
         if not _same(spec, new["spec"]):
             found += _of_fields(f"setting {name!r}:", spec, new["spec"])
@@ -158,7 +159,7 @@ def _of_settings(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]
 
 
 def _read_with(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """Return under which other versions functions were read, of which their hashes depend."""
+    """Return the differing versions on which the hashes of functions depend."""
     kept = set(before) | set(now)
     others = [
         _change(name, before.get(name), now.get(name))
@@ -175,7 +176,7 @@ def _of_fields(name: str, before: Any, now: Any) -> list[str]:
 
 
 def _leaves(before: Any, now: Any, path: tuple[str, ...] = ()) -> Iterator[Any]:
-    """Yield where two values differ, and what they are there."""
+    """Yield the paths at which two values differ, with the values."""
     if isinstance(before, dict) and isinstance(now, dict):
         for key in dict.fromkeys([*now, *before]):
             yield from _leaves(before.get(key), now.get(key), (*path, str(key)))
@@ -187,7 +188,7 @@ def _leaves(before: Any, now: Any, path: tuple[str, ...] = ()) -> Iterator[Any]:
 
 
 def _change(name: str, before: Any, now: Any) -> str:
-    """Return a clause: the values where they are short, else that they differ."""
+    """Return a clause, with the values if they are short."""
     shown = [json.dumps(value) for value in (before, now)]
     is_short = all(len(text) <= 24 for text in shown) and not _is_hash(before) | _is_hash(now)
     return f"{name} {shown[0]} -> {shown[1]}" if is_short else name
@@ -198,7 +199,7 @@ def _is_hash(value: Any) -> bool:
 
 
 def _few(clauses: Sequence[str]) -> list[str]:
-    """Return some clauses, and how many more there are."""
+    """Return some clauses, and the number of others."""
     left = len(clauses) - MOST_NAMED
     named = list(islice(clauses, MOST_NAMED))
     if left <= 0:
@@ -208,5 +209,5 @@ def _few(clauses: Sequence[str]) -> list[str]:
 
 
 def _same(before: Any, now: Any) -> bool:
-    """Whether two values are the same in JSON, where a number is not itself if it is none."""
+    """Whether two values are equal in JSON, with NaN equal to itself."""
     return json.dumps(before, sort_keys=True) == json.dumps(now, sort_keys=True)

@@ -1,4 +1,4 @@
-"""What a model is: all that its numbers depend on, as JSON-able values that say what differs."""
+"""The identity of a model: everything its numbers depend on, as comparable JSON values."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from hooked_hybrid.runs.identity.tokenizers import tokenizer_identity
 from hooked_hybrid.runs.identity.values import MODELS, Known, UntoldError, describe
 
 _OF_NO_MATTER = ("model_name", "extra", "device", "dtype")
-"""Fields of a config that do not touch the maths; the dtype is recorded with the weights."""
+"""Fields of a config without an effect on the numbers; the dtype is recorded with the weights."""
 _OF_A_MODEL = frozenset(
     "_cfg tokenizer why_no_tokenizer mod_dict hook_dict run_holder _contexts placement "
     "quantization".split()
 )
-"""What a model holds that is recorded elsewhere, or that its numbers do not depend on."""
+"""Attributes of a model that are recorded elsewhere or do not affect its numbers."""
 _OF_TORCH = frozenset({*vars(nn.Module()), "_compiled_call_impl"})
 _TORCH_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 _HASHED: ContextVar[dict[int, tuple[HookedHybrid, str]] | None] = ContextVar("hashed", default=None)
@@ -34,9 +34,9 @@ _HASHED: ContextVar[dict[int, tuple[HookedHybrid, str]] | None] = ContextVar("ha
 
 @contextmanager
 def hashed_once() -> Iterator[None]:
-    """Hash the weights of each model once for the length of a `with` block.
+    """Hash the weights of each model only once during a `with` block.
 
-    For a command, or a run that calls this twice: nothing may change a weight in the block.
+    Weights must not change in the block.
     """
     if _HASHED.get() is not None:
         yield
@@ -49,12 +49,12 @@ def hashed_once() -> Iterator[None]:
 
 
 def model_identity(model: HookedHybrid) -> dict[str, Any]:
-    """Return what tells models apart, some 1 GB of weights a second.
+    """Return the identity of a model; hashing takes about a second for 1 GB of weights.
 
     Returns:
-        "weights" (a hash), "dtype", "quantization", "config" (all fields that touch the maths),
-        "tokenizer" (None without one), "hooks" (all that are attached, in order) and "changes": of
-        its modules, what is not as the config makes it. Neither name nor devices count.
+        "weights" (a hash), "dtype", "quantization", "config" (all fields that affect the numbers),
+        "tokenizer" (None without one), "hooks" (all attached ones, in order) and "changes": modules
+        that differ from those the config makes. Name and devices do not count.
 
     Raises:
         UntoldError: a hook or the tokenizer holds something whose content cannot be identified.
@@ -75,7 +75,7 @@ def model_identity(model: HookedHybrid) -> dict[str, Any]:
 
 
 def weights_hash(model: HookedHybrid) -> str:
-    """Return a short hash of the sizes and of every weight, some 1 GB a second."""
+    """Return a short hash of the shapes and values of all weights, about 1 GB a second."""
     hashed = _HASHED.get()
     if hashed is not None and id(model) in hashed:
         return hashed[id(model)][1]
@@ -90,23 +90,23 @@ def weights_hash(model: HookedHybrid) -> str:
             digest.update(part.cpu().flatten().view(torch.uint8).numpy().data)
     found = digest.hexdigest()[:16]
     if hashed is not None:
-        hashed[id(model)] = model, found  # it is kept, so that its id stays its own
+        hashed[id(model)] = model, found  # the model is kept, so that its id stays valid
     return found
 
 
 def config_identity(cfg: HybridConfig) -> dict[str, Any]:
-    """Return every field of a config that touches the maths, with the kind of each part."""
+    """Return every field of a config that affects the numbers, with the kind of each part."""
     said = _fields(cfg)
     return {name: value for name, value in said.items() if name not in _OF_NO_MATTER}
 
 
 def without_tokenizer(identity: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the identity of a model as far as tokens go in."""
+    """Return the identity of a model without its tokenizer."""
     return {name: value for name, value in identity.items() if name != "tokenizer"}
 
 
 def described(what: str, value: Any, known: Known = ()) -> dict[str, str]:
-    """Return what a value is, see `describe`; an error says what it is called, and the remedy."""
+    """Return the identity of a value, see `describe`; errors give its name and the remedy."""
     try:
         return describe(value, known)
     except UntoldError as error:
@@ -117,7 +117,7 @@ def described(what: str, value: Any, known: Known = ()) -> dict[str, str]:
 
 
 def known_of(model: HookedHybrid) -> list[tuple[Any, str]]:
-    """Return what hooks may hold of the model they run on: it is recorded by itself."""
+    """Return the objects of the model that hooks may hold, as the model is recorded separately."""
     held: list[tuple[Any, str]] = [(model, "the model that runs")]
     held += [(module, f"its {name}") for name, module in model.named_modules() if name]
     held += [(weight, f"its {name}") for name, weight in model.named_parameters()]
@@ -165,7 +165,7 @@ def _shown_without_options(value: Any) -> str:
 
 
 def _changes(model: HookedHybrid) -> dict[str, str]:
-    """Return the classes and settings of modules that are not as the config makes them."""
+    """Return the classes and settings of modules that differ from those the config makes."""
     made = _as_made(model.cfg)
     found: dict[str, str] = {}
     for name, module in _modules(model):
@@ -188,7 +188,7 @@ def _changes(model: HookedHybrid) -> dict[str, str]:
 def _as_made(cfg: HybridConfig) -> dict[str, tuple[type, dict[str, str]]]:
     """Return the class of each module of a config's model, and hashes of its settings.
 
-    By their names, and of all together under none.
+    By the modules' names, and for all together under "".
     """
     found: dict[str, tuple[type, dict[str, str]]] = {}
     for name, module in _modules(HookedHybrid.meta(cfg)):
@@ -199,14 +199,14 @@ def _as_made(cfg: HybridConfig) -> dict[str, tuple[type, dict[str, str]]]:
 
 
 def _modules(model: HookedHybrid) -> Iterator[tuple[str, nn.Module]]:
-    """Yield what computes: hooks are recorded by themselves, and lists of quantised weights."""
+    """Yield the modules that compute: not hook points, nor lists of quantised weights."""
     for name, module in model.named_modules():
         if not isinstance(module, HookPoint | nn.ParameterList):
             yield name, module
 
 
 def _settings(module: nn.Module) -> dict[str, Any]:
-    """Return what a module holds other than weights, parts, and what torch keeps of its own."""
+    """Return a module's attributes other than weights, submodules and torch's own."""
     left_out = _OF_TORCH | (_OF_A_MODEL if isinstance(module, HookedHybrid) else frozenset())
     held = {
         name: value

@@ -1,4 +1,4 @@
-"""Where code comes from: Python itself, an installed package, this library, or the user."""
+"""The origin of code: Python itself, an installed package, this library, or the user."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 
 OWN = "hooked_hybrid"
 UNVERSIONED = sys.stdlib_module_names | {"builtins", "torch", "numpy"}
-"""Whose version does not count in what a function is, as it does not in a model's forward."""
+"""Packages whose version does not count in the identity of a function."""
 _INSTALLED: dict[str, bool] = {}
 _STORED_AS = {
     "hooked_hybrid.interventions.layers": "hooked_hybrid.interventions.ablation",
@@ -37,7 +37,7 @@ _STORED_AS = {
     "hooked_hybrid.niah.settings.setting": "hooked_hybrid.niah.settings",
     "hooked_hybrid.text.tokenizer": "hooked_hybrid.tokenizer",
 }
-"""Modules that have moved, and the names under which older stores recorded what they define."""
+"""Modules that have moved, with their earlier names, which older stores recorded."""
 
 
 def is_installed(module: str) -> bool:
@@ -57,23 +57,23 @@ def is_installed(module: str) -> bool:
 
 
 def is_named(module: str) -> bool:
-    """Whether what a module defines counts by name: that of installed packages and this library."""
+    """Whether a module's functions count by name, as in installed packages and this library."""
     return is_installed(module) or top_of(module) == OWN
 
 
 def stored_name(module: str) -> str:
-    """Return the name that stands for a module in an identity, wherever the module stands now."""
+    """Return the name of a module in identities, which is kept when the module moves."""
     return _STORED_AS.get(module, module)
 
 
 def top_of(module: str) -> str:
-    """Return the package that a module lies in."""
+    """Return the top-level package of a module."""
     return module.partition(".")[0]
 
 
 @functools.cache
 def version_of(package: str) -> str:
-    """Return the version of a package, as it is installed or as it says itself."""
+    """Return the version of a package, as installed, or its `__version__`."""
     try:
         return version(package)
     except PackageNotFoundError:
@@ -81,23 +81,21 @@ def version_of(package: str) -> str:
 
 
 def imported(name: str, level: int, names: Mapping[str, Any]) -> ModuleType | None:
-    """Return a module that a function imports when it runs; None of an installed package's.
+    """Return a module that a function imports when it runs; None for installed packages.
 
     Args:
-        name, level: as the import says, with the dots of a relative one.
+        name, level: of the import; the level is the number of dots of a relative one.
         names: of the module that the function is defined in.
     """
     try:
         whole = resolve_name("." * level + name, names.get("__package__") or "") if level else name
         return None if is_installed(whole) else importlib.import_module(whole)
-    except (
-        Exception
-    ):  # whatever a module does when it is imported: the function will fail on it too
+    except Exception:  # an import may raise anything; the function itself will fail then, too
         return None
 
 
 def wrapped_by_tools(fn: FunctionType) -> Any:
-    """Return the function that a check of types or a compiler wraps; None of any other."""
+    """Return the function that a type checker or a compiler wraps; None for any other."""
     file = fn.__code__.co_filename
     if file.startswith("<@beartype(") or "jaxtyping" in file.replace("\\", "/").split("/"):
         return vars(fn).get("__wrapped__")

@@ -1,4 +1,4 @@
-"""What a tokenizer is: its files, or what it writes of itself, and the special tokens in use."""
+"""The identity of a tokenizer: its files or its serialised form, and the special tokens."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ _OF_TRANSFORMERS = (
 
 
 def tokenizer_identity(text: Text) -> dict[str, Any]:
-    """Return what tells a model's tokenizer from others.
+    """Return the identity of a model's tokenizer.
 
     Returns:
         "kind" (its class), "content" (a hash of its vocabulary, merges, normaliser, added tokens
         and settings), "chat_template", and the special tokens and BOS as the model uses them.
 
     Raises:
-        UntoldError: a tokenizer of a user's own that cannot be pickled.
+        UntoldError: a user's tokenizer that cannot be pickled.
     """
     tokenizer = text.tokenizer
     try:

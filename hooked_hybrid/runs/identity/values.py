@@ -1,9 +1,9 @@
-"""What a value is, as a hash: the same for the same content in every process, others for others.
+"""Hashes of values by content: equal content has the same hash in every process.
 
-Functions count by their code, defaults, keyword defaults, closures, marks, and by what they look up
-in their modules; partials and bound methods by what they hold; tensors, arrays, modules and all
-that can be pickled by content. What Python, torch and numpy define counts by name, what other
-installed packages do by name and version. No address, and no name that a user gave, counts.
+Functions count by their code, defaults, keyword defaults, closures, marks, and the objects they
+look up in their modules; partials and bound methods by their parts; tensors, arrays, modules and
+everything picklable by content. Functions of Python, torch and numpy count by name, those of other
+installed packages by name and version. Addresses, and names given by a user, do not count.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from hooked_hybrid.runs.identity.modules import (
 )
 
 Known = Iterable[tuple[Any, str]]
-"""Objects, each with what to take it for."""
+"""Objects, each with the text that stands for it."""
 _ATOMS = (type(None), bool, int, float, complex, str, bytes, type(...), type(NotImplemented))
 _TORCH_ATOMS = (torch.dtype, torch.device, torch.layout, torch.memory_format)
 _C_FUNCTIONS = (
@@ -54,26 +54,26 @@ _NOT_OF_A_CLASS = frozenset(
     "__firstlineno__ __static_attributes__ __orig_bases__ __parameters__ __match_args__ "
     "__dataclass_fields__ __dataclass_params__ __type_params__".split()
 )
-"""Of a class: words for people, and what Python makes itself of the rest."""
+"""Attributes of a class that do not count: documentation, and those that Python derives."""
 
 
 MODELS: dict[type, Callable[[Any], Any]] = {}
-"""Classes of models, and what returns the identity of one: `identity.model` gives it."""
+"""Classes of models, with the function that returns an identity; set by `identity.model`."""
 
 
 class UntoldError(ValueError):
-    """The content of something cannot be identified, so that it could not be recognised later."""
+    """The content of an object cannot be identified, so it could not be recognised later."""
 
 
 def describe(value: Any, known: Known = ()) -> dict[str, str]:
-    """Return what a value is: its hash, and what it was read with.
+    """Return the identity of a value: its hash, and the versions that the hash depends on.
 
     Args:
         value: a hook, a list of them, a setting's functions, an object: anything.
-        known: objects that it may hold, with what to take each of them for.
+        known: objects that it may hold, with the text that stands for each.
 
     Returns:
-        "hash", the version of Python if there is code of a user's in it ("python"), and those of
+        "hash"; the version of Python if it contains a user's code ("python"); and the versions of
         the packages whose functions it calls, by name.
 
     Raises:
@@ -83,12 +83,12 @@ def describe(value: Any, known: Known = ()) -> dict[str, str]:
 
 
 def describe_callable(fn: Callable[..., Any]) -> dict[str, str]:
-    """Return what a function is; see `describe`."""
+    """Return the identity of a function; see `describe`."""
     return describe(fn)
 
 
 class _Reader:
-    """One reading of a value. What was read once is not read again; cycles are counted back."""
+    """One reading of a value. Each object is read once; cycles are given as distances back."""
 
     def __init__(self, known: Known) -> None:
         self._known = {id(value): (value, said) for value, said in known}
@@ -102,10 +102,10 @@ class _Reader:
         self._versions: dict[str, str] = {}
 
     def read(self, value: Any) -> dict[str, str]:
-        """Return what `describe` does."""
+        """Return the result of `describe`."""
         try:
             said = [self._said(value)]
-            while self._to_read:  # what functions look up, each once, in the order of first use
+            while self._to_read:  # globals of functions, each once, in the order of first use
                 name, found = self._to_read.popleft()
                 with self._within(f"the global {name!r}"):
                     said.append(self._said(found))
@@ -143,7 +143,7 @@ class _Reader:
         self._n_opened += 1
         digest = self._of(value)
         del self._open[id(value)]
-        self._done[id(value)] = (value, digest)  # it is kept, so that its id stays its own
+        self._done[id(value)] = (value, digest)  # the value is kept, so that its id stays valid
         return digest
 
     def _of(self, value: Any) -> str:
@@ -171,7 +171,7 @@ class _Reader:
         return _hash(kind, *[self._said(value) for value in values])
 
     def _named(self, kind: str, values: Mapping[str, Any]) -> str:
-        """Return the digest of values by name, in whatever order."""
+        """Return the digest of values by name, in any order."""
         said = [kind]
         for name in sorted(values):
             with self._within(repr(name)):
@@ -179,7 +179,7 @@ class _Reader:
         return _hash(*said)
 
     def _set(self, kind: str, values: Iterable[Any]) -> str:
-        """Return the digest of values that have another order in each process: each by itself."""
+        """Return the digest of values whose order differs between processes, each separately."""
         said = []
         for value in values:
             found = _Reader(self._known.values()).read(value)
@@ -205,7 +205,7 @@ class _Reader:
         return digest.hexdigest()
 
     def _object(self, value: Any) -> str:
-        """Return the digest of an object by what pickle would keep of it."""
+        """Return the digest of an object by its pickled state."""
         name = _name_of(type(value))
         if type(value).__module__ == "torch._ops":
             return _hash("name", str(value))
@@ -244,7 +244,7 @@ class _Reader:
     # --- functions --------------------------------------------------------------------------
 
     def _function(self, value: Any) -> str | None:
-        """Return the digest of a function or of what stands for one; None of another value."""
+        """Return the digest of a function or a callable like one; None for another value."""
         if isinstance(value, types.FunctionType):
             return self._python_function(value)
         if isinstance(value, types.MethodType):
@@ -278,7 +278,7 @@ class _Reader:
         inner = wrapped_by_tools(fn)
         if inner is not None:
             return self._said(inner)
-        # Not as the function says: `functools.wraps` lets it say what another one is.
+        # Not by the function's attributes, as `functools.wraps` copies those of another function.
         module, name = str(fn.__globals__.get("__name__", "__main__")), fn.__code__.co_qualname
         if is_installed(module) and "<locals>" not in name:
             return self._by_name(module, name)
@@ -310,7 +310,7 @@ class _Reader:
         return [self._said(held), *(self._of_module(held, attributes) if is_module else ())]
 
     def _looked_up(self, fn: types.FunctionType) -> list[str]:
-        """Return the numbers of what a function looks up; each is read later, and once."""
+        """Return the numbers of the objects that a function looks up; each is read later, once."""
         code, said = read_code(fn.__code__), []
         for name in code.names:
             if name in fn.__globals__:
@@ -334,14 +334,14 @@ class _Reader:
         return [_hash("global", str(self._names[key]))]
 
     def _of_module(self, module: types.ModuleType, attributes: tuple[str, ...]) -> list[str]:
-        """Return what a function may look up in a module that is not an installed package's."""
+        """Return the names that a function may look up in a module of a user."""
         key = id(module), attributes
         if is_installed(module.__name__) or key in self._modules:
             return []
         self._modules.add(key)
         said = []
         for name in attributes:
-            if hasattr(module, name) and name in vars(module):  # the first may import it
+            if hasattr(module, name) and name in vars(module):  # `hasattr` may import it
                 said += [_hash("attribute", name)]
                 said += self._reference(vars(module), name, attributes)
         return said
