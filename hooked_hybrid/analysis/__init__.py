@@ -1,4 +1,4 @@
-"""Circuit analysis: what the parts of a model write, read, remember and retrieve."""
+"""Circuit analysis: how the parts of a model write, read, remember and retrieve."""
 
 from hooked_hybrid.analysis import plots
 from hooked_hybrid.analysis.activation_patching import (

@@ -1,7 +1,7 @@
 """Activation patching in sweeps: one clean value at a time in a corrupted run.
 
-`generic_activation_patch` makes one run for each hook point, position and head that is asked for;
-the others are its common uses. Values that the caches lack are named in the error: large ones, as
+`generic_activation_patch` makes one run for each selected hook point, position and head; the other
+functions are its common uses. An error names values missing from the caches: large ones, such as
 Mamba's states, are cached only when named.
 """
 
@@ -47,34 +47,35 @@ def generic_activation_patch(
     difference: bool = True,
     verbose: bool = True,
 ) -> PatchGrid:
-    """Return the metric of the corrupted run with one clean value after another put into it.
+    """Return the metric of corrupted runs, each with one clean value patched in.
 
-    Values are matched by their position in the document. A cell is begun at its own layer.
+    Values are matched by their position in the document. Each run starts at the layer of its patch.
 
     Args:
         model: any hybrid.
-        corrupted_tokens: what is run.
-        clean_cache: of the other run, with the values of `names`; as many rows, or one for all.
+        corrupted_tokens: the tokens to run.
+        clean_cache: of the clean run, with the values of `names`; equally many rows, or one for
+            all.
         metric: of the logits; [] or [batch].
-        names: hook points, one cell (or more, by `axes`) for each.
+        names: hook points; each is a cell, or several with `axes`.
         axes: also sweep over "pos", over "head" (key-value heads at keys and values), or both, in
             this order.
-        positions: in the document; those swept over, or patched together, then also a mask
-            [batch pos] where rows differ. None means all.
+        positions: in the document: those to sweep over, or to patch together; the latter may be a
+            mask [batch pos] if rows differ. None means all.
         heads: the same.
-        attention_mask, clean_attention_mask: of the two runs, where rows are padded. A clean cache
-            holds its own; for values by hand the clean one defaults to the other.
+        attention_mask, clean_attention_mask: of the two runs, if rows are padded. A clean cache
+            has its own; for other mappings the clean mask defaults to the corrupted one.
         difference: subtract the metric of the corrupted run.
         verbose: show a progress bar.
 
     Raises:
         HookNameError: a name that does not exist.
-        ValueError: a value that the cache lacks; heads that a hook point does not have, or has in
-            another number than another one; an unknown axis.
+        ValueError: a value that the cache lacks; heads that a hook point does not have; hook points
+            with different numbers of heads; an unknown axis.
 
     Source: Meng et al. 2022 (denoising); `generic_activation_patch` of TransformerLens's
-    `patching`. Unlike there the metric may be one for each row, and cells are the difference from
-    the corrupted run unless `difference=False`.
+    `patching`. Unlike there, the metric may return one value for each row, and cells are
+    differences from the corrupted run unless `difference=False`.
     """
     cells = Cells(model, corrupted_tokens, clean_cache, names, attention_mask)
     labels = [_labels(cells, axis, positions, heads) for axis in _checked_axes(axes)]
@@ -133,21 +134,21 @@ def patch_layers(
 def patch_resid_pre(
     model: HookedHybrid, tokens: Tokens, clean_cache: Cache, metric: Metric, **options: Any
 ) -> PatchGrid:
-    """Return what the clean stream before each layer restores, [layer pos]; see `patch_layers`."""
+    """Return the effect of the clean stream before each layer, [layer pos]; see `patch_layers`."""
     return patch_layers(model, tokens, clean_cache, metric, "resid_pre", **options)
 
 
 def patch_mixer_out(
     model: HookedHybrid, tokens: Tokens, clean_cache: Cache, metric: Metric, **options: Any
 ) -> PatchGrid:
-    """Return what each clean mixer restores, [layer pos]; see `patch_layers`."""
+    """Return the effect of each clean mixer output, [layer pos]; see `patch_layers`."""
     return patch_layers(model, tokens, clean_cache, metric, "mixer_out", **options)
 
 
 def patch_mlp_out(
     model: HookedHybrid, tokens: Tokens, clean_cache: Cache, metric: Metric, **options: Any
 ) -> PatchGrid:
-    """Return what each clean MLP restores, [layer pos]; see `patch_layers`."""
+    """Return the effect of each clean MLP output, [layer pos]; see `patch_layers`."""
     return patch_layers(model, tokens, clean_cache, metric, "mlp_out", **options)
 
 
@@ -160,12 +161,12 @@ def patch_heads(
     by_position: bool = False,
     **options: Any,
 ) -> PatchGrid:
-    """Return what each clean head restores, [layer head] of the attention layers, or by position.
+    """Return the effect of each clean head, [layer head] of the attention layers, or by position.
 
     Args:
         model, tokens, clean_cache, metric, options: as in `patch_layers`.
         leaf: "z", "q", "k", "v", "pattern", ...
-        by_position: patch each position by itself, [layer head pos].
+        by_position: patch each position separately, [layer head pos].
 
     Raises:
         ValueError, HookNameError: as `patch_layers`.
@@ -177,11 +178,11 @@ def patch_heads(
 def patch_states(
     model: HookedHybrid, tokens: Tokens, clean_cache: Cache, metric: Metric, **options: Any
 ) -> PatchGrid:
-    """Return what a recurrent layer's clean state restores, [layer pos]; see `patch_layers`.
+    """Return the effect of each recurrent layer's clean state, [layer pos]; see `patch_layers`.
 
-    The state is replaced at one position and then carried on by the corrupted run's decays and
-    writes: an effect at position t is that of all the layer knew of positions up to t. Cache them
-    with `names_filter=lambda name: name.endswith("hook_ssm_state")`.
+    The state is replaced at one position and then continued with the corrupted run's decays and
+    writes: the effect at position t is that of everything in the state about positions up to t.
+    Cache the states with `names_filter=lambda name: name.endswith("hook_ssm_state")`.
     """
     return patch_layers(model, tokens, clean_cache, metric, "ssm_state", **options)
 
@@ -190,7 +191,7 @@ def patch_states(
 
 
 class Cells:
-    """The corrupted run, and runs that begin where a patch first acts."""
+    """The corrupted run, and runs that start at the first layer that a patch changes."""
 
     def __init__(
         self,
@@ -226,7 +227,7 @@ class Cells:
             return self.model(stream, start_at_layer=layer, attention_mask=self.mask)
 
     def n_heads(self) -> int:
-        """Return how many heads every point has."""
+        """Return the common number of heads of the points."""
         numbers = {}
         for name in self.names:
             point = self.model.hook_dict[name]

@@ -1,4 +1,4 @@
-"""Prompts with a needle, answered: which of the new tokens were copied, and from where."""
+"""Answers to prompts with a needle: which new tokens were copied, and from where."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from hooked_hybrid.model.hybrid import HookedHybrid
 
 @runtime_checkable
 class HasNeedle(Protocol):
-    """A prompt and where its needle is: every `hooked_hybrid.niah.prompts.Prompt`."""
+    """A prompt and the spans of its needle, such as `hooked_hybrid.niah.prompts.Prompt`."""
 
     @property
     def tokens(self) -> Sequence[int]:
@@ -27,21 +27,21 @@ class HasNeedle(Protocol):
 
 
 class NeedlePrompt(NamedTuple):
-    """A prompt of one's own."""
+    """A prompt given by its tokens and spans."""
 
     tokens: Sequence[int]
     needle_spans: Sequence[tuple[int, int]]
 
 
 class Copied(NamedTuple):
-    """Prompts of one length with what the model generated, and which of it stands in the needle.
+    """Prompts of one length with generated tokens, and which of these are in the needle.
 
     Attributes:
         tokens: prompt and new tokens.
         n_prompt: tokens of a prompt.
-        in_needle: whether a token of the prompt is the needle's.
-        sources: for each new token, the needle's tokens that equal it; none where the needle was
-            not found.
+        in_needle: whether a token of the prompt belongs to the needle.
+        sources: for each new token, the equal tokens of the needle; none if the needle was not
+            found.
     """
 
     tokens: Int[Tensor, "batch pos"]
@@ -51,7 +51,7 @@ class Copied(NamedTuple):
 
     @property
     def is_copy(self) -> Bool[Tensor, "batch new"]:
-        """Whether each new token stands in the needle."""
+        """Whether each new token is in the needle."""
         return self.sources.any(dim=2)
 
 
@@ -63,10 +63,10 @@ def copies(
     batch_size: int = 8,
     verbose: bool = True,
 ) -> Iterator[Copied]:
-    """Yield the prompts in batches of one length, answered; arguments of `retrieval_scores`.
+    """Yield answered prompts in batches of one length; arguments as in `retrieval_scores`.
 
     Raises:
-        ValueError: as `retrieval_scores`; that no needle is found, at the end.
+        ValueError: as `retrieval_scores`; at the end, if no needle was found.
     """
     if not prompts or any(not prompt.needle_spans for prompt in prompts):
         raise ValueError("give at least one prompt, each with the spans of its needle")

@@ -1,9 +1,9 @@
 """Attribution patching: the effect of every patch at once, by gradients.
 
 To first order, putting the clean value of a hook point into the corrupted run changes the metric by
-(clean - corrupted) . gradient. One backward pass gives the gradient at every point. That at a
-recurrence's state is total, through later states too, so that it stands for a patch of the state
-at one position, which later positions carry on.
+(clean - corrupted) . gradient. One backward pass gives the gradient at every point. At a
+recurrence's state the gradient is total, including later states, so it estimates a patch of the
+state at one position, which changes later states too.
 """
 
 from __future__ import annotations
@@ -31,17 +31,17 @@ from hooked_hybrid.shapes import Tokens
 Axis = Literal["position", "head", "channel"]
 Reduce = Axis | Literal["hook"] | Sequence[Axis] | None
 PLACES = {"pos": "position", "query": "position", "head": "head", "kv_head": "head"}
-"""What the axes of hook points are to `reduce`; batch and key apart, the others are channels."""
+"""The meaning of the axes of hook points in `reduce`; other axes are channels."""
 
 
 @dataclass(frozen=True)
 class Attribution:
-    """What patching each value would change, to first order.
+    """The effect of patching each value, to first order.
 
     Attributes:
-        values: by full hook name; with a leading batch axis where the metric is one for each row.
+        values: by full hook name; with a leading batch axis if the metric has one value a row.
         axes: of each value.
-        excluded: hook points that were asked for, or skipped, and why.
+        excluded: hook points that were left out, with the reason.
         change: metric(clean) - metric(corrupted).
         n_layers: of the model.
     """
@@ -56,7 +56,7 @@ class Attribution:
         """Return the value of a full name or a shorthand, such as `("z", 2)`.
 
         Raises:
-            HookNameError: nothing of this name was attributed to; the nearest names are listed.
+            HookNameError: there is no attribution of this name; the nearest names are listed.
         """
         return self.values[resolve(key, self.values.keys(), self.n_layers)]
 
@@ -82,12 +82,12 @@ class Attribution:
         return found
 
     def head_scores(self, leaf: str = "z") -> HeadScores:
-        """Return what was attributed to each head at one hook of the attention layers.
+        """Return the attribution of each head at one hook of the attention layers.
 
         A metric of each row is averaged over rows.
 
         Raises:
-            ValueError: nothing by head is there; give `reduce="head"`.
+            ValueError: there are no attributions by head; give `reduce="head"`.
         """
         by_layer = {}
         for name, value in self.values.items():
@@ -115,30 +115,30 @@ def attribution_patching(
 ) -> Attribution:
     """Return (clean - corrupted) . gradient of the metric at every floating-point hook point.
 
-    At "corrupted" it stands for metric(corrupted run with the clean value) - metric(corrupted); at
-    "clean" for metric(clean) - metric(clean run with the corrupted value).
+    At "corrupted" it estimates metric(corrupted run with the clean value) - metric(corrupted); at
+    "clean", metric(clean) - metric(clean run with the corrupted value).
 
     Args:
         model: any hybrid.
         clean_tokens, corrupted_tokens: two runs of the same shape.
-        metric: of the logits, differentiable; [], or [batch] where rows do not mix.
-        names_filter: hook points; None means all but the large ones. Points that hold integers
+        metric: of the logits, differentiable; [], or [batch] if rows do not mix.
+        names_filter: hook points; None means all except the large ones. Integer points
             (the choice of experts) have no gradient; they are listed in `excluded`.
-        reduce: which axes to keep, the others are summed over: "position", "head", "channel",
-            several of these, "hook" for none, None for all. Points with none of the axes are
+        reduce: the axes to keep, while others are summed over: "position", "head", "channel",
+            several of these, "hook" for none, None for all. Points without any of these axes are
             excluded.
         at: the run whose gradients are taken.
-        attention_mask: of both runs, where rows are padded.
-        qk_fix: compute the softmax of patched queries, keys and scores exactly, which is linear
-            only near where it is; two more runs of each attention layer. Not by channel or key.
-        max_bytes: of values and gradients kept at a time; with more, points are taken in groups,
-            with a run of each kind for each group.
+        attention_mask: of both runs, if rows are padded.
+        qk_fix: compute the softmax of patched queries, keys and scores exactly, instead of
+            linearly; this takes two more runs of each attention layer. Not by channel or key.
+        max_bytes: of values and gradients kept at a time; if exceeded, points are processed in
+            groups, each with its own runs.
         verbose: show a progress bar.
 
     Raises:
         HookNameError: the filter matches nothing.
-        ValueError: runs of different shapes; nothing left to attribute to; a metric of another
-            shape, or without a gradient; an unknown `reduce` or `at`; `qk_fix` by channel.
+        ValueError: runs of different shapes; no hook points left; a metric of another shape, or
+            without a gradient; an unknown `reduce` or `at`; `qk_fix` by channel.
 
     Source: Nanda 2023, "Attribution patching"; Syed et al. 2023; `qk_fix` and no other correction
     of AtP* (Kramár et al. 2024).
@@ -180,7 +180,7 @@ def checked_pair(
     """Return two runs' tokens [batch pos] and the mask of both.
 
     Raises:
-        ValueError: of different shapes, no tokens, or padded at different places.
+        ValueError: different shapes, no tokens, or different padding.
     """
     (clean, clean_mask), (corrupted, mask) = (
         checked_batch(model, tokens, mask) for tokens in (clean, corrupted)
@@ -212,14 +212,14 @@ def _kept_axes(reduce: Reduce) -> set[str]:
 
 
 def _place(axis: str) -> str:
-    """Return what an axis is to `reduce`."""
+    """Return the meaning of an axis in `reduce`."""
     return axis if axis in ("batch", "key") else PLACES.get(axis, "channel")
 
 
 def _chosen(
     model: HookedHybrid, names_filter: NameFilter | None, reduce: Reduce, kept: set[str]
 ) -> tuple[list[str], dict[str, str]]:
-    """Return the hook points to attribute to, and why others are not."""
+    """Return the hook points to attribute to, and the reasons to exclude others."""
     points, excluded = model.hook_dict, {}
     for name in points if names_filter is None else matching(names_filter, points):
         places = {_place(axis) for axis in points[name].axes}

@@ -1,4 +1,4 @@
-"""Attribution patching against true patching, by kind of hook point."""
+"""Comparison of attribution patching with true patching, by kind of hook point."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ Points = Float[Tensor, " cell"]
 
 @dataclass(frozen=True)
 class KindAgreement:
-    """How attribution and patching agree at the hook points of one kind.
+    """Agreement of attribution and patching at the hook points of one kind.
 
     Attributes:
         kind: the hook's name without its block: "attn.z", "mixer.ssm_state", "resid_pre", ...
-        attributed, patched: what the metric changes by, by gradient and truly, at each cell.
+        attributed, patched: the change of the metric by gradient, and the true one, at each cell.
     """
 
     kind: str
@@ -37,12 +37,12 @@ class KindAgreement:
 
     @property
     def n_cells(self) -> int:
-        """How many cells were compared."""
+        """Number of compared cells."""
         return len(self.patched)
 
     @property
     def spearman(self) -> float:
-        """The rank correlation; not a number where either is the same everywhere."""
+        """The rank correlation; NaN if either is constant."""
         return rank_correlation(self.attributed, self.patched)
 
     @property
@@ -54,11 +54,11 @@ class KindAgreement:
 
 @dataclass(frozen=True)
 class Agreement:
-    """Attribution against true patching, a row for each kind of hook point.
+    """Comparison of attribution and true patching, with a row for each kind of hook point.
 
     Attributes:
         rows: by kind, in the order of the model.
-        excluded: hook points that were not compared, and why.
+        excluded: hook points that were not compared, with the reason.
     """
 
     rows: tuple[KindAgreement, ...]
@@ -97,20 +97,21 @@ def compare_with_patching(
     max_bytes: int = 2**30,
     verbose: bool = True,
 ) -> Agreement:
-    """Compare attributions with what patching changes, by kind of hook point.
+    """Compare attributions with true effects of patching, by kind of hook point.
 
-    A cell is a position, or a position of one head, of one layer; at patterns, of one query. Of
-    each kind those with the largest attributions are taken and as many others drawn at random, and
-    the clean value is put there into the corrupted run. A metric of each row makes one cell for
-    each row. Where both runs have the same value there is nothing to compare: positions before the
-    tokens part, and cells to which exactly 0 is attributed, are left out. Most effects are tiny: in
-    fp32 the random half of some kinds is rounding, so that a model in float64 is compared better.
+    A cell is a position, or a position of one head, in one layer; at patterns, of one query. For
+    each kind, the cells with the largest attributions and equally many random others are patched
+    with the clean value in the corrupted run. A metric with one value a row gives one cell for each
+    row. Positions before the first difference of the tokens, and cells with an attribution of
+    exactly
+    0, are left out, as both runs are equal there. Most effects are tiny: in fp32 the random half of
+    some kinds is rounding, so the comparison is better with a model in float64.
 
     Args:
         model, clean_tokens, corrupted_tokens, metric, names_filter, qk_fix, max_bytes: as
             in `attribution_patching`.
-        n_cells: runs for each kind, at most: half the largest, half random.
-        seed: of the draw.
+        n_cells: at most this many runs for each kind: half the largest, half random.
+        seed: of the random cells.
         verbose: show progress bars.
 
     Raises:
@@ -158,7 +159,7 @@ def _ranks(x: Points) -> Points:
 
 @dataclass(frozen=True)
 class _Cell:
-    """One patch: where, and what is attributed to it, in each row."""
+    """One patch: its location, and its attribution in each row."""
 
     name: str
     position: int
@@ -175,7 +176,7 @@ def kind_of(name: str) -> str:
 def _drawn(
     attribution: Attribution, first: int, n: int, rng: random.Random
 ) -> dict[str, list[_Cell]]:
-    """Return cells of each kind from a position on: the largest, and others drawn at random."""
+    """Return cells of each kind from a position on: the largest, and random others."""
     found: dict[str, list[_Cell]] = {}
     for name, value in attribution.values.items():
         axes = attribution.axes[name]
@@ -205,7 +206,7 @@ def _patched(
     cells: list[_Cell],
     bar: Any,
 ) -> Points:
-    """Return what the metric changes by under each patch."""
+    """Return the change of the metric by each patch."""
     names = sorted({cell.name for cell in cells})
     _, cache = model.run_with_cache(clean, names_filter=names)
     runs, found = Cells(model, corrupted, cache, names, None), []

@@ -1,10 +1,10 @@
-"""Weights as circuits: what a head attends to and what it moves, read off its matrices.
+"""Weights as circuits: what a head attends to and what it moves, from its matrices.
 
-    score(query, key) = x_q W_Q R(n) W_K^T x_k        QK circuit; R(n) turns by n positions
+    score(query, key) = x_q W_Q R(n) W_K^T x_k        QK circuit; R(n) rotates by n positions
     write(key)        = x_k W_V W_O                   OV circuit
 
-Here x is what the layer reads, after `ln1`. Heads are query heads; those that share a key-value
-head share its weights. A recurrence has such a circuit too, along the path that is linear.
+Here x is the input of the layer, after `ln1`. Heads are query heads; those that share a key-value
+head share its weights. A recurrence has such a circuit too, along its linear path.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ def qk_circuit(
     scaled: bool = False,
     with_norm: bool = False,
 ) -> FactoredMatrix:
-    """Return `W_Q R W_K^T` of each head, R being what rotary positions do at a distance.
+    """Return `W_Q R W_K^T` of each head, where R is the rotation at a distance.
 
-    `x_q @ qk @ x_k` is the attention score, before 1/sqrt(d_head), of a query for the key so many
-    positions before it; only the rotated channels of a head depend on the distance, and none
-    without rotary positions (Jamba). Query and key biases, which no published model has, would add
-    a term of the query alone (softmax ignores it), one of the key alone, and a constant: they are
-    not in it.
+    `x_q @ qk @ x_k` is the attention score, before 1/sqrt(d_head), of a query for the key
+    `distance` positions before it. Only the rotated channels of a head depend on the distance;
+    without rotary positions (Jamba), none do. Query and key biases, which no published model has,
+    would add a term of only the query (which softmax ignores), one of only the key, and a constant;
+    they are left out.
 
     Args:
         model: any hybrid.
@@ -73,7 +73,7 @@ def qk_circuit(
 
 
 def ov_circuit(model: HookedHybrid, layer: int, *, with_norm: bool = False) -> FactoredMatrix:
-    """Return `W_V W_O` of each head: what it writes for a key it attends to fully.
+    """Return `W_V W_O` of each head: its output for a key with weight 1.
 
     Args:
         model: any hybrid.
@@ -81,7 +81,7 @@ def ov_circuit(model: HookedHybrid, layer: int, *, with_norm: bool = False) -> F
         with_norm: multiply by `ln1`'s weight on the reading side, as in `qk_circuit`.
 
     Returns:
-        [head d_model d_model], rows for the key, in float32 or float64. Biases are not in it.
+        [head d_model d_model], rows for the key, in float32 or float64, without biases.
 
     Raises:
         ValueError: no attention layer.
@@ -99,21 +99,21 @@ def recurrent_circuit(
 ) -> FactoredMatrix:
     """Return `W_x diag(taps) W_out` of each gate block: the linear path through a recurrence.
 
-    Between `W_x` and `W_out` all that a recurrence does with a past token is elementwise: a tap of
-    the convolution, the input gate, decays, and the other branch's gate. This is that path with
-    every factor but the tap left out. Gates and decays are positive, so that the true path differs
-    by a weight for each channel; its sign can differ where the other branch's gate (gelu, silu) is
-    below 0, in a Mamba block also by its silu after the convolution and by the sign of C B.
+    Between `W_x` and `W_out` the effect of a past token is elementwise: a tap of the convolution,
+    the input gate, decays, and the other branch's gate. This is the path with only the tap. Gates
+    and decays are positive, so the true path differs by a weight for each channel. Its sign can
+    differ where the other branch's gate (gelu, silu) is negative; in a Mamba block also by the silu
+    after the convolution and by the sign of C B.
 
     Args:
         model: any hybrid.
         layer: a recurrent layer.
-        lag: tap of the convolution to go through, 0 the current token; None: the sum of all taps,
-            through which a token far back has come where decays are near 1.
+        lag: tap of the convolution, 0 for the current token; None for the sum of all taps, the path
+            of an early token with decays near 1.
         with_norm: multiply by `ln1`'s weight on the reading side.
 
     Returns:
-        [gate_block d_model d_model], a Mamba block being one of them.
+        [gate_block d_model d_model]; a Mamba block counts as one.
 
     Raises:
         ValueError: no recurrent layer, or a lag beyond the convolution.
@@ -130,7 +130,7 @@ def recurrent_circuit(
 
 
 def attention_at(model: HookedHybrid, layer: int) -> Attention:
-    """Return the attention of a layer; a ValueError names the layers that have one."""
+    """Return the attention of a layer; a ValueError lists the attention layers."""
     if layer not in model.cfg.attention_layers:
         raise ValueError(
             f"layer {layer} has no attention; layers that have: {model.cfg.attention_layers}"
@@ -139,7 +139,7 @@ def attention_at(model: HookedHybrid, layer: int) -> Attention:
 
 
 def recurrence_at(model: HookedHybrid, layer: int) -> Mixer[Any]:
-    """Return the recurrence of a layer; a ValueError names the layers that have one."""
+    """Return the recurrence of a layer; a ValueError lists the recurrent layers."""
     if layer not in model.cfg.recurrent_layers:
         raise ValueError(
             f"layer {layer} is not a recurrence; layers that are: {model.cfg.recurrent_layers}"
@@ -181,8 +181,8 @@ def recurrent_maps(
 ) -> dict[str, Float[Tensor, "gate_block a b"]]:
     """Return the linear maps into and out of a recurrence, by gate block, in float32 or float64.
 
-    "in" [gate_block d_model channel] is the branch that recurs, "gate" the branch that gates it,
-    "out" [gate_block channel d_model] what both write. A Mamba block is one gate block.
+    "in" [gate_block d_model channel] is the recurrent branch, "gate" the gate branch, and "out"
+    [gate_block channel d_model] the output projection. A Mamba block is one gate block.
     """
     n = mixer.channel_groups(mixer.cfg) or 1
     maps = {k: at_least_fp32(W) for k, W in form_of(mixer.cfg).maps(mixer).items()}
@@ -211,7 +211,7 @@ def _per_query_head(
 def _turned(
     W: Float[Tensor, "head d_model d_head"], distance: int, cfg: AttentionConfig
 ) -> Float[Tensor, "head d_model d_head"]:
-    """Return query weights rotated as at position `distance`, the key being at 0."""
+    """Return query weights rotated to position `distance`, with the key at 0."""
     if cfg.rotary is None or distance == 0:
         return W
     positions = torch.zeros(1, distance + 1, dtype=torch.long, device=W.device)

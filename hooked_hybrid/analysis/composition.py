@@ -1,18 +1,18 @@
-"""How much of what one component writes another reads, by their weights alone.
+"""Composition scores: how much one component reads of another's output, by their weights.
 
     ||W_out W_in|| / (||W_out|| ||W_in||)      Frobenius norms
 
-`W_out` is the writer's map into the residual stream and `W_in` the reader's map out of it, the
-reader's `ln1` weight included. For attention both are whole circuits, as in Elhage et al. 2021; a
-recurrence is not a linear map from input to output, but begins and ends with one for each gate
-block:
+`W_out` is the writer's map into the residual stream and `W_in` the reader's map out of it,
+including the reader's `ln1` weight. For attention both are whole circuits, as in Elhage et al.
+2021. A recurrence is not linear from input to output, but begins and ends with linear maps for each
+gate block:
 
     writer     a head: W_V W_O          a gate block: its rows of W_out
-    reader     Q: (W_Q R W_K^T)         in: its columns of W_x, the branch that recurs
-               K: the same, transposed  gate: its columns of W_y, the branch that gates it
+    reader     Q: (W_Q R W_K^T)         in: its columns of W_x, the recurrent branch
+               K: the same, transposed  gate: its columns of W_y, the gate branch
                V: W_V W_O
 
-A Mamba block, whose channels share B and C, is one component. MLPs are not looked at.
+A Mamba block, whose channels share B and C, is one component. MLPs are not included.
 """
 
 from __future__ import annotations
@@ -51,11 +51,11 @@ def composition_scores(
 ) -> Float[Tensor, "*matrix"]:
     """Return `||left right|| / (||left|| ||right||)`, in Frobenius norms; 0 where one of them is 0.
 
-    Between 0 and 1; of a fixed matrix and one turned at random in the n dimensions between the two,
-    the mean square is exactly 1 / n, whatever their shapes.
+    It is between 0 and 1. For a fixed matrix and a randomly rotated one, in the n dimensions
+    between them, the mean square is exactly 1 / n, for all shapes.
 
     Args:
-        left: [... m n], the writer, rows times matrix.
+        left: [... m n], the writer, which multiplies rows.
         right: [... n r], the reader.
         broadcast_dims: compare every left matrix with every right one: [*left, *right]. False:
             leading dimensions are broadcast against each other.
@@ -63,7 +63,7 @@ def composition_scores(
     Raises:
         ValueError: shapes that do not fit.
 
-    Source: Elhage et al. 2021; arguments as of TransformerLens's `composition_scores`.
+    Source: Elhage et al. 2021; arguments as in TransformerLens's `composition_scores`.
     """
     if broadcast_dims:
         for _ in range(right.ndim - 2):
@@ -78,24 +78,24 @@ def all_composition_scores(
 
     Args:
         model: any hybrid.
-        mode: what the reader reads with. "Q", "K", "V": heads, with queries, keys or values.
-            "in", "gate": recurrences, with the branch that recurs or the one that gates it.
+        mode: the input of the reader. "Q", "K", "V": queries, keys or values of heads. "in",
+            "gate": the recurrent branch or the gate branch of recurrences.
         distance: tokens between query and key, for "Q" and "K" under rotary positions.
-        by_block: gate blocks of an RG-LRU are components of their own; False: whole layers are.
+        by_block: gate blocks of an RG-LRU are separate components; False: layers are components.
 
     Returns:
         Writers are all heads and recurrences, in order of layers. The baseline is 1/sqrt(d_model),
-        the root mean square over random rotations of the residual stream between the two, and `z`
-        says how many standard deviations of those a squared score lies above it. A map of rank r
-        with no direction stronger than another scores at most 1/sqrt(r), not far from the baseline:
-        a circuit of many dimensions shows in `z`, hardly in `values`.
+        the root mean square over random rotations of the residual stream between the two; `z` is
+        the distance of a squared score from its mean there, in standard deviations. A map of rank r
+        with equal singular values scores at most 1/sqrt(r), not far from the baseline: a circuit of
+        many dimensions is visible in `z`, hardly in `values`.
 
     Raises:
-        ValueError: another mode, no layer that reads so, a distance that a layer does not see, or
-            one that the mode does not depend on.
+        ValueError: another mode, no layer with such inputs, a distance that a layer does not see,
+            or a distance for a mode that does not depend on it.
 
     Source: Elhage et al. 2021 for Q, K and V; the baseline there is an average over random matrices
-    of the same shapes, which is the same up to its own scatter; `z` is ours.
+    of the same shapes, which is equal up to sampling; `z` is ours.
     """
     if mode not in (modes := get_args(Mode)):
         raise ValueError(f"mode={mode!r}: give one of {', '.join(modes)}")
@@ -130,16 +130,17 @@ def all_matching_scores(
     lag: int | None = None,
     vocab: Int[Tensor, " token"] | None = None,
 ) -> PairScores:
-    """Return how much each head looks for its own token in what each earlier component wrote.
+    """Return how strongly each head matches its own token in the output of earlier components.
 
-    A large score is half of an induction circuit, read off the weights: the writer brings a token
-    to later positions, and the head's query of that token matches it there (`matching_scores` with
-    `through`). Recurrences act by their linear path (`recurrent_circuit`).
+    A large score is half of an induction circuit, measured from the weights: the writer moves a
+    token to later positions, and the head's query for that token matches it there
+    (`matching_scores` with `through`). For recurrences the linear path is used
+    (`recurrent_circuit`).
 
     Args:
         model: any hybrid with attention.
         distance, kind, centred, tokens, lag, vocab: as for `matching_scores`; with a lag of 1, a
-            recurrence takes the part of a previous-token head, through its convolution.
+            recurrence acts as a previous-token head, through its convolution.
 
     Returns:
         Writers are heads and gate blocks, readers heads. The baseline is chance: 0 for eigenvalues,
@@ -178,7 +179,7 @@ def all_matching_scores(
 def _deviation(
     W_out: Float[Tensor, "*#pair k d_model"], W_in: Float[Tensor, "*#pair d_model m"]
 ) -> Float[Tensor, "*pair"]:
-    """Return how many standard deviations the squared score is above its mean under rotations.
+    """Return the distance of the squared score from its mean under rotations, in deviations.
 
     ||W_out W_in||^2 = tr(G H), G and H being the Gram matrices in the n dimensions of the stream.
     Over rotations of one against the other its mean is tr(G) tr(H) / n and its variance
@@ -202,7 +203,7 @@ def _row(
     W_out: Float[Tensor, "part k d_model"],
     reads: Mapping[int, Float[Tensor, "_part d_model _m"]],
 ) -> Float[Tensor, "part reader"]:
-    """Return one layer's scores with every reader, 0 if that is not a later one."""
+    """Return one layer's scores with every reader, 0 for readers that are not later."""
     return torch.cat(
         [
             of_pair(W_out[:, None], W_in)

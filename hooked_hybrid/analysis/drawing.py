@@ -1,4 +1,4 @@
-"""What the pictures of analyses are drawn with: figures, colour scales, maps, named positions."""
+"""Drawing functions for figures of analyses: colour scales, maps, labels of positions."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ if TYPE_CHECKING:
 
 UP, DOWN, TOTAL, GREY = "#0072B2", "#D55E00", "#444444", "#D9D9D9"
 LINES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-"""Colours that the colour-blind can tell apart. Source: Okabe and Ito (2008)."""
+"""Colours that colour-blind readers can distinguish. Source: Okabe and Ito (2008)."""
 MARKERS = "osD^vPX"
 MOST_NAMED = 48
-"""Positions up to which each is named by its token; beyond it numbers stand here and there."""
+"""Up to this many positions, each is labelled with its token; beyond it some with numbers."""
 MOST_WRITTEN = 400
-"""Cells up to which each has its value written in."""
+"""Up to this many cells, each contains its value as text."""
 
 
 class Scale(NamedTuple):
-    """A colour map and what puts values on it."""
+    """A colour map and the normalisation of its values."""
 
     colors: str
     norm: Any
@@ -74,7 +74,7 @@ def draw_map(
     written: str | None = None,
     texts: Sequence[Sequence[str]] | None = None,
 ) -> Any:
-    """Draw a heat map, grey where a value is missing; return what has its colours.
+    """Draw a heat map, grey for missing values; return the object with its colours.
 
     Args:
         axes: to draw on.
@@ -110,7 +110,7 @@ def name_positions(
         side: which.
         n: positions.
         tokens: text of each; None for numbers.
-        inches: room there is.
+        inches: the available length.
     """
     from matplotlib.ticker import MaxNLocator
 
@@ -142,7 +142,7 @@ def frame(axes: Axes, row: int, column: int) -> None:
 
 
 def visible(token: str) -> str:
-    """Return a token's text with its line breaks and outer blanks to be seen, and cut if long."""
+    """Return a token's text with visible line breaks and outer blanks, cut if long."""
     text = token.replace("\n", "\\n").replace("\t", "\\t")
     lead, tail = len(text) - len(text.lstrip(" ")), len(text) - len(text.rstrip(" "))
     inner = text.strip(" ")

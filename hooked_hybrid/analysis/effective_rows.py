@@ -32,7 +32,7 @@ def blocks_of_rows(
 
     Args:
         r: the layer.
-        channels: which.
+        channels: the selected channels.
         terms: of these channels.
         through: as in `effective_attention`.
         stop: one more than the last query that is needed.
@@ -42,7 +42,7 @@ def blocks_of_rows(
         taps, gate = taps_of(r, channels), at_least_fp32(r.form.gate(r, channels))
     decay, gain = (t.transpose(1, 2).double() for t in (terms.decay, terms.gain))
     read = terms.read.transpose(1, 2)
-    # What the state after the last block holds of each key [batch channel key n].
+    # The part of each key in the state after the last block [batch channel key n].
     carried = gain[:, :, :0]
     for start in range(0, stop, QUERIES):
         at = slice(start, min(start + QUERIES, stop))
@@ -73,7 +73,7 @@ def _products(
 
 
 def _through_taps(rows: Rows, taps: list[PerChannel]) -> Rows:
-    """Return rows over what the convolution reads, from rows over what it gives."""
+    """Return rows over the convolution's input, from rows over its output."""
     mixed, n_keys = torch.zeros_like(rows), rows.shape[-1]
     for back, tap in enumerate(taps[:n_keys]):
         factor = tap.mT[:, :, None, back:n_keys]
@@ -82,9 +82,9 @@ def _through_taps(rows: Rows, taps: list[PerChannel]) -> Rows:
 
 
 def taps_of(r: Recurrence, channels: Index) -> list[PerChannel]:
-    """Return what x at each position takes of `hook_in_proj` there, one position back, and so on.
+    """Return the weights in x of `hook_in_proj` at the position, one position back, and so on.
 
-    Zero where the position before is another document's, or padding.
+    Zero if the earlier position belongs to another document, or is padding.
     """
     weight = at_least_fp32(r.form.taps(r.mixer)).to(channels.device)[:, channels].flip(0)
     act = r.form.slope(r, channels)
@@ -92,7 +92,7 @@ def taps_of(r: Recurrence, channels: Index) -> list[PerChannel]:
 
 
 def convolved(x: PerChannel, taps: list[PerChannel]) -> PerChannel:
-    """Return what the taps give of `x`."""
+    """Return the convolution of `x` by the taps."""
     out = torch.zeros_like(x)
     for back, tap in enumerate(taps[: x.shape[1]]):
         out[:, back:] += tap[:, back:] * x[:, : x.shape[1] - back]
@@ -109,6 +109,6 @@ def _same_document(layout: Layout, back: int) -> Bool[Tensor, "batch pos"]:
 
 
 def inputs_of(r: Recurrence, channels: Index, terms: Terms, through: Through) -> PerChannel:
-    """Return what the matrix multiplies, 0 at padding."""
+    """Return the input of the matrix, 0 at padding."""
     x = terms.x if through == "scan" else at_least_fp32(r["in_proj"][..., channels])
     return r.layout.zero_padding(x)

@@ -1,4 +1,4 @@
-"""How far each head spreads its attention: entropy by position, in bits."""
+"""Entropy of each head's attention by position, in bits."""
 
 from __future__ import annotations
 
@@ -49,10 +49,10 @@ def entropy_profile(
     tokens: Tokens | Int[Tensor, " pos"] | None = None,
     attention_mask: Int[Tensor, "batch pos"] | None = None,
 ) -> EntropyProfile:
-    """Return how spread every head's attention is, position by position.
+    """Return the entropy of every head's attention at each position.
 
     Args:
-        source: a model, which is run on `tokens`, or a cache that holds every pattern, of a forward
+        source: a model, which is run on `tokens`, or a cache of every pattern, of a forward
             or of a generation.
         tokens, attention_mask: for a model, [batch pos] or [pos]; padding does not count.
 
@@ -62,7 +62,7 @@ def entropy_profile(
         HookNameError: a cache without a pattern.
     """
     model = source.model if isinstance(source, ActivationCache) else source
-    no_totals(model)  # refuses such layers before anything runs
+    no_totals(model)  # raises for such layers before anything runs
     if isinstance(source, ActivationCache):
         if tokens is not None or attention_mask is not None:
             raise ValueError("a cache has its patterns: leave tokens and attention_mask out")

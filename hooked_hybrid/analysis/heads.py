@@ -1,7 +1,7 @@
-"""Heads that retrieve and heads that induce: a score of every head, read off its patterns.
+"""Retrieval heads and induction heads: a score of every head, from its patterns.
 
-Patterns are reduced as they are computed, in pieces where the forward runs in pieces; none is kept.
-What follows from a score for the model, `interventions.cut_heads` and `keep_heads` say.
+Patterns are reduced as they are computed, in pieces if the forward runs in pieces, and not kept. To
+test the effect of the heads with high scores, use `interventions.cut_heads` and `keep_heads`.
 """
 
 from __future__ import annotations
@@ -35,27 +35,28 @@ def retrieval_scores(
     batch_size: int = 8,
     verbose: bool = True,
 ) -> HeadScores:
-    """Return how often each head looks at the needle's token that the model is about to copy.
+    """Return how often each head attends to the needle's token that the model copies next.
 
-    The model answers every prompt. A new token that stands in the needle counts as copied. For each
-    of these, a head scores 1 if, where the token is chosen, its largest weight is on that token in
-    the needle; with `soft`, it scores the weight on it. The score is the mean over copied tokens.
+    The model answers every prompt. A new token that is in the needle counts as copied. For each of
+    these, a head scores 1 if its largest weight, at the position that predicts the token, is on
+    that token in the needle; with `soft`, it scores the weight on it. The result is the mean over
+    copied tokens.
 
     Args:
-        model: that generates, greedily.
+        model: generates greedily.
         prompts: tokens, and spans of the needle.
         soft: weights instead of largest weights.
         max_new_tokens: of an answer.
-        min_recall: share of the needle's tokens that an answer must hold; others do not count.
+        min_recall: share of the needle's tokens that an answer must contain to count.
         batch_size: prompts of one length that run together.
         verbose: show a progress bar.
 
     Raises:
-        ValueError: no prompt or one without a needle, no attention, or no needle is found: the
-            model does not retrieve here, or the needle is beyond the attention window.
+        ValueError: no prompt, one without a needle, no attention, or no needle found, as the model
+            does not retrieve it or the needle is beyond the attention window.
 
     Source: Wu et al. 2024, "Retrieval Head Mechanistically Explains Long-Context Factuality". They
-    divide by the needle's length: the same where an answer is the needle, whole and once.
+    divide by the needle's length, which is equal if the answer is the needle exactly once.
     """
     totals = no_totals(model)
     n_copied = 0
@@ -71,7 +72,7 @@ def retrieval_scores(
 def _tally(
     copied: Copied, soft: bool, totals: dict[int, Tensor]
 ) -> Callable[[Pattern, HookPoint], None]:
-    """Return a hook that adds up what heads give to the tokens about to be copied."""
+    """Return a hook that sums the weights of heads on the tokens copied next."""
 
     @per_position
     def add(pattern: Pattern, hook: HookPoint) -> None:
@@ -98,24 +99,24 @@ def _sources_seen(copied: Copied, run: Run) -> Bool[Tensor, "batch query key"]:
 def repeat_scores(
     model: HookedHybrid, n_tokens: int = 50, batch: int = 8, seed: int = 0
 ) -> dict[Kind, HeadScores]:
-    """Return the mean weight that each head gives to four places, on random tokens given twice.
+    """Return the mean weight of each head on four positions, in repeated random tokens.
 
-    After BOS come `n_tokens` distinct random tokens and the same again. From a token of the second
-    copy, "current" is the token itself, "previous" the one before it, "duplicate" the same token in
-    the first copy, and "induction" the one after that.
+    After BOS, `n_tokens` distinct random tokens are repeated once. For a token of the second copy,
+    "current" is the token itself, "previous" the one before it, "duplicate" the same token in the
+    first copy, and "induction" the one after that.
 
     Args:
-        model: any with attention; `n_tokens` below its attention window.
+        model: any with attention; `n_tokens` must be below its attention window.
         n_tokens: of one copy.
-        batch: rows, each of its own tokens.
+        batch: rows, each with different tokens.
         seed: of the tokens.
 
     Raises:
-        ValueError: fewer than 3 tokens or a copy that is longer than the vocabulary, or reaches out
-            of the attention window of a layer, whose heads could not see the first copy.
+        ValueError: fewer than 3 tokens, or a copy longer than the vocabulary or than an attention
+            window, in which the first copy could not be seen.
 
-    Source: Olsson et al. 2022, prefix matching. TransformerLens's `head_detector` takes tokens from
-    its caller and divides by the weights of all queries, those that have no such place included.
+    Source: Olsson et al. 2022, prefix matching. TransformerLens's `head_detector` uses the caller's
+    tokens and divides by the weights of all queries, including those without such a position.
     """
     tokens, first = _repeated(model, n_tokens, batch, seed)
     back: dict[Kind, int] = {
@@ -143,7 +144,7 @@ def repeat_scores(
 def induction_scores(
     model: HookedHybrid, n_tokens: int = 50, batch: int = 8, seed: int = 0
 ) -> HeadScores:
-    """Return the "induction" of `repeat_scores`: weight on what came after the same token before.
+    """Return "induction" of `repeat_scores`: the weight on the token after an earlier equal one.
 
     Raises:
         ValueError: as `repeat_scores`.
@@ -152,7 +153,7 @@ def induction_scores(
 
 
 def _repeated(model: HookedHybrid, n: int, batch: int, seed: int) -> tuple[Tokens, int]:
-    """Return rows of tokens, and where their second copy begins."""
+    """Return rows of tokens, and the index of their second copy."""
     cfg = model.cfg
     given = (cfg.bos_token_id, cfg.pad_token_id, *cfg.eos_token_ids)
     special = {token for token in given if token is not None}

@@ -1,13 +1,13 @@
-"""How long a recurrence remembers, in tokens, compared with the reach of attention's window.
+"""Memory of recurrences in tokens, for comparison with attention windows.
 
-What a token writes into channel c is multiplied by a decay a_t at each later token. After k tokens
-the product of k decays of it is left:
+A token's write to channel c is multiplied by a decay a_t at each later token. After k tokens, a
+fraction of it remains, the product of k decays:
 
-    half-life   ln 2 / mean(-ln a): tokens after which half is left, at the channel's mean rate
-    horizon     first k after which less than a fraction eps is left, from each position on;
+    half-life   ln 2 / mean(-ln a): tokens after which half remains, at the channel's mean rate
+    horizon     first k after which less than a fraction eps remains, from each position on;
                 the median over positions
 
-Both are infinite where the decay is 1. Mamba has them for each state of a channel.
+Both are infinite if the decay is 1. In Mamba each state of a channel has its own.
 """
 
 from __future__ import annotations
@@ -30,21 +30,21 @@ from hooked_hybrid.network.mixers import mixer_of
 
 Tokens = Float[Tensor, "channel *d_state"]
 SCRATCH = 2**26
-"""Bytes of temporaries to stay near, by working on some channels at a time."""
+"""Approximate bytes of temporaries; channels are processed in groups of this size."""
 FORGOTTEN = -1e6
 """Log decay that stands for minus infinity where sums are compared."""
 
 
 @dataclass(frozen=True)
 class Reach:
-    """How far back one layer reads, in tokens; rows of a table (`pandas.DataFrame(rows)`).
+    """The memory of one layer in tokens; a row of a table (`pandas.DataFrame(rows)`).
 
     Attributes:
         layer: index of the block.
         kind: "attention", "rglru" or "mamba".
-        tokens: keys that attention sees, itself among them; the median horizon over the channels
-            (and states) of a recurrence.
-        longest: that of the channel (and state) that remembers longest.
+        tokens: keys that attention sees, including the query; for a recurrence, the median horizon
+            over channels (and states).
+        longest: the longest horizon of a channel (and state).
         half_life: the median half-life; None for attention.
     """
 
@@ -56,19 +56,19 @@ class Reach:
 
 
 def half_life(cache: ActivationCache, layer: int, **run: Any) -> Tokens:
-    """Return tokens after which half of a write is left, from the mean log decay in a run.
+    """Return the tokens after which half of a write remains, from the mean log decay in a run.
 
     Args:
-        cache: of a run that kept the layer's points.
+        cache: of a run, with the layer's hook points.
         layer: index of the block; a negative one counts from the last.
-        run: `attention_mask`, `segment_ids` or `state`, where the run had one.
+        run: `attention_mask`, `segment_ids` or `state`, if the run had one.
 
     Returns:
         [channel] for the RG-LRU, [channel d_state] for Mamba; infinite where every decay is 1.
 
     Raises:
-        ValueError: the layer has no recurrence; no token of the cache follows another; a decay
-            that a hook has set above 1 or below 0.
+        ValueError: the layer has no recurrence; the cache has no two consecutive tokens; a hook
+            set a decay above 1 or below 0.
         HookNameError: the cache lacks a point of the layer.
     """
     r = Recurrence(cache, layer, **run)
@@ -76,10 +76,10 @@ def half_life(cache: ActivationCache, layer: int, **run: Any) -> Tokens:
 
 
 def memory_horizon(cache: ActivationCache, layer: int, eps: float = 0.01, **run: Any) -> Tokens:
-    """Return tokens after which less than a fraction of a write is left, the median over a run.
+    """Return the median number of tokens after which less than a fraction of a write remains.
 
-    Counted from each token of the run along the decays that follow it in its document. Where the
-    document ends too early, the rest is taken at the channel's mean rate.
+    It is counted from each token along the following decays in its document. If the document ends
+    too early, the channel's mean rate is used for the rest.
 
     Args:
         cache, layer, run: as in `half_life`.
@@ -98,19 +98,19 @@ def memory_horizon(cache: ActivationCache, layer: int, eps: float = 0.01, **run:
 
 
 def tokens_until(eps: float, log_decay: Tensor) -> Tensor:
-    """Return ln(eps) / log_decay: tokens after which a fraction eps is left, infinite at 0."""
+    """Return ln(eps) / log_decay: tokens after which a fraction eps remains, infinite at 0."""
     return torch.where(log_decay == 0, torch.inf, math.log(eps) / log_decay)
 
 
 def decay_range(model: HookedHybrid, layer: int) -> DecayRange:
-    """Return the decays that the weights of a recurrence allow, whatever it reads.
+    """Return the range of decays that the weights of a recurrence allow, for any input.
 
     The RG-LRU's recurrence gate r lies in (0, 1), so that a = exp(-8 r softplus(a_param)) lies
     between its value at r = 1 and 1. Mamba's a = exp(-dt exp(A_log)) has dt = softplus(W d + b)
     with a normalised d, |d / weight| <= sqrt(dt_rank), which bounds W d by Cauchy and Schwarz.
 
     Args:
-        model: whose weights.
+        model: the model with the weights.
         layer: index of the block.
 
     Returns:
@@ -132,7 +132,7 @@ def how_far(cache: ActivationCache, eps: float = 0.01, **run: Any) -> list[Reach
     """Return how far back each mixer reads, in tokens: windows of attention, horizons of the rest.
 
     Args:
-        cache: of a run that kept the points of every recurrence.
+        cache: of a run, with the hook points of every recurrence.
         eps: fraction of a write below which it counts as forgotten.
         run: as in `half_life`.
 
@@ -170,7 +170,7 @@ def _check_eps(eps: float) -> None:
 def _by_channel(
     r: Recurrence, of: Callable[[PerState, Bool[Tensor, "batch pos"]], Tensor]
 ) -> Tokens:
-    """Return what a function of log decays, and of where they act, gives for every channel."""
+    """Return the result of a function of log decays, and of where they act, for every channel."""
     at = r.layout.pos > 0
     if (moves := r.form.moves(r)) is not None:
         at = at & moves
@@ -202,7 +202,7 @@ def _horizons(
     """Return the median over tokens of the steps until the sum of log decays is below `log_eps`."""
     rate = _mean(log_a, at).clamp_min(FORGOTTEN)
     log_a = log_a.masked_fill(~at[..., None, None], 0).clamp_min(FORGOTTEN)
-    # What is lost since the row began, [batch channel n pos], never falls along a row.
+    # The loss since the beginning of the row, [batch channel n pos], never decreases along a row.
     lost = -log_a.cumsum(1).permute(0, 2, 3, 1).contiguous()
     index = torch.arange(lost.shape[-1], device=lost.device)
     end = _document_ends(r).expand(lost.shape[0], -1)[:, None, None].expand(lost.shape)

@@ -1,22 +1,22 @@
-"""The attention that a recurrence amounts to: how much each output reads of each earlier input.
+"""The effective attention of a recurrence: the weight of each earlier input in each output.
 
-With decays and gates held at what a run computed, a recurrent layer is linear in its inputs, and
-channel by channel a lower triangular matrix over positions:
+With decays and gates fixed at the values of a run, a recurrent layer is linear in its inputs: for
+each channel, a lower triangular matrix over positions:
 
-    scan     matrix[t, s] = read_t . (decay_{s+1} ... decay_t gain_s), plus skip where s = t
+    scan     matrix[t, s] = read_t . (decay_{s+1} ... decay_t gain_s), plus skip if s = t
              hook_ssm_y = matrix @ x + offset       x: hook_conv (RG-LRU), hook_ssm_input (Mamba)
     block    matrix[t, s] = gate_t sum_j scan[t, s + j] act_{s + j} tap_j
              hook_gated = matrix @ hook_in_proj + offset
 
 (`linear_form` has the terms; tap_j is the convolution's weight j positions back, act = sigmoid of
-`hook_conv` in Mamba, as silu(c) = sigmoid(c) c, and 1 in the RG-LRU.) What stays in the offset is
-no input of this run: what the state it continued from brings, the convolution's bias, and edits of
-`hook_ssm_write` or of the convolution's output by hooks. `hook_mixer_out` is `hook_gated @ W_out`
-plus a bias, where channels mix.
+`hook_conv` in Mamba, as silu(c) = sigmoid(c) c, and 1 in the RG-LRU.) The offset is the part that
+does not depend on this run's inputs: from the state that it continued, the convolution's bias, and
+hooks' edits of `hook_ssm_write` or of the convolution's output. `hook_mixer_out` is
+`hook_gated @ W_out` plus a bias, which mixes channels.
 
 Source: Ali, Zimerman & Wolf 2024, "The Hidden Attention of Mamba Models", for the scan; Zimerman,
 Ali & Wolf 2024, "Explaining Modern Gated-Linear RNNs via a Unified Implicit Attention Formulation",
-for the block. The offset is ours: with it the products are the layer's outputs, not nearly so.
+for the block. The offset is ours: it makes the products equal to the layer's outputs.
 """
 
 from __future__ import annotations
@@ -66,37 +66,37 @@ def effective_attention(
     check: bool = True,
     **run: Any,
 ) -> EffectiveAttention:
-    """Return how much the output of a recurrent layer at each query reads of the input at each key.
+    """Return the weight of each key's input in a recurrent layer's output at each query.
 
-    By channel the result is exact: times the inputs, and with `effective_offset` added, it is the
-    layer's output (see the module).
+    For each channel the result is exact: multiplied by the inputs, plus `effective_offset`, it is
+    the layer's output (see the module).
 
     Args:
-        cache: of a run that kept the layer's points, as `run_with_cache` does by default
-            otherwise; without a batch axis it counts as one row.
+        cache: of a run, with the layer's hook points, which `run_with_cache` keeps by default;
+            without a batch axis it counts as one row.
         layer: index of the block; a negative one counts from the last.
-        through: "scan", from what the recurrence reads to `hook_ssm_y`; "block", from
+        through: "scan", from the recurrence's input to `hook_ssm_y`; "block", from
             `hook_in_proj` to `hook_gated`, with convolution, silu and gate.
         summary: "channel", a matrix with signs for each channel; "gate_block" (RG-LRU), a number of
             groups of neighbouring channels, or "layer", one group: summarised by `measure`.
         measure: of a group: "mean", the mean of absolute values over its channels; "norm", the
-            Euclidean norm over them of what the key gives the query (matrix times input), which
-            sees how large the inputs are. Both are 0 or more.
+            Euclidean norm over channels of the key's contribution to the query (matrix times
+            input), which includes the size of the inputs. Both are 0 or more.
         which: indices of channels, or of groups; None means all.
         queries, keys: indices along the position axis; None means all.
-        max_bytes: most bytes to use; None means what is free.
-        check: first compare the recurrence with the cached output, at the cost of a scan.
+        max_bytes: the most bytes to use; None means the free memory.
+        check: first compare the recurrence with the cached output, which takes a scan.
         run: `attention_mask`, `segment_ids` or `state`, where the run had one.
 
     Returns:
-        [batch group query key], groups being what `which` names. Zero above the diagonal, across
+        [batch group query key], with the groups of `which`. Zero above the diagonal, across
         documents and at padding.
 
     Raises:
-        ValueError: the layer has no recurrence; an argument that is none of the above; the cache
-            does not agree with itself (see `Recurrence.check`).
+        ValueError: the layer has no recurrence; an invalid argument; the cache is inconsistent
+            (see `Recurrence.check`).
         HookNameError: the cache lacks a point of the layer.
-        MemoryError: the result would not fit; nothing has been computed then.
+        MemoryError: the result would not fit; raised before any computation.
 
     Source: see the module. "norm" is that of Kobayashi et al. 2020, "Attention is not only a
     weight", in the channels of `hook_ssm_y` or `hook_gated` instead of the residual stream.
@@ -135,11 +135,11 @@ def effective_attention(
 def effective_pattern(
     cache: ActivationCache, layer: int, *, keys: Indices = None, **options: Any
 ) -> EffectiveAttention:
-    """Return absolute effective attention with rows that sum to 1, to be compared with a pattern.
+    """Return absolute effective attention with rows that sum to 1, comparable to a pattern.
 
     Args:
         cache, layer, options: as `effective_attention`.
-        keys: which to return, after the division by the sum over all keys.
+        keys: those to return, after the division by the sum over all keys.
 
     Returns:
         [batch group query key]; a row that reads nothing (padding) is zero. Signs are lost.
@@ -160,10 +160,11 @@ def effective_pattern(
 def effective_offset(
     cache: ActivationCache, layer: int, *, through: Through = "scan", **run: Any
 ) -> PerChannel:
-    """Return what the layer's output holds in addition to effective attention times inputs.
+    """Return the part of the layer's output that is not effective attention times inputs.
 
-    A carried state, the convolution's bias (through "block"), and edits of writes and of the
-    convolution's output; nothing but rounding for the scan of an unedited run without a state.
+    It comes from a continued state, the convolution's bias (through "block"), and edits of writes
+    and of the convolution's output. For the scan of an unedited run without a state it is only
+    rounding.
 
     Args:
         cache, layer, through, run: as `effective_attention`.
@@ -239,7 +240,7 @@ def _indices(given: Indices, n: int, what: str) -> Int[Tensor, " index"]:
 def _require_memory(
     needed: int, shape: tuple[int, ...], max_bytes: int | None, device: torch.device
 ) -> None:
-    """Refuse a result that would not fit with its scratch."""
+    """Refuse a result that would not fit, with its temporaries, in memory."""
     needed += SCRATCH
     if max_bytes is None and needed < WORTH_CHECKING:
         return
@@ -254,7 +255,7 @@ def _require_memory(
 def _parts(
     r: Recurrence, groups: Int[Tensor, " group"], size: int
 ) -> Iterator[tuple[int, Int[Tensor, " channel"]]]:
-    """Yield channels that fit the scratch memory, and how many of the chosen came before."""
+    """Yield groups of channels that fit the memory, with the number of channels before."""
     n_rows, n_pos = r.layout.pos.shape
     rows, terms = QUERIES * (n_pos + QUERIES * r.n_states), n_pos * r.n_states
     per_channel = n_rows * (rows * 16 + terms * 48)
@@ -273,7 +274,7 @@ def _add(
     at_q: Int[Tensor, " some_queries"],
     at_k: Int[Tensor, " some_keys"],
 ) -> None:
-    """Add each channel's rows to those of its group; `first` of the channels came before."""
+    """Add each channel's rows to those of its group; `first` is the number of channels before."""
     group = torch.arange(first, first + rows.shape[1], device=rows.device) // size
     low, n = int(group[0]), int(group[-1] - group[0]) + 1
     here = rows

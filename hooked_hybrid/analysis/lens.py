@@ -1,9 +1,9 @@
-"""Logit lens: what the model would say if the residual stream ended here.
+"""Logit lens: the model's prediction from the residual stream at each depth.
 
-The stream at each depth goes through the final norm, with a scale of its own, and the unembedding.
-The last depth is the model's own output (hooks on `unembed.hook_logits` apart). Logits are made a
-block at a time, so that a rank or a probability over all depths of a long prompt needs little
-memory. Source: nostalgebraist, "interpreting GPT: the logit lens" (2020).
+The stream at each depth goes through the final norm, with its own scale, and the unembedding. The
+last depth is the model's output (without hooks on `unembed.hook_logits`). Logits are computed one
+block at a time, so ranks or probabilities over all depths of a long prompt need little memory.
+Source: nostalgebraist, "interpreting GPT: the logit lens" (2020).
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ Kind = Literal["logits", "probs", "logprobs"]
 TokenKind = Literal["logits", "probs", "logprobs", "ranks"]
 
 BLOCK_VALUES = 2**24
-"""Logits held at a time where only something about them is wanted: 64 MiB in fp32."""
+"""Logits held at a time if only a function of them is needed: 64 MiB in fp32."""
 
 
 class Lens(NamedTuple):
@@ -64,18 +64,18 @@ def logit_lens(
     """Return the whole lens [depth *batch_pos d_vocab].
 
     Args:
-        model: whose norm and unembedding to use.
-        cache: of a run; it holds `hook_resid_pre` and `hook_resid_post`.
+        model: the model with the norm and unembedding.
+        cache: of a run, with `hook_resid_pre` and `hook_resid_post`.
         layers: depths, as the layers that the stream enters; `n_layers`, or -1, is its end. None
             means all of them.
         kind: "logits"; "probs", of a softmax over the vocabulary; or "logprobs", in nats.
         soft_cap: apply the model's soft cap, if it has one, at each depth.
-        incl_mid: also what each layer's MLP reads ("0_mid"), between these depths.
+        incl_mid: also the input of each layer's MLP ("0_mid"), between these depths.
         pos_slice: positions, among those that the cache holds; an int drops the axis.
 
     Raises:
-        HookNameError: the cache holds too little; the message says what to keep.
-        MemoryError: it would not fit. What the functions below keep of it would.
+        HookNameError: the cache lacks values; the message names what to cache.
+        MemoryError: it would not fit; the functions below need less memory.
         ValueError: layers or a kind that do not exist.
     """
     _check_kind(kind, ("logits", "probs", "logprobs"))
@@ -105,17 +105,17 @@ def token_over_depth(
     incl_mid: bool = False,
     pos_slice: PosSlice = None,
 ) -> Lens:
-    """Return what the lens gives a token at each depth [depth *batch_pos].
+    """Return the lens value of a token at each depth [depth *batch_pos].
 
     Args:
         model, cache, layers, soft_cap, incl_mid, pos_slice: as in `logit_lens`.
-        tokens: one for everything (its id or its text), one a row [batch], or one for each
-            position asked for [batch pos].
+        tokens: one for all (its id or its text), one a row [batch], or one for each selected
+            position [batch pos].
         kind: "logits"; "probs"; "logprobs", in nats; or "ranks", the number of tokens with a larger
             logit before the cap, 0 for the most likely one.
 
     Raises:
-        HookNameError: the cache holds too little; the message says what to keep.
+        HookNameError: the cache lacks values; the message names what to cache.
         ValueError: layers, tokens or a kind that do not fit.
     """
     _check_kind(kind, ("logits", "probs", "logprobs", "ranks"))
@@ -194,7 +194,7 @@ def lens_of_generation(
     *,
     incl_mid: bool = False,
 ) -> Lens:
-    """Return when each generated token showed: what each depth gave it, just before it was chosen.
+    """Return the lens value of each generated token at each depth, at the position before it.
 
     Args:
         model, layers, soft_cap, incl_mid: as in `logit_lens`.
@@ -202,7 +202,7 @@ def lens_of_generation(
         kind: as in `token_over_depth`.
 
     Returns:
-        [depth batch new]: at the last depth and as "logprobs", `output.logprobs`. After the end of
+        [depth batch new]; "logprobs" at the last depth equal `output.logprobs`. After the end of
         a row NaN, or a rank of -1.
 
     Raises:
@@ -217,7 +217,7 @@ def lens_of_generation(
     last = slice(-output.new_tokens.shape[1], None)
     args = (output.new_tokens, kind, layers, soft_cap)
     lens = token_over_depth(model, output.cache, *args, incl_mid=incl_mid, pos_slice=last)
-    # Where a row had ended, the cache is zero: no stream of a token is.
+    # After the end of a row the cache is zero, which the stream of a token never is.
     final = _depths(model, output.cache, layers, incl_mid, last)[-1][1]
     was_read = (final != 0).any(-1).to(lens.values.device)
     blank = -1 if kind == "ranks" else torch.nan
@@ -225,7 +225,7 @@ def lens_of_generation(
 
 
 Depth = tuple[str, Tensor, Tensor | None]
-"""A label, the stream, and what the run's own final norm divided it to: [*batch_pos d_model]."""
+"""A label, the stream, and the run's own normalised stream: [*batch_pos d_model]."""
 
 
 def _depths(
@@ -235,7 +235,7 @@ def _depths(
     incl_mid: bool,
     pos_slice: PosSlice,
 ) -> list[Depth]:
-    """Return the streams to look at, in the order of depth that was asked for."""
+    """Return the streams, in the requested order of depths."""
     n = model.cfg.n_layers
     chosen = list(range(n + 1) if layers is None else layers)
     if not chosen or not all(-n - 1 <= i <= n for i in chosen):

@@ -1,11 +1,11 @@
-"""A recurrent layer as a linear map of its inputs, with decays and gates as a run left them.
+"""A recurrent layer as a linear map of its inputs, with decays and gates fixed by a run.
 
 For each channel, with as many states n as the kind has (RG-LRU 1, Mamba `d_state`):
 
     h_t = decay_t h_{t-1} + write_t      write_t = gain_t x_t
     y_t = read_t . h_t + skip x_t
 
-What these are in a run, the `forms` of each kind say.
+The values of these terms in a run are defined by the `forms` of each kind.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ from hooked_hybrid.network.layout import Layout, lay_out
 from hooked_hybrid.network.state import HybridState
 
 AGREES, AGREES_ROUNDED = 1e-3, 3e-2
-"""How far, relative to the largest value, a recurrence that is read as it ran is from its cached
-output: in fp32, and in dtypes that round it."""
+"""Largest difference between a recomputed recurrence and its cached output, relative to the
+largest value: in fp32, and in narrower dtypes."""
 
 
 class Recurrence:
     """One recurrent layer in a cache.
 
     Args:
-        cache: of a run that kept what the layer computes (the default of `run_with_cache` does).
+        cache: of a run, with the layer's hook points (by default `run_with_cache` keeps them).
         layer: index of the block; a negative one counts from the last.
-        attention_mask, segment_ids, state: as that run was given them; the cache holds its padding.
+        attention_mask, segment_ids, state: the run's arguments; the cache has the padding.
 
     Raises:
         ValueError: the layer has no recurrence; or a mask or state that does not fit the cache.
@@ -94,7 +94,7 @@ class Recurrence:
         return self.form.n_states(self.cfg)
 
     def terms(self, channels: Index) -> Terms:
-        """Return what these channels computed with."""
+        """Return the terms of these channels."""
         return self.form.terms(self, channels)
 
     def log_decay(self, channels: Index) -> PerState:
@@ -113,10 +113,10 @@ class Recurrence:
         return f"blocks.{self.layer}.{self.mixer.path}.hook_{name}"
 
     def check(self, channels: Index, terms: Terms) -> None:
-        """Compare the recurrence, run again, with what the cache says it gave.
+        """Compare the recomputed recurrence with its cached output.
 
         Raises:
-            ValueError: they differ, so that the cache was read as something that it is not.
+            ValueError: they differ, so the cache does not match the arguments.
         """
         found = terms.outputs(terms.write, terms.x, terms.h0)
         cached = self["ssm_y"][..., channels]

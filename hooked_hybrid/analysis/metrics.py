@@ -1,4 +1,4 @@
-"""What patching measures: a number for the logits, and its scale between two runs."""
+"""Metrics of patching: a number for the logits, and its scale between two runs."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def normalised(metric: Metric, clean_logits: Logits, corrupted_logits: Logits) -
     """Return the metric on a scale where the corrupted run is 0 and the clean run is 1.
 
     Args:
-        metric: of the logits; one for each row is put on that row's own scale.
+        metric: of the logits; with a value for each row, each is scaled for its row.
         clean_logits, corrupted_logits: of the two runs.
 
     Raises:

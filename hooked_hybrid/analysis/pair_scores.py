@@ -39,9 +39,9 @@ class PairScores:
     Attributes:
         name: what was measured.
         writers, readers: the components of the two axes.
-        values: the scores; 0 where the writer does not stand in an earlier layer.
-        baseline: what to expect of matrices that have nothing to do with each other.
-        z: how many standard deviations above that each score is, where that is known.
+        values: the scores; 0 if the writer is not in an earlier layer.
+        baseline: the expected score of unrelated matrices.
+        z: the standard deviations of each score above that, if known.
     """
 
     name: str
@@ -63,7 +63,7 @@ class PairScores:
 
     @property
     def is_defined(self) -> Bool[Tensor, "writer reader"]:
-        """True where the writer stands in an earlier layer than the reader."""
+        """True if the writer is in an earlier layer than the reader."""
         w, r = (torch.tensor([p.layer for p in parts]) for parts in (self.writers, self.readers))
         return (w[:, None] < r).to(self.values.device)
 
@@ -71,7 +71,7 @@ class PairScores:
         """Return the score of (writer label, reader label).
 
         Raises:
-            KeyError: a label that is not there; the message lists those that are.
+            KeyError: an unknown label; the message lists the known ones.
         """
         index = []
         for label, labels in zip(pair, (self.writer_labels, self.reader_labels), strict=True):
@@ -88,7 +88,7 @@ class PairScores:
         """Return the `n` pairs with the largest scores: (writer, reader, score), largest first.
 
         Args:
-            n: how many, or fewer if there are not so many.
+            n: at most this many.
             by_z: rank by `z`, and return it instead of the score.
 
         Raises:

@@ -1,4 +1,4 @@
-"""What patching changed, one number for each place that was patched, with their labels."""
+"""The effects of patching: a number for each patched location, with labels."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from hooked_hybrid.network.finite import require_numbers
 
 @dataclass(frozen=True)
 class PatchGrid:
-    """What patching changed, in a grid.
+    """A grid of effects of patching.
 
     Attributes:
-        values: metric(patched) - metric(corrupted), or the metric itself where that was asked for.
-        axes: of `values`: "name" or "layer", then "pos", "head"; "batch" last where the metric is
-            one for each row.
-        labels: for each axis, what its entries stand for.
+        values: metric(patched) - metric(corrupted), or the metric itself with `difference=False`.
+        axes: of `values`: "name" or "layer", then "pos", "head"; "batch" last if the metric has
+            one value for each row.
+        labels: for each axis, the labels of its entries.
     """
 
     values: Float[Tensor, "*axes"]

@@ -1,7 +1,7 @@
-"""Senders and receivers of paths: who writes to the residual stream, and who reads it.
+"""Senders and receivers of paths: components that write to and read the residual stream.
 
 ========================================  =====================================================
-sender                                    what it writes
+sender                                    its output
 ========================================  =====================================================
 `("z", layer, head)`, or "result"         an attention head's output; without `head`, all heads'
 `("gated", layer, part)`                  channels of a recurrent layer: one of the RG-LRU's gate
@@ -14,7 +14,7 @@ sender                                    what it writes
 ========================================  =====================================================
 
 ========================================  =====================================================
-receiver                                  what it reads
+receiver                                  its input
 ========================================  =====================================================
 `("q_input", layer, head)`                a query head's queries; without `head`, all heads'
 `("k_input", layer, kv_head)`, "v_input"  a key-value head's keys, or its values
@@ -58,14 +58,14 @@ ALIASES = {"result": "z"}
 
 @dataclass(frozen=True)
 class Sender:
-    """A hook point that holds what is written, and which channels of it are meant.
+    """A hook point on the way to an output, and the selected channels of it.
 
     Attributes:
         name: of the hook point.
-        depth: how many components write up to this one: 0 the embedding, 2 layer + 1 a mixer,
-            2 layer + 2 an MLP.
+        depth: order of writing: 0 for the embedding, 2 layer + 1 for a mixer, 2 layer + 2 for an
+            MLP.
         channels: of the flattened heads, or of a recurrence; None means all.
-        weight: from these channels to the stream; None where the value is the write itself.
+        weight: from these channels to the stream; None if the value is the output itself.
     """
 
     name: str
@@ -78,7 +78,7 @@ class Sender:
         """Return the sender of an entry of the module's table.
 
         Raises:
-            ValueError: an entry of another form, or a head or channels that are not there.
+            ValueError: an entry of another form, or a head or channels that do not exist.
             HookNameError: a layer without such a hook point.
         """
         leaf, layer, which = _parsed(end, WRITES, "sender", n_indices={"embed": 0})
@@ -104,11 +104,11 @@ class Sender:
 
     @property
     def component(self) -> Component:
-        """What it is a part of; the embedding counts as ("mlp", -1)."""
+        """Its component; the embedding counts as ("mlp", -1)."""
         return ("mixer" if self.depth % 2 else "mlp", (self.depth - 1) // 2)
 
     def write(self, value: Float[Tensor, "batch pos ..."]) -> Resid:
-        """Return what a value, or a difference of values, at the hook point writes."""
+        """Return the output for a value, or a difference of values, at the hook point."""
         value = at_least_fp32(value)
         if self.weight is None:
             return value
@@ -120,7 +120,7 @@ class Sender:
 
 @dataclass(frozen=True)
 class Receiver:
-    """A hook point that is set to what its component reads.
+    """A hook point on the input of a component, which is set.
 
     Attributes:
         name: of the hook point, before the norm, or after it where each head has a copy.
@@ -141,7 +141,7 @@ class Receiver:
         """Return the receiver of an entry of the module's table.
 
         Raises:
-            ValueError: an entry of another form, or a head that is not there.
+            ValueError: an entry of another form, or a head that does not exist.
             HookNameError: a layer without such a hook point.
         """
         n_layers, counts = model.cfg.n_layers, {"final": 0, "mixer_in": 1, "mlp_in": 1}
@@ -165,7 +165,7 @@ class Receiver:
 
     @property
     def component(self) -> Component:
-        """What it is an input of; the final norm counts as ("mixer", n_layers)."""
+        """Its component; the final norm counts as ("mixer", n_layers)."""
         return ("mlp" if self.depth % 2 else "mixer", self.depth // 2)
 
     def hears(self, sender: Sender) -> bool:
@@ -186,10 +186,10 @@ def several(ends: Any, what: str) -> list[End]:
 
 
 def components(model: HookedHybrid, through: Through) -> frozenset[Component]:
-    """Return the components that `through` stands for.
+    """Return the components of `through`.
 
     Raises:
-        ValueError: it stands for none, or names a layer that is not there.
+        ValueError: it has none, or names a layer that does not exist.
     """
     n = model.cfg.n_layers
     if isinstance(through, str):
@@ -249,7 +249,7 @@ def _channels(cfg: Any, width: int, which: Any, end: End) -> tuple[int, ...] | N
 
 
 def _among(which: Any, n: int, end: End) -> tuple[int, ...]:
-    """Return indices, refusing what is outside `n`, or nothing."""
+    """Return indices, after checking that there are some and all are below `n`."""
     if isinstance(which, slice):
         which = range(n)[which]
     chosen = whole_numbers(which, f"{end!r}:")

@@ -1,9 +1,8 @@
-"""Path patching: what one component tells another directly, or through chosen components.
+"""Path patching: the effect of one component on another directly, or through others.
 
-A *sender* writes to the residual stream and a *receiver* reads it; `path_ends` lists what can be
-either. The receiver is given the clean stream in which the sender's write is the corrupted run's;
-all else that it reads is clean, and what comes after it runs on. The change of the metric is what
-this path carries.
+A *sender* writes to the residual stream and a *receiver* reads it; `path_ends` lists both. The
+receiver's input is the clean stream with the sender's output replaced by that of the corrupted run.
+Later components run as usual. The change of the metric is the effect of this path.
 """
 
 from __future__ import annotations
@@ -35,26 +34,27 @@ def path_patch(
     metric: Metric,
     **options: Unpack[PathOptions],
 ) -> Float[Tensor, "*batch"]:
-    """Return the metric of the clean run in which receivers hear corrupted senders.
+    """Return the metric of the clean run in which receivers read corrupted senders.
 
-    Each receiver reads the clean stream plus the difference, corrupted minus clean, of what every
-    sender before it writes. All are set at once, so that none hears what another does.
+    Each receiver reads the clean stream plus the difference, corrupted minus clean, of the outputs
+    of all senders before it. All receivers are set at once, so that none reads the effect on
+    another.
 
     Args:
         model: any hybrid.
-        clean_tokens: what is run.
-        corrupted_cache: of another run, of the same shape, with the senders' hook points.
+        clean_tokens: the tokens to run.
+        corrupted_cache: of another run of the same shape, with the senders' hook points.
         senders, receivers: one or several entries of the tables of `path_ends`.
         metric: of the logits; [] or [batch].
         options: see `PathOptions`.
 
     Raises:
-        ValueError: an unknown sender, receiver, head or option; senders that write after every
-            receiver has read; a corrupted run of another shape; a metric of another shape.
+        ValueError: an unknown sender, receiver, head or option; senders after all receivers; a
+            corrupted run of another shape; a metric of another shape.
         HookNameError: a layer without such a hook point, or a value that the cache lacks.
 
     Source: Goldowsky-Dill et al. 2023, "Localizing model behavior with path patching"; Wang et
-    al. 2022, "Interpretability in the wild", section 3.1, whose MLPs are not held clean: give
+    al. 2022, "Interpretability in the wild", section 3.1, whose MLPs are computed again: give
     `through="mlps"`.
     """
     paths = Paths(model, clean_tokens, corrupted_cache, senders, receivers, metric, options)
@@ -74,9 +74,9 @@ def path_patch_each(
     verbose: bool = True,
     **options: Unpack[PathOptions],
 ) -> list[Float[Tensor, "*batch"]]:
-    """Return metric(receivers hear this sender) - metric(clean), for one sender after another.
+    """Return metric(receivers read this sender corrupted) - metric(clean), for each sender.
 
-    A sender that writes after every receiver has read has an effect of 0.
+    A sender after all receivers has an effect of 0.
 
     Args:
         model, clean_tokens, corrupted_cache, senders, receivers, metric: as in `path_patch`.
@@ -103,10 +103,10 @@ def path_patch_heads(
     verbose: bool = True,
     **options: Unpack[PathOptions],
 ) -> HeadScores:
-    """Return metric(receivers hear this head) - metric(clean), for every attention head.
+    """Return metric(receivers read this head corrupted) - metric(clean), for every head.
 
-    A metric of each row is averaged over rows. The effect of a head that writes after every
-    receiver has read is 0.
+    A metric with a value for each row is averaged over rows. A head after all receivers has an
+    effect of 0.
 
     Args:
         model, clean_tokens, corrupted_cache, receivers, metric, verbose, options: as in

@@ -1,4 +1,4 @@
-"""The runs of path patching: the clean one, and those in which receivers hear other senders."""
+"""The runs of path patching: the clean run, and those with corrupted senders."""
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ class PathOptions(TypedDict, total=False):
     """Common arguments of this module's functions, other than senders and receivers.
 
     Attributes:
-        through: components on the way that are computed anew, instead of being clean: "mlps",
-            "mixers", "all", or pairs ("mlp" | "mixer", layer). "mlps" is what the IOI paper does.
-            Without it, only the direct path.
-        freeze_norm: let the norms before receivers divide by the clean run's scale. Then what a
-            receiver is given is linear in what senders write. Without it, by the patched stream's.
+        through: components on the way that are computed again, instead of staying clean: "mlps",
+            "mixers", "all", or pairs ("mlp" | "mixer", layer). The IOI paper uses "mlps". Without
+            it, only the direct path.
+        freeze_norm: use the clean run's scale in the norms before receivers, so that a receiver's
+            input is linear in the senders' outputs. Otherwise the patched stream's scale is used.
         positions: in the document, or a mask [pos] or [batch pos], where senders are corrupted;
             None means everywhere.
         attention_mask: of both runs, where rows are padded.
@@ -79,7 +79,7 @@ class Paths:
         self.clean = self._clean_run()
 
     def is_heard(self, sender: Sender) -> bool:
-        """Whether some receiver reads after the sender writes."""
+        """Whether any receiver comes after the sender."""
         return any(receiver.hears(sender) for receiver in self.receivers)
 
     def clean_value(self) -> Float[Tensor, "*batch"]:
@@ -87,7 +87,7 @@ class Paths:
         return self._measure([])
 
     def value(self, senders: Sequence[Sender]) -> Float[Tensor, "*batch"]:
-        """Return the metric where the receivers hear these senders corrupted."""
+        """Return the metric with these senders corrupted for the receivers."""
         streams = self._recomputed(senders) if self.through else self._summed(senders)
         hooks: list[HookSpec] = []
         for receiver in self.receivers:
@@ -133,7 +133,7 @@ class Paths:
         return found
 
     def _clean_run(self) -> Mapping[str, Tensor]:
-        """Return what of the clean run is needed later."""
+        """Return the values of the clean run that are needed later."""
         names = {_before(self._first_layer())}
         names |= {sender.name for sender in self.senders}
         names |= {receiver.source for receiver in self.receivers}
@@ -152,13 +152,13 @@ class Paths:
     # --- what a receiver reads ------------------------------------------------------------------
 
     def _delta(self, sender: Sender) -> Resid:
-        """Return how much more the corrupted sender writes than the clean one."""
+        """Return the corrupted output of a sender minus the clean one."""
         clean, corrupted = self.clean[sender.name], self.corrupted[sender.name]
         delta = sender.write(at_least_fp32(corrupted) - at_least_fp32(clean))
         return delta.where(self.at[..., None], 0.0)
 
     def _summed(self, senders: Sequence[Sender]) -> dict[str, Resid]:
-        """Return the stream at each receiver: the clean one, and the differences it hears."""
+        """Return the stream at each receiver: the clean one plus the senders' differences."""
         deltas = [(sender, self._delta(sender)) for sender in senders]
         return {
             receiver.source: _plus(
@@ -169,7 +169,7 @@ class Paths:
         }
 
     def _recomputed(self, senders: Sequence[Sender]) -> dict[str, Resid]:
-        """Return the streams of a run in which all but `through` and the senders are held clean."""
+        """Return the streams of a run with all components clean but `through` and the senders."""
         first = max(min(sender.depth - 1 for sender in senders), 0) // 2
         stop = min(
             max(receiver.depth for receiver in self.receivers) // 2 + 1, len(self.model.blocks)
@@ -195,7 +195,7 @@ class Paths:
         return {name: cache[name] if name in cache else self.clean[name] for name in names}
 
     def _held(self, component: Component, senders: list[Sender]) -> list[HookSpec]:
-        """Return hooks that hold a component clean but for its senders, or these alone."""
+        """Return hooks that keep a component clean except for its senders, or only these."""
         if component not in self.through:
             out = f"blocks.{component[1]}.hook_{component[0]}_out"
             return [(out, _put(_plus(self.clean[out], map(self._delta, senders)), None))]
@@ -219,7 +219,7 @@ class Paths:
         return min(first, len(self.model.blocks) - 1)
 
     def _measure(self, hooks: list[HookSpec]) -> Float[Tensor, "*batch"]:
-        """Return the metric of the clean run under hooks, begun where they may act first."""
+        """Return the metric of the clean run with hooks, started at the first layer they change."""
         first = self._first_layer()
         stream = self.clean[_before(first)]
         with self.model.hooks(hooks):

@@ -1,21 +1,22 @@
-"""A hybrid whose retrieval circuit is known, because its weights are set by hand.
+"""A hybrid with a known retrieval circuit, as its weights are set by hand.
 
-Layers R R A R A. The residual stream has two halves of `N_SYMBOLS` channels, E and P, one channel a
-token each; e_s is the unit vector of token s, x_t the token at t. Two components make the circuit:
+The layers are R R A R A. The residual stream has two halves of `N_SYMBOLS` channels, E and P, with
+one channel for each token; e_s is the unit vector of token s, x_t the token at t. Two components
+form the circuit:
 
     embedding       E_t = e(x_t)
     channel group   h_t = a h_{t-1} + e(x_t);  P_t = h_t           layer 1, one gate block
     head            q_t = B e(x_t) + S e(BOS);  k_t = P_t - E_t    layer 2, one head
-                    and k = e(BOS) at BOS; writes C e(x_s), s the key it looks at, to E_t
+                    and k = e(BOS) at BOS; writes C e(x_s) to E_t, where s is the attended key
     logits          G E_t, after the final norm
 
-Key s holds a e(x_{s-1}) + a^2 e(x_{s-2}) + ..., so that the head finds the place where its own
-token stood before, and copies what came next: induction, whose "previous token" is in the state of
-a recurrence. Where nothing matches it looks at BOS, and writes nothing. RMS norms scale q, k and v
-by about the same at all tokens; the constants have room for that. Special tokens enter neither
-group nor values, and a prompt begins with BOS, as the first write to a state is not scaled.
+Key s holds a e(x_{s-1}) + a^2 e(x_{s-2}) + ..., so the head finds the earlier position of its own
+token and copies the next token. This is induction, with the "previous token" in the state of a
+recurrence. Without a match it attends to BOS and writes nothing. RMS norms scale q, k and v about
+equally at all tokens; the constants allow for that. Special tokens enter neither group nor values,
+and a prompt begins with BOS, as the first write to a state is not scaled.
 
-All else is drawn as in a fresh model, except for what it writes: `noise` times that.
+All other weights are random as in a fresh model, with outputs multiplied by `noise`.
 """
 
 from __future__ import annotations
@@ -46,12 +47,12 @@ GATE_BIAS = 3.0
 
 @dataclass(frozen=True)
 class PlantedPrompts:
-    """Prompts that hide a needle and end with its first token.
+    """Prompts that contain a needle and end with its first token.
 
     Attributes:
-        tokens: BOS, symbols among which the needle stands once, and its first token again.
-        needle_start: where the needle begins.
-        answers: the needle without its first token: what the model generates next.
+        tokens: BOS, symbols that include the needle once, and its first token again.
+        needle_start: position of the needle.
+        answers: the needle without its first token, which the model generates next.
     """
 
     tokens: Int[Tensor, "batch pos"]
@@ -60,7 +61,7 @@ class PlantedPrompts:
 
     @property
     def copied_from(self) -> Int[Tensor, " batch"]:
-        """Position of the first answer: what the head looks at from the last token."""
+        """Position of the first answer, to which the head attends from the last token."""
         return self.needle_start + 1
 
     @property
@@ -70,13 +71,13 @@ class PlantedPrompts:
         return [(start, start + n) for start in self.needle_start.tolist()]
 
     def corrupted(self, what: Literal["key", "value"] = "key") -> Int[Tensor, "batch pos"]:
-        """Return the prompts with one token of the needle changed to one that stands nowhere else.
+        """Return the prompts with one token of the needle replaced by an unused one.
 
-        "key": its first token, so that the question matches nothing, and the state of the channel
-        group differs where the answer stands. "value": its second, so that another is the answer.
+        "key": its first token, so that the question has no match, and the state of the channel
+        group differs at the answer. "value": its second token, so that the answer differs.
 
         Raises:
-            ValueError: another `what`, or no symbol is left that stands nowhere in a row.
+            ValueError: another `what`, or no unused symbol is left in a row.
         """
         if what not in ("key", "value"):
             raise ValueError(f"what={what!r}: give 'key' or 'value'")
@@ -91,7 +92,7 @@ class PlantedPrompts:
 
 @dataclass(frozen=True)
 class Planted:
-    """The model and where its circuit is.
+    """The model and the location of its circuit.
 
     Attributes:
         model: without a tokenizer; tokens from `N_SPECIAL` to `N_SYMBOLS` are symbols.
@@ -99,7 +100,7 @@ class Planted:
         kv_head: its key-value head, which head 0 of the layer shares.
         carrier: (layer, gate block) of the recurrence that carries the previous token.
         channels: the channels of that gate block.
-        decay: how much of the state of these channels is left after each token.
+        decay: the decay of the state of these channels at each token.
     """
 
     model: HookedHybrid
@@ -112,18 +113,18 @@ class Planted:
     def prompts(
         self, batch: int = 8, length: int = 24, n_needle: int = 2, seed: int = 0
     ) -> PlantedPrompts:
-        """Return random prompts of `length` tokens, each with a needle of its own.
+        """Return random prompts of `length` tokens, each with its own needle.
 
-        The needle's symbols are distinct, stand nowhere else, and have a symbol behind them.
+        The needle's symbols are distinct, occur nowhere else, and are followed by a symbol.
 
         Args:
             batch: rows.
             length: tokens of a prompt, BOS and question included.
             n_needle: tokens of the needle: its first is the question, the others the answers.
-            seed: of tokens and places.
+            seed: of tokens and positions.
 
         Raises:
-            ValueError: no prompt, a needle of one token, no room for it, or too few symbols.
+            ValueError: no prompt, a needle of one token, too short a prompt, or too few symbols.
         """
         most = (N_SYMBOLS - N_SPECIAL) // 2
         if batch < 1 or not 2 <= n_needle <= most or length < n_needle + 3:
@@ -148,13 +149,13 @@ class Planted:
 
 
 def planted_retrieval(noise: float = 0.0, seed: int = 0) -> Planted:
-    """Return a model of five layers whose head 1 in layer 2 retrieves, and nothing else does.
+    """Return a model of five layers in which only head 1 in layer 2 retrieves.
 
     Args:
-        noise: how much every other component writes, as a fraction of a fresh model; 0: nothing.
-            At 0.1 every answer on `Planted.prompts` is right (margin 8 logits or more), at 0.3 one
-            in some tens may be wrong; at 1 the circuit drowns.
-        seed: of all that is drawn.
+        noise: factor of all other components' outputs; 0 removes them. At 0.1 every answer on
+            `Planted.prompts` is right (margin 8 logits or more), at 0.3 a few percent may be
+            wrong; at 1 the circuit does not work.
+        seed: of the random weights.
 
     Raises:
         ValueError: `noise` below 0.
@@ -185,7 +186,7 @@ def planted_retrieval(noise: float = 0.0, seed: int = 0) -> Planted:
             block.mixers[0].out_projection.weight.mul_(noise)
             block.mlp.down.weight.mul_(noise)
         model.embed.W_E.zero_()
-        model.embed.W_E[:, :N_SYMBOLS] = torch.eye(N_SYMBOLS)  # scaled to 8, as fresh ones
+        model.embed.W_E[:, :N_SYMBOLS] = torch.eye(N_SYMBOLS)  # scaled to 8, like fresh embeddings
         model.ln_final.weight.fill_(GAIN - 1)
         _plant_channels(model.blocks[planted.carrier[0]].mixer, planted)
         _plant_head(model.blocks[planted.head[0]].attn, planted)
@@ -211,14 +212,14 @@ def _plant_channels(mixer: Any, planted: Planted) -> None:
 
 
 def _plant_head(attn: Any, planted: Planted) -> None:
-    """Look where P - E holds the present symbol, else at BOS; copy E."""
+    """Attend to the position where P - E contains the current symbol, else to BOS; copy E."""
     d = attn.cfg.d_head
     q, k = (slice(i * d, (i + 1) * d) for i in (planted.head[1], planted.kv_head))
     content = slice(d - N_SYMBOLS, d)  # not rotated
     for weight, mine in ((attn.q.weight, q), (attn.k.weight, k), (attn.v.weight, k)):
         weight[mine] = 0
     query = MATCH * _symbols()
-    query[BOS] = SINK  # of every token
+    query[BOS] = SINK  # for every token
     attn.q.weight[q][content, :N_SYMBOLS] = query
     attn.k.weight[k][content, N_SYMBOLS:] = _symbols()
     attn.k.weight[k][content, :N_SYMBOLS] = -_symbols()

@@ -1,8 +1,8 @@
-"""Pictures of what analyses give: each one call that returns a matplotlib figure.
+"""Figures of analyses: each function returns a matplotlib figure.
 
-The figures belong to no window and no `pyplot`: a notebook shows them after `%matplotlib inline`,
-`figure.savefig` writes them. Maps that may be signed have a diverging scale with white at 0; the
-colours can be distinguished by the colour-blind. Values may be tensors on any device, arrays or
+The figures have no window and are not known to `pyplot`: a notebook shows them after `%matplotlib
+inline`, `figure.savefig` writes them. Signed maps have a diverging scale with white at 0;
+colour-blind readers can distinguish the colours. Values may be tensors on any device, arrays or
 lists.
 """
 
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 def head_grid(
     scores: HeadScores, title: str | None = None, marked: Sequence[tuple[int, int]] = ()
 ) -> Figure:
-    """Return a map of one score a head: heads across, attention layers down.
+    """Return a map of a score of every head, with heads across and attention layers down.
 
     Args:
         scores: their `name` labels the colours; any below 0 make the scale diverging.
@@ -74,19 +74,19 @@ def pattern_map(
     label: str = "attention (fraction)",
     n_columns: int = 4,
 ) -> Figure:
-    """Return maps of who reads whom, queries down and keys across, all on one colour scale.
+    """Return maps of attention, with queries down and keys across, on one colour scale.
 
     Args:
         pattern: [query key], or [map query key] for several heads, layers or channels.
         tokens: text of each key, and of each query if there are as many.
         titles: of the maps, such as "L2H0".
-        query_tokens: text of each query, where they are not the keys.
+        query_tokens: text of each query, if they differ from the keys.
         signed: whether the scale is diverging; None: if there are negative values.
         label: of the colours, with the unit.
         n_columns: maps side by side.
 
     Raises:
-        ValueError: tokens or titles that are not as many as what they name.
+        ValueError: the number of tokens or titles does not match.
     """
     maps = as_array(pattern)
     if maps.ndim not in (2, 3):
@@ -131,7 +131,7 @@ def effective_attention_map(
     label: str = "effective attention (signed weight)",
     n_columns: int = 4,
 ) -> Figure:
-    """Return maps of a recurrence read as attention, which may be negative; see `pattern_map`.
+    """Return maps of a recurrence's effective attention, possibly negative; see `pattern_map`.
 
     Args:
         matrix: [query key], or [map query key] for several channels, gate blocks or layers.
@@ -150,13 +150,13 @@ def attribution_bars(
     xlabel: str = "attribution (logits)",
     title: str | None = None,
 ) -> Figure:
-    """Return one bar for each part, labelled with its value, and the sum of all as a line.
+    """Return a bar for each part, labelled with its value, and a line at the sum of all.
 
     Args:
         values: [part], such as `logit_attrs` at one position.
         labels: of the parts.
-        most: bars; the smallest parts beyond it share one, so that bars still add up.
-        by_size: the largest first; else in the order given.
+        most: the most bars; the smallest parts share the last one.
+        by_size: sort the largest first; otherwise keep the order.
         xlabel: of the values, with the unit.
         title: above the bars.
     """
@@ -200,8 +200,8 @@ def residual_curves(
     """Return curves over depth, one for each entry of the other axes.
 
     Args:
-        values: [depth], or [depth ...]; without names, more than seven curves are drawn thin, under
-            their mean.
+        values: [depth], or [depth ...]; without names, more than seven curves are drawn thin, with
+            their mean on top.
         labels: of the depths.
         names: of the curves, in the order of the other axes flattened.
         ylabel: of the values, with the unit.
@@ -249,7 +249,7 @@ def lens_map(
     label: str | None = None,
     title: str | None = None,
 ) -> Figure:
-    """Return a map of a lens: positions across, depth upwards, the model's own output on top.
+    """Return a map of a lens, with positions across and depth upwards to the model's output.
 
     Args:
         values: [depth pos] of one row. Integers are ranks: the scale is logarithmic, of rank + 1.
@@ -260,7 +260,7 @@ def lens_map(
         title: above the map.
 
     Raises:
-        ValueError: names that are not as many as what they name.
+        ValueError: the number of names does not match.
     """
     array, is_rank = as_array(values), is_integer(values)
     if array.ndim != 2 or len(labels) != len(array):

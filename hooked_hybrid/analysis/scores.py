@@ -1,4 +1,4 @@
-"""One number for each attention head of a model, whose attention layers need not be neighbours."""
+"""A number for each attention head of a model, in any of its layers."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ class HeadScores:
 
     Attributes:
         layers: the attention layers, in order.
-        values: the score of each head of each of them.
-        name: what was measured, with its unit, for tables and pictures.
+        values: the score of each head in these layers.
+        name: what was measured, with its unit, for tables and figures.
     """
 
     layers: tuple[int, ...]
@@ -55,7 +55,7 @@ class HeadScores:
         """Return the `n` heads with the largest scores, the largest first; ties: the lower head.
 
         Raises:
-            ValueError: a score that is NaN; the message says which.
+            ValueError: a score that is NaN; the message gives its index.
         """
         require_numbers(self.values, f"{self.name or 'scores'} of layers {self.layers}")
         n_heads = self.values.shape[1]

@@ -1,8 +1,8 @@
-"""Gradients of a metric at hook points, and what they say of patches.
+"""Gradients of a metric at hook points, and the effects of patches that they estimate.
 
-A value's own product, (donor - value) . gradient, is linear in the value. Queries, keys and scores
-act through a softmax, which is far from linear where it is saturated; `through_softmax` computes
-the softmax of the patched scores exactly, and is linear from the pattern on.
+The product (donor - value) . gradient is linear in the value. Queries, keys and scores act through
+a softmax, which is far from linear when saturated; `through_softmax` computes the softmax of the
+patched scores exactly, and is linear from the pattern on.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from hooked_hybrid.network.elementwise import at_least_fp32
 from hooked_hybrid.shapes import Logits, Pattern, Tokens
 
 LARGEST_CHANGE = 80.0
-"""Of a score: beyond it a softmax is 1 to all digits, and its exponential near fp32's end."""
+"""Largest change of a score: beyond it a softmax is 1 to all digits, and exp may overflow."""
 ByQuery = Float[Tensor, "batch head query"]
 ByKey = Float[Tensor, "batch head key"]
 
@@ -78,14 +78,14 @@ def through_softmax(
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield the effect of each patch of queries, keys or scores, linear from the pattern on.
 
-    The effect of one query is that of its whole row of scores; the effect of one key that of its
-    column, each query's softmax with this score changed alone. Key-value heads act on all their
+    The effect of a query is that of its whole row of scores. The effect of a key is that of its
+    column, with only this score changed in each query's softmax. Key-value heads act on all their
     query heads.
 
     Args:
-        model, tokens, metric: the run that is patched.
-        donor_tokens: of the run whose values are put in.
-        names: those that are such hook points are corrected.
+        model, tokens, metric: the patched run.
+        donor_tokens: of the run that provides the values.
+        names: hook points; queries, keys and scores among them are corrected.
         mask: of both runs.
 
     Yields:
@@ -121,7 +121,7 @@ def through_softmax(
 def _scores_with(
     model: HookedHybrid, stream: Tensor, name: str, donor: Tensor, scores: str, mask: Tensor | None
 ) -> Pattern:
-    """Return the scores of a layer in which one value is another run's everywhere."""
+    """Return the scores of a layer with one value replaced by another run's everywhere."""
     put: Callable[..., Any] = lambda value, hook: donor  # noqa: E731, ARG005
     layer = model.hook_dict[name].layer()
     with model.hooks([(name, put)]):
@@ -141,7 +141,7 @@ def _of_queries(here: Pattern, there: Pattern, gradient: Pattern) -> ByQuery:
 
 
 def _of_keys(here: Pattern, there: Pattern, gradient: Pattern) -> ByKey:
-    """Return the effect of each key's new column of scores, every other column as it was.
+    """Return the effect of each key's new column of scores, with other columns unchanged.
 
     With weight p and a score raised by d, the new weights are p e^d / Z at the key and p' / Z at
     the others, Z = 1 + p (e^d - 1).

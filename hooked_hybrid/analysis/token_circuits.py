@@ -1,8 +1,8 @@
-"""Heads as circuits from token to token: which copy, and which look for their own token.
+"""Heads as circuits from token to token: which heads copy, and which match their own token.
 
 A full circuit [token token] goes from embedding to unembedding (OV) or from embedding to embedding
-(QK), through what lies between them in the weights. Each is a `FactoredMatrix`: it takes no more
-memory than its factors, and nothing here multiplies one out whole.
+(QK), through the weights between them. Each is a `FactoredMatrix`: it takes only the memory of its
+factors, and is never multiplied out as a whole.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from hooked_hybrid.network.weights.factored import FactoredMatrix
 from hooked_hybrid.options import refuse_ignored
 
 TokenSource = Literal["embedding", "alone"] | Tensor
-"""What stands for a token in the residual stream; see `token_directions`."""
+"""The direction of a token in the residual stream; see `token_directions`."""
 ComponentAt = tuple[int, int]
 """(layer, head) of attention; (layer, gate block) of an RG-LRU; (layer, 0) of a Mamba block."""
 
@@ -47,18 +47,18 @@ def token_directions(
     tokens: TokenSource = "embedding",
     vocab: Vocab | None = None,
 ) -> Float[Tensor, "token d_model"]:
-    """Return what stands for each token in the residual stream that enters a layer.
+    """Return the direction of each token in the residual stream that enters a layer.
 
     Args:
         model: any hybrid.
         layer: the layer that reads.
         tokens: "embedding", the embedding with its scale (`hook_embed`), exact for layer 0;
-            "alone", what has become of it when the model reads that token and nothing else,
-            layers below and hooks included; or directions [d_vocab d_model] of the caller's own.
+            "alone", the stream when the model reads only that token, through the layers below and
+            their hooks; or given directions [d_vocab d_model].
         vocab: the tokens, in a tensor or a list; None means all.
 
     Raises:
-        ValueError: another source, directions of another shape, or a token that is not there.
+        ValueError: another source, directions of another shape, or a token outside the vocabulary.
     """
     ids = _ids(model, vocab)
     if isinstance(tokens, Tensor):
@@ -95,17 +95,17 @@ def full_qk_circuit(
 ) -> FactoredMatrix:
     """Return the score of every query token for every key token, by each head.
 
-    Each token is read as if its direction were alone in the stream: normalised by `ln1`, weight
-    included. With "embedding" in layer 0 these are the scores themselves; elsewhere they are the
-    part of the scores that comes by this path, up to the norm's factor at each position.
+    Each direction is normalised by `ln1`, including its weight, as if it were the whole stream.
+    With "embedding" in layer 0 these are the true scores; elsewhere they are the part of the scores
+    by this path, up to the norm's factor at each position.
 
     Args:
         model: any hybrid.
         layer: an attention layer.
         distance, scaled: see `qk_circuit`.
         tokens, vocab: see `token_directions`.
-        through: keys carry not the token itself but what this earlier component writes of it
-            (`written_tokens`): K-composition, as in an induction head.
+        through: keys are the outputs of this earlier component for the token (`written_tokens`)
+            instead of the token: K-composition, as in an induction head.
         lag: see `written_tokens`, of `through`.
 
     Returns:
@@ -134,9 +134,9 @@ def full_ov_circuit(
     tokens: TokenSource = "embedding",
     vocab: Vocab | None = None,
 ) -> FactoredMatrix:
-    """Return what attending to each token adds to every token's logit, by each head.
+    """Return the change of every token's logit by attending to each token, for each head.
 
-    Before the soft cap, and up to the final norm's factor at each position; its weight is included.
+    Before the soft cap, and up to the final norm's factor at each position, with its weight.
     Arguments as for `full_qk_circuit`.
 
     Returns:
@@ -159,14 +159,14 @@ def written_tokens(
     vocab: Vocab | None = None,
     lag: int | None = None,
 ) -> Float[Tensor, "token d_model"]:
-    """Return what a head, or the linear path of a gate block, writes of each token it reads.
+    """Return the output of a head, or of the linear path of a gate block, for each token.
 
     Args:
         model: any hybrid.
         component: (layer, head), or (layer, gate block) of a recurrence; Mamba's only block is 0.
         tokens, vocab: see `token_directions`.
-        lag: tap of a recurrence's convolution, see `recurrent_circuit`: with 1, what it writes of
-            the token before; a head has none.
+        lag: tap of a recurrence's convolution, see `recurrent_circuit`: with 1, its output for the
+            previous token; a head has none.
 
     Raises:
         ValueError: no such layer, head or block; a lag of a head; see also `token_directions`.
@@ -190,7 +190,7 @@ def copying_scores(
     tokens: TokenSource = "embedding",
     vocab: Vocab | None = None,
 ) -> HeadScores:
-    """Return how much each head, attending to a token, raises that token's own logit.
+    """Return how much each head raises the logit of the token it attends to.
 
     Args:
         model: any hybrid with attention.
@@ -198,13 +198,13 @@ def copying_scores(
             absolute values, -1 to 1, and 1 for a head that copies; "rank": the mean fraction of the
             other tokens whose logits are raised less, chance 0.5; "top1": the fraction of tokens
             whose own logit is raised most of all, chance one over their number.
-        centred: leave out of the circuit what is the same for all tokens (`centre`).
+        centred: remove from the circuit the part that is equal for all tokens (`centre`).
         tokens, vocab: see `token_directions`.
 
     Raises:
         ValueError: another kind, or a model without attention.
 
-    Source: Elhage et al. 2021 for the eigenvalues, there of the circuit as it is.
+    Source: Elhage et al. 2021 for the eigenvalues, there without centring.
     """
     return _scores(
         model,
@@ -231,9 +231,9 @@ def matching_scores(
     Args:
         model: any hybrid with attention.
         distance: tokens between query and key; see `qk_circuit`.
-        kind: as for `copying_scores`, of the full QK circuit: "rank" and "top1" say how high the
-            key of a query's own token scores among all keys.
-        centred: leave out of the circuit what is the same for all tokens (`centre`).
+        kind: as for `copying_scores`, of the full QK circuit: "rank" and "top1" compare the key of
+            a query's own token with all keys.
+        centred: remove from the circuit the part that is equal for all tokens (`centre`).
         tokens, vocab: see `token_directions`.
         through, lag: see `full_qk_circuit`; heads in layers not after this component are left out.
 

@@ -1,4 +1,4 @@
-"""What every score of heads needs: which layers have them, and a look at each pattern of a run."""
+"""Helpers for scores of heads: the attention layers, and runs with a hook on patterns."""
 
 from __future__ import annotations
 
@@ -42,14 +42,14 @@ def watch_patterns(
 ) -> None:
     """Run tokens with a hook on the patterns of queries from `start` on.
 
-    What stands before is run without it, and only its state is kept: of long prompts, the patterns
-    of the last queries alone are made.
+    Earlier tokens are run without the hook, and only their state is kept, so that for long prompts
+    only the patterns of the last queries are computed.
 
     Args:
         model: any.
         tokens: of the whole run.
-        fn: called with the pattern, or pieces of it where it is marked `per_position`.
-        start: index of the first query looked at.
+        fn: called with the pattern, or with pieces of it if it is marked `per_position`.
+        start: index of the first query for the hook.
         kwargs: of the forward.
     """
     state = None

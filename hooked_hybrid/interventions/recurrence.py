@@ -126,8 +126,8 @@ def knock_out_state_edges(
 
     Args:
         query_positions, key_positions: in the document, counted from 0, or a mask that is True at
-            them: [pos], or [batch pos] where rows differ; None means every one. Single edges are
-            several calls.
+            them: [pos], or [batch pos] if rows differ; None means all. For single edges, call this
+            several times.
         layers: with a recurrence; None means all that have one.
         channels: in each of these layers; None means all.
 

@@ -15,8 +15,8 @@ OPEN: Word = "open"
 def ruled(claimed: Claimed, low: float, high: float, *borders: float) -> Word:
     """Return whether a figure is in the claimed range, by the ends of its interval.
 
-    "holds" if the whole interval is in the range, "does not hold" if none of it is, else "open"; also
-    "open" if an end is NaN.
+    "holds" if the whole interval is in the range, "does not hold" if none of it is, else "open",
+    which includes an end that is NaN.
 
     Args:
         claimed: "at most" and "at least" hold at the border itself, "above" and "below" do not;

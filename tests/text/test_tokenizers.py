@@ -185,7 +185,7 @@ def test_positions_and_directions_of_tokens(tmp_path: Path):
     assert model.get_token_position("w1", "w1 w2 w1") == 1
     assert model.get_token_position("w1", "w1 w2 w1", mode="last") == 3
     assert model.get_token_position(9, torch.tensor([[8, 9]])) == 1
-    with pytest.raises(ValueError, match="does not stand"):
+    with pytest.raises(ValueError, match="is not in"):
         model.get_token_position("w9", "w1 w2")
     assert torch.equal(model.tokens_to_residual_directions("w1"), model.W_U[:, 8])
     several = model.tokens_to_residual_directions(torch.tensor([[8, 9]]))

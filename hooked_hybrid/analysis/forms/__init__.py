@@ -1,4 +1,4 @@
-"""What analysis asks of recurrences, a file for each kind."""
+"""Linear forms of recurrences for analysis, with a file for each kind."""
 
 from hooked_hybrid.analysis.forms.base import (
     FORMS,

@@ -1,4 +1,4 @@
-"""What analysis asks of a kind of recurrence: its linear form, its decays, its maps.
+"""The interface of a kind of recurrence for analysis: linear form, decays and maps.
 
 For each channel, with as many states n as the kind has:
 
@@ -25,9 +25,9 @@ Decays = Float[Tensor, "channel *d_state"]
 
 
 class Terms(NamedTuple):
-    """What the module's equations name, for some channels, in fp32 or wider.
+    """The terms of the module's equations, for some channels, in fp32 or wider.
 
-    `write` is as used, also where a hook changed it, and so may differ from `gain` times `x`.
+    `write` is the value used, with edits of hooks, and so may differ from `gain` times `x`.
     """
 
     x: PerChannel
@@ -45,9 +45,10 @@ class Terms(NamedTuple):
 
 
 class DecayRange(NamedTuple):
-    """Decays a recurrence can reach, from 0 (all is forgotten) to 1, for each channel (and state).
+    """The range of decays of a recurrence, within 0 and 1, for each channel (and state).
 
-    `typical` is the decay where the gate's, or the step's, input is zero and its bias alone counts.
+    `typical` is the decay if the input of the gate, or of the step, is zero, so only the bias
+    counts.
     """
 
     fastest: Decays
@@ -57,7 +58,7 @@ class DecayRange(NamedTuple):
 
 @runtime_checkable
 class Ran(Protocol):
-    """One recurrent layer as a run left it in a cache."""
+    """One recurrent layer's values in the cache of a run."""
 
     layout: Layout
     mixer: Any
@@ -85,7 +86,7 @@ class LinearForm:
         return 1
 
     def terms(self, ran: Ran, channels: Index) -> Terms:  # noqa: ARG002
-        """Return what some channels computed with, in the order and dtypes of the forward."""
+        """Return the terms of some channels, in the order and dtypes of the forward."""
         raise self._not_stated("terms", "its terms")
 
     def log_decay(self, ran: Ran, channels: Index) -> PerState:  # noqa: ARG002
@@ -93,11 +94,11 @@ class LinearForm:
         raise self._not_stated("log_decay", "its log decays")
 
     def moves(self, ran: Ran) -> Bool[Tensor, "batch pos"] | None:  # noqa: ARG002
-        """Return where time passes; None for everywhere."""
+        """Return True where the state is updated; None for everywhere."""
         return None
 
     def decay_range(self, mixer: Any) -> DecayRange:  # noqa: ARG002
-        """Return the decays that its weights allow, whatever it reads."""
+        """Return the range of decays that its weights allow, for any input."""
         raise self._not_stated("decay_range", "the range of its decays")
 
     def taps(self, mixer: Any) -> Float[Tensor, "tap channel"]:  # noqa: ARG002
@@ -105,18 +106,18 @@ class LinearForm:
         raise self._not_stated("taps", "its convolution")
 
     def slope(self, ran: Ran, channels: Index) -> PerChannel:  # noqa: ARG002
-        """Return what the convolution's output is multiplied by to give x, in fp32 or wider."""
+        """Return the factor from the convolution's output to x, in fp32 or wider."""
         raise self._not_stated("slope", "the activation after its convolution")
 
     def gate(self, ran: Ran, channels: Index) -> PerChannel:
-        """Return what the output is multiplied by before the output projection reads it."""
+        """Return the factor of the output before the output projection."""
         return ran["gate"][..., channels]
 
     def maps(self, mixer: Any) -> dict[str, Float[Tensor, "a b"]]:  # noqa: ARG002
         """Return its linear maps.
 
-        "in" [d_model channel] is the branch that recurs, "gate" the branch that gates it, "out"
-        [channel d_model] what both write.
+        "in" [d_model channel] is the recurrent branch, "gate" the gate branch, and "out" [channel
+        d_model] the output projection.
         """
         raise self._not_stated("maps", "its linear maps")
 
@@ -133,10 +134,10 @@ FORMS: dict[str, LinearForm] = {}
 
 
 def register_form(*forms: LinearForm) -> None:
-    """Let analysis ask these forms about mixers of their kinds.
+    """Register the linear forms of kinds of mixers.
 
     Raises:
-        ValueError: a kind has a form already.
+        ValueError: a kind already has a form.
     """
     for form in forms:
         if form.kind in FORMS and type(FORMS[form.kind]) is not type(form):

@@ -32,7 +32,7 @@ class MambaForm(LinearForm):
         return cfg.d_state
 
     def terms(self, ran: Ran, channels: Index) -> Terms:
-        """Return what some channels computed with; decays and writes as cached where they were."""
+        """Return the terms of some channels, with cached decays and writes if available."""
         x, dt = (at_least_fp32(ran[name][..., channels]) for name in ("ssm_input", "ssm_dt"))
         B, C = (at_least_fp32(ran[name]) for name in ("ssm_B", "ssm_C"))
         A, skip = ran.mixer.A.to(x.device)[channels], ran.mixer.D.to(x.device)[channels]
@@ -53,11 +53,11 @@ class MambaForm(LinearForm):
         return dt * ran.mixer.A.to(dt.device)[channels].double()
 
     def moves(self, ran: Ran) -> Bool[Tensor, "batch pos"] | None:
-        """Return where a step is not 0: padding's is, whether or not its mask was given."""
+        """Return True where the step is not 0; it is 0 at padding, with or without a given mask."""
         return (ran["ssm_dt"] != 0).any(-1) if "ssm_dt" in ran else None
 
     def decay_range(self, mixer: Mamba) -> DecayRange:
-        """Return the decays at the largest step there can be, at the bias, and at the smallest."""
+        """Return the decays at the largest possible step, at the bias, and at the smallest step."""
         W = (mixer.dt_norm.weight[:, None] * mixer.dt_proj.W).double()
         assert mixer.dt_proj.bias is not None
         bias, A = mixer.dt_proj.bias.double(), mixer.A.double()

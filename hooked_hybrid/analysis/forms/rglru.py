@@ -1,7 +1,7 @@
 """The linear form of the RG-LRU.
 
-x is `hook_conv`; gain is the input gate times sqrt(1 - decay^2), at the start of a document the
-input gate alone; read is 1 and skip 0.
+x is `hook_conv`; gain is the input gate times sqrt(1 - decay^2), or only the input gate at the
+start of a document; read is 1 and skip 0.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class RGLRUForm(LinearForm):
     kind = RGLRU.kind
 
     def terms(self, ran: Ran, channels: Index) -> Terms:
-        """Return what some channels computed with, in the order and dtypes of the forward."""
+        """Return the terms of some channels, in the order and dtypes of the forward."""
         layout = ran.layout
         log_a = layout.zero_padding(ran["log_decay"][..., channels])
         scale = torch.sqrt(1 - torch.exp(log_a + log_a))
