@@ -1,4 +1,4 @@
-"""Where sentences, words and characters end: in a text, and after which of its tokens."""
+"""The ends of sentences, words and characters in a text, and the tokens at which they are."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from typing import Any
 
 NONE, CHARACTER, WORD, SENTENCE = range(4)
-"""What ends at a place of a text, from nothing (amid a character) to a sentence."""
+"""The kind of boundary in a text, from none (within a character) to the end of a sentence."""
 NAMES = {CHARACTER: "characters", WORD: "words", SENTENCE: "sentences"}
-"""Between what a needle stands, by what ends there."""
+"""The units between which a needle is placed, by the kind of boundary."""
 
 _STOPS = (
     "0021 003F 0589 061D-061F 06D4 0700-0702 07F9 0837 0839 083D-083E 0964-0965 104A-104B 1362 "
@@ -23,12 +23,12 @@ _STOPS = (
     "11A42-11A43 11A9B-11A9C 11C41-11C42 11EF7-11EF8 11F43-11F44 16A6E-16A6F 16AF5 16B37-16B38 "
     "16B44 16D6E-16D6F 16E98 1BC9F 1DA88"
 )
-"""Unicode's Sentence_Terminal (version 17) without the full stops that may end a word too."""
+"""Unicode's Sentence_Terminal (version 17) without full stops, which may also end a word."""
 FULL_STOPS = ".\u2024\ufe52\uff0e"
 BREAKS = "\n\r\u0085\u2028\u2029"
 _QUOTES = "\"'"
 _MOST_LOST = 12
-"""Tokens in a row that may not decode to their text."""
+"""Most consecutive tokens that do not decode to their text."""
 _REFERENCE = re.compile(r"\[[^\[\]\n]{1,12}\]")
 
 
@@ -45,12 +45,12 @@ _TERMINAL = re.compile(f"[{re.escape(''.join(sorted(TERMINALS)))}]+")
 
 
 def sentence_ends(text: str) -> set[int]:
-    """Return after how many characters a sentence of a text ends.
+    """Return the indices of characters after which a sentence ends.
 
-    A sentence ends after a terminal mark of any script, with the quotation marks, brackets and
-    references ("[1]") that close behind it, and at each line break. A full stop does not end one
-    before a digit ("3.14"), between letters ("example.org") and where the next word is in lower
-    case ("e.g. this").
+    A sentence ends after a terminal mark of any script, including closing quotation marks, brackets
+    and references ("[1]") after it, and at each line break. A full stop does not end a sentence
+    before a digit ("3.14"), between letters ("example.org"), or if the next word is in lower case
+    ("e.g. this").
 
     Source: Unicode Standard Annex 29, sentence boundaries (SB4 to SB11), with references added.
     """
@@ -64,7 +64,7 @@ def sentence_ends(text: str) -> set[int]:
 
 
 def _close(text: str, at: int) -> int:
-    """Return where the marks that close a sentence end."""
+    """Return the end of the closing marks of a sentence."""
     while at < len(text):
         reference = _REFERENCE.match(text, at)
         if reference is not None:
@@ -77,7 +77,7 @@ def _close(text: str, at: int) -> int:
 
 
 def _goes_on(text: str, start: int, stop: int, end: int) -> bool:
-    """Whether a sentence goes on after marks [start, stop) and those that close it, to `end`."""
+    """Whether a sentence continues after marks [start, stop) and closing marks up to `end`."""
     if end == stop < len(text):
         before, after = text[start - 1 : start], text[stop]
         if after.isdecimal() or (before.isalpha() and _is_cased(after)):
@@ -95,15 +95,15 @@ def _is_cased(character: str) -> bool:
 
 
 def token_ends(tokenizer: Any, text: str, tokens: Sequence[int], decode: Any) -> list[int] | None:
-    """Return after how many characters of a text each of its tokens ends, None where unknown.
+    """Return the index of the character at which each token of a text ends, None if unknown.
 
-    -1 stands for a token that ends amid a character, which the next ones finish.
+    It is -1 for a token that ends within a character, which later tokens complete.
 
     Args:
-        tokenizer: what made the tokens, of `tokenizers` or `transformers`.
+        tokenizer: the tokenizer of the tokens, from `tokenizers` or `transformers`.
         text: a text.
         tokens: its tokens, without special ones.
-        decode: makes text of tokens.
+        decode: decodes tokens to text.
     """
     spans = _spans(tokenizer, text)
     if spans is None or spans[0] != list(tokens):
@@ -116,7 +116,7 @@ def token_ends(tokenizer: Any, text: str, tokens: Sequence[int], decode: Any) ->
 
 
 def _spans(tokenizer: Any, text: str) -> tuple[list[int], list[tuple[int, int]]] | None:
-    """Return tokens and their places in the text, of tokenizers that tell them."""
+    """Return tokens and their offsets in the text, for tokenizers that provide these."""
     own = getattr(tokenizer, "backend", None)  # of one that was read from a checkpoint
     backend: Any = own if hasattr(own, "encode_batch") else tokenizer  # transformers' is a word
     encoded = backend.encode(text, add_special_tokens=False)
@@ -129,7 +129,7 @@ def _spans(tokenizer: Any, text: str) -> tuple[list[int], list[tuple[int, int]]]
 
 
 def _align(text: str, tokens: Sequence[int], decode: Any) -> list[int] | None:
-    """Return the same by what tokens decode to, None where that is not in the text."""
+    """Return the same from decoded tokens, None if a decoded token is not in the text."""
     ends, at, waiting = [], 0, []
     for token in tokens:
         waiting.append(token)
@@ -151,7 +151,7 @@ def _align(text: str, tokens: Sequence[int], decode: Any) -> list[int] | None:
 
 
 def _find_again(text: str, at: int, piece: str) -> int | None:
-    """Return where a token ends that comes after some which do not decode to their text."""
+    """Return the end of a token after some that do not decode to their text."""
     piece = piece.strip()
     if not piece or "\ufffd" in piece:
         return None
@@ -160,14 +160,14 @@ def _find_again(text: str, at: int, piece: str) -> int | None:
 
 
 def kinds_of(text: str, ends: Sequence[int], starts_at: int = 0) -> list[int]:
-    """Return what ends after each token: `SENTENCE`, `WORD`, `CHARACTER` or `NONE`.
+    """Return the boundary after each token: `SENTENCE`, `WORD`, `CHARACTER` or `NONE`.
 
-    A token of blanks ends nothing that a token before it has not ended, for a needle brings the
-    blank before it.
+    A token of blanks adds no boundary to that of the token before it, as a needle begins with its
+    own blank.
 
     Args:
         text: a text.
-        ends: of `token_ends`.
+        ends: the result of `token_ends`.
         starts_at: characters before the first token's.
     """
     sentences, kinds, start = sentence_ends(text), [], starts_at

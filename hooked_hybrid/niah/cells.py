@@ -1,4 +1,4 @@
-"""One cell of a sweep: a prompt under a setting, and what came out."""
+"""One cell of a sweep: a prompt, a setting and the result."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ def cell_of(
     """Return a row of `hooked_hybrid.niah.store.COLUMNS`.
 
     Args:
-        prompt, setting: what was run.
-        output: the text that was generated, of `n_new` tokens.
-        margin: smallest difference of the two largest logits on the way.
-        seconds: what the cell took.
+        prompt, setting: of the cell.
+        output: the generated text, of `n_new` tokens.
+        margin: smallest difference of the two largest logits at any step.
+        seconds: duration of the cell.
         window: keys that the last prompt token sees; None for all.
     """
     needle, spans = prompt.needle, prompt.needle_spans
@@ -63,7 +63,7 @@ def cell_of(
 
 
 def with_places(table: pd.DataFrame, prompts: Iterable[Prompt]) -> pd.DataFrame:
-    """Return a table with where the needles stand, of a store that did not say so."""
+    """Return a table with columns for the real place of needles, for a store without them."""
     unknown = table["placed_between"].isna()
     if not unknown.any():
         return table

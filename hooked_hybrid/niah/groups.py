@@ -1,9 +1,9 @@
-"""Prompts of one length under all settings of a sweep: what is run once, and what together.
+"""Prompts of one length under all settings of a sweep, with shared and batched computation.
 
-The tokens that prompts begin with form a tree, whose trunk and branches are run once each. Leaves
-that are neighbours are decoded together, a few prompts at a time: a part. Which prompts make a part
-and where the tree is cut follows from the whole group, so that a part's numbers are the same
-whatever else is run, and in whatever process.
+The common prefixes of prompts form a tree, in which each branch is run once. Neighbouring leaves
+are decoded together, a few prompts at a time, which are called a part. The parts and the tree
+depend on the whole group only, so a part's numbers do not depend on what else is run, or in which
+process.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ FirstToken = Literal["prefill", "generation"]
 Cells = list[dict[str, Any]]
 """Rows of `hooked_hybrid.niah.store.COLUMNS`."""
 MOST_ROWS = 32
-"""Cells that are decoded as one batch, at most; so are few settings of several prompts."""
+"""Most cells that are decoded as one batch, possibly of several prompts."""
 
 
 def groups_of(prompts: Sequence[Prompt]) -> list[list[Prompt]]:
-    """Return prompts of one length together, the shortest first: these may share a prefix."""
+    """Return prompts grouped by length, shortest first, as these may share a prefix."""
     ordered = sorted(prompts, key=lambda p: p.length)
     return [list(group) for _, group in groupby(ordered, key=lambda p: p.length)]
 
@@ -46,7 +46,7 @@ def shortest_window(model: HookedHybrid) -> int | None:
 
 @dataclass(frozen=True)
 class SettingBatch:
-    """Settings that run together: a row for each prefill, then a row for each setting."""
+    """Settings that run together: a row for each prefill, then for each setting."""
 
     settings: tuple[Setting, ...]
 
@@ -66,15 +66,15 @@ class SettingBatch:
         return [known.index(setting.prefill) for setting in self.settings]
 
     shares_prompts: bool
-    """Whether what two prompts begin with may be run once."""
+    """Whether a common prefix of two prompts may be run once."""
     is_whole: bool
-    """Whether a prompt is run in one piece, as its hooks may look at all of it."""
+    """Whether a prompt is run in one piece, as its hooks may read all of it."""
 
 
 def batches_of(settings: Sequence[Setting], prompts: Sequence[Prompt]) -> list[SettingBatch]:
-    """Put together what has a plain prefill, a hooked one, and one that depends on the prompt.
+    """Group settings with a plain prefill, a hooked one, and one that depends on the prompt.
 
-    Hooks that depend on it are asked for with every prompt: one may see all of its own.
+    Hooks that depend on the prompt are made for every prompt.
     """
     kinds: dict[tuple[bool, bool, bool], list[Setting]] = {}
     for setting in settings:
@@ -98,12 +98,12 @@ class Group:
 
     @cached_property
     def batches(self) -> list[SettingBatch]:
-        """What runs together."""
+        """The batches of settings."""
         return batches_of(self.settings, self.prompts)
 
     @cached_property
     def parts(self) -> list[list[Prompt]]:
-        """A few prompts at a time, in the order of the tree: neighbours share most."""
+        """A few prompts each, in the order of the tree, in which neighbours share most."""
         n_together = max(1, MOST_ROWS // max(len(batch.settings) for batch in self.batches))
         ordered = list(in_order(self.prompts))
         return [ordered[i : i + n_together] for i in range(0, len(ordered), n_together)]
@@ -161,7 +161,7 @@ class _GroupRun:
         start: int,
         wanted: set[str],
     ) -> Iterator[tuple[Prompt, HybridState | None]]:
-        """Yield prompts that begin alike; what they begin with is run once."""
+        """Yield prompts with a common prefix, which is run once."""
         if not any(p.id in wanted for p in prompts):
             return
         if len(prompts) == 1:
@@ -170,7 +170,7 @@ class _GroupRun:
             return
         shared = min(common_prefix(prompts), prompts[0].length - 1)
         state = self.run(prompts[0], batch, state, start, shared)
-        if shared == prompts[0].length - 1:  # alike up to the last token
+        if shared == prompts[0].length - 1:  # equal up to the last token
             yield from ((prompt, state) for prompt in prompts if prompt.id in wanted)
             return
         for part in _parted(prompts, shared):
@@ -225,7 +225,7 @@ class _GroupRun:
 
 
 def in_order(prompts: Sequence[Prompt]) -> Iterator[Prompt]:
-    """Yield prompts of one length in the order in which their tree is walked."""
+    """Yield prompts of one length in the order of their tree."""
     shared = min(common_prefix(prompts), prompts[0].length - 1)
     if len(prompts) == 1 or shared == prompts[0].length - 1:
         yield from prompts
@@ -235,7 +235,7 @@ def in_order(prompts: Sequence[Prompt]) -> Iterator[Prompt]:
 
 
 def common_prefix(prompts: Sequence[Prompt]) -> int:
-    """Return how many tokens all prompts begin with."""
+    """Return the length of the common prefix of all prompts."""
     low, high = min(p.tokens for p in prompts), max(p.tokens for p in prompts)
     for i, (a, b) in enumerate(zip(low, high, strict=False)):
         if a != b:
@@ -244,7 +244,7 @@ def common_prefix(prompts: Sequence[Prompt]) -> int:
 
 
 def _parted(prompts: Sequence[Prompt], at: int) -> list[list[Prompt]]:
-    """Return prompts by their token at a place, in the order in which these come up."""
+    """Return prompts grouped by their token at an index, in order of first occurrence."""
     parts: dict[int, list[Prompt]] = {}
     for prompt in prompts:
         parts.setdefault(prompt.tokens[at], []).append(prompt)

@@ -1,4 +1,4 @@
-"""Sets of heads that a choice of heads is compared with: all, or some at random."""
+"""Sets of heads with which a choice of heads is compared: all, or random ones."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 EVERY = 100
-"""Up to so many sets of heads are all tried where no number is given; of more, some are drawn."""
+"""By default, up to this many sets of heads are all tried; otherwise random ones are."""
 Heads = tuple[tuple[int, int], ...]
 """(layer, head) of each head kept."""
 
@@ -25,14 +25,14 @@ def n_sets(counts: Mapping[int, int], k: int) -> int:
 def head_sets(
     counts: Mapping[int, int], k: int, most: int | None, rng: random.Random, usual: int
 ) -> list[Heads]:
-    """Return sets of `k` heads of each layer: every one, or some at random, no two alike.
+    """Return distinct sets of `k` heads of each layer: all sets, or random ones.
 
     Args:
         counts: heads of each attention layer.
         k: heads kept in each.
-        most: so many sets, or every one if there are no more; None for every one of up to
-            `EVERY`, or `usual` of more.
-        rng: draws them.
+        most: this many sets, or all if there are no more; None for all, if there are at most
+            `EVERY`, else `usual`.
+        rng: for the random sets.
         usual: number of random sets if `most` is None.
     """
     total = n_sets(counts, k)
@@ -53,7 +53,7 @@ def head_sets(
 
 
 def standings(table: pd.DataFrame, families: Mapping[str, Sequence[str]]) -> pd.DataFrame:
-    """Return where the accuracy of each choice of heads stands among those of sets of its size.
+    """Return the rank of the accuracy of each choice of heads among sets of its size.
 
     By the mean over needles inside the attention window. Columns: `setting`, its `accuracy`;
     `n_sets`, and of these `n_below`, `n_equal`, `n_above`; `mean`, `lowest` and `highest` of the
@@ -61,7 +61,7 @@ def standings(table: pd.DataFrame, families: Mapping[str, Sequence[str]]) -> pd.
 
     Args:
         table: of `niah`.
-        families: names of the sets that each choice stands among, by the choice's name.
+        families: names of the sets to compare with, by the name of each choice.
     """
     import pandas as pd
 

@@ -1,4 +1,4 @@
-"""What a setting does to ordinary language: the loss on haystack text under the same hooks."""
+"""The effect of a setting on ordinary language: the loss on haystack text with its hooks."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from hooked_hybrid.runs.ray_workers import RayWorkers
 
 FIRST_SEED = 1000
-"""Seeds of the texts: haystacks that no prompt of a sweep has by default."""
+"""Seeds of the texts, which no prompt of a sweep uses by default."""
 PIECE = 64
 """Positions whose logits are held at once."""
 
@@ -43,22 +43,22 @@ def text_loss(
 ) -> pd.DataFrame:
     """Return the loss of haystack text under each setting, in nats a token.
 
-    As in a sweep, the first half of a text is read as prefill, and the second as generation is,
-    with the tokens given; the loss is that of the second half. The needle stands in the first half,
-    where settings that act on it need one; it is not counted.
+    As in a sweep, the first half of a text is read as prefill, and the second half in the
+    generation stage, with given tokens; the loss is that of the second half. The first half
+    contains a needle for settings that act on one; it is not counted.
 
     Args:
         model: with a tokenizer.
         settings: of a sweep.
-        length: tokens of a text, the question after it included.
-        n_texts: texts that begin elsewhere, which are the rows of one batch.
-        documents: what to take them from, as in `Haystack`; none means generated text.
-        workers: run the settings there, not in this process; the losses are the same.
+        length: tokens of a text, including the question after it.
+        n_texts: texts with different beginnings, as the rows of one batch.
+        documents: their source, as in `Haystack`; by default generated text.
+        workers: run the settings on workers, with the same losses.
         verbose: show a progress bar.
 
     Returns:
-        One row a setting: `setting`, `loss`, its 95% interval `low` and `high` (Student's,
-        over texts), and `more`, the difference to the first setting on the same texts with its
+        One row for each setting: `setting`, `loss`, its 95% interval `low` and `high` (Student's,
+        over texts), and `more`, the difference from the first setting on the same texts, with its
         interval `more_low` and `more_high`.
 
     Raises:
@@ -98,7 +98,7 @@ def text_loss(
 def texts_of(
     model: HookedHybrid, length: int, n_texts: int, documents: Sequence[str] = ()
 ) -> tuple[list[Prompt], int, int]:
-    """Return the texts of `text_loss`, and from where to where their loss is taken.
+    """Return the texts of `text_loss`, and the range of their loss.
 
     Raises:
         ValueError: as `text_loss`.
@@ -161,7 +161,7 @@ def _losses(
         )
     losses = []
     with model.hooks(hooks_of_rows(rows, "generation")):
-        # In pieces: the logits of a real vocabulary are large.
+        # In pieces, as the logits of a real vocabulary are large.
         for start in range(half - 1, tokens.shape[1] - 1, PIECE):
             stop = min(start + PIECE, tokens.shape[1] - 1)
             part = tokens[:, start:stop]
@@ -180,6 +180,6 @@ def _losses(
 
 
 def _common_end(tokens: Int[Tensor, "text pos"]) -> int:
-    """Return how many tokens all texts end with: those of the question."""
+    """Return the length of the common suffix of all texts, which is the question."""
     same = (tokens == tokens[:1]).all(0).flip(0)
     return int(same.long().cumprod(0).sum())

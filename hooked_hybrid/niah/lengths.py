@@ -11,16 +11,16 @@ from hooked_hybrid.niah.needles import AnyNeedle
 from hooked_hybrid.niah.prompts import default_lengths, shortest_length
 
 LONGEST = 4096
-"""Tokens of the papers' longest prompt: no default is longer."""
+"""Tokens of the papers' longest prompt, the limit of defaults."""
 ROOM = 32
-"""Tokens of haystack in the shortest prompt, where template and needle take more than usual."""
+"""Least tokens of haystack in the shortest prompt, for long templates and needles."""
 
 
 def longest_prompt(cfg: HybridConfig) -> int:
     """Return the longest prompt of a default sweep.
 
-    As in the papers, twice the window, or what a model without a window was made for; no more than
-    they ran.
+    As in the papers, twice the window, or the context length of a model without a window; at most
+    the papers' longest prompt.
     """
     windows = windows_of(cfg)
     own = 2 * min(windows) if windows else cfg.n_ctx
@@ -40,7 +40,7 @@ def lengths_for(
     distractors: int,
     seed: int,
 ) -> list[int]:
-    """Return ten lengths, the first with room for some haystack.
+    """Return ten lengths, the first of which leaves tokens for some haystack.
 
     Raises:
         ValueError: needle, template and distractors take more than the longest prompt.

@@ -1,4 +1,4 @@
-"""Needles: a sentence to hide, the question about it, and what counts as found."""
+"""Needles: a sentence to hide, the question about it, and the phrases that count as found."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ class Needle:
 
     @property
     def answer(self) -> str:
-        """What to do there: "eat a sandwich and sit in Dolores Park on a sunny day"."""
+        """The answer: "eat a sandwich and sit in Dolores Park on a sunny day"."""
         return f"{self.phrases[0]} and {self.phrases[2]} on a {self.phrases[3]}"
 
 
 @dataclass(frozen=True)
 class KeywordNeedle:
-    """A user's sentence to hide, of any form; what counts is which of the keywords come back."""
+    """A user's sentence to hide, in any form, scored by the keywords in the answer."""
 
     sentence: str
     question: str
@@ -45,7 +45,7 @@ class KeywordNeedle:
 
     @property
     def city(self) -> None:
-        """No city: the sentence has a form of its own."""
+        """Empty, as the sentence has another form."""
 
 
 AnyNeedle = Needle | KeywordNeedle
@@ -59,11 +59,11 @@ PAPER = Needle(
     city="San Francisco",
     phrases=("eat a sandwich", "Dolores Park", "sit in Dolores Park", "sunny day"),
 )
-"""The papers' needle; the missing "to" is theirs."""
+"""The papers' needle, in which a "to" is missing."""
 
 
 def draw_needle(rng: random.Random, city: str) -> Needle:
-    """Return a needle about a city, none of whose phrases is the paper's."""
+    """Return a needle about a city, without any of the paper's phrases."""
     while True:
         make, thing, rest = (rng.choice(w) for w in (words.MAKE, words.THING, words.REST))
         place, kind = rng.choice(words.PLACE), rng.choice(words.KIND_OF_PLACE)
@@ -81,19 +81,19 @@ def draw_needle(rng: random.Random, city: str) -> Needle:
 
 
 def all_cities() -> list[str]:
-    """Return every city there is, the paper's included."""
+    """Return every city, including the paper's."""
     return [f"{first} {second}" for first in words.CITY_FIRST for second in words.CITY_SECOND]
 
 
 def held_out_needles() -> list[Needle]:
-    """Return the needles that evaluation uses: no training text names their cities."""
+    """Return the needles for evaluation, whose cities no training text names."""
     rng = random.Random(_HELD_OUT_SEED)
     cities = [city for city in all_cities() if city != PAPER.city]
     return [draw_needle(rng, city) for city in rng.sample(cities, N_HELD_OUT)]
 
 
 def training_cities() -> list[str]:
-    """Return the cities of training: neither the paper's nor a held-out one."""
+    """Return the cities for training: neither the paper's nor held-out ones."""
     reserved = {PAPER.city, *(needle.city for needle in held_out_needles())}
     return [city for city in all_cities() if city not in reserved]
 
@@ -104,9 +104,9 @@ def draw_needles(rng: random.Random, n: int, cities: Sequence[str]) -> list[Need
 
 
 def plain(text: str) -> str:
-    """Return a text in lower case, words only, one blank between them.
+    """Return the words of a text in lower case, separated by one blank.
 
-    Punctuation becomes a blank, so that "day." and a word-level decoder's "day ." read the same.
+    Punctuation becomes a blank, so that "day." and a word-level decoder's "day ." are equal.
     """
     return " ".join(re.sub(r"[^\w\s]|_", " ", text).lower().split())
 
@@ -120,7 +120,7 @@ def find_needle(needle_id: str) -> Needle:
     """Return the needle of a name.
 
     Raises:
-        ValueError: no needle has it.
+        ValueError: there is no needle of this name.
     """
     known = known_needles()
     if needle_id not in known:
@@ -132,7 +132,7 @@ def find_needle(needle_id: str) -> Needle:
 
 
 def needle_ids(needles: Sequence[AnyNeedle | None]) -> list[str]:
-    """Return the name of each: "paper", "held-out-07", "none", or "custom-0" and on in order."""
+    """Return the name of each: "paper", "held-out-07", "none", or "custom-0", "custom-1", ..."""
     names: dict[AnyNeedle | None, str] = {needle: name for name, needle in known_needles().items()}
     names[None] = "none"
     custom = dict.fromkeys(needle for needle in needles if needle not in names)
@@ -141,10 +141,10 @@ def needle_ids(needles: Sequence[AnyNeedle | None]) -> list[str]:
 
 
 def distractors_for(needle: AnyNeedle, n: int, seed: int = 0) -> list[Needle]:
-    """Return needles about other cities, none with a phrase of `needle`; always the same ones.
+    """Return fixed needles about other cities, without the phrases of `needle`.
 
     Raises:
-        ValueError: `n` below 0, or more than there are cities.
+        ValueError: `n` below 0 or above the number of cities.
     """
     cities = [city for city in training_cities() if city not in needle.question]
     if not 0 <= n <= len(cities):
@@ -161,15 +161,15 @@ def distractors_for(needle: AnyNeedle, n: int, seed: int = 0) -> list[Needle]:
 
 
 def custom_needle(sentence: str, question: str, keywords: Sequence[str]) -> KeywordNeedle:
-    """Return a needle of the user's own.
+    """Return a user's needle.
 
     Args:
-        sentence: what is hidden, with its full stop.
-        question: what the prompt asks.
-        keywords: words or phrases of the sentence; each found is an equal part of the score.
+        sentence: the sentence to hide, with its full stop.
+        question: the question of the prompt.
+        keywords: words or phrases of the sentence, which have equal parts of the score.
 
     Raises:
-        ValueError: something is empty, a keyword stands twice or is not in the sentence.
+        ValueError: an empty text, a keyword given twice, or one that is not in the sentence.
     """
     for name, value in (("sentence", sentence), ("question", question)):
         if not plain(value):
@@ -186,10 +186,10 @@ def custom_needle(sentence: str, question: str, keywords: Sequence[str]) -> Keyw
 
 
 def holds(text: str, phrase: str) -> bool:
-    """Whether a phrase stands in a text as words of its own, the last in singular or plural.
+    """Whether a text contains a phrase as whole words, the last one in singular or plural.
 
-    So "sunny day" is in "sunny days", as the thesis counts it, and "a pen" is not in "a pencil".
-    Letters beyond a to z do not bound words: in other scripts a phrase counts wherever it stands.
+    So "sunny day" is in "sunny days", as in the thesis, and "a pen" is not in "a pencil".
+    Only letters a to z bound words: in other scripts a phrase counts anywhere in the text.
     """
     phrase = re.escape(plain(phrase))
     return re.search(rf"(?<![a-z0-9]){phrase}(?:e?s)?(?![a-z0-9])", plain(text)) is not None
@@ -199,8 +199,8 @@ def load_needles(path: str | Path) -> list[KeywordNeedle]:
     """Return the needles of a JSON file: a list of {"sentence", "question", "keywords"}.
 
     Raises:
-        ValueError: the file is missing, is not such a list, or a needle in it is not usable; the
-            message says which.
+        ValueError: the file is missing, is not such a list, or contains an invalid needle; the
+            message names it.
     """
     try:
         content = read_json(Path(path), may_be_pipe=True)

@@ -1,4 +1,4 @@
-"""The tokens of one prompt: pieces are encoded once, kept, and put together to a stated length."""
+"""The tokens of a prompt, assembled to a given length from pieces that are encoded once."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ from hooked_hybrid.niah.boundaries import CHARACTER, NONE, SENTENCE, WORD, kinds
 from hooked_hybrid.text.text import Text
 
 HAYSTACK, QUESTION = "{haystack}", "{question}"
-_SEARCH = 1024  # tokens beyond the haystack in which the end of its last sentence is looked for
+_SEARCH = 1024  # tokens beyond the haystack to search for the end of its last sentence
 
 LONGEST = 256
-"""Tokens of a sentence in which no end is found, from which on words are looked for."""
+"""After this many tokens without the end of a sentence, the end of a word is used."""
 
 Tokens = list[int]
 
 
 class Place(NamedTuple):
-    """Where a needle stands in a haystack: before which token, and between what."""
+    """The place of a needle in a haystack: the token after it, and the kind of boundary."""
 
     at: int
     kind: int
 
 
 class Haystack(NamedTuple):
-    """Tokens of text, what ends after each (see `boundaries`), whether a short sentence ends it."""
+    """Tokens of text, the boundary after each (see `boundaries`), whether it ends a sentence."""
 
     tokens: Tokens
     kinds: list[int]
@@ -36,7 +36,7 @@ class Haystack(NamedTuple):
 
 @dataclass(frozen=True)
 class Parts:
-    """Tokens of a needle's prompts: template around each haystack, sentence, distractors."""
+    """The tokens of a needle's prompts: template around each haystack, sentence, distractors."""
 
     question: str
     template: list[Tokens]
@@ -45,7 +45,7 @@ class Parts:
 
     @property
     def copies(self) -> int:
-        """How often the haystack stands in the prompt."""
+        """Number of copies of the haystack in the prompt."""
         return len(self.template) - 1
 
     @property
@@ -61,17 +61,17 @@ class Parts:
 
 @dataclass(frozen=True)
 class Filler:
-    """A haystack with its distractors, and what ends before each token, `NONE` at distractors."""
+    """A haystack with distractors, and the boundary before each token, `NONE` in distractors."""
 
     tokens: Tokens
     before: list[int]
     is_closed: bool
 
     def place(self, depth: float) -> Place:
-        """Return the place at a depth, or the nearest before it; depth 1 is the very end.
+        """Return the place at a depth, or the nearest before it; depth 1 is the end.
 
-        It is where a sentence ends; where none does within `LONGEST` tokens, a word; where no word
-        does (in scripts without blanks), a character.
+        It is at the end of a sentence; if none ends within `LONGEST` tokens, at the end of a word;
+        if no word does (in scripts without blanks), at the end of a character.
         """
         n = len(self.tokens)
         if depth == 1 or not n:
@@ -91,10 +91,10 @@ class Maker:
 
     Args:
         text: the tokenizer.
-        haystack: pieces of text without end.
+        haystack: an endless sequence of pieces of text.
         template: text with `{question}` and, once or more, `{haystack}`.
-        is_chat: whether the template is a user's message, for the tokenizer's chat template.
-        prepend_bos: None does as the model was trained; a chat template brings its own BOS.
+        is_chat: whether the template is a user's message in the tokenizer's chat template.
+        prepend_bos: None is the tokenizer's default; a chat template has its own BOS.
 
     Raises:
         ValueError: no chat template, or one that changes the message.
@@ -120,7 +120,7 @@ class Maker:
         """Return the tokens of a question's prompts; `needle` is one sentence, or none.
 
         Raises:
-            ValueError: the tokenizer cannot hold a word of them.
+            ValueError: the tokenizer cannot encode a word of them.
         """
         for sentence in (*needle, question, *distractors):
             if lost := [word for word in sentence.split() if not self._is_held(word)]:
@@ -136,7 +136,7 @@ class Maker:
     ) -> tuple[Tokens, list[tuple[int, int]], float, int]:
         """Return a prompt of exactly `length` tokens, and [start, stop) of each needle in it.
 
-        Then, of the first haystack, the share of it before the needle and what ends there.
+        Also the share of the first haystack before the needle, and the boundary there.
 
         Raises:
             ValueError: the tokenizer makes no tokens of the haystack.
@@ -156,11 +156,11 @@ class Maker:
         return tokens, spans, *found[0]
 
     def _read_on(self, text: str) -> Tokens:
-        """Return the tokens of a text as it reads after a sentence: no mark of a new document."""
+        """Return the tokens of a text within a document, without marks of its beginning."""
         return self._read_on_from(text)[0]
 
     def _read_on_from(self, text: str) -> tuple[Tokens, str, int]:
-        """Return them, the text that they were made with, and how many of its tokens are others."""
+        """Return the tokens, the text that was encoded, and the number of its other tokens."""
         before, both = (self.text.encode(t, prepend_bos=False) for t in (".", f".{text}"))
         n = len(before)
         if both[:n] == before:
@@ -168,7 +168,7 @@ class Maker:
         return self.text.encode(text, prepend_bos=False), text, 0
 
     def _piece(self, text: str) -> tuple[Tokens, list[int]]:
-        """Return the tokens of a piece of haystack, and what ends after each."""
+        """Return the tokens of a piece of haystack, and the boundary after each."""
         tokens, encoded, n = self._read_on_from(text)
         whole = [*self.text.encode(".", prepend_bos=False), *tokens] if n else tokens
         ends = token_ends(self.text.tokenizer, encoded, whole, self.text.decode)
@@ -185,14 +185,14 @@ class Maker:
         return _letters(back) == _letters(word)
 
     def _filler(self, n: int, distractors: list[Tokens]) -> Filler:
-        """Return `n` tokens of haystack with the distractors spread over it."""
+        """Return `n` tokens of haystack, with the distractors distributed over it."""
         key = (n, tuple(map(tuple, distractors)))
         if key not in self._fillers:
             self._fillers[key] = self._spread(self._trimmed(n), distractors)
         return self._fillers[key]
 
     def _trimmed(self, n: int) -> Haystack:
-        """Return `n` tokens that end with a sentence: its beginning is left out where need be."""
+        """Return `n` tokens that end with a sentence, whose beginning is cut if necessary."""
         self._reach(n + _SEARCH)
         stop = next((p for p in range(n, n + _SEARCH + 1) if self._ends(p)), None)
         if stop is None:
@@ -204,7 +204,7 @@ class Maker:
         return Haystack(tokens, kinds, is_closed=stop - whole <= LONGEST)
 
     def _spread(self, haystack: Haystack, distractors: list[Tokens]) -> Filler:
-        """Put distractors at ends of sentences, evenly; if there are none, between words."""
+        """Insert distractors evenly, at ends of sentences or, without these, between words."""
         n = len(haystack.tokens)
         for kind in (SENTENCE, WORD, CHARACTER):
             free = [p for p in range(1, n) if haystack.kinds[p - 1] >= kind]
@@ -216,7 +216,7 @@ class Maker:
             places.append(max((p for p in free if p <= target), default=min(free, default=0)))
             free = [p for p in free if p != places[-1]]
         tokens: Tokens = []
-        before, start = [SENTENCE], 0  # what ends before the next token
+        before, start = [SENTENCE], 0  # the boundary before the next token
         for place, distractor in sorted(zip(places, distractors, strict=True), key=lambda x: x[0]):
             tokens += haystack.tokens[start:place] + distractor
             before += haystack.kinds[start:place] + [NONE] * len(distractor)
@@ -253,5 +253,5 @@ def _as_chat(text: Text, message: str) -> str:
 
 
 def _letters(text: str) -> str:
-    """Return a text without what tokenizers may normalise: case, blanks, compatible forms."""
+    """Return a text without differences that tokenizers may normalise: case, blanks, forms."""
     return "".join(unicodedata.normalize("NFKC", text).casefold().split())

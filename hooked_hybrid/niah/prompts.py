@@ -1,4 +1,4 @@
-"""Prompts of needle in a haystack: token ids of exactly the stated length."""
+"""Prompts of needle in a haystack, with exactly the given number of tokens."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ TEMPLATES = {
     "instruct": _TUNED,
     "chat": _TUNED,
 }
-"""The thesis's templates; "chat" is the message of a user, in the chat template of the model."""
+"""The thesis's templates; "chat" is a user's message in the chat template of the model."""
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """One prompt: its tokens, and where in them the needle is.
+    """One prompt: its tokens, and the spans of the needle.
 
-    `id` follows from tokens, needle and settings. `depth` is the asked fraction of the haystack
-    before the needle, 0 its beginning and 1 its end (the thesis counts from the end); `real_depth`
-    is the fraction that stands before it, and `placed_between` says between what it stands:
-    "sentences", where none ends near "words", in a script without blanks "characters". Both are
-    None where no needle is hidden; read twice, they are those of the first copy.
-    `needle_spans` holds [start, stop) of every copy of the sentence: two with `read_twice`.
+    `id` is determined by tokens, needle and settings. `depth` is the requested fraction of the
+    haystack before the needle, from 0 at its beginning to 1 at its end (the thesis counts from the
+    end). `real_depth` is the actual fraction, and `placed_between` the units around the needle:
+    "sentences"; "words" if no sentence ends nearby; "characters" in scripts without blanks. Both
+    are None without a needle; with `read_twice` they are those of the first copy. `needle_spans`
+    has [start, stop) of every copy of the sentence: two with `read_twice`.
     """
 
     id: str
@@ -56,15 +56,15 @@ class Prompt:
 
     @property
     def asked(self) -> AnyNeedle:
-        """The needle the question is about, hidden or not."""
+        """The needle of the question, hidden or not."""
         return PAPER if self.needle is None else self.needle
 
 
 @dataclass(frozen=True)
 class Haystack:
-    """Text without end: generated from `seed`, or `documents`, repeated.
+    """Endless text: generated from `seed`, or `documents`, repeated.
 
-    `seed` also says which distractors are drawn.
+    `seed` also selects the random distractors.
     """
 
     seed: int = 0
@@ -75,7 +75,7 @@ class Haystack:
         """Return the haystack of a text file, or of all *.txt in a folder, sorted by name.
 
         Raises:
-            ValueError: nothing is there, it is not UTF-8, or it holds no text.
+            ValueError: it does not exist, is not UTF-8, or contains no text.
         """
         path = Path(path)
         if not path.exists():
@@ -92,9 +92,9 @@ class Haystack:
         return cls(documents=documents)
 
     def texts(self) -> Iterator[str]:
-        """Yield pieces of text without end, a sentence or a paragraph each.
+        """Yield endless pieces of text, each a sentence or a paragraph.
 
-        A document begins with a blank, so that it reads on from a needle put before it.
+        A document begins with a blank, so that it can follow a needle.
         """
         if not self.documents:
             for sentence in sentences(Random(self.seed)):
@@ -141,38 +141,38 @@ def grid(
     distractors: int | Sequence[AnyNeedle] = (),
     prepend_bos: bool | None = None,
 ) -> list[Prompt]:
-    """Return a prompt for every needle, length and depth, depths fastest.
+    """Return a prompt for every needle, length and depth; depths vary fastest.
 
-    The haystack of a prompt, distractors included, does not depend on depth. The needle stands
-    where a sentence ends, at the stated depth or the nearest before it; at depth 1 it is last.
-    Where no sentence ends within `prompt_tokens.LONGEST` tokens it stands between words, and a
-    warning says so. Ends are found in the text, in any script (see `boundaries`). The haystack is
-    trimmed at the beginning of its last sentence, so that it ends with one.
+    The haystack of a prompt, including distractors, does not depend on depth. The needle is placed
+    at the end of a sentence, at the given depth or the nearest before it; at depth 1 it is last. If
+    no sentence ends within `prompt_tokens.LONGEST` tokens, it is placed between words, with a
+    warning. Ends are found in the text, in any script (see `boundaries`). The haystack ends with a
+    whole sentence, whose beginning is cut if necessary.
 
     Args:
-        model: gives the tokenizer, its BOS and its chat template.
-        needles: sentences to hide; None asks the paper's question and hides nothing.
-        lengths: tokens of each prompt in all: template, BOS, both copies and distractors included.
+        model: provides the tokenizer, its BOS and its chat template.
+        needles: sentences to hide; None uses the paper's question without a needle.
+        lengths: total tokens of each prompt, with template, BOS, both copies and distractors.
         depths: fractions of the haystack before the needle, 0 its beginning.
-        haystack: text to hide them in; None is generated text.
+        haystack: the text around them; None is generated text.
         template: a name in `TEMPLATES`.
-        read_twice: give context and question twice before the answer (Just Read Twice). Where the
-            room for haystack is odd, the first copy has one token more.
-        distractors: needles with other questions, spread over the haystack at ends of sentences, or
-            how many to draw for each needle.
-        prepend_bos: put BOS in front; None does as the model was trained ("chat" brings its own).
+        read_twice: give context and question twice before the answer (Just Read Twice). If the
+            number of haystack tokens is odd, the first copy has one more.
+        distractors: needles with other questions, distributed over the haystack at ends of
+            sentences; or how many random ones for each needle.
+        prepend_bos: put BOS in front; None is the tokenizer's default ("chat" has its own).
 
     Raises:
-        ValueError: nothing to build; a depth outside 0 to 1; a length below what template and
-            needle take; an unknown template, or none for "chat" in the tokenizer; a needle that
-            the tokenizer cannot hold; a distractor that answers the needle's question.
+        ValueError: nothing to build; a depth outside 0 to 1; a length too short for template and
+            needle; an unknown template, or "chat" without a chat template; a needle that the
+            tokenizer cannot encode; a distractor that answers the needle's question.
     """
     if not (needles and lengths and depths):
         raise ValueError("no prompt to build: give at least one needle, length and depth")
     if wrong := [depth for depth in depths if not 0 <= depth <= 1]:
         raise ValueError(f"depths {wrong}: give fractions, 0 (beginning of the haystack) to 1")
     maker = _maker(model, haystack or Haystack(), template, read_twice, prepend_bos)
-    names = dict(zip(needles, needle_ids(needles), strict=True))  # what is given twice counts once
+    names = dict(zip(needles, needle_ids(needles), strict=True))  # repeated needles count once
     seed = 0 if haystack is None else haystack.seed
     parts = {needle: _parts(maker, needle, distractors, seed) for needle in names}
     shortest = max(part.shortest for part in parts.values())
@@ -198,7 +198,7 @@ def grid(
 
 
 def prompts_identity(prompts: Sequence[Prompt]) -> dict[str, str]:
-    """Return what tells prompts apart: hashes of their ids, and of all that they hold."""
+    """Return the identity of prompts: hashes of their ids, and of their content."""
     return {
         "prompts": hashlib.sha256(" ".join(prompt.id for prompt in prompts).encode()).hexdigest(),
         "prompt_contents": describe(list(prompts))["hash"],
@@ -214,7 +214,7 @@ def shortest_length(
     prepend_bos: bool | None = None,
     seed: int = 0,
 ) -> int:
-    """Return how many tokens a prompt takes without haystack; see `grid`, `seed` of `Haystack`."""
+    """Return the tokens of a prompt without haystack; see `grid`, and `seed` of `Haystack`."""
     maker = _maker(model, Haystack(), template, read_twice, prepend_bos)
     return _parts(maker, needle, distractors, seed).shortest
 
@@ -222,7 +222,7 @@ def shortest_length(
 def default_lengths(longest: int, n: int = 10, shortest: int | None = None) -> list[int]:
     """Return `n` lengths in tokens, evenly spaced.
 
-    As in the papers, 250 to 4,096; of another longest the same fraction, 64 at least.
+    As in the papers, 250 to 4,096; for another longest, the same fraction, at least 64.
 
     Raises:
         ValueError: `n` below 1, or `longest` below the shortest.

@@ -1,4 +1,4 @@
-"""Scores of an answer: how much of the needle came back."""
+"""Scores of an answer: how much of the needle it contains."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def graded(output: str, needle: AnyNeedle) -> float:
     each keyword is an equal part of 5, and the whole sentence sets 5. Case, punctuation and blanks
     do not count.
 
-    Source: thesis, Table 2.1, its phrases taken from the needle.
+    Source: thesis, Table 2.1, with phrases from the needle.
     """
     if holds(output, needle.sentence):
         return FULL
@@ -40,7 +40,7 @@ def binary(output: str, needle: AnyNeedle) -> bool:
 
 
 def released(output: str, needle: AnyNeedle) -> float:
-    """Return the score of the authors' released code, 0 to 5: an echo of the question counts.
+    """Return the score of the authors' released code, 0 to 5, which counts an echo of the question.
 
     "best thing to do in san francisco" +1, "eat a sandwich" +1, "dolores park" +0.5, "sit in
     dolores park" +0.5, "on a sunny day" +1, as substrings; the whole needle sets 5. A needle with
@@ -61,8 +61,8 @@ def accuracy(output: str, needle: AnyNeedle, score: str = "graded") -> float:
     """Return a score as a fraction, 0 to 1.
 
     Args:
-        output: what the model wrote.
-        needle: what the prompt asked for.
+        output: the model's answer.
+        needle: the needle of the prompt.
         score: "graded", "binary" or "released".
 
     Raises:

@@ -1,8 +1,8 @@
-"""Cells of a sweep in one SQLite file: written whole prompts at a time, or not at all.
+"""Cells of a sweep in one SQLite file, to which the cells of whole prompts are added atomically.
 
-The file holds a digest of its cells, so that one that was cut short or changed is not taken for
-whole. Version 1 of the format had none, and version 2 did not say where in its haystack a needle
-really stands; the cells of both are read, and more of the same are added.
+The file contains a digest of its cells, so that a truncated or changed file is recognised. Version
+1 of the format had none, and version 2 had no real depths of needles; files of both can be read and
+continued.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
 FILE = "cells.sqlite"
 PATIENCE = 30.0
-"""Seconds to wait for another program that reads or writes the file."""
+"""Seconds to wait for another program that uses the file."""
 
 _SYSTEM_ERRORS = {
     sqlite3.SQLITE_FULL: errno.ENOSPC,
@@ -54,25 +54,26 @@ _SYSTEM_ERRORS = {
     sqlite3.SQLITE_BUSY: errno.EBUSY,
     sqlite3.SQLITE_LOCKED: errno.EBUSY,
 }
-"""Errors of the disk, not of the file, and the system's nearest name for them."""
+"""Errors of the disk rather than of the file, with the system's name for each."""
 _READING = "; `hooked_hybrid.niah.store.read_cells` reads the cells that are there"
 _MISUSE = (sqlite3.IntegrityError, sqlite3.InterfaceError, sqlite3.ProgrammingError)
-"""Errors of what was asked, not of the file."""
+"""Errors of the caller rather than of the file."""
 
 
 class Store:
-    """The results of one experiment; it holds its folder until it is closed.
+    """The results of one experiment, whose folder is locked until it is closed.
 
     Args:
-        folder: where the file lies; None keeps the cells in memory.
-        experiment: what the cells depend on, as JSON-able values; a folder holds one experiment.
-        resume: go on with what the folder holds; else it must be empty or new.
+        folder: of the file; None keeps the cells in memory.
+        experiment: everything the cells depend on, as JSON-able values; a folder has one
+            experiment.
+        resume: continue the results in the folder; otherwise it must be empty or new.
 
     Raises:
-        FileExistsError: the folder is not empty, and `resume` is false or it holds no store.
-        ValueError: the folder holds another experiment, a file of a newer version, or one that is
-            damaged; nothing in it is changed.
-        OSError: the file cannot be written, or another run writes there.
+        FileExistsError: the folder is not empty, and `resume` is false or it has no store.
+        ValueError: the folder has another experiment, a file of a newer version, or a damaged
+            file; nothing in it is changed.
+        OSError: the file cannot be written, or another run is writing there.
     """
 
     def __init__(
@@ -95,17 +96,17 @@ class Store:
             self._held = stack.pop_all()
 
     def done(self) -> set[str]:
-        """Return the ids of the prompts whose cells are all there."""
+        """Return the ids of the finished prompts."""
         with _explain_errors(self.path):
             rows = self.connection.execute("SELECT DISTINCT prompt_id FROM cells")
             return {prompt_id for (prompt_id,) in rows}
 
     def add(self, cells: Sequence[Mapping[str, Any]]) -> None:
-        """Write all cells of one prompt, or of some, in one transaction.
+        """Write all cells of one or several prompts in one transaction.
 
         Raises:
-            ValueError: one of them is there already; then none is written.
-            OSError: the disk is full or the file cannot be written; then none is.
+            ValueError: one of them already exists; none is written then.
+            OSError: the disk is full or the file cannot be written; none is written then.
         """
         connection = self.connection
         try:
@@ -127,9 +128,9 @@ class Store:
             ) from error
 
     def table(self) -> pandas.DataFrame:
-        """Return every cell, in the order in which they were added.
+        """Return all cells, in the order in which they were added.
 
-        Of a file that does not say where a needle really stands, `real_depth` is the asked depth.
+        For a file without real depths, `real_depth` is the requested depth.
         """
         require("pandas")
         with _explain_errors(self.path):
@@ -140,19 +141,19 @@ class Store:
         self._held.close()
 
     def _digest_before(self) -> int:
-        """Return the digest that the file holds: where locks fail, another run may have added."""
+        """Return the digest in the file, which differs if another run wrote despite the lock."""
         query = "SELECT value FROM meta WHERE key = 'digest'"
         found = self.connection.execute(query).fetchone()
         return self._digest if found is None else int(found[0], 16)
 
 
 def read_cells(folder: str | PathLike[str]) -> pandas.DataFrame:
-    """Return the cells in a folder, whatever they are of, in the order in which they were added.
+    """Return the cells in a folder, of any experiment, in the order in which they were added.
 
     Raises:
-        FileNotFoundError: it holds no store.
+        FileNotFoundError: it has no store.
         ValueError: the file is of a newer version, or damaged.
-        OSError: another run writes there.
+        OSError: another run is writing there.
     """
     path = Path(folder) / FILE
     if not path.is_file():
@@ -175,7 +176,7 @@ def _table(connection: sqlite3.Connection) -> pandas.DataFrame:
 
 
 def _open(path: Path | None, experiment: Mapping[str, Any]) -> sqlite3.Connection:
-    """Return a connection to the file, which is made if there is none; None is in memory."""
+    """Return a connection to the file, which is created if missing; None is in memory."""
     if path is None:
         connection = sqlite3.connect(":memory:")
         _make(connection, experiment)
@@ -184,7 +185,7 @@ def _open(path: Path | None, experiment: Mapping[str, Any]) -> sqlite3.Connectio
     if not path.exists():
         _create(path, experiment)
     uri = path.resolve().as_uri()
-    # As it lies there, without undoing what its journal says: that changes the file.
+    # Without applying its journal, which would change the file.
     with closing(sqlite3.connect(f"{uri}?mode=ro&immutable=1", uri=True)) as before:
         restrain(before)
         check_schema(before, path)
@@ -194,7 +195,7 @@ def _open(path: Path | None, experiment: Mapping[str, Any]) -> sqlite3.Connectio
 
 
 def _make(connection: sqlite3.Connection, experiment: Mapping[str, Any]) -> None:
-    """Make the tables, and say what the cells will be of."""
+    """Create the tables, with a record of the experiment."""
     said = [
         ("format", FORMAT),
         ("experiment", json.dumps(dict(experiment), sort_keys=True)),
@@ -207,7 +208,7 @@ def _make(connection: sqlite3.Connection, experiment: Mapping[str, Any]) -> None
 
 
 def _create(path: Path, experiment: Mapping[str, Any]) -> None:
-    """Write a file without cells, whole or not at all."""
+    """Write a file without cells, atomically."""
     if holds_results(path.parent):
         raise FileExistsError(
             f"{path.parent} holds other files and no {FILE}: give another folder, nothing is "
@@ -218,7 +219,7 @@ def _create(path: Path, experiment: Mapping[str, Any]) -> None:
 
 
 def _compare(connection: sqlite3.Connection, path: Path, experiment: Mapping[str, Any]) -> None:
-    """Raise an error where the file is of another experiment."""
+    """Raise an error if the file is of another experiment."""
     (kept,) = connection.execute("SELECT value FROM meta WHERE key = 'experiment'").fetchone()
     try:
         before = dict(parse_json(kept, path))
@@ -230,7 +231,7 @@ def _compare(connection: sqlite3.Connection, path: Path, experiment: Mapping[str
 
 @contextmanager
 def _explain_errors(path: Path | None) -> Iterator[None]:
-    """Say of an error of SQLite whether the disk is at fault or the file, and what to do."""
+    """Raise SQLite's error as one of the disk or of the file, with the remedy."""
     try:
         yield
     except _MISUSE:

@@ -1,7 +1,7 @@
-"""What a file of cells must be before anything of it is believed.
+"""Checks of a file of cells before it is used.
 
-SQLite runs what a schema says (views, triggers, generated columns), and follows what a journal
-says, to files elsewhere. So both are compared with what this library writes, before it opens them.
+SQLite executes a schema (views, triggers, generated columns) and a journal, which may name files
+elsewhere. So both are compared with those of this library before SQLite opens them.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def _made(names: Iterable[str]) -> str:
 
 SCHEMA = ("CREATE TABLE meta (key PRIMARY KEY, value)", _made(COLUMNS))
 SUPER_JOURNAL = bytes.fromhex("d9d505f920a163d7")
-"""How a journal begins; and how one ends that belongs to a change of several files.
+"""The first bytes of a journal; and the last bytes of one for several files.
 
 Source: SQLite, "Database File Format", section 3, and `pager.c`, `readSuperJournal`.
 """
@@ -64,7 +64,7 @@ _OWN: dict[tuple[str, str], tuple[tuple[str, str | None], ...]] = {
     ("table", "cells"): (("cells", SCHEMA[1]), ("cells", _made(_BEFORE_3))),
     **{("index", f"sqlite_autoindex_{n}_1"): ((n, None),) for n in ("meta", "cells")},
 }
-"""All that a file of ours has, by kind and name: the table it belongs to, and its statement."""
+"""The schema of our files, by kind and name: the table, and the statement."""
 
 
 def refuse_foreign_files(path: Path) -> None:
@@ -73,7 +73,7 @@ def refuse_foreign_files(path: Path) -> None:
     Raises:
         OSError: one is a link.
         ValueError: one is not a plain file; the journal names another file, which SQLite would
-            delete, or more pages than the file has; there is a write-ahead log, which this library
+            delete, or more pages than the file has; a write-ahead log exists, which this library
             never writes.
     """
     journal, log, shared = (path.with_name(path.name + end) for end in ("-journal", "-wal", "-shm"))
@@ -93,7 +93,7 @@ def refuse_foreign_files(path: Path) -> None:
 
 
 def _is_logged(path: Path) -> bool:
-    """Return whether a file says that its changes are in a write-ahead log."""
+    """Return whether a file uses a write-ahead log."""
     with path.open("rb") as file:
         head = file.read(20)
     return head.startswith(b"SQLite format 3\0") and 2 in head[18:]
@@ -120,18 +120,17 @@ def _bad_journal(path: Path, why: str) -> ValueError:
 
 
 def restrain(connection: sqlite3.Connection) -> None:
-    """Let nothing that the schema of a file says run a function or reach another file."""
+    """Prevent the schema of a file from running functions or reading other files."""
     connection.execute("PRAGMA trusted_schema = OFF")
     connection.execute("PRAGMA cell_size_check = ON")
     connection.setlimit(sqlite3.SQLITE_LIMIT_ATTACHED, 0)
 
 
 def check_schema(connection: sqlite3.Connection, path: Path) -> None:
-    """Compare what a file has besides rows with what this library makes; nothing of it is run.
+    """Compare the schema of a file with that of this library, without executing it.
 
     Raises:
-        ValueError: it has other tables, columns, views, triggers or indices, or is of a newer
-            version.
+        ValueError: it has other tables, columns, views, triggers or indices, or a newer version.
     """
     ((n_pages,),) = connection.execute("PRAGMA page_count")
     if n_pages == 0:
@@ -161,11 +160,11 @@ def _refuse_newer(connection: sqlite3.Connection, path: Path) -> None:
 
 
 def check(connection: sqlite3.Connection, path: Path) -> tuple[int, tuple[str, ...]]:
-    """Return the digest of the cells and their columns; raise an error where it is not whole."""
-    (n_bytes,) = connection.execute(  # reading undoes what a killed run had half written
+    """Return the digest of the cells and their columns; raise an error if it is damaged."""
+    (n_bytes,) = connection.execute(  # reading rolls back an unfinished write of a killed run
         "SELECT page_count * page_size FROM pragma_page_count, pragma_page_size"
     ).fetchone()
-    check_schema(connection, path)  # again: what was undone may have been a schema
+    check_schema(connection, path)  # again, as the rollback may have changed the schema
     kept = dict(connection.execute("SELECT key, value FROM meta"))
     if not isinstance(kept.get("experiment"), str) or not isinstance(kept.get("format"), int):
         raise damaged(path, "it does not say of which experiment it is")

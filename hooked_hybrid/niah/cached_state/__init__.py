@@ -1,4 +1,4 @@
-"""NIAH on states that were cached before."""
+"""NIAH with cached states, to separate the effects of prefill and generation."""
 
 from hooked_hybrid.niah.cached_state.sweep import (
     CASES,

@@ -1,11 +1,10 @@
-"""Does the cache carry the damage? Heads silenced in prefill, with and without a state kept.
+"""A sweep that tests whether the cached state carries the effect of heads zeroed in prefill.
 
-A prompt's tokens but the last are its prefill; every new token is chosen in a step of one token
-(Google's sampler, `first_token_stage="generation"`). So prefill does nothing but make a state, and
-what it did to later steps is in that state alone. Per position, hooks in a forward over everything
-do what they do in prefill and steps, so that two pairs of cases must come out alike: without a
-cache everywhere, and prompt and steps; without a cache at the last position, and steps that carry
-nothing.
+All tokens of a prompt except the last are its prefill; every new token is chosen in a step of one
+token (Google's sampler, `first_token_stage="generation"`). So the only result of prefill is a
+state, through which alone it affects later steps. Hooks that act per position have the same effect
+in one forward over everything as in prefill and steps. So two pairs of cases must agree: "no cache:
+everywhere" and "prompt and steps: all"; "no cache: last position" and "steps: carry nothing".
 """
 
 from __future__ import annotations
@@ -50,19 +49,19 @@ def cached_state(
     Args:
         model: with a tokenizer.
         prompts: of `hooked_hybrid.niah.prompts`.
-        ks: heads kept in each attention layer where heads are silenced.
-        cases: what is silenced, and what a state carries on.
+        ks: heads kept in each attention layer where heads are zeroed.
+        cases: where heads are zeroed, and the parts of the state that keep the effect.
         out, resume, max_new_tokens, workers, verbose: as in `hooked_hybrid.niah.sweep.niah`.
 
     Returns:
-        One row a prompt, case and k, as `niah` returns them; the settings are named
-        "CASE k=K". A case that silences nothing is one setting, without a k.
+        One row for each prompt, case and k, as in `niah`; the settings are named "CASE k=K". A
+        case without zeroed heads is one setting, without a k.
 
     Raises:
         ValueError: no prompts, cases or ks, or one given twice; a k that a layer does not have; a
             folder of another experiment.
         FileExistsError: the folder is not empty and `resume` is false.
-        ModuleNotFoundError: pandas is not installed; it says which extra brings it.
+        ModuleNotFoundError: pandas is not installed; names the extra that installs it.
     """
     require("pandas")
     check_run(out, resume, max_new_tokens)
@@ -93,7 +92,7 @@ class CachedStateJob(PromptsJob[int]):
         return [prompt.id for part in self.parts for prompt in part]
 
     def units(self, done: set[str]) -> list[list[int]]:
-        """Return each part with a prompt that is not done: parts have nothing in common."""
+        """Return each part with an unfinished prompt as a unit, as parts share no computation."""
         return [[i] for i, part in enumerate(self.parts) if any(p.id not in done for p in part)]
 
     def __call__(self, model: HookedHybrid, items: Sequence[int]) -> Iterator[Cells]:
@@ -121,7 +120,7 @@ class CachedStateJob(PromptsJob[int]):
 def settings_of(
     cases: Sequence[Case], ks: Sequence[int]
 ) -> dict[str, tuple[Case, int | None, Setting]]:
-    """Return each case with each k, None where it needs none, by its name in the results.
+    """Return each case with each k (None if it needs none), by its name in the results.
 
     Raises:
         ValueError: no case or k, or one given twice.
@@ -155,7 +154,7 @@ def _answers(
     settings: dict[str, tuple[Case, int | None, Setting]],
     max_new_tokens: int,
 ) -> dict[tuple[str, str], Answer]:
-    """Return what each prompt (all of one length) is answered in each setting."""
+    """Return the answer to each prompt (all of one length) in each setting."""
     tokens = torch.tensor([prompt.tokens for prompt in prompts], device=model.device)
     found: dict[tuple[str, str], Answer] = {}
     for way in WAYS:

@@ -1,4 +1,4 @@
-"""Ways to answer a prompt with heads silenced: what a state keeps of it from step to step."""
+"""Ways to answer a prompt with zeroed heads, and their effects on the state between steps."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from hooked_hybrid.network.state import HybridState
 from hooked_hybrid.shapes import Tokens
 
 Answer = tuple[str, int, float]
-"""Text, number of new tokens, and smallest difference of the two largest logits on the way."""
+"""Text, number of new tokens, and smallest difference of the two largest logits at any step."""
 
 
 Rows = Int[Tensor, " row"]
@@ -27,17 +27,17 @@ Rows = Int[Tensor, " row"]
 
 @dataclass(frozen=True)
 class Case:
-    """Where heads are silenced, and what of it a state carries on.
+    """Where heads are zeroed, and which parts of the state keep the effect.
 
     Attributes:
         name: of the case.
-        damaged: parts of the prompt's state that come from a prefill with the heads silenced, the
-            others from a whole model's: "kv", "ssm", "conv".
-        steps: None leaves the steps of generation whole; else heads are silenced in them, and these
-            parts of what a step adds to the state are as it made them, the others as a whole
-            model's step from the same state would have.
-        recomputed: keep no state: run the whole sequence for every new token, with the heads
-            silenced at all positions, or at the last one only.
+        damaged: parts of the prompt's state that come from a prefill with zeroed heads ("kv",
+            "ssm", "conv"); the others come from the unmodified model.
+        steps: None: generation steps are unmodified. Otherwise heads are zeroed in them; these
+            parts of the state are updated by such a step, the others by a step of the unmodified
+            model from the same state.
+        recomputed: keep no state, but run the whole sequence for every new token, with heads zeroed
+            at all positions or only at the last one.
     """
 
     name: str
@@ -64,11 +64,11 @@ CASES: tuple[Case, ...] = (
     Case("no cache: everywhere", recomputed="everywhere"),
     Case("no cache: last position", recomputed="last"),
 )
-"""Damage in parts of the prompt's state, in the steps, in both; and with no state kept."""
+"""Effects in parts of the prompt's state, in the steps, in both; and without a state."""
 
 
 def way_of(case: Case) -> str:
-    """Return the name in `WAYS` of how a case is answered."""
+    """Return the name in `WAYS` of the way to answer a case."""
     if case.recomputed:
         return case.recomputed
     return "kept" if case.steps is None or set(case.steps) == set(ALL) else "in parts"
@@ -77,7 +77,7 @@ def way_of(case: Case) -> str:
 def _keep(
     model: HookedHybrid, tokens: Tokens, of_prompt: Rows, cases: Cases, max_new_tokens: int
 ) -> list[Answer]:
-    """Generate from states that are kept as they come."""
+    """Generate from unmodified cached states."""
     silenced = [row for row, (case, _) in enumerate(cases) if case.steps is not None]
     out = model.generate(
         tokens[of_prompt, -1:],
@@ -95,7 +95,7 @@ def _keep(
 def _keep_parts(
     model: HookedHybrid, tokens: Tokens, of_prompt: Rows, cases: Cases, max_new_tokens: int
 ) -> list[Answer]:
-    """Run each step with and without its hooks, and go on from a state that is made of both."""
+    """Run each step with and without its hooks, and continue from a state composed of both."""
     state, rows, ks = _starts(model, tokens, of_prompt, cases), torch.arange(len(cases)), _ks(cases)
 
     def step(so_far: Tokens, going: Rows) -> Tensor:
@@ -116,7 +116,7 @@ def _keep_parts(
 def _run_everything(
     model: HookedHybrid, tokens: Tokens, of_prompt: Rows, cases: Cases, max_new_tokens: int
 ) -> list[Answer]:
-    """Run the whole sequence for every token, hooks at all of it."""
+    """Run the whole sequence for every token, with hooks at all positions."""
     ks = _ks(cases)
 
     def step(so_far: Tokens, going: Rows) -> Tensor:
@@ -131,7 +131,7 @@ def _run_everything(
 def _run_to_the_last(
     model: HookedHybrid, tokens: Tokens, of_prompt: Rows, cases: Cases, max_new_tokens: int
 ) -> list[Answer]:
-    """Run the whole sequence for every token, hooks at its last position alone."""
+    """Run the whole sequence for every token, with hooks only at the last position."""
     ks = _ks(cases)
 
     def step(so_far: Tokens, going: Rows) -> Tensor:
@@ -148,11 +148,11 @@ WAYS: dict[str, Callable[..., list[Answer]]] = {
     "everywhere": _run_everything,
     "last": _run_to_the_last,
 }
-"""How rows of a case and a k are answered; `way_of` says which."""
+"""The ways to answer rows of a case and a k; see `way_of`."""
 
 
 def _starts(model: HookedHybrid, tokens: Tokens, of_prompt: Rows, cases: Cases) -> HybridState:
-    """Return the state that each row's generation starts from, made of two prefills."""
+    """Return the state from which each row's generation starts, composed of two prefills."""
     ks = sorted({k for case, k in cases if k is not None and case.damaged})
     clean = _prefilled(model, tokens, [])
     damaged = {k: _prefilled(model, tokens, keep_top_heads(k)) for k in ks}
@@ -176,7 +176,7 @@ def _read(model: HookedHybrid, tokens: Tokens, stage: Stage) -> HybridState:
 
 
 def _on(rows: list[int], ks: list[int]) -> list[HookSpec]:
-    """Return hooks that keep the most peaked heads of some rows, so many as each row's k."""
+    """Return hooks that keep the k most peaked heads of each row, for each row's k."""
     return [
         (where, on_rows(fn, [row for row in rows if ks[row] == k]))
         for k in sorted({ks[row] for row in rows})
@@ -194,7 +194,7 @@ def _decoded(
     step: Callable[[Tensor, Tensor], Tensor],
     max_new_tokens: int,
 ) -> list[Answer]:
-    """Return what is chosen greedily; `step` gives logits [row d_vocab] of the rows that go on."""
+    """Return greedy choices; `step` returns logits [row d_vocab] of the unfinished rows."""
     n_prompt, eos = tokens.shape[1], tokens.new_tensor(model.text.eos)
     margins, lengths = torch.full((len(tokens),), torch.inf), [0] * len(tokens)
     going = torch.arange(len(tokens))

@@ -1,1 +1,1 @@
-"""Texts that needles are placed in."""
+"""Texts in which needles are placed."""

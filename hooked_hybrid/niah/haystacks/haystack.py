@@ -1,4 +1,4 @@
-"""Ordinary text to hide a needle in: generated, with topics that persist from line to line."""
+"""Generated text in which to hide a needle, with topics that persist over several lines."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from hooked_hybrid.niah.haystacks import words
 
 
 def sentences(rng: random.Random) -> Iterator[str]:
-    """Yield sentences without end; a topic lasts for some of them."""
+    """Yield endless sentences; each topic lasts for some of them."""
     while True:
         topic = rng.choice(words.TOPICS)
         for _ in range(rng.randint(3, 7)):
@@ -42,6 +42,6 @@ def _noun(rng: random.Random, topic: tuple[str, str, str]) -> str:
 
 
 def _often_the_first(rng: random.Random, choices: str) -> str:
-    """Return a word, those that stand first more often: 1 / rank."""
+    """Return a word with probability proportional to 1 / rank."""
     options = choices.split()
     return rng.choices(options, [1 / rank for rank in range(1, len(options) + 1)])[0]

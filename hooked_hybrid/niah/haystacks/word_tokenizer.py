@@ -13,9 +13,9 @@ PAD, EOS, BOS, UNK = range(4)
 
 
 def word_tokenizer() -> Tokenizer:
-    """Return the tokenizer: a token a word, a mark or a line break; blanks are not kept.
+    """Return the tokenizer: a token for each word, mark or line break; blanks are not kept.
 
-    With special tokens asked for, a text begins with BOS.
+    With special tokens, a text begins with BOS.
     """
     ids = {word: i for i, word in enumerate(vocabulary())}
     tokenizer = Tokenizer(WordLevel(ids, unk_token=SPECIAL[UNK]))

@@ -1,4 +1,4 @@
-"""The words of the packaged models: needles, haystacks and templates are made of these."""
+"""The words of the packaged models, used in needles, haystacks and templates."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ TOPICS: tuple[tuple[str, str, str], ...] = (
         "strange exact tiny huge false obvious",
     ),
 )
-"""Nouns, verbs and adjectives that stand together in ordinary text."""
+"""Nouns, verbs and adjectives of each topic."""
 DETERMINERS = "the a this every one another".split()
 PREPOSITIONS = "near behind without before after about under with".split()
 ADVERBS = "often slowly rarely usually quickly never always perhaps suddenly again".split()

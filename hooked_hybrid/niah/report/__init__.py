@@ -1,4 +1,4 @@
-"""Reports and pictures of NIAH."""
+"""Reports and figures of NIAH."""
 
 from hooked_hybrid.niah.report.report import (
     CAUTION,

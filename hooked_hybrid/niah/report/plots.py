@@ -1,7 +1,7 @@
-"""Pictures of a sweep: retrieval maps, and accuracy by the number of heads.
+"""Figures of a sweep: retrieval maps, and accuracy by the number of heads.
 
-The figures belong to no window and no `pyplot`; `save_figure` writes them, a notebook shows them.
-matplotlib is imported when the first one is drawn.
+The figures have no window and are not known to `pyplot`; `save_figure` writes them, a notebook
+shows them. matplotlib is imported when the first one is drawn.
 """
 
 from __future__ import annotations
@@ -35,16 +35,16 @@ _MOST_TICKS = 10
 def retrieval_maps(table: pd.DataFrame, thesis_depth: bool = False) -> Figure:
     """Return one figure with a heat map for each setting, all on one colour scale.
 
-    Across is the prompt's length in tokens, down the depth of the needle, from the beginning of
-    the haystack at the top to its end: as asked, and in brackets where the needles of the row
-    really stand. Needles share a cell by their mean. A cell that was not run
-    is grey. Above the solid line the needle is beyond the attention window of the last prompt
-    token; the dotted line stands before the first length of which that is so.
+    The horizontal axis is the prompt's length in tokens, the vertical one the depth of the needle,
+    from the beginning of the haystack at the top to its end: the requested depth, with the real
+    depths in brackets. A cell is the mean over needles, and grey if it was not run. Above the solid
+    line the needle is beyond the attention window of the last prompt token; the dotted line is
+    before the first length with such needles.
 
     Args:
         table: of `niah`.
-        thesis_depth: count depth as the thesis does, 0% at the end of the haystack; the maps stay
-            as they are, the numbers next to them change.
+        thesis_depth: count depth as in the thesis, from 0% at the end of the haystack; this changes
+            the labels, not the maps.
 
     Raises:
         ValueError: no cell has a score.
@@ -69,7 +69,7 @@ def retrieval_maps(table: pd.DataFrame, thesis_depth: bool = False) -> Figure:
     figure.supylabel(_depth_label(thesis_depth), fontsize=10)
     _add_colour_bar(figure, image, list(grid.flat), aspect=max(30, 12 * len(rows)))
     _add_window_legend(figure, cells, n_columns=1 if n_columns < 4 else 2)
-    if ragged:  # they have their labels in the room below, which no panel takes
+    if ragged:  # their labels are in the empty space below
         figure.draw_without_rendering()
         figure.set_layout_engine("none")
         for axes in ragged:
@@ -100,14 +100,14 @@ def retrieval_map(table: pd.DataFrame, setting: str, thesis_depth: bool = False)
 
 
 def accuracy_by_k(table: pd.DataFrame, by_window: bool = False) -> Figure:
-    """Return accuracy against k, a line a stage, with bands of 95% intervals.
+    """Return accuracy by k, with a line for each stage and bands of 95% intervals.
 
     The intervals are over needles (`hooked_hybrid.runs.intervals`); with one needle there are none,
-    and the legend says so. Settings without a k are level dotted lines.
+    as the legend states. Settings without a k are horizontal dotted lines.
 
     Args:
         table: of `niah`.
-        by_window: draw needles inside the attention window and beyond it side by side.
+        by_window: separate panels for needles inside the attention window and beyond it.
 
     Raises:
         ValueError: no cell has a score, or no setting has a k.
@@ -134,7 +134,7 @@ def accuracy_by_k(table: pd.DataFrame, by_window: bool = False) -> Figure:
 
 
 def _rows_of_panels(cells: pd.DataFrame) -> list[list[str]]:
-    """Return the settings in rows of a grid, each stage beginning a new one."""
+    """Return the settings in rows of a grid, with a new row for each stage."""
     rows: list[list[str]] = []
     for _, part in cells.groupby("stage", sort=False, dropna=False):
         names = list(part["setting"].unique())
@@ -146,7 +146,7 @@ def _rows_of_panels(cells: pd.DataFrame) -> list[list[str]]:
 def _draw_map(
     axes: Axes, cells: pd.DataFrame, setting: str, thesis_depth: bool, is_single: bool = False
 ) -> Any:
-    """Draw one heat map on the lengths and depths of the whole table; return what has its scale."""
+    """Draw one heat map for the lengths and depths of the table; return its image."""
     from matplotlib.colors import LinearSegmentedColormap
 
     scale = LinearSegmentedColormap.from_list("retrieval", COLORS)
@@ -161,7 +161,7 @@ def _draw_map(
     turned: dict[str, Any] = {"rotation": 90} if not is_single else {}
     axes.set_xticks(x, [f"{lengths[i]:,.0f}" for i in x], fontsize=size, **turned)
     axes.set_yticks(y, shown, fontsize=size)
-    # Of its own cells: a context that is given twice has its last needle elsewhere.
+    # From its own cells, as a context given twice has its last needle elsewhere.
     seen = own if cells["read_twice"].nunique() > 1 else cells
     _draw_window(axes, _on_grid(seen, "in_window", lengths, depths))
     if is_single and means.size <= 400:
@@ -182,7 +182,7 @@ def _on_grid(
 
 
 def _draw_window(axes: Axes, in_window: np.ndarray) -> None:
-    """Outline the cells whose needle is beyond the window; mark where such prompts begin."""
+    """Outline the cells with needles beyond the window, and mark the first such length."""
     beyond = in_window < 0.5
     if not beyond.any():
         return
@@ -215,7 +215,7 @@ def _add_window_legend(figure: Figure, cells: pd.DataFrame, n_columns: int) -> N
 
 
 def intervals_said(cells: pd.DataFrame, what: str) -> str:
-    """Return what a picture's intervals are over; of a single needle, that there are none."""
+    """Return the label of a figure's intervals; for a single needle, that there are none."""
     n = cells["needle_id"].nunique(dropna=False)
     return f"{what} over {n} needles" if n > 1 else "one needle: no intervals"
 
@@ -231,9 +231,9 @@ def _depth_label(thesis_depth: bool) -> str:
 
 
 def _depth_said(cells: pd.DataFrame, thesis_depth: bool) -> str:
-    """Return the asked depth of a row of a map, and the range of the real ones where they differ.
+    """Return the requested depth of a row of a map, and the range of real depths if they differ.
 
-    In percent. A table of an older sweep does not say where a needle stands.
+    In percent. A table of an older sweep has no real depths.
     """
     asked, real = cells["depth"].iloc[0], cells.get("real_depth", cells["depth"])
     ends = [float(end) for end in (real.min(), real.max())]
@@ -246,7 +246,7 @@ def _depth_said(cells: pd.DataFrame, thesis_depth: bool) -> str:
 
 
 def _tick_places(n: int) -> list[int]:
-    """Return up to ten places among `n`, evenly spaced, the first and the last with them."""
+    """Return up to ten evenly spaced indices of `n`, including the first and the last."""
     return sorted({round(i) for i in np.linspace(0, n - 1, min(n, _MOST_TICKS))})
 
 

@@ -1,4 +1,4 @@
-"""What the papers report, and the same figure of a table of ours, to stand side by side."""
+"""Results of the papers, and the same figures from a table, for comparison."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ Measure = Literal["k=0", "k=2", "tipping k", "all heads", "15% of heads", "by k"
 class Published:
     """One published result.
 
-    `measure` names our figure of the same thing; `stage` and `read_twice` say of which
-    cells: the stage in which heads are silenced, and whether the context is given twice. "setting"
-    is the accuracy of the setting named `setting`.
+    `measure` names the corresponding figure of a table; `stage` and `read_twice` select its cells:
+    the stage in which heads are zeroed, and whether the context is given twice. "setting" is the
+    accuracy of the setting named `setting`.
     """
 
     what: str
@@ -101,7 +101,7 @@ NOT_RUN = "not run"
 
 
 def ours(entry: Published, table: pd.DataFrame) -> str:
-    """Return our figure for a published one, in words, or that it was not run.
+    """Return our figure for a published one as text, or that it was not run.
 
     The tipping point is the smallest k with at least half of the stage's best accuracy.
     """

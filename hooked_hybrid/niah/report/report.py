@@ -1,4 +1,4 @@
-"""One page that says what was run and what came out, with everything it shows inside it."""
+"""A report of a sweep and its results, as one self-contained HTML page."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ pre { background: #f4f4f4; padding: 8px; overflow-x: auto; white-space: pre-wrap
 
 
 class Written(NamedTuple):
-    """The files of a report: the page, the cells, and the pictures that it shows and others."""
+    """The files of a report: the page, the cells, and the figures."""
 
     report: Path
     table: Path
@@ -66,20 +66,20 @@ def write_report(
     among: pd.DataFrame | None = None,
     unmapped: Collection[str] = (),
 ) -> Written:
-    """Write `report.html`, `table.csv` and the pictures of a sweep, each whole or not at all.
+    """Write `report.html`, `table.csv` and the figures of a sweep, each atomically.
 
     Args:
         table: of `niah`.
-        settings: the `Setting`s that were run; their names and `spec` are listed.
+        settings: the `Setting`s of the sweep; their names and `spec` are listed.
         model_card: facts about the model, by name.
-        folder: gets the files; those of an earlier report are replaced.
-        published: results of others, shown next to the same figures of this table.
-        command: the command line that made the table.
+        folder: for the files; those of an earlier report are replaced.
+        published: published results, shown next to the same figures of this table.
+        command: the command line that produced the table.
         thesis_depth: see `retrieval_maps`.
         losses: of `hooked_hybrid.niah.language.text_loss`, shown next to the accuracies.
-        figures: further pictures, by title.
-        among: of `hooked_hybrid.niah.head_sets.standings`, listed where it has rows.
-        unmapped: settings without maps: every set of heads there is would be a picture each.
+        figures: further figures, by title.
+        among: of `hooked_hybrid.niah.head_sets.standings`, listed if it has rows.
+        unmapped: settings without maps, such as numerous sets of heads.
 
     Raises:
         ValueError: no cell has a score.
@@ -120,10 +120,9 @@ def write_report(
 def save_pictures(
     table: pd.DataFrame, folder: str | PathLike[str], thesis_depth: bool = False
 ) -> list[Path]:
-    """Write every picture as PNG and PDF; return the paths of the PNGs, the joint maps first.
+    """Write every figure as PNG and PDF; return the paths of the PNGs, the joint maps first.
 
-    The curves are left out where no setting has a k, their split by window where no needle is
-    beyond it.
+    The curves are left out if no setting has a k; their split by window, if no needle is beyond it.
     """
     folder = Path(folder)
     refuse_link(folder / "maps")
@@ -145,8 +144,8 @@ def summary_rows(
 ) -> tuple[list[str], list[list[str]]]:
     """Return the headings and the rows of `summary`, as text for a page or a screen.
 
-    With `losses` (of `text_loss`), the loss of text in nats a token and what it is above the first
-    setting's are shown too.
+    With `losses` (of `text_loss`), the loss of text in nats a token and its difference from the
+    first setting are shown too.
     """
     figures = summary(table)
     headings = ["setting", "cells", "accuracy", "95% interval", "whole answer"]
@@ -209,7 +208,7 @@ def _what_was_run(
 
 
 def _depths_said(prompts: pd.DataFrame) -> str:
-    """Return how far from the asked depth the needles stand, and how many stand amid sentences."""
+    """Return the distances of needles from requested depths, and the number within sentences."""
     hidden = prompts[prompts["accuracy"].notna()]
     if "real_depth" not in hidden or hidden["placed_between"].isna().all():
         return "as asked: where the needles really stand was not kept"

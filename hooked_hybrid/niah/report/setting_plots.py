@@ -1,4 +1,4 @@
-"""Pictures of settings that are not counts of heads: one line a setting, and the weight matrix."""
+"""Figures of settings other than numbers of heads: a line for each, and the weight matrix."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ MARKERS = "osD^vx"
 
 
 def accuracy_by_setting(table: pd.DataFrame, losses: pd.DataFrame | None = None) -> Figure:
-    """Return one line a setting: its accuracy, and what it costs ordinary language.
+    """Return a line for each setting: its accuracy, and its effect on the loss of text.
 
-    On the left the mean accuracy with its 95% interval over needles (a single needle has none),
-    apart for needles within the attention window of the last prompt token and beyond it. On the
-    right, where `losses` are given, by how many nats a token the text's loss is above that of the
-    first setting, with its interval.
+    On the left the mean accuracy with its 95% interval over needles (none for a single needle),
+    separately for needles within the attention window of the last prompt token and beyond it. On
+    the right, with `losses`, the difference of the text's loss from that of the first setting, in
+    nats a token, with its interval.
 
     Args:
         table: of `niah`.
@@ -129,15 +129,15 @@ def weight_matrix_picture(table: pd.DataFrame) -> Figure:
 
 
 def accuracy_by_heads_kept(table: pd.DataFrame, sizes: Mapping[str, tuple[str, int]]) -> Figure:
-    """Return accuracy against the number of heads kept in all, a line for each way to choose them.
+    """Return accuracy by the total number of heads kept, with a line for each way to choose them.
 
-    Several settings of one way and number (sets drawn at random) are a mean, with the range of
-    their accuracies as a band. Settings without a number are level dotted lines. One panel for
-    needles inside the attention window of the last prompt token, one beyond it, if there are any.
+    Several settings of one way and number (random sets) are shown by their mean, with the range of
+    their accuracies as a band. Settings without a number are horizontal dotted lines. There is a
+    panel for needles inside the attention window of the last prompt token, and one for others.
 
     Args:
         table: of `niah`.
-        sizes: how each setting chooses, and how many heads it keeps, by its name.
+        sizes: the way to choose and the number of heads, by the name of the setting.
 
     Raises:
         ValueError: no cell has a score.

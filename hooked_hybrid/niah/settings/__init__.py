@@ -1,4 +1,4 @@
-"""What is done to a model in a NIAH experiment."""
+"""Settings of NIAH experiments: the interventions on a model."""
 
 from hooked_hybrid.niah.settings.setting import (
     Hooks,

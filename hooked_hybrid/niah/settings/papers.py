@@ -41,9 +41,9 @@ FOLLOW_MODES: dict[str, dict[str, Any]] = {
         ", rest": {"weight": "sum", "outside": "keep"},
     }.items()
 }
-"""Manipulations that move with the token being written, and their options of `follow_span`."""
+"""Manipulations that follow the generated token, with their options for `follow_span`."""
 USUAL_DRAWS = 20
-"""Sets of heads, and of layers, at random if all of them are too many."""
+"""Number of random sets of heads, and of layers, if there are too many to run all."""
 WHOLE = Setting("whole", spec={"kind": "whole"})
 
 
@@ -55,7 +55,7 @@ def weight_matrix(
     Settings with the same prefill share its run. Source: Michalak 2025, Table 6.1; there as here
     weights are not renormalised. (The thesis names them "generation-prefill".)
 
-    `FOLLOW_MODES` may stand in generation too; ours.
+    `FOLLOW_MODES`, which are ours, may also be used in generation.
 
     Raises:
         ValueError: an unknown mode (when the sweep checks its hooks).
@@ -79,7 +79,7 @@ def weight_matrix(
 
 
 def layer_settings(cfg: HybridConfig) -> list[Setting]:
-    """Return the whole model, each kind of layer silenced in both stages, and each mixer alone."""
+    """Return settings for the whole model, and for each kind of layer and each mixer zeroed."""
     settings = [WHOLE]
     for mixer in MIXERS.values():
         if layers := layers_of(cfg, mixer.kind):
@@ -93,7 +93,7 @@ def layer_settings(cfg: HybridConfig) -> list[Setting]:
 
 
 def head_settings(cfg: HybridConfig) -> list[Setting]:
-    """Return the whole model, and each attention head silenced alone, in both stages."""
+    """Return settings for the whole model, and for each single attention head zeroed."""
     heads = [(layer, head) for layer, n in heads_of(cfg).items() for head in range(n)]
     sets = [{layer: [head]} for layer, head in heads]
     names = [f"no head {layer}.{head}" for layer, head in heads]
@@ -103,7 +103,7 @@ def head_settings(cfg: HybridConfig) -> list[Setting]:
 def cut_settings(
     cfg: HybridConfig, names: Sequence[str], sets: Sequence[dict[int, list[int]]]
 ) -> list[Setting]:
-    """Return a setting for each set of heads, silenced in both stages; they run as one batch."""
+    """Return a setting for each set of heads, zeroed in both stages; they run as one batch."""
     masks = {
         layer: torch.tensor([[h in cut.get(layer, ()) for h in range(n)] for cut in sets])
         for layer, n in heads_of(cfg).items()
@@ -125,11 +125,12 @@ def control_settings(
 ) -> list[Setting]:
     """Return the controls of a claim about the most peaked heads.
 
-    For each k, in both stages: the k most peaked heads of each token; as many by reversed score, by
-    attention to the needle, at random at each token, and fixed sets of heads: every one ("every k=4
-    #0") if there are no more than `n_draws`, else so many drawn once ("drawn k=4 #0"). And with
-    as many recurrent layers silenced as there are attention layers: every such set, or `n_draws`.
-    Where `n_draws` is None it is `head_sets.EVERY` for heads where that is every set, else 20.
+    For each k, in both stages: the k most peaked heads of each token; equally many by reversed
+    score,
+    by attention to the needle, at random at each token, and fixed sets of heads: all sets ("every
+    k=4 #0") if there are at most `n_draws`, else this many random ones ("drawn k=4 #0"). Also, sets
+    of recurrent layers zeroed, as many layers as there are attention layers: all such sets, or
+    `n_draws`. `n_draws` of None is `head_sets.EVERY` for heads if that covers all sets, else 20.
 
     Raises:
         ValueError: a k out of range, or fewer than one draw.
@@ -165,7 +166,7 @@ def control_settings(
 
 
 def sets_beside(settings: Sequence[Setting]) -> dict[str, list[str]]:
-    """Return the sets of heads that each choice of `control_settings` stands among, by name."""
+    """Return the sets of heads to compare with each choice of `control_settings`, by name."""
     found: dict[str, list[str]] = {}
     names = [setting.name for setting in settings]
     for name in names:
@@ -184,7 +185,7 @@ def all_but(counts: Mapping[int, int], kept: Collection[tuple[int, int]]) -> dic
 def _sets_of(
     layers: Sequence[int], size: int, most: int, rng: random.Random
 ) -> list[tuple[int, ...]]:
-    """Return every set of so many layers, or `most` of them at random."""
+    """Return every set of this many layers, or `most` random ones."""
     if math.comb(len(layers), size) <= most:
         return list(itertools.combinations(layers, size))
     found: set[tuple[int, ...]] = set()
@@ -194,7 +195,7 @@ def _sets_of(
 
 
 def _on_needle(mode: str) -> Hooks:
-    """Return hooks that depend on where the needle is; the same object for every prompt."""
+    """Return hooks that depend on the place of the needle, the same object for every prompt."""
     if mode == "keep":
         return ()
     if mode in FOLLOW_MODES:

@@ -1,4 +1,4 @@
-"""Settings of a sweep: which hooks run in prefill and in generation, for one prompt or a batch."""
+"""Settings of a sweep: the hooks in prefill and in generation, for one prompt or a batch."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ Hooks = tuple[HookSpec, ...] | Callable[[Prompt], Sequence[HookSpec]]
 
 @dataclass(frozen=True)
 class PerRow:
-    """Hooks that take one argument a row: settings that share `make` run as one set of hooks.
+    """Hooks with one argument for each row; settings with the same `make` run as one set of hooks.
 
-    `make` is given a tensor [batch] of the arguments and returns hooks for the whole batch; they
-    stand for the setting's `generation`, and for its `prefill` where it has one.
+    `make` is called with a tensor [batch] of the arguments and returns hooks for the whole batch,
+    which replace the setting's `generation`, and its `prefill` if it has one.
     """
 
     make: Callable[[Tensor], list[HookSpec]]
@@ -34,16 +34,15 @@ class PerRow:
 class Setting:
     """One way to run every prompt.
 
-    Hooks must treat rows alike: a sweep makes batches of its own, in which other settings have rows
-    too, so that a hook for certain rows (`patch(rows=...)`, an argument a row) would act on wrong
-    ones.
+    Hooks must treat rows alike: batches of a sweep contain rows of other settings, so a hook for
+    certain rows (`patch(rows=...)`, an argument for each row) would act on wrong rows.
 
     Args:
         name: unique in a sweep.
         prefill: hooks of the prefill stage, or a function that returns them for a prompt.
         generation: hooks of the generation stage, or such a function.
-        spec: what the setting is, in JSON-able values; it is kept with the results.
-        per_row: another form of these hooks, for many settings at a time.
+        spec: a description of the setting in JSON-able values, stored with the results.
+        per_row: a form of these hooks for many settings at a time.
     """
 
     name: str
@@ -93,14 +92,14 @@ def depends_on_prompt(setting: Setting) -> bool:
 
 
 def hooks_for(hooks: Hooks, prompt: Prompt) -> tuple[HookSpec, ...]:
-    """Return the hooks themselves, made for a prompt where they depend on it."""
+    """Return the hooks, made for the prompt if they depend on it."""
     return tuple(hooks(prompt)) if callable(hooks) else tuple(hooks)
 
 
 def hooks_of_rows(
     rows: Sequence[tuple[Setting, Prompt]], stage: Literal["prefill", "generation"]
 ) -> list[HookSpec]:
-    """Return hooks of a stage for one batch in which row i is a prompt under a setting."""
+    """Return hooks of a stage for a batch in which row i is a prompt with a setting."""
     alone: dict[Any, tuple[tuple[HookSpec, ...], list[int]]] = {}
     together: dict[Any, list[int]] = {}
     arguments = torch.zeros(len(rows), dtype=torch.long)
@@ -121,17 +120,17 @@ def hooks_of_rows(
 
 
 def _only(arguments: Tensor, rows: list[int]) -> Tensor:
-    """Return the arguments of some rows, 0 in the others: these are another maker's."""
+    """Return the arguments of some rows, and 0 for rows of other makers."""
     own = torch.zeros_like(arguments)
     own[rows] = arguments[rows]
     return own
 
 
 def settings_identity(model: HookedHybrid, settings: Sequence[Setting]) -> dict[str, Any]:
-    """Return what tells settings apart, by their names: "spec", and "hooks" as they are now.
+    """Return the identity of settings, by name: "spec", and the identity of their hooks.
 
     Raises:
-        UntoldError: hooks that hold something whose content cannot be identified.
+        UntoldError: hooks with content that cannot be identified.
     """
     known = known_of(model)
     return {

@@ -21,9 +21,9 @@ from hooked_hybrid.niah.settings.setting import Setting, top_k_settings
 
 RUN_TIME, BY_LOT, EVERY_SET = "run time, entropy", "by lot", "every set"
 USUAL_DRAWS = 5
-"""Sets of each size at random if all of them are too many."""
+"""Number of random sets of each size, if there are too many to run all."""
 OTHER_SEED = 2000
-"""Of needles and haystack of the prompts that heads are chosen on; no sweep has it by default."""
+"""Seed of the prompts on which heads are chosen, which no sweep uses by default."""
 
 
 def static_settings(
@@ -33,21 +33,21 @@ def static_settings(
     n_draws: int | None = None,
     seed: int = 0,
 ) -> list[Setting]:
-    """Return fixed sets of heads of several sizes, and as many heads chosen at run time.
+    """Return settings with fixed sets of heads of several sizes, and with heads chosen at run time.
 
-    Everything is silenced in both stages. For each k, of L attention layers: the k most peaked
-    heads of each layer and token; of each ranking, the k best of each layer ("a layer") and the
-    k x L best of all ("overall"); every set with k heads in each layer ("every set") if there
-    are no more than `n_draws`, else this many at random, no two alike ("by lot"). "overall" is also
-    there with the k best of all.
+    Other heads are zeroed in both stages. For each k, with L attention layers: the k most peaked
+    heads of each layer and token; of each ranking, the k best of each layer ("a layer") and the k x
+    L best of all ("overall"); all sets with k heads in each layer ("every set") if there are at
+    most `n_draws`, else this many distinct random sets ("by lot"). "overall" is also run with the k
+    best of all.
 
     Args:
         cfg: of the model.
-        rankings: scores of its heads, by name; the largest are kept.
+        rankings: scores of the heads, by name; the largest are kept.
         ks: heads kept in each layer.
-        n_draws: sets of each size that nothing chose; None for every one of up to
-            `head_sets.EVERY`, or 5 of more.
-        seed: of these.
+        n_draws: number of random sets of each size; None for all sets, if there are at most
+            `head_sets.EVERY`, else 5.
+        seed: of the random sets.
 
     Raises:
         ValueError: as `check_sizes`, or a ranking of other layers.
@@ -72,10 +72,10 @@ def static_settings(
 
 
 def check_sizes(cfg: HybridConfig, ks: Sequence[int], n_draws: int | None) -> dict[int, int]:
-    """Return how many heads each attention layer has.
+    """Return the number of heads of each attention layer.
 
     Raises:
-        ValueError: no k, one that is none or all of a layer's heads or more, or draws below 0.
+        ValueError: no k, a k below 1 or not below a layer's number of heads, or draws below 0.
     """
     counts = heads_of(cfg)
     most = min(counts.values()) - 1
@@ -93,7 +93,7 @@ def _best_of_each(ranking: HeadScores, k: int) -> list[tuple[int, int]]:
 
 
 def _run_time(ks: Sequence[int], n_layers: int) -> list[Setting]:
-    """Return the papers' settings, without their k: it counts the heads of one layer."""
+    """Return the papers' settings without their k, which counts the heads of one layer."""
     made = zip(ks, top_k_settings(ks, ["both"]), strict=True)
     return [
         replace(
@@ -108,7 +108,7 @@ def _run_time(ks: Sequence[int], n_layers: int) -> list[Setting]:
 def _static(
     cfg: HybridConfig, chosen: Sequence[tuple[str, list[tuple[int, int]]]]
 ) -> list[Setting]:
-    """Return a setting for each named set of heads that are kept."""
+    """Return a setting for each named set of heads to keep."""
     names: list[str] = []
     cuts = []
     for kind, heads in chosen:
@@ -124,15 +124,15 @@ def _static(
 
 
 def sizes_of(settings: Sequence[Setting]) -> dict[str, tuple[str, int]]:
-    """Return what each setting of `static_settings` is by name: how it chooses, and heads kept."""
+    """Return the way to choose and the number of heads of each setting of `static_settings`."""
     found: dict[str, Any] = {s.name: (s.spec.get("kind"), s.spec.get("n_heads")) for s in settings}
     return {name: (kind, n) for name, (kind, n) in found.items() if n is not None}
 
 
 def sets_beside(settings: Sequence[Setting]) -> dict[str, list[str]]:
-    """Return the sets of heads that each choice of `static_settings` stands among, by name.
+    """Return the sets of heads to compare with each choice of `static_settings`, by name.
 
-    Those with as many heads in each layer: a choice from all layers has none.
+    They have equally many heads in each layer, so a choice from all layers has none.
     """
     sizes, sets = sizes_of(settings), (BY_LOT, EVERY_SET)
     return {
@@ -145,11 +145,11 @@ def sets_beside(settings: Sequence[Setting]) -> dict[str, list[str]]:
 def rankings_of(model: HookedHybrid, n_needles: int = 8) -> dict[str, HeadScores]:
     """Return the rankings that the command compares: "retrieval" and "copying".
 
-    "retrieval" is the share of copied tokens that a head looks at, on `other_prompts`; "copying"
-    the eigenvalues of the OV circuits, from the weights alone.
+    "retrieval" is the share of copied tokens to which a head attends, on `other_prompts`; "copying"
+    is from the eigenvalues of the OV circuits, that is from the weights.
 
     Raises:
-        ValueError: the model retrieves none of these needles.
+        ValueError: the model does not retrieve any of these needles.
     """
     prompts = other_prompts(model, n_needles)
     return {
@@ -159,10 +159,10 @@ def rankings_of(model: HookedHybrid, n_needles: int = 8) -> dict[str, HeadScores
 
 
 def other_prompts(model: HookedHybrid, n_needles: int = 8) -> list[Prompt]:
-    """Return prompts that no sweep has: needles about other cities, in another haystack.
+    """Return prompts that no sweep uses: needles about other cities, in another haystack.
 
-    Each needle stands in the beginning, middle and end of a prompt of 3/8 of the longest default
-    one, so that it is in the attention window to the last token of the answer.
+    Each needle is placed at the beginning, middle and end of a prompt of 3/8 of the longest default
+    length, so that it is in the attention window up to the last token of the answer.
     """
     needles = draw_needles(random.Random(OTHER_SEED), n_needles, training_cities())
     shortest = max(shortest_length(model, needle) for needle in needles)
