@@ -121,7 +121,6 @@ class Homes:
         assert self.quantizer is not None  # `plan_homes` made one
         new, record = self.quantizer.quantize(name, weight)
         set_weight(model, name, new)
-        del weight
         give_back_freed_memory()  # of the temporaries: they may be larger than what is kept
         return record
 
