@@ -22,16 +22,21 @@ import contextlib
 import functools
 import sys
 from collections import Counter
-from typing import Any, ClassVar
+from collections.abc import Iterator
+from typing import Any, ClassVar, NamedTuple
 from unittest import mock
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
+from torch.utils._python_dispatch import (
+    TorchDispatchMode,
+    _disable_current_modes,
+    return_and_correct_aliasing,
+)
 from torch.utils._pytree import tree_map_only
 
 from hooked_hybrid.network import layers
+from hooked_hybrid.network.kernels import fused_attention
 from tests.pretended_gpu.backends import backend
 
 CUDA = torch.device("cuda", 0)
@@ -168,25 +173,28 @@ def _inside(x: Any, tensors: list[Tensor]) -> Any:
     return type(x)(_inside(i, tensors) for i in x) if type(x) in (tuple, list) else x
 
 
-@functools.cache
-def _has_aliases(func: Any) -> bool:
+@contextlib.contextmanager
+def on_the_numbers() -> Iterator[None]:
+    """Run what stands for one kernel on CPU numbers, with no note of its operations."""
+    with _disable_current_modes():
+        yield
+
+
+class Facts(NamedTuple):
+    """What is asked of an operation each time it runs."""
+
+    name: str
+    has_aliases: bool
     """Whether a result may be an argument, or share its memory."""
-    return any(r.alias_info is not None for r in func._schema.returns)
+    is_composite: bool
 
 
-class _Attention(TorchFunctionMode):
-    """Replaces torch's fused attention, which a CPU build cannot dispatch for CUDA."""
-
-    def __init__(self, gpu: PretendedGPU) -> None:
-        self.gpu = gpu
-
-    def __torch_function__(
-        self, func: Any, _types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        is_fused = func is torch.nn.functional.scaled_dot_product_attention
-        if is_fused and isinstance(args[0], Pretended):
-            return self.gpu.attend(*args, **(kwargs or {}))
-        return func(*args, **(kwargs or {}))
+@functools.cache
+def _facts_of(func: Any) -> Facts:
+    has_aliases = any(r.alias_info is not None for r in func._schema.returns)
+    has = torch._C._dispatch_has_kernel_for_dispatch_key
+    is_composite = bool(has(func.name(), "CompositeImplicitAutograd"))
+    return Facts(func.overloadpacket.__name__, has_aliases, is_composite)
 
 
 class PretendedGPU(TorchDispatchMode):
@@ -236,9 +244,16 @@ class PretendedGPU(TorchDispatchMode):
         self._lifts = torch._C._only_lift_cpu_tensors()
         torch._C._set_only_lift_cpu_tensors(True)  # so that `torch.tensor(device=)` comes here
         self._outer, PretendedGPU.current = PretendedGPU.current, self
+        fused = fused_attention.scaled_dot_product_attention
+
+        def attention(q: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            return (self.attend if isinstance(q, Pretended) else fused)(q, *args, **kwargs)
+
+        # Torch's own, which a CPU build cannot dispatch for CUDA.
+        patch = mock.patch.object(fused_attention, "scaled_dot_product_attention", attention)
+        self._stack.enter_context(patch)
         layers._constant.cache_clear()
         super().__enter__()
-        self._stack.enter_context(_Attention(self))
         return self
 
     def __exit__(self, *error: Any) -> None:
@@ -286,7 +301,7 @@ class PretendedGPU(TorchDispatchMode):
 
     def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Return what an operation gives, on the device on which a GPU would leave it."""
-        name = func.overloadpacket.__name__
+        name, has_aliases, is_composite = _facts_of(func)
         tensors: list[Tensor] = []
         inner_args, inner_kwargs = _inside(args, tensors), _inside(kwargs, tensors)
         mine = [t for t in tensors if isinstance(t, Pretended)]
@@ -295,7 +310,8 @@ class PretendedGPU(TorchDispatchMode):
             if tensors and name not in NO_KERNEL:
                 self.host_work[(name, *places(1))] += 1
             return func(*args, **kwargs)
-        if torch.is_inference_mode_enabled() and _is_composite(func):  # not taken apart by itself
+        infers = torch.is_inference_mode_enabled()
+        if infers and is_composite:  # not taken apart by itself
             TorchDispatchMode.__enter__(self)
             try:
                 return func.decompose(*args, **kwargs)
@@ -313,11 +329,13 @@ class PretendedGPU(TorchDispatchMode):
                 out.data_ptr() == t.elem.data_ptr() for t in mine
             )
             return out.clone() if is_same and name in ("_to_copy", "to") else out
-        # In inference mode too, a view of a tensor from outside counts its changes with it.
-        is_outside = bool(mine) and _has_aliases(func) and not mine[0].is_inference()
-        with torch.inference_mode(torch.is_inference_mode_enabled() and not is_outside):
+        if infers and mine and has_aliases and not mine[0].is_inference():
+            # In inference mode too, a view of a tensor from outside counts its changes with it.
+            with torch.inference_mode(False):
+                out = _pretended(out)
+        else:
             out = _pretended(out)
-        if name == "_to_copy" or not mine or not _has_aliases(func):
+        if name == "_to_copy" or not mine or not has_aliases:
             return out
         return return_and_correct_aliasing(func, args, kwargs, out)
 
@@ -389,8 +407,3 @@ class PretendedGPU(TorchDispatchMode):
         self.launches = before
         self.launches["scaled_dot_product_attention"] += 1
         return out
-
-
-def _is_composite(func: Any) -> bool:
-    has = torch._C._dispatch_has_kernel_for_dispatch_key
-    return bool(has(func.name(), "CompositeImplicitAutograd"))

@@ -16,7 +16,7 @@ from hooked_hybrid.network import kernels
 from hooked_hybrid.network.kernels import linear_scan, trials
 from hooked_hybrid.network.scans.loops import scan_loop, selective_scan_loop
 from tests.pretended_gpu import packages
-from tests.pretended_gpu.device import PretendedGPU
+from tests.pretended_gpu.device import PretendedGPU, on_the_numbers, real
 
 calls = packages.calls
 
@@ -25,11 +25,9 @@ calls = packages.calls
 def _one_launch(name: str, n: int = 1) -> Iterator[None]:
     """Count what is computed as the launches of a kernel."""
     calls[name] += 1
-    gpu = PretendedGPU.entered()
-    before = gpu.launches.copy()
-    yield
-    gpu.launches = before
-    gpu.launches[name] += n
+    with on_the_numbers():
+        yield
+    PretendedGPU.entered().launches[name] += n
 
 
 def _launch(a: Tensor, x: Tensor, h0: Tensor, states: Tensor, reverse: bool) -> None:
@@ -37,6 +35,7 @@ def _launch(a: Tensor, x: Tensor, h0: Tensor, states: Tensor, reverse: bool) -> 
     assert all(t.is_cuda and t.is_contiguous() and t.dtype == x.dtype for t in (a, x, h0, states))
     assert a.shape == x.shape == states.shape and h0.shape == (x.shape[0], x.shape[2])
     with _one_launch("Triton linear scan", 3 if x.shape[1] > linear_scan.CHUNK else 1):
+        a, x, h0, states = real((a, x, h0, states))
         if reverse:
             states.copy_(scan_loop(a.flip(1), x.flip(1), h0).flip(1))
         else:
@@ -53,6 +52,7 @@ class _SelectiveScan:
             assert all(t.is_cuda and t.is_contiguous() for t in tensors)
             assert (forget is not None) == has_resets and all(grid)
             with _one_launch("Triton selective scan"):
+                inputs, forget, y, last = real((inputs, forget, y, last))
                 resets = None if forget is None else forget > 0
                 for out, found in zip((y, last), selective_scan_loop(*inputs, resets), strict=True):
                     out.copy_(found)

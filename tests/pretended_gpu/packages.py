@@ -122,8 +122,8 @@ def _states(u: Tensor, delta: Tensor, A: Tensor, B: Tensor) -> tuple[Tensor, Ten
     decay = torch.exp(delta[..., None] * A[:, None])
     write = delta[..., None] * B.mT[:, None] * u[..., None]
     h, states = torch.zeros_like(write[:, :, 0]), []
-    for t in range(u.shape[2]):
-        h = decay[:, :, t] * h + write[:, :, t]
+    for a, x in zip(decay.unbind(2), write.unbind(2), strict=True):
+        h = a * h + x
         states.append(h)
     return decay, torch.stack(states, dim=2)
 

@@ -24,7 +24,13 @@ from torch import Tensor  # noqa: E402
 from torch.utils._pytree import tree_flatten  # noqa: E402
 
 from hooked_hybrid import HookedHybrid  # noqa: E402
-from tests.models import CONFIGS, tiny_model  # noqa: E402
+from tests.models import (  # noqa: E402
+    CONFIGS,
+    griffin_config,
+    jamba_config,
+    random_model,
+    tiny_model,
+)
 from tests.pretended_gpu.budgets import waits_of  # noqa: E402
 from tests.pretended_gpu.device import PretendedGPU, real  # noqa: E402
 from tests.pretended_gpu.doors import DOORS, Door  # noqa: E402
@@ -36,10 +42,11 @@ from tests.pretended_gpu.stages import STAGES, Scenario  # noqa: E402
 
 TOLERANCE = 3e-4
 """Of the largest entry: sums are those of a CPU, in another order where a kernel is replaced."""
+SHALLOW = {"griffin": griffin_config("RA"), "jamba": jamba_config("MA")}
+"""What runs all scenarios: a layer of each kind, as each operation costs its note."""
 FEW = ("forward", "padding_on_the_left", "packing", "cached_steps", "generation_of_padded_rows")
 FEW += ("cache_of_everything", "grad_training", "grad_training_on_padded_rows")
-"""Stages of models that differ from others by their sizes alone."""
-GRIFFIN, JAMBA = "griffin", "jamba"
+"""Stages of models that differ from these by their sizes alone."""
 
 
 def scenarios_of(name: str) -> dict[str, Scenario]:
@@ -47,9 +54,7 @@ def scenarios_of(name: str) -> dict[str, Scenario]:
 
     Edits run in a forward on both families; in generation, and with gradients, on one.
     """
-    if name not in (GRIFFIN, JAMBA):
-        return {key: STAGES[key] for key in FEW}
-    left_out = ", generation" if name == GRIFFIN else "grad under "
+    left_out = ", generation" if name == "griffin" else "grad under "
     edits = {key: fn for key, fn in EDITS.items() if left_out not in key}
     return {**STAGES, **edits, **READINGS}
 
@@ -96,11 +101,20 @@ def run(fn: Scenario, model: HookedHybrid, key: str, device: str | None) -> Any:
 
 def rows_of(name: str) -> list[dict[str, Any]]:
     """Return a row for each run: whether it raised, and how it differs from a CPU's."""
-    cpu, rows = tiny_model(name).requires_grad_(), []
-    wanted = {key: run(fn, cpu, key, None) for key, fn in scenarios_of(name).items()}
+    whole = _rows_of(name, tiny_model(name), {key: STAGES[key] for key in FEW})
+    if name not in SHALLOW:
+        return whole
+    return whole + _rows_of(name, random_model(SHALLOW[name]), scenarios_of(name))
+
+
+def _rows_of(
+    name: str, cpu: HookedHybrid, scenarios: dict[str, Scenario]
+) -> list[dict[str, Any]]:
+    cpu, rows = cpu.requires_grad_(), []
+    wanted = {key: run(fn, cpu, key, None) for key, fn in scenarios.items()}
     with PretendedGPU() as gpu, pretended_kernels():
         model = on_gpu(cpu)
-        for i, (key, fn) in enumerate(scenarios_of(name).items()):
+        for i, (key, fn) in enumerate(scenarios.items()):
             inputs = "cpu" if i % 4 == 3 else "cuda"  # a user's tokens may lie on either
             row: dict[str, Any] = {"model": name, "scenario": key, "inputs": inputs, "error": None}
             gpu.reset()
@@ -123,10 +137,10 @@ def rows_of(name: str) -> list[dict[str, Any]]:
 
 def faults_noticed() -> dict[str, str]:
     """Return what is seen of each planted fault: an error, a difference, or nothing."""
-    found = {}
+    found, scenarios = {}, {**STAGES, **EDITS, **READINGS}
+    models = {name: random_model(cfg).requires_grad_() for name, cfg in SHALLOW.items()}
     for name, fault in FAULTS.items():
-        cpu = tiny_model(fault.model).requires_grad_()
-        scenario = {**STAGES, **EDITS, **READINGS}[fault.scenario]
+        cpu, scenario = models[fault.model], scenarios[fault.scenario]
         wanted = run(scenario, cpu, fault.scenario, None)
         with PretendedGPU(), pretended_kernels(), planted(fault):
             try:
