@@ -35,7 +35,7 @@ from torch.utils._python_dispatch import (
 )
 from torch.utils._pytree import tree_map_only
 
-from hooked_hybrid.network import layers
+from hooked_hybrid.network import elementwise
 from hooked_hybrid.network.kernels import fused_attention
 from tests.pretended_gpu.backends import backend
 
@@ -252,14 +252,14 @@ class PretendedGPU(TorchDispatchMode):
         # Torch's own, which a CPU build cannot dispatch for CUDA.
         patch = mock.patch.object(fused_attention, "scaled_dot_product_attention", attention)
         self._stack.enter_context(patch)
-        layers._constant.cache_clear()
+        elementwise._constant.cache_clear()
         super().__enter__()
         return self
 
     def __exit__(self, *error: Any) -> None:
         self._stack.close()
         super().__exit__(*error)
-        layers._constant.cache_clear()
+        elementwise._constant.cache_clear()
         PretendedGPU.current = self._outer
         torch._C._set_only_lift_cpu_tensors(self._lifts)
 

@@ -107,9 +107,7 @@ def rows_of(name: str) -> list[dict[str, Any]]:
     return whole + _rows_of(name, random_model(SHALLOW[name]), scenarios_of(name))
 
 
-def _rows_of(
-    name: str, cpu: HookedHybrid, scenarios: dict[str, Scenario]
-) -> list[dict[str, Any]]:
+def _rows_of(name: str, cpu: HookedHybrid, scenarios: dict[str, Scenario]) -> list[dict[str, Any]]:
     cpu, rows = cpu.requires_grad_(), []
     wanted = {key: run(fn, cpu, key, None) for key, fn in scenarios.items()}
     with PretendedGPU() as gpu, pretended_kernels():

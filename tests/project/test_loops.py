@@ -86,3 +86,28 @@ def test_an_inner_function_is_checked_once_in_a_checked_test_and_never_in_anothe
     checking.turn(on=False)
     unchecked = outer()
     assert unchecked("a") == "a" and wrapped_by_tools(unchecked) is not None  # type: ignore[operator, arg-type]
+
+
+def test_of_a_functions_calls_in_a_checked_test_the_first_are_checked_and_then_one_in_so_many():
+    @checking.sometimes_checked
+    def double(x: int) -> int:
+        return 2 * x
+
+    def refused(n: int) -> list[int]:
+        found = []
+        for i in range(1, n + 1):
+            try:
+                double("a")  # type: ignore[arg-type]
+            except TypeError:
+                found.append(i)
+        return found
+
+    n = 2 * checking.THEN_ONE_IN
+    expected = [*range(1, checking.FIRST + 1), checking.THEN_ONE_IN, n]
+    checking.turn(on=True)
+    assert refused(n) == expected
+    checking.turn(on=True)
+    assert refused(n) == expected, "counted from the start of each test"
+    checking.turn(on=False)
+    assert refused(n) == []
+    assert wrapped_by_tools(double) is not None
