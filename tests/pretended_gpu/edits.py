@@ -143,6 +143,11 @@ def layers_at_their_mean(m: HookedHybrid, at: At) -> Any:
     return I.ablate_layers(layers[:1], "mixer", "mean", donor(m, at))
 
 
+@edit
+def mixers_of_a_kind_at_their_mean(m: HookedHybrid, at: At) -> Any:
+    return I.ablate_mixers(m.cfg, "recurrence", None, "mean", donor(m, at))
+
+
 # --- patterns and scores --------------------------------------------------------------------------
 
 
