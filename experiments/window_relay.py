@@ -21,7 +21,7 @@ from torch import Tensor
 
 from experiments.recall.score import HELD_OUT
 from experiments.recall.task import RecallBatch, Task, draw
-from experiments.recall.train import Recipe, small_config, train
+from experiments.recall.train import TrainingRecipe, small_config, train
 from hooked_hybrid import HookedHybrid
 from hooked_hybrid.hooks.attaching import HookSpec
 from hooked_hybrid.interventions import (
@@ -35,7 +35,7 @@ from hooked_hybrid.outputs.whole_files import replacing
 N_KEYS = 16
 """Keys that a query of these models sees, itself included."""
 TASK = Task(64, 4, n_keys=32, n_values=16, n_filler=16)
-RECIPE = Recipe(steps=1500, tokens=1536, rate=4e-3, patience=250)
+RECIPE = TrainingRecipe(steps=1500, tokens=1536, rate=4e-3, patience=250)
 D_MODEL = 48
 SEEDS = (0, 1, 2)
 N_EVAL = 400
@@ -77,7 +77,7 @@ def case(n: int, task: Task = TASK, seed: int = 0) -> Case:
     return Case(batch.tokens[:, : one.length - 1], batch.answers[:, 0], key)
 
 
-def trained(pattern: str, seed: int, out: Path, recipe: Recipe = RECIPE) -> HookedHybrid:
+def trained(pattern: str, seed: int, out: Path, recipe: TrainingRecipe = RECIPE) -> HookedHybrid:
     """Return a model trained on the task, or what a finished training left."""
     cfg = small_config(pattern, TASK, d_model=D_MODEL, n_keys=N_KEYS)
     model = train(cfg, TASK, replace(recipe, seed=seed), out / f"{pattern}-{seed}")

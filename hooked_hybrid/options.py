@@ -60,13 +60,13 @@ def refuse_ignored(why: str, **options: Any) -> None:
     Raises:
         ValueError: names the given options and the remedy.
     """
-    given = [f"{name}={shown(value)}" for name, value in options.items() if is_given(value)]
+    given = [f"{name}={show(value)}" for name, value in options.items() if is_given(value)]
     if given:
         verb = "has" if len(given) == 1 else "have"
         raise ValueError(f"{' and '.join(given)} {verb} no effect: {why}")
 
 
-def shown(value: Any) -> str:
+def show(value: Any) -> str:
     """Return a value as shown in messages: a tensor by its shape, a function by its name."""
     if isinstance(value, Tensor):
         return f"<tensor {tuple(value.shape)}>"
@@ -83,7 +83,7 @@ def check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:
     if not any(value is c or (isinstance(value, str) and value == c) for c in choices):
         *most, last = (repr(choice) for choice in choices)
         listed = f"{', '.join(most)} or {last}" if most else last
-        raise ValueError(f"{name}={shown(value)}: give {listed}")
+        raise ValueError(f"{name}={show(value)}: give {listed}")
 
 
 def check_count(
@@ -108,7 +108,7 @@ def check_count(
         return number
     limits = f"{least} or more" if most is None else f"{least} to {most}"
     kind = "" if number is not None else "a whole number, "
-    raise ValueError(f"{name}={shown(value)}: give {kind}{limits}{f', {of}' if of else ''}")
+    raise ValueError(f"{name}={show(value)}: give {kind}{limits}{f', {of}' if of else ''}")
 
 
 def check_number(
@@ -141,7 +141,7 @@ def check_number(
     limits = [f"above {above:g}"] if above is not None else []
     limits += [f"up to {up_to:g}"] if up_to is not None else []
     wanted = f"a finite number {' and '.join(limits)}".rstrip()
-    raise ValueError(f"{name}={shown(value)}: give {wanted}{f', or {rather}' if rather else ''}")
+    raise ValueError(f"{name}={show(value)}: give {wanted}{f', or {rather}' if rather else ''}")
 
 
 def require(*packages: str) -> None:

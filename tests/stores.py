@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from hooked_hybrid.evaluation.cells import Cell, Cells
+from hooked_hybrid.evaluation.cells import Cell, EvaluationCells
 from hooked_hybrid.niah.store import COLUMNS, FILE, Store
 
 EXPERIMENT = {"model": "m"}
@@ -43,9 +43,9 @@ def table_of(folder: Path) -> Any:
 CELL = Cell("t", "base", None, "acc,none", 0.5, None, True, 4, 0, {}, None, {}, 1.0)
 
 
-def evaluated(folder: Path) -> Cells:
+def evaluated(folder: Path) -> EvaluationCells:
     """Write the results of an evaluation of one cell."""
-    cells = Cells(folder, EXPERIMENT)
+    cells = EvaluationCells(folder, EXPERIMENT)
     cells.add(CELL)
     cells.note({"groups": {"t": ["t"]}, "forms": [], "missing": {}})
     return cells

@@ -11,7 +11,7 @@ from typing import Any
 from hooked_hybrid.config import HybridConfig
 from hooked_hybrid.outputs.foreign import one_line
 from weights_conversion.config_keys import GENERATION_DEFAULTS
-from weights_conversion.hf_config import named, special_tokens
+from weights_conversion.hf_config import list_keys, special_tokens
 from weights_conversion.json_files import LARGEST_CONFIG, read_json
 
 FILE = "generation_config.json"
@@ -79,7 +79,7 @@ def with_generation_config(cfg: HybridConfig, content: Mapping[str, Any] | None)
             changes[key] = ids[key]
     if unused := not_honoured(content):
         warnings.warn(
-            f"{FILE} has settings that generate does not take from it: {named(unused)}; it is "
+            f"{FILE} has settings that generate does not take from it: {list_keys(unused)}; it is "
             "greedy by default, give them to it where you want them",
             stacklevel=2,
         )

@@ -173,13 +173,14 @@ class ConfigReader:
         }
         if unknown := [key for key, value in others.items() if not is_listed(key, value)]:
             raise CheckpointError(
-                f"config.json has settings this library does not know: {named(unknown)}; they may "
-                "change what the model computes. If you know that they do not, give "
+                f"config.json has settings this library does not know: {list_keys(unknown)}; they "
+                "may change what the model computes. If you know that they do not, give "
                 f"ignore_config_keys={unknown!a}"
             )
         if others:
             warnings.warn(
-                f"config.json has settings that change nothing here: {named(others)}", stacklevel=2
+                f"config.json has settings that change nothing here: {list_keys(others)}",
+                stacklevel=2,
             )
         kept = (self.no_effect - GENERIC - {"model_type"}) | SAVED_EXTRAS
         return {key: self.config[key] for key in sorted(left) if key in kept}
@@ -222,11 +223,13 @@ def without_keys(config: dict[str, Any], ignored: Collection[str]) -> dict[str, 
     if isinstance(ignored, str):
         raise TypeError(f"ignore_config_keys={ignored!r}: give a list of names")
     if absent := sorted(set(ignored) - config.keys()):
-        raise ValueError(f"ignore_config_keys: config.json has no {named(absent)}: leave it out")
+        raise ValueError(
+            f"ignore_config_keys: config.json has no {list_keys(absent)}: leave it out"
+        )
     return {key: value for key, value in config.items() if key not in ignored}
 
 
-def named(keys: Collection[str]) -> str:
+def list_keys(keys: Collection[str]) -> str:
     """Return names of settings as an error shows them, without control characters."""
     return ", ".join(key if key.isprintable() else ascii(key) for key in keys)
 

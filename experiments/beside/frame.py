@@ -20,7 +20,7 @@ from hooked_hybrid.niah.sweep import niah
 from hooked_hybrid.outputs.figures import new_figure
 from hooked_hybrid.outputs.whole_files import replacing
 from hooked_hybrid.runs.statistics import summary
-from hooked_hybrid.runs.verdicts import FAILS, HOLDS, OPEN, Claimed, Word, ruled
+from hooked_hybrid.runs.verdicts import FAILS, HOLDS, OPEN, Claimed, Word, judge
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -132,7 +132,7 @@ def leaves_half(rows: pd.DataFrame, base: float) -> pd.Series:
 
 def _words(rows: pd.DataFrame, claimed: Claimed, base: float) -> pd.Series:
     ends = zip(rows["low"], rows["high"], strict=True)
-    return pd.Series([ruled(claimed, *end, HARMFUL * base) for end in ends], rows.index, object)
+    return pd.Series([judge(claimed, *end, HARMFUL * base) for end in ends], rows.index, object)
 
 
 def verdict(word: Word) -> Verdict:

@@ -6,7 +6,7 @@ import numpy as np
 
 from experiments.beside.frame import Bench, Experiment, Finding, verdict
 from hooked_hybrid.niah.settings.papers import layer_settings
-from hooked_hybrid.runs.verdicts import all_of, apart, ruled
+from hooked_hybrid.runs.verdicts import all_of, apart, judge
 
 NEEDED = 1.5
 """Times perplexity from which a kind of layer counts as needed for text."""
@@ -27,7 +27,7 @@ def run(bench: Bench) -> Finding:
     }
     ours = "; ".join(f"{name}: perplexity {words}" for name, words in said.items())
     ends = [tuple(of.loc[n, ["ratio_low", "ratio_high"]]) for n in (recurrence, "no attention")]
-    word = all_of([apart(*ends), ruled("above", *ends[1], NEEDED)])
+    word = all_of([apart(*ends), judge("above", *ends[1], NEEDED)])
     return Finding(verdict(word), ours, table)
 
 

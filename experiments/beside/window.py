@@ -10,7 +10,7 @@ import torch
 from experiments.beside.frame import Bench, Experiment, Finding, verdict
 from experiments.recall.score import HELD_OUT, answered, score
 from experiments.recall.task import Task, draw
-from experiments.recall.train import Recipe, small_config, train
+from experiments.recall.train import TrainingRecipe, small_config, train
 from experiments.train_tiny import cut
 from hooked_hybrid.runs.verdicts import FAILS, OPEN, apart
 
@@ -32,7 +32,7 @@ def trained(folder: Path, seeds: tuple[int, ...] = SEEDS, steps: int = STEPS) ->
     for seed in seeds:
         for window in WINDOWS:
             cfg = small_config(PATTERN, TASK, n_keys=window)
-            recipe = Recipe(steps=steps, patience=steps // 4, seed=seed)
+            recipe = TrainingRecipe(steps=steps, patience=steps // 4, seed=seed)
             model = train(cfg, TASK, recipe, folder / f"window-{window}-{seed}")
             batch = draw(TASK, SCORED, HELD_OUT)
             row = {"setting": f"window {window}, seed {seed}", "window": window, "seed": seed}

@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from experiments.recall.score import Score, scores
 from experiments.recall.task import Task
-from experiments.recall.train import Recipe, small_config, train
+from experiments.recall.train import TrainingRecipe, small_config, train
 from hooked_hybrid.outputs.whole_files import replacing
 
 PATTERN = "MAM"
@@ -99,9 +99,9 @@ def task_of(cell: Cell) -> Task:
     return Task(cell.length, cell.n_facts)
 
 
-def recipe_of(cell: Cell) -> Recipe:
+def recipe_of(cell: Cell) -> TrainingRecipe:
     """Return how a cell is trained."""
-    return Recipe(steps=cell.head_start + STEPS, head_start=cell.head_start, seed=cell.seed)
+    return TrainingRecipe(steps=cell.head_start + STEPS, head_start=cell.head_start, seed=cell.seed)
 
 
 def check_folder(out: Path) -> None:

@@ -34,7 +34,7 @@ EVERY = 100
 
 
 @dataclass(frozen=True)
-class Recipe:
+class TrainingRecipe:
     """How a model is trained.
 
     Args:
@@ -93,7 +93,12 @@ class Training:
     """A model on its way, in a folder: checkpoint, log, and models kept at some steps."""
 
     def __init__(
-        self, cfg: HybridConfig, task: Task, recipe: Recipe, out: Path, keep: Collection[int] = ()
+        self,
+        cfg: HybridConfig,
+        task: Task,
+        recipe: TrainingRecipe,
+        out: Path,
+        keep: Collection[int] = (),
     ) -> None:
         self.task, self.recipe, self.out, self.keep = task, recipe, out, frozenset(keep)
         self.levels = levels_of(task)
@@ -182,7 +187,7 @@ class Training:
 def train(
     cfg: HybridConfig,
     task: Task,
-    recipe: Recipe,
+    recipe: TrainingRecipe,
     out: Path,
     keep: Collection[int] = (),
     report: Callable[[HookedHybrid], dict[str, float]] | None = None,
@@ -231,12 +236,12 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=64)
     parser.add_argument("--facts", type=int, default=4)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=Recipe.steps)
+    parser.add_argument("--steps", type=int, default=TrainingRecipe.steps)
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     torch.set_num_threads(1)
     task = Task(args.length, args.facts)
-    recipe = Recipe(steps=args.steps, seed=args.seed)
+    recipe = TrainingRecipe(steps=args.steps, seed=args.seed)
     train(small_config(args.pattern, task), task, recipe, args.out)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from experiments.recall.task import Task
-from experiments.recall.train import Recipe, Training, small_config, train
+from experiments.recall.train import Training, TrainingRecipe, small_config, train
 from hooked_hybrid import HookedHybrid, HybridConfig
 from hooked_hybrid.network.mixers.rglru import DECAY_STRENGTH
 
@@ -70,9 +70,9 @@ class TwinsPlan:
     tokens: int = 1024
     rate: float = 5e-3
 
-    def recipe(self, seed: int) -> Recipe:
+    def recipe(self, seed: int) -> TrainingRecipe:
         """Return how the models of one seed are trained."""
-        return Recipe(steps=self.steps, tokens=self.tokens, rate=self.rate, seed=seed)
+        return TrainingRecipe(steps=self.steps, tokens=self.tokens, rate=self.rate, seed=seed)
 
 
 def n_parameters(cfg: HybridConfig) -> int:

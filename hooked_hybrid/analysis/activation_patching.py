@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from hooked_hybrid.analysis.metrics import Metric, measured
+from hooked_hybrid.analysis.metrics import Metric, measure
 from hooked_hybrid.analysis.patch_grid import PatchGrid
 from hooked_hybrid.hooks.attaching import HookSpec
 from hooked_hybrid.hooks.names import NameFilter, matching
@@ -23,7 +23,7 @@ from hooked_hybrid.hooks.slicing import Indices, whole_numbers
 from hooked_hybrid.interventions.patching import patch
 from hooked_hybrid.interventions.places import Positions, at_positions, read_positions
 from hooked_hybrid.model.hybrid import HookedHybrid
-from hooked_hybrid.model.text_model import checked_batch
+from hooked_hybrid.model.text_model import check_batch
 from hooked_hybrid.network.layout import lay_out
 from hooked_hybrid.shapes import Logits, Tokens
 
@@ -77,7 +77,7 @@ def generic_activation_patch(
     `patching`. Unlike there, the metric may return one value for each row, and cells are
     differences from the corrupted run unless `difference=False`.
     """
-    cells = Cells(model, corrupted_tokens, clean_cache, names, attention_mask)
+    cells = PatchedRuns(model, corrupted_tokens, clean_cache, names, attention_mask)
     labels = [_labels(cells, axis, positions, heads) for axis in _checked_axes(axes)]
     donor_mask = clean_attention_mask
     if donor_mask is None and not getattr(clean_cache, "places", None):
@@ -95,10 +95,10 @@ def generic_activation_patch(
         hooks = patch(
             clean_cache, name, positions=at["pos"], heads=at["head"], attention_mask=donor_mask
         )
-        found.append(measured(metric, cells.run(name, hooks)))
+        found.append(measure(metric, cells.run(name, hooks)))
     values = torch.stack(found).unflatten(0, [len(cells.names), *map(len, labels)])
     if difference:
-        values = values - measured(metric, cells.corrupted)
+        values = values - measure(metric, cells.corrupted)
     rows = [tuple(range(len(cells.tokens)))] * (values.ndim - 1 - len(axes))
     names_of_axes = ("name", *axes, *["batch"] * len(rows))
     return PatchGrid(values, names_of_axes, (tuple(cells.names), *labels, *rows))
@@ -190,7 +190,7 @@ def patch_states(
 # --- inside -------------------------------------------------------------------------------------
 
 
-class Cells:
+class PatchedRuns:
     """The corrupted run, and runs that start at the first layer that a patch changes."""
 
     def __init__(
@@ -202,7 +202,7 @@ class Cells:
         mask: Tensor | None,
     ) -> None:
         self.model = model
-        self.tokens, self.mask = checked_batch(model, tokens, mask)
+        self.tokens, self.mask = check_batch(model, tokens, mask)
         self.names = matching(names, model.hook_dict)
         if missing := [name for name in self.names if name not in cache]:
             raise ValueError(
@@ -254,7 +254,7 @@ def _checked_axes(axes: Sequence[Axis]) -> Sequence[Axis]:
 
 
 def _labels(
-    cells: Cells,
+    cells: PatchedRuns,
     axis: Axis,
     positions: Positions | None,
     heads: Indices | None,

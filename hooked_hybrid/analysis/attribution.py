@@ -17,14 +17,14 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from hooked_hybrid.analysis.metrics import Metric, measured
+from hooked_hybrid.analysis.metrics import Metric, measure
 from hooked_hybrid.analysis.scores import HeadScores
 from hooked_hybrid.analysis.slopes import Slopes, through_softmax
 from hooked_hybrid.hooks.marks import watcher
 from hooked_hybrid.hooks.names import NameFilter, Shorthand, matching, resolve
 from hooked_hybrid.hooks.point import HookPoint
 from hooked_hybrid.model.hybrid import HookedHybrid
-from hooked_hybrid.model.text_model import checked_batch
+from hooked_hybrid.model.text_model import check_batch
 from hooked_hybrid.network.finite import require_numbers
 from hooked_hybrid.shapes import Tokens
 
@@ -143,7 +143,7 @@ def attribution_patching(
     Source: Nanda 2023, "Attribution patching"; Syed et al. 2023; `qk_fix` and no other correction
     of AtP* (Kramár et al. 2024).
     """
-    clean_tokens, corrupted_tokens, attention_mask = checked_pair(
+    clean_tokens, corrupted_tokens, attention_mask = check_pair(
         model, clean_tokens, corrupted_tokens, attention_mask
     )
     if at not in ("corrupted", "clean"):
@@ -162,7 +162,7 @@ def attribution_patching(
             logits, donor = model.run_with_cache(
                 other, names_filter=group, attention_mask=attention_mask
             )
-            change = sign * (measured(metric, logits) - slopes.metric)
+            change = sign * (measure(metric, logits) - slopes.metric)
         for name in group:
             by_row = ("batch",) if slopes.metric.ndim else ()
             product = sign * slopes.times(name, donor[name])
@@ -174,7 +174,7 @@ def attribution_patching(
     return Attribution(values, axes, excluded, change, model.cfg.n_layers)
 
 
-def checked_pair(
+def check_pair(
     model: HookedHybrid, clean: Tokens, corrupted: Tokens, mask: Tensor | None = None
 ) -> tuple[Tokens, Tokens, Tensor | None]:
     """Return two runs' tokens [batch pos] and the mask of both.
@@ -183,7 +183,7 @@ def checked_pair(
         ValueError: different shapes, no tokens, or different padding.
     """
     (clean, clean_mask), (corrupted, mask) = (
-        checked_batch(model, tokens, mask) for tokens in (clean, corrupted)
+        check_batch(model, tokens, mask) for tokens in (clean, corrupted)
     )
     if clean.shape != corrupted.shape:
         raise ValueError(

@@ -11,9 +11,9 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from hooked_hybrid.analysis.activation_patching import Cells
-from hooked_hybrid.analysis.attribution import Attribution, attribution_patching, checked_pair
-from hooked_hybrid.analysis.metrics import Metric, measured
+from hooked_hybrid.analysis.activation_patching import PatchedRuns
+from hooked_hybrid.analysis.attribution import Attribution, attribution_patching, check_pair
+from hooked_hybrid.analysis.metrics import Metric, measure
 from hooked_hybrid.hooks.names import NameFilter
 from hooked_hybrid.interventions.patching import patch
 from hooked_hybrid.model.hybrid import HookedHybrid
@@ -119,7 +119,7 @@ def compare_with_patching(
 
     Source: the comparison of Nanda 2023 and of Kramár et al. 2024, by ranks.
     """
-    clean_tokens, corrupted_tokens, _ = checked_pair(model, clean_tokens, corrupted_tokens)
+    clean_tokens, corrupted_tokens, _ = check_pair(model, clean_tokens, corrupted_tokens)
     pair = (clean_tokens, corrupted_tokens)
     if not (parted := (clean_tokens != corrupted_tokens).any(0).nonzero()).numel():
         raise ValueError("clean and corrupted tokens are the same: there is nothing to compare")
@@ -209,10 +209,10 @@ def _patched(
     """Return the change of the metric by each patch."""
     names = sorted({cell.name for cell in cells})
     _, cache = model.run_with_cache(clean, names_filter=names)
-    runs, found = Cells(model, corrupted, cache, names, None), []
-    before = measured(metric, runs.corrupted)
+    runs, found = PatchedRuns(model, corrupted, cache, names, None), []
+    before = measure(metric, runs.corrupted)
     for cell in cells:
         hooks = patch(cache, cell.name, positions=cell.position, heads=cell.head)
-        found.append((measured(metric, runs.run(cell.name, hooks)) - before).view(-1))
+        found.append((measure(metric, runs.run(cell.name, hooks)) - before).view(-1))
         bar.update()
     return torch.cat(found)

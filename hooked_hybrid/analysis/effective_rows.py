@@ -91,7 +91,7 @@ def taps_of(r: Recurrence, channels: Index) -> list[PerChannel]:
     return [act * w * _same_document(r.layout, j)[..., None] for j, w in enumerate(weight)]
 
 
-def convolved(x: PerChannel, taps: list[PerChannel]) -> PerChannel:
+def convolve(x: PerChannel, taps: list[PerChannel]) -> PerChannel:
     """Return the convolution of `x` by the taps."""
     out = torch.zeros_like(x)
     for back, tap in enumerate(taps[: x.shape[1]]):

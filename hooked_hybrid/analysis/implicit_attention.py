@@ -32,7 +32,7 @@ from hooked_hybrid.analysis.effective_rows import (
     QUERIES,
     Through,
     blocks_of_rows,
-    convolved,
+    convolve,
     inputs_of,
     taps_of,
 )
@@ -183,7 +183,7 @@ def effective_offset(
             terms = r.terms(part)
             x, gate = inputs_of(r, part, terms, through), None
             if through == "block":
-                x, gate = convolved(x, taps_of(r, part)), at_least_fp32(r.form.gate(r, part))
+                x, gate = convolve(x, taps_of(r, part)), at_least_fp32(r.form.gate(r, part))
             rest = terms.outputs(terms.write - terms.gain * x[..., None], terms.x - x, terms.h0)
             pieces.append(rest if gate is None else rest * gate)
     return torch.cat(pieces, dim=-1)

@@ -14,7 +14,7 @@ Metric = Callable[[Logits], Tensor]
 """From logits [batch pos d_vocab] to a number [], or to one for each row [batch]."""
 
 
-def measured(metric: Metric, logits: Logits) -> Float[Tensor, "*batch"]:
+def measure(metric: Metric, logits: Logits) -> Float[Tensor, "*batch"]:
     """Return the metric of some logits.
 
     Raises:
@@ -40,7 +40,7 @@ def normalised(metric: Metric, clean_logits: Logits, corrupted_logits: Logits) -
         ValueError: the two runs have the same value, in some row.
     """
     with torch.no_grad():
-        low, high = measured(metric, corrupted_logits), measured(metric, clean_logits)
+        low, high = measure(metric, corrupted_logits), measure(metric, clean_logits)
     if bool((low == high).any()):
         raise ValueError(
             f"the clean run has a metric of {high.tolist()}, the corrupted one of {low.tolist()}: "

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from hooked_hybrid.analysis.metrics import Metric, measured
+from hooked_hybrid.analysis.metrics import Metric, measure
 from hooked_hybrid.analysis.path_ends import (
     Component,
     End,
@@ -26,7 +26,7 @@ from hooked_hybrid.hooks.point import HookPoint
 from hooked_hybrid.interventions.donors import read_kept
 from hooked_hybrid.interventions.places import Positions, at_positions, read_positions
 from hooked_hybrid.model.hybrid import HookedHybrid
-from hooked_hybrid.model.text_model import checked_batch
+from hooked_hybrid.model.text_model import check_batch
 from hooked_hybrid.network.elementwise import at_least_fp32
 from hooked_hybrid.network.layout import lay_out
 from hooked_hybrid.shapes import Resid, Tokens
@@ -68,7 +68,7 @@ class Paths:
         if unknown := set(options) - set(PathOptions.__annotations__):
             raise TypeError(f"unknown options {sorted(unknown)}; see PathOptions")
         self.model, self.metric = model, metric
-        self.tokens, self.mask = checked_batch(model, tokens, options.get("attention_mask"))
+        self.tokens, self.mask = check_batch(model, tokens, options.get("attention_mask"))
         self.senders = [Sender.of(model, end) for end in several(senders, "senders")]
         self.receivers = [Receiver.of(model, end) for end in several(receivers, "receivers")]
         self.through = components(model, options.get("through", ()))
@@ -224,7 +224,7 @@ class Paths:
         stream = self.clean[_before(first)]
         with self.model.hooks(hooks):
             logits = self.model(stream, start_at_layer=first, attention_mask=self.mask)
-        return measured(self.metric, logits)
+        return measure(self.metric, logits)
 
     def _normed(self, receiver: Receiver, stream: Resid) -> Resid:
         """Return the stream after the norm before a receiver."""

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from hooked_hybrid.analysis.metrics import Metric, measured
+from hooked_hybrid.analysis.metrics import Metric, measure
 from hooked_hybrid.hooks.point import HookPoint
 from hooked_hybrid.model.hybrid import HookedHybrid
 from hooked_hybrid.network.elementwise import at_least_fp32
@@ -45,7 +45,7 @@ class Slopes:
         self.metric = torch.empty(())
 
         def target(logits: Logits) -> Tensor:
-            value = measured(metric, logits)
+            value = measure(metric, logits)
             if not value.requires_grad:
                 raise ValueError("the metric has no gradient: compute it from the logits by torch")
             self.metric = value.detach()

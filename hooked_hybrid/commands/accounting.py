@@ -16,7 +16,7 @@ from hooked_hybrid.accounting.flops import flops_table, recurrence_over_attentio
 from hooked_hybrid.accounting.memory import memory_table, tokens_where_attention_is_larger
 from hooked_hybrid.accounting.parameters import ParameterCount, count_parameters
 from hooked_hybrid.accounting.plots import compute_figure
-from hooked_hybrid.commands.program import explained, folder
+from hooked_hybrid.commands.program import folder, report_errors
 from hooked_hybrid.config import HybridConfig
 from hooked_hybrid.network import mixers
 from hooked_hybrid.outputs.figures import save_figure
@@ -62,7 +62,7 @@ def parameters(model: Model = "recurrentgemma-2b", out: OptionalOut = None) -> N
 
     Example: hooked-hybrid parameters --model jamba-mini --out results/mini
     """
-    with explained(kept=None):
+    with report_errors(kept=None):
         _refuse_existing(out, "parameters.csv")
         counted = count_parameters(config_of(model))
         Console().print(_parameter_table(counted, model))
@@ -81,7 +81,7 @@ def compute(
 
     Example: hooked-hybrid compute --model recurrentgemma-2b --max-length 8192 --out results/2b
     """
-    with explained(kept=None):
+    with report_errors(kept=None):
         _refuse_existing(out, "flops.csv", "state.csv", "compute.png", "compute.pdf")
         cfg = config_of(model)
         lengths, n_logits = lengths_up_to(max_length, cfg), 1 if logits == "last" else None

@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 
 from hooked_hybrid.commands.niah import figures_table, heads_to_keep
-from hooked_hybrid.commands.option_groups import grouped
+from hooked_hybrid.commands.option_groups import make_command
 from hooked_hybrid.commands.prompt_options import PromptOptions
 from hooked_hybrid.commands.run_options import RunOptions
 from hooked_hybrid.niah.cached_state.sweep import cached_state as run_cases
@@ -19,7 +19,7 @@ from hooked_hybrid.niah.report.report import summary_rows
 from hooked_hybrid.niah.report.setting_plots import MARKERS, WAYS
 from hooked_hybrid.outputs.figures import new_figure, save_figure
 from hooked_hybrid.outputs.tables import write_csv
-from hooked_hybrid.runs.statistics import interval_of, scored
+from hooked_hybrid.runs.statistics import interval_of, select_scored
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -31,7 +31,7 @@ Ks = Annotated[
 ]
 
 
-@grouped(out=Path("results/cached-state"))
+@make_command(out=Path("results/cached-state"))
 def cached_state(run: RunOptions, prompts: PromptOptions, k: Ks = None) -> None:
     """Does the cache carry the damage? Heads silenced in prefill or in steps, states kept or not.
 
@@ -81,7 +81,7 @@ def accuracy_by_case(table: pd.DataFrame) -> Figure:
     """
     from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-    cells = scored(table)
+    cells = select_scored(table)
     names = list(cells["stage"].unique())
     kinds = {name.split(":")[0]: "" for name in names if ":" in name}
     figure = new_figure(1.0 + 3.6 * len(kinds), 4.6)

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from hooked_hybrid.commands.niah import model_card
-from hooked_hybrid.commands.option_groups import grouped
+from hooked_hybrid.commands.option_groups import make_command
 from hooked_hybrid.commands.program import command_line
 from hooked_hybrid.commands.run_options import RunOptions
 from hooked_hybrid.evaluation.benchmarks import BENCHMARKS
@@ -92,7 +92,7 @@ IncludePath = Annotated[
 ]
 
 
-@grouped(out=Path("results/eval"))
+@make_command(out=Path("results/eval"))
 def eval(
     tasks: Tasks,
     run: RunOptions,

@@ -11,7 +11,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from hooked_hybrid.commands.option_groups import grouped
+from hooked_hybrid.commands.option_groups import make_command
 from hooked_hybrid.commands.run_options import RunOptions
 from hooked_hybrid.evaluation.forms import form_of
 from hooked_hybrid.harvest.harvesting import harvest as run_harvest
@@ -87,7 +87,7 @@ K = Annotated[
 ]
 
 
-@grouped(out=Path("results/harvest"))
+@make_command(out=Path("results/harvest"))
 def harvest(
     texts: Texts,
     hook: Hooks,

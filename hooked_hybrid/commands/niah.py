@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from hooked_hybrid.commands.option_groups import grouped, refuse_given
+from hooked_hybrid.commands.option_groups import make_command, refuse_given
 from hooked_hybrid.commands.program import command_line
 from hooked_hybrid.commands.prompt_options import FirstToken, PromptOptions, ReadTwice, ThesisDepth
 from hooked_hybrid.commands.run_options import RunOptions
@@ -56,7 +56,7 @@ Stages = Annotated[
 Score = Annotated[Literal["entropy", "l2"], _option("How peaked a head is: --score l2.")]
 
 
-@grouped(out=Path("results/niah"))
+@make_command(out=Path("results/niah"))
 def niah(
     run: RunOptions,
     prompts: PromptOptions,

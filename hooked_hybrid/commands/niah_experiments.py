@@ -17,7 +17,7 @@ import typer
 from rich.console import Console
 
 from hooked_hybrid.commands.niah import heads_to_keep, model_card, show
-from hooked_hybrid.commands.option_groups import grouped
+from hooked_hybrid.commands.option_groups import make_command
 from hooked_hybrid.commands.program import command_line
 from hooked_hybrid.commands.prompt_options import FirstToken, PromptOptions, ThesisDepth
 from hooked_hybrid.commands.run_options import RunOptions
@@ -139,7 +139,7 @@ def experiment(plan: Callable[..., ExperimentPlan]) -> Callable[..., None]:
     made.__signature__ = Signature([*of_groups, *own], return_annotation=None)
     made.__annotations__ = {p.name: p.annotation for p in (*of_groups, *own)}
     made.__name__, made.__doc__ = plan.__name__, plan.__doc__
-    return grouped(out=Path("results") / plan.__name__.replace("_", "-"))(command)
+    return make_command(out=Path("results") / plan.__name__.replace("_", "-"))(command)
 
 
 @experiment

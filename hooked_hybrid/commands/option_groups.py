@@ -15,7 +15,7 @@ import typer
 _given: ContextVar[dict[str, str]] = ContextVar("given", default={})  # noqa: B039  (never changed)
 
 
-def given() -> dict[str, str]:
+def given_options() -> dict[str, str]:
     """Return the options that the command line gives, by parameter, as they are spelled there.
 
     An option that is left out has its default, which is not the same as being given it. Of a
@@ -34,17 +34,17 @@ def refuse_given(why: str, *names: str) -> None:
     Raises:
         ValueError: it names those that were given.
     """
-    if found := [option for name, option in given().items() if name in names]:
+    if found := [option for name, option in given_options().items() if name in names]:
         verb = "has" if len(found) == 1 else "have"
         raise ValueError(f"{' and '.join(found)} {verb} no effect: {why}")
 
 
-def grouped(**defaults: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
+def make_command(**defaults: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Make a command of a function whose parameters may be dataclasses of options.
 
     Each field of such a dataclass becomes an option, in the place of the parameter, with its own
-    annotation and default; the function is called with the dataclass. Meanwhile `given` says which
-    options were given.
+    annotation and default; the function is called with the dataclass. Meanwhile `given_options`
+    says which options were given.
 
     Args:
         defaults: of fields, for this command, in place of their own.
@@ -91,7 +91,7 @@ def grouped(**defaults: Any) -> Callable[[Callable[..., None]], Callable[..., No
 
 @contextmanager
 def _knowing(context: Any) -> Iterator[None]:
-    """Let `given` say what a command line gives."""
+    """Make `given_options` return the options of a command line."""
     found: dict[str, str] = {}
     if context is not None:
         sources = {p: context.get_parameter_source(p.name) for p in context.command.params}

@@ -13,8 +13,8 @@ from rich.table import Table
 from tqdm.auto import tqdm
 
 from hooked_hybrid.commands.niah import model_card
-from hooked_hybrid.commands.option_groups import given, grouped, refuse_given
-from hooked_hybrid.commands.program import command_line, explained
+from hooked_hybrid.commands.option_groups import given_options, make_command, refuse_given
+from hooked_hybrid.commands.program import command_line, report_errors
 from hooked_hybrid.commands.prompt_options import HaystackPath, Template
 from hooked_hybrid.commands.run_options import RunOptions
 from hooked_hybrid.model.hybrid import HookedHybrid
@@ -24,19 +24,19 @@ from hooked_hybrid.outputs.foreign import one_line, printable
 from hooked_hybrid.papers.catalogue import items_of, runs_of
 from hooked_hybrid.papers.claims import TITLES, Item, Paper, subject_of
 from hooked_hybrid.papers.evidence import Evidence
-from hooked_hybrid.papers.language import measured
+from hooked_hybrid.papers.language import measure
 from hooked_hybrid.papers.recipe import (
     PACKAGED,
     PAPERS,
     QUICK,
-    Recipe,
+    PaperRecipe,
     Size,
     recipe_for,
     recorded_include_path,
 )
 from hooked_hybrid.papers.report import (
     Judged,
-    counted,
+    count_claims,
     items_in,
     not_run,
     verdict_of,
@@ -45,7 +45,7 @@ from hooked_hybrid.papers.report import (
 )
 from hooked_hybrid.papers.runs import check, perform
 from hooked_hybrid.presets.packaged import packaged_models
-from hooked_hybrid.runs.identity.model import hashed_once
+from hooked_hybrid.runs.identity.model import hash_once
 
 if TYPE_CHECKING:
     from hooked_hybrid.runs.ray_workers import RayWorkers
@@ -116,7 +116,7 @@ IncludePath = Annotated[
 ]
 
 
-@grouped(out=Path("results/reproduce"))
+@make_command(out=Path("results/reproduce"))
 def reproduce(
     paper: PaperName,
     run: RunOptions,
@@ -143,13 +143,15 @@ def reproduce(
     Example: hooked-hybrid reproduce --paper thesis2025 --model tiny-jamba --out results/thesis
     """
     if list_items:
-        with explained(kept=None):
-            asked = [name for name in given() if name not in ("paper", "only", "list_items")]
+        with report_errors(kept=None):
+            asked = [
+                name for name in given_options() if name not in ("paper", "only", "list_items")
+            ]
             refuse_given("--list runs nothing", *asked)
             _list(paper, items_of(paper, only or []))
         return
     commit()  # of the code that the run begins with: the report names it
-    with run.started() as workers, hashed_once():
+    with run.started() as workers, hash_once():
         items = items_of(paper, only or [])
         if run.resume:
             items = _with_those_before(paper, items, run.out)
@@ -194,7 +196,7 @@ def reproduce(
 def walk(
     items: Sequence[Item],
     model: HookedHybrid,
-    recipe: Recipe,
+    recipe: PaperRecipe,
     evidence: Evidence,
     folder: Path,
     documents: Sequence[str] = (),
@@ -239,7 +241,7 @@ def walk(
                     if suite not in evidence.language:
                         bar.set_postfix_str(suite)
                         of = (suite, model, evidence.name, runs, recipe.n_documents)
-                        scores = measured(*of, include_path, bar.write, workers)
+                        scores = measure(*of, include_path, bar.write, workers)
                         evidence.language[suite] = scores
                 done.append(write_item(item, evidence, folder))
             except (LookupError, ValueError, ArithmeticError, ImportError) as error:
@@ -285,7 +287,7 @@ def _show(done: Sequence[Judged], evidence: Evidence, page: Path) -> None:
     for heading in ("item", "verdict", "claims"):
         shown.add_column(heading)
     for entry in done:
-        shown.add_row(entry.item.name, verdict_of(entry, evidence), counted(entry))
+        shown.add_row(entry.item.name, verdict_of(entry, evidence), count_claims(entry))
     console.print(shown)
     console.print(f"report  {page}", markup=False, highlight=False, soft_wrap=True)
 

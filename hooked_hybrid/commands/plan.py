@@ -17,7 +17,7 @@ from hooked_hybrid.accounting.plan.machine import (
     ANY_DISK,
     Machine,
     gpus_of,
-    shown,
+    show_size,
     size_of,
     this_machine,
 )
@@ -25,7 +25,7 @@ from hooked_hybrid.accounting.plan.planning import MemoryPlan
 from hooked_hybrid.accounting.plan.planning import plan as make_plan
 from hooked_hybrid.accounting.plan.split import Usage
 from hooked_hybrid.commands.accounting import Model
-from hooked_hybrid.commands.program import explained
+from hooked_hybrid.commands.program import report_errors
 from hooked_hybrid.network.placement.places import DISK
 
 Gpus = Annotated[
@@ -75,7 +75,7 @@ def plan(
 
     Example: hooked-hybrid plan --model ai21labs/AI21-Jamba-Mini-1.6 --gpus 8x40GB
     """
-    with explained(kept=None):
+    with report_errors(kept=None):
         machine = _machine(gpus, cpu, disk)
         found = make_plan(
             config_of(model), machine, _numbers(lengths), batch, getattr(torch, dtype), quantize
@@ -165,17 +165,17 @@ def _devices(found: MemoryPlan, model: str) -> Table:
     assert split is not None  # `require` has refused
     for k, (name, capacity) in enumerate(found.machine.devices):
         if not split.uses(k):
-            table.add_row(name, "unused", "", shown(capacity))
+            table.add_row(name, "unused", "", show_size(capacity))
             continue
         parts = ["embed, ln_final, unembed"] if k == split.first else []
         parts += [_blocks(split.blocks(k))] if split.held[k] else []
-        table.add_row(name, ", ".join(parts), shown(used[k].weights), shown(capacity))
+        table.add_row(name, ", ".join(parts), show_size(used[k].weights), show_size(capacity))
     weights, rest = found.sizes.weights, split.kept_elsewhere
     for name, blocks in (("cpu", rest[: split.on_cpu]), (DISK, rest[split.on_cpu :])):
         if blocks:
             kept = sum(weights[f"blocks.{i}"] for i in blocks)
-            memory = shown(found.machine.cpu) if name == "cpu" else ""
-            table.add_row(name, _blocks(blocks), shown(kept), memory)
+            memory = show_size(found.machine.cpu) if name == "cpu" else ""
+            table.add_row(name, _blocks(blocks), show_size(kept), memory)
     return table
 
 
@@ -192,15 +192,21 @@ def _lengths(found: MemoryPlan) -> Table:
         shown_length = f"{length:,}"
         for (name, capacity), used in zip(found.machine.devices, found.usages(length), strict=True):
             if used.total:
-                table.add_row(shown_length, name, *_columns(used, loads), shown(capacity))
+                table.add_row(shown_length, name, *_columns(used, loads), show_size(capacity))
                 shown_length = ""
     return table
 
 
 def _columns(used: Usage, loads: bool) -> tuple[str, ...]:
-    weights = shown(used.weights) + (f" + {shown(used.brought)}" if used.brought else "")
-    loading = (shown(used.loading),) if loads else ()
-    return weights, shown(used.state), shown(used.working), *loading, shown(used.total)
+    weights = show_size(used.weights) + (f" + {show_size(used.brought)}" if used.brought else "")
+    loading = (show_size(used.loading),) if loads else ()
+    return (
+        weights,
+        show_size(used.state),
+        show_size(used.working),
+        *loading,
+        show_size(used.total),
+    )
 
 
 def _blocks(blocks: range) -> str:

@@ -101,7 +101,7 @@ def _keep_commands_named() -> None:
 
 
 @contextmanager
-def explained(kept: str | None) -> Iterator[None]:
+def report_errors(kept: str | None) -> Iterator[None]:
     """Turn what can go wrong in a command into one red line and an exit code.
 
     Args:

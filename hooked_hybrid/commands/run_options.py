@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import torch
 import typer
 
-from hooked_hybrid.commands.program import explained, folder
+from hooked_hybrid.commands.program import folder, report_errors
 from hooked_hybrid.commands.ray_options import GpusPerWorker, Ray, Workers, where, workers_of
 from hooked_hybrid.model.hybrid import HookedHybrid
-from hooked_hybrid.outputs.folders import claimed
+from hooked_hybrid.outputs.folders import claim
 from hooked_hybrid.outputs.foreign import one_line, parse_json, read_json
 
 if TYPE_CHECKING:
@@ -146,8 +146,8 @@ class RunOptions:
             typer.Exit: see `cli.explained`.
         """
         with (
-            explained(kept=str(self.out)),
-            claimed(self.out, self.resume),
+            report_errors(kept=str(self.out)),
+            claim(self.out, self.resume),
             workers_of(
                 self.ray,
                 self.workers,

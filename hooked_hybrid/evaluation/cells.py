@@ -55,8 +55,8 @@ class Cell:
     asked: str = ""
 
 
-class Cells:
-    """The cells of one experiment in a folder, for who has claimed it (`results_folder.claimed`).
+class EvaluationCells:
+    """The cells of one experiment in a folder, which the caller must hold (`outputs.folders.claim`).
 
     Args:
         folder: new, empty, or that of the same experiment; one without a cell may change it.

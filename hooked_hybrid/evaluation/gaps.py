@@ -9,7 +9,7 @@ from statistics import stdev
 from typing import Literal
 
 from hooked_hybrid.evaluation.cells import Cell
-from hooked_hybrid.runs.intervals import GAP, SHARE, combined, mean_interval
+from hooked_hybrid.runs.intervals import GAP, SHARE, combine, mean_interval
 
 SHARES = {"acc", "acc_norm", "acc_mutual_info", "exact_match", "em", "f1", "mcc"}
 """Metrics from 0 to 1 (mcc from -1), shown in points of a hundred."""
@@ -66,7 +66,7 @@ def gap(base: Cell, other: Cell) -> Estimate:
         return Estimate(shown * value, None)
     parts = [score_of(base), score_of(other)]
     known = [(part.value, part.interval) for part in parts if part.interval is not None]
-    ends = combined(known, (1.0, -1.0)) if len(known) == 2 else None
+    ends = combine(known, (1.0, -1.0)) if len(known) == 2 else None
     stderr = shown * sqrt(base.stderr**2 + other.stderr**2)
     return Estimate(shown * value, stderr, interval=ends)
 
@@ -92,7 +92,7 @@ def mean(
     if len(errors) == len(parts):
         stderr = sqrt(sum((w * e) ** 2 for w, e in zip(weights, errors, strict=True)))
     if len(ends) == len(parts):
-        interval = combined(ends, weights)
+        interval = combine(ends, weights)
     return Estimate(value, stderr, all(part.is_paired for part in parts), interval)
 
 

@@ -10,7 +10,7 @@ from hooked_hybrid.evaluation.forms import Form
 from hooked_hybrid.evaluation.running import Evaluation
 
 
-def gathered(evaluation: Evaluation, folder: Path) -> Evaluation:
+def gather(evaluation: Evaluation, folder: Path) -> Evaluation:
     """Return an evaluation with all cells of its folder, those of earlier calls first.
 
     Of a task that several calls asked for, the last call gives the reason why it is missing. Cells

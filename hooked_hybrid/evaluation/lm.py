@@ -17,8 +17,8 @@ from hooked_hybrid.evaluation.batching import MOST_ROWS, Batching, may_cut, read
 from hooked_hybrid.evaluation.conversation import as_text
 from hooked_hybrid.evaluation.forms import Form, HeadChoice, Stage
 from hooked_hybrid.evaluation.generating import GenerationPlan, read_plan, texts_after
-from hooked_hybrid.evaluation.loading import loaded
-from hooked_hybrid.evaluation.scoring import Score, score, truncated
+from hooked_hybrid.evaluation.loading import load_with_tokenizer
+from hooked_hybrid.evaluation.scoring import Score, score, truncate
 from hooked_hybrid.hooks.attaching import HookSpec
 from hooked_hybrid.model.hybrid import HookedHybrid
 from hooked_hybrid.options import check_choice, refuse_ignored, require
@@ -116,7 +116,7 @@ class HookedHybridLM(TemplateLM):
         self.rows = read_batch_size(batch_size)
         self.max_rows = max_batch_size or MOST_ROWS
         loading = {"dtype": dtype, "device": device, "revision": revision}
-        self.model = loaded(pretrained, tokenizer, config_overrides, **loading)
+        self.model = load_with_tokenizer(pretrained, tokenizer, config_overrides, **loading)
         self.name = "model" if isinstance(pretrained, HookedHybrid) else str(pretrained)
         self.tokenizer = self.model.text.tokenizer
         self.form = Form("given", k, score)
@@ -200,7 +200,7 @@ class HookedHybridLM(TemplateLM):
         with tqdm(total=len(requests), desc="log-likelihoods", disable=disable_tqdm) as bar:
             found: list[Score] = score(
                 self.model,
-                [truncated(c, more, self.max_length) for _, c, more in requests],
+                [truncate(c, more, self.max_length) for _, c, more in requests],
                 [*self.fwd_hooks, *self.prefill_hooks],
                 self.rows,
                 self.share_prefixes,

@@ -11,7 +11,7 @@ from hooked_hybrid.model.hybrid import HookedHybrid
 from hooked_hybrid.text.text import as_tokenizer
 
 
-def loaded(
+def load_with_tokenizer(
     pretrained: str | Path | HookedHybrid, tokenizer: Any, overrides: dict[str, Any], **loading: Any
 ) -> HookedHybrid:
     """Return a model that has a tokenizer.

@@ -13,7 +13,7 @@ from hooked_hybrid.evaluation.benchmarks import BENCHMARKS
 from hooked_hybrid.evaluation.cells import Cell
 from hooked_hybrid.evaluation.forms import Form, title
 from hooked_hybrid.evaluation.gaps import Estimate
-from hooked_hybrid.evaluation.gathered import gathered
+from hooked_hybrid.evaluation.gathered import gather
 from hooked_hybrid.evaluation.lines import Line, lines
 from hooked_hybrid.evaluation.picture import score_picture
 from hooked_hybrid.evaluation.running import Evaluation, Options
@@ -50,7 +50,7 @@ def write(
         command: what to type to run it again.
     """
     written = Written(out / "report.md", out / "results.csv", out / "results.json")
-    n_new, evaluation = len(evaluation.cells), gathered(evaluation, out)
+    n_new, evaluation = len(evaluation.cells), gather(evaluation, out)
     rows = lines(evaluation)
     write_csv(results_table(evaluation), written.table)
     said = {

@@ -9,15 +9,15 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hooked_hybrid.evaluation.cells import Cell, Cells, cells_of, file_name
+from hooked_hybrid.evaluation.cells import Cell, EvaluationCells, cells_of, file_name
 from hooked_hybrid.evaluation.conversation import has_template
 from hooked_hybrid.evaluation.forms import FORMS, Form
 from hooked_hybrid.evaluation.tasks import TaskSource
 from hooked_hybrid.evaluation.work import FEWSHOT_SEED, EvaluationJob, Options, as_lm
 from hooked_hybrid.model.hybrid import HookedHybrid
 from hooked_hybrid.options import refuse_ignored, require
-from hooked_hybrid.outputs.folders import claimed
-from hooked_hybrid.runs.identity.model import hashed_once, model_identity
+from hooked_hybrid.outputs.folders import claim
+from hooked_hybrid.runs.identity.model import hash_once, model_identity
 from hooked_hybrid.runs.work import results
 
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ def evaluate(
         ModuleNotFoundError: lm-eval is not installed; it says which extra brings it.
     """
     require("lm_eval", "pandas")
-    with claimed(out, resume), hashed_once():
+    with claim(out, resume), hash_once():
         return _evaluate(
             model, name, tasks, forms, options or Options(), out, resume, include_path, say, workers
         )
@@ -107,7 +107,7 @@ def _evaluate(
     if all(source.sets_no_examples(task) for task in source.leaves):
         why = f"{', '.join(tasks)} set 0 examples themselves and keep them"
         refuse_ignored(why, num_fewshot=options.num_fewshot or None)
-    cells = Cells(out, experiment_of(model, name, options), resume)
+    cells = EvaluationCells(out, experiment_of(model, name, options), resume)
     _check_kept(out, source, forms, options, say)
     job = EvaluationJob(source, tasks, include_path, name, forms, options)
     missing: dict[str, str] = {}

@@ -107,7 +107,7 @@ def score(
     return [run.scores[i] for i in range(len(requests))]
 
 
-def truncated(context: Sequence[int], continuation: Sequence[int], max_length: int) -> Request:
+def truncate(context: Sequence[int], continuation: Sequence[int], max_length: int) -> Request:
     """Return a request of which at most `max_length` tokens are read: the context's end is kept.
 
     The last token of the continuation is not read, so that context and continuation may have one

@@ -23,7 +23,7 @@ from hooked_hybrid.harvest.documents import (
 from hooked_hybrid.harvest.making import make_missing
 from hooked_hybrid.harvest.reading import HarvestedActivations
 from hooked_hybrid.harvest.recipe import (
-    Recipe,
+    HarvestRecipe,
     encoding_identity,
     is_recorded,
     recipe_identity,
@@ -42,8 +42,8 @@ from hooked_hybrid.hooks.attaching import HookSpec
 from hooked_hybrid.hooks.names import NameFilter
 from hooked_hybrid.model.hybrid import HookedHybrid
 from hooked_hybrid.options import check_count
-from hooked_hybrid.outputs.folders import claimed, holds_results
-from hooked_hybrid.runs.identity.model import hashed_once
+from hooked_hybrid.outputs.folders import claim, holds_results
+from hooked_hybrid.runs.identity.model import hash_once
 from hooked_hybrid.text.padding import may_hold_padding
 
 if TYPE_CHECKING:
@@ -117,14 +117,14 @@ def harvest(
         raise ValueError("context_length=1 has no room after BOS: give 2 or more")
     runner = Runner(model, names, _dtype(dtype, model), fwd_hooks)
     folder = Path(out)
-    with hashed_once(), claimed(folder, resume):
+    with hash_once(), claim(folder, resume):
         identity = recipe_identity(model, fwd_hooks)
         is_begun = (folder / FILE).exists()
         others = set() if is_begun else begun_in(folder)
         if not is_begun and holds_results(folder, others):
             raise ValueError(f"{folder} holds no harvest: give another folder")
         read = _read(model, documents, is_text, bos, folder, verbose)
-        recipe = Recipe(
+        recipe = HarvestRecipe(
             names=names,
             dtype=str(runner.dtype).removeprefix("torch."),
             context_length=context_length,

@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 
 from hooked_hybrid.harvest.contexts import PackingPlan
 from hooked_hybrid.harvest.documents import Documents
-from hooked_hybrid.harvest.recipe import Recipe
+from hooked_hybrid.harvest.recipe import HarvestRecipe
 from hooked_hybrid.harvest.running import Runner, ShardMaker, bytes_of_row
 from hooked_hybrid.harvest.shards import Header, read_header, shard_name
 from hooked_hybrid.hooks.attaching import HookSpec
@@ -37,7 +37,7 @@ class HarvestJob(Job[int, Header]):
     """Shards by their numbers, made by a worker that sees the folder."""
 
     folder: Path
-    recipe: Recipe
+    recipe: HarvestRecipe
     interventions: tuple[HookSpec, ...]
 
     def __call__(self, model: HookedHybrid, items: Sequence[int]) -> Iterator[Header]:
@@ -74,7 +74,7 @@ class HarvestJob(Job[int, Header]):
 def make_missing(
     runner: Runner,
     plan: PackingPlan,
-    recipe: Recipe,
+    recipe: HarvestRecipe,
     folder: Path,
     workers: RayWorkers | None,
     show: bool,
@@ -109,7 +109,7 @@ def make_missing(
                 bar.update(header.n_tokens)
 
 
-def _is_there(folder: Path, shard: int, plan: PackingPlan, recipe: Recipe) -> bool:
+def _is_there(folder: Path, shard: int, plan: PackingPlan, recipe: HarvestRecipe) -> bool:
     """Whether a shard of this recipe is in the folder; one that is not whole is made again."""
     path = folder / shard_name(shard, plan.n_shards)
     if not path.exists():

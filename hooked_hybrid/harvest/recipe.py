@@ -16,7 +16,12 @@ from hooked_hybrid.hooks.attaching import HookSpec
 from hooked_hybrid.model.hybrid import HookedHybrid
 from hooked_hybrid.outputs.foreign import LARGEST_RESULTS, one_line, read_json
 from hooked_hybrid.runs.identity.comparing import changes, refusal
-from hooked_hybrid.runs.identity.model import described, known_of, model_identity, without_tokenizer
+from hooked_hybrid.runs.identity.model import (
+    identify,
+    known_of,
+    model_identity,
+    without_tokenizer,
+)
 from hooked_hybrid.runs.identity.tokenizers import tokenizer_identity
 
 _TOKENIZER = "tokenizer"
@@ -25,7 +30,7 @@ _NONE_BEFORE = hashlib.sha256(b"list()").hexdigest()[:16]
 
 
 @dataclass(frozen=True)
-class Recipe:
+class HarvestRecipe:
     """What decides which bytes a harvest writes.
 
     `bos` is what is put in front of each context, `left_out` the tokens of which nothing is kept.
@@ -64,7 +69,7 @@ class Recipe:
             self.seed,
         )
 
-    def keep(self, folder: Path, cfg: HybridConfig) -> Recipe:
+    def keep(self, folder: Path, cfg: HybridConfig) -> HarvestRecipe:
         """Write it to a folder that has none, or no shard yet; else compare.
 
         Args:
@@ -119,7 +124,7 @@ def recipe_identity(model: HookedHybrid, interventions: Sequence[HookSpec]) -> d
     return {
         "model": without_tokenizer(model_identity(model)),
         "interventions": [
-            described(f"fwd_hooks[{i}]", spec, known) for i, spec in enumerate(interventions)
+            identify(f"fwd_hooks[{i}]", spec, known) for i, spec in enumerate(interventions)
         ],
     }
 

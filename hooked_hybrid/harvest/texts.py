@@ -7,7 +7,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from hooked_hybrid.options import refuse_ignored, shown
+from hooked_hybrid.options import refuse_ignored, show
 from hooked_hybrid.outputs.foreign import (
     bare_name,
     one_line,
@@ -130,7 +130,7 @@ def _text_of(row: Any, field: str, where: str) -> str:
     text = row.get(field) if isinstance(row, dict) else None
     if isinstance(row, dict) and field in row and not isinstance(text, str):
         raise ValueError(
-            f"texts {where}: the field {field!r} holds {one_line(shown(text))}, which is not text"
+            f"texts {where}: the field {field!r} holds {one_line(show(text))}, which is not text"
         )
     if not isinstance(text, str):
         raise _no_text(where, field, list(row) if isinstance(row, dict) else [])

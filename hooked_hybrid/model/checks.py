@@ -20,7 +20,7 @@ from hooked_hybrid.options import (
 )
 
 
-def checked_resid(model: Network, resid: Any) -> Tensor:
+def check_resid(model: Network, resid: Any) -> Tensor:
     """Return a residual stream [batch pos d_model] for `start_at_layer`.
 
     Raises:
@@ -54,7 +54,7 @@ def refuse_text_options(prepend_bos: bool | None, padding_side: str | None) -> N
     )
 
 
-def checked_return_type(
+def check_return_type(
     return_type: Any,
     loss_per_token: bool,
     logits_to_keep: int | None,
@@ -105,7 +105,7 @@ def check_read_out(
         raise ValueError("a loss needs the logits of all positions: leave logits_to_keep out")
 
 
-def checked_run(
+def check_run(
     stage: str, step: int, rows: Tensor | None, batch: int
 ) -> Int[Tensor, " batch"] | None:
     """Return the rows, after checking the stage, step and rows for `hook.run`.
@@ -130,7 +130,7 @@ def checked_run(
     return rows
 
 
-def checked_state(model: Network, state: HybridState | None, batch: int) -> None:
+def check_state(model: Network, state: HybridState | None, batch: int) -> None:
     """Refuse a state that is not of this model, this batch and these devices.
 
     Raises:
@@ -175,7 +175,7 @@ def checked_state(model: Network, state: HybridState | None, batch: int) -> None
                 )
 
 
-def checked_layers(n: int, start: int | None, stop: int | None) -> range:
+def check_layers(n: int, start: int | None, stop: int | None) -> range:
     """Return the layers of a part of a model of `n`, as a slice.
 
     Raises:

@@ -14,7 +14,7 @@ from hooked_hybrid.hooks.run import Stage
 from hooked_hybrid.model.cache import ActivationCache
 from hooked_hybrid.model.recorder import Recorder
 from hooked_hybrid.model.sampling import NoChoiceError, Sampling
-from hooked_hybrid.model.step_graph import StepGraph, captured
+from hooked_hybrid.model.step_graph import StepGraph, capture_steps
 from hooked_hybrid.network.layout import lay_out
 from hooked_hybrid.network.state import HybridState
 
@@ -138,7 +138,7 @@ class Decoder:
         if self.graph is not None and not self.graph.is_valid:
             self.state, self.graph = self.graph.state(), None
         if self.graph is None and self.state is not None and self.step > 1:
-            self.graph = captured(self.model, self.state, n_steps)
+            self.graph = capture_steps(self.model, self.state, n_steps)
             self.state = self.state if self.graph is None else None
 
     def _state_now(self) -> HybridState:

@@ -14,11 +14,11 @@ from tqdm.auto import tqdm
 from hooked_hybrid.hooks import transforms
 from hooked_hybrid.hooks.attaching import HookSpec
 from hooked_hybrid.hooks.names import NameFilter
-from hooked_hybrid.model.checks import checked_state, refuse_text_options
+from hooked_hybrid.model.checks import check_state, refuse_text_options
 from hooked_hybrid.model.decoding import Decoder
 from hooked_hybrid.model.recorder import Recorder
 from hooked_hybrid.model.sampling import Sampling
-from hooked_hybrid.model.text_model import checked_batch, checked_tokens, is_texts
+from hooked_hybrid.model.text_model import check_batch, check_tokens, is_texts
 from hooked_hybrid.network.layout import lay_out
 from hooked_hybrid.network.state import HybridState
 from hooked_hybrid.options import check_choice, check_count, refuse_ignored
@@ -126,7 +126,7 @@ def generate(
     model.check_hooks_to_add((*fwd_hooks, *prefill_hooks, *generation_hooks))
 
     tokens, mask = _prompt(model, input, is_text, attention_mask, state, prepend_bos, padding_side)
-    checked_state(model, state, tokens.shape[0])
+    check_state(model, state, tokens.shape[0])
     _refuse_idle_hooks(tokens.shape[1], max_new_tokens, first_token_stage, *hooks[1:])
     recorder = None if names_filter is None else Recorder(model, names_filter, tokens, state)
     decoder = Decoder(
@@ -161,10 +161,10 @@ def _prompt(
         input, attention_mask = model.encode_texts(
             input, prepend_bos, padding_side or "left", continues=state is not None
         )
-        tokens = checked_tokens(model, input)
+        tokens = check_tokens(model, input)
     else:
         is_masked = attention_mask is not None
-        tokens, attention_mask = checked_batch(model, input, attention_mask)
+        tokens, attention_mask = check_batch(model, input, attention_mask)
         if not is_masked and model.tokenizer is not None:
             refuse_unequal_ends(tokens, model.text)
     if attention_mask is None:

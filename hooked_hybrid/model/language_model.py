@@ -16,16 +16,16 @@ from torch import Tensor
 from hooked_hybrid.hooks.point import HookPoint, LensHandle, changed_meanwhile
 from hooked_hybrid.hooks.run import Stage
 from hooked_hybrid.model.checks import (
+    check_layers,
     check_read_out,
-    checked_layers,
-    checked_resid,
-    checked_return_type,
-    checked_run,
-    checked_state,
+    check_resid,
+    check_return_type,
+    check_run,
+    check_state,
     refuse_text_options,
 )
 from hooked_hybrid.model.memory import require_memory
-from hooked_hybrid.model.text_model import Input, TextModel, checked_batch, checked_tokens, is_texts
+from hooked_hybrid.model.text_model import Input, TextModel, check_batch, check_tokens, is_texts
 from hooked_hybrid.network.block_state import BlockState
 from hooked_hybrid.network.layout import Layout, lay_out
 from hooked_hybrid.network.loss import next_token_loss
@@ -87,7 +87,7 @@ class LanguageModel(TextModel):
             ValueError: an input that would be misread, or an option without effect; the message
                 states the remedy.
         """
-        wanted: ReturnType | None = checked_return_type(
+        wanted: ReturnType | None = check_return_type(
             return_type, loss_per_token, logits_to_keep, stop_at_layer
         )
         if isinstance(input, str) or is_texts(input):
@@ -99,13 +99,13 @@ class LanguageModel(TextModel):
             input, attention_mask = self.encode_texts(
                 input, prepend_bos, padding_side or "right", continues=state is not None
             )
-            x = checked_tokens(self, input)
+            x = check_tokens(self, input)
         else:
             refuse_text_options(prepend_bos, padding_side)
             if start_at_layer is None:
-                x, attention_mask = checked_batch(self, input, attention_mask, segment_ids)
+                x, attention_mask = check_batch(self, input, attention_mask, segment_ids)
             else:
-                x = checked_resid(self, input)
+                x = check_resid(self, input)
         is_part = start_at_layer is not None or stop_at_layer is not None
         if is_part and (state is not None or return_state):
             raise ValueError(
@@ -113,10 +113,10 @@ class LanguageModel(TextModel):
                 "and return_state"
             )
         check_read_out(wanted, logits_to_keep, x.shape[1], start_at_layer is not None)
-        checked_state(self, state, x.shape[0])
-        rows = checked_run(stage, step, rows, x.shape[0])
+        check_state(self, state, x.shape[0])
+        rows = check_run(stage, step, rows, x.shape[0])
         layout = lay_out(x, state, attention_mask, segment_ids, stage, step, rows)
-        layers = checked_layers(self.cfg.n_layers, start_at_layer, stop_at_layer)
+        layers = check_layers(self.cfg.n_layers, start_at_layer, stop_at_layer)
         out, after = self.run_layout(
             x,
             layout,
@@ -242,7 +242,7 @@ class LanguageModel(TextModel):
 
         Without a mask, padding is recognised as in the forward.
         """
-        tokens, attention_mask = checked_batch(self, tokens, attention_mask)
+        tokens, attention_mask = check_batch(self, tokens, attention_mask)
         layout = lay_out(tokens, None, attention_mask, None)
         return next_token_loss(logits, tokens, layout, per_token)
 
@@ -269,9 +269,9 @@ class LanguageModel(TextModel):
                 kwargs.get("padding_side") or "right",
                 continues=kwargs.get("state") is not None,
             )
-            tokens = checked_tokens(self, input)
+            tokens = check_tokens(self, input)
         else:
-            tokens, mask = checked_batch(self, input, mask, kwargs.get("segment_ids"))
+            tokens, mask = check_batch(self, input, mask, kwargs.get("segment_ids"))
         layout = lay_out(tokens, None, mask, kwargs.get("segment_ids"))
         return next_token_loss(out, tokens, layout)
 

@@ -5,7 +5,8 @@ a graph launches them all at once. It needs buffers that never move and shapes t
 so each attention layer holds a fixed number of keys, with absent ones at position -1, and masks are
 computed from positions. The eager step is the definition; results differ by the rounding of sums.
 
-`captured` decides whether to use a graph: without hooks or autograd, for few rows, and if the host
+`capture_steps` decides whether to use a graph: without hooks or autograd, for few rows, and if the
+host
 reads nothing between kernels. The way to capture is an argument: calling the step again on the same
 buffers is a stand-in for a capture that works on any machine.
 """
@@ -59,7 +60,7 @@ _failed: WeakSet[nn.Module] = WeakSet()
 """Models for which a capture failed; it is not tried again."""
 
 
-def captured(model: LanguageModel, state: HybridState, n_steps: int) -> StepGraph | None:
+def capture_steps(model: LanguageModel, state: HybridState, n_steps: int) -> StepGraph | None:
     """Return a graph for the steps that continue a state, or None if they run eagerly.
 
     A graph has space for `n_steps` more steps, up to a limit.

@@ -125,7 +125,7 @@ class TextModel(Network):
         Raises:
             ValueError: padding that cannot be distinguished from text.
         """
-        _, mask = checked_batch(self, tokens, None)
+        _, mask = check_batch(self, tokens, None)
         return torch.ones_like(tokens) if mask is None else mask
 
     def to_string(self, tokens: Tensor | Sequence[int]) -> str | list[str]:
@@ -230,9 +230,9 @@ class TextModel(Network):
         template = getattr(self.text.tokenizer, "apply_chat_template", None)
         if template is None:
             raise ValueError("this tokenizer has no chat template: load one with a template")
-        from hooked_hybrid.text.chat import checked_conversation  # imports `jinja2`
+        from hooked_hybrid.text.chat import check_conversation  # imports `jinja2`
 
-        said = checked_conversation(messages)
+        said = check_conversation(messages)
         text = template(said, add_generation_prompt=add_generation_prompt, tokenize=False)
         return self.to_tokens(text, prepend_bos=False, truncate=False)
 
@@ -280,7 +280,7 @@ def is_texts(input: Any) -> bool:
     return isinstance(input, (list, tuple)) and bool(input) and isinstance(input[0], str)
 
 
-def checked_tokens(model: TextModel, tokens: Any) -> Tensor:
+def check_tokens(model: TextModel, tokens: Any) -> Tensor:
     """Return token ids [batch pos] on the model's device, without looking for padding.
 
     Raises:
@@ -289,7 +289,7 @@ def checked_tokens(model: TextModel, tokens: Any) -> Tensor:
     return _checked(model, tokens, knows_padding=True)[0]
 
 
-def checked_batch(
+def check_batch(
     model: TextModel,
     tokens: Any,
     attention_mask: Tensor | None,
@@ -301,7 +301,7 @@ def checked_batch(
     end with it are padded there; see `padding.mask_of`.
 
     Raises:
-        ValueError: as `checked_tokens`, and padding that cannot be distinguished from text.
+        ValueError: as `check_tokens`, and padding that cannot be distinguished from text.
     """
     given = attention_mask is not None or segment_ids is not None
     checked, is_padded = _checked(model, tokens, knows_padding=given)

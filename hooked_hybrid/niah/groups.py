@@ -27,7 +27,7 @@ from hooked_hybrid.niah.prompts import Prompt
 from hooked_hybrid.niah.settings.setting import Setting, hooks_for, hooks_of_rows
 
 FirstToken = Literal["prefill", "generation"]
-Cells = list[dict[str, Any]]
+CellRows = list[dict[str, Any]]
 """Rows of `hooked_hybrid.niah.store.COLUMNS`."""
 MOST_ROWS = 32
 """Most cells that are decoded as one batch, possibly of several prompts."""
@@ -114,7 +114,7 @@ class Group:
         wanted: Sequence[int],
         max_new_tokens: int,
         first_token_stage: FirstToken,
-    ) -> Iterator[Cells]:
+    ) -> Iterator[CellRows]:
         """Yield the cells of each wanted part; `wanted` are indices into `parts`, ascending."""
         parts, window = [self.parts[i] for i in wanted], shortest_window(model)
         taken = {prompt.id for part in parts for prompt in part}

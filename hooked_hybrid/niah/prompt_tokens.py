@@ -19,7 +19,7 @@ LONGEST = 256
 Tokens = list[int]
 
 
-class Place(NamedTuple):
+class NeedlePlace(NamedTuple):
     """The place of a needle in a haystack: the token after it, and the kind of boundary."""
 
     at: int
@@ -35,7 +35,7 @@ class Haystack(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Parts:
+class PromptParts:
     """The tokens of a needle's prompts: template around each haystack, sentence, distractors."""
 
     question: str
@@ -67,7 +67,7 @@ class Filler:
     before: list[int]
     is_closed: bool
 
-    def place(self, depth: float) -> Place:
+    def place(self, depth: float) -> NeedlePlace:
         """Return the place at a depth, or the nearest before it; depth 1 is the end.
 
         It is at the end of a sentence; if none ends within `LONGEST` tokens, at the end of a word;
@@ -75,7 +75,7 @@ class Filler:
         """
         n = len(self.tokens)
         if depth == 1 or not n:
-            return Place(n, SENTENCE)
+            return NeedlePlace(n, SENTENCE)
         asked = int(n * depth)
         for kind in (SENTENCE, WORD, CHARACTER):
             last = next((p for p in range(asked, 0, -1) if self.before[p] >= kind), 0)
@@ -83,7 +83,7 @@ class Filler:
             after = next((p for p in range(asked + 1, n) if self.before[p] >= kind), end)
             if after - last <= LONGEST:
                 break
-        return Place(last, SENTENCE if last == 0 else kind)
+        return NeedlePlace(last, SENTENCE if last == 0 else kind)
 
 
 class Maker:
@@ -116,7 +116,9 @@ class Maker:
         self._kinds: list[int] = []
         self._fillers: dict[tuple[int, tuple[tuple[int, ...], ...]], Filler] = {}
 
-    def parts(self, question: str, needle: Sequence[str], distractors: Sequence[str]) -> Parts:
+    def parts(
+        self, question: str, needle: Sequence[str], distractors: Sequence[str]
+    ) -> PromptParts:
         """Return the tokens of a question's prompts; `needle` is one sentence, or none.
 
         Raises:
@@ -129,10 +131,10 @@ class Maker:
         template = [self.text.encode(first, self.prepend_bos), *map(self._read_on, others)]
         sentences = [self._read_on(f" {sentence}") for sentence in (*needle, *distractors)]
         hidden = sentences[0] if needle else []
-        return Parts(question, template, hidden, sentences[len(needle) :])
+        return PromptParts(question, template, hidden, sentences[len(needle) :])
 
     def tokens(
-        self, parts: Parts, length: int, depth: float
+        self, parts: PromptParts, length: int, depth: float
     ) -> tuple[Tokens, list[tuple[int, int]], float, int]:
         """Return a prompt of exactly `length` tokens, and [start, stop) of each needle in it.
 

@@ -16,7 +16,7 @@ from hooked_hybrid.model.text_model import TextModel
 from hooked_hybrid.niah.boundaries import NAMES, SENTENCE
 from hooked_hybrid.niah.haystacks.haystack import sentences
 from hooked_hybrid.niah.needles import PAPER, AnyNeedle, distractors_for, needle_ids
-from hooked_hybrid.niah.prompt_tokens import HAYSTACK, LONGEST, QUESTION, Maker, Parts
+from hooked_hybrid.niah.prompt_tokens import HAYSTACK, LONGEST, QUESTION, Maker, PromptParts
 from hooked_hybrid.runs.identity.values import describe
 
 _ONCE = f"CONTEXT:\n{HAYSTACK}\nQUESTION:\n{QUESTION}"
@@ -276,7 +276,7 @@ def _check_template(name: str) -> None:
 
 def _parts(
     maker: Maker, needle: AnyNeedle | None, distractors: int | Sequence[AnyNeedle], seed: int
-) -> Parts:
+) -> PromptParts:
     asked = PAPER if needle is None else needle
     if isinstance(distractors, int):
         distractors = distractors_for(asked, distractors, seed)
@@ -290,7 +290,7 @@ def _prompt(
     maker: Maker,
     needle: AnyNeedle | None,
     needle_id: str,
-    parts: Parts,
+    parts: PromptParts,
     length: int,
     depth: int | float,
     template: str,

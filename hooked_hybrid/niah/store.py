@@ -29,11 +29,11 @@ from hooked_hybrid.niah.store_checks import (
 )
 from hooked_hybrid.options import require
 from hooked_hybrid.outputs.folders import (
-    claimed,
+    claim,
     holds_results,
     remove_unfinished,
     replacing,
-    unwritten,
+    write_error,
 )
 from hooked_hybrid.outputs.foreign import parse_json
 from hooked_hybrid.runs.identity.comparing import changes, refusal
@@ -82,7 +82,7 @@ class Store:
         self.path = None if folder is None else folder / FILE
         with ExitStack() as stack:
             if folder is not None:
-                stack.enter_context(claimed(folder, resume))
+                stack.enter_context(claim(folder, resume))
             with _explain_errors(self.path):
                 self.connection = stack.enter_context(closing(_open(self.path, experiment)))
                 self.connection.execute("PRAGMA synchronous = EXTRA")
@@ -158,7 +158,11 @@ def read_cells(folder: str | PathLike[str]) -> pandas.DataFrame:
     path = Path(folder) / FILE
     if not path.is_file():
         raise FileNotFoundError(f"{path.parent} holds no {FILE}: give the folder of a sweep")
-    with claimed(path.parent, resume=True), _explain_errors(path), closing(_open(path, {})) as file:
+    with (
+        claim(path.parent, resume=True),
+        _explain_errors(path),
+        closing(_open(path, {})) as file,
+    ):
         check(file, path)
         return _table(file)
 
@@ -245,5 +249,5 @@ def _explain_errors(path: Path | None) -> Iterator[None]:
             ) from error
         if code & 0xFF in _SYSTEM_ERRORS:
             said = OSError(_SYSTEM_ERRORS[code & 0xFF], str(error))
-            raise unwritten(place, said, "the cells that it holds are whole") from error
+            raise write_error(place, said, "the cells that it holds are whole") from error
         raise damaged(place, str(error)) from error

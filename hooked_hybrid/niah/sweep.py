@@ -26,7 +26,7 @@ from tqdm.auto import tqdm
 from hooked_hybrid.hooks.attaching import HookSpec
 from hooked_hybrid.model.hybrid import HookedHybrid
 from hooked_hybrid.niah.cells import with_places
-from hooked_hybrid.niah.groups import Cells, FirstToken, Group, groups_of
+from hooked_hybrid.niah.groups import CellRows, FirstToken, Group, groups_of
 from hooked_hybrid.niah.prompts import Prompt, prompts_identity
 from hooked_hybrid.niah.settings.setting import (
     Setting,
@@ -39,8 +39,8 @@ from hooked_hybrid.niah.settings.setting import (
 )
 from hooked_hybrid.niah.store import Store
 from hooked_hybrid.options import check_choice, check_count, refuse_ignored, require
-from hooked_hybrid.runs.identity.model import hashed_once, model_identity
-from hooked_hybrid.runs.work import Item, Job, ordered, results
+from hooked_hybrid.runs.identity.model import hash_once, model_identity
+from hooked_hybrid.runs.work import Item, Job, order_cells, results
 
 if TYPE_CHECKING:
     import pandas
@@ -109,10 +109,10 @@ def niah(
         workers.check(model, {f"setting {setting.name!r}": setting for setting in chosen})
     job = SweepJob(prompts, chosen, max_new_tokens, first_token_stage)
     options = {"max_new_tokens": max_new_tokens, "first_token_stage": first_token_stage}
-    return kept_cells(model, job, prompts, chosen, options, out, resume, workers, verbose)
+    return compute_cells(model, job, prompts, chosen, options, out, resume, workers, verbose)
 
 
-def kept_cells(
+def compute_cells(
     model: HookedHybrid,
     job: PromptsJob[Any],
     prompts: Sequence[Prompt],
@@ -131,7 +131,7 @@ def kept_cells(
         options: what else the results depend on, as the store records it.
         out, resume, workers, verbose: as in `niah`.
     """
-    with hashed_once():
+    with hash_once():
         experiment: dict[str, Any] = {}
         if out is not None:  # what is kept in memory is not gone on with
             experiment = {
@@ -150,7 +150,7 @@ def kept_cells(
                 for _, cells in found:
                     store.add(cells)
                     bar.update(len(cells))
-            table = ordered(store.table(), job.prompt_ids, [s.name for s in settings])
+            table = order_cells(store.table(), job.prompt_ids, [s.name for s in settings])
             return with_places(table, prompts)
 
 
@@ -165,7 +165,7 @@ def check_run(out: str | PathLike[str] | None, resume: bool, max_new_tokens: int
     check_count("max_new_tokens", max_new_tokens)
 
 
-class PromptsJob(Job[Item, Cells]):
+class PromptsJob(Job[Item, CellRows]):
     """Work whose results are the cells of prompts."""
 
     @property
@@ -203,7 +203,7 @@ class SweepJob(PromptsJob[Part]):
             for g, group in enumerate(self.groups)
         ]
 
-    def __call__(self, model: HookedHybrid, items: Sequence[Part]) -> Iterator[Cells]:
+    def __call__(self, model: HookedHybrid, items: Sequence[Part]) -> Iterator[CellRows]:
         """Yield the cells of each of some parts of one group."""
         if items:
             group = self.groups[items[0][0]]

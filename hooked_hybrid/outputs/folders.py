@@ -28,7 +28,7 @@ from hooked_hybrid.outputs.whole_files import (
     HELD,
     UNFINISHED,
     refuse_linked_below_held,
-    unwritten,
+    write_error,
 )
 from hooked_hybrid.outputs.whole_files import (
     replacing as replacing,
@@ -46,7 +46,7 @@ class FolderInUseError(OSError):
 
 
 @contextmanager
-def claimed(folder: Path, resume: bool) -> Iterator[None]:
+def claim(folder: Path, resume: bool) -> Iterator[None]:
     """Lock a folder for a run that writes its results there.
 
     The same thread may claim it again: every function that writes claims the folder, and a function
@@ -74,7 +74,7 @@ def claimed(folder: Path, resume: bool) -> Iterator[None]:
         except FolderInUseError:
             raise
         except OSError as error:
-            raise unwritten(folder, error) from error
+            raise write_error(folder, error) from error
         if not resume and holds_results(folder):
             raise FileExistsError(
                 f"{folder} is not empty: go on with --resume (resume=True), or give another folder"

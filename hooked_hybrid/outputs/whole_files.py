@@ -17,7 +17,7 @@ _FULL = {errno.ENOSPC, errno.EDQUOT}
 _CLOSED = {errno.EROFS, errno.EACCES, errno.EPERM}
 _GO_ON = "then go on (--resume, if there is one)"
 HELD: dict[Path, tuple[int, int]] = {}
-"""Folders that this process holds (`results_folder.claimed`), with the process (a fork has a copy)
+"""Folders that this process holds (`folders.claim`), with the process (a fork has a copy)
 and the thread that do."""
 _NEW = os.O_CREAT | os.O_EXCL | os.O_WRONLY | getattr(os, "O_NOFOLLOW", 0)
 
@@ -47,7 +47,7 @@ def replacing(path: Path) -> Iterator[Path]:
     except OSError as error:
         if _is_elsewhere(error, path):
             raise
-        raise unwritten(path, error, "one that was there is as it was") from error
+        raise write_error(path, error, "one that was there is as it was") from error
     finally:
         with suppress(OSError):  # the first error is enough
             temporary.unlink(missing_ok=True)
@@ -69,7 +69,7 @@ def unfinished_name(path: Path) -> Path:
     return path.with_name(f".{path.name}.{os.getpid()}.{os.urandom(8).hex()}.tmp")
 
 
-def unwritten(path: Path, error: OSError, kept: str = "") -> OSError:
+def write_error(path: Path, error: OSError, kept: str = "") -> OSError:
     """Return an error that states the file that was not written, the reason and the remedy.
 
     Args:

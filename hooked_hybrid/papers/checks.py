@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from hooked_hybrid.papers.claims import Check, Finding, found_by
+from hooked_hybrid.papers.claims import Check, Finding, run_check
 from hooked_hybrid.papers.evidence import (
     MANY,
     Estimate,
@@ -20,7 +20,7 @@ from hooked_hybrid.papers.evidence import (
     estimate,
     tipping,
 )
-from hooked_hybrid.runs.verdicts import HOLDS, OPEN, Claimed, Word, ruled
+from hooked_hybrid.runs.verdicts import HOLDS, OPEN, Claimed, Word, judge
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -59,8 +59,8 @@ def needs_retrieval(*runs: str) -> Callable[[Check], Check]:
 
 
 def by_rule(ours: str, claimed: Claimed, low: float, high: float, *borders: float) -> Finding:
-    """Return a finding by `runs.verdicts.ruled`, which says so where it is undecided."""
-    return by_word(ours, ruled(claimed, low, high, *borders))
+    """Return a finding by `runs.verdicts.judge`, which says so where it is undecided."""
+    return by_word(ours, judge(claimed, low, high, *borders))
 
 
 def by_word(ours: str, word: Word, *notes: str) -> Finding:
@@ -131,7 +131,7 @@ def tips_at(k: int, of: int) -> Check:
         same = "" if evidence.n_heads == of else f"the same share of {evidence.n_heads}: {wanted}"
         beyond = evidence.n_heads + 1  # where nothing is retrieved at any k
         ends = [float(beyond if end is None else end) for end in (found.low, found.high)]
-        word = ruled("within", *ends, float(wanted), float(wanted))
+        word = judge("within", *ends, float(wanted), float(wanted))
         if word == HOLDS and found.k != wanted:  # the mean tips outside of its own interval
             word = OPEN
         return by_word(ours, word, same)
@@ -241,7 +241,7 @@ def both_hold(*checks: Check) -> Check:
     """
 
     def check(evidence: Evidence) -> Finding:
-        found = [found_by(part, evidence) for part in checks]
+        found = [run_check(part, evidence) for part in checks]
         parts = [part.holds for part in found]
         holds = False if False in parts else None if None in parts else True
         texts = "; ".join(dict.fromkeys(part.ours for part in found))

@@ -150,7 +150,7 @@ def applies(claim: Claim, cfg: HybridConfig) -> bool:
     return claim.any_model or _KIND[claim.about] in kinds
 
 
-def found_by(check: Check, evidence: Evidence) -> Finding:
+def run_check(check: Check, evidence: Evidence) -> Finding:
     """Return what a check finds; nothing tested, and why, where what it reads was not run."""
     try:
         return check(evidence)
@@ -158,14 +158,14 @@ def found_by(check: Check, evidence: Evidence) -> Finding:
         return Finding(None, str(reason))
 
 
-def judged(claim: Claim, evidence: Evidence) -> tuple[Verdict, Finding]:
+def judge(claim: Claim, evidence: Evidence) -> tuple[Verdict, Finding]:
     """Return the verdict on a claim, and what it rests on.
 
     Of prompts as few as `recipe.QUICK`'s no claim is judged, but those that rest on none.
     """
     if not applies(claim, evidence.cfg):
         return Verdict.UNTESTED, Finding(None, f"a claim about {claim.about} alone")
-    finding = found_by(claim.check, evidence)
+    finding = run_check(claim.check, evidence)
     if evidence.recipe.is_quick and not claim.subject:
         return Verdict.UNTESTED, Finding(None, finding.ours, TOO_LITTLE)
     if finding.holds is None:
@@ -181,6 +181,6 @@ def together(verdicts: Sequence[Verdict]) -> Verdict:
     return Verdict.SHOWN if set(tested) == {Verdict.SHOWN} else Verdict.NOT_SHOWN
 
 
-def said(verdict: Verdict, subject: str) -> str:
+def show_verdict(verdict: Verdict, subject: str) -> str:
     """Return a verdict in words: "the packaged model shows it"."""
     return verdict.value if verdict is Verdict.UNTESTED else f"{subject} {verdict.value}"

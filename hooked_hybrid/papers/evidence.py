@@ -10,7 +10,7 @@ import numpy as np
 from hooked_hybrid.config import HybridConfig
 from hooked_hybrid.niah.settings.papers import heads_of
 from hooked_hybrid.papers import shares
-from hooked_hybrid.papers.recipe import Recipe
+from hooked_hybrid.papers.recipe import PaperRecipe
 from hooked_hybrid.runs.intervals import mean_interval
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ class Evidence:
     name: str
     subject: str
     cfg: HybridConfig
-    recipe: Recipe
+    recipe: PaperRecipe
     tables: dict[str, pd.DataFrame]
     losses: dict[str, pd.DataFrame]
     thesis_depth: bool = False
@@ -142,7 +142,7 @@ class Evidence:
         Raises:
             Untested: there is none.
         """
-        found = shares.between(first, last, of, self.n_heads)
+        found = shares.head_counts(first, last, of, self.n_heads)
         if not found:
             raise Untested(f"no k of {self.n_heads} heads is from {first} to {last} of {of}")
         return found

@@ -19,7 +19,7 @@ from hooked_hybrid.outputs.figures import new_figure
 from hooked_hybrid.papers.checks import by_word
 from hooked_hybrid.papers.claims import Check, Finding
 from hooked_hybrid.papers.evidence import Evidence
-from hooked_hybrid.runs.verdicts import ruled
+from hooked_hybrid.runs.verdicts import judge
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -44,7 +44,7 @@ class Scores:
     chat: bool = True
 
 
-def measured(
+def measure(
     suite: str,
     model: HookedHybrid,
     name: str,
@@ -129,7 +129,7 @@ def gap(suite: str, form: str, least: float, most: float, under: str = "base") -
         ours = f"{said} (95% {low:+.1f} to {high:+.1f})"
         if found.stderr == 0:
             return Finding(None, f"{ours}: all documents alike", _how(scores, tasks))
-        word = ruled("within", low, high, least, most)
+        word = judge("within", low, high, least, most)
         return by_word(ours, word, _how(scores, tasks))
 
     return check
@@ -153,7 +153,7 @@ def near_chance(suite: str, form: str, within: float) -> Check:
             return Finding(None, f"{mean.value:.1f}, without an interval")
         low, high = mean.interval
         ours = f"{mean.value:.1f} (95% {low:.1f} to {high:.1f}), at random {by_lot:.1f}"
-        word = ruled("within", low, high, by_lot - within, by_lot + within)
+        word = judge("within", low, high, by_lot - within, by_lot + within)
         return by_word(ours, word, _how(scores, list(cells)))
 
     return check

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from hooked_hybrid.papers.checks import NOTHING, POINT, by_word, needs_retrieval
 from hooked_hybrid.papers.claims import Check, Finding
 from hooked_hybrid.papers.evidence import Evidence, Untested, estimate
-from hooked_hybrid.runs.verdicts import all_of, ruled
+from hooked_hybrid.runs.verdicts import all_of, judge
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -65,8 +65,8 @@ def left_beyond_window(setting: str) -> Check:
         ours = f"inside the window {inside}; beyond it {beyond}"
         word = all_of(
             [
-                ruled("at most", inside.at_least, inside.at_most, NOTHING),
-                ruled("above", beyond.at_least, beyond.at_most, NOTHING),
+                judge("at most", inside.at_least, inside.at_most, NOTHING),
+                judge("above", beyond.at_least, beyond.at_most, NOTHING),
             ]
         )
         return by_word(ours, word)
@@ -96,7 +96,7 @@ def complement(first: str, second: str, whole: str) -> Check:
         if min(a.mean(), b.mean()) < POINT:
             least = first if a.mean() < b.mean() else second
             return Finding(False, ours, f"no complement: {least} retrieves nothing of them")
-        words = [ruled("at most", e.at_least, e.at_most, NOTHING) for e in (lost, shared)]
+        words = [judge("at most", e.at_least, e.at_most, NOTHING) for e in (lost, shared)]
         return by_word(ours, all_of(words))
 
     return check

@@ -61,7 +61,7 @@ QUICK = Size(2, 2, 1, 2, 2, 2, 24, 2)
 
 
 @dataclass(frozen=True)
-class Recipe:
+class PaperRecipe:
     """All that the numbers depend on; `prompts` and the runs follow from it.
 
     Args:
@@ -197,7 +197,7 @@ def recipe_for(
     first_token: FirstToken | None = None,
     documents: Sequence[str] = (),
     include_path: Path | None = None,
-) -> Recipe:
+) -> PaperRecipe:
     """Return the recipe of a size for a model, with what is given in place of the size's own.
 
     Lengths are evenly spaced up to `niah.lengths.longest_prompt`; the first one has room for a
@@ -216,7 +216,7 @@ def recipe_for(
         )
     kinds = {mixer_of(of).kind for layer in model.cfg.layers for of in layer.mixers}
     as_theirs: list[FirstToken] = [s for kind, s in _FIRST_TOKEN.items() if kind in kinds]
-    return Recipe(
+    return PaperRecipe(
         identity=model_identity(model),
         lengths=tuple(lengths or _lengths(model, size.n_lengths, template)),
         depths=tuple(depths or default_depths(size.n_depths)),
@@ -248,7 +248,7 @@ def _lengths(model: HookedHybrid, n: int, template: str) -> list[int]:
 
 def prompts_of(
     model: HookedHybrid,
-    recipe: Recipe,
+    recipe: PaperRecipe,
     documents: Sequence[str] = (),
     *,
     read_twice: bool = False,

@@ -19,8 +19,8 @@ from hooked_hybrid.papers.claims import (
     Item,
     Paper,
     Verdict,
-    judged,
-    said,
+    judge,
+    show_verdict,
     together,
 )
 from hooked_hybrid.papers.controls import CONTROLS
@@ -64,7 +64,7 @@ def write_item(item: Item, evidence: Evidence, folder: Path) -> Judged:
     """
     import pandas as pd
 
-    found = [judged(claim, evidence) for claim in item.claims]
+    found = [judge(claim, evidence) for claim in item.claims]
     values = _values(item, evidence)
     controls = tuple(CONTROLS[name].line(evidence) for name in item.controls)
     base, picture, table = folder / _slug(item.name), None, None
@@ -148,10 +148,10 @@ def write_report(
 def verdict_of(entry: Judged, evidence: Evidence) -> str:
     """Return an item's verdict in words, with how many of its claims are of which kind."""
     subjects = {claim.subject or evidence.subject for claim in entry.item.claims}
-    return said(entry.verdict, subjects.pop() if len(subjects) == 1 else evidence.subject)
+    return show_verdict(entry.verdict, subjects.pop() if len(subjects) == 1 else evidence.subject)
 
 
-def counted(entry: Judged) -> str:
+def count_claims(entry: Judged) -> str:
     """Return how many claims of an item were shown, of those tested, and how many were not."""
     of = Counter(entry.verdicts)
     tested = of[Verdict.SHOWN] + of[Verdict.NOT_SHOWN]
@@ -194,7 +194,7 @@ def _claims(done: Sequence[Judged], evidence: Evidence) -> pd.DataFrame:
             "published": claim.published,
             "ours": finding.ours,
             "note": finding.note,
-            "verdict": said(verdict, claim.subject or evidence.subject),
+            "verdict": show_verdict(verdict, claim.subject or evidence.subject),
             "prediction": claim.prediction,
         }
         for entry in done
@@ -210,7 +210,7 @@ def _overview(done: Sequence[Judged], evidence: Evidence) -> str:
             f"[{entry.item.name}](#{entry.item.name.lower().replace(' ', '-').replace('.', '')})",
             entry.item.shows,
             f"**{verdict_of(entry, evidence)}**",
-            counted(entry),
+            count_claims(entry),
         ]
         for entry in done
     ]
@@ -229,7 +229,7 @@ def _section(entry: Judged, evidence: Evidence) -> str:
         ]
         for line in table.to_dict("records")
     ]
-    head = f"{item.shows} **Verdict: {verdict_of(entry, evidence)}** ({counted(entry)})."
+    head = f"{item.shows} **Verdict: {verdict_of(entry, evidence)}** ({count_claims(entry)})."
     parts = [f"## {item.name}", f"{head} {item.note}".strip()]
     parts.append(markdown(["claim", "about", "published", "ours", "verdict"], rows))
     if entry.picture is not None:

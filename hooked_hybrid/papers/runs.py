@@ -24,7 +24,7 @@ from hooked_hybrid.niah.settings.setting import Hooks, Setting, settings_identit
 from hooked_hybrid.niah.sweep import niah
 from hooked_hybrid.outputs.foreign import LARGEST_RESULTS, read_json, require_plain_file
 from hooked_hybrid.outputs.whole_files import replacing
-from hooked_hybrid.papers.recipe import Recipe, prompts_of
+from hooked_hybrid.papers.recipe import PaperRecipe, prompts_of
 from hooked_hybrid.papers.shares import few_heads
 from hooked_hybrid.runs.identity.comparing import changes, refusal
 from hooked_hybrid.runs.identity.model import model_identity
@@ -46,14 +46,14 @@ class Run:
     `read_twice`, `thinned` and `many` are those of `recipe.prompts_of`.
     """
 
-    settings: Callable[[HookedHybrid, Recipe], list[Setting]]
+    settings: Callable[[HookedHybrid, PaperRecipe], list[Setting]]
     read_twice: bool = False
     thinned: bool = False
     many: bool = False
     text: bool = False
 
     def prompts(
-        self, model: HookedHybrid, recipe: Recipe, documents: Sequence[str]
+        self, model: HookedHybrid, recipe: PaperRecipe, documents: Sequence[str]
     ) -> dict[int, list[Prompt]]:
         """Return the prompts of each seed; see `recipe.prompts_of`."""
         return prompts_of(
@@ -66,27 +66,27 @@ class Run:
         )
 
 
-def _top_k(model: HookedHybrid, recipe: Recipe) -> list[Setting]:  # noqa: ARG001
+def _top_k(model: HookedHybrid, recipe: PaperRecipe) -> list[Setting]:  # noqa: ARG001
     most = min(heads_of(model.cfg).values())
     return top_k_settings(range(most, -1, -1))  # all first: the loss of text is set against it
 
 
-def _top_k_twice(model: HookedHybrid, recipe: Recipe) -> list[Setting]:  # noqa: ARG001
+def _top_k_twice(model: HookedHybrid, recipe: PaperRecipe) -> list[Setting]:  # noqa: ARG001
     most = min(heads_of(model.cfg).values())
     return top_k_settings([most, *few_heads(most)])
 
 
-def _controls(model: HookedHybrid, recipe: Recipe) -> list[Setting]:
+def _controls(model: HookedHybrid, recipe: PaperRecipe) -> list[Setting]:
     most = min(heads_of(model.cfg).values())
     ks = sorted({k for k in (round(0.2 * most), (most + 1) // 2) if 0 < k < most})
     return control_settings(model.cfg, ks, recipe.n_draws)
 
 
-def _elsewhere(model: HookedHybrid, recipe: Recipe) -> list[Setting]:  # noqa: ARG001
+def _elsewhere(model: HookedHybrid, recipe: PaperRecipe) -> list[Setting]:  # noqa: ARG001
     return [WHOLE, *elsewhere_settings()]
 
 
-def _none(model: HookedHybrid, recipe: Recipe) -> list[Setting]:  # noqa: ARG001
+def _none(model: HookedHybrid, recipe: PaperRecipe) -> list[Setting]:  # noqa: ARG001
     return top_k_settings([min(heads_of(model.cfg).values()), 0], ["generation"])
 
 
@@ -151,7 +151,7 @@ def _beside_needle(mode: str) -> Hooks:
 
 
 def check(
-    names: Sequence[str], model: HookedHybrid, recipe: Recipe, documents: Sequence[str] = ()
+    names: Sequence[str], model: HookedHybrid, recipe: PaperRecipe, documents: Sequence[str] = ()
 ) -> None:
     """Raise an error if a run would lack heads, room in prompts or text; run nothing.
 
@@ -168,7 +168,7 @@ def check(
 def perform(
     name: str,
     model: HookedHybrid,
-    recipe: Recipe,
+    recipe: PaperRecipe,
     folder: Path,
     documents: Sequence[str] = (),
     *,
@@ -219,7 +219,7 @@ def perform(
 def text_losses(
     model: HookedHybrid,
     settings: Sequence[Setting],
-    recipe: Recipe,
+    recipe: PaperRecipe,
     folder: Path,
     documents: Sequence[str] = (),
     *,
@@ -259,7 +259,7 @@ def text_losses(
 
 
 def _describe_losses(
-    model: HookedHybrid, settings: Sequence[Setting], recipe: Recipe, documents: Sequence[str]
+    model: HookedHybrid, settings: Sequence[Setting], recipe: PaperRecipe, documents: Sequence[str]
 ) -> dict[str, Any]:
     """Return what the loss of text depends on."""
     return {

@@ -24,7 +24,7 @@ def share(k: int, of: int, n_heads: int) -> int | None:
     return found if abs(exact - found) <= TOLERANCE else None
 
 
-def between(first: int, last: int, of: int, n_heads: int) -> list[int]:
+def head_counts(first: int, last: int, of: int, n_heads: int) -> list[int]:
     """Return the numbers of `n_heads` heads that are `first` of `of` or more, `last` or fewer."""
     return [k for k in range(n_heads + 1) if first * n_heads <= k * of <= last * n_heads]
 

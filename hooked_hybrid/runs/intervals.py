@@ -79,7 +79,7 @@ def mean_interval(
     return _gaffke(sums, counts, least, most, tail), _gaffke(sums, counts, most, least, tail)
 
 
-def combined(
+def combine(
     parts: Iterable[tuple[float, tuple[float, float]]], weights: Iterable[float]
 ) -> tuple[float, float]:
     """Return the interval of a weighted sum of independent figures, each with an interval.

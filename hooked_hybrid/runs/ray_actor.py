@@ -41,7 +41,7 @@ class Worker:
         torch.set_num_threads(threads)
         torch.set_float32_matmul_precision(precision)
         try:
-            self.model = source() if callable(source) else unpacked(_got(source))
+            self.model = source() if callable(source) else unpack_from_bytes(_got(source))
         except Exception as error:
             raise _sendable(error) from None
         if changed := identity_changes(expected, model_identity(self.model)):
@@ -80,7 +80,7 @@ def versions() -> dict[str, str]:
     return {"hooked-hybrid": own, "torch": torch.__version__}
 
 
-def packed(model: HookedHybrid) -> bytes:
+def pack_to_bytes(model: HookedHybrid) -> bytes:
     """Return a model as bytes, from any device."""
     from ray import cloudpickle
 
@@ -89,7 +89,7 @@ def packed(model: HookedHybrid) -> bytes:
     return kept.getvalue()
 
 
-def unpacked(data: bytes) -> HookedHybrid:
+def unpack_from_bytes(data: bytes) -> HookedHybrid:
     """Return a packed model, on the worker's GPU if it has one."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return torch.load(io.BytesIO(data), map_location=device, weights_only=False)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from hooked_hybrid.model.hybrid import HookedHybrid
-from hooked_hybrid.runs.ray_actor import Worker, packed
+from hooked_hybrid.runs.ray_actor import Worker, pack_to_bytes
 
 STARTS = 3
 """Attempts to start Ray, whose limit of 30 s is too short on a busy machine."""
@@ -77,7 +77,7 @@ def connect(address: str, n_cores: int | None) -> bool:
     return True
 
 
-def called(cores: int, gpus: int | float) -> tuple[Any, Any]:
+def request_worker(cores: int, gpus: int | float) -> tuple[Any, Any]:
     """Request a new worker; return it and the reference of its first answer."""
     import ray
 
@@ -102,7 +102,7 @@ def begin(slot: Slot, sent: tuple[int, Any], unit: Unit) -> None:
     slot.answer, slot.state, slot.unit = run.remote(*sent, unit.items), "busy", unit
 
 
-def taken(slot: Slot) -> Iterator[tuple[Any, Any]]:
+def take_results(slot: Slot) -> Iterator[tuple[Any, Any]]:
     """Yield the next item of a worker's unit with its result; none at its end."""
     unit = slot.unit
     assert unit is not None
@@ -152,14 +152,14 @@ def release(slot: Slot) -> None:
         ray.kill(slot.actor)
 
 
-def packed_model(model: HookedHybrid) -> bytes:
+def pack_model(model: HookedHybrid) -> bytes:
     """Return a model for workers.
 
     Raises:
         ValueError: it cannot be pickled.
     """
     try:
-        return packed(model)
+        return pack_to_bytes(model)
     except Exception as error:  # a model may hold anything
         raise ValueError(
             f"this model cannot be sent to workers ({type(error).__name__}: {error}): say how they "

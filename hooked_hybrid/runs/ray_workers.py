@@ -27,12 +27,12 @@ from hooked_hybrid.runs.ray_calls import (
     Slot,
     Unit,
     begin,
-    called,
     connect,
-    packed_model,
+    pack_model,
     release,
+    request_worker,
     room,
-    taken,
+    take_results,
     value_of,
 )
 from hooked_hybrid.runs.work import Job, spread
@@ -204,7 +204,7 @@ class RayWorkers:
             for slot in self._ready():
                 try:
                     if slot.state == "busy":
-                        for found in taken(slot):
+                        for found in take_results(slot):
                             n_left -= 1
                             yield found
                     else:
@@ -257,7 +257,7 @@ class RayWorkers:
                 if self._slots:
                     return
                 raise OSError(f"workers die before they have the model ({error}): is it too large?")
-        slot.actor, slot.answer = called(self.threads, self.gpus_per_worker)
+        slot.actor, slot.answer = request_worker(self.threads, self.gpus_per_worker)
         slot.state, slot.unit = "called", None
         if unit is not None and unit.items:
             unit.deaths += 1
@@ -275,7 +275,7 @@ class RayWorkers:
         identity, own = model_identity(model), model if self.load is None else None
         if self._source[:2] != (identity, own):  # another model, or this one with a change
             self._release_all()
-            source = self.load or [ray.put(packed_model(model))]
+            source = self.load or [ray.put(pack_model(model))]
             self._source = (identity, own, source)
         held = room(self.threads, self.gpus_per_worker)
         if not held:
@@ -284,7 +284,7 @@ class RayWorkers:
                 raise ValueError(missing)
             _LOG.warning("%s: waiting %.0f s for one that has", missing, self.patience)
         while len(self._slots) < (self.n or held):
-            self._slots.append(Slot(*called(self.threads, self.gpus_per_worker)))
+            self._slots.append(Slot(*request_worker(self.threads, self.gpus_per_worker)))
 
     @property
     def _needs(self) -> str:

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
-def scored(table: pd.DataFrame) -> pd.DataFrame:
+def select_scored(table: pd.DataFrame) -> pd.DataFrame:
     """Return the cells with an accuracy: those whose prompt contains a needle.
 
     Raises:
@@ -46,7 +46,7 @@ def summary(table: pd.DataFrame) -> pd.DataFrame:
     """
     import pandas as pd
 
-    cells = scored(table)
+    cells = select_scored(table)
     groups = cells.groupby("setting", sort=False)
     return pd.DataFrame([{"setting": name, **_figures(rows)} for name, rows in groups])
 

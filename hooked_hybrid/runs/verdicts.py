@@ -12,7 +12,7 @@ FAILS: Word = "does not hold"
 OPEN: Word = "open"
 
 
-def ruled(claimed: Claimed, low: float, high: float, *borders: float) -> Word:
+def judge(claimed: Claimed, low: float, high: float, *borders: float) -> Word:
     """Return whether a figure is in the claimed range, by the ends of its interval.
 
     "holds" if the whole interval is in the range, "does not hold" if none of it is, else "open",

@@ -90,7 +90,7 @@ def spread(
     return [piece for _, piece in sorted(pieces, key=lambda p: -p[0])]
 
 
-def ordered(
+def order_cells(
     table: pandas.DataFrame, prompt_ids: Sequence[str], settings: Sequence[str]
 ) -> pandas.DataFrame:
     """Return cells in the order of prompts and settings, in whatever order they were written."""

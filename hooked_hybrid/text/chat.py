@@ -13,7 +13,7 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.nodes import CallBlock, Node
 from jinja2.parser import Parser
 
-from hooked_hybrid.options import is_given, refuse_ignored, shown
+from hooked_hybrid.options import is_given, refuse_ignored, show
 from hooked_hybrid.outputs.foreign import one_line
 from hooked_hybrid.text.chat_bounds import BoundedEnvironment, BoundsError
 
@@ -33,7 +33,7 @@ class _Generation(Extension):
         return str(caller())
 
 
-def checked_conversation(messages: Any) -> list[dict[str, Any]]:
+def check_conversation(messages: Any) -> list[dict[str, Any]]:
     """Return the messages of one conversation as a list.
 
     Raises:
@@ -45,14 +45,14 @@ def checked_conversation(messages: Any) -> list[dict[str, Any]]:
     if not found:
         raise ValueError(
             f"a conversation is a list of messages, each a dict such as {{'role': 'user', "
-            f"'content': 'Hello'}}: give at least one, not {shown(messages)}"
+            f"'content': 'Hello'}}: give at least one, not {show(messages)}"
         )
     for i, message in enumerate(found):
         if isinstance(message, list | tuple):
             raise ValueError("these are several conversations: give one at a time")
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
             raise ValueError(
-                f"message {i} is {shown(message)}: give a dict with a 'role', and what it says as "
+                f"message {i} is {show(message)}: give a dict with a 'role', and what it says as "
                 "'content'"
             )
         if len(message) < 2:

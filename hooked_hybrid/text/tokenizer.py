@@ -8,7 +8,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from hooked_hybrid.text.chat import checked_conversation, refuse_unread, render_chat
+from hooked_hybrid.text.chat import check_conversation, refuse_unread, render_chat
 from hooked_hybrid.text.tokenizer_files import read_backend, read_chat_template, read_files
 from hooked_hybrid.text.tokenizer_guard import breaking_off
 
@@ -94,7 +94,7 @@ class CheckpointTokenizer:
                 "this checkpoint has no chat template: it was not tuned on conversations; write "
                 "the prompt as plain text"
             )
-        messages = checked_conversation(conversation)
+        messages = check_conversation(conversation)
         refuse_unread(self.chat_template, variables)
         text = render_chat(
             self.chat_template,

@@ -20,7 +20,7 @@ from hooked_hybrid.accounting.plan.machine import (
     ANY_DISK,
     Machine,
     gpus_of,
-    shown,
+    show_size,
     size_of,
     this_machine,
 )
@@ -317,7 +317,7 @@ def test_what_no_device_holds_goes_to_the_cpu_and_then_to_the_disk_to_the_byte()
     ],
 )  # fmt: skip
 def test_bytes_are_shown_in_decimal_units_with_three_digits(n_bytes: int, said: str):
-    assert shown(n_bytes) == said
+    assert show_size(n_bytes) == said
 
 
 def test_sizes_are_read_in_decimal_and_binary_units():
@@ -446,8 +446,11 @@ def test_why_a_model_has_no_place_names_what_there_is(machine: Machine, beside: 
     assert found.why_not.endswith(beside) or beside in found.why_not
     whole = found.whole
     assert whole.weights == sum(found.sizes.weights.values())
-    assert f"weights of {shown(whole.weights)}, and for 3 x 20 tokens" in found.why_not
-    assert f"a state of {shown(whole.state)} and {shown(whole.working)} to work" in found.why_not
+    assert f"weights of {show_size(whole.weights)}, and for 3 x 20 tokens" in found.why_not
+    assert (
+        f"a state of {show_size(whole.state)} and {show_size(whole.working)} to work"
+        in found.why_not
+    )
     assert ("to load it in" in found.why_not) == (whole.loading > whole.running)
     assert found.remedy([]) == "No single change will do"
     assert found.remedy(["a", "b"]) == "It would fit with a, or b"

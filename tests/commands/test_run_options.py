@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from hooked_hybrid import HookedHybrid
 from hooked_hybrid.commands.niah import model_card
-from hooked_hybrid.commands.option_groups import grouped
+from hooked_hybrid.commands.option_groups import make_command
 from hooked_hybrid.commands.ray_options import workers_of
 from hooked_hybrid.commands.run_options import Loading, RunOptions, device_map_of, memory_of
 from tests.models import griffin_config, random_model
@@ -33,7 +33,7 @@ class Shape:
 def area_command() -> tuple[Any, list[tuple[Shape, bool]]]:
     calls: list[tuple[Shape, bool]] = []
 
-    @grouped(height=7)
+    @make_command(height=7)
     def area(shape: Shape, loud: Annotated[bool, typer.Option("--loud")] = False) -> None:
         """Take a shape."""
         calls.append((shape, loud))
@@ -62,7 +62,7 @@ def test_a_default_of_no_option_is_refused():
     def area(shape: Shape) -> None: ...
 
     with pytest.raises(TypeError, match="has no option 'depth'"):
-        grouped(depth=1)(area)
+        make_command(depth=1)(area)
 
 
 def test_device_maps_are_auto_json_or_a_file(tmp_path: Path):

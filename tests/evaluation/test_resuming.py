@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from hooked_hybrid import HookedHybrid
 from hooked_hybrid.commands.program import build_app
 from hooked_hybrid.evaluation import work
-from hooked_hybrid.evaluation.cells import Cell, Cells
+from hooked_hybrid.evaluation.cells import Cell, EvaluationCells
 from hooked_hybrid.evaluation.forms import FORMS, Form, form_of
 from hooked_hybrid.evaluation.lm import HookedHybridLM
 from hooked_hybrid.evaluation.report import write
@@ -254,10 +254,10 @@ def test_a_folder_of_other_things_is_refused_and_one_without_cells_is_not(tmp_pa
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("mine")
     with pytest.raises(FileExistsError, match="holds no evaluation"):
-        Cells(tmp_path / "mine", {"model": "m"}, resume=True)
+        EvaluationCells(tmp_path / "mine", {"model": "m"}, resume=True)
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["notes.txt"]
-    Cells(tmp_path / "a", {"model": "m"})
-    Cells(tmp_path / "a", {"model": "n"}, resume=True)
+    EvaluationCells(tmp_path / "a", {"model": "m"})
+    EvaluationCells(tmp_path / "a", {"model": "n"}, resume=True)
     said = json.loads((tmp_path / "a" / "evaluation.json").read_text())
     assert said == {"format": 1, "model": "n"}
 

@@ -12,11 +12,11 @@ from tokenizers.models import WordLevel
 from hooked_hybrid import HookedHybrid
 from hooked_hybrid.evaluation import scoring
 from hooked_hybrid.evaluation.benchmarks import BENCHMARKS
-from hooked_hybrid.evaluation.cells import Cell, Cells
+from hooked_hybrid.evaluation.cells import Cell, EvaluationCells
 from hooked_hybrid.evaluation.conversation import as_text
 from hooked_hybrid.evaluation.forms import FORMS, Form, form_of
 from hooked_hybrid.evaluation.gaps import Estimate, gap, mean
-from hooked_hybrid.evaluation.scoring import FAMILY, Request, score, truncated
+from hooked_hybrid.evaluation.scoring import FAMILY, Request, score, truncate
 from hooked_hybrid.hooks.marks import per_position
 from hooked_hybrid.interventions import keep_top_heads
 from hooked_hybrid.text.tokenizer import CheckpointTokenizer
@@ -199,11 +199,11 @@ def test_auto_halves_its_batches_when_memory_is_short(monkeypatch: pytest.Monkey
 
 
 def test_truncation_keeps_the_end_of_the_context() -> None:
-    assert truncated([1, 2, 3], [4, 5], 4) == Request((1, 2, 3), (4, 5))
-    assert truncated([1, 2, 3], [4, 5], 3) == Request((2, 3), (4, 5))
-    assert truncated([1, 2, 3], [4, 5], 2) == Request((3,), (4, 5))
+    assert truncate([1, 2, 3], [4, 5], 4) == Request((1, 2, 3), (4, 5))
+    assert truncate([1, 2, 3], [4, 5], 3) == Request((2, 3), (4, 5))
+    assert truncate([1, 2, 3], [4, 5], 2) == Request((3,), (4, 5))
     with pytest.raises(ValueError, match="does not fit in max_length=1"):
-        truncated([1, 2, 3], [4, 5], 1)
+        truncate([1, 2, 3], [4, 5], 1)
 
 
 def test_bad_requests_are_refused_before_anything_runs() -> None:
@@ -283,14 +283,14 @@ def test_the_thesis_benchmarks_are_written_down() -> None:
 
 
 def test_cells_are_kept_and_other_experiments_refused(tmp_path: Any) -> None:
-    cells = Cells(tmp_path / "a", {"model": "m"})
+    cells = EvaluationCells(tmp_path / "a", {"model": "m"})
     cells.add(cell("base", [1.0, 0.0]))
-    again = Cells(tmp_path / "a", {"model": "m"}, resume=True)
+    again = EvaluationCells(tmp_path / "a", {"model": "m"}, resume=True)
     assert again.get("t", "base") == cell("base", [1.0, 0.0]) and again.get("t", "k=2") is None
     with pytest.raises(FileExistsError, match="--resume"):
-        Cells(tmp_path / "a", {"model": "m"})
+        EvaluationCells(tmp_path / "a", {"model": "m"})
     with pytest.raises(ValueError, match="another evaluation: model .*m.* -> .*n"):
-        Cells(tmp_path / "a", {"model": "n"}, resume=True)
+        EvaluationCells(tmp_path / "a", {"model": "n"}, resume=True)
 
 
 # --- conversations ------------------------------------------------------------------------------

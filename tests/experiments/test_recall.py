@@ -10,7 +10,7 @@ from experiments.recall.map import Cell, Found, boundary, grid, read_all, todo
 from experiments.recall.map_page import picture, write
 from experiments.recall.score import Score, answered, scores
 from experiments.recall.task import ASK, BOS, Task, draw, drill
-from experiments.recall.train import Recipe, Training, levels_of, small_config, train
+from experiments.recall.train import Training, TrainingRecipe, levels_of, small_config, train
 from hooked_hybrid import HookedHybrid
 
 TASK = Task(48, 4)
@@ -99,7 +99,10 @@ def test_an_untrained_model_is_at_chance_and_a_reader_of_answers_is_not():
 
 def test_a_stopped_training_ends_as_one_that_was_not(tmp_path, monkeypatch):
     monkeypatch.setattr("experiments.recall.train.EVERY", 2)
-    cfg, recipe = small_config("MAM", TASK, d_model=8), Recipe(steps=6, tokens=256, patience=2)
+    cfg, recipe = (
+        small_config("MAM", TASK, d_model=8),
+        TrainingRecipe(steps=6, tokens=256, patience=2),
+    )
     whole = train(cfg, TASK, recipe, tmp_path / "whole", keep=[0, 4, 6])
     seen = []
 
@@ -125,7 +128,7 @@ def test_a_stopped_training_ends_as_one_that_was_not(tmp_path, monkeypatch):
         log = (tmp_path / name / "log.jsonl").read_text().splitlines()
         assert [json.loads(line)["step"] for line in log] == [2, 4, 6]
     with pytest.raises(ValueError, match="another recipe"):
-        train(cfg, TASK, Recipe(steps=7, tokens=256), tmp_path / "cut")
+        train(cfg, TASK, TrainingRecipe(steps=7, tokens=256), tmp_path / "cut")
 
 
 def found_at(place, lean, whole=1.0, seed=0):

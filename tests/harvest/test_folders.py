@@ -22,10 +22,10 @@ import torch
 from hooked_hybrid import interventions
 from hooked_hybrid.harvest import HarvestedActivations, harvest, making
 from hooked_hybrid.harvest.documents import FILE, Documents
-from hooked_hybrid.harvest.recipe import Recipe
+from hooked_hybrid.harvest.recipe import HarvestRecipe
 from hooked_hybrid.harvest.running import Runner, ShardMaker
 from hooked_hybrid.harvest.shards import INDEX, RECIPE, read_header, short_hash
-from hooked_hybrid.outputs.folders import FolderInUseError, claimed
+from hooked_hybrid.outputs.folders import FolderInUseError, claim
 from tests.harvests import (
     RESID,
     contents,
@@ -156,7 +156,7 @@ def test_a_second_run_on_the_folder_is_told_so(tmp_path):
         except FolderInUseError as error:
             queue.put(str(error))
 
-    with claimed(tmp_path / "out", resume=True):
+    with claim(tmp_path / "out", resume=True):
         child = context.Process(target=second)
         child.start()
         assert "is in use by" in queue.get(timeout=20)
@@ -362,7 +362,7 @@ def as_older_versions_wrote_it(folder: Path, fwd_hooks: Any = ()) -> None:
     for path in (*folder.glob("shard*"), folder / "index.json"):
         path.unlink()
     (folder / RECIPE).write_text(json.dumps(recipe, indent=1) + "\n")
-    older, documents = Recipe(**recipe), Documents.open(folder)
+    older, documents = HarvestRecipe(**recipe), Documents.open(folder)
     runner = Runner(model_named(), older.names, torch.float32, fwd_hooks)
     ShardMaker(runner, older.plan(documents), folder, older.hash).make(0)
 

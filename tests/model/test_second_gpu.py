@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from hooked_hybrid.model import step_graph
-from hooked_hybrid.model.step_graph import StepGraph, captured, record
+from hooked_hybrid.model.step_graph import StepGraph, capture_steps, record
 from tests.model.test_step_graph import after, assert_follows, eager_step
 from tests.models import random_tokens, tiny_model
 
@@ -167,8 +167,8 @@ def test_a_graph_that_does_not_do_the_step_is_not_used_which_is_said_once(
         with pytest.raises(RuntimeError, match=f"replay of the captured step gives.*{differs}"):
             StepGraph(model, state, 20)
         with pytest.warns(RuntimeWarning, match="one kernel at a time.*replay"):
-            assert captured(model, state, 100) is None
-        assert captured(model, state, 100) is None
+            assert capture_steps(model, state, 100) is None
+        assert capture_steps(model, state, 100) is None
         expected, _ = eager_step(model, random_tokens(2, 1), state)
         assert expected.isfinite().all()
 

@@ -23,7 +23,7 @@ from hooked_hybrid import HookedHybrid
 from hooked_hybrid.config import HybridConfig
 from hooked_hybrid.model import step_graph
 from hooked_hybrid.model.sampling import Sampling
-from hooked_hybrid.model.step_graph import StepGraph, captured, record, usable
+from hooked_hybrid.model.step_graph import StepGraph, capture_steps, record, usable
 from hooked_hybrid.network.host_waits import AsksNothing
 from hooked_hybrid.network.kernels import grouped_experts
 from hooked_hybrid.network.state import HybridState
@@ -252,7 +252,7 @@ def test_room_for_all_keys(griffin, monkeypatch):
 def test_a_cpu_has_no_graphs(griffin):
     state = after(griffin, random_tokens(1, 5))
     assert not usable(griffin, state)
-    assert captured(griffin, state, 100) is None
+    assert capture_steps(griffin, state, 100) is None
 
 
 def test_where_it_is_usable(griffin, monkeypatch):

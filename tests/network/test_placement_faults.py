@@ -18,7 +18,7 @@ from hooked_hybrid import HookedHybrid
 from hooked_hybrid.network.placement import offload as files
 from hooked_hybrid.network.placement import place
 from hooked_hybrid.network.placement.offload import OffloadFolder, identity_of, layout_of
-from hooked_hybrid.outputs.folders import claimed
+from hooked_hybrid.outputs.folders import claim
 from tests.models import random_tokens, tiny_model
 
 ON_DISK: dict[str, Any] = {"device_map": {"": "disk"}}
@@ -68,7 +68,7 @@ def test_who_waits_for_a_folder_is_told_for_whom(tmp_path: Path, monkeypatch: An
     is_held, is_over = threading.Event(), threading.Event()
 
     def hold() -> None:
-        with claimed(folder.path, resume=True):
+        with claim(folder.path, resume=True):
             is_held.set()
             is_over.wait(10)
 
@@ -96,7 +96,7 @@ def test_a_whole_folder_is_read_without_writing_there(
     def refuse(*_: Any, **__: Any) -> None:
         raise OSError(30, "Read-only file system")
 
-    for name in ("claimed", "replacing", "remove_unfinished"):
+    for name in ("claim", "replacing", "remove_unfinished"):
         monkeypatch.setattr(files, name, refuse)
     tokens = random_tokens(n_pos=5)
     assert torch.equal(load(checkpoint, tmp_path)(tokens), tiny_model("jamba")(tokens))

@@ -13,7 +13,7 @@ from hooked_hybrid.niah.cells import cell_of, with_places
 from hooked_hybrid.niah.needles import PAPER
 from hooked_hybrid.niah.prompts import Prompt
 from hooked_hybrid.niah.settings.setting import Setting
-from hooked_hybrid.runs.statistics import interval_of, scored, summary
+from hooked_hybrid.runs.statistics import interval_of, select_scored, summary
 
 
 def sweep_table(
@@ -99,7 +99,7 @@ def test_cells_without_a_needle_count_nowhere():
     both = pd.concat([table, empty.astype({"in_window": "boolean"})], ignore_index=True)
     pd.testing.assert_frame_equal(summary(both), summary(table))
     with pytest.raises(ValueError, match="no prompt held a needle"):
-        scored(empty)
+        select_scored(empty)
 
 
 def test_cells_without_a_needles_name_are_those_of_one_needle_more():

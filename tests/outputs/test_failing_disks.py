@@ -21,7 +21,7 @@ from hooked_hybrid.model.hybrid import HookedHybrid
 from hooked_hybrid.niah.report.report import write_report
 from hooked_hybrid.niah.store import FILE, Store
 from hooked_hybrid.niah.sweep import Setting, niah
-from hooked_hybrid.outputs.folders import claimed, replacing
+from hooked_hybrid.outputs.folders import claim, replacing
 from tests.niah.test_summary import sweep_table
 from tests.niah.test_sweep import QUIET, model_of, prompts_of, same_but_for_times
 from tests.stores import CELL, EXPERIMENT, N_SETTINGS, cells_for, evaluated, stored, table_of
@@ -124,8 +124,8 @@ def test_a_conversion_that_cannot_be_written_says_so_and_leaves_nothing(
 
 def test_the_lock_holds_on_a_full_disk(disk: Disk):
     disk.fill()
-    with claimed(disk.place / "r", False):
-        assert _in_another_thread(lambda: claimed(disk.place / "r", True).__enter__()) is not None
+    with claim(disk.place / "r", False):
+        assert _in_another_thread(lambda: claim(disk.place / "r", True).__enter__()) is not None
     assert not (disk.place / "r").exists()
 
 
@@ -155,7 +155,7 @@ def test_a_folder_that_cannot_be_written_is_said_before_any_work(
     for folder in (disk.place / "r", disk.place / "new"):
         result = CliRunner().invoke(build_app(), ["niah", "--out", str(folder), "--resume"])
         assert result.exit_code == 1 and len(result.stderr.splitlines()) == 1
-        with pytest.raises(OSError, match=said), claimed(folder, True):
+        with pytest.raises(OSError, match=said), claim(folder, True):
             pass
     with pytest.raises(OSError, match=said), replacing(disk.place / "r" / "table.csv") as temporary:
         temporary.write_text("new")

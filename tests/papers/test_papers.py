@@ -31,13 +31,13 @@ from hooked_hybrid.papers.claims import (
     Finding,
     Verdict,
     applies,
-    judged,
-    said,
+    judge,
+    show_verdict,
     subject_of,
     together,
 )
 from hooked_hybrid.papers.evidence import Evidence, difference, estimate, tipping
-from hooked_hybrid.papers.recipe import QUICK, Recipe, prompts_of, recipe_for
+from hooked_hybrid.papers.recipe import QUICK, PaperRecipe, prompts_of, recipe_for
 from hooked_hybrid.papers.report import markdown
 from hooked_hybrid.papers.runs import RUNS, Run, span_beside
 from hooked_hybrid.papers.thesis_weights import PUBLISHED_WEIGHTS
@@ -88,7 +88,7 @@ def alike(accuracy: float) -> dict[str, float]:
     return dict.fromkeys(NEEDLES, accuracy)
 
 
-def recipe() -> Recipe:
+def recipe() -> PaperRecipe:
     return recipe_for(model_of("tiny-griffin"), QUICK, lengths=[100, 200], depths=[0.5])
 
 
@@ -153,9 +153,9 @@ def test_verdicts_name_the_published_model_only_where_it_is_the_one_given():
     for other in ("google/recurrentgemma-2b-it", "someone/finetuned", "folder"):
         assert subject_of(other, large) == "a model of RecurrentGemma-2B's shape"
     assert subject_of("google/recurrentgemma-2b", small) == "this model"
-    assert said(Verdict.NOT_SHOWN, RG_2B) == "RecurrentGemma-2B does not show it"
-    assert said(Verdict.SHOWN, "the packaged model") == "the packaged model shows it"
-    assert said(Verdict.UNTESTED, "the packaged model") == "untested on real weights"
+    assert show_verdict(Verdict.NOT_SHOWN, RG_2B) == "RecurrentGemma-2B does not show it"
+    assert show_verdict(Verdict.SHOWN, "the packaged model") == "the packaged model shows it"
+    assert show_verdict(Verdict.UNTESTED, "the packaged model") == "untested on real weights"
 
     def claim(about: str, any_model: bool = False) -> Claim:
         return Claim("It is.", about, "1", "Holds.", lambda _: Finding(True, "1"), any_model)
@@ -165,7 +165,7 @@ def test_verdicts_name_the_published_model_only_where_it_is_the_one_given():
     assert applies(claim(JAMBA, any_model=True), small)
     assert not applies(claim(RG_9B, any_model=True), large)
     assert applies(claim(RG_2B), large)
-    verdict, finding = judged(claim(JAMBA), evidence_of(top_k=by_k({8: 1.0})))
+    verdict, finding = judge(claim(JAMBA), evidence_of(top_k=by_k({8: 1.0})))
     assert verdict is Verdict.UNTESTED and JAMBA in finding.ours
 
 

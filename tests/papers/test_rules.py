@@ -17,7 +17,7 @@ from hooked_hybrid.commands.program import build_app
 from hooked_hybrid.evaluation.cells import Cell
 from hooked_hybrid.papers import checks, language, needle_checks, shares
 from hooked_hybrid.papers.catalogue import items_of, runs_of
-from hooked_hybrid.papers.claims import Finding, Verdict, found_by, judged
+from hooked_hybrid.papers.claims import Finding, Verdict, judge, run_check
 from hooked_hybrid.papers.evidence import Evidence, Untested, estimate, tipping
 from hooked_hybrid.papers.reading import how_to_read
 from hooked_hybrid.papers.recipe import PACKAGED, QUICK, prompts_of, recipe_for
@@ -65,11 +65,11 @@ def test_shares_of_heads_that_are_no_whole_number_are_untested():
     ]
     assert [shares.share(k, of, 8) for k, of in ((1, 16), (2, 32), (6, 32), (2, 10))] == [None] * 4
     assert all(shares.share(k, of, of) == k for of in (10, 16, 32) for k in range(of + 1))
-    assert shares.between(5, 12, 16, 8) == [3, 4, 5, 6]
+    assert shares.head_counts(5, 12, 16, 8) == [3, 4, 5, 6]
     evidence = evidence_of(top_k=by_k({k: 1.0 for k in range(9)}))
     (maps,) = items_of("thesis2025", ["Figures B.1 to B.3"])
     two_of_sixteen = next(c for c in maps.claims if c.text.startswith("Two heads of sixteen"))
-    finding = found_by(two_of_sixteen.check, evidence)
+    finding = run_check(two_of_sixteen.check, evidence)
     assert finding.holds is None and "no k for 1 of 16" in finding.ours
 
 
@@ -90,10 +90,10 @@ def test_the_heads_that_claims_about_a_second_reading_ask_for_are_run(n: int):
 
 def test_settings_that_were_not_run_and_empty_ranges_are_untested():
     evidence = evidence_of(top_k=by_k({0: 0.0, 8: 1.0}))
-    missing = found_by(checks.as_good(4, 8), evidence)
+    missing = run_check(checks.as_good(4, 8), evidence)
     assert missing.holds is None and "no setting 'generation k=4'" in missing.ours
-    assert found_by(checks.every_k_from(8, 8), evidence).holds is None
-    assert found_by(checks.without_heads("top-k-twice"), evidence).holds is None
+    assert run_check(checks.every_k_from(8, 8), evidence).holds is None
+    assert run_check(checks.without_heads("top-k-twice"), evidence).holds is None
 
 
 def test_each_run_is_guarded_by_its_own_whole_model():
@@ -129,11 +129,11 @@ def test_complements_are_of_the_cells_that_the_whole_model_retrieves():
 def test_a_quick_run_and_a_full_one_are_told_apart():
     quick = evidence_of(top_k=by_k({0: 0.0, 8: 1.0}))
     (figure,) = items_of("thesis2025", ["Figure 3.2"])
-    verdict, finding = judged(figure.claims[0], quick)
+    verdict, finding = judge(figure.claims[0], quick)
     assert verdict is Verdict.UNTESTED and "too little" in finding.note and "0.0%" in finding.ours
     recipe = recipe_for(model_of("tiny-griffin"), PACKAGED, n_held_out=29)
     full = replace(quick, recipe=recipe)
-    assert judged(figure.claims[0], full)[0] is Verdict.SHOWN
+    assert judge(figure.claims[0], full)[0] is Verdict.SHOWN
     assert "--quick" in how_to_read(quick) and "--quick" not in how_to_read(full)
     assert "over 59 needles" in how_to_read(full) and "6% here" in how_to_read(full)
     assert "run over 61 needles too" in how_to_read(full) and "at 0%, at most 4.8%" in how_to_read(
@@ -156,7 +156,7 @@ def test_few_needles_alike_are_bounded_by_the_many():
     )
     assert checks.without_heads()(evidence_of(top_k=few, top_k_many=third)).holds is False
     lost = evidence_of(top_k=few, top_k_many=by_k({0: 0.0, 8: 0.1}))
-    assert found_by(checks.without_heads(), lost).holds is None  # nothing to lose in the many
+    assert run_check(checks.without_heads(), lost).holds is None  # nothing to lose in the many
     some_left = {"generation k=0": some(0.0) | {"a": 1.0}, "generation k=8": some(1.0)}
     mixed = checks.without_heads()(evidence_of(top_k=some_left, top_k_many=zero))
     assert mixed.holds is False and "undecided" in mixed.note  # the many do not outvote the few
@@ -279,7 +279,7 @@ def folders_of_benchmarks(monkeypatch: pytest.MonkeyPatch) -> list[Path | None]:
         seen.append(arguments[5])
         return language.Scores(why_not=language.NO_DATA)
 
-    monkeypatch.setattr(command, "measured", measured)
+    monkeypatch.setattr(command, "measure", measured)
     return seen
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from hooked_hybrid.evaluation.cells import Cells
+from hooked_hybrid.evaluation.cells import EvaluationCells
 from hooked_hybrid.niah.store import COLUMNS, FILE, Store
 from tests.stores import EXPERIMENT, N_SETTINGS, cells_for, evaluated, stored, table_of
 
@@ -200,7 +200,7 @@ def test_an_evaluation_that_is_damaged_is_refused_and_left(
     (tmp_path / name).write_text(content)
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     with pytest.raises(ValueError, match=message):
-        Cells(tmp_path, EXPERIMENT, resume=True)
+        EvaluationCells(tmp_path, EXPERIMENT, resume=True)
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 

@@ -16,11 +16,11 @@ from pathlib import Path
 
 import pytest
 
-from hooked_hybrid.evaluation.cells import Cells
+from hooked_hybrid.evaluation.cells import EvaluationCells
 from hooked_hybrid.harvest import harvest
 from hooked_hybrid.niah.report.report import write_report
 from hooked_hybrid.niah.store import COLUMNS, FILE, Store, read_cells
-from hooked_hybrid.outputs.folders import LOCK, FolderInUseError, claimed, replacing
+from hooked_hybrid.outputs.folders import LOCK, FolderInUseError, claim, replacing
 from hooked_hybrid.papers.recipe import QUICK, recipe_for
 from hooked_hybrid.runs.identity.comparing import changes, refusal
 from tests.harvests import RESID, documents_of, model_named, packaged
@@ -353,7 +353,7 @@ def test_linked_cells_of_an_evaluation_are_refused(elsewhere: Path, tmp_path: Pa
     shutil.move(tmp_path / "out" / "cells", elsewhere / "cells")
     (tmp_path / "out" / "cells").symlink_to(elsewhere / "cells")
     with pytest.raises((ValueError, OSError), match="cells is a link"):
-        Cells(tmp_path / "out", EXPERIMENT, resume=True)
+        EvaluationCells(tmp_path / "out", EXPERIMENT, resume=True)
 
 
 @pytest.mark.parametrize("kind", ["link", "dangling", "hard", "pipe", "folder"])
@@ -375,7 +375,7 @@ def test_a_lock_that_is_no_plain_file_is_refused_and_left(
         case _:
             (out / LOCK).mkdir()
     before = everything(tmp_path)
-    with within(10), pytest.raises(OSError, match=f"{LOCK}.* remove it"), claimed(out, True):
+    with within(10), pytest.raises(OSError, match=f"{LOCK}.* remove it"), claim(out, True):
         pass
     assert everything(tmp_path) == before
 
@@ -400,7 +400,7 @@ def test_what_a_lock_says_cannot_reach_the_terminal(said: object, tmp_path: Path
     (tmp_path / LOCK).write_text(text)
     with (tmp_path / LOCK).open() as held:
         fcntl.flock(held, fcntl.LOCK_EX)
-        with pytest.raises(FolderInUseError) as error, claimed(tmp_path, True):
+        with pytest.raises(FolderInUseError) as error, claim(tmp_path, True):
             pass
     assert str(error.value).isprintable() and len(str(error.value)) < 1000
     assert "is in use by" in str(error.value)
@@ -420,12 +420,12 @@ def foreign_files(folder: Path) -> None:
 def test_a_folder_of_something_else_is_left_as_it_is(kind: str, tmp_path: Path):
     foreign_files(out := tmp_path / "out")
     before = everything(tmp_path)
-    with pytest.raises((ValueError, FileExistsError), match="another"), claimed(out, True):
+    with pytest.raises((ValueError, FileExistsError), match="another"), claim(out, True):
         match kind:
             case "sweep":
                 Store(out, EXPERIMENT, resume=True)
             case "evaluation":
-                Cells(out, EXPERIMENT, resume=True)
+                EvaluationCells(out, EXPERIMENT, resume=True)
             case "reproduction":
                 recipe_for(packaged(), QUICK).save(out, "thesis2025", resume=True)
             case _:

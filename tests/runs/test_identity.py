@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from hooked_hybrid import HookedHybrid, interventions
 from hooked_hybrid.hooks.marks import per_position
 from hooked_hybrid.runs.identity.comparing import changes, refusal
-from hooked_hybrid.runs.identity.model import hashed_once, model_identity, weights_hash
+from hooked_hybrid.runs.identity.model import hash_once, model_identity, weights_hash
 from hooked_hybrid.runs.identity.values import UntoldError, describe, describe_callable
 from tests.models import random_tokens, tiny_model
 
@@ -312,9 +312,9 @@ def test_whatever_changes_what_a_model_computes_changes_its_identity_and_is_name
 
 def test_weights_are_hashed_once_in_a_block_and_anew_after_it():
     model = tiny_model()
-    with hashed_once():
+    with hash_once():
         before = weights_hash(model)
-        with hashed_once():
+        with hash_once():
             assert weights_hash(model) == before
     model.W_E.data[0, 0] += 1
     assert weights_hash(model) != before

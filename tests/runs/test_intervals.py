@@ -15,7 +15,7 @@ from hooked_hybrid.runs.intervals import (
     SHARE,
     _chance_below_zero,
     _root,
-    combined,
+    combine,
     mean_interval,
     t_quantile,
 )
@@ -187,7 +187,7 @@ def test_quantiles_of_student_are_those_of_scipy(df: int, share: float):
 
 def test_independent_figures_add_up_as_their_errors_do():
     parts = [(1.0, (0.7, 1.4)), (0.5, (0.1, 0.8))]
-    low, high = combined(parts, (1.0, -1.0))
+    low, high = combine(parts, (1.0, -1.0))
     below, above = (0.3**2 + 0.3**2) ** 0.5, (0.4**2 + 0.4**2) ** 0.5  # of the second, swapped
     assert (low, high) == pytest.approx((0.5 - below, 0.5 + above))
 

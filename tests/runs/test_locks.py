@@ -23,7 +23,7 @@ from hooked_hybrid.niah.store import FILE, Store
 from hooked_hybrid.outputs.folders import (
     LOCK,
     FolderInUseError,
-    claimed,
+    claim,
     holds_results,
     remove_unfinished,
 )
@@ -52,7 +52,7 @@ def test_a_second_run_is_told_of_the_first_and_a_dead_ones_lock_blocks_nobody(tm
     try:
         said = rf"in use by hooked-hybrid .*my results.* --k 0 \(process {first.pid} on .*wait"
         for resume in (False, True):
-            with pytest.raises(FolderInUseError, match=said), claimed(folder, resume):
+            with pytest.raises(FolderInUseError, match=said), claim(folder, resume):
                 pass
         with pytest.raises(FolderInUseError):
             Store(folder, EXPERIMENT, resume=True)
@@ -65,7 +65,7 @@ def test_a_second_run_is_told_of_the_first_and_a_dead_ones_lock_blocks_nobody(tm
         first.wait()
     assert (folder / LOCK).exists()
     begun = time.monotonic()
-    with claimed(folder, True):
+    with claim(folder, True):
         assert json.loads((folder / LOCK).read_text())["pid"] == os.getpid()
     assert time.monotonic() - begun < 2
     assert not (folder / LOCK).exists()
@@ -76,7 +76,7 @@ def test_a_thread_holds_a_folder_for_itself_and_may_claim_it_again(tmp_path: Pat
 
     def other() -> None:
         try:
-            with claimed(tmp_path, True):
+            with claim(tmp_path, True):
                 found.append(None)
         except FolderInUseError as error:
             found.append(error)
@@ -86,8 +86,8 @@ def test_a_thread_holds_a_folder_for_itself_and_may_claim_it_again(tmp_path: Pat
         thread.start()
         thread.join()
 
-    with claimed(tmp_path, False):
-        with claimed(tmp_path / ".." / tmp_path.name, False):
+    with claim(tmp_path, False):
+        with claim(tmp_path / ".." / tmp_path.name, False):
             in_thread()
         in_thread()
     in_thread()
@@ -163,10 +163,10 @@ def test_another_program_that_reads_the_store_is_waited_for(
 
 
 def test_a_claim_that_comes_to_nothing_leaves_nothing(tmp_path: Path):
-    with pytest.raises(ValueError, match="bad input"), claimed(tmp_path / "a" / "b", False):
+    with pytest.raises(ValueError, match="bad input"), claim(tmp_path / "a" / "b", False):
         raise ValueError("bad input")
     assert not list(tmp_path.iterdir())
-    with claimed(tmp_path / "a" / "b", False):
+    with claim(tmp_path / "a" / "b", False):
         (tmp_path / "a" / "b" / "kept.txt").write_text("")
     assert [path.name for path in tmp_path.rglob("*")] == ["a", "b", "kept.txt"]
 
@@ -197,6 +197,9 @@ def test_a_file_system_without_locks_is_told_of(
         raise OSError(code, os.strerror(code))
 
     monkeypatch.setattr(fcntl, "flock", none)
-    with pytest.warns(UserWarning, match="file system without locks"), claimed(tmp_path, False):
+    with (
+        pytest.warns(UserWarning, match="file system without locks"),
+        claim(tmp_path, False),
+    ):
         (tmp_path / "a.csv").write_text("")
     assert [path.name for path in tmp_path.iterdir()] == ["a.csv"]

@@ -42,7 +42,7 @@ from hooked_hybrid.niah.store import FILE, Store
 from hooked_hybrid.niah.sweep import Setting, niah, top_k_settings
 from hooked_hybrid.runs import ray_workers
 from hooked_hybrid.runs.identity.model import model_identity
-from hooked_hybrid.runs.ray_actor import Worker, packed, unpacked
+from hooked_hybrid.runs.ray_actor import Worker, pack_to_bytes, unpack_from_bytes
 from hooked_hybrid.runs.ray_workers import RayWorkers
 from hooked_hybrid.runs.work import Job, spread
 from tests.niah.test_sweep import (
@@ -336,7 +336,7 @@ def test_without_ray_the_remedy_is_named(monkeypatch: Any):
 def test_a_worker_refuses_another_model_than_the_callers():
     worker, ours = Worker(), model_identity(model_of("griffin"))
     precision = torch.get_float32_matmul_precision()
-    assert model_identity(unpacked(packed(model_of("griffin")))) == ours
+    assert model_identity(unpack_from_bytes(pack_to_bytes(model_of("griffin")))) == ours
     for other in (model_of("jamba"), copy.deepcopy(model_of("griffin")).bfloat16()):
         with pytest.raises(ValueError, match="another model"):
             worker.load(lambda: other, ours, 1, precision)  # noqa: B023

@@ -14,7 +14,7 @@ from ray import cloudpickle
 
 from hooked_hybrid.runs import ray_calls, ray_workers
 from hooked_hybrid.runs.identity.model import model_identity
-from hooked_hybrid.runs.ray_actor import Worker, packed, versions
+from hooked_hybrid.runs.ray_actor import Worker, pack_to_bytes, versions
 from hooked_hybrid.runs.ray_calls import DiedError, what_died
 from hooked_hybrid.runs.ray_workers import MOST_DEATHS, RayWorkers
 from hooked_hybrid.runs.work import Job
@@ -112,9 +112,9 @@ def test_workers_of_a_model_that_has_changed_get_it_anew(monkeypatch: pytest.Mon
 
     def pack(model: Any) -> bytes:
         sent.append((model.cfg.eos_token_id, model.unembed.soft_cap))
-        return packed(model)
+        return pack_to_bytes(model)
 
-    monkeypatch.setattr(ray_workers, "packed_model", pack)
+    monkeypatch.setattr(ray_workers, "pack_model", pack)
     with RayWorkers(n=2) as workers:
         for change in (None, None, "cfg", "cap"):
             if change == "cfg":

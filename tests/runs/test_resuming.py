@@ -24,7 +24,7 @@ import tokenizers
 import torch
 
 from hooked_hybrid import HookedHybrid
-from hooked_hybrid.evaluation.cells import Cell, Cells
+from hooked_hybrid.evaluation.cells import Cell, EvaluationCells
 from hooked_hybrid.evaluation.running import Options, experiment_of
 from hooked_hybrid.harvest import harvest
 from hooked_hybrid.niah.cached_state.sweep import CASES, cached_state
@@ -33,7 +33,7 @@ from hooked_hybrid.niah.settings.setting import PerRow, Setting
 from hooked_hybrid.niah.store import COLUMNS, FILE
 from hooked_hybrid.niah.store_checks import digest_of
 from hooked_hybrid.niah.sweep import niah
-from hooked_hybrid.papers.recipe import Recipe
+from hooked_hybrid.papers.recipe import PaperRecipe
 from hooked_hybrid.papers.runs import text_losses
 from tests.harvests import contents
 from tests.niah.test_sweep import model_of, prompts_of
@@ -149,7 +149,7 @@ def evaluated(world: World, out: Path, resume: bool) -> Any:
     """As `evaluate` does, with the loss of a text in place of lm-eval."""
     found = []
     with world.attach() as model:
-        store = Cells(out, experiment_of(model, "mine", Options(**world.options)), resume)
+        store = EvaluationCells(out, experiment_of(model, "mine", Options(**world.options)), resume)
         for task in ("one", "two"):
             if (cell := store.get(task, "base")) is None:
                 tokens = torch.tensor([prompts_of("griffin")[task == "two"].tokens])
@@ -161,7 +161,9 @@ def evaluated(world: World, out: Path, resume: bool) -> Any:
 
 
 def losses(world: World, out: Path, resume: bool) -> Any:
-    recipe = Recipe({}, (150,), (0.5,), 1, (0, 1), 1, 2, 2, None, "base", "prefill", "generated")
+    recipe = PaperRecipe(
+        {}, (150,), (0.5,), 1, (0, 1), 1, 2, 2, None, "base", "prefill", "generated"
+    )
     out.mkdir(exist_ok=True)
     texts = world.options.get("documents", ())
     with world.attach() as model:

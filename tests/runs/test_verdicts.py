@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 
 from experiments.beside.frame import harms, spares
-from hooked_hybrid.runs.verdicts import FAILS, HOLDS, OPEN, all_of, apart, ruled
+from hooked_hybrid.runs.verdicts import FAILS, HOLDS, OPEN, all_of, apart, judge
 
 NAN = math.nan
 
@@ -39,7 +39,7 @@ NAN = math.nan
 def test_a_claim_holds_where_the_whole_interval_does(
     claimed: str, low: float, high: float, word: str
 ):
-    assert ruled(claimed, low, high, 0.5) == word
+    assert judge(claimed, low, high, 0.5) == word
 
 
 @pytest.mark.parametrize(
@@ -50,7 +50,7 @@ def test_a_claim_holds_where_the_whole_interval_does(
     ],
 )  # fmt: skip
 def test_within_holds_from_border_to_border(low: float, high: float, word: str):
-    assert ruled("within", low, high, 0.2, 0.5) == word
+    assert judge("within", low, high, 0.2, 0.5) == word
 
 
 @pytest.mark.parametrize(
@@ -78,9 +78,9 @@ def test_one_figure_is_above_another_where_their_intervals_do_not_meet(
 @pytest.mark.parametrize("borders", [(), (0.1, 0.2), (0.2, 0.1)])
 def test_borders_are_one_or_two_in_order(borders: tuple[float, ...]):
     with pytest.raises(ValueError, match="give one border, or two in order"):
-        ruled("within" if borders == (0.2, 0.1) else "above", 0.1, 0.2, *borders)
+        judge("within" if borders == (0.2, 0.1) else "above", 0.1, 0.2, *borders)
     with pytest.raises(ValueError, match="give the lower end first"):
-        ruled("above", 0.3, 0.2, 0.1)
+        judge("above", 0.3, 0.2, 0.1)
 
 
 def test_a_cut_harms_or_spares_by_its_interval():

@@ -17,7 +17,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer  # noqa: TID251
 
 from hooked_hybrid import HookedHybrid
-from hooked_hybrid.text.chat import checked_conversation
+from hooked_hybrid.text.chat import check_conversation
 from hooked_hybrid.text.tokenizer import CheckpointTokenizer, read_tokenizer
 from tests.models import D_VOCAB, tiny_model
 
@@ -144,7 +144,7 @@ def test_a_conversation_longer_than_the_context_keeps_its_end(tmp_path: Path):
 )
 def test_what_is_no_conversation_is_refused(given: Any, said: str):
     with pytest.raises(ValueError, match=said):
-        checked_conversation(given)
+        check_conversation(given)
 
 
 def test_a_model_refuses_what_is_no_conversation_whoevers_tokenizer_it_has(tmp_path: Path):

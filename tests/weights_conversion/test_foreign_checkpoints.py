@@ -24,7 +24,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers
 from hooked_hybrid import ActivationCache, HookedHybrid
 from hooked_hybrid.accounting.configs import config_of
 from hooked_hybrid.commands.run_options import device_map_of
-from hooked_hybrid.evaluation.cells import Cells
+from hooked_hybrid.evaluation.cells import EvaluationCells
 from hooked_hybrid.network.state import HybridState
 from hooked_hybrid.niah.needles import load_needles
 from hooked_hybrid.outputs.foreign import DEEPEST, one_line, parse_json, printable, read_json
@@ -77,7 +77,7 @@ def readers_of_json(folder: Path) -> dict[str, tuple[Path, Callable[[], object]]
     evaluated(folder / "eval")
     (folder / "r").mkdir()
     load: Callable[[], object] = lambda: HookedHybrid.from_pretrained(model)  # noqa: E731
-    cells: Callable[[], object] = lambda: Cells(folder / "eval", EXPERIMENT, resume=True)  # noqa: E731
+    cells: Callable[[], object] = lambda: EvaluationCells(folder / "eval", EXPERIMENT, resume=True)  # noqa: E731
     return {
         "config": (model / "config.json", load),
         "generation config": (model / "generation_config.json", load),
@@ -140,7 +140,7 @@ def test_a_cell_of_other_types_is_refused(change: dict[str, Any], tmp_path: Path
     path = tmp_path / "cells" / "t--base.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     with pytest.raises(ValueError, match="damaged .*remove it"):
-        Cells(tmp_path, EXPERIMENT, resume=True)
+        EvaluationCells(tmp_path, EXPERIMENT, resume=True)
 
 
 @pytest.mark.parametrize(
@@ -158,7 +158,7 @@ def test_a_list_of_calls_of_other_types_is_refused(change: dict[str, Any], tmp_p
     call = {"groups": {"t": ["t"]}, "forms": [], "missing": {}} | change
     (tmp_path / "calls.json").write_text(json.dumps([call]))
     with pytest.raises(ValueError, match="damaged .*no list of calls"):
-        Cells(tmp_path, EXPERIMENT, resume=True)
+        EvaluationCells(tmp_path, EXPERIMENT, resume=True)
 
 
 # --- files of torch -------------------------------------------------------------------------------

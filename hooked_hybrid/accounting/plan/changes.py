@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from hooked_hybrid.accounting.plan.machine import ANY_DISK, UNITS, Machine, shown
+from hooked_hybrid.accounting.plan.machine import ANY_DISK, UNITS, Machine, show_size
 from hooked_hybrid.accounting.plan.planner import Planner
 from hooked_hybrid.accounting.plan.working import Sizes
 
@@ -72,7 +72,7 @@ def _of_gpus(machine: Machine, fits: Callable[[Machine], bool]) -> Iterator[Chan
     n, size = len(machine.gpus), machine.gpus[0]
     more = _smallest(lambda m: fits(machine.with_gpus(m, size)), n, MOST_GPUS)
     if more is not None:
-        yield Change(f"--gpus {more}x{_size(size)}", f"{more} GPUs of {shown(size)}")
+        yield Change(f"--gpus {more}x{_size(size)}", f"{more} GPUs of {show_size(size)}")
     larger = _smallest(lambda gb: fits(machine.with_gpus(n, gb * GB)), size // GB, MOST_GB)
     if larger is not None:
         yield Change(f"--gpus {n}x{larger}GB", f"{n} x {larger} GB of GPU memory")

@@ -79,7 +79,7 @@ def gpus_of(text: str) -> tuple[int, ...]:
     return tuple(found)
 
 
-def shown(n_bytes: int) -> str:
+def show_size(n_bytes: int) -> str:
     """Return bytes for people, in decimal units: 1 GB is 10^9 bytes."""
     for unit in ("TB", "GB", "MB", "KB"):
         if n_bytes >= UNITS[unit]:

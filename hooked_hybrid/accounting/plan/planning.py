@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from hooked_hybrid.accounting.plan.changes import Change, changes
-from hooked_hybrid.accounting.plan.machine import ANY_DISK, Machine, shown
+from hooked_hybrid.accounting.plan.machine import ANY_DISK, Machine, show_size
 from hooked_hybrid.accounting.plan.planner import Planner
 from hooked_hybrid.accounting.plan.split import Split, Usage
 from hooked_hybrid.accounting.plan.working import Sizes
@@ -86,15 +86,15 @@ class MemoryPlan:
     def why_not(self) -> str:
         """Why there is no place for everything."""
         whole, devices = self.whole, self.machine.devices
-        needed = f"{shown(whole.working)} to work in"
+        needed = f"{show_size(whole.working)} to work in"
         if whole.loading > whole.running:
-            needed += f", or {shown(whole.loading)} to load it in"
-        n_gpus, offered = len(self.machine.gpus), shown(sum(n for _, n in devices))
+            needed += f", or {show_size(whole.loading)} to load it in"
+        n_gpus, offered = len(self.machine.gpus), show_size(sum(n for _, n in devices))
         who = "the CPU offers" if not n_gpus else "the GPU offers"
         return (
-            f"weights of {shown(whole.weights)}, and for {self.sizes.batch} x "
-            f"{max(self.lengths):,} tokens a state of {shown(whole.state)} and {needed}, do not "
-            f"fit: {f'{len(devices)} GPUs offer' if len(devices) > 1 else who} {offered}"
+            f"weights of {show_size(whole.weights)}, and for {self.sizes.batch} x "
+            f"{max(self.lengths):,} tokens a state of {show_size(whole.state)} and {needed}, do "
+            f"not fit: {f'{len(devices)} GPUs offer' if len(devices) > 1 else who} {offered}"
             f"{self._beside}"
         )
 
@@ -103,10 +103,10 @@ class MemoryPlan:
         """Return a phrase on the room outside the devices."""
         if self.sizes.quantize is not None:
             return "; quantised blocks stay where they run"
-        cpu = f"{shown(self.machine.cpu)} of CPU memory and " if self.machine.gpus else ""
+        cpu = f"{show_size(self.machine.cpu)} of CPU memory and " if self.machine.gpus else ""
         if self.machine.disk in (None, ANY_DISK):
             return f", with {cpu}{'nothing' if self.machine.disk is None else 'room'} on the disk"
-        return f", with {cpu}{shown(self.machine.disk)} on the disk"
+        return f", with {cpu}{show_size(self.machine.disk)} on the disk"
 
     def remedy(self, changes: Sequence[str]) -> str:
         """Say what would do, each by itself."""

@@ -35,7 +35,7 @@ from hooked_hybrid.network.mixers.base import Mixer, ScanTerms
 from hooked_hybrid.network.part import FoldedNorm
 from hooked_hybrid.network.plan import may_overwrite
 from hooked_hybrid.network.scans.loops import SmallInputs, SSMState
-from hooked_hybrid.network.scans.scan import edited_positions, hooked_scan, only_where
+from hooked_hybrid.network.scans.scan import find_edited_positions, hooked_scan, only_where
 from hooked_hybrid.network.scans.selective_scan import CHUNK, CHUNK_NUMBERS, selective_scan
 from hooked_hybrid.network.weights.products import autocast_dtype, in_own_dtype
 from hooked_hybrid.shapes import Inner, Resid
@@ -252,7 +252,7 @@ class Mamba(Mixer[RecurrentState]):
         """Compute the same as `_scan_hooked`, by fast scans that stop at each edited position."""
         rates, resets, h, ys, done = self.A, layout.resets, h0, [], 0
         handles = tuple(self.hook_ssm_state.fwd_hooks)
-        edited = edited_positions(handles, layout)
+        edited = find_edited_positions(handles, layout)
         for stop in sorted({*(t + 1 for t in edited), layout.length}):
             part = slice(done, stop)
             reset = None if resets is None else resets[:, part]

@@ -19,7 +19,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from hooked_hybrid.outputs.folders import FolderInUseError, claimed, remove_unfinished, replacing
+from hooked_hybrid.outputs.folders import (
+    FolderInUseError,
+    claim,
+    remove_unfinished,
+    replacing,
+)
 from hooked_hybrid.outputs.foreign import refuse_link
 
 FORMAT = 1
@@ -93,7 +98,7 @@ class OffloadFolder:
         is_told = False
         while True:
             try:
-                stack.enter_context(claimed(self.path, resume=True))
+                stack.enter_context(claim(self.path, resume=True))
                 return
             except FolderInUseError as error:
                 if not is_told:

@@ -119,7 +119,7 @@ def scan_documents(
         return scan(a, x, h0)
     h, pieces = h0, []
     for part in parts_between(resets):
-        h = forgotten(h, resets[:, part.start])
+        h = reset_rows(h, resets[:, part.start])
         pieces.append(scan(a[:, part], x[:, part], h))
         h = pieces[-1][:, -1]
     return torch.cat(pieces, dim=1)
@@ -133,7 +133,7 @@ def parts_between(resets: Bool[Tensor, "batch pos"]) -> list[slice]:
     return [slice(start, stop) for start, stop in pairwise(bounds)]
 
 
-def forgotten(h: State, resets: Bool[Tensor, " batch"]) -> State:
+def reset_rows(h: State, resets: Bool[Tensor, " batch"]) -> State:
     """Return the state before a position, with zeros in the rows that are reset there."""
     return h.masked_fill(resets.view(-1, *(1,) * (h.ndim - 1)), 0)
 
@@ -204,14 +204,14 @@ def _scan_edited(
     """Return the states of a scan that stops at each edited position."""
     x_probed, done, h, pieces = _with_probes(x, bwd), 0, h0, []
     editors, resets = fwd + [handle for handles, _ in bwd for handle in handles], layout.resets
-    for t in [*edited_positions(editors, layout), layout.length]:
+    for t in [*find_edited_positions(editors, layout), layout.length]:
         if t > done:
             here = None if resets is None else resets[:, done:t]
             pieces.append(scan_documents(a[:, done:t], x_probed[:, done:t], h, here))
             h = pieces[-1][:, -1]
         if t == layout.length:
             break
-        h = h if resets is None else forgotten(h, resets[:, t])
+        h = h if resets is None else reset_rows(h, resets[:, t])
         carried = (a[:, t] * h + x[:, t])[:, None]
         is_real = layout.is_real[:, t].view(-1, *(1,) * h.ndim)
         apply = partial(
@@ -233,7 +233,7 @@ def only_where(is_real: Tensor, carried: Tensor, edited: Tensor) -> Tensor:
     return edited.where(is_real, carried)
 
 
-def edited_positions(handles: Sequence[LensHandle], layout: Layout) -> list[int]:
+def find_edited_positions(handles: Sequence[LensHandle], layout: Layout) -> list[int]:
     """Return the indices at which any handle may act."""
     wanted: set[int] = set()
     for handle in handles:

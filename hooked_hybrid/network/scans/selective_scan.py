@@ -19,7 +19,7 @@ from hooked_hybrid.network.finite import is_finite
 from hooked_hybrid.network.kernels import mamba_ssm, need_gradients
 from hooked_hybrid.network.kernels import selective_scan as triton_scan
 from hooked_hybrid.network.scans.loops import SmallInputs, SSMState, selective_scan_loop
-from hooked_hybrid.network.scans.scan import forgotten, parts_between
+from hooked_hybrid.network.scans.scan import parts_between, reset_rows
 from hooked_hybrid.network.weights.products import in_own_dtype
 from hooked_hybrid.shapes import Inner
 
@@ -77,7 +77,7 @@ def _scan_documents(x: _Inputs, resets: Bool[Tensor, "batch pos"]) -> tuple[Inne
     """Return the same for values that are not finite, with nothing of a state passing a reset."""
     h, ys = x.h0, []
     for at in parts_between(resets):
-        h = forgotten(h, resets[:, at.start])
+        h = reset_rows(h, resets[:, at.start])
         y, h = selective_scan(x.u[:, at], x.dt[:, at], x.A, x.B[:, at], x.C[:, at], h)
         ys.append(y)
     return torch.cat(ys, dim=1), h

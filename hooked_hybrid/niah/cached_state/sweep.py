@@ -20,10 +20,10 @@ import torch
 from hooked_hybrid.model.hybrid import HookedHybrid
 from hooked_hybrid.niah.cached_state.ways import CASES, WAYS, Answer, Case, way_of
 from hooked_hybrid.niah.cells import cell_of
-from hooked_hybrid.niah.groups import MOST_ROWS, Cells, shortest_window
+from hooked_hybrid.niah.groups import MOST_ROWS, CellRows, shortest_window
 from hooked_hybrid.niah.prompts import Prompt
 from hooked_hybrid.niah.settings.setting import Setting
-from hooked_hybrid.niah.sweep import PromptsJob, check_run, kept_cells
+from hooked_hybrid.niah.sweep import PromptsJob, check_run, compute_cells
 from hooked_hybrid.options import require
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ def cached_state(
     job = CachedStateJob(prompts, settings, max_new_tokens)
     options = {"max_new_tokens": max_new_tokens}
     chosen = [setting for _, _, setting in settings.values()]
-    return kept_cells(model, job, prompts, chosen, options, out, resume, workers, verbose)
+    return compute_cells(model, job, prompts, chosen, options, out, resume, workers, verbose)
 
 
 class CachedStateJob(PromptsJob[int]):
@@ -95,7 +95,7 @@ class CachedStateJob(PromptsJob[int]):
         """Return each part with an unfinished prompt as a unit, as parts share no computation."""
         return [[i] for i, part in enumerate(self.parts) if any(p.id not in done for p in part)]
 
-    def __call__(self, model: HookedHybrid, items: Sequence[int]) -> Iterator[Cells]:
+    def __call__(self, model: HookedHybrid, items: Sequence[int]) -> Iterator[CellRows]:
         """Yield the cells of each part."""
         window = shortest_window(model)
         for part in (self.parts[i] for i in items):

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from hooked_hybrid.outputs.figures import new_figure
-from hooked_hybrid.runs.statistics import interval_of, scored
+from hooked_hybrid.runs.statistics import interval_of, select_scored
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -49,7 +49,7 @@ def retrieval_maps(table: pd.DataFrame, thesis_depth: bool = False) -> Figure:
     Raises:
         ValueError: no cell has a score.
     """
-    cells = scored(table)
+    cells = select_scored(table)
     rows = _rows_of_panels(cells)
     n_columns = max(map(len, rows))
     figure = new_figure(max(5.5, 2.2 + 1.9 * n_columns), max(3.6, 1.5 + 1.9 * len(rows)))
@@ -83,7 +83,7 @@ def retrieval_map(table: pd.DataFrame, setting: str, thesis_depth: bool = False)
     Raises:
         ValueError: the setting has no cell with a score.
     """
-    cells = scored(table)
+    cells = select_scored(table)
     if setting not in set(cells["setting"]):
         raise ValueError(
             f"no setting {setting!r}: there are {', '.join(cells['setting'].unique())}"
@@ -112,7 +112,7 @@ def accuracy_by_k(table: pd.DataFrame, by_window: bool = False) -> Figure:
     Raises:
         ValueError: no cell has a score, or no setting has a k.
     """
-    cells = scored(table)
+    cells = select_scored(table)
     if cells["k"].isna().all():
         raise ValueError("no setting has a k: there is no curve to draw")
     parts = [("", cells)]

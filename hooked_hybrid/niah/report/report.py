@@ -19,7 +19,7 @@ from hooked_hybrid.outputs.figures import file_name, save_figure
 from hooked_hybrid.outputs.foreign import refuse_link
 from hooked_hybrid.outputs.tables import write_csv
 from hooked_hybrid.outputs.whole_files import replacing
-from hooked_hybrid.runs.statistics import scored, summary
+from hooked_hybrid.runs.statistics import select_scored, summary
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -126,7 +126,7 @@ def save_pictures(
     """
     folder = Path(folder)
     refuse_link(folder / "maps")
-    cells = scored(table)
+    cells = select_scored(table)
     figures = {"retrieval_maps": retrieval_maps(cells, thesis_depth)}
     if cells["k"].notna().any() and cells["read_twice"].nunique() == 1:
         figures["accuracy_by_k"] = accuracy_by_k(cells)
@@ -222,7 +222,7 @@ def _depths_said(prompts: pd.DataFrame) -> str:
 
 
 def _accuracy(table: pd.DataFrame, losses: pd.DataFrame | None = None) -> str:
-    n = scored(table)["needle_id"].nunique(dropna=False)
+    n = select_scored(table)["needle_id"].nunique(dropna=False)
     close = int((table["min_margin"] < SMALL_MARGIN).sum())
     notes = [
         "Accuracy is the mean graded score / 5 (thesis, Table 2.1); whole answer is the share of "

@@ -9,7 +9,7 @@ import numpy as np
 
 from hooked_hybrid.niah.report.plots import COLORS, intervals_said
 from hooked_hybrid.outputs.figures import new_figure
-from hooked_hybrid.runs.statistics import interval_of, scored
+from hooked_hybrid.runs.statistics import interval_of, select_scored
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -36,7 +36,7 @@ def accuracy_by_setting(table: pd.DataFrame, losses: pd.DataFrame | None = None)
     Raises:
         ValueError: no cell has a score.
     """
-    cells = scored(table)
+    cells = select_scored(table)
     names = list(cells["setting"].unique())
     n_panels = 1 if losses is None else 2
     figure = new_figure(4.5 + 3.5 * n_panels, 1.6 + 0.2 * len(names))
@@ -99,7 +99,7 @@ def weight_matrix_picture(table: pd.DataFrame) -> Figure:
     """
     from matplotlib.colors import LinearSegmentedColormap
 
-    cells = scored(table)
+    cells = select_scored(table)
     is_inside = cells["in_window"].astype(bool)
     panels = [("needle inside the window", is_inside)]
     if not is_inside.all():
@@ -144,7 +144,7 @@ def accuracy_by_heads_kept(table: pd.DataFrame, sizes: Mapping[str, tuple[str, i
     """
     from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-    cells = scored(table)
+    cells = select_scored(table)
     is_inside = cells["in_window"].astype(bool)
     halves = (("needle inside the window", is_inside), ("needle beyond the window", ~is_inside))
     panels = [(title, mask) for title, mask in halves if mask.any()]

@@ -13,7 +13,7 @@ from hooked_hybrid.hooks.attaching import HookSpec
 from hooked_hybrid.interventions import keep_top_heads, on_rows
 from hooked_hybrid.model.hybrid import HookedHybrid
 from hooked_hybrid.niah.prompts import Prompt
-from hooked_hybrid.runs.identity.model import described, known_of
+from hooked_hybrid.runs.identity.model import identify, known_of
 
 Hooks = tuple[HookSpec, ...] | Callable[[Prompt], Sequence[HookSpec]]
 
@@ -136,7 +136,7 @@ def settings_identity(model: HookedHybrid, settings: Sequence[Setting]) -> dict[
     return {
         s.name: {
             "spec": dict(s.spec),
-            "hooks": described(f"setting {s.name!r}", (s.prefill, s.generation, s.per_row), known),
+            "hooks": identify(f"setting {s.name!r}", (s.prefill, s.generation, s.per_row), known),
         }
         for s in settings
     }

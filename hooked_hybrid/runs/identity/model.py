@@ -33,7 +33,7 @@ _HASHED: ContextVar[dict[int, tuple[HookedHybrid, str]] | None] = ContextVar("ha
 
 
 @contextmanager
-def hashed_once() -> Iterator[None]:
+def hash_once() -> Iterator[None]:
     """Hash the weights of each model only once during a `with` block.
 
     Weights must not change in the block.
@@ -105,7 +105,7 @@ def without_tokenizer(identity: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in identity.items() if name != "tokenizer"}
 
 
-def described(what: str, value: Any, known: Known = ()) -> dict[str, str]:
+def identify(what: str, value: Any, known: Known = ()) -> dict[str, str]:
     """Return the identity of a value, see `describe`; errors give its name and the remedy."""
     try:
         return describe(value, known)
@@ -125,7 +125,7 @@ def known_of(model: HookedHybrid) -> list[tuple[Any, str]]:
 
 
 def _described(handle: Any, known: Known) -> dict[str, str]:
-    return described(f"the hook on {handle.point.name}", handle.user_hook, known)
+    return identify(f"the hook on {handle.point.name}", handle.user_hook, known)
 
 
 def _fields(value: Any) -> Any:
@@ -171,14 +171,14 @@ def _changes(model: HookedHybrid) -> dict[str, str]:
     for name, module in _modules(model):
         kind, theirs = made.get(name, (None, {}))
         if kind is not type(module):
-            digest = described(f"the class of {name or 'the model'}", type(module))["hash"]
+            digest = identify(f"the class of {name or 'the model'}", type(module))["hash"]
             found[name or "the model"] = f"{type(module).__name__} {digest[:16]}"
         own = _settings(module)
-        if kind is not None and described(f"{name} of the model", own)["hash"] == theirs[""]:
+        if kind is not None and identify(f"{name} of the model", own)["hash"] == theirs[""]:
             continue
         for key in sorted({*own, *theirs} - {""}):
             where = f"{name}.{key}".strip(".")
-            digest = described(where, own[key])["hash"] if key in own else "missing"
+            digest = identify(where, own[key])["hash"] if key in own else "missing"
             if digest != theirs.get(key):
                 found[where] = _shown(own.get(key), digest)
     return found

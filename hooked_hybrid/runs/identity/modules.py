@@ -80,7 +80,7 @@ def version_of(package: str) -> str:
         return str(getattr(sys.modules.get(package), "__version__", "of no version"))
 
 
-def imported(name: str, level: int, names: Mapping[str, Any]) -> ModuleType | None:
+def import_for(name: str, level: int, names: Mapping[str, Any]) -> ModuleType | None:
     """Return a module that a function imports when it runs; None for installed packages.
 
     Args:

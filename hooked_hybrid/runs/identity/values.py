@@ -26,7 +26,7 @@ from hooked_hybrid.network.weights.plain import as_matrix
 from hooked_hybrid.runs.identity.code import PYTHON, read_code
 from hooked_hybrid.runs.identity.modules import (
     UNVERSIONED,
-    imported,
+    import_for,
     is_installed,
     is_named,
     stored_name,
@@ -319,7 +319,7 @@ class _Reader:
                 said.append(_hash("builtin" if hasattr(builtins, name) else "missing", name))
         for name, level in code.imports:
             said.append(_hash("import", name, str(level)))
-            if (module := imported(name, level, fn.__globals__)) is not None:
+            if (module := import_for(name, level, fn.__globals__)) is not None:
                 said += self._of_module(module, code.attributes)
         return said
 
