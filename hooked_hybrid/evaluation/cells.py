@@ -56,7 +56,7 @@ class Cell:
 
 
 class EvaluationCells:
-    """The cells of one experiment in a folder, which the caller must hold (`outputs.folders.claim`).
+    """The cells of one experiment in a folder, which the caller must hold (`folders.claim`).
 
     Args:
         folder: new, empty, or that of the same experiment; one without a cell may change it.

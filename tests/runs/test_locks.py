@@ -36,8 +36,8 @@ HOLD = """
 import sys, time
 from pathlib import Path
 sys.argv[0] = "/some/bin/hooked-hybrid"
-from hooked_hybrid.outputs.folders import claimed
-with claimed(Path(sys.argv[1]), False):
+from hooked_hybrid.outputs.folders import claim
+with claim(Path(sys.argv[1]), False):
     (Path(sys.argv[1]) / "begun.csv").write_text("")
     time.sleep(600)
 """
@@ -102,16 +102,16 @@ def test_a_fork_that_ends_does_not_let_go_of_what_it_never_held(tmp_path: Path):
 FORK = """
 import os, sys, threading
 from pathlib import Path
-from hooked_hybrid.outputs.folders import LOCK, claimed
+from hooked_hybrid.outputs.folders import LOCK, claim
 
 def another_run():
     try:
-        with claimed(Path(sys.argv[1]), True):
+        with claim(Path(sys.argv[1]), True):
             print("got in")
     except OSError as error:
         print(type(error).__name__)
 
-with claimed(Path(sys.argv[1]), False):
+with claim(Path(sys.argv[1]), False):
     child = os.fork()
     if child:
         os.waitpid(child, 0)

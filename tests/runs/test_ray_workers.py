@@ -36,7 +36,7 @@ class Machine:
         patch.setattr(ray, "shutdown", lambda: None)
         patch.setattr(ray_workers, "connect", lambda *_: True)
         patch.setattr(ray_workers, "room", lambda *_: n)
-        patch.setattr(ray_workers, "called", lambda *_: self.called())
+        patch.setattr(ray_workers, "request_worker", lambda *_: self.called())
         patch.setattr(ray_workers, "release", lambda slot: self.free.append(slot.actor.place))
         for module in (ray_workers, ray_calls):
             patch.setattr(module, "value_of", lambda answer: answer())
