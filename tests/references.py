@@ -281,7 +281,7 @@ def hf_greedy(
     return Greedy(out.sequences[:, tokens.shape[1] :], torch.stack(out.logits, dim=1))
 
 
-def hf_greedy_guessed(model: RecurrentGemmaForCausalLM, tokens: Tensor, guess: Tensor) -> Greedy:
+def hf_greedy_guessed(model: Any, tokens: Tensor, guess: Tensor) -> Greedy:
     """What `hf_greedy(uncached=True)` gives, in fewer forwards where the new tokens are guessed.
 
     One forward tells whether each token [b n] is the best after those before it, which are all

@@ -12,13 +12,13 @@ ROUNDS = int(os.environ.get("UNDER_FIRE_ROUNDS", "18"))
 
 
 @pytest.mark.parametrize("name", ["tiny-griffin", "tiny-jamba"])
-def test_memory_stays_flat(name: str):
+def test_memory_stays_flat(name: str, unchecked: None):
     found = soak.soak(name, ROUNDS, warm_up=12)
     assert found["tensors at the end"] == found["tensors after warm-up"]
     assert found["growth"] < soak.SHARE
 
 
-def test_what_is_left_is_seen(monkeypatch: pytest.MonkeyPatch):
+def test_what_is_left_is_seen(monkeypatch: pytest.MonkeyPatch, unchecked: None):
     kept = []
     once = soak._round
 

@@ -137,7 +137,7 @@ class TestTriton:
             (1, CHUNK, (2, 3)),
             (3, CHUNK + 1, (1,)),
             (1, CHUNK + 6, (130,)),
-            (1, 300, (70,)),
+            (1, 2 * CHUNK + 9, (70,)),
         ],
     )
     def test_linear_scan_equals_the_float64_loop(

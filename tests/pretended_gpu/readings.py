@@ -209,7 +209,7 @@ def grad_attribution(m: HookedHybrid, at: At) -> Any:
         return metric(logits).sum()
 
     found = analysis.attribution_patching(m, a, b, total, **by_head, **SILENT)
-    few = {"n_cells": 3, **SILENT}
+    few = {"n_cells": 2, **SILENT}
     agreement = analysis.compare_with_patching(m, a[:1, :3], b[:1, :3], total, **few)
     cells = [(row.attributed, row.patched) for row in agreement.rows]
     return found.values, found.head_scores("z").values, cells

@@ -1,7 +1,7 @@
 """Device consistency without a GPU: what runs on a pretended one is what runs on a CPU.
 
-Each part runs once, in a process of its own, as torch must be imported after what stands for its
-device; the tests read what the parts wrote.
+All runs once, in a process of its own, as torch must be imported after what stands for its device;
+the tests read what it wrote.
 """
 
 from __future__ import annotations
@@ -23,11 +23,6 @@ from tests.models import CONFIGS
 from tests.pretended_gpu import guard
 
 HERE = Path(__file__).parent
-PARTS = {
-    "griffins": ["griffin", "griffin-gqa-ends-in-attention", "faults"],
-    "jambas": ["jamba", "jamba-dense-ends-in-attention", "budgets", "doors"],
-}
-"""What runs in one process."""
 RESULTS = "Agreement Attribution DecayRange EntropyProfile GroupScores HeadScores Lens PairScores"
 RESULTS += " PatchGrid Reach Receiver Sender TopTokens"
 RUNS_NOTHING = {
@@ -49,15 +44,15 @@ def test_the_pretended_gpu_is_there():
         warnings.warn(pytest.PytestWarning(f"NOTHING OF A GPU IS TESTED: {SKIPPED}"), stacklevel=1)
 
 
-def found(what: str, factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """Return what the part that holds `what` wrote; it runs once, whichever worker asks first."""
+def found(factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Return what the process wrote; it runs once, whichever worker asks first."""
     is_shared = "PYTEST_XDIST_WORKER" in os.environ  # tests run in several processes
     folder = factory.getbasetemp().parent if is_shared else factory.getbasetemp()
-    part = next(name for name, whats in PARTS.items() if what in whats)
-    out = folder / f"pretended-gpu-{part}.json"
+    out = folder / "pretended-gpu.json"
     with FileLock(f"{out}.lock"):
         if not out.exists():
-            command = [sys.executable, "-m", "tests.pretended_gpu.run", str(out), *PARTS[part]]
+            what = [*CONFIGS, "faults", "budgets", "doors"]
+            command = [sys.executable, "-m", "tests.pretended_gpu.run", str(out), *what]
             root = HERE.parent.parent
             run = subprocess.run(command, capture_output=True, text=True, cwd=root)
             assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-4000:]
@@ -65,7 +60,7 @@ def found(what: str, factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 def rows_of(model: str, factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    return [row for row in found(model, factory)["rows"] if row["model"] == model]
+    return [row for row in found(factory)["rows"] if row["model"] == model]
 
 
 @needs_a_guard
@@ -80,9 +75,7 @@ def test_nothing_mixes_devices_and_values_are_a_cpus(model: str, tmp_path_factor
 
 @needs_a_guard
 def test_every_kernel_that_a_gpu_has_was_run(tmp_path_factory):
-    calls: set[str] = set()
-    for model in ("griffin", "jamba"):
-        calls |= {*found(model, tmp_path_factory)["kernels"]}
+    calls = {*found(tmp_path_factory)["kernels"]}
     packages = {
         f"{p} {way}" for p in ("causal-conv1d", "mamba-ssm") for way in ("forward", "backward")
     }
@@ -99,14 +92,14 @@ def test_attention_is_never_cudnns_and_fused_where_heads_are_aligned(tmp_path_fa
 
 @needs_a_guard
 def test_the_packaged_models_go_through_every_door(tmp_path_factory):
-    doors = found("doors", tmp_path_factory)["doors"]
+    doors = found(tmp_path_factory)["doors"]
     assert len(doors) >= 12
     assert not {name: how for name, how in doors.items() if how}
 
 
 @needs_a_guard
 def test_the_host_waits_no_more_than_it_did(tmp_path_factory):
-    for name, waits in found("budgets", tmp_path_factory)["waits"].items():
+    for name, waits in found(tmp_path_factory)["waits"].items():
         layers = waits["attention layers"]
         # The range of the tokens; and in each attention layer, whether values are finite.
         assert waits["forward"] <= 1 + layers, (name, waits)
@@ -117,7 +110,7 @@ def test_the_host_waits_no_more_than_it_did(tmp_path_factory):
 
 @needs_a_guard
 def test_planted_faults_are_noticed(tmp_path_factory):
-    faults = found("faults", tmp_path_factory)["faults"]
+    faults = found(tmp_path_factory)["faults"]
     assert len(faults) >= LEAST_FAULTS
     assert not [name for name, seen in faults.items() if not seen]
 
