@@ -1,4 +1,4 @@
-"""`hooked-hybrid parameters` and `compute`: what a model takes, without its weights."""
+"""`hooked-hybrid parameters` and `compute`: the size and cost of a model, without weights."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ Logits = Annotated[
 ]
 DTYPES = (torch.bfloat16, torch.float32)
 POINTS = 32
-"""Evenly spaced lengths of the picture; powers of 2 and the windows come to them."""
+"""Number of evenly spaced lengths in the figure, besides powers of 2 and the windows."""
 
 
 def parameters(model: Model = "recurrentgemma-2b", out: OptionalOut = None) -> None:
@@ -97,14 +97,14 @@ def compute(
 
 
 def lengths_up_to(longest: int, cfg: HybridConfig) -> list[int]:
-    """Return lengths to count at: powers of 2, evenly spaced ones and the windows, in order."""
+    """Return the lengths to count at, in order: powers of 2, evenly spaced ones and windows."""
     powers = [2**i for i in range(longest.bit_length())]
     even = [max(1, longest * i // POINTS) for i in range(1, POINTS + 1)]
     return sorted({*powers, *even, *windows_of(cfg, longest)})
 
 
 def windows_of(cfg: HybridConfig, longest: int) -> list[int]:
-    """Return the numbers of keys of attention's windows, as far as `longest`."""
+    """Return the numbers of keys of attention windows, up to `longest`."""
     return sorted({n_keys for n_keys in mixers.windows_of(cfg) if n_keys <= longest})
 
 
@@ -132,7 +132,7 @@ def _parameter_table(counted: ParameterCount, model: str) -> Table:
     shown.add_row("all", "", f"{counted.total:,}", f"{counted.active:,}")
     shown.caption = (
         "share: of the parameters without embeddings; of sum: of the column's sum without them, in "
-        "which parts stand twice, as in Table 1 of Zani et al. (2025)"
+        "which parts count twice, as in Table 1 of Zani et al. (2025)"
     )
     return shown
 
@@ -189,7 +189,7 @@ def _percent(share: float) -> str:
 def _refuse_existing(folder: Path | None, *names: str) -> None:
     for path in () if folder is None else [folder / name for name in names]:
         if path.exists():
-            raise ValueError(f"{path} is there already: give another folder with --out")
+            raise ValueError(f"{path} already exists: give another folder with --out")
 
 
 def _write_csv(table: pd.DataFrame, path: Path) -> None:

@@ -1,4 +1,4 @@
-"""`hooked-hybrid cached-state`: what a state carries of heads that were silenced."""
+"""`hooked-hybrid cached-state`: the effect of zeroed heads through the cached state."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ if TYPE_CHECKING:
 
 Ks = Annotated[
     list[int] | None,
-    typer.Option("--k", help="Heads kept where some are silenced: --k 2 --k 4.", show_default="4"),
+    typer.Option("--k", help="Heads kept where others are zeroed: --k 2 --k 4.", show_default="4"),
 ]
 
 
 @make_command(out=Path("results/cached-state"))
 def cached_state(run: RunOptions, prompts: PromptOptions, k: Ks = None) -> None:
-    """Does the cache carry the damage? Heads silenced in prefill or in steps, states kept or not.
+    """Test whether the cached state carries the effect of heads zeroed in prefill or in steps.
 
-    Parts of the prompt's state, and of what each step adds to it, are taken from a run with heads
-    silenced and the others from a whole one; and everything is run again for every token.
+    Some parts of the prompt's state, and of its update in each step, come from a run with zeroed
+    heads, the others from an unmodified one. In other cases everything is run again for each token.
 
     Example: hooked-hybrid cached-state --model tiny-griffin --k 3 --k 4 --out results/cached
     """
@@ -68,9 +68,9 @@ def _show(table: pd.DataFrame, paths: Sequence[Path]) -> None:
 
 
 def accuracy_by_case(table: pd.DataFrame) -> Figure:
-    """Return accuracy against k, a line a case, one panel for each kind of case.
+    """Return accuracy by k, with a line for each case and a panel for each kind of case.
 
-    Bands are 95% intervals over needles, of which a single one has none; the case without a k is a
+    Bands are 95% intervals over needles, and absent for a single needle; the case without a k is a
     dotted line.
 
     Args:
@@ -96,7 +96,7 @@ def accuracy_by_case(table: pd.DataFrame) -> Figure:
             style = {"color": WAYS[i], "marker": MARKERS[i], "linestyle": "--" if i % 2 else "-"}
             axes.plot(ks, means, label=name.split(": ")[1], ms=4, **style)
             axes.fill_between(ks, low, high, color=WAYS[i], alpha=0.15, linewidth=0)
-            axes.vlines(ks, low, high, color=WAYS[i], linewidth=1)  # of one k a band has no width
+            axes.vlines(ks, low, high, color=WAYS[i], linewidth=1)  # for one k a band has no width
         for name in (n for n in names if ":" not in n):
             mean = cells.loc[cells["stage"] == name, "accuracy"].mean()
             axes.axhline(mean, color="#444444", linestyle=":", linewidth=1, label=name)

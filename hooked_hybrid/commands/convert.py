@@ -26,10 +26,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("target", nargs="?", help="new directory to write")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the written weights")
     parser.add_argument(
-        "--n-keys", type=int, help="keys a query sees, itself included; a .pt does not say (2049)"
+        "--n-keys", type=int, help="keys a query sees, itself included; not stored in a .pt (2049)"
     )
     parser.add_argument(
-        "--n-heads", type=int, help="heads, for a .pt that has no recurrent layer to tell them"
+        "--n-heads",
+        type=int,
+        help="heads, for a .pt without a recurrent layer, which would give them",
     )
     parser.add_argument("--revision", help="branch, tag or commit on the hub")
     parser.add_argument("--adapter", help="directory or hub id of a LoRA adapter, merged")
@@ -38,10 +40,12 @@ def main(arguments: list[str] | None = None) -> int:
         action="append",
         default=[],
         metavar="NAME",
-        help="setting of config.json to be taken as not there; may be given again",
+        help="setting of config.json to ignore; may be given several times",
     )
     parser.add_argument(
-        "--check", action="store_true", help="account for every tensor, read none, write nothing"
+        "--check",
+        action="store_true",
+        help="check the names and shapes of all tensors, without reading or writing any",
     )
     args = parser.parse_args(arguments)
     if not args.check and args.target is None:

@@ -1,4 +1,4 @@
-"""`hooked-hybrid eval`: language benchmarks with few heads, without any, and whole."""
+"""`hooked-hybrid eval`: language benchmarks with all heads, with few, and without any."""
 
 from __future__ import annotations
 
@@ -59,12 +59,12 @@ Ks = Annotated[
 ]
 StageOption = Annotated[
     Literal["both", "generation"],
-    typer.Option(help="Where heads are silenced; log-likelihoods are scored in prefill."),
+    typer.Option(help="Stages with zeroed heads; log-likelihoods are scored in prefill."),
 ]
 Shots = Annotated[
     int | None,
     typer.Option(
-        help="Examples before each question, where a task does not set 0 itself.",
+        help="Examples before each question, unless a task sets 0 itself.",
         show_default="the thesis's for glue and mmlu, else each task's own",
         min=0,
     ),
@@ -78,13 +78,13 @@ Chat = Annotated[
     typer.Option(
         "--chat/--no-chat",
         help="Put prompts in the model's chat template, each example a turn.",
-        show_default="where the checkpoint has a template",
+        show_default="if the checkpoint has a template",
     ),
 ]
 BatchSize = Annotated[str, typer.Option(help="Rows of a forward, or auto: --batch-size 8.")]
 MaxLength = Annotated[
     int | None,
-    typer.Option(help="Tokens read at most.", min=2, show_default="what the checkpoint says"),
+    typer.Option(help="Most tokens to read.", min=2, show_default="from the checkpoint"),
 ]
 IncludePath = Annotated[
     Path | None,
@@ -106,11 +106,11 @@ def eval(
     max_length: MaxLength = None,
     include_path: IncludePath = None,
 ) -> None:
-    """Language benchmarks (lm-eval) of a model whole, with few attention heads, and without any.
+    """Language benchmarks (lm-eval) of a model with all attention heads, with few, and without any.
 
-    Writes scores with standard errors, the gaps with intervals next to the thesis's, a picture and
-    a report. Data sets that cannot be fetched are left out, and listed. It may be stopped at any
-    time; the same command with --resume goes on.
+    Writes scores with standard errors, the gaps with intervals next to the thesis's, a figure and
+    a report. Data sets that cannot be fetched are left out and listed. It may be stopped at any
+    time and continued by the same command with --resume.
 
     Example: hooked-hybrid eval --model tiny-jamba --tasks needle_choice --out results/eval
     """
@@ -145,12 +145,12 @@ def eval(
         card = model_card(model, run.model)
         written = write(evaluation, card, options, run.out, command_line())
         if not evaluation.cells:
-            raise ValueError(f"no task could be run: {written.report} says why")
+            raise ValueError(f"no task could be run: {written.report} gives the reasons")
         show(evaluation, written)
 
 
 def forms_of(names: Sequence[str], ks: Sequence[int]) -> list[Form]:
-    """Return the forms to run, each once; with a `k`, the base form comes with it."""
+    """Return the forms to run, each once; with a `k`, the base form is added."""
     found = [FORMS[name] for name in names] + [form_of(k) for k in ks]
     return list(dict.fromkeys([FORMS["base"], *found] if ks else found))
 
@@ -159,7 +159,7 @@ def shots_of(tasks: Sequence[str], given: int | None) -> int | None:
     """Return the number of examples: the given one, or the thesis's for its benchmarks.
 
     Raises:
-        ValueError: benchmarks with different numbers, and none is given.
+        ValueError: benchmarks with different numbers, without a given number.
     """
     if given is not None:
         return given
@@ -173,7 +173,7 @@ def shots_of(tasks: Sequence[str], given: int | None) -> int | None:
 
 
 def show(evaluation: Evaluation, written: Written) -> None:
-    """Print the scores, and where the files are."""
+    """Print the scores and the paths of the files."""
     console = Console()
     shown = Table(title="score ± standard error", box=SIMPLE_HEAD, collapse_padding=True)
     for heading in ("task", "metric", *(form.name for form in evaluation.forms)):

@@ -37,33 +37,35 @@ Hooks = Annotated[
 ]
 Field = Annotated[
     str | None,
-    typer.Option(help="Where a line's text is: --field content.", show_default="text"),
+    typer.Option(help="Field of a line with the text: --field content.", show_default="text"),
 ]
 NDocuments = Annotated[
     int | None,
     typer.Option(
-        help="Use the first so many documents: --n-documents 1000.", min=1, show_default="all"
+        help="Use only this many documents: --n-documents 1000.", min=1, show_default="all"
     ),
 ]
 ContextLength = Annotated[
-    int, typer.Option(help="Tokens read together at most: --context-length 1024.", min=1)
+    int, typer.Option(help="Most tokens of a context: --context-length 1024.", min=1)
 ]
 BatchSize = Annotated[int, typer.Option(help="Contexts of a forward: --batch-size 32.", min=1)]
 WrittenDtype = Annotated[
     Literal["float32", "bfloat16", "float16"] | None,
     typer.Option(
-        "--write", help="Of the values in the shards: --write bfloat16.", show_default="--dtype"
+        "--write",
+        help="Dtype of the values in the shards: --write bfloat16.",
+        show_default="--dtype",
     ),
 ]
 ShardMegabytes = Annotated[
-    int, typer.Option(help="Size of a shard, about: --shard-megabytes 2048.", min=1)
+    int, typer.Option(help="Approximate size of a shard: --shard-megabytes 2048.", min=1)
 ]
 PrependBos = Annotated[
     bool | None,
     typer.Option(
         "--prepend-bos/--no-prepend-bos",
         help="Begin every context with BOS.",
-        show_default="as the model was trained",
+        show_default="the tokenizer's default",
     ),
 ]
 KeepSpecial = Annotated[
@@ -73,14 +75,14 @@ KeepSpecial = Annotated[
 Seed = Annotated[
     int | None,
     typer.Option(
-        help="Put the contexts in random order: --seed 0.", show_default="that of the documents"
+        help="Put the contexts in random order: --seed 0.", show_default="order of the documents"
     ),
 ]
 K = Annotated[
     int | None,
     typer.Option(
         "--k",
-        help="Keep so many heads in each attention layer meanwhile: --k 2.",
+        help="Keep only this many heads in each attention layer: --k 2.",
         min=0,
         show_default="all",
     ),
@@ -106,8 +108,8 @@ def harvest(
     """Activations of a data set, in safetensors shards that trainers of autoencoders read.
 
     Each shard holds every hook point's values, a row for each token, with the token, its document
-    and its position; index.json lists them. It may be stopped at any time; the same command with
-    --resume goes on, and gives the same bytes.
+    and its position; index.json lists them. It may be stopped at any time and continued by the same
+    command with --resume, with the same bytes.
 
     Example: hooked-hybrid harvest --texts wiki.jsonl --hook 'blocks.*.hook_resid_post'
     --out results/wiki
@@ -139,7 +141,7 @@ def harvest(
 
 
 def show(harvested: HarvestedActivations) -> None:
-    """Print what was written, and where."""
+    """Print the files and their contents."""
     console = Console()
     shown = Table(
         title=f"{len(harvested):,} tokens in {len(harvested.paths)} shards",

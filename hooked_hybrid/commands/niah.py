@@ -1,4 +1,4 @@
-"""`hooked-hybrid niah`: the whole experiment, from a model's name to pictures."""
+"""`hooked-hybrid niah`: the whole experiment, from a model's name to figures."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 
 class Stage(StrEnum):
-    """Where heads are silenced."""
+    """The stages in which heads are zeroed."""
 
     generation = "generation"
     both = "both"
@@ -49,11 +49,11 @@ Ks = Annotated[
 Stages = Annotated[
     list[Stage] | None,
     _option(
-        "Where heads are silenced: --stages both adds prefill.",
+        "Stages in which heads are zeroed: --stages both adds prefill.",
         show_default="generation, then both",
     ),
 ]
-Score = Annotated[Literal["entropy", "l2"], _option("How peaked a head is: --score l2.")]
+Score = Annotated[Literal["entropy", "l2"], _option("Measure of how peaked a head is: --score l2.")]
 
 
 @make_command(out=Path("results/niah"))
@@ -67,10 +67,10 @@ def niah(
     first_token: FirstToken = "prefill",
     thesis_depth: ThesisDepth = False,
 ) -> None:
-    """Needle in a haystack, with all but the k most peaked attention heads silenced.
+    """Needle in a haystack, with only the k most peaked attention heads of each layer.
 
     Writes a table, retrieval maps, accuracy by k, and a report with the papers' numbers. It may
-    be stopped at any time; the same command with --resume goes on.
+    be stopped at any time and continued by the same command with --resume.
 
     Example: hooked-hybrid niah --model tiny-jamba --k 0 --k 2 --stages generation --out results/j
     """
@@ -106,7 +106,7 @@ def _kind(cfg: object) -> str:
 
 
 def model_card(model: HookedHybrid, name: str) -> dict[str, str]:
-    """Return facts about a model, for people."""
+    """Return a description of a model for the report."""
     attention = attention_of(model.cfg)
     heads = sorted({mixer.n_heads for mixer in attention})
     windows = sorted({str(mixer.n_keys or "all") for mixer in attention})
@@ -127,7 +127,7 @@ def model_card(model: HookedHybrid, name: str) -> dict[str, str]:
 
 
 def heads_to_keep(ks: Sequence[int] | None, cfg: HybridConfig) -> list[int]:
-    """Return every k to run, each once: those asked for, or all from 0."""
+    """Return every k to run, each once: the given ones, or all from 0."""
     counts = {mixer.n_heads for mixer in attention_of(cfg)}
     if not counts:
         raise ValueError("this model has no attention layer: there are no heads to silence")
@@ -139,7 +139,7 @@ def heads_to_keep(ks: Sequence[int] | None, cfg: HybridConfig) -> list[int]:
 
 
 def show(table: pd.DataFrame, written: Written, losses: pd.DataFrame | None = None) -> None:
-    """Print the accuracies, and where the files are."""
+    """Print the accuracies and the paths of the files."""
     console = Console()
     headings, rows = summary_rows(table, losses)
     if losses is not None:  # a screen is not wide enough for all columns
@@ -159,8 +159,8 @@ def show(table: pd.DataFrame, written: Written, losses: pd.DataFrame | None = No
 def figures_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
     """Return a table of `summary_rows` for a screen.
 
-    On a narrow one headings and figures go on in the next line, for one that is cut would be
-    another figure. Names and intervals stay on one line.
+    On a narrow screen headings and figures are wrapped, as a truncated figure would be wrong. Names
+    and intervals are not wrapped.
     """
     shown = Table(title="accuracy: mean graded score / 5", box=SIMPLE_HEAD, collapse_padding=True)
     for heading in headings:
@@ -177,9 +177,9 @@ def figures_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> Tab
 
 
 def _show_outputs(table: pd.DataFrame, out: Path) -> None:
-    """Print the commonest answers of prompts without a needle, which have no score, and write all.
+    """Print the most frequent answers to prompts without a needle, and write all of them.
 
-    A model that retrieves should not name what is not there.
+    They have no score. A model that retrieves should not name a missing needle.
     """
     write_csv(table, out / "table.csv")
     shown = Table(title="answers without a needle", box=SIMPLE_HEAD, collapse_padding=True)

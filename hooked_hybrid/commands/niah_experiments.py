@@ -1,7 +1,7 @@
-"""Sister commands of `niah`: the papers' other experiments, and the controls.
+"""Commands like `niah`: the papers' other experiments, and the controls.
 
-Each one says which settings it runs and what it draws; prompts, sweep, loss of text, report and the
-options for these are common to all.
+Each command has its own settings and figures; prompts, sweep, loss of text, report and their
+options are common to all.
 """
 
 from __future__ import annotations
@@ -72,24 +72,23 @@ EveryK = Annotated[
 ]
 Follow = Annotated[
     bool,
-    typer.Option("--follow", help="Weights that move with the token being written, too: --follow."),
+    typer.Option("--follow", help="Also weights that follow the generated token: --follow."),
 ]
 FewDraws = Annotated[
     int | None,
     typer.Option(
-        help="Sets of each size that nothing chose, all of them if there are no more: --draws 20.",
+        help="Random sets of each size, or all sets if there are no more: --draws 20.",
         min=0,
         show_default="all of up to 100, else 5 at random",
     ),
 ]
 ScoredOn = Annotated[
-    int, typer.Option(help="Needles that heads are chosen by: --scored-on 16.", min=1)
+    int, typer.Option(help="Needles for the choice of heads: --scored-on 16.", min=1)
 ]
 Draws = Annotated[
     int | None,
     typer.Option(
-        help="Sets of heads, and of layers, at random, or all of them if there are no more: "
-        "--draws 50.",
+        help="Random sets of heads, and of layers, or all sets if there are no more: --draws 50.",
         min=1,
         show_default="all of up to 100 sets of heads, else 20 at random",
     ),
@@ -98,7 +97,7 @@ Draws = Annotated[
 
 @dataclass(frozen=True)
 class ExperimentPlan:
-    """What an experiment adds to the steps that all share."""
+    """The steps of an experiment that others do not share."""
 
     settings: list[Setting]
     published: Sequence[Published] = ()
@@ -106,7 +105,7 @@ class ExperimentPlan:
     picture: Callable[[pd.DataFrame], Figure] | None = None
     title: str = ""
     families: Mapping[str, Sequence[str]] = field(default_factory=dict)
-    """Names of the sets of heads that a choice of heads stands among, by the choice's."""
+    """Names of the sets of heads to compare with, by the name of a choice of heads."""
 
 
 @dataclass(frozen=True)
@@ -119,9 +118,9 @@ class Common:
 
 
 def experiment(plan: Callable[..., ExperimentPlan]) -> Callable[..., None]:
-    """Return a command that takes the options of a plan and the common ones.
+    """Return a command with the options of a plan and the common options.
 
-    The plan's first argument is the model; its name is that of the default folder of results.
+    The plan's first argument is the model; its name is the default folder of results.
     """
     hints = get_type_hints(plan, include_extras=True)
     own = [p.replace(annotation=hints[p.name]) for p in signature(plan).parameters.values()][1:]
@@ -146,11 +145,11 @@ def experiment(plan: Callable[..., ExperimentPlan]) -> Callable[..., None]:
 def read_twice(model: HookedHybrid, k: FewKs = None) -> ExperimentPlan:
     """Top-k sparsification with the context given once and twice (Just Read Twice).
 
-    All heads, and those of --k (0, 1 and 2 where none is given).
+    It runs all heads, and the numbers of --k (by default 0, 1 and 2).
 
     Example: hooked-hybrid read-twice --model tiny-jamba --k 0 --k 2 --out results/twice
     """
-    # All heads first: it is what the others' loss of text is set against.
+    # All heads first, with which the loss of the others is compared.
     ks = heads_to_keep([*_all_heads(model), *(k or [0, 1, 2])], model.cfg)
     return ExperimentPlan(top_k_settings(ks), READ_TWICE, (False, True))
 
@@ -159,7 +158,7 @@ def read_twice(model: HookedHybrid, k: FewKs = None) -> ExperimentPlan:
 def weights(model: HookedHybrid, follow: Follow = False) -> ExperimentPlan:  # noqa: ARG001
     """Change the attention weights on the needle, in prefill and in generation: the 5 x 4 matrix.
 
-    With --follow, generation also has weights on one token at a time, the one being written.
+    With --follow, generation also has weights on one token at a time, that being generated.
 
     Example: hooked-hybrid weights --model tiny-griffin --out results/weights
     """
@@ -171,7 +170,7 @@ def weights(model: HookedHybrid, follow: Follow = False) -> ExperimentPlan:  # n
 
 @experiment
 def layers(model: HookedHybrid) -> ExperimentPlan:
-    """Silence each kind of layer, and each attention or recurrent layer alone.
+    """Zero each kind of layer, and each single attention or recurrent layer.
 
     Example: hooked-hybrid layers --model tiny-jamba --out results/layers
     """
@@ -180,7 +179,7 @@ def layers(model: HookedHybrid) -> ExperimentPlan:
 
 @experiment
 def heads(model: HookedHybrid) -> ExperimentPlan:
-    """Silence each attention head alone: which ones are the retrieval heads?
+    """Zero each single attention head, to find the retrieval heads.
 
     Example: hooked-hybrid heads --model tiny-griffin --out results/heads
     """
@@ -191,7 +190,7 @@ def heads(model: HookedHybrid) -> ExperimentPlan:
 def controls(model: HookedHybrid, k: HalfKs = None, draws: Draws = None) -> ExperimentPlan:
     """Compare the most peaked heads with other sets, and attention with recurrent layers.
 
-    Every other set if there are few; sets.csv gives the rank of each choice among them.
+    All other sets are run if there are few; sets.csv gives the rank of each choice among them.
 
     Example: hooked-hybrid controls --model tiny-griffin --k 4 --draws 20 --out results/controls
     """
@@ -204,17 +203,17 @@ def controls(model: HookedHybrid, k: HalfKs = None, draws: Draws = None) -> Expe
 def static(
     model: HookedHybrid, k: EveryK = None, draws: FewDraws = None, scored_on: ScoredOn = 8
 ) -> ExperimentPlan:
-    """Keep heads chosen once, by retrieval score or weights; compare with the choice at run time.
+    """Keep heads chosen once, by retrieval score or weights, and compare with the run-time choice.
 
-    And beside every other set of as many heads, where these are few; sets.csv says where each
-    choice stands among them.
+    All other sets of equally many heads are run if these are few; sets.csv gives the rank of each
+    choice among them.
 
-    Retrieval scores are taken on other prompts: needles, cities and haystack that no sweep has.
+    Retrieval scores are computed on other prompts: needles, cities and haystack of no sweep.
 
     Example: hooked-hybrid static --model tiny-griffin --k 2 --k 4 --out results/static
     """
     ks = list(k or range(1, _all_heads(model)[0]))
-    check_sizes(model.cfg, ks, draws)  # before the scores are taken
+    check_sizes(model.cfg, ks, draws)  # before the scores are computed
     settings = static_settings(model.cfg, rankings_of(model, scored_on), ks, draws)
     return ExperimentPlan(
         settings,
@@ -242,7 +241,7 @@ def _run(
     if not any(prompt.needle for prompt in prompts):
         raise ValueError("--needle none: this experiment scores answers, give a needle too")
     longest = max(prompt.length for prompt in prompts)
-    if common.texts:  # what cannot be measured is an error before the sweep, not after it
+    if common.texts:  # raise errors before the sweep, not after it
         _check_texts(model, longest, common.texts, documents)
     table = run_sweep(
         model,
@@ -277,7 +276,7 @@ def _report(
     out: Path,
     thesis_depth: bool,
 ) -> None:
-    """Write table, pictures and report, and say where they are."""
+    """Write table, figures and report, and print their paths."""
     with Console(stderr=True).status("drawing"):
         shown = table
         if len(plan.read_twice) > 1:

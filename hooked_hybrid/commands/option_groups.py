@@ -1,4 +1,4 @@
-"""Options that several commands share: a dataclass says them once, and a command is given it."""
+"""Options that several commands share, as the fields of dataclasses."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ _given: ContextVar[dict[str, str]] = ContextVar("given", default={})  # noqa: B0
 
 
 def given_options() -> dict[str, str]:
-    """Return the options that the command line gives, by parameter, as they are spelled there.
+    """Return the options on the command line, by parameter, as they are spelled there.
 
-    An option that is left out has its default, which is not the same as being given it. Of a
-    command that is called from Python nothing is known, and nothing is returned.
+    An option that is left out is not among them, even if its default equals a given value. For a
+    command called from Python, nothing is returned.
     """
     return _given.get()
 
 
 def refuse_given(why: str, *names: str) -> None:
-    """Refuse options that the command line gives, and that nothing would read.
+    """Refuse options on the command line that have no effect.
 
     Args:
-        why: what to do instead, as the end of a sentence.
+        why: the remedy, as the end of a sentence.
         names: of parameters.
 
     Raises:
-        ValueError: it names those that were given.
+        ValueError: names the given options.
     """
     if found := [option for name, option in given_options().items() if name in names]:
         verb = "has" if len(found) == 1 else "have"
@@ -50,7 +50,7 @@ def make_command(**defaults: Any) -> Callable[[Callable[..., None]], Callable[..
         defaults: of fields, for this command, in place of their own.
 
     Raises:
-        TypeError: a default of no field, or two parameters with one name.
+        TypeError: a default without a field, or two parameters with one name.
     """
 
     def command(function: Callable[..., None]) -> Callable[..., None]:
@@ -126,5 +126,5 @@ def _default(field: Field[Any]) -> Any:
 
 
 def _take(group: type, values: dict[str, Any]) -> Any:
-    """Return a group made of its own values, which are taken out."""
+    """Return a group made of its values, which are removed from the others."""
     return group(**{f.name: values.pop(f.name) for f in fields(group) if f.name in values})

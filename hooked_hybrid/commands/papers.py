@@ -1,4 +1,4 @@
-"""`hooked-hybrid reproduce`: a paper's tables and figures, one after the other, on a model."""
+"""`hooked-hybrid reproduce`: a paper's tables and figures on a model."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def _option(text: str, *names: str, **settings: Any) -> Any:
     return typer.Option(*names, help=text, **settings)
 
 
-PaperName = Annotated[Paper, _option("Which one: --paper thesis2025.")]
+PaperName = Annotated[Paper, _option("The paper: --paper thesis2025.")]
 Only = Annotated[
     list[str] | None,
     _option("Some tables or figures: --only 'Table 6.1'.", show_default="all of the paper"),
@@ -64,7 +64,7 @@ ListItems = Annotated[
     bool, _option("List the paper's tables and figures, run nothing: --list.", "--list")
 ]
 Quick = Annotated[
-    bool, _option("So few prompts that it only shows that all runs: --quick.", "--quick")
+    bool, _option("Very few prompts, only to test that everything runs: --quick.", "--quick")
 ]
 HeldOut = Annotated[
     int | None,
@@ -82,7 +82,7 @@ FirstTokenStage = Annotated[
     _option(
         "Stage that chooses the first new token: --first-token prefill.",
         "--first-token",
-        show_default="as the papers' programs for this kind of model",
+        show_default="that of the papers' programs for this kind of model",
     ),
 ]
 Lengths = Annotated[
@@ -133,12 +133,12 @@ def reproduce(
     include_path: IncludePath = None,
     thesis_depth: ThesisDepth = None,
 ) -> None:
-    """Run a paper's tables and figures on a model, and say of each whether the model shows it.
+    """Run a paper's tables and figures on a model, and report for each whether the model shows it.
 
     Writes report.md, with the published value, ours and one of three verdicts for every claim, a
-    picture and a table for each item, and claims.csv. It may be stopped at any time; the same
-    command with --resume goes on. An item that cannot be run is reported as such, and the others go
-    on; what a report holds already stays in it.
+    figure and a table for each item, and claims.csv. It may be stopped at any time and continued by
+    the same command with --resume. An item that cannot be run is reported as such, and the others
+    are run; items that are already in a report are kept.
 
     Example: hooked-hybrid reproduce --paper thesis2025 --model tiny-jamba --out results/thesis
     """
@@ -205,7 +205,7 @@ def walk(
     workers: RayWorkers | None = None,
     verbose: bool = True,
 ) -> list[Judged]:
-    """Run what each item needs, once for all of them, and write the item; return what was found.
+    """Run the sweeps that the items need, each once, write the items and return the findings.
 
     Args:
         items: tables and figures, in order.
@@ -218,7 +218,7 @@ def walk(
         workers: run sweeps, texts and benchmarks there, not in this process.
         verbose: show progress bars.
 
-    What stops one item, but for disk and memory, is its reason not to be run; the others go on.
+    An error other than of disk and memory is reported for its item, and the others are run.
 
     Raises:
         OSError: the results cannot be written.
@@ -250,16 +250,16 @@ def walk(
 
 
 def _with_those_before(paper: Paper, items: Sequence[Item], folder: Path) -> list[Item]:
-    """Return items and those of the folder's report, which is written anew, in the paper's order.
+    """Return the items and those already in the folder's report, in the paper's order.
 
-    Their runs are there, so that they are judged again and nothing is run again for them.
+    The report is written again. The latter are judged again, from their existing runs.
     """
     wanted = {*items_in(folder), *(item.name for item in items)}
     return [item for item in items_of(paper) if item.name in wanted]
 
 
 def _refuse_idle(items: Sequence[Item]) -> None:
-    """Refuse options of what none of these items runs."""
+    """Refuse options that none of these items uses."""
     if not any(runs_of(item) for item in items):
         of_prompts = ("lengths", "depths", "held_out", "seeds", "haystack", "template")
         refuse_given("these items read no prompt", *of_prompts, "first_token")
@@ -300,7 +300,7 @@ def _check_folder(include_path: Path | None) -> None:
 def _refuse_untyped(
     items: Sequence[Item], out: Path, include_path: Path | None, recorded: Path | None
 ) -> None:
-    """Refuse to take a folder whose code is run from a file, which may be another's."""
+    """Refuse a folder of code that is named only in a file, which may be someone else's."""
     if recorded is not None and include_path is None and any(item.suites for item in items):
         raise ValueError(
             f"{printable(out)} was begun with --include-path {one_line(recorded)}, and the code of "
@@ -309,7 +309,7 @@ def _refuse_untyped(
 
 
 def _complain(done: Sequence[Judged]) -> None:
-    """Raise ValueError, which ends the command with 1, where an item was not run."""
+    """Raise ValueError, which ends the command with exit code 1, if an item was not run."""
     if stopped := [entry for entry in done if entry.why_not]:
         names = "; ".join(f"{entry.item.name} {entry.why_not}" for entry in stopped)
         raise ValueError(f"{names} (the others are in the report)")

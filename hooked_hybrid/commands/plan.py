@@ -1,4 +1,4 @@
-"""`hooked-hybrid plan`: what goes where, and whether it fits, before anything is loaded."""
+"""`hooked-hybrid plan`: the places of a model's parts, and whether it fits, before loading."""
 
 from __future__ import annotations
 
@@ -38,17 +38,18 @@ Gpus = Annotated[
 Cpu = Annotated[
     str | None,
     typer.Option(
-        help="CPU memory for blocks that no GPU holds, or for all without GPUs: --cpu 200GB.",
+        help="CPU memory for blocks that are on no GPU, or for all without GPUs: --cpu 200GB.",
         show_default="none with --gpus",
     ),
 ]
-Disk = Annotated[bool, typer.Option("--disk", help="Let blocks stay on the disk.")]
+Disk = Annotated[bool, typer.Option("--disk", help="Allow blocks on the disk.")]
 Lengths = Annotated[
     str, typer.Option(help="Tokens of prompt and continuation: --lengths 2048,8192,65536.")
 ]
 Batch = Annotated[int, typer.Option(help="Rows: --batch 8.", min=1)]
 Dtype = Annotated[
-    Literal["bfloat16", "float16", "float32"], typer.Option(help="Of weights, keys and values.")
+    Literal["bfloat16", "float16", "float32"],
+    typer.Option(help="Dtype of weights, keys and values."),
 ]
 Quantize = Annotated[
     Literal["int8", "nf4"] | None,
@@ -71,7 +72,7 @@ def plan(
     quantize: Quantize = None,
     as_json: AsJson = False,
 ) -> None:
-    """What goes where, with weights, state and activations by length; exit code 1 if it cannot.
+    """The places of a model's parts, with memory by length; exit code 1 if it does not fit.
 
     Example: hooked-hybrid plan --model ai21labs/AI21-Jamba-Mini-1.6 --gpus 8x40GB
     """
@@ -95,15 +96,13 @@ def plan(
 
 
 def _notes(found: MemoryPlan) -> str:
-    """Return what the columns mean."""
+    """Return the meaning of the columns."""
     notes = (
-        "activations: a forward's own values at their most, and the state before it, with logits "
-        "of one position; without gradients, and without what hooks keep."
+        "activations: most bytes of a forward's values, and the state before it, with logits "
+        "of one position; without gradients and values kept by hooks."
     )
     if any(used.loading > used.running for used in found.usages(min(found.lengths))):
-        notes += (
-            " loading: what that takes on top of the weights; the larger of it and a run counts."
-        )
+        notes += " loading: its bytes on top of the weights; the larger of it and a run counts."
     if found.machine.gpus:
         notes += " On GPUs attention is counted without a fused kernel, an upper bound, and 1 GB "
         notes += "for CUDA itself."
@@ -111,7 +110,7 @@ def _notes(found: MemoryPlan) -> str:
 
 
 def as_dict(found: MemoryPlan) -> dict[str, Any]:
-    """Return a plan as data: bytes, the device map, and why there is none."""
+    """Return a plan as data: bytes, the device map, and the reason if there is none."""
     names = [name for name, _ in found.machine.devices]
     about = {
         "dtype": str(found.sizes.dtype).removeprefix("torch."),
@@ -153,7 +152,7 @@ def _numbers(text: str) -> list[int]:
 
 
 def _devices(found: MemoryPlan, model: str) -> Table:
-    """Return a line for each device in use and for what is kept elsewhere."""
+    """Return a line for each device in use and for parts kept elsewhere."""
     kind = str(found.sizes.dtype).removeprefix("torch.")
     kind += "" if found.sizes.quantize is None else f" and {found.sizes.quantize}"
     table = Table(title=f"{model} in {kind}: what goes where", box=SIMPLE_HEAD)
@@ -162,7 +161,7 @@ def _devices(found: MemoryPlan, model: str) -> Table:
     for heading in ("weights", "memory"):
         table.add_column(heading, justify="right", no_wrap=True)
     split, used = found.split, found.usages(max(found.lengths))
-    assert split is not None  # `require` has refused
+    assert split is not None  # otherwise `require` has raised
     for k, (name, capacity) in enumerate(found.machine.devices):
         if not split.uses(k):
             table.add_row(name, "unused", "", show_size(capacity))

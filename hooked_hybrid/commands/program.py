@@ -1,4 +1,4 @@
-"""`hooked-hybrid`: each experiment is a command of its own, imported when the program starts."""
+"""`hooked-hybrid`: each experiment is a command, imported when the program starts."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ COMMANDS = {
     "harvest": "hooked_hybrid.commands.harvest",
     "reproduce": "hooked_hybrid.commands.papers",
 }
-"""Commands, and the module whose function of the same name (- for _) each one is."""
+"""Commands, with the module of the function of the same name (- for _)."""
 NEEDED = ("typer", "rich", "pandas", "matplotlib")
 INTERRUPTED = 130
 
 
 def main() -> None:
-    """Run the program, or say how to install what it needs."""
+    """Run the program, or print how to install missing packages."""
     if missing := [name for name in NEEDED if find_spec(name) is None]:
         sys.exit(
             f"error: hooked-hybrid needs {', '.join(missing)}: pip install 'hooked-hybrid[niah]'"
@@ -68,7 +68,7 @@ def build_app() -> typer.Typer:
 
 
 def _command() -> type[TyperCommand]:
-    """Return the kind of the commands: one that shows the value that it cannot read."""
+    """Return the class of the commands, whose errors show an invalid value."""
     import typer
     from typer.core import TyperCommand
 
@@ -85,7 +85,7 @@ def _command() -> type[TyperCommand]:
 
 
 def _unread(parameter: Any, words: Sequence[str], message: str) -> str:
-    """Return what a message on an option lacks: what was given, and how to give several values."""
+    """Return an addition to an option's error: the given value, and how to give several."""
     names = getattr(parameter, "opts", None) or []
     pairs = [*pairwise(words), *(tuple(w.split("=", 1)) for w in words)]
     values = [pair[1] for pair in pairs if len(pair) == 2 and pair[0] in names]
@@ -102,11 +102,11 @@ def _keep_commands_named() -> None:
 
 @contextmanager
 def report_errors(kept: str | None) -> Iterator[None]:
-    """Turn what can go wrong in a command into one red line and an exit code.
+    """Report errors of a command in one red line, with an exit code.
 
     Args:
-        kept: where the results so far are, shown when a command is interrupted; it takes
-            `--resume`. None where nothing is kept.
+        kept: the folder of the results so far, shown when a command with `--resume` is
+            interrupted. None if nothing is kept.
 
     Raises:
         typer.Exit: 1 after an error of input, memory or disk, 130 after Ctrl-C.
@@ -129,10 +129,10 @@ def report_errors(kept: str | None) -> Iterator[None]:
 
 
 def folder(given: str | Path) -> Path:
-    """Return a folder's path as an option gives it.
+    """Return the path of a folder from the text of an option.
 
     Raises:
-        typer.BadParameter: it is blank, as an unset variable of a shell is.
+        typer.BadParameter: it is blank, like an unset variable of a shell.
     """
     import typer
 
@@ -142,7 +142,7 @@ def folder(given: str | Path) -> Path:
 
 
 def command_line() -> str:
-    """Return the command as it was given, to be run again."""
+    """Return the command line, to be run again."""
     return shlex.join(["hooked-hybrid", *sys.argv[1:]])
 
 

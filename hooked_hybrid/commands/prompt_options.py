@@ -49,7 +49,7 @@ Needles = Annotated[
 ]
 NNeedles = Annotated[
     int | None,
-    _option("Use the first so many of these needles: --n-needles 10.", min=1, show_default="all"),
+    _option("Use only this many of these needles: --n-needles 10.", min=1, show_default="all"),
 ]
 Template = Annotated[
     Literal["base", "instruct", "chat"], _option("Form of the prompt: --template instruct.")
@@ -58,7 +58,7 @@ Distractors = Annotated[
     int, _option("Sentences about other cities in each prompt: --distractors 3.", min=0)
 ]
 MaxNewTokens = Annotated[int, _option("Length of an answer: --max-new-tokens 60.", min=1)]
-Seed = Annotated[int, _option("Of the generated haystack and the distractors: --seed 1.")]
+Seed = Annotated[int, _option("Seed of the generated haystack and the distractors: --seed 1.")]
 FirstToken = Annotated[
     Literal["prefill", "generation"],
     _option("Stage that chooses the first new token: --first-token generation, as Google's code."),
@@ -74,7 +74,7 @@ ThesisDepth = Annotated[
 
 @dataclass(frozen=True)
 class PromptOptions:
-    """Which prompts are read, and how long an answer may be."""
+    """The prompts to read, and the longest answer."""
 
     lengths: Lengths = None
     depths: Depths = None
@@ -88,7 +88,7 @@ class PromptOptions:
 
     @cached_property
     def documents(self) -> tuple[str, ...]:
-        """The haystack's texts; none where it is generated."""
+        """The haystack's texts; none if it is generated."""
         return () if self.haystack is None else Haystack.read(self.haystack).documents
 
     @cached_property
@@ -110,7 +110,7 @@ class PromptOptions:
             read_twice: whether context and question are given twice, of each form.
 
         Raises:
-            ValueError: what cannot be read, does not fit, or has no effect.
+            ValueError: an option that cannot be read, does not fit, or has no effect.
         """
         needles, haystack = self.needles, Haystack(self.seed, self.documents)
         if self.haystack is not None and not self.distractors:

@@ -15,7 +15,7 @@ from hooked_hybrid.runs.ray_workers import RayWorkers
 
 
 def where(text: str, *names: str, **settings: Any) -> Any:
-    """Return an option of where a model runs; the help shows these together."""
+    """Return an option on the place of a model; the help groups these."""
     return typer.Option(*names, help=text, rich_help_panel="Where the model runs", **settings)
 
 
@@ -32,7 +32,7 @@ Workers = Annotated[
     where(
         "Processes that load the model, of --threads cores each: --ray auto --workers 8.",
         min=1,
-        show_default="as many as the cluster holds",
+        show_default="as many as fit the cluster",
     ),
 ]
 GpusPerWorker = Annotated[
@@ -49,13 +49,13 @@ def workers_of(
     device: str,
     load: Callable[..., HookedHybrid],
 ) -> AbstractContextManager[RayWorkers | None]:
-    """Return the workers that these options ask for, to be entered; None for this process.
+    """Return the workers of these options, as a context manager; None for this process.
 
     Args:
         ray, workers, gpus_per_worker: the options above.
-        threads: cores of each worker, 1 where it is None.
-        device: the option; with GPUs, the workers' device is "cuda" whatever it says. A device map
-            sees the GPUs of its worker alone.
+        threads: cores of each worker; None is 1.
+        device: the option; with GPUs, the workers' device is always "cuda". A device map sees only
+            the GPUs of its worker.
         load: called with `device=` in each worker, and pickled for it.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Options of a command that runs a model: which one, where, and where its results go."""
+"""Options of a command that runs a model: the model, its place, and the folder of results."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from hooked_hybrid.runs.ray_workers import RayWorkers
 
 SMALL = 20_000_000
-"""Parameters below which one core is faster than several: they would wait for one another."""
+"""Below this many parameters, one core is faster than several, which would wait."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -38,38 +38,38 @@ Out = Annotated[
     Path, _option("Folder of the results, new or empty: --out results/mine.", parser=folder)
 ]
 Resume = Annotated[
-    bool, _option("Go on with what --out holds: --out results/mine --resume.", "--resume")
+    bool, _option("Continue the results in --out: --out results/mine --resume.", "--resume")
 ]
-Device = Annotated[str, where("Where the model runs: --device cuda.")]
+Device = Annotated[str, where("Device of the model: --device cuda.")]
 Dtype = Annotated[
-    Literal["float32", "bfloat16", "float16"], where("Of the weights: --dtype bfloat16.")
+    Literal["float32", "bfloat16", "float16"], where("Dtype of the weights: --dtype bfloat16.")
 ]
 Quantize = Annotated[
     Literal["int8", "nf4"] | None,
-    where("Large weights in 8 or 4 bits: --quantize int8.", show_default="weights as --dtype says"),
+    where("Large weights in 8 or 4 bits: --quantize int8.", show_default="weights in --dtype"),
 ]
 DeviceMapText = Annotated[
     str | None,
     where(
-        "Where each part of a model goes that is larger than a device: --device-map auto, or a "
-        'JSON object ({"": 0, "blocks.3": "cpu"}), or a file that holds one, such as what '
-        "`hooked-hybrid plan --json` prints: --device-map plan.json.",
+        "Places of the parts of a model larger than a device: --device-map auto, or a "
+        'JSON object ({"": 0, "blocks.3": "cpu"}), or a file with one, such as the output of '
+        "`hooked-hybrid plan --json`: --device-map plan.json.",
         show_default="all on --device",
     ),
 ]
 MaxMemory = Annotated[
     list[str] | None,
     where(
-        "What --device-map auto may take, of a GPU by its number and of the CPU: --max-memory "
+        "Memory for --device-map auto, by number of a GPU and for the CPU: --max-memory "
         "0=20GB --max-memory cpu=100GB.",
-        show_default="what is free",
+        show_default="the free memory",
     ),
 ]
 OffloadFolder = Annotated[
     Path | None,
     where(
-        "Folder for blocks that stay on the disk: --offload-folder /scratch/weights.",
-        show_default="nothing goes to the disk",
+        "Folder for blocks on the disk: --offload-folder /scratch/weights.",
+        show_default="no blocks on the disk",
         parser=folder,
     ),
 ]
@@ -91,10 +91,10 @@ class Loading:
     offload_folder: str | None = None
 
     def __call__(self, device: str = "cpu") -> HookedHybrid:
-        """Return the model, after a look at whether the device is there.
+        """Return the model, after checking that the device exists.
 
         Args:
-            device: of a model without a device map.
+            device: for a model without a device map.
 
         Raises:
             ValueError: no such device.
@@ -112,7 +112,7 @@ class Loading:
         return HookedHybrid.from_pretrained(self.name, dtype=DTYPES[self.dtype], **asked)
 
     def anywhere(self) -> Loading:
-        """Return the same with absolute paths: a worker may run in another folder."""
+        """Return the same with absolute paths, as a worker may run in another folder."""
         name = str(Path(self.name).resolve()) if Path(self.name).is_dir() else self.name
         offload = None if self.offload_folder is None else str(Path(self.offload_folder).resolve())
         return replace(self, name=name, offload_folder=offload)
@@ -120,7 +120,7 @@ class Loading:
 
 @dataclass(frozen=True)
 class RunOptions:
-    """Which model runs, where, and where its results go."""
+    """The model, its place, and the folder of its results."""
 
     model: Model = "tiny-griffin"
     out: Out = Path("results/run")
@@ -138,12 +138,12 @@ class RunOptions:
 
     @contextmanager
     def started(self) -> Iterator[RayWorkers | None]:
-        """Hold the folder of the results, and give the workers; None for this process.
+        """Lock the folder of the results, and yield the workers; None for this process.
 
         Errors are reported in one line.
 
         Raises:
-            typer.Exit: see `cli.explained`.
+            typer.Exit: see `program.report_errors`.
         """
         with (
             report_errors(kept=str(self.out)),
@@ -163,7 +163,7 @@ class RunOptions:
         """Return the model, and set this process's threads.
 
         Raises:
-            ValueError: options that do not go together, or what cannot be loaded so.
+            ValueError: options that exclude each other, or a model that cannot be loaded so.
         """
         model = self._loading(self.device)
         torch.set_num_threads(self.threads or default_threads(model))
@@ -188,7 +188,7 @@ class RunOptions:
 
 
 def default_threads(model: HookedHybrid) -> int:
-    """Return how many processor cores to use where none are asked for."""
+    """Return the default number of processor cores."""
     n_parameters = sum(parameter.numel() for parameter in model.parameters())
     return 1 if n_parameters < SMALL else torch.get_num_threads()
 

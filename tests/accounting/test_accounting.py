@@ -513,7 +513,7 @@ def test_parameters_are_shown_and_written(tmp_path: Path):
     assert table["part_of"]["selective SSM"] == "Mamba block"
     again = run("parameters", "--model", "jamba-mini", "--out", str(tmp_path))
     assert again.exit_code == 1
-    assert "is there already: give another folder with --out" in " ".join(again.output.split())
+    assert "already exists: give another folder with --out" in " ".join(again.output.split())
 
 
 def test_compute_writes_its_tables_and_its_picture(tmp_path: Path):
