@@ -1,4 +1,4 @@
-"""`python -m weights_conversion`: the command stands with the other commands."""
+"""`python -m weights_conversion`, whose code is with the other commands."""
 
 from hooked_hybrid.commands.convert import main
 

@@ -1,4 +1,4 @@
-"""What a checkpoint holds, read before any of its tensors is."""
+"""The content of a checkpoint, read before any of its tensors."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ GOOGLE_SETTINGS = set(inspect.signature(google.config_from_shapes).parameters) -
 
 @dataclass(frozen=True)
 class Content:
-    """What is read: a config with its overrides, tensors, and the table of their names.
+    """The content to read: a config with its overrides, tensors, and the table of their names.
 
     `ignored` has patterns of the names that may be left over.
     """

@@ -98,7 +98,7 @@ def make_empty(cls: type[N], content: Content, dtype: torch.dtype = torch.float3
 
 
 def fill(model: N, content: Content, homes: Homes) -> N:
-    """Put every tensor of a checkpoint into its home: read, checked and converted, one by one.
+    """Put every tensor of a checkpoint into its place: read, checked and converted one at a time.
 
     Args:
         model: of `make_empty`; it gets the weights.

@@ -13,7 +13,7 @@ from weights_conversion.config_keys import GENERIC, is_listed, is_without_effect
 from weights_conversion.errors import CheckpointError
 
 NULLABLE = frozenset({"head_dim", "hidden_act", "lru_width", "num_key_value_heads"})
-"""Settings whose null stands for a default that is computed from others."""
+"""Settings whose null means a default that is computed from others."""
 
 SAVED_EXTRAS = frozenset({"attention_dropout", "initializer_range", "use_cache"})
 

@@ -1,6 +1,6 @@
 """Jamba as Hugging Face publishes it: its config and its table of names.
 
-Published files hold experts one by one; transformers 5 fuses them in memory. Both are read, and the
+Published files have separate experts; transformers 5 fuses them in memory. Both are read, and the
 published layout is written.
 """
 
@@ -80,7 +80,7 @@ FUSED_EXPERTS = (
 
 
 def separate_experts(n_experts: int) -> tuple[Rule, ...]:
-    """Return the rules that stack experts stored one by one."""
+    """Return the rules that stack separately stored experts."""
     return tuple(
         rule(
             " ".join(f"{_MLP}.experts.{e}.{name}_proj.weight" for e in range(n_experts)),
@@ -252,7 +252,7 @@ def config_to_dict(cfg: HybridConfig) -> dict[str, Any]:
 
 
 def _mlps(reader: ConfigReader) -> tuple[MLPConfig, MLPConfig]:
-    """Return the dense MLP, and what stands in layers with experts: one expert is dense."""
+    """Return the dense MLP, and the MLP of layers with experts; one expert is dense."""
     width = reader.integer("intermediate_size")
     n_experts = reader.integer("num_experts", 16)
     n_chosen = reader.integer("num_experts_per_tok", 2)

@@ -16,7 +16,7 @@ def read_json(path: Path, largest: int) -> dict[str, Any]:
     """Return the object that a file holds.
 
     Raises:
-        CheckpointError: the file is larger than so many bytes, no plain file, no JSON, too deep, or
+        CheckpointError: the file is larger than `largest` bytes, not plain, not JSON, too deep, or
             no object.
     """
     try:

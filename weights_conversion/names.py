@@ -13,9 +13,9 @@ from weights_conversion.rules import Shapes
 from weights_conversion.sources import TensorSource
 
 BASE = "model."
-"""What a causal model's names begin with, and those of the model without its head do not."""
+"""The prefix of a causal model's names, which a model without its head does not have."""
 PREFIX = "base_model.model."
-"""What peft's names begin with."""
+"""The prefix of peft's names."""
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 _WRAPPERS = re.compile(r"(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")

@@ -1,4 +1,4 @@
-"""Layers that come at equal distances: every so many, from one on."""
+"""Layers at equal distances: a period and an offset."""
 
 from __future__ import annotations
 

@@ -49,12 +49,12 @@ SPLIT_BIAS = Transform(
 SPLIT_ROWS = Transform(lambda t: t[0].chunk(2, dim=1), lambda t: (torch.cat([t[0], t[1]], dim=1),))
 """Two stacks of matrices side by side as [n 2*out in] <-> two of [n out in]."""
 STACK = Transform(lambda t: (torch.stack(t),), lambda t: t[0].unbind())
-"""Matrices one by one <-> one stack of them."""
+"""Separate matrices <-> one stack of them."""
 
 
 @dataclass(frozen=True)
 class Rule:
-    """`sources` become `targets`; `{i}` in a name stands for the layer."""
+    """`sources` become `targets`; `{i}` in a name is the layer."""
 
     sources: tuple[str, ...]
     targets: tuple[str, ...]

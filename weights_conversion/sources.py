@@ -85,7 +85,7 @@ class SafetensorsSource:
     """One safetensors file, or the shards of one model.
 
     Raises:
-        CheckpointError: a file is missing, cut short or damaged, a name stands in two of them, or
+        CheckpointError: a file is missing, truncated or damaged, a name is in two of them, or
             the tensors are in both kinds of 16-bit numbers, one of which must be misread.
     """
 
@@ -144,7 +144,7 @@ def open_torch_files(files: Mapping[Path, frozenset[str] | None]) -> MemorySourc
 
     Raises:
         CheckpointError: a file is missing, damaged, holds anything but tensors by name or more than
-            its size, lacks what the index promises, or a name stands in two of them.
+            its size, lacks tensors of the index, or a name is in two of them.
     """
     found: dict[str, Tensor] = {}
     all_mapped = True

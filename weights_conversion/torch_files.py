@@ -1,4 +1,4 @@
-"""What a `torch.save` file holds, read as data only, and never more than the file has."""
+"""The content of a `torch.save` file, read as data only, and never more than the file has."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _OF_TENSORS = re.compile(
     r"collections OrderedDict|torch \w+Storage|torch (Size|[a-z]\w*)|torch\.storage \w+Storage"
     r"|torch\._utils _rebuild_\w+|torch\.serialization _get_layout"
 )
-"""What a tensor is made of. torch allows more, such as `bytearray`: one number of it fills any
+"""Types of a tensor's parts. torch allows more, such as `bytearray`: one number of it fills any
 memory."""
 _N_PICKLES = 5
 """Of torch's format before the zip: a number, a version, sizes of C's types, content, keys."""

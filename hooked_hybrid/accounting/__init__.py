@@ -1,4 +1,4 @@
-"""What a model takes, from its config alone: parameters, operations, memory of its state."""
+"""The parameters, operations and state memory of a model, from its config."""
 
 from hooked_hybrid.accounting.configs import PUBLISHED, config_of
 from hooked_hybrid.accounting.flops import (

@@ -49,7 +49,7 @@ def prefill_flops(
         cfg: the model.
         length: tokens of each row, from the beginning of a document and without padding.
         batch: rows.
-        n_logits: logits of the last so many positions; 1 as before generating, None for all.
+        n_logits: number of last positions with logits; 1 as before generating, None for all.
         pairs: which queries and keys of attention are counted.
 
     Raises:
@@ -211,7 +211,7 @@ def flops_table(
     """Return a line for each stage, length and kind of layer.
 
     Returns:
-        Columns `stage` ("prefill" of so many tokens, "step": one token after them), `length`,
+        Columns `stage` ("prefill" of `length` tokens, "step": one token after them), `length`,
         `kind`, `layers` (how many there are of the kind), `products`, `scan`, `elementwise` and
         their `total` (useful pairs), `executed_products` and `dense_products`.
     """

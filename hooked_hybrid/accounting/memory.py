@@ -39,7 +39,7 @@ class StateBytes:
     keys_values: int = 0
     """Of attention: keys and values of the tokens that a later one may still see."""
     key_positions: int = 0
-    """Of attention: where these tokens stand."""
+    """Of attention: the positions of these tokens."""
     convolution: int = 0
     """Of recurrences: the last inputs of the short convolutions."""
     recurrence: int = 0

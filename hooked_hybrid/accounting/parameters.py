@@ -79,7 +79,7 @@ class ParameterCount:
 
         Its columns are those of `ParameterRow` and two fractions of 0 to 1, which embedding and
         read-out have none of: `share` of the parameters without embeddings, and `share_of_column`,
-        of the sum of the column, in which parts stand twice. The percentages of Table 1 of Zani et
+        of the sum of the column, in which parts count twice. The percentages of Table 1 of Zani et
         al. (2025) are of the second kind: its recurrent block already holds its RG-LRU.
         """
         require("pandas")
@@ -141,7 +141,7 @@ def _row(kind: str, part_of: str | None, found: list[tuple[str, int, int]]) -> P
 
 
 def _order(key: tuple[str, str | None]) -> tuple[int, bool]:
-    """Return where a row stands: what a part has beside its own row, or within it, behind that."""
+    """Return the sort key of a row: other rows of a kind, and parts of a row after it."""
     row, part_of = key
     beside = {r: part.row for part in MLPS.values() for r in part.rows_apart.values()}
     beside |= {r: part.row for part in MIXERS.values() for r in part.rows_apart.values()}

@@ -82,8 +82,8 @@ def channel_scores(
         max_new_tokens, min_recall, batch_size, verbose: as in `retrieval_scores`.
 
     Raises:
-        ValueError: no recurrent layer, one whose channels do not part into so many groups, layers
-            of different numbers of groups, or as `retrieval_scores`.
+        ValueError: no recurrent layer, one whose channels do not divide into this many groups,
+            layers of different numbers of groups, or as `retrieval_scores`.
 
     Source: ours. It sees what the state carries, not what a convolution or a skip (`D x`) does.
     """

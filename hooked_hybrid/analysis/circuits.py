@@ -159,7 +159,7 @@ def require_one_mixer(model: HookedHybrid, layer: int) -> None:
     """Refuse a layer in which a head and a block of a recurrence would have the same number.
 
     Raises:
-        NotSupported: several mixers stand side by side.
+        NotSupported: the layer has several mixers side by side.
     """
     if len(model.cfg.layers[layer].mixers) > 1:
         raise NotSupported(

@@ -32,7 +32,7 @@ Tokens = Float[Tensor, "channel *d_state"]
 SCRATCH = 2**26
 """Approximate bytes of temporaries; channels are processed in groups of this size."""
 FORGOTTEN = -1e6
-"""Log decay that stands for minus infinity where sums are compared."""
+"""Log decay in place of minus infinity in comparisons of sums."""
 
 
 @dataclass(frozen=True)

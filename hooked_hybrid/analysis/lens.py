@@ -207,7 +207,7 @@ def lens_of_generation(
 
     Raises:
         ValueError: the output has no cache.
-        HookNameError: its cache holds too little; the message says what to keep.
+        HookNameError: its cache lacks values; the message names what to cache.
     """
     if output.cache is None:
         raise ValueError(

@@ -7,8 +7,8 @@ sender                                    its output
 `("gated", layer, part)`                  channels of a recurrent layer: one of the RG-LRU's gate
                                           blocks by its number, or any by a slice or a list;
                                           without `part`, all
-`("mixer_out", layer)`, or "attn_out"     a whole mixer, or all that stand side by side
-`("attn_out", layer)`, "ssm_out"          one of several mixers that stand side by side
+`("mixer_out", layer)`, or "attn_out"     a whole mixer, or all that are side by side
+`("attn_out", layer)`, "ssm_out"          one of several mixers side by side
 `("mlp_out", layer)`                      an MLP or a mixture of experts
 `("embed",)`                              the embedding
 ========================================  =====================================================
@@ -125,7 +125,7 @@ class Receiver:
     Attributes:
         name: of the hook point, before the norm, or after it where each head has a copy.
         source: the hook point that holds the stream that is read; `name` itself before the norm.
-        norm: path of the norm between the stream and the component; None where there is none.
+        norm: path of the norm between the stream and the component, or None.
         depth: it reads what components up to this depth have written.
         heads: which copies are set; None means all there are.
     """

@@ -1,4 +1,4 @@
-"""What a hybrid model is, as data: frozen dataclasses, one per kind of mixer and MLP."""
+"""Configs of hybrid models: frozen dataclasses, one for each kind of mixer and MLP."""
 
 from hooked_hybrid.config.layer import LayerConfig, NormPlace
 from hooked_hybrid.config.mixers import (

@@ -1,4 +1,4 @@
-"""What a residual block is, as data."""
+"""The config of a residual block."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ NormPlace = Literal["pre", "post", "both"]
 class LayerConfig:
     """One residual block: a mixer over positions, then an MLP over channels.
 
-    Either may be None, but not both. `mixer` may be a tuple of mixers that stand side by side: each
+    Either may be None, but not both. `mixer` may be a tuple of mixers side by side: each
     reads the same normalised stream, and the sum of what they write is added to it. At most one of
     them is attention, and at most one a recurrence.
 

@@ -1,4 +1,4 @@
-"""What a mixer is, as data: a frozen dataclass for each kind."""
+"""The configs of mixers: a frozen dataclass for each kind."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hooked_hybrid.config.norms import QKNormConfig
 
 @dataclass(frozen=True)
 class PartConfig:
-    """What a mixer and an MLP have in common.
+    """The common base of configs of mixers and MLPs.
 
     `write_scale` multiplies what it adds to the residual stream, its output bias included.
     """
@@ -24,7 +24,7 @@ class PartConfig:
 
 @dataclass(frozen=True)
 class MixerConfig(PartConfig):
-    """What a mixer is; each kind has a class of its own, see `network.mixers.register_mixer`."""
+    """The config of a mixer; each kind has its own class, see `network.mixers.register_mixer`."""
 
     is_recurrence: ClassVar[bool] = True
     """Whether it carries a state from token to token by a recurrence, rather than keys."""

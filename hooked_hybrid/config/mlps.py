@@ -1,4 +1,4 @@
-"""What an MLP is, as data: a frozen dataclass for each kind."""
+"""The configs of MLPs: a frozen dataclass for each kind."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Activation = Literal["gelu_tanh", "silu"]
 
 @dataclass(frozen=True)
 class MLPConfig(PartConfig):
-    """What an MLP is; each kind has a class of its own, see `network.mlps.register_mlp`."""
+    """The config of an MLP; each kind has its own class, see `network.mlps.register_mlp`."""
 
 
 @dataclass(frozen=True)

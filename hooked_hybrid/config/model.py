@@ -1,4 +1,4 @@
-"""What a whole model is, as data."""
+"""The config of a model."""
 
 from __future__ import annotations
 

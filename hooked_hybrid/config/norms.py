@@ -1,4 +1,4 @@
-"""What a norm is, as data."""
+"""The config of a norm."""
 
 from __future__ import annotations
 

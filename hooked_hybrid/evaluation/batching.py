@@ -22,7 +22,7 @@ class Batching:
 
     Args:
         batch_size: rows; "auto" takes `most`, and half as many whenever memory has no room.
-        may_pad: whether rows of several lengths may stand together.
+        may_pad: whether a batch may have rows of several lengths.
         most: see above.
 
     Raises:
@@ -81,7 +81,7 @@ def read_batch_size(value: Any) -> BatchSize:
 
 
 def may_cut(points: Iterable[HookPoint]) -> bool:
-    """Whether everything attached acts at each position by itself.
+    """Whether all attached hooks act at each position separately.
 
     Then a sequence may be cut in pieces, and rows may be padded.
     """

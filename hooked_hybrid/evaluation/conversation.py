@@ -1,4 +1,4 @@
-"""Conversations as text, as lm-eval asks for them."""
+"""Conversations as text, in the form of lm-eval."""
 
 from __future__ import annotations
 

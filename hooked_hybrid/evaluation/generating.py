@@ -1,4 +1,4 @@
-"""Texts that a model writes after prompts, as lm-eval's tasks ask for them."""
+"""Texts generated after prompts, by the rules of lm-eval's tasks."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class GenerationPlan:
 
 
 def read_plan(arguments: Mapping[str, Any], eos: str, max_new_tokens: int) -> GenerationPlan:
-    """Return what a task's generation arguments ask for.
+    """Return the plan for a task's generation arguments.
 
     Args:
         arguments: lm-eval's `generation_kwargs`; a temperature of 0 is the most likely token.
@@ -128,7 +128,7 @@ def _write(
 def _written(
     text: Text, prompt: Tokens, new: Tokens, ends: Tokens, stop_strings: Sequence[str]
 ) -> str:
-    """Return a text up to its end, read after the prompt; it begins as it would by itself."""
+    """Return a text up to its end, decoded after the prompt, with the beginning of a new text."""
     stop = next((at for at, token in enumerate(new) if token in ends), len(new))
     alone = text.decode(new[:stop], skip_special_tokens=True)
     read = text.decode_after(prompt[-_PROMPT_END:], new[:stop], skip_special_tokens=True)

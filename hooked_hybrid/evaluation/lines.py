@@ -1,4 +1,4 @@
-"""What the tables and the picture of an evaluation show: a line for each task and each mean."""
+"""The lines of the tables and the figure of an evaluation: for each task and each mean."""
 
 from __future__ import annotations
 

@@ -49,14 +49,14 @@ class HookedHybridLM(TemplateLM):
 
     Args:
         pretrained: a model, or what `HookedHybrid.from_pretrained` loads.
-        k: keep so many heads in each attention layer and position; None leaves them alone.
+        k: keep this many heads in each attention layer and position; None keeps all.
         stage: where `k` acts: "both" prefill and generation, or "generation" only.
         score: which heads are kept, see `forms.Form`.
         fwd_hooks, prefill_hooks, generation_hooks: further hooks, as `generate` takes them.
         first_token_stage: of `generate`.
         tokenizer: a tokenizer, or a folder that holds one, instead of the checkpoint's own.
         dtype, device, revision, config_overrides: of loading, not for a model in memory; dtype
-            None is float32, device None the GPU, and the CPU stands in for a GPU that is not there.
+            None is float32; device None is the GPU, or the CPU without one.
         batch_size: rows of a forward, or "auto": as many as there is room for, up to
             `max_batch_size` (64) in generation.
         max_batch_size: see there.
@@ -64,7 +64,7 @@ class HookedHybridLM(TemplateLM):
             checkpoint says, else 2048.
         max_gen_toks: tokens generated where a task does not say.
         add_bos_token: whether BOS is put in front; None is as the model was trained.
-        prefix_token_id: what stands before a text without a context; None is BOS, else EOS.
+        prefix_token_id: the token before a text without a context; None is BOS, else EOS.
         share_prefixes: compute what requests share once, see `scoring.score`.
 
     Raises:
@@ -151,7 +151,7 @@ class HookedHybridLM(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        """What stands before a text without a context."""
+        """The token before a text without a context."""
         if self._prefix is not None:
             return self._prefix
         bos = self.model.text.bos

@@ -20,7 +20,7 @@ def load_with_tokenizer(
         pretrained: a model, or what `HookedHybrid.from_pretrained` loads.
         tokenizer: a tokenizer, or a folder that holds one, instead of the checkpoint's own.
         overrides, loading: further arguments of `from_pretrained`; dtype None is float32, device
-            None the GPU, and the CPU stands in for a GPU that is not there.
+            None is the GPU, or the CPU without one.
 
     Raises:
         ValueError: a folder without a tokenizer, or a model in memory that is to be changed.

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What came out: cells in the order of tasks and forms, and why tasks are missing.
+    """The results: cells in the order of tasks and forms, and the reasons for missing tasks.
 
     `forms_of` names the forms that a group was run in, where these are not all.
     """

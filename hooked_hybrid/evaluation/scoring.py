@@ -35,7 +35,7 @@ Tokens = tuple[int, ...]
 
 
 class Request(NamedTuple):
-    """A continuation to be scored, and what stands before it: at least one token each."""
+    """A continuation to score, and the tokens before it: at least one token each."""
 
     context: Tokens
     continuation: Tokens
@@ -92,7 +92,7 @@ def score(
     Raises:
         ValueError: a request without a context or a continuation, or a batch size below 1.
         HookNameError: a hook that matches nothing; then nothing has run.
-        MemoryError, torch.OutOfMemoryError: a forward of so many rows has no room.
+        MemoryError, torch.OutOfMemoryError: a forward of this many rows does not fit.
     """
     for i, request in enumerate(requests):
         if not request.context or not request.continuation:
@@ -170,7 +170,7 @@ class _Scoring:
         self.scores: dict[int, Score] = {}
 
     def family(self, rows: list[_Row], state: HybridState | None, n_read: int) -> None:
-        """Score rows that begin alike; `state`, of one row, stands after their first `n_read`."""
+        """Score rows with a common prefix; `state`, of one row, is after its `n_read` tokens."""
         loose: list[_Row] = []
         for members in _alike(rows, n_read + LONG_BEGINNING):
             if len(members) < FAMILY:

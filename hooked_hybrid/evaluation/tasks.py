@@ -41,7 +41,7 @@ class Loaded:
 
     @property
     def n_fewshot(self) -> int:
-        """Examples before each question, as the task stands."""
+        """Examples before each question, by the task's own setting."""
         return int(self.task.get_config("num_fewshot") or 0)
 
     def hash(self, num_fewshot: int | None, seed: int, limit: int | float | None) -> str:
@@ -113,7 +113,7 @@ class TaskSource:
     def load(self, name: str) -> Loaded | str:
         """Return a task with its data, or why it cannot be had.
 
-        Where a data set cannot be reached, no other task asks for it again: each try takes half a
+        If a data set cannot be reached, no other task tries it again, as each try takes half a
         minute.
         """
         source = source_of(self.manager.task_index[name].cfg or {})

@@ -2,7 +2,7 @@
 
 Each context is a row of its own and begins as a text does, so that no document sees another and
 every hook acts as in a run of that context alone. Rows of like length run together, and the few
-positions of padding stand on the right, where no token of a causal model sees them. Contexts packed
+padding is on the right, where no token of a causal model sees it. Contexts packed
 into full rows with `segment_ids` would be read at two thirds of that speed (docs/harvest.md).
 """
 

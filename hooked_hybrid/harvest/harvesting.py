@@ -86,7 +86,7 @@ def harvest(
         names_filter: hook points, by name, pattern of the shell or predicate; several at once.
         out: folder, new or empty.
         context_length: tokens that are read together at most, BOS included.
-        batch_size: contexts of a forward; of shorter ones, as many as have so many tokens.
+        batch_size: contexts of a forward; of shorter contexts, more, up to as many tokens.
         dtype: of floating-point values as they are written; None is the model's.
         shard_bytes: size of a shard, about.
         prepend_bos: whether every context begins with BOS; None is as the model was trained for

@@ -102,7 +102,7 @@ class HarvestedActivations:
             name: a hook point, or one of "token", "document" and "position".
 
         Raises:
-            ValueError: there are not so many shards.
+            ValueError: there are fewer shards.
         """
         check_count("shard", shard, 0, len(self.paths) - 1, of="the shards")
         with self.opened(shard) as file:

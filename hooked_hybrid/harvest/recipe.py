@@ -1,4 +1,4 @@
-"""What the bytes of a harvest depend on: kept in its folder, so that no two harvests are mixed."""
+"""The recipe of a harvest, on which its bytes depend; it is kept in the folder of the harvest."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ from hooked_hybrid.runs.identity.tokenizers import tokenizer_identity
 
 _TOKENIZER = "tokenizer"
 _NONE_BEFORE = hashlib.sha256(b"list()").hexdigest()[:16]
-"""What an older version wrote of no interventions."""
+"""The entry of an older version for no interventions."""
 
 
 @dataclass(frozen=True)
 class HarvestRecipe:
-    """What decides which bytes a harvest writes.
+    """Everything that the bytes of a harvest depend on.
 
     `bos` is what is put in front of each context, `left_out` the tokens of which nothing is kept.
     `documents` and `encoding` are hashes, `model` and `interventions` what tells them from others

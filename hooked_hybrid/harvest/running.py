@@ -143,7 +143,7 @@ class Runner:
 
 
 class ShardMaker:
-    """What makes any shard of a harvest by its number, here or in another process.
+    """Makes any shard of a harvest by its number, in this or another process.
 
     Args:
         runner, plan: what runs, and on what.

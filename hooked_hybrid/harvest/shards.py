@@ -43,7 +43,7 @@ class HookSums:
 
 @dataclass(frozen=True)
 class Header:
-    """What a shard says of itself: which it is, of which recipe, and hashes of its tensors."""
+    """The metadata of a shard: its number, its recipe, and hashes of its tensors."""
 
     recipe: str
     shard: int

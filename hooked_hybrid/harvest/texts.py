@@ -1,4 +1,4 @@
-"""Documents to harvest, of files and folders: read one by one, as data."""
+"""Documents to harvest, read one after another from files and folders, as data."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ F = TypeVar("F", bound=HookFn)
 
 
 def per_position(fn: F) -> F:
-    """Mark a hook that treats each position by itself.
+    """Mark a hook that treats each position separately.
 
     Such a hook may be called on pieces of a sequence, so that a forward can run in chunks. It must
     give position t the same result whatever other positions are in the tensor, and attach or remove

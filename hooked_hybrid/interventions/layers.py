@@ -29,7 +29,7 @@ def ablate_mixers(
     *,
     attention_mask: DonorMask | None = None,
 ) -> list[HookSpec]:
-    """Replace what the mixers of one kind write, and leave those that stand beside them.
+    """Replace the output of the mixers of one kind, but not of mixers beside them.
 
     In a layer with one mixer this is `ablate_layers`, at `hook_mixer_out`; in a layer with several
     it is at the hook on that mixer's own write (`hook_attn_out`, `hook_ssm_out`).

@@ -81,7 +81,7 @@ class ActivationCache(CachedValues):
 
     @property
     def has_padding(self) -> bool:
-        """Whether some entry of some value stands at padding, as far as is known."""
+        """Whether any entry of any value is at padding, as far as known."""
         return cache_positions.has_padding(self)
 
     def save(self, path: str | os.PathLike[str]) -> None:

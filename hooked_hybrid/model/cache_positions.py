@@ -1,8 +1,8 @@
-"""What a cache says of positions: which it holds, where padding is, and reading past it.
+"""The positions in a cache: which it has, where padding is, and reading values without it.
 
-Padding may stand on the left or on the right of a row, so that index -1 is not each row's last
+Padding may be on the left or on the right of a row, so that index -1 is not each row's last
 token. `attention_mask` says where tokens are; `last_token`, `mean_over_pos` and `unpadded` read a
-value without what stands at padding. Positions are those of the document, counted from 0.
+value without padding. Positions are those of the document, counted from 0.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def positions(cache: CachedValues, name: Shorthand | None = None) -> Int[Tensor,
 
 
 def has_padding(cache: CachedValues) -> bool:
-    """Return whether some entry of some value stands at padding, as far as is known."""
+    """Return whether any entry of any value is at padding, as far as known."""
     seen = {id(p.pos): p.pos for p in cache.places.values()}
     return any(bool((pos < 0).any()) for pos in seen.values())
 
@@ -132,7 +132,7 @@ def value_at(cache: CachedValues, name: str, pos_slice: PosSlice) -> Tensor:
 
 
 def require_first_positions(cache: CachedValues, purpose: str) -> None:
-    """Refuse a cache whose values are not those of the run's first positions, one by one.
+    """Refuse a cache whose values are not those of the run's first positions, all of them.
 
     Raises:
         ValueError: it was made with another `pos_slice`, so that an index means another place.

@@ -29,7 +29,7 @@ class CachedValues(Mapping[Any, Tensor]):
 
     Attributes:
         cache_dict: values by full name.
-        axes: names of the axes of each value that stands at a hook point of the model.
+        axes: names of the axes of each value at a hook point of the model.
         places: positions of each value's entries, as far as a run told.
         has_batch_dim: whether the first axis of each value is the batch.
         pos_slice: the positions of the run that were kept; None means all.

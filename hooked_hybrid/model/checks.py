@@ -153,7 +153,7 @@ def check_state(model: Network, state: HybridState | None, batch: int) -> None:
     devices, autocast = model.layer_devices, autocast_dtype(model.device)
     for i, (block, kept) in enumerate(zip(model.blocks, state.blocks, strict=True)):
         wanted, windows, tensors = block.state_shapes(), block.windows(), kept.tensors()
-        # Without the batch, and the keys where there are any.
+        # Without the batch, and the keys if there are any.
         got = {n: tuple(t.shape[2 if n in windows else 1 :]) for n, t in tensors.items()}
         if got != wanted:
             raise ValueError(

@@ -26,7 +26,7 @@ _PROMPT_END = 16  # last tokens of the prompt that new tokens are decoded with
 
 @dataclass(frozen=True)
 class GenerationOutput:
-    """What `generate` returns with `return_type="output"`.
+    """The result of `generate` with `return_type="output"`.
 
     `tokens` are prompt and new tokens, with rows padded on the left; `new_tokens` are the new ones,
     padded on the right after a row has finished. `text` is the text that each row's new tokens add

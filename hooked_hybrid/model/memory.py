@@ -38,7 +38,7 @@ def large_bytes(
     piece: int,
     layers: Iterable[int] | None = None,
 ) -> dict[str, int]:
-    """Return the bytes of each score, pattern and state tensor that the attached hooks ask for.
+    """Return the bytes of each score, pattern and state tensor that the attached hooks need.
 
     Args:
         model: with its hooks attached.

@@ -96,7 +96,7 @@ class Block(Component):
 
     @property
     def _prefixes(self) -> tuple[str, ...]:
-        """What the names of each mixer's state begin with."""
+        """The prefix of the names of each mixer's state."""
         if len(self.mixer_paths) == 1:
             return ("",)
         return tuple(f"{path}." for path in self.mixer_paths)

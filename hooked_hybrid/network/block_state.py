@@ -1,4 +1,4 @@
-"""What one layer remembers between two forwards: a value of tensors, by name."""
+"""The state of one layer between two forwards: tensors, by name."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch.nn.functional import pad
 
 
 class BlockState:
-    """What one layer remembers: a frozen dataclass of tensors whose first axis is the batch.
+    """The state of one layer: a frozen dataclass of tensors whose first axis is the batch.
 
     A class of states is found by the names of its tensors, which no other has. Those in `growing`
     have an axis of keys after the batch, one for each token that is remembered.
@@ -50,11 +50,11 @@ _CLASSES: dict[frozenset[str], type[BlockState]] = {}
 
 
 class NoState(BlockState):
-    """What a layer without a mixer remembers: nothing."""
+    """The empty state of a layer without a mixer."""
 
 
 class JointState(BlockState):
-    """What a layer with several mixers remembers: the state of each, by its path in the block.
+    """The state of a layer with several mixers: the state of each, by its path in the block.
 
     Tensors are called after both ("attn.k"); `state.k` is the one that is called so in any of them.
     """

@@ -58,7 +58,7 @@ class Linear(Component):
 
     @property
     def b(self) -> Float[Tensor, " d_out"] | None:
-        """The bias as used; None where there is none."""
+        """The bias as used, or None."""
         return self.bias if self.bias is None or self.scale == 1 else self.bias * self.scale
 
     def forward(self, x: Float[Tensor, "... d_in"]) -> Float[Tensor, "... d_out"]:

@@ -81,7 +81,7 @@ class Part(Component):
     """Inner norms that can be folded into the parameters that read them."""
 
     hook_meanings: ClassVar[Mapping[str, str]] = MappingProxyType({})
-    """What each of its hook points holds, by name, for the page of hook points."""
+    """The meaning of each of its hook points, by name, for the page of hook points."""
 
     part_letter: ClassVar[str | None] = None
     """Letter of the parts of its output in labels ("L2H0"); None if it has no parts."""

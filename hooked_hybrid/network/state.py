@@ -1,4 +1,4 @@
-"""What a hybrid model remembers between two forwards, as a value.
+"""The state of a hybrid model between two forwards, as a value.
 
 A forward takes a state and returns another; the one passed in is not changed. Every tensor has
 the batch as its first axis, so that rows can be picked, repeated and exchanged.
@@ -180,7 +180,7 @@ class HybridState:
             graft(mine, theirs, kinds, where) if i in chosen else mine
             for i, (mine, theirs) in enumerate(zip(self.blocks, other.blocks, strict=True))
         )
-        # The donor's keys may stand at other positions, so nothing is assumed of them any more.
+        # The donor's keys may have other positions, so no assumption on them remains.
         return dataclasses.replace(
             self, blocks=blocks, n_seen=None if "kv" in kinds else self.n_seen
         )

@@ -1,1 +1,1 @@
-"""The papers' tables and figures, one by one: run, compared with what was published, and judged."""
+"""The papers' tables and figures: run, compared with the published values, and judged."""

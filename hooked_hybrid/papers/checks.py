@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 NOTHING = 0.05
 """Accuracy up to which nothing is retrieved: a twentieth of the score."""
 ABOUT = 0.10
-"""What "about as good" may lack."""
+"""The largest difference that counts as "about as good"."""
 LEAST = 0.20
 """Accuracy of the whole model below which there is no retrieval that could be lost."""
 POINT = 0.01

@@ -1,4 +1,4 @@
-"""What a claim of the papers is, what is found about it, and the words of a verdict."""
+"""Claims of the papers, findings on them, and the words of verdicts."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ TOO_LITTLE = "run with --quick: too little to conclude from"
 
 
 class Verdict(Enum):
-    """What a run shows about a claim; there is no fourth."""
+    """The result of a run for a claim: one of three."""
 
     SHOWN = "shows it"
     NOT_SHOWN = "does not show it"
@@ -47,7 +47,7 @@ class Verdict(Enum):
 
 
 class Finding(NamedTuple):
-    """What a check found: whether the claim holds, our value in words, and what to add.
+    """The result of a check: whether the claim holds, our value as text, and a note.
 
     `holds` is None where nothing could be tested; then `ours` says why. A claim holds only where
     the 95% bound is on its side.

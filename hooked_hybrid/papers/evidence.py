@@ -1,4 +1,4 @@
-"""What was run, and figures of it: means, differences and tipping points, with intervals."""
+"""The evidence of runs: means, differences and tipping points, with intervals."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 DRAWS = 4000
 """Draws of weights behind the interval of a tipping point."""
 _PLACE = ["needle_id", "seed", "length", "depth"]
-"""What two cells must share to be compared one to one."""
+"""The columns that two cells must share to be compared one to one."""
 MANY = {name: f"{name}-many" for name in ("top-k", "top-k-twice", "weights")}
 """The run over every needle, at one place, of runs over few needles at many places."""
 _WHOLE = {
@@ -33,7 +33,7 @@ _WHOLE = {
 
 
 class Untested(LookupError):
-    """What a claim is about cannot be read from what was run; the message says why."""
+    """The runs do not contain the subject of a claim; the message gives the reason."""
 
 
 class Estimate(NamedTuple):

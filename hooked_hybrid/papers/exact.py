@@ -1,4 +1,4 @@
-"""What needs no weights: the score on its own phrases, parameters and compute from configs."""
+"""Items without weights: the score on its own phrases, parameters and compute from configs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a report's reader must know: the rules of verdicts and intervals, and what was run."""
+"""Notes for a report's reader: the rules of verdicts and intervals, and the runs."""
 
 from __future__ import annotations
 

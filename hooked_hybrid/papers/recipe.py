@@ -1,4 +1,4 @@
-"""What a reproduction runs on: prompts, needles and seeds, the same for every table and figure."""
+"""The recipe of a reproduction: prompts, needles and seeds, equal for all tables and figures."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ class PaperRecipe:
         """Return the paper's needle and the held-out ones of a seed.
 
         Raises:
-            ValueError: there are not so many.
+            ValueError: there are fewer.
         """
         known, start = held_out_needles(), self.seeds.index(seed) * self.n_held_out
         if start + self.n_held_out > len(known):

@@ -30,6 +30,6 @@ def head_counts(first: int, last: int, of: int, n_heads: int) -> list[int]:
 
 
 def few_heads(n_heads: int) -> list[int]:
-    """Return the heads kept where the context is given twice: `FEW`, and what claims ask for."""
+    """Return the heads kept when the context is given twice: `FEW`, and those in claims."""
     asked = (share(k, of, n_heads) for k, of in TWICE_AT)
     return sorted({k for k in (*FEW, *asked) if k is not None and k < n_heads})

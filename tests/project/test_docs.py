@@ -218,8 +218,21 @@ UNPLAIN = (
     r"\bno one's\b",
     r"\bunless told\b",
     r"\bcannot be told\b",
+    r'"""What ',
+    r"\b(?:is|are|was|were) told\b",
+    r"\bat its door\b",
+    r"\bfor people\b",
+    r"\bput together again\b",
+    r"\b[Ll]et go of\b",
+    r"\bno words for\b",
+    r"\bwhere(?:ver)? there (?:is|are) (?:any|none|one|some)\b",
+    r"\bstands? (?:at padding|side by side|by itself)\b",
+    r"\bthe message says (?:what|which|why)\b",
+    r"\bwhich a warning says\b",
+    r"\bas it comes\b",
 )
-"""Phrases that a reader stumbles on; plain ones: "is not a", "nothing else", "by default"."""
+"""Phrases that a reader stumbles on. Plain ones: "is not a", "nothing else", "by default"; for a
+docstring that begins with "What": the thing itself ("The config of a layer")."""
 
 
 def test_the_library_and_its_pages_have_none_of_some_compressed_phrases():

@@ -1,4 +1,4 @@
-"""What a model takes of a machine, and where its layers go."""
+"""The memory that a model needs on a machine, and the places of its layers."""
 
 from hooked_hybrid.accounting.plan.machine import Machine, gpus_of, size_of
 from hooked_hybrid.accounting.plan.planning import plan

@@ -20,7 +20,7 @@ SCHEMES = ("int8", "nf4")
 
 
 class Change(NamedTuple):
-    """A change that would do by itself."""
+    """A change that would be sufficient."""
 
     option: str
     """Of the command."""
@@ -29,7 +29,7 @@ class Change(NamedTuple):
 
 
 def changes(sizes: Sizes, machine: Machine, longest: int) -> Iterator[Change]:
-    """Yield the smallest change of each kind that would do by itself.
+    """Yield the smallest sufficient change of each kind.
 
     Args:
         sizes: of a model that does not fit.

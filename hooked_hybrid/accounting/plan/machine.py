@@ -1,4 +1,4 @@
-"""What a machine offers a model: the memory of its GPUs and of its CPU, and the disk."""
+"""The memory of a machine for a model: of its GPUs and CPU, and the disk."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def gpus_of(text: str) -> tuple[int, ...]:
 
 
 def show_size(n_bytes: int) -> str:
-    """Return bytes for people, in decimal units: 1 GB is 10^9 bytes."""
+    """Return bytes as text, in decimal units: 1 GB is 10^9 bytes."""
     for unit in ("TB", "GB", "MB", "KB"):
         if n_bytes >= UNITS[unit]:
             value = n_bytes / UNITS[unit]

@@ -78,7 +78,7 @@ class MemoryPlan:
 
     @cached_property
     def whole(self) -> Usage:
-        """What one device would hold of it all, at the longest length."""
+        """The memory of everything on one device, at the longest length."""
         planner = Planner(self.sizes, self.machine, max(self.lengths))
         return planner.usage(range(planner.n_layers), range(0), is_first=True)
 
@@ -109,14 +109,14 @@ class MemoryPlan:
         return f", with {cpu}{show_size(self.machine.disk)} on the disk"
 
     def remedy(self, changes: Sequence[str]) -> str:
-        """Say what would do, each by itself."""
+        """Return a sentence on the sufficient changes."""
         if not changes:
             return "No single change will do"
         return f"It would fit with {', or '.join(changes)}"
 
     @cached_property
     def changes(self) -> tuple[Change, ...]:
-        """The smallest changes that would do, each by itself."""
+        """The smallest changes, each of which is sufficient."""
         return tuple(changes(self.sizes, self.machine, max(self.lengths)))
 
 

@@ -1,4 +1,4 @@
-"""What the weights of each part of a model take, plain or quantised, from the config alone."""
+"""The bytes of the weights of each part of a model, plain or quantised, from the config."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Stored:
     largest: int = 0
     """Of the largest tensor as it is before it is quantised."""
     to_multiply: int = 0
-    """What a product with a quantised matrix takes for the plain one, at most."""
+    """Most bytes that a product with a quantised matrix needs for the plain one."""
     to_quantize: int = 0
     """Peak bytes of quantising one of its matrices on top of the matrix."""
     d_out: int = 0
@@ -35,7 +35,7 @@ class Stored:
     matrix: int = 0
     """Numbers of the largest plain matrix."""
     sides: int = 0
-    """What a plain matrix reads of a token and gives it, in numbers, at most."""
+    """Most numbers of a token's input and output of a plain matrix."""
 
     def add_plain(self, weight: nn.Parameter) -> None:
         """Count a tensor that stays as it is; a stack matrix by matrix."""

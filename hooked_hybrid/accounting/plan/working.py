@@ -33,7 +33,7 @@ OF_TOKEN = 10 * torch.long.itemsize
 
 
 class Sizes:
-    """What the parts of a model take.
+    """The memory that the parts of a model need.
 
     Args:
         cfg: what the model is.

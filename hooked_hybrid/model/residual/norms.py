@@ -42,7 +42,7 @@ def apply_ln_to_stack(
     the norm's weight (by 1 + w in RecurrentGemma's style). Norms here take no mean away. The
     scale being given, this is linear: if parts sum to the stream, results sum to the norm's
     output. TransformerLens leaves the weight out, having folded it into what follows; here it
-    stands in the norm, and after folding it is 1.
+    is in the norm, and after folding it is 1.
 
     Args:
         residual_stack: parts at the positions `pos_slice` of the cache, all rows.

@@ -1,4 +1,4 @@
-"""What each part of a layer writes to the residual stream, from what a run left in its cache."""
+"""The output of each part of a layer to the residual stream, from the cache of a run."""
 
 from __future__ import annotations
 

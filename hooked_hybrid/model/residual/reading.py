@@ -70,7 +70,7 @@ def place_at(cache: CachedValues, layer: int | None, mlp_input: bool) -> Place:
 def mixer_parts_before(
     cache: CachedValues, place: Place, recurrent: Literal["none", "layer", "block"]
 ) -> list[Parts]:
-    """Return the parts of each mixer up to a place: heads, and what stands for recurrences."""
+    """Return the parts of each mixer up to a place: heads, and those of recurrences."""
     if recurrent not in ("none", "layer", "block"):
         raise ValueError(f"recurrent={recurrent!r}: give 'none', 'layer' or 'block'")
     parts, model = [], cache.model
@@ -246,7 +246,7 @@ def _scaled(
 
 
 def require_room(needed: int, device: torch.device, what: str, remedy: str) -> None:
-    """Refuse a tensor of so many bytes that would not fit.
+    """Refuse a tensor of this many bytes if it would not fit.
 
     Raises:
         MemoryError: says what it would need, what there is, and what to do instead.

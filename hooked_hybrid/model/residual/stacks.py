@@ -142,7 +142,7 @@ def stack_head_results(
     """Stack what each attention head wrote, "L2H0" and so on: `hook_result`, or z @ W_O.
 
     Args:
-        recurrent: what stands for recurrent layers. "none": nothing. "layer": one part each,
+        recurrent: the parts of recurrent layers. "none": no part. "layer": one part each,
             "0_rglru_out". "block": the gate blocks of an RG-LRU, "L0B1", each the block's
             channels of `hook_gated` through its rows of the output projection; a Mamba layer
             has no groups of channels that act apart and stays one part. Output biases of heads

@@ -1,4 +1,4 @@
-"""What a block needs of its mixer, and what the library needs of a kind of mixer."""
+"""The interface of a mixer, for its block and for the rest of the library."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ MIXERS: dict[type, type[Mixer[Any]]] = {}
 
 
 class ScanTerms(NamedTuple):
-    """What y_t = read_t . h_t + skip x_t, h_t = decay_t h_{t-1} + write_t was computed with.
+    """The terms of y_t = read_t . h_t + skip x_t, h_t = decay_t h_{t-1} + write_t in a run.
 
     Decays are those without the resets of documents.
     """
@@ -39,25 +39,25 @@ class ScanTerms(NamedTuple):
 class Mixer(Part, Generic[S]):
     """A map over positions that carries a state: `(x, state) -> (y, state)`.
 
-    A recurrence lies at `mixer`, gives its states at `hook_ssm_state`, and what it reads off them,
+    A recurrence is at `mixer`, has its states at `hook_ssm_state`, and the values read from them,
     before any gate, at `hook_ssm_y`.
     """
 
     path: ClassVar[str] = "mixer"
-    """Where it lies in its block, and so in its hook names."""
+    """Its path in its block, and so in its hook names."""
     out_hooks: ClassVar[tuple[str, ...]] = ()
     """Further hook points of the block, in series after `hook_mixer_out`, where it is the only
     mixer."""
     write_hook: ClassVar[str] = "hook_ssm_out"
-    """The hook point of the block on its own write, where other mixers stand beside it."""
+    """The hook point of the block on its own output, if there are other mixers beside it."""
     holds: ClassVar[Mapping[str, float]] = Unstated(  # type: ignore[assignment]
         "how its state is held"
     )
-    """Of a recurrence: hook points, and the value of each with which its state stays as it is."""
+    """Of a recurrence: hook points, and the value of each that keeps the state unchanged."""
     forgets: ClassVar[Mapping[str, float]] = Unstated(  # type: ignore[assignment]
         "how its state is dropped"
     )
-    """Of a recurrence: hook points, and the value of each with which the state before is gone."""
+    """Of a recurrence: hook points, and the value of each that drops the previous state."""
     scan_hooks: ClassVar[tuple[str, ...]] = Unstated(  # type: ignore[assignment]
         "what its scan computes with"
     )
@@ -80,10 +80,10 @@ class Mixer(Part, Generic[S]):
 
     @property
     def out_projection(self) -> Linear:
-        """The one linear map through which all that it writes goes.
+        """The linear map that gives all of its output.
 
         Raises:
-            NotSupported: it writes in another way.
+            NotSupported: its output is not that of one linear map.
         """
         path, _, leaf = self.writes[0].rpartition(".")
         module = self.get_submodule(path)
@@ -113,7 +113,7 @@ class Mixer(Part, Generic[S]):
 
     @classmethod
     def scan_terms(cls, seen: Mapping[str, Tensor]) -> ScanTerms:  # noqa: ARG003
-        """Return what its scan computed with.
+        """Return the terms of its scan.
 
         Args:
             seen: the values at `scan_hooks`.
@@ -122,19 +122,19 @@ class Mixer(Part, Generic[S]):
 
     @classmethod
     def channel_groups(cls, cfg: Any) -> int | None:  # noqa: ARG003
-        """Return the groups of neighbouring channels that act apart; None where there are none."""
+        """Return the number of separate groups of neighbouring channels; None without groups."""
         return None
 
     @classmethod
     def hooked_numbers(cls, cfg: Any, n_pos: int, n_keys: int) -> dict[str, int]:  # noqa: ARG003
-        """Return the numbers of a row at hook points that are far larger than the stream.
+        """Return the number of values of a row at hook points that are far larger than the stream.
 
-        Those alone are compared with free memory before a forward; as a rule there are none.
+        Only these are compared with free memory before a forward; by default there are none.
 
         Args:
             cfg: of the mixer.
             n_pos: positions run at a time.
-            n_keys: keys that these see, where it compares any.
+            n_keys: keys that these see, for attention.
         """
         return {}
 
@@ -146,11 +146,11 @@ class Mixer(Part, Generic[S]):
         dtype: torch.dtype,  # noqa: ARG002
         device: torch.device,  # noqa: ARG002
     ) -> int:
-        """Return the bytes that kernels hold for themselves in a forward: as a rule none.
+        """Return the bytes that kernels use internally in a forward; by default 0.
 
         Args:
             layout: of the whole forward.
-            n_cached: keys of the state that it continues from.
+            n_cached: keys of the state that it continues.
             piece: positions run at a time.
             dtype: of the model.
             device: of the layer.
@@ -159,12 +159,12 @@ class Mixer(Part, Generic[S]):
 
     @classmethod
     def position_width(cls, cfg: Any) -> int:  # noqa: ARG003
-        """Return the numbers that it makes of a position for all layers like it: as a rule none."""
+        """Return the number of values made of a position for all such layers; by default 0."""
         return 0
 
     @classmethod
     def n_kept(cls, cfg: Any, n_tokens: int) -> int:
-        """Return how many keys the state holds after so many tokens; 0 where none grow with them.
+        """Return how many keys the state has after `n_tokens`; 0 if it has no axis of keys.
 
         A window of n keys, the query itself included, leaves n - 1 to remember.
         """
@@ -173,7 +173,7 @@ class Mixer(Part, Generic[S]):
 
 
 def register_mixer(*mixers: type[Mixer[Any]]) -> None:
-    """Let configs of these classes' `config` make layers with them.
+    """Register mixer classes, by their config classes.
 
     Raises:
         NotSupported: a class does not state its config or its kind.

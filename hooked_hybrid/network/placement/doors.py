@@ -104,7 +104,7 @@ class Placement:
 
 
 class Brought(NamedTuple):
-    """What a graph keeps of a weight that was moved: how to move it again."""
+    """The record in a graph of a weight that was moved: how to move it again."""
 
     kept: nn.Parameter
     shape: tuple[int, ...]

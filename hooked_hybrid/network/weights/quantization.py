@@ -23,7 +23,7 @@ class QuantizedWeight(NamedTuple):
     plain_bytes: int
     bytes: int
     error: float
-    """|Q - W| / |W| (Frobenius) of the values that it stands for; NaN without values."""
+    """|Q - W| / |W| (Frobenius) of the dequantised values; NaN without values."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,12 +35,12 @@ class Quantization:
 
     @property
     def bytes(self) -> int:
-        """What the quantised weights take; see `stored_bytes` for the whole model."""
+        """Bytes of the quantised weights; see `stored_bytes` for the whole model."""
         return sum(w.bytes for w in self.weights)
 
     @property
     def plain_bytes(self) -> int:
-        """What they took before."""
+        """Their bytes before."""
         return sum(w.plain_bytes for w in self.weights)
 
     def table(self) -> pd.DataFrame:

@@ -175,7 +175,7 @@ def quantize_weights(
 
 
 def dequantize_weights(model: Network) -> None:
-    """Make quantised weights plain ones again in place: their values stay what they stand for.
+    """Replace quantised weights by plain ones with the same values, in place.
 
     The model then computes the same up to rounding, and can be folded, edited and saved. What
     quantising lost is not restored.

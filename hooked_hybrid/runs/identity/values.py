@@ -36,7 +36,7 @@ from hooked_hybrid.runs.identity.modules import (
 )
 
 Known = Iterable[tuple[Any, str]]
-"""Objects, each with the text that stands for it."""
+"""Objects, each with the text that replaces it."""
 _ATOMS = (type(None), bool, int, float, complex, str, bytes, type(...), type(NotImplemented))
 _TORCH_ATOMS = (torch.dtype, torch.device, torch.layout, torch.memory_format)
 _C_FUNCTIONS = (
@@ -70,7 +70,7 @@ def describe(value: Any, known: Known = ()) -> dict[str, str]:
 
     Args:
         value: a hook, a list of them, a setting's functions, an object: anything.
-        known: objects that it may hold, with the text that stands for each.
+        known: objects that it may hold, with the text that replaces each.
 
     Returns:
         "hash"; the version of Python if it contains a user's code ("python"); and the versions of
