@@ -1,4 +1,4 @@
-"""Published checkpoints in, published checkpoints out: one table of names a family."""
+"""Reading and writing published checkpoints, with one table of names for each family."""
 
 from weights_conversion.errors import CheckpointError
 from weights_conversion.filling import check, load_config

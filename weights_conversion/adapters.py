@@ -1,4 +1,4 @@
-"""LoRA adapters as peft saves them, merged into the weights of their base model as they are read.
+"""LoRA adapters saved by peft, merged into the weights of their base model while reading.
 
 A matrix of the base becomes `W + scale * B @ A` (Hu et al. 2021), in float32.
 """
@@ -31,9 +31,9 @@ NO_EFFECT = frozenset(
     revision runtime_config target_modules task_type
     """.split()
 )
-"""Settings that say how the adapter was trained, or what its tensors' names say again."""
+"""Settings of the adapter's training, or that repeat information in its tensors' names."""
 PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
-"""`init_lora_weights` that leave the base's weights as they were."""
+"""`init_lora_weights` that do not change the base's weights."""
 
 _LORA = re.compile(r"(?P<module>.+)\.lora_(?P<part>[AB])(\.default)?\.weight")
 _EMBEDDING = re.compile(r"(?P<module>.+)\.lora_embedding_(?P<part>[AB])(\.default)?")
@@ -55,8 +55,8 @@ class AdaptedSource:
     """The tensors of a base model with an adapter merged into them.
 
     Args:
-        base: by the names of its publisher.
-        adapter: what the adapter's file holds.
+        base: by its publisher's names.
+        adapter: the tensors of the adapter's file.
         updates: by the base's name of the matrix.
         replaced: name in the adapter of each whole tensor, by the base's name.
     """
@@ -138,12 +138,12 @@ def with_adapter(base: TensorSource, folder: Path, is_tied: bool) -> AdaptedSour
 
 
 def adapter_files(folder: Path) -> list[Path]:
-    """Return the files that tell an adapter from any other."""
+    """Return the files that identify an adapter."""
     return [path for name in (CONFIG, *WEIGHTS) if (path := folder / name).is_file()]
 
 
 def _settings(folder: Path) -> dict[str, Any]:
-    """Return an adapter's config, after a look at every key of it."""
+    """Return an adapter's config, after checking every key."""
     path = folder / CONFIG
     if not path.is_file():
         raise CheckpointError(f"{folder} has no {CONFIG}: it holds no adapter")

@@ -1,4 +1,4 @@
-"""Keys of a `config.json` that do not touch what a forward without dropout computes."""
+"""Keys of a `config.json` without an effect on a forward without dropout."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ GENERIC = frozenset(
     transformers_version use_bfloat16 use_cache
     """.split()
 )
-"""Settings that transformers 4 and 5 write into any config; whatever their value is."""
+"""Settings that transformers 4 and 5 write into any config, with any value."""
 
 GENERATION_DEFAULTS: dict[str, Any] = {
     "bad_words_ids": None,
@@ -55,7 +55,7 @@ WITHOUT_EFFECT_AT: dict[str, tuple[Any, ...]] = {
     "pruned_heads": ({}, []),
     "tie_encoder_decoder": (False,),
 }
-"""Settings of any transformers config that touch the maths at other values than these and null."""
+"""Settings of any transformers config that have an effect unless they have these values or null."""
 
 LISTED = frozenset(
     """
@@ -69,7 +69,7 @@ LISTED = frozenset(
     use_liger_kernel vocab_file
     """.split()
 )
-"""Settings that other programs add, or old versions, and that no forward reads."""
+"""Settings of other programs or old versions that no forward reads."""
 
 LISTED_PATTERNS = re.compile(
     r"_?(unsloth|axolotl|llamafactory|trl|wandb|mlflow|tokenizer|training|dataset)_\w+"
@@ -77,7 +77,7 @@ LISTED_PATTERNS = re.compile(
     r"|\w*_(dropout|pdrop|commit_hash|url|author|created_at)"
     r"|(version|dropout|loss_type|\w+_loss_coef|\w+_loss_weight)"
 )
-"""Such settings by the form of their names: who wrote the file, dropout, weights of losses."""
+"""Such settings by the form of their names: the writer, dropout, weights of losses."""
 
 
 def is_without_effect(key: str, value: Any) -> bool:
@@ -90,9 +90,9 @@ def is_without_effect(key: str, value: Any) -> bool:
 
 
 def is_listed(key: str, value: Any) -> bool:
-    """Whether a setting cannot touch what a forward computes, though the family does not read it.
+    """Whether a setting that the family does not read cannot affect a forward.
 
-    A null means that there is none.
+    A null counts as absent.
     """
     if key in WITHOUT_EFFECT_AT:
         return False

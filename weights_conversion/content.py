@@ -41,7 +41,7 @@ def read_content(
     adapter: Path | None,
     ignore_config_keys: Collection[str],
 ) -> Content:
-    """Return what a checkpoint holds, of which no tensor has been read."""
+    """Return the content of a checkpoint, without reading any tensor."""
     source = checkpoint.tensors()
     if checkpoint.config is None:
         if adapter is not None:
@@ -58,7 +58,7 @@ def read_content(
 def content_of(
     family: Family, cfg: HybridConfig, source: TensorSource, adapter: Path | None = None
 ) -> Content:
-    """Return what tensors by their publisher's names hold, with those of an adapter merged in."""
+    """Return the content of tensors with their publisher's names, with an adapter merged."""
     require_layers(cfg.n_layers, source.shapes)
     source = with_head(strip_wrappers(source), cfg.tied_embedding)
     if adapter is not None:
@@ -72,7 +72,7 @@ def config_of(
     overrides: dict[str, Any],
     ignore_config_keys: Collection[str],
 ) -> tuple[Family, HybridConfig]:
-    """Return the family of a `config.json`, and what it and its neighbour say."""
+    """Return the family of a `config.json`, with its content and that of its neighbour."""
     family = family_of_config(config)
     generation = read_generation_config(checkpoint.folder)
     return family, family.read(config, overrides, ignore_config_keys, generation)

@@ -1,4 +1,4 @@
-"""The one error a checkpoint can cause."""
+"""The error for checkpoints that cannot be loaded or written."""
 
 from hooked_hybrid.outputs.foreign import printable
 
@@ -6,7 +6,7 @@ from hooked_hybrid.outputs.foreign import printable
 class CheckpointError(ValueError):
     """A checkpoint that cannot be loaded or written; the message names the thing and the remedy.
 
-    What a terminal would obey is escaped: names of tensors and settings are others' words.
+    Names of tensors and settings are foreign text, so control characters are escaped.
     """
 
     def __init__(self, *said: object) -> None:

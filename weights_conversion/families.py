@@ -1,4 +1,4 @@
-"""The checkpoint families, each a config reader and a table of names."""
+"""The checkpoint families, each with a config reader and a table of names."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from weights_conversion.rules import Rule
 
 @dataclass(frozen=True)
 class Family:
-    """One `model_type` of Hugging Face's: how its configs read and its tensors are named."""
+    """A `model_type` of Hugging Face, with the reader of its configs and its names of tensors."""
 
     model_type: str
     config_from_dict: Callable[[dict[str, Any]], HybridConfig]
@@ -36,13 +36,13 @@ class Family:
 
         Args:
             config: the content of `config.json`.
-            overrides: as `HybridConfig.with_overrides` takes them.
-            ignore_config_keys: settings that are taken not to be there.
+            overrides: as for `HybridConfig.with_overrides`.
+            ignore_config_keys: settings to ignore.
             generation_config: the content of `generation_config.json`, if there is one.
 
         Raises:
-            CheckpointError: settings that are unsupported or do not go together.
-            TypeError, ValueError: overrides that are not possible, or keys that are not there.
+            CheckpointError: settings that are unsupported or exclude each other.
+            TypeError, ValueError: impossible overrides, or keys that do not exist.
         """
         config = without_keys(config, ignore_config_keys)
         try:
@@ -68,7 +68,7 @@ FAMILIES = {
 
 
 def family_of_config(config: dict[str, Any]) -> Family:
-    """Return the family that a `config.json` names.
+    """Return the family of a `config.json`.
 
     Raises:
         CheckpointError: another architecture.
@@ -85,10 +85,10 @@ def family_of_config(config: dict[str, Any]) -> Family:
 def family_that_writes(cfg: HybridConfig) -> tuple[Family, dict[str, Any]]:
     """Return the family that can express a model, and its `config.json`.
 
-    What is written is read again first, so that no model is saved that would not load.
+    The config is read back first, so that no model is saved that would not load.
 
     Raises:
-        CheckpointError: none can; says why each cannot.
+        CheckpointError: no family can; gives the reason for each.
     """
     reasons = []
     for family in FAMILIES.values():
@@ -103,7 +103,7 @@ def family_that_writes(cfg: HybridConfig) -> tuple[Family, dict[str, Any]]:
 
 
 def _config_that_returns(family: Family, cfg: HybridConfig) -> dict[str, Any]:
-    """Return the `config.json` of a model, from which the same model is read.
+    """Return the `config.json` of a model, after checking that it gives the same model.
 
     Raises:
         CheckpointError: the family cannot express it.

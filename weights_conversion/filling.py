@@ -21,10 +21,10 @@ N = TypeVar("N", bound=Network)
 
 
 def as_dtype(dtype: torch.dtype | str) -> torch.dtype:
-    """Return a dtype that may be given by name.
+    """Return a dtype, which may be given by name.
 
     Raises:
-        ValueError: no floating-point dtype of torch.
+        ValueError: not a floating-point dtype of torch.
     """
     found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if not isinstance(found, torch.dtype) or not found.is_floating_point:
@@ -106,7 +106,7 @@ def fill(model: N, content: Content, homes: Homes) -> N:
         homes: of the model's weights.
 
     Raises:
-        CheckpointError: numbers that no model has, or that the dtype does not hold.
+        CheckpointError: numbers that no model has, or that exceed the dtype.
         OSError: the disk is full, or cannot be written.
     """
     quantized = []
@@ -120,7 +120,7 @@ def fill(model: N, content: Content, homes: Homes) -> N:
 
 
 def _read(rule: Rule, content: Content, homes: Homes) -> Iterator[tuple[str, Tensor | None]]:
-    """Yield what a rule gives, or None for each where all of it is on the disk already."""
+    """Yield the tensors of a rule, or None for each if all of them are already on the disk."""
     if homes.are_filled(rule.targets):
         return ((name, None) for name in rule.targets)
     return convert([rule], content.source, homes.of[rule.targets[0]].dtype)

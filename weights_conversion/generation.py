@@ -1,4 +1,4 @@
-"""`generation_config.json`: its end tokens are the model's, its other settings are kept."""
+"""`generation_config.json`: its end tokens are used, its other settings are kept."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 SAMPLING = frozenset(
     "temperature top_k top_p min_p top_h typical_p epsilon_cutoff eta_cutoff".split()
 )
-"""Settings that transformers reads where `do_sample` is true."""
+"""Settings that transformers reads if `do_sample` is true."""
 WITHOUT_EFFECT = frozenset(
     """
     _from_model_config assistant_confidence_threshold assistant_early_exit
@@ -32,7 +32,7 @@ WITHOUT_EFFECT = frozenset(
     return_legacy_cache speculation_type target_lookbehind transformers_version use_cache use_mtp
     """.split()
 )
-"""Settings that change how fast, or how much is returned, and no token."""
+"""Settings of speed, or of the amount of output, without an effect on tokens."""
 DEFAULTS = {
     **GENERATION_DEFAULTS,
     "encoder_repetition_penalty": 1.0,
@@ -47,28 +47,28 @@ def read_generation_config(folder: Path) -> dict[str, Any] | None:
     """Return the content of a folder's `generation_config.json`, or None if there is none.
 
     Raises:
-        CheckpointError: it is not an object of JSON.
+        CheckpointError: it is not a JSON object.
     """
     path = folder / FILE
     return read_json(path, LARGEST_CONFIG) if path.is_file() else None
 
 
 def with_generation_config(cfg: HybridConfig, content: Mapping[str, Any] | None) -> HybridConfig:
-    """Return a config that ends where transformers' `generate` would, and keeps the settings.
+    """Return a config with the end tokens of transformers' `generate`, and the other settings.
 
-    transformers takes the end tokens from this file alone if there is one: a file that names
-    none ends nowhere, whatever `config.json` says. BOS and padding are taken from it where
-    `config.json` names none.
+    If this file exists, transformers uses only its end tokens: if it has none, generation does not
+    end early, whatever `config.json` has. BOS and padding are used from it if `config.json` has
+    none.
 
     Args:
-        cfg: as `config.json` gives it.
+        cfg: from `config.json`.
         content: of `generation_config.json`; None if there is none.
 
     Raises:
-        CheckpointError: a token that is none.
+        CheckpointError: an invalid token.
 
     Warns:
-        UserWarning: settings that `generate` here does not take from the file.
+        UserWarning: settings that this library's `generate` does not read from the file.
     """
     if content is None:
         return cfg
@@ -101,7 +101,7 @@ def not_honoured(content: Mapping[str, Any]) -> list[str]:
 
 
 def generation_config_to_save(cfg: HybridConfig) -> dict[str, Any] | None:
-    """Return the `generation_config.json` of a model, or None where it came without one."""
+    """Return the `generation_config.json` of a model, or None if it had none."""
     if not cfg.generation_config:
         return None
     eos = cfg.eos_token_id

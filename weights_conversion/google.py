@@ -18,7 +18,7 @@ from weights_conversion.errors import CheckpointError
 from weights_conversion.rules import SPLIT_BIAS, SPLIT_TRANSPOSED, Rule, Shapes, rule
 
 WINDOW = 2048
-"""Every published checkpoint; Google's code lets a query see this many keys and itself."""
+"""Window of all published checkpoints; in Google's code a query sees this many keys and itself."""
 SPECIAL_TOKENS: dict[str, Any] = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2}
 
 MODEL = (
@@ -79,7 +79,7 @@ def rules(cfg: HybridConfig) -> list[Rule]:
 
 
 def ignored(cfg: HybridConfig) -> tuple[str, ...]:  # noqa: ARG001  (one signature for all tables)
-    """Return patterns of tensors that are not needed: there are none."""
+    """Return patterns of tensors that are not needed, of which there are none."""
     return ()
 
 
@@ -91,7 +91,7 @@ def config_from_shapes(
 ) -> HybridConfig:
     """Return the config that the tensors of a `.pt` imply.
 
-    The number of heads is read from the RG-LRU's gate blocks, of which there are as many.
+    The number of heads is that of the RG-LRU's gate blocks.
 
     Args:
         shapes: by Google's names.
@@ -100,8 +100,7 @@ def config_from_shapes(
         n_heads: needed only for a model without a recurrent layer.
 
     Raises:
-        CheckpointError: not a Griffin, shapes that do not go together, or nothing tells the number
-            of heads.
+        CheckpointError: not a Griffin, inconsistent shapes, or an unknown number of heads.
     """
     try:
         return _config(shapes, n_keys, logits_soft_cap, n_heads)
@@ -158,7 +157,7 @@ def _config(
 
 
 class _Shapes:
-    """Shapes by name, with errors that say what was expected."""
+    """Shapes by name, with errors that state what was expected."""
 
     def __init__(self, shapes: Shapes) -> None:
         self.shapes = shapes

@@ -1,4 +1,4 @@
-"""Reading a Hugging Face `config.json` so that nothing in it is passed over unseen."""
+"""Reading a Hugging Face `config.json` such that no setting is silently ignored."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ OWN = "hooked_hybrid"
 """The key under which this library saves settings that transformers cannot express."""
 
 LARGEST = {"num_hidden_layers": 1_000, "num_experts": 10_000}
-"""Far beyond what exists; more would be built before the tensors show that it is wrong."""
+"""Limits far above existing models, as a wrong size would be built before tensors are read."""
 LARGEST_OTHER = 2**31 - 1
 
 RANGES = {
@@ -30,7 +30,7 @@ RANGES = {
     "rope_theta": (1.0, 1e15),
     "partial_rotary_factor": (0.0, 1.0),
 }
-"""Where a forward has finite numbers; published values lie well inside."""
+"""Ranges with finite forwards; published values are well within."""
 
 
 THEIR_WORDS = {
@@ -51,11 +51,11 @@ def in_their_words(message: str) -> str:
 
 
 class ConfigReader:
-    """A config whose every key must be read, or be known to be without effect.
+    """A config of which every key must be read or be known to have no effect.
 
     Args:
         config: the parsed `config.json`.
-        no_effect: keys of this family that do not touch the maths.
+        no_effect: keys of this family without an effect on the model.
     """
 
     def __init__(self, config: dict[str, Any], no_effect: frozenset[str]) -> None:
@@ -69,7 +69,7 @@ class ConfigReader:
         self.asked.add("quantization_config")
 
     def get(self, key: str, default: Any = None) -> Any:
-        """Return a setting, or a default where it is absent, or null where null means the default.
+        """Return a setting, or the default if it is absent, or null with that meaning.
 
         Raises:
             CheckpointError: null for a setting that must have a value.
@@ -81,10 +81,10 @@ class ConfigReader:
         return default if value is None else value
 
     def need(self, key: str) -> Any:
-        """Return a setting that must be there.
+        """Return a required setting.
 
         Raises:
-            CheckpointError: it is not.
+            CheckpointError: it is absent.
         """
         value = self.get(key)
         if value is None:
@@ -92,7 +92,7 @@ class ConfigReader:
         return value
 
     def integer(self, key: str, default: int | None = None) -> int:
-        """Return a whole positive number.
+        """Return a positive integer.
 
         Raises:
             CheckpointError: absent without a default, larger than any model's, or anything else.
@@ -105,7 +105,7 @@ class ConfigReader:
         return value
 
     def number(self, key: str, default: float) -> float:
-        """Return a number of the range that `RANGES` gives the setting.
+        """Return a number in the setting's range in `RANGES`.
 
         Raises:
             CheckpointError: anything else.
@@ -124,7 +124,7 @@ class ConfigReader:
         return value
 
     def only(self, key: str, *supported: Any) -> Any:
-        """Return a setting of which only some values are supported; absent means the first.
+        """Return a setting with few supported values; if absent, the first of them.
 
         Raises:
             CheckpointError: it has another value.
@@ -143,10 +143,10 @@ class ConfigReader:
         return special_tokens({key: self.get(key) for key in keys}, "config.json")
 
     def own_settings(self) -> dict[str, Any]:
-        """Return what no family's config can express, as this library saved it.
+        """Return the settings that no family's config can express, as saved by this library.
 
         Raises:
-            CheckpointError: it is not what is saved.
+            CheckpointError: they differ from the saved form.
         """
         given = self.get(OWN, {})
         kinds = {"n_ctx": (int, type(None)), "default_prepend_bos": (bool,)}
@@ -157,13 +157,13 @@ class ConfigReader:
         return given
 
     def extra(self) -> dict[str, Any]:
-        """Return what was not needed, to be written again when saving.
+        """Return the unused settings, which are written again when saving.
 
         Raises:
             CheckpointError: an unknown key: it may change what the model computes.
 
         Warns:
-            UserWarning: keys of other programs, which change nothing.
+            UserWarning: keys of other programs, which have no effect.
         """
         left = self.config.keys() - self.asked
         others = {
@@ -190,20 +190,20 @@ def require(*needs: tuple[bool, str]) -> None:
     """Refuse a model that a family's config cannot express.
 
     Args:
-        needs: what must be, and what to say where it is not.
+        needs: pairs of a condition and the message if it is false.
 
     Raises:
-        CheckpointError: says which are not.
+        CheckpointError: lists the false ones.
     """
     if lacking := [why_not for is_so, why_not in needs if not is_so]:
         raise CheckpointError("; ".join(lacking))
 
 
 def require_plain_layers(cfg: HybridConfig) -> None:
-    """Refuse what a family without such options cannot express.
+    """Refuse options that a family cannot express.
 
     Raises:
-        CheckpointError: an option has not its default, or a layer has not one mixer and one MLP.
+        CheckpointError: an option without its default, or a layer without one mixer and one MLP.
     """
     others = [i for i, x in enumerate(cfg.layers) if len(x.mixers) != 1 or x.mlp is None]
     set_ones = ", ".join(f"{name}={value!r}" for name, value in options_set(cfg).items())
@@ -214,7 +214,7 @@ def require_plain_layers(cfg: HybridConfig) -> None:
 
 
 def without_keys(config: dict[str, Any], ignored: Collection[str]) -> dict[str, Any]:
-    """Return a config without the settings that a user says to ignore.
+    """Return a config without the settings that a user ignores.
 
     Raises:
         TypeError: one name instead of several.
@@ -230,7 +230,7 @@ def without_keys(config: dict[str, Any], ignored: Collection[str]) -> dict[str, 
 
 
 def list_keys(keys: Collection[str]) -> str:
-    """Return names of settings as an error shows them, without control characters."""
+    """Return names of settings for an error, without control characters."""
     return ", ".join(key if key.isprintable() else ascii(key) for key in keys)
 
 
@@ -252,7 +252,7 @@ def special_tokens(ids: dict[str, Any], file: str) -> dict[str, Any]:
 
 
 def in_range(key: str, value: Any) -> float:
-    """Return a number of the range that `RANGES` gives a setting.
+    """Return a number in a setting's range in `RANGES`.
 
     Raises:
         CheckpointError: anything else.
@@ -271,7 +271,7 @@ def _is_token(value: Any) -> bool:
 
 
 def _show(value: Any) -> str:
-    """Return a value as an error shows it: not more than a line of it."""
+    """Return a value for an error, cut to one line."""
     try:
         text = repr(value)
     except ValueError:  # an integer of too many digits to be written

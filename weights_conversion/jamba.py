@@ -96,7 +96,7 @@ def rules(cfg: HybridConfig, names: Collection[str] = ()) -> list[Rule]:
 
     Args:
         cfg: the model.
-        names: what the source holds; tells whether its experts are fused.
+        names: of the source, which determine whether its experts are fused.
 
     Raises:
         CheckpointError: more experts than names.
@@ -193,7 +193,7 @@ def config_to_dict(cfg: HybridConfig) -> dict[str, Any]:
     """Return the `config.json` of a model.
 
     Raises:
-        CheckpointError: this family cannot express it; says why.
+        CheckpointError: this family cannot express it; gives the reason.
     """
     require_plain_layers(cfg)
     attention = {layer.mixer for layer in cfg.layers if isinstance(layer.mixer, AttentionConfig)}
@@ -267,7 +267,7 @@ def _mlps(reader: ConfigReader) -> tuple[MLPConfig, MLPConfig]:
 
 
 def _places(cfg: HybridConfig) -> dict[str, int] | None:
-    """Return periods and offsets of attention and of experts, or None if there are none such."""
+    """Return periods and offsets of attention and of experts, or None if not periodic."""
     attention = period_of(list(cfg.attention_layers), cfg.n_layers)
     with_experts = [i for i, layer in enumerate(cfg.layers) if isinstance(layer.mlp, MoEConfig)]
     experts = period_of(with_experts, cfg.n_layers)

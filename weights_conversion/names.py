@@ -1,4 +1,4 @@
-"""Names of tensors as a publisher writes them, whatever a model was wrapped in when saved."""
+"""Names of tensors as published, without the prefixes of wrappers."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class RenamedSource:
     """The tensors of a source under other names.
 
     Args:
-        source: what is read.
+        source: the tensors to read.
         names: the source's name by each new one.
     """
 
@@ -44,7 +44,7 @@ class RenamedSource:
 
 
 class TiedSource:
-    """The tensors of a source that has the head and the embedding, which must be equal.
+    """The tensors of a source with both head and embedding, which must be equal.
 
     They are compared when the embedding is read.
     """
@@ -68,11 +68,11 @@ class TiedSource:
 
 
 def strip_wrappers(source: TensorSource) -> TensorSource:
-    """Return a source by its publisher's names, without what wrappers put into them.
+    """Return a source by its publisher's names, without the prefixes of wrappers.
 
     Raises:
-        CheckpointError: an adapter that is not merged, a prefix of no known wrapper, or two tensors
-            that would get one name.
+        CheckpointError: an unmerged adapter, a prefix of an unknown wrapper, or two tensors with
+            the same resulting name.
     """
     plain = {old: name for old, name in zip(source.shapes, _plain(source.shapes), strict=True)}
     _refuse_adapter(plain.values())
@@ -88,10 +88,10 @@ def strip_wrappers(source: TensorSource) -> TensorSource:
 
 
 def with_head(source: TensorSource, is_tied: bool) -> TensorSource:
-    """Return a source whose head is there, or is the embedding.
+    """Return a source with a head, which may be the embedding.
 
     Raises:
-        CheckpointError: a model without its head, where the embedding does not serve as one.
+        CheckpointError: a model without a head, whose embedding is not tied.
     """
     if is_tied:
         return TiedSource(source) if {EMBEDDING, HEAD} <= source.shapes.keys() else source

@@ -113,7 +113,7 @@ def config_from_dict(config: dict[str, Any]) -> HybridConfig:
         "n_gate_blocks": n_heads,
         "d_conv": reader.integer("conv1d_width", 4),
     }
-    mixers: dict[str, MixerConfig] = {}  # settings of a kind that is not there mean nothing
+    mixers: dict[str, MixerConfig] = {}  # settings of an absent kind have no effect
     if "attention" in kinds:
         rotary = RotaryConfig(d_rotary=int(d_head * share), theta=theta)
         mixers["attention"] = AttentionConfig(
@@ -151,7 +151,7 @@ def config_to_dict(cfg: HybridConfig) -> dict[str, Any]:
     """Return the `config.json` of a model.
 
     Raises:
-        CheckpointError: this family cannot express it; says why.
+        CheckpointError: this family cannot express it; gives the reason.
     """
     require_plain_layers(cfg)
     attention = {layer.mixer for layer in cfg.layers if isinstance(layer.mixer, AttentionConfig)}
@@ -208,13 +208,13 @@ def config_to_dict(cfg: HybridConfig) -> dict[str, Any]:
 
 
 def _rotary_share(d_rotary: int, d_head: int) -> float:
-    """Return the share that gives `d_rotary` when it is multiplied and cut to a whole number."""
+    """Return the share that gives `d_rotary` when multiplied and truncated."""
     share = d_rotary / d_head
     return share if int(d_head * share) == d_rotary else math.nextafter(share, 1)
 
 
 def _no_attention(cfg: HybridConfig, rec: RGLRUConfig | None) -> AttentionConfig:
-    """Return what the config of a model without attention says of it."""
+    """Return the attention settings in the config of a model without attention."""
     n_heads = rec.n_gate_blocks if rec else 1
     d_head = max(cfg.d_model // n_heads, 4)
     rotary = RotaryConfig(d_rotary=d_head // 4 * 2)

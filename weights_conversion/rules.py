@@ -106,10 +106,10 @@ def account(rules: Iterable[Rule], source: Shapes, target: Shapes, ignored: Sequ
 
 
 def require_layers(n_layers: int, source: Shapes) -> None:
-    """Refuse a config of more layers than there are tensors, before any layer is made.
+    """Refuse a config with more layers than tensors, before any layer is made.
 
     Raises:
-        CheckpointError: it is one.
+        CheckpointError: it has more.
     """
     if n_layers > len(source):
         raise CheckpointError(
@@ -124,12 +124,12 @@ def convert(
 
     Args:
         rules: with layers filled in.
-        source: what is read.
-        dtype: what the tensors will be turned into; they are yielded as they are stored.
+        source: the tensors to read.
+        dtype: that the tensors will be converted to; they are yielded as stored.
 
     Raises:
         CheckpointError: a tensor with an entry that is NaN, above `LARGEST_WEIGHT`, or beyond what
-            that dtype holds.
+            the range of that dtype.
     """
     for r in rules:
         read = tuple(_finite(name, source.read(name), dtype) for name in r.sources)
@@ -158,7 +158,7 @@ def revert(rules: Iterable[Rule], tensors: Mapping[str, Tensor]) -> Iterator[tup
 
 
 def _shape_problems(r: Rule, source: Shapes, target: Shapes) -> list[str]:
-    """Find the shapes a rule would produce, without any data."""
+    """Return the shapes that a rule would produce, without data."""
     empty = tuple(torch.empty(source[name], device="meta") for name in r.sources)
     shown = ", ".join(f"{name} {source[name]}" for name in r.sources)
     try:
@@ -166,7 +166,7 @@ def _shape_problems(r: Rule, source: Shapes, target: Shapes) -> list[str]:
         back = r.transform.revert(converted)
     except (IndexError, RuntimeError, ValueError):
         converted, back = (), ()
-    is_whole = [t.shape for t in back] == [t.shape for t in empty]  # else a part would be dropped
+    is_whole = [t.shape for t in back] == [t.shape for t in empty]  # otherwise a part would be lost
     if not is_whole or len(converted) != len(r.targets):
         return [f"{shown} has not the axes it should have"]
     got = [tuple(t.shape) for t in converted]

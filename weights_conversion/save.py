@@ -1,4 +1,4 @@
-"""From a network to a directory that transformers loads: whole, or not at all."""
+"""Writing a network atomically to a directory that transformers loads."""
 
 from __future__ import annotations
 

@@ -25,9 +25,9 @@ from weights_conversion.weight_files import find_weights, stale
 HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.jinja", "*.pt")
 ADAPTER_CONFIG = "adapter_config.json"
 HUB_BIN_FILES = ("pytorch_model*.bin",)
-"""Fetched if there are no safetensors; most who publish these publish the same twice."""
+"""Fetched only without safetensors, as most repositories have both formats."""
 PLAIN_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-"""Of weights: in fewer bits a number means nothing without a scale."""
+"""Dtypes of weights; numbers with fewer bits need a scale."""
 _DTYPES = {
     "F16": torch.float16,
     "BF16": torch.bfloat16,
@@ -42,11 +42,11 @@ _DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-"""By safetensors' names; it has others, of fewer bits still."""
+"""By safetensors' names, which include dtypes of fewer bits."""
 
 
 class TensorSource(Protocol):
-    """Tensors by name, with what is known before any is read."""
+    """Tensors by name, with their shapes and dtypes, which are known before reading."""
 
     @property
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
@@ -59,16 +59,16 @@ class TensorSource(Protocol):
         ...
 
     def read(self, name: str) -> Tensor:
-        """Return one tensor, mapped from its file where that is possible."""
+        """Return one tensor, mapped from its file if possible."""
         ...
 
 
 class MemorySource:
-    """Tensors that are in memory, or mapped already.
+    """Tensors that are in memory, or already mapped.
 
     Args:
         tensors: by name.
-        lets_go: whether a tensor is given once, so that its memory is free for the next.
+        lets_go: whether a tensor is returned only once, which frees its memory for the next.
     """
 
     def __init__(self, tensors: Mapping[str, Tensor], lets_go: bool = False) -> None:
@@ -131,7 +131,7 @@ class SafetensorsSource:
 
 
 def open_torch_file(path: Path) -> MemorySource:
-    """Return the tensors of a `torch.save` file, mapped where it is a zip, read as data only.
+    """Return the tensors of a `torch.save` file, read as data only, and mapped if it is a zip.
 
     Raises:
         CheckpointError: damaged, holding anything but tensors by name, or more than the file does.
@@ -158,7 +158,7 @@ def open_torch_files(files: Mapping[Path, frozenset[str] | None]) -> MemorySourc
 
 
 def _refuse_adapter_alone(folder: Path) -> None:
-    """Refuse a folder that holds an adapter and no model, and say how to load it."""
+    """Refuse a folder with an adapter and no model, with the way to load it."""
     path = folder / ADAPTER_CONFIG
     if path.is_file():
         base = read_json(path, LARGEST_CONFIG).get("base_model_name_or_path")
@@ -179,7 +179,7 @@ def _require_file(path: Path) -> None:
 def _refuse_shard(
     path: Path, promised: frozenset[str] | None, names: Set[str], others: Set[str]
 ) -> None:
-    """Refuse a shard that repeats another's tensors or lacks what the index says it has."""
+    """Refuse a shard that repeats another's tensors or lacks tensors of the index."""
     if twice := others & names:
         raise CheckpointError(f"{min(twice)} stands in {path} and in another shard")
     if promised is not None and (lost := promised - names):
@@ -188,7 +188,7 @@ def _refuse_shard(
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Where a checkpoint lies, its `config.json` (None for a bare `.pt`), and its tensors."""
+    """The location of a checkpoint, its `config.json` (None for a bare `.pt`), and its tensors."""
 
     folder: Path
     config: dict[str, Any] | None
@@ -198,10 +198,10 @@ class Checkpoint:
         """Open the tensor files.
 
         Raises:
-            CheckpointError: there are none, or one is missing or damaged.
+            CheckpointError: there is no file, or one is missing or damaged.
 
         Warns:
-            UserWarning: the folder holds other weights than those that are read.
+            UserWarning: the folder has other weights, which are not read.
         """
         if self.config is None:
             return open_torch_file(self.tensor_files[0])
@@ -213,7 +213,7 @@ class Checkpoint:
         return open_torch_files(weights.files)
 
     def files(self) -> list[Path]:
-        """Return the files that tell this checkpoint's weights from any other's."""
+        """Return the files that identify this checkpoint's weights."""
         if self.config is None:
             return list(self.tensor_files)
         return [self.folder / "config.json", *find_weights(self.folder).files]

@@ -1,4 +1,4 @@
-"""Language benchmarks with interventions on: any hooked model in EleutherAI's lm-eval.
+"""Language benchmarks with interventions: any hooked model in EleutherAI's lm-eval.
 
 `benchmarks` lists what the papers ran; `lm.HookedHybridLM` is the model class (it needs lm-eval:
 `pip install 'hooked-hybrid[eval]'`); `running.evaluate` runs tasks in several forms, and
@@ -11,8 +11,8 @@
 from pathlib import Path
 
 PLUGIN = Path(__file__).parent / "lm_eval.yaml"
-"""A task file that makes `--model hooked_hybrid` known to lm-eval's own program."""
+"""A task file that registers `--model hooked_hybrid` in lm-eval's own program."""
 OWN_TASKS = Path(__file__).parent / "own_tasks"
-"""Tasks that come with this library, for `--include_path`: small, and there without a network."""
+"""Small tasks of this library, for `--include_path`, which need no network."""
 
 __all__ = ["OWN_TASKS", "PLUGIN"]

@@ -1,7 +1,7 @@
 """lm-eval's own program with `--model hooked_hybrid` in it: `python -m hooked_hybrid.evaluation`.
 
-lm-eval finds models in a table of its own and looks for no others, so that its program must be
-started by somebody who registers one: this module. It takes every argument of `lm_eval`.
+lm-eval finds models only in its own table, so this module registers one and then starts lm-eval's
+program. It accepts every argument of `lm_eval`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Batches by length, as many rows as asked for or as there is room for."""
+"""Batches by length, with a given number of rows or as many as fit the memory."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from hooked_hybrid.hooks.point import HookPoint
 
 MOST_ROWS = 64
-"""Rows that `batch_size="auto"` begins with; a memory error halves it."""
+"""Initial rows of `batch_size="auto"`; a memory error halves them."""
 
 BatchSize = int | Literal["auto"]
 T = TypeVar("T")
@@ -18,10 +18,10 @@ R = TypeVar("R")
 
 
 class Batching:
-    """How many rows a forward has.
+    """The number of rows of a forward.
 
     Args:
-        batch_size: rows; "auto" takes `most`, and half as many whenever memory has no room.
+        batch_size: rows; "auto" begins with `most`, and halves it at each memory error.
         may_pad: whether a batch may have rows of several lengths.
         most: see above.
 
@@ -41,10 +41,10 @@ class Batching:
         length: Callable[[T], int],
         forward: Callable[[Sequence[T]], R],
     ) -> Iterator[tuple[Sequence[T], R]]:
-        """Yield each batch with what `forward` gives for it, the longest items first.
+        """Yield each batch with the result of `forward`, the longest items first.
 
         Raises:
-            MemoryError, torch.OutOfMemoryError: as `forward`, where batches may not be halved.
+            MemoryError, torch.OutOfMemoryError: as `forward`, if batches may not be halved.
         """
         left = sorted(items, key=lambda item: -length(item))
         while left:

@@ -1,4 +1,4 @@
-"""The language benchmarks of the papers, as data: what was run, how, and what came out."""
+"""The language benchmarks of the papers, as data: their runs and results."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hooked_hybrid.niah.report.published import THESIS
 
 @dataclass(frozen=True)
 class Gap:
-    """How far a form lies below the base form, in points of the benchmark's score (0 to 100)."""
+    """Distance of a form below the base form, in points of the benchmark's score (0 to 100)."""
 
     points: float
     is_rounded: bool = False
@@ -25,14 +25,14 @@ class Benchmark:
     """One benchmark of a paper.
 
     Args:
-        name: as the paper calls it.
-        figure: where the paper shows it: over all, and by subtask.
+        name: in the paper.
+        figure: of the paper: over all, and by subtask.
         tasks: lm-eval's names.
         num_fewshot: examples before each question.
-        chat: whether prompts are conversations, in the chat template of the model.
-        multiturn: whether each example is a turn of its own.
+        chat: whether prompts are conversations in the model's chat template.
+        multiturn: whether each example is a separate turn.
         forms: names in `forms.FORMS`, the base first.
-        stage: where heads are silenced; log-likelihoods are scored in prefill.
+        stage: the stages with zeroed heads; log-likelihoods are scored in prefill.
         mean: how the subtasks are averaged: "documents" gives each question the same weight, as
             lm-eval does where its group says so, "tasks" each task.
         model: the paper's.

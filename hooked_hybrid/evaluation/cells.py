@@ -1,4 +1,4 @@
-"""Results of an evaluation, one file for each task and form: what is there is not run again."""
+"""Results of an evaluation, one file for each task and form; existing ones are not run again."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class EvaluationCells:
     Args:
         folder: new, empty, or that of the same experiment; one without a cell may change it.
         experiment: what the cells depend on, as JSON-able values.
-        resume: go on with what the folder holds.
+        resume: continue the results in the folder.
 
     Raises:
         FileExistsError: the folder is not empty and `resume` is false, or it is not an evaluation
@@ -96,16 +96,16 @@ class EvaluationCells:
             _write(path, {"format": FORMAT, **now})
 
     def get(self, task: str, form: str) -> Cell | None:
-        """Return a cell, or None where it has not been run."""
+        """Return a cell, or None if it has not been run."""
         path = self._path(task, form)
         return _cell_in(path) if path.exists() else None
 
     def add(self, cell: Cell) -> None:
-        """Write a cell, whole or not at all."""
+        """Write a cell atomically."""
         _write(self._path(cell.task, cell.form), asdict(cell))
 
     def note(self, call: Mapping[str, Any]) -> None:
-        """Keep what a call asked for, in addition to earlier ones."""
+        """Record the arguments of a call, in addition to earlier ones."""
         now = json.loads(json.dumps(call))
         before = [other for other in calls_of(self.folder) if other != now]
         _write(self.folder / CALLS, [*before, now])
@@ -179,7 +179,7 @@ def _cell_in(path: Path) -> Cell:
 
 
 def _require_types(cell: Cell) -> None:
-    """Raise TypeError where a field is of another kind than was written."""
+    """Raise TypeError if a field has another type than was written."""
     kinds: dict[type | tuple[type, ...], str] = {
         str: "task form main by stage asked",
         int: "n_documents n_fewshot",

@@ -1,4 +1,4 @@
-"""Forms in which a model is evaluated: whole, with few heads, without any, and a control."""
+"""Forms in which a model is evaluated: with all heads, with few, without any, and a control."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SPARSE_K = 5
 class Form:
     """A model with `k` heads kept in each attention layer and position; None keeps all.
 
-    `by` says which heads: the most peaked ones ("entropy", "l2"), or some at random ("random").
+    `by` selects the heads: the most peaked ones ("entropy", "l2"), or random ones ("random").
     """
 
     name: str
@@ -27,7 +27,7 @@ class Form:
     by: HeadChoice = "entropy"
 
     def hooks(self, cfg: HybridConfig) -> list[HookSpec]:
-        """Return the hooks that make it.
+        """Return the hooks of the form.
 
         Raises:
             ValueError: another choice of heads, no attention layer, or a `k` that is below 0 or
@@ -57,13 +57,13 @@ FORMS: dict[str, Form] = {
 
 
 def form_of(k: int) -> Form:
-    """Return the form with `k` heads, under the thesis's name where it has one."""
+    """Return the form with `k` heads, with the thesis's name if it has one."""
     named = (form for form in FORMS.values() if form.k == k and form.by == "entropy")
     return next(named, Form(f"k={k}", k))
 
 
 def title(form: Form) -> str:
-    """Return a form's name and how many heads it keeps."""
+    """Return a form's name and number of heads."""
     if form.k is None or form.name == f"k={form.k}":
         return form.name
     return f"{form.name} (k={form.k}{', at random' if form.by == 'random' else ''})"

@@ -1,4 +1,4 @@
-"""How far a form lies below the whole model: by task, and over the tasks of a benchmark."""
+"""Differences between the whole model and a form: by task, and over the tasks of a benchmark."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ class Estimate:
 
 
 def scale(cell: Cell) -> float:
-    """Return by what a metric is multiplied to be shown: 100 for shares, else 1."""
+    """Return the factor of a metric in tables: 100 for shares, else 1."""
     return 100.0 if cell.main.split(",")[0] in SHARES else 1.0
 
 
 def score_of(cell: Cell) -> Estimate:
-    """Return a cell's figure as it is shown."""
+    """Return a cell's figure for tables."""
     shown = scale(cell)
     stderr = None if cell.stderr is None else cell.stderr * shown
     ends = _normal(cell.value * shown, stderr)
@@ -48,7 +48,7 @@ def score_of(cell: Cell) -> Estimate:
 
 
 def gap(base: Cell, other: Cell) -> Estimate:
-    """Return base minus form, as shown.
+    """Return base minus form, for tables.
 
     Where the metric is a mean over documents standard error and interval are those of the mean
     difference: both forms saw the same documents. Else they are those of two independent figures,
@@ -81,7 +81,7 @@ def mean(
     Args:
         parts: one figure a task.
         sizes: documents of each.
-        by: what counts the same: each document, or each task.
+        by: the unit of equal weight: each document, or each task.
     """
     weights = [float(n) if by == "documents" else 1.0 for n in sizes]
     weights = [weight / sum(weights) for weight in weights]
