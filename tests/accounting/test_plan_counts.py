@@ -313,6 +313,7 @@ def test_what_no_device_holds_goes_to_the_cpu_and_then_to_the_disk_to_the_byte()
     [
         (0, "0 B"), (999, "999 B"), (KB, "1 KB"), (99_960, "100 KB"), (100 * KB, "100 KB"),
         (123_456, "123 KB"), (12_345, "12.3 KB"), (MB, "1 MB"), (999 * MB, "999 MB"), (GB, "1 GB"),
+        (99_600 * KB, "99.6 MB"),
         (1500 * MB, "1.5 GB"), (TB, "1 TB"), (2500 * TB, "2500 TB"),
     ],
 )  # fmt: skip

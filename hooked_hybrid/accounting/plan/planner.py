@@ -152,7 +152,7 @@ class Planner:
             n = n_held - done
             if not is_last:
                 n = self._most(done, n - 1, is_first, bool(tail), room)
-            if n < 0 or (is_last and not is_first and n == 0):
+            if n < 0:
                 return None
             others = tail if is_last else range(0)
             used = self.usage(range(done, done + n), others, is_first, bool(tail))
