@@ -19,7 +19,7 @@ from tests.pretended_gpu.stages import QUIET
 
 SIZES: dict[str, Any] = {"d_model": 32, "d_head": 8, "d_mlp": 32, "d_vocab": 61}
 MODELS: dict[str, HybridConfig] = {
-    "griffin": presets.griffin("RRARRA", d_rnn=32, n_keys=64, **SIZES),
+    "griffin": presets.griffin("RARA", d_rnn=32, n_keys=64, **SIZES),
     "jamba": presets.jamba("MMAM", d_inner=64, d_state=16, dt_rank=8, **SIZES),
 }
 """Sizes that every kernel takes, in bf16 on Hopper."""

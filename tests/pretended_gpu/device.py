@@ -168,9 +168,9 @@ def _inside(x: Any, tensors: list[Tensor]) -> Any:
     if isinstance(x, Tensor):
         tensors.append(x)
         return x.elem if isinstance(x, Pretended) else x
-    if isinstance(x, dict):
-        return {key: _inside(value, tensors) for key, value in x.items()}
-    return type(x)(_inside(i, tensors) for i in x) if type(x) in (tuple, list) else x
+    if type(x) in (tuple, list):
+        return type(x)([_inside(i, tensors) for i in x])
+    return {key: _inside(i, tensors) for key, i in x.items()} if isinstance(x, dict) else x
 
 
 @contextlib.contextmanager
