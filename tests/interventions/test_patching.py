@@ -59,7 +59,7 @@ def each_way(
 
     yield "whole", whole(input=tokens)
     logits, state = [], None
-    for part in tokens.split([5, 4, 8, *[1] * 6], dim=1):
+    for part in tokens.split([5, 4, 11, 1, 1, 1], dim=1):
         out, state = whole(input=part, state=state, return_state=True)
         logits.append(out)
     yield "steps", torch.cat(logits, dim=1)
