@@ -211,7 +211,7 @@ KILL = textwrap.dedent(
     install_import_hook("hooked_hybrid", "tests.checking.when_called")  # hooks count by their code
     from tests.niah.test_sweep import QUIET, all_settings, kill_prompts, model_of
     from hooked_hybrid.niah.sweep import niah
-    model, prompts, settings = model_of("griffin"), kill_prompts(), all_settings()
+    model, prompts, settings = model_of("griffin"), kill_prompts(10), all_settings()
 
     def start(folder):
         child = os.fork()
@@ -237,15 +237,16 @@ KILL = textwrap.dedent(
 
 
 @cache
-def kill_prompts() -> tuple[Prompt, ...]:
-    return tuple(grid(model_of("griffin"), [PAPER], LENGTHS, [i / 19 for i in range(20)]))
+def kill_prompts(n_depths: int = 20) -> tuple[Prompt, ...]:
+    depths = [i / (n_depths - 1) for i in range(n_depths)]
+    return tuple(grid(model_of("griffin"), [PAPER], LENGTHS, depths))
 
 
 def test_a_run_killed_at_30_random_instants_ends_as_an_undisturbed_one(tmp_path: Path):
     root = str(Path(__file__).parent.parent.parent)
     subprocess.run([sys.executable, "-c", KILL.format(root=root), tmp_path], check=True)
     undisturbed, *disturbed = sorted(tmp_path.iterdir(), key=lambda folder: int(folder.name))
-    n_settings, n_kept = len(all_settings()), 0
+    prompts, n_settings, n_kept = kill_prompts(10), len(all_settings()), 0
     for folder in disturbed:
         with sqlite3.connect(folder / FILE) as kept:
             rows = kept.execute("SELECT count(*) FROM cells GROUP BY prompt_id").fetchall()
@@ -253,8 +254,8 @@ def test_a_run_killed_at_30_random_instants_ends_as_an_undisturbed_one(tmp_path:
         n_kept += len(rows)
     assert n_kept
     whole, *ends = (
-        niah(model_of("griffin"), kill_prompts(), all_settings(), out=folder, resume=True, **QUIET)
+        niah(model_of("griffin"), prompts, all_settings(), out=folder, resume=True, **QUIET)
         for folder in (undisturbed, *disturbed)
     )
-    assert len(whole) == len(kill_prompts()) * n_settings
+    assert len(whole) == len(prompts) * n_settings
     assert all(same_but_for_times(end, whole) for end in ends)
