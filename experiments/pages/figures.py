@@ -31,13 +31,23 @@ def cells_of(table: pd.DataFrame, setting: str, inside: bool | None = True) -> F
 
     `inside` the window, beyond it, or (None) of both.
     """
-    rows = table[table["setting"] == setting]
-    rows = rows if inside is None else rows[rows["inside"] == int(inside)]
-    if rows.empty:
+    values, needles = _cells(table, setting, inside)
+    if not values:
         return None
-    values = [v for r in rows.itertuples() for v in [r.total / r.n] * r.n]
-    needles = [r.needle for r in rows.itertuples() for _ in range(r.n)]
     return Figure(sum(values) / len(values), *mean_interval(values, needles, SHARE))
+
+
+def _cells(
+    table: pd.DataFrame, setting: str, inside: bool | None = True
+) -> tuple[list[float], list[str]]:
+    """Return the accuracy of each cell of a setting, and its needle."""
+    is_meant = table["setting"] == setting
+    rows = table[is_meant if inside is None else is_meant & (table["inside"] == int(inside))]
+    n, needles = rows["n"].tolist(), rows["needle"].tolist()
+    values = [total / of for total, of in zip(rows["total"].tolist(), n, strict=True)]
+    return [v for v, of in zip(values, n, strict=True) for _ in range(of)], [
+        needle for needle, of in zip(needles, n, strict=True) for _ in range(of)
+    ]
 
 
 def figure_of(key: str) -> Figure:
@@ -102,8 +112,13 @@ def sets_of(results: Kept, choice: str) -> list[str]:
 
 def rank(results: Kept, choice: str, column: str) -> Figure:
     """Return where a choice of heads stands among the sets of its size: a column of `RANKS`."""
-    of = {s: cells_of(results.table, s) for s in [choice, *sets_of(results, choice)]}
-    own, *others = (f.value for f in of.values() if f is not None)
+    return Figure(ranks(results, choice)[column], is_share=not column.startswith("n_"))
+
+
+def ranks(results: Kept, choice: str) -> dict[str, float]:
+    """Return where a choice of heads stands among the sets of its size: all columns of `RANKS`."""
+    of = [_cells(results.table, s)[0] for s in [choice, *sets_of(results, choice)]]
+    own, *others = (sum(values) / len(values) for values in of if values)
     if not others:
         raise ValueError(f"{results.name}@{choice}: no set of heads of its size")
     found = {
@@ -115,4 +130,4 @@ def rank(results: Kept, choice: str, column: str) -> Figure:
         "lowest": min(others),
         "highest": max(others),
     }
-    return Figure(float(found[column]), is_share=not column.startswith("n_"))
+    return {column: float(value) for column, value in found.items()}

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pandas as pd
 
-from experiments.pages.figures import RANKS, Figure, cells_of, rank, sets_of
+from experiments.pages.figures import RANKS, Figure, cells_of, ranks, sets_of
 from experiments.pages.results import kept
 
 
@@ -75,7 +75,7 @@ def chosen(name: str) -> str:
         sets = sets_of(results, choice) if "#" not in choice else []
         if not sets or choice in ("whole", "no heads") or ", overall " in choice:
             continue
-        of = {c: rank(results, choice, c).value for c in RANKS}
+        of = ranks(results, choice)
         kind = "all" if sets[0].startswith("every") else "drawn"
         n, below, equal, above = (int(of[c]) for c in RANKS[:4])
         mean, lowest, highest = (100 * of[c] for c in RANKS[4:])
