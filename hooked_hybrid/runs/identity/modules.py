@@ -34,6 +34,7 @@ _STORED_AS = {
     "hooked_hybrid.model.cache": "hooked_hybrid.cache",
     "hooked_hybrid.model.hybrid": "hooked_hybrid.model",
     "hooked_hybrid.hooks.transforms": "hooked_hybrid.transforms",
+    "hooked_hybrid.network.elementwise": "hooked_hybrid.network.layers",
     "hooked_hybrid.niah.settings.setting": "hooked_hybrid.niah.settings",
     "hooked_hybrid.text.tokenizer": "hooked_hybrid.tokenizer",
 }
