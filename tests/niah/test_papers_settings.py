@@ -32,7 +32,7 @@ from hooked_hybrid.runs.identity.values import describe
 from tests.tolerances import FP32_PARITY
 
 QUIET: dict[str, Any] = {"verbose": False, "max_new_tokens": 30}
-FEW = 16
+FEW = 8
 BRIEF = QUIET | {"max_new_tokens": FEW}
 NAMES = ("tiny-griffin", "tiny-jamba")
 each = pytest.mark.parametrize("name", NAMES)
