@@ -15,6 +15,7 @@ from experiments.pages.writing import BLOCK
 def page(name: str) -> str:
     """Return the words of a page outside its tables, a blank between any two."""
     text = BLOCK.sub("", (DOCS / f"{name}.md").read_text(encoding="utf-8"))
+    text = re.sub("<!--=.*?-->", "", text)
     return " ".join(text.replace("**", "").split())
 
 
