@@ -1,9 +1,4 @@
-"""Layers that are not one mixer and one MLP behind norms, made of toy parts and of known ones.
-
-"halves" has a mixer or an MLP in each layer, "side by side" attention beside a recurrence with a
-scale on every write, on the embedding and on the logits, "norms" norms on writes, on queries and on
-keys.
-"""
+"""Layers that are not one mixer and one MLP behind norms: see `tests.layer_configs`."""
 
 from __future__ import annotations
 
@@ -18,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from hooked_hybrid import HookedHybrid, HookPoint, HybridConfig, HybridState, fold_ln, unfold_ln
+from hooked_hybrid import HookedHybrid, HookPoint, HybridState, fold_ln, unfold_ln
 from hooked_hybrid.accounting import count_parameters, prefill_flops, state_bytes
 from hooked_hybrid.accounting.plan.machine import Machine
 from hooked_hybrid.accounting.plan.planning import plan
@@ -40,7 +35,6 @@ from hooked_hybrid.config import (
     MoEConfig,
     QKNormConfig,
     RGLRUConfig,
-    RotaryConfig,
 )
 from hooked_hybrid.interventions import (
     ablate_layers,
@@ -59,45 +53,13 @@ from hooked_hybrid.network.placement import place
 from hooked_hybrid.network.weights.quantized import quantizable, quantize_weights
 from hooked_hybrid.niah.settings.papers import control_settings, layer_settings
 from hooked_hybrid.runs.identity.model import config_identity
-from tests.models import D_VOCAB, random_model, random_tokens, relative
+from tests.layer_configs import ATTENTION, CONFIGS, EMA, ROTARY, SQUARED, config
+from tests.models import random_model, random_tokens, relative
 from tests.tolerances import FP32_PARITY, INT8
 from tests.toy_mixer import Ema, EmaConfig
 from tests.toy_mlp import SquaredConfig, SquaredMLP
 from weights_conversion.errors import CheckpointError
 
-EMA, SQUARED = EmaConfig(4, 8), SquaredConfig(20)
-ATTENTION = AttentionConfig(4, 2, 6, n_keys=7)
-ROTARY = replace(ATTENTION, rotary=RotaryConfig(4), out_bias=True)
-
-
-def config(*layers: LayerConfig, **changes: Any) -> HybridConfig:
-    return HybridConfig(d_model=24, d_vocab=D_VOCAB, layers=layers, **changes)
-
-
-CONFIGS = {
-    "halves": config(
-        LayerConfig(EMA, None),
-        LayerConfig(None, SQUARED),
-        LayerConfig(ATTENTION, None),
-        LayerConfig(None, GatedMLPConfig(20)),
-    ),
-    "side by side": config(
-        LayerConfig(
-            (replace(ROTARY, write_scale=0.5), replace(EMA, write_scale=1.7)),
-            replace(SQUARED, write_scale=0.8),
-        ),
-        LayerConfig((ATTENTION, RGLRUConfig(32, 4)), MoEConfig(4, 2, 20, write_scale=1.3)),
-        LayerConfig(MambaConfig(48, 5, 3, write_scale=0.7), GatedMLPConfig(20, write_scale=2.0)),
-        embedding_scale=3.0,
-        logits_scale=0.25,
-    ),
-    "norms": config(
-        LayerConfig(EMA, SQUARED),
-        LayerConfig(replace(ROTARY, qk_norm=QKNormConfig("all")), SQUARED, norm="post"),
-        LayerConfig((replace(ATTENTION, qk_norm=QKNormConfig("head")), EMA), SQUARED, norm="both"),
-        LayerConfig(None, MoEConfig(4, 2, 20), norm="post"),
-    ),
-}
 every = pytest.mark.parametrize("name", CONFIGS)
 
 

@@ -24,6 +24,7 @@ from torch import Tensor  # noqa: E402
 from torch.utils._pytree import tree_flatten  # noqa: E402
 
 from hooked_hybrid import HookedHybrid  # noqa: E402
+from tests.layer_configs import CONFIGS as LAYERS  # noqa: E402
 from tests.models import (  # noqa: E402
     CONFIGS,
     griffin_config,
@@ -101,7 +102,10 @@ def run(fn: Scenario, model: HookedHybrid, key: str, device: str | None) -> Any:
 
 def rows_of(name: str) -> list[dict[str, Any]]:
     """Return a row for each run: whether it raised, and how it differs from a CPU's."""
-    whole = _rows_of(name, tiny_model(name), {key: STAGES[key] for key in FEW})
+    few = {key: STAGES[key] for key in FEW}
+    if name in LAYERS:
+        return _rows_of(name, random_model(LAYERS[name]), few)
+    whole = _rows_of(name, tiny_model(name), few)
     if name not in SHALLOW:
         return whole
     return whole + _rows_of(name, random_model(SHALLOW[name]), scenarios_of(name))
@@ -160,7 +164,9 @@ def through(door: Door) -> str | None:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("out", type=Path)
-    parser.add_argument("what", nargs="+", choices=[*CONFIGS, "doors", "faults", "budgets"])
+    parser.add_argument(
+        "what", nargs="+", choices=[*CONFIGS, *LAYERS, "doors", "faults", "budgets"]
+    )
     given = parser.parse_args()
     torch.set_num_threads(1)
     warnings.simplefilter("error", UserWarning)  # a kernel that is left out says so by one

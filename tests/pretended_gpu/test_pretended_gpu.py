@@ -19,6 +19,7 @@ import pytest
 from filelock import FileLock
 
 from hooked_hybrid import analysis, interventions
+from tests.layer_configs import CONFIGS as LAYERS
 from tests.models import CONFIGS
 from tests.pretended_gpu import guard
 
@@ -51,7 +52,7 @@ def found(factory: pytest.TempPathFactory) -> dict[str, Any]:
     out = folder / "pretended-gpu.json"
     with FileLock(f"{out}.lock"):
         if not out.exists():
-            what = [*CONFIGS, "faults", "budgets", "doors"]
+            what = [*CONFIGS, *LAYERS, "faults", "budgets", "doors"]
             command = [sys.executable, "-m", "tests.pretended_gpu.run", str(out), *what]
             root = HERE.parent.parent
             run = subprocess.run(command, capture_output=True, text=True, cwd=root)
@@ -64,7 +65,7 @@ def rows_of(model: str, factory: pytest.TempPathFactory) -> list[dict[str, Any]]
 
 
 @needs_a_guard
-@pytest.mark.parametrize("model", CONFIGS)
+@pytest.mark.parametrize("model", [*CONFIGS, *LAYERS])
 def test_nothing_mixes_devices_and_values_are_a_cpus(model: str, tmp_path_factory):
     rows = rows_of(model, tmp_path_factory)
     bad = [(r["scenario"], r["inputs"], r["error"] or r["difference"]) for r in rows]

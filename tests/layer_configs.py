@@ -1,0 +1,60 @@
+"""Models whose layers are not one mixer and one MLP behind norms, of toy parts and of known ones.
+
+"halves" has a mixer or an MLP in each layer, "side by side" attention beside a recurrence with a
+scale on every write, on the embedding and on the logits, "norms" norms on writes, on queries and on
+keys.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from hooked_hybrid import HybridConfig
+from hooked_hybrid.config import (
+    AttentionConfig,
+    GatedMLPConfig,
+    LayerConfig,
+    MambaConfig,
+    MoEConfig,
+    QKNormConfig,
+    RGLRUConfig,
+    RotaryConfig,
+)
+from tests.models import D_VOCAB
+from tests.toy_mixer import EmaConfig
+from tests.toy_mlp import SquaredConfig
+
+EMA, SQUARED = EmaConfig(4, 8), SquaredConfig(20)
+ATTENTION = AttentionConfig(4, 2, 6, n_keys=7)
+ROTARY = replace(ATTENTION, rotary=RotaryConfig(4), out_bias=True)
+
+
+def config(*layers: LayerConfig, **changes: Any) -> HybridConfig:
+    return HybridConfig(d_model=24, d_vocab=D_VOCAB, layers=layers, **changes)
+
+
+CONFIGS = {
+    "halves": config(
+        LayerConfig(EMA, None),
+        LayerConfig(None, SQUARED),
+        LayerConfig(ATTENTION, None),
+        LayerConfig(None, GatedMLPConfig(20)),
+    ),
+    "side by side": config(
+        LayerConfig(
+            (replace(ROTARY, write_scale=0.5), replace(EMA, write_scale=1.7)),
+            replace(SQUARED, write_scale=0.8),
+        ),
+        LayerConfig((ATTENTION, RGLRUConfig(32, 4)), MoEConfig(4, 2, 20, write_scale=1.3)),
+        LayerConfig(MambaConfig(48, 5, 3, write_scale=0.7), GatedMLPConfig(20, write_scale=2.0)),
+        embedding_scale=3.0,
+        logits_scale=0.25,
+    ),
+    "norms": config(
+        LayerConfig(EMA, SQUARED),
+        LayerConfig(replace(ROTARY, qk_norm=QKNormConfig("all")), SQUARED, norm="post"),
+        LayerConfig((replace(ATTENTION, qk_norm=QKNormConfig("head")), EMA), SQUARED, norm="both"),
+        LayerConfig(None, MoEConfig(4, 2, 20), norm="post"),
+    ),
+}
