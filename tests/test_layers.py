@@ -613,3 +613,11 @@ def test_families_refuse_what_their_config_has_no_setting_for(name: str, tmp_pat
     with pytest.raises(CheckpointError):
         model_of(name).save_pretrained(tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@every
+def test_norms_are_counted_as_they_are_there(name: str):
+    blocks = model_of(name).blocks
+    norms = [(b.ln1, b.ln1_post, b.ln2, b.ln2_post) for b in blocks]
+    counts = [sum(norm is not None for norm in of_block) for of_block in norms]
+    assert [layer.n_norms for layer in CONFIGS[name].layers] == counts

@@ -127,7 +127,7 @@ def _flops(
             if mixer.grows:
                 n_pairs = pairs_of(mixer.window(of))
                 found[mixer.row] += mixer.pair_operations(of) * (n_layers * n_pairs)
-    n_norms = n_block_norms(cfg) * n_tokens + n_logits
+    n_norms = sum(layer.n_norms for layer in cfg.layers) * n_tokens + n_logits
     found["norms"] = Flops(elementwise=n_norms * norm(cfg.d_model))
     if cfg.scale_embedding or cfg.embedding_scale != 1:
         found["embedding"] = Flops(elementwise=n_tokens * cfg.d_model)
@@ -149,14 +149,6 @@ def parts_of_layer(layer: LayerConfig) -> Iterator[tuple[type[Part], PartConfig]
         yield mixer_of(mixer), mixer
     if layer.mlp is not None:
         yield mlp_of(layer.mlp), layer.mlp
-
-
-def n_block_norms(cfg: HybridConfig) -> int:
-    """Return the norms of all blocks, before mixers and MLPs and on what they write."""
-    halves = {"pre": 1, "post": 1, "both": 2}
-    return sum(
-        halves[layer.norm] * (bool(layer.mixers) + (layer.mlp is not None)) for layer in cfg.layers
-    )
 
 
 class Ratio(NamedTuple):
@@ -250,7 +242,7 @@ def _layers(cfg: HybridConfig) -> dict[str, int]:
     counts = Counter(
         kind for layer in cfg.layers for part, _ in parts_of_layer(layer) for kind in part.rows()
     )
-    return {**counts, "norms": n_block_norms(cfg) + 1}
+    return {**counts, "norms": sum(layer.n_norms for layer in cfg.layers) + 1}
 
 
 def _require(least: int, **values: int) -> None:

@@ -57,6 +57,12 @@ class LayerConfig:
         return next(iter(self._recurrences), None)
 
     @property
+    def n_norms(self) -> int:
+        """Norms on what its mixers and its MLP read from the stream and write to it."""
+        of_half = 2 if self.norm == "both" else 1
+        return of_half * (bool(self.mixers) + (self.mlp is not None))
+
+    @property
     def _attention(self) -> list[AttentionConfig]:
         return [mixer for mixer in self.mixers if isinstance(mixer, AttentionConfig)]
 
