@@ -16,7 +16,7 @@ install: $(VENV)/.installed
 # What the experiments need; the tests need more.
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[niah]"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable .
 	touch $@
 
 $(VENV)/.installed: pyproject.toml constraints.txt

@@ -21,6 +21,8 @@ from hooked_hybrid.presets import configs as presets
 if TYPE_CHECKING:
     from hooked_hybrid import analysis, interventions
 
+__version__ = "0.1.0"  # pyproject.toml reads it here
+
 __all__ = [
     "ActivationCache",
     "FactoredMatrix",
@@ -33,6 +35,7 @@ __all__ = [
     "HybridConfig",
     "HybridState",
     "NotSupported",
+    "__version__",
     "analysis",
     "fold_ln",
     "get_act_name",

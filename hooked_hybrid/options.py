@@ -33,12 +33,8 @@ UnsetType = Literal[Unset.UNSET]
 EXTRAS = {
     "accelerate": "offload",
     "lm_eval": "eval",
-    "matplotlib": "analysis",
-    "pandas": "analysis",
     "ray": "ray",
-    "rich": "niah",
     "torchao": "quantized",
-    "typer": "niah",
 }
 """Packages, and the extra of hooked-hybrid that installs each."""
 

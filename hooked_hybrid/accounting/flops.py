@@ -27,7 +27,6 @@ from hooked_hybrid.network.mixers import mixer_of
 from hooked_hybrid.network.mlps import mlp_of
 from hooked_hybrid.network.part import Part
 from hooked_hybrid.network.plan import PIECE
-from hooked_hybrid.options import require
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -207,7 +206,6 @@ def flops_table(
         `kind`, `layers` (how many there are of the kind), `products`, `scan`, `elementwise` and
         their `total` (useful pairs), `executed_products` and `dense_products`.
     """
-    require("pandas")
     import pandas as pd
 
     layers = _layers(cfg)

@@ -13,7 +13,6 @@ import torch
 from hooked_hybrid.config import HybridConfig, LayerConfig, MixerConfig
 from hooked_hybrid.network.block_state import kept_dtype
 from hooked_hybrid.network.mixers import mixer_of
-from hooked_hybrid.options import require
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -121,7 +120,6 @@ def memory_table(
     Returns:
         Columns `dtype`, `length`, those of `StateBytes`, `of_attention`, `of_recurrence`, `total`.
     """
-    require("pandas")
     import pandas as pd
 
     lines = []

@@ -15,7 +15,6 @@ from hooked_hybrid.network.mixers import MIXERS
 from hooked_hybrid.network.mlps import MLPS
 from hooked_hybrid.network.network import Network
 from hooked_hybrid.network.part import Part
-from hooked_hybrid.options import require
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -82,7 +81,6 @@ class ParameterCount:
         of the sum of the column, in which parts count twice. The percentages of Table 1 of Zani et
         al. (2025) are of the second kind: its recurrent block already holds its RG-LRU.
         """
-        require("pandas")
         import pandas as pd
 
         table = pd.DataFrame(self.rows, columns=list(ParameterRow._fields)).fillna({"part_of": ""})

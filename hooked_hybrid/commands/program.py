@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from importlib import import_module
-from importlib.util import find_spec
+from importlib import import_module, metadata
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,16 +36,11 @@ COMMANDS = {
     "reproduce": "hooked_hybrid.commands.papers",
 }
 """Commands, with the module of the function of the same name (- for _)."""
-NEEDED = ("typer", "rich", "pandas", "matplotlib")
 INTERRUPTED = 130
 
 
 def main() -> None:
-    """Run the program, or print how to install missing packages."""
-    if missing := [name for name in NEEDED if find_spec(name) is None]:
-        sys.exit(
-            f"error: hooked-hybrid needs {', '.join(missing)}: pip install 'hooked-hybrid[niah]'"
-        )
+    """Run the program."""
     build_app()()
 
 
@@ -60,7 +54,7 @@ def build_app() -> typer.Typer:
         pretty_exceptions_enable=False,
         help="Experiments on hybrid language models (recurrence + attention).",
     )
-    app.callback()(_keep_commands_named)
+    app.callback()(_program_options())
     command = _command()
     for name, module in COMMANDS.items():
         app.command(name, cls=command)(getattr(import_module(module), name.replace("-", "_")))
@@ -96,8 +90,28 @@ def _unread(parameter: Any, words: Sequence[str], message: str) -> str:
     return printable(f": {said}" if said else "")
 
 
-def _keep_commands_named() -> None:
-    """Experiments on hybrid language models (recurrence + attention)."""
+def _program_options() -> Callable[..., None]:
+    """Return the function of the program's own options."""
+    import typer
+
+    def show_version(asked: bool) -> bool:
+        if asked:
+            typer.echo(f"hooked-hybrid {metadata.version('hooked-hybrid')}")
+            raise typer.Exit
+        return asked
+
+    def program(
+        version: bool = typer.Option(
+            False,
+            "--version",
+            callback=show_version,
+            is_eager=True,
+            help="Print the version and exit.",
+        ),
+    ) -> None:
+        """Experiments on hybrid language models (recurrence + attention)."""
+
+    return program
 
 
 @contextmanager

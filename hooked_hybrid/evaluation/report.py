@@ -17,7 +17,6 @@ from hooked_hybrid.evaluation.gathered import gather
 from hooked_hybrid.evaluation.lines import Line, lines
 from hooked_hybrid.evaluation.picture import score_picture
 from hooked_hybrid.evaluation.running import Evaluation, Options
-from hooked_hybrid.options import require
 from hooked_hybrid.outputs.tables import markdown_cell, write_csv
 from hooked_hybrid.outputs.whole_files import replacing
 
@@ -79,7 +78,6 @@ def write(
 
 def results_table(evaluation: Evaluation) -> pd.DataFrame:
     """Return every metric of every cell: one row each, in lm-eval's own units."""
-    require("pandas")
     import pandas as pd
 
     columns = "task form k metric value stderr main documents fewshot chance seconds".split()

@@ -81,7 +81,7 @@ def evaluate(
         OSError: the results cannot be written, or another run writes there.
         ModuleNotFoundError: lm-eval is not installed; it says which extra brings it.
     """
-    require("lm_eval", "pandas")
+    require("lm_eval")
     with claim(out, resume), hash_once():
         return _evaluate(
             model, name, tasks, forms, options or Options(), out, resume, include_path, say, workers

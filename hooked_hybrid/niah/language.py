@@ -16,7 +16,6 @@ from hooked_hybrid.model.hybrid import HookedHybrid
 from hooked_hybrid.niah.needles import PAPER
 from hooked_hybrid.niah.prompts import Haystack, Prompt, build_prompt
 from hooked_hybrid.niah.settings.setting import Setting, hooks_of_rows
-from hooked_hybrid.options import require
 from hooked_hybrid.runs.intervals import mean_interval
 from hooked_hybrid.runs.work import Job, results
 
@@ -64,7 +63,6 @@ def text_loss(
     Raises:
         ValueError: `length` too short for needle and template, or `n_texts` below 2.
     """
-    require("pandas")
     import pandas as pd
 
     prompts, half, stop = texts_of(model, length, n_texts, documents)

@@ -27,7 +27,6 @@ from hooked_hybrid.niah.store_checks import (
     refuse_foreign_files,
     restrain,
 )
-from hooked_hybrid.options import require
 from hooked_hybrid.outputs.folders import (
     claim,
     holds_results,
@@ -132,7 +131,6 @@ class Store:
 
         For a file without real depths, `real_depth` is the requested depth.
         """
-        require("pandas")
         with _explain_errors(self.path):
             return _table(self.connection)
 

@@ -38,7 +38,7 @@ from hooked_hybrid.niah.settings.setting import (
     top_k_settings as top_k_settings,
 )
 from hooked_hybrid.niah.store import Store
-from hooked_hybrid.options import check_choice, check_count, refuse_ignored, require
+from hooked_hybrid.options import check_choice, check_count, refuse_ignored
 from hooked_hybrid.runs.identity.model import hash_once, model_identity
 from hooked_hybrid.runs.work import Item, Job, order_cells, results
 
@@ -90,9 +90,7 @@ def niah(
         HookNameError: a hook that matches nothing; before any prompt is run.
         FileExistsError: the folder is not empty and `resume` is false.
         OSError: the results cannot be written.
-        ModuleNotFoundError: pandas is not installed; it says which extra brings it.
     """
-    require("pandas")
     check_run(out, resume, max_new_tokens)
     check_choice("first_token_stage", first_token_stage, ("prefill", "generation"))
     chosen = _settings(settings)

@@ -7,7 +7,6 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hooked_hybrid.options import require
 from hooked_hybrid.outputs.whole_files import replacing
 
 if TYPE_CHECKING:
@@ -15,12 +14,7 @@ if TYPE_CHECKING:
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """Return a figure of a size in inches, without a window.
-
-    Raises:
-        ImportError: matplotlib is not installed; the message names the extra that installs it.
-    """
-    require("matplotlib")
+    """Return a figure of a size in inches, without a window."""
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), layout="constrained")

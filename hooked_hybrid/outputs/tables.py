@@ -8,7 +8,6 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hooked_hybrid.options import require
 from hooked_hybrid.outputs.foreign import printable
 from hooked_hybrid.outputs.whole_files import replacing
 
@@ -42,7 +41,6 @@ def read_csv(path: str | PathLike[str], texts: tuple[str, ...] = ("output",)) ->
         path: of the file.
         texts: columns in which every value is a text, including "NA" and "".
     """
-    require("pandas")
     import pandas as pd
 
     table = pd.read_csv(path)

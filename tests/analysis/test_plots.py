@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-
 import numpy as np
 import pytest
 import torch
@@ -146,20 +144,6 @@ def test_tokens_are_shown_with_their_blanks():
 
 def test_figures_are_none_of_pyplots():
     assert head_grid(SCORES).canvas.manager is None
-
-
-def test_without_matplotlib_the_error_names_the_extra(monkeypatch):
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    for draw in (
-        lambda: head_grid(SCORES),
-        lambda: pattern_map(torch.rand(2, 2)),
-        lambda: effective_attention_map(torch.rand(2, 2)),
-        lambda: attribution_bars([1.0], ["a"]),
-        lambda: residual_curves([1.0], ["a"]),
-        lambda: lens_map(torch.rand(1, 1), ["a"]),
-    ):
-        with pytest.raises(ImportError, match=r"hooked-hybrid\[analysis\]"):
-            draw()
 
 
 def test_errors_name_the_value_and_the_remedy():

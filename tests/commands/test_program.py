@@ -6,7 +6,6 @@ import io
 import re
 import shlex
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -344,17 +343,6 @@ def test_experiments_are_commands_of_one_program():
     result = CliRunner().invoke(cli.build_app(), ["--help"])
     assert "niah" in result.stdout
     assert CliRunner().invoke(cli.build_app(), ["no-such-command"]).exit_code == 2
-
-
-def test_without_the_extra_the_program_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(
-        cli, "find_spec", lambda name: None if name in ("rich", "pandas") else find_spec(name)
-    )
-    monkeypatch.setattr(sys, "argv", ["hooked-hybrid", "--help"])
-    with pytest.raises(
-        SystemExit, match=r"needs rich, pandas: pip install 'hooked-hybrid\[niah\]'"
-    ):
-        cli.main()
 
 
 def test_threads_are_set_and_a_small_model_gets_one(sweep: Sweep):

@@ -6,8 +6,6 @@ import dataclasses
 from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING, NamedTuple
 
-from hooked_hybrid.options import require
-
 if TYPE_CHECKING:
     import pandas as pd
 
@@ -45,7 +43,6 @@ class Quantization:
 
     def table(self) -> pd.DataFrame:
         """Return a line for each weight."""
-        require("pandas")
         import pandas as pd
 
         return pd.DataFrame(self.weights, columns=list(QuantizedWeight._fields))

@@ -24,7 +24,6 @@ from hooked_hybrid.niah.groups import MOST_ROWS, CellRows, shortest_window
 from hooked_hybrid.niah.prompts import Prompt
 from hooked_hybrid.niah.settings.setting import Setting
 from hooked_hybrid.niah.sweep import PromptsJob, check_run, compute_cells
-from hooked_hybrid.options import require
 
 if TYPE_CHECKING:
     import pandas
@@ -61,9 +60,7 @@ def cached_state(
         ValueError: no prompts, cases or ks, or one given twice; a k that a layer does not have; a
             folder of another experiment.
         FileExistsError: the folder is not empty and `resume` is false.
-        ModuleNotFoundError: pandas is not installed; names the extra that installs it.
     """
-    require("pandas")
     check_run(out, resume, max_new_tokens)
     settings = settings_of(cases, ks)
     if not prompts or len({prompt.id for prompt in prompts}) < len(prompts):
