@@ -25,7 +25,7 @@ assert weights_conversion.__file__.startswith(sys.prefix)
 assert importlib.util.find_spec("experiments") is None
 for name in ("tiny-griffin", "tiny-jamba"):
     model = HookedHybrid.from_pretrained(name)
-    assert "the old man" in model.generate("the old man", 2, verbose=False)
+    assert model.generate("the river", 2, verbose=False).startswith("the river")
 
 sys.argv[1:] = ["--version"]
 main()
