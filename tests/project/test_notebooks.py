@@ -54,12 +54,13 @@ def said(cell: NotebookNode) -> str:
     """Return a cell's printed text, its value as text, and a word for each picture."""
     parts = []
     for output in cell.get("outputs", ()):
-        if output.output_type == "stream":
+        if output.output_type == "stream":  # which comes in several pieces
             parts.append(output.text if output.name == "stdout" else "")
         elif "data" in output:
             is_picture = "image/png" in output.data
-            parts.append("[picture]" if is_picture else output.data.get("text/plain", ""))
-    return " ".join(" ".join(parts).split())
+            value = "[picture]" if is_picture else output.data.get("text/plain", "")
+            parts.append(f" {value} ")
+    return " ".join("".join(parts).split())
 
 
 def numbers_of(text: str) -> list[float]:
