@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from hooked_hybrid.analysis.metrics import Metric, measure
 from hooked_hybrid.analysis.patch_grid import PatchGrid
 from hooked_hybrid.hooks.attaching import HookSpec
-from hooked_hybrid.hooks.names import NameFilter, matching
+from hooked_hybrid.hooks.names import NameFilter, Shorthand, matching, names_in_layers
 from hooked_hybrid.hooks.slicing import Indices, whole_numbers
 from hooked_hybrid.interventions.patching import patch
 from hooked_hybrid.interventions.places import Positions, at_positions, read_positions
@@ -57,7 +57,8 @@ def generic_activation_patch(
         clean_cache: of the clean run, with the values of `names`; equally many rows, or one for
             all.
         metric: of the logits; [] or [batch].
-        names: hook points; each is a cell, or several with `axes`.
+        names: hook points in any spelling ("blocks.2.attn.hook_z", ("z", 2),
+            "blocks.*.attn.hook_z"), or a predicate; each is a cell, or several with `axes`.
         axes: also sweep over "pos", over "head" (key-value heads at keys and values), or both, in
             this order.
         positions: in the document: those to sweep over, or to patch together; the latter may be a
@@ -109,7 +110,7 @@ def patch_layers(
     corrupted_tokens: Tokens,
     clean_cache: Cache,
     metric: Metric,
-    leaf: str,
+    leaf: Shorthand,
     axes: Sequence[Axis] = ("pos",),
     **options: Any,
 ) -> PatchGrid:
@@ -117,15 +118,16 @@ def patch_layers(
 
     Args:
         model, corrupted_tokens, clean_cache, metric, axes, options: as there.
-        leaf: what follows `hook_`: "resid_pre", "q", "ssm_state", "gated", ...
+        leaf: what follows `hook_`: "resid_pre", "q", "ssm_state", "gated", ...; or names of at most
+            one point in each layer, in any spelling: ("q", 2), "blocks.*.attn.hook_q".
 
     Raises:
-        ValueError, HookNameError: as there; also a leaf that no layer has.
+        ValueError, HookNameError: as there; also a leaf that no layer has, and names of several
+            points in a layer.
     """
-    ending = f".hook_{leaf}"
-    where = lambda name: name.startswith("blocks.") and name.endswith(ending)  # noqa: E731
+    names = names_in_layers(leaf, model.hook_dict)
     grid = generic_activation_patch(
-        model, corrupted_tokens, clean_cache, metric, where, axes, **options
+        model, corrupted_tokens, clean_cache, metric, names, axes, **options
     )
     layers = tuple(model.hook_dict[name].layer() for name in grid.labels[0])
     return PatchGrid(grid.values, ("layer", *grid.axes[1:]), (layers, *grid.labels[1:]))
@@ -157,7 +159,7 @@ def patch_heads(
     tokens: Tokens,
     clean_cache: Cache,
     metric: Metric,
-    leaf: str = "z",
+    leaf: Shorthand = "z",
     by_position: bool = False,
     **options: Any,
 ) -> PatchGrid:
@@ -165,7 +167,7 @@ def patch_heads(
 
     Args:
         model, tokens, clean_cache, metric, options: as in `patch_layers`.
-        leaf: "z", "q", "k", "v", "pattern", ...
+        leaf: "z", "q", "k", "v", "pattern", ..., or names as in `patch_layers`.
         by_position: patch each position separately, [layer head pos].
 
     Raises:

@@ -9,8 +9,8 @@ state at one position, which changes later states too.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -21,7 +21,14 @@ from hooked_hybrid.analysis.metrics import Metric, measure
 from hooked_hybrid.analysis.scores import HeadScores
 from hooked_hybrid.analysis.slopes import Slopes, through_softmax
 from hooked_hybrid.hooks.marks import watcher
-from hooked_hybrid.hooks.names import NameFilter, Shorthand, matching, resolve
+from hooked_hybrid.hooks.names import (
+    CacheFilter,
+    Shorthand,
+    is_pattern,
+    matching,
+    names_in_layers,
+    resolve,
+)
 from hooked_hybrid.hooks.point import HookPoint
 from hooked_hybrid.model.hybrid import HookedHybrid
 from hooked_hybrid.model.text_model import check_batch
@@ -52,12 +59,21 @@ class Attribution:
     change: Float[Tensor, "*batch"]
     n_layers: int
 
-    def __getitem__(self, key: Shorthand) -> Tensor:
+    def __getitem__(self, key: Shorthand) -> Any:
         """Return the value of a full name or a shorthand, such as `("z", 2)`.
+
+        A pattern, `"blocks.*.attn.hook_z"`, gives the attribution at all points that fit it.
 
         Raises:
             HookNameError: there is no attribution of this name; the nearest names are listed.
         """
+        if is_pattern(key):
+            found = matching(key, self.values.keys(), self.n_layers)
+            return replace(
+                self,
+                values={name: self.values[name] for name in found},
+                axes={name: self.axes[name] for name in found},
+            )
         return self.values[resolve(key, self.values.keys(), self.n_layers)]
 
     def top(self, n: int) -> list[tuple[str, tuple[int, ...], float]]:
@@ -81,21 +97,24 @@ class Attribution:
             found.append((names[which], tuple(map(int, at)), float(flat[i])))
         return found
 
-    def head_scores(self, leaf: str = "z") -> HeadScores:
+    def head_scores(self, leaf: Shorthand = "z") -> HeadScores:
         """Return the attribution of each head at one hook of the attention layers.
 
         A metric of each row is averaged over rows.
 
+        Args:
+            leaf: what follows `hook_`, "z", "q", "pattern", or names in any spelling.
+
         Raises:
-            ValueError: there are no attributions by head; give `reduce="head"`.
+            HookNameError: there are no attributions of this name.
+            ValueError: they are not by head; give `reduce="head"`.
         """
         by_layer = {}
-        for name, value in self.values.items():
-            if name.endswith(f".attn.hook_{leaf}"):
-                axes = self.axes[name]
-                if axes[-1:] not in (("head",), ("kv_head",)) or len(axes) > 1 + ("batch" in axes):
-                    raise ValueError(f"{name!r} was reduced to axes {axes}: use reduce='head'")
-                by_layer[int(name.split(".")[1])] = value.mean(0) if len(axes) > 1 else value
+        for name in names_in_layers(leaf, self.values):
+            axes, value = self.axes[name], self.values[name]
+            if axes[-1:] not in (("head",), ("kv_head",)) or len(axes) > 1 + ("batch" in axes):
+                raise ValueError(f"{name!r} was reduced to axes {axes}: use reduce='head'")
+            by_layer[int(name.split(".")[1])] = value.mean(0) if len(axes) > 1 else value
         return HeadScores.of(by_layer, f"change of the metric attributed to {leaf}")
 
 
@@ -104,7 +123,7 @@ def attribution_patching(
     clean_tokens: Tokens,
     corrupted_tokens: Tokens,
     metric: Metric,
-    names_filter: NameFilter | None = None,
+    names_filter: CacheFilter | None = None,
     reduce: Reduce = "position",
     *,
     at: Literal["corrupted", "clean"] = "corrupted",
@@ -122,8 +141,9 @@ def attribution_patching(
         model: any hybrid.
         clean_tokens, corrupted_tokens: two runs of the same shape.
         metric: of the logits, differentiable; [], or [batch] if rows do not mix.
-        names_filter: hook points; None means all except the large ones. Integer points
-            (the choice of experts) have no gradient; they are listed in `excluded`.
+        names_filter: hook points in any spelling ("blocks.2.attn.hook_z", ("z", 2),
+            "blocks.*.attn.hook_z"), or a predicate; None and True mean all except the large ones.
+            Integer points (the choice of experts) have no gradient; they are listed in `excluded`.
         reduce: the axes to keep, while others are summed over: "position", "head", "channel",
             several of these, "hook" for none, None for all. Points without any of these axes are
             excluded.
@@ -217,19 +237,20 @@ def _place(axis: str) -> str:
 
 
 def _chosen(
-    model: HookedHybrid, names_filter: NameFilter | None, reduce: Reduce, kept: set[str]
+    model: HookedHybrid, names_filter: CacheFilter | None, reduce: Reduce, kept: set[str]
 ) -> tuple[list[str], dict[str, str]]:
     """Return the hook points to attribute to, and the reasons to exclude others."""
     points, excluded = model.hook_dict, {}
-    for name in points if names_filter is None else matching(names_filter, points):
+    is_all = names_filter is None or names_filter is True
+    asked = list(points) if is_all else matching(names_filter, points)  # type: ignore[arg-type]
+    for name in asked:
         places = {_place(axis) for axis in points[name].axes}
         if points[name].is_integer:
             excluded[name] = "holds integers, which have no gradient"
-        elif names_filter is None and points[name].is_large:
+        elif is_all and points[name].is_large:
             excluded[name] = "large: attributed to only when named"
         elif kept and not kept & places:
             excluded[name] = f"has axes {points[name].axes}, none kept by reduce={reduce!r}"
-    asked = points if names_filter is None else matching(names_filter, points)
     if not (names := [name for name in asked if name not in excluded]):
         raise ValueError(f"nothing to attribute to: {excluded}")
     return names, excluded

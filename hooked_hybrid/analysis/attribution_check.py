@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from hooked_hybrid.analysis.activation_patching import PatchedRuns
 from hooked_hybrid.analysis.attribution import Attribution, attribution_patching, check_pair
 from hooked_hybrid.analysis.metrics import Metric, measure
-from hooked_hybrid.hooks.names import NameFilter
+from hooked_hybrid.hooks.names import CacheFilter
 from hooked_hybrid.interventions.patching import patch
 from hooked_hybrid.model.hybrid import HookedHybrid
 from hooked_hybrid.shapes import Tokens
@@ -89,7 +89,7 @@ def compare_with_patching(
     clean_tokens: Tokens,
     corrupted_tokens: Tokens,
     metric: Metric,
-    names_filter: NameFilter | None = None,
+    names_filter: CacheFilter | None = None,
     *,
     n_cells: int = 50,
     seed: int = 0,

@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hooked_hybrid.analysis.scores import HeadScores
+from hooked_hybrid.hooks.names import HookNameError, is_shorthand, resolve
 from hooked_hybrid.network.finite import require_numbers
 
 
@@ -31,11 +32,16 @@ class PatchGrid:
     def __getitem__(self, labels: Any) -> Tensor:
         """Return the entry of some labels, in the order of the axes; later axes may be left out.
 
+        Args:
+            labels: of the axis "name", a hook name in any spelling that fits one of them.
+
         Raises:
             KeyError: a label that an axis does not have, or more labels than axes.
         """
         found = self.values
         labels = labels if isinstance(labels, tuple) else (labels,)
+        if self.axes[0] == "name":
+            labels = self._with_full_name(labels)
         if len(labels) > len(self.axes):
             raise KeyError(f"{labels}: the axes are {self.axes}")
         for axis, label, known in zip(self.axes, labels, self.labels, strict=False):
@@ -43,6 +49,17 @@ class PatchGrid:
                 raise KeyError(f"{axis} {label!r}: there are {known}")
             found = found[known.index(label)]
         return found
+
+    def _with_full_name(self, labels: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Return the labels, the first one as a full name; alone it may be `("z", 2)`."""
+        names = self.labels[0]
+        last = max((int(n.split(".")[1]) for n in names if n.startswith("blocks.")), default=-1)
+        try:
+            return (resolve(labels[0], names, last + 1), *labels[1:])
+        except HookNameError:
+            if not is_shorthand(labels):
+                raise
+            return (resolve(labels, names, last + 1),)
 
     def top(self, n: int) -> list[tuple[tuple[Any, ...], float]]:
         """Return the labels and values of the `n` entries furthest from 0, the furthest first.

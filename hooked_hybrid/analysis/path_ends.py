@@ -23,13 +23,15 @@ receiver                                  its input
 `("final",)`                              the final norm: the direct effect on the logits
 ========================================  =====================================================
 
-A negative layer counts from the last.
+A negative layer counts from the last. An entry may also have the name of the hook point instead of
+the short name and the layer, or a pattern for each that fits: "blocks.2.attn.hook_z",
+("blocks.*.attn.hook_z", head).
 """
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -37,7 +39,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hooked_hybrid.config import AttentionConfig
-from hooked_hybrid.hooks.names import resolve
+from hooked_hybrid.hooks.names import is_pattern, matching, resolve
 from hooked_hybrid.hooks.slicing import whole_numbers
 from hooked_hybrid.model.hybrid import HookedHybrid
 from hooked_hybrid.network.elementwise import at_least_fp32
@@ -45,8 +47,8 @@ from hooked_hybrid.network.mixers import mixer_of
 from hooked_hybrid.network.part import NotSupported
 from hooked_hybrid.shapes import Resid
 
-End = tuple[Any, ...]
-"""A sender or a receiver: a name, then a layer, then a head or channels."""
+End = str | tuple[Any, ...]
+"""A sender or a receiver: a name, a layer, a head or channels; or a hook name or pattern."""
 Through = Literal["mlps", "mixers", "all"] | Iterable[tuple[str, int]]
 Component = tuple[str, int]
 """("mixer" | "mlp", layer)."""
@@ -173,16 +175,51 @@ class Receiver:
         return sender.depth <= self.depth
 
 
-def several(ends: Any, what: str) -> list[End]:
-    """Return one or several senders or receivers as a list.
+def several(ends: Any, what: str, names: Collection[str]) -> list[End]:
+    """Return one or several senders or receivers as a list of tuples that begin with a short name.
+
+    Args:
+        ends: of the module's tables, or hook names or patterns.
+        what: "senders" or "receivers".
+        names: hook points of the model.
 
     Raises:
         ValueError: none.
+        HookNameError: a name or a pattern that no sender or receiver has.
     """
-    ends = [ends] if ends and isinstance(ends[0], str) else list(ends)
+    is_one = isinstance(ends, str) or (
+        isinstance(ends, tuple) and ends and isinstance(ends[0], str)
+    )
+    ends = [ends] if is_one and not _are_names(ends) else list(ends)
     if not ends:
         raise ValueError(f"no {what}: give one or more, such as {('mixer_out', 0)}")
-    return ends
+    leaves = WRITES if what == "senders" else READS
+    short = {name: _shortened(name) for name in names if _leaf(name) in leaves}
+    found: list[End] = []
+    for end in ends:
+        name, *which = [end] if isinstance(end, str) else end or [None]
+        is_name = isinstance(name, str) and name not in leaves
+        if not is_name or not (isinstance(end, str) or is_pattern(name) or name in names):
+            found.append(end)
+            continue
+        entries = dict.fromkeys(short[full] for full in matching(str(name), short))
+        found += [(*entry, *which) for entry in entries]
+    return found
+
+
+def _are_names(ends: Any) -> bool:
+    """Whether a tuple holds several hook names, and no part of one."""
+    return isinstance(ends, tuple) and len(ends) > 1 and all(isinstance(e, str) for e in ends)
+
+
+def _leaf(name: str) -> str:
+    return name.rpartition("hook_")[2]
+
+
+def _shortened(name: str) -> tuple[Any, ...]:
+    """Return a hook point as an entry of the tables."""
+    leaf, parts = ALIASES.get(_leaf(name), _leaf(name)), name.split(".")
+    return (leaf, int(parts[1])) if parts[0] == "blocks" else (leaf,)
 
 
 def components(model: HookedHybrid, through: Through) -> frozenset[Component]:

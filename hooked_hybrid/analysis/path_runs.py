@@ -69,8 +69,12 @@ class Paths:
             raise TypeError(f"unknown options {sorted(unknown)}; see PathOptions")
         self.model, self.metric = model, metric
         self.tokens, self.mask = check_batch(model, tokens, options.get("attention_mask"))
-        self.senders = [Sender.of(model, end) for end in several(senders, "senders")]
-        self.receivers = [Receiver.of(model, end) for end in several(receivers, "receivers")]
+        self.senders = [
+            Sender.of(model, end) for end in several(senders, "senders", model.hook_dict)
+        ]
+        self.receivers = [
+            Receiver.of(model, end) for end in several(receivers, "receivers", model.hook_dict)
+        ]
         self.through = components(model, options.get("through", ()))
         self.freeze_norm = options.get("freeze_norm", False)
         self.layout = lay_out(self.tokens, None, self.mask, None)

@@ -39,7 +39,7 @@ from hooked_hybrid.harvest.shards import (
     write_json,
 )
 from hooked_hybrid.hooks.attaching import HookSpec
-from hooked_hybrid.hooks.names import NameFilter
+from hooked_hybrid.hooks.names import CacheFilter
 from hooked_hybrid.model.hybrid import HookedHybrid
 from hooked_hybrid.options import check_count
 from hooked_hybrid.outputs.folders import claim, holds_results
@@ -56,7 +56,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 def harvest(
     model: HookedHybrid,
     documents: Iterable[Document],
-    names_filter: NameFilter,
+    names_filter: CacheFilter,
     out: str | PathLike[str],
     *,
     context_length: int = 512,
@@ -83,7 +83,7 @@ def harvest(
     Args:
         model: its forward ends after the last layer that a hook point needs.
         documents: texts, or rows of tokens, such as a tensor [document pos] without padding.
-        names_filter: hook points, by name, pattern of the shell or predicate; several at once.
+        names_filter: hook points; see `hooks_to_keep`.
         out: folder, new or empty.
         context_length: tokens that are read together at most, BOS included.
         batch_size: contexts of a forward; of shorter contexts, more, up to as many tokens.

@@ -25,7 +25,7 @@ from hooked_hybrid.harvest.shards import (
     read_header,
     short_hash,
 )
-from hooked_hybrid.hooks.names import Shorthand, resolve
+from hooked_hybrid.hooks.names import Shorthand, fit, is_pattern, resolve
 from hooked_hybrid.options import check_count, refuse_ignored
 from hooked_hybrid.outputs.foreign import require_plain_file, require_safetensors
 
@@ -127,7 +127,7 @@ class HarvestedActivations:
 
     def batches(
         self,
-        name: Shorthand | list[str],
+        name: Shorthand | list[Shorthand],
         batch_size: int,
         *,
         seed: int | None = 0,
@@ -140,8 +140,8 @@ class HarvestedActivations:
 
         Args:
             name: a hook point, for tensors [token d] (what follows the token axis is flattened); or
-                a list of hook points and of "token", "document", "position", for dicts of tensors
-                [token ...] as they are.
+                a pattern ("blocks.*.hook_resid_post"), or a list of hook points, patterns and of
+                "token", "document", "position", for dicts of tensors [token ...] as they are.
             batch_size: tokens of a batch.
             seed: of the order, another in each epoch; None keeps that of the documents.
             epochs: how often all is read; None is without end.
@@ -175,13 +175,28 @@ class HarvestedActivations:
     def resolve(self, name: Shorthand) -> str:
         """Return the full name of a hook point or a column.
 
+        Args:
+            name: a full name, a shorthand, or a pattern that fits one of the names.
+
         Raises:
-            HookNameError: it was not harvested; the message lists the nearest.
+            HookNameError: it was not harvested, and the message lists the nearest; or several names
+                fit a pattern.
         """
         if isinstance(name, str) and name in BESIDE:
             return name
         layers = [int(n.split(".")[1]) for n in self.names if n.startswith("blocks.")]
         return resolve(name, self.names, max(layers, default=0) + 1)
+
+    def resolve_all(self, names: Shorthand | list[Shorthand]) -> list[str]:
+        """Return the full names of one or several, with all that fit a pattern, each once.
+
+        Raises:
+            HookNameError: as `resolve`.
+        """
+        found: list[str] = []
+        for name in names if isinstance(names, list) else [names]:
+            found += fit(str(name), self.names) if is_pattern(name) else [self.resolve(name)]
+        return list(dict.fromkeys(found))
 
 
 class ActivationBatches(IterableDataset[Any]):
@@ -195,7 +210,7 @@ class ActivationBatches(IterableDataset[Any]):
     def __init__(
         self,
         harvest: HarvestedActivations,
-        name: Shorthand | list[str],
+        name: Shorthand | list[Shorthand],
         batch_size: int,
         seed: int | None = 0,
         epochs: int | None = 1,
@@ -213,11 +228,10 @@ class ActivationBatches(IterableDataset[Any]):
             )
         self.harvest, self.batch_size, self.seed, self.epochs = harvest, batch_size, seed, epochs
         self.pool_tokens, self.drop_last, self.dtype = pool_tokens, drop_last, dtype
-        self.is_single = not isinstance(name, list)
-        chosen = name if isinstance(name, list) else [name]
-        if not chosen:
+        self.is_single = not (isinstance(name, list) or is_pattern(name))
+        if name == []:
             raise ValueError("name is an empty list: give one hook point or more")
-        self.names = list(dict.fromkeys(harvest.resolve(one) for one in chosen))
+        self.names = harvest.resolve_all(name)
         if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
             raise ValueError(f"dtype={dtype}: give a dtype of floating-point values, torch.float32")
         if not any(harvest.is_floating(one) for one in self.names):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
-from fnmatch import fnmatchcase
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,21 +16,19 @@ from hooked_hybrid.harvest.contexts import PackedBatch, PackingPlan
 from hooked_hybrid.harvest.shards import Header, shard_name, write_shard
 from hooked_hybrid.hooks.attaching import HookSpec
 from hooked_hybrid.hooks.marks import is_per_position, watcher
-from hooked_hybrid.hooks.names import HookNameError, NameFilter, matching
+from hooked_hybrid.hooks.names import CacheFilter, HookNameError, is_pattern, listed, matching
 from hooked_hybrid.hooks.point import HookPoint
 from hooked_hybrid.model.hybrid import HookedHybrid
 
-WILD = frozenset("*?[")
 
-
-def hooks_to_keep(model: HookedHybrid, names_filter: NameFilter) -> list[str]:
+def hooks_to_keep(model: HookedHybrid, names_filter: CacheFilter) -> list[str]:
     """Return the hook points to harvest, in the order of the model.
 
     Args:
         model: has them.
-        names_filter: a name, several, or a predicate. A name may be a pattern of the shell
-            ("blocks.*.hook_resid_post"); of these and of predicates, only points with a row for
-            each token count.
+        names_filter: names in any spelling ("blocks.*.hook_resid_post", ("resid_post", 2)), one or
+            several, a predicate, or True for every point that is not large. Of patterns, predicates
+            and True, only points with a row for each token count.
 
     Raises:
         HookNameError: a name or a pattern that matches nothing.
@@ -42,19 +39,17 @@ def hooks_to_keep(model: HookedHybrid, names_filter: NameFilter) -> list[str]:
         return matching(names_filter, has_rows)
     if names_filter is None:
         raise ValueError("names_filter=None: name what is to be kept, such as 'blocks.*.hook_z'")
-    given = [names_filter] if isinstance(names_filter, str) else names_filter
+    if names_filter is True:
+        return [name for name in has_rows if not model.hook_dict[name].is_large]
     found: set[str] = set()
-    for name in given:
-        if isinstance(name, str) and WILD & set(name):
-            fitting = {n for n in has_rows if fnmatchcase(n, name)}
-            if not fitting:
-                raise HookNameError(
-                    f"no hook point with a row for each token fits {name!r}; they look like "
-                    f"{', '.join(has_rows[:4])}"
-                )
-            found |= fitting
-        else:
-            found |= set(matching([name], model.hook_dict))
+    for name in listed(names_filter):
+        try:
+            found |= set(matching(name, has_rows if is_pattern(name) else model.hook_dict))
+        except HookNameError as error:
+            if not is_pattern(name):
+                raise
+            said = str(error).replace("no hook point", "no hook point with a row for each token")
+            raise HookNameError(said) from None
     if wrong := [name for name in found if name not in has_rows]:
         axes = " ".join(model.hook_dict[wrong[0]].axes)
         raise ValueError(f"{wrong[0]} has axes [{axes}], no row for each token: name other points")

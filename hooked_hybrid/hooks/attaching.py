@@ -16,7 +16,8 @@ from hooked_hybrid.hooks.run import RunHolder
 from hooked_hybrid.options import refuse_ignored
 
 HookSpec = tuple[NameFilter, HookFn]
-"""A hook and where it goes: `(name | names | predicate, fn)`."""
+"""A hook and where it goes: `(names, fn)`, with one or several names in any spelling of
+`hooks.names`, or a predicate."""
 
 
 class AttachingModule(nn.Module):
@@ -64,12 +65,13 @@ class AttachingModule(nn.Module):
         """Return the attached functions by the names of their points; other points are left out.
 
         Args:
-            name_filter: a name, several, or a predicate; None means every point.
+            name_filter: names in any spelling, or a predicate; None means every point.
             dir: forward hooks, backward hooks, or both, forward ones first.
             including_permanent: False leaves permanent hooks out.
 
         Raises:
-            HookNameError: a name that does not exist, or a predicate that selects no point.
+            HookNameError: a name that does not exist, or a pattern or predicate that selects no
+                point.
             ValueError: `dir` is not one of the three.
         """
         if dir not in ("fwd", "bwd", "both"):
@@ -118,12 +120,15 @@ class AttachingModule(nn.Module):
         """Raise the errors that attaching these hooks would raise, without attaching any.
 
         Raises:
-            HookNameError: a name that does not exist, or a predicate that selects no point.
+            HookNameError: a name that does not exist, or a pattern or predicate that selects no
+                point.
             TypeError: an entry that is not a pair of a selector and a function.
         """
         for spec in (*fwd_hooks, *bwd_hooks):
             if not isinstance(spec, Sequence) or len(spec) != 2 or not callable(spec[1]):
-                raise TypeError(f"a hook is a pair (name | predicate, function), not {spec!r}")
+                raise TypeError(
+                    f"a hook is a pair (name | names | predicate, function), not {spec!r}"
+                )
             matching(spec[0], self.hook_dict)
 
     @contextmanager
@@ -140,7 +145,9 @@ class AttachingModule(nn.Module):
         that needs its own hooks, or gradients, needs its own model (`copy.deepcopy`).
 
         Args:
-            fwd_hooks: pairs (name | names | predicate, fn), called in this order.
+            fwd_hooks: pairs (names, fn), called in this order; names in any spelling
+                ("blocks.2.attn.hook_z", ("z", 2), "blocks.*.attn.hook_z"), one or several, or a
+                predicate on names.
             bwd_hooks: the same, for gradients.
             reset_hooks_end: False leaves them attached.
             clear_contexts: also empty every point's `ctx` at the end.

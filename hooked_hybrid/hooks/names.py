@@ -1,10 +1,23 @@
-"""Hook names: TransformerLens's shorthand, and errors that suggest the nearest names."""
+"""Hook names: how they are spelled, and errors that suggest the nearest names.
+
+Every function that takes hook names takes them in these spellings, alone or in a list:
+
+- `"blocks.2.attn.hook_z"`, the full name;
+- `("z", 2)`, the part after `hook_` and the layer, or `"z2"`: TransformerLens's shorthand;
+- `"blocks.*.attn.hook_z"`, a pattern of the shell, for every name that fits. A star also stands
+  for dots, so that `"*"` is every hook point, the large ones too;
+
+or a predicate on full names.
+"""
 
 from __future__ import annotations
 
 import difflib
+import operator
 import re
 from collections.abc import Callable, Collection, Iterable
+from fnmatch import fnmatchcase
+from typing import Any, Literal, TypeGuard
 
 GROUPS: dict[str, frozenset[str]] = {
     "attn": frozenset(
@@ -35,7 +48,14 @@ LAYER_TYPES = {"a": "attn", "attention": "attn", "m": "mlp"} | dict.fromkeys(
 )
 
 Shorthand = str | tuple[str | int | None, ...]
-NameFilter = str | Collection[str] | Callable[[str], bool]
+"""One name in any spelling: a full name, a shorthand or a pattern."""
+NameFilter = Shorthand | Collection[Shorthand] | Callable[[str], bool]
+"""Names in any spelling, one or several, or a predicate on full names."""
+CacheFilter = NameFilter | Literal[True]
+"""A filter of a cache; True means every point except the large ones."""
+
+WILD = frozenset("*?[")
+"""Characters of a pattern, which no name has."""
 
 
 class HookNameError(KeyError):
@@ -73,31 +93,72 @@ def get_act_name(name: str, layer: int | None = None, layer_type: str | None = N
     return ".".join(part for part in parts if part)
 
 
+def is_pattern(key: Any) -> bool:
+    """Whether a key is a pattern of the shell, such as "blocks.*.hook_resid_post"."""
+    return isinstance(key, str) and not WILD.isdisjoint(key)
+
+
+def is_shorthand(key: Any) -> TypeGuard[tuple[str | int | None, ...]]:
+    """Whether a key is a shorthand such as `("z", 2)` or `("scale", 2, "ln1")`, no list of names.
+
+    The second entry of a shorthand is a layer or None, and that of a list of names is a name.
+    """
+    if not (isinstance(key, tuple) and 2 <= len(key) <= 3 and isinstance(key[0], str)):
+        return False
+    layer, layer_type = (*key[1:], None)[:2]
+    is_layer = layer is None or (hasattr(layer, "__index__") and not isinstance(layer, bool))
+    return is_layer and (layer_type is None or isinstance(layer_type, str))
+
+
 def resolve(key: Shorthand, names: Collection[str], n_layers: int) -> str:
-    """Return the full name in `names` for a full name or a shorthand.
+    """Return the full name in `names` for a full name, a shorthand, or a pattern that fits one.
 
     Args:
-        key: a full name, or `(name, layer)` or `(name, layer, layer_type)`; a negative layer
-            counts from the last block.
+        key: a full name, `(name, layer)` or `(name, layer, layer_type)`, or a pattern; a negative
+            layer counts from the last block.
         names: what exists.
         n_layers: blocks of the model.
 
     Raises:
-        HookNameError: nothing matches; the message lists the nearest names.
+        HookNameError: nothing matches, and the message lists the nearest names; or several names
+            fit a pattern.
     """
     if not isinstance(key, str | tuple) or not key:
         raise HookNameError(f"{key!r} is not a hook name: give a name, or (name, layer)")
+    if is_pattern(key):
+        fitting = fit(str(key), names)
+        if len(fitting) > 1:
+            shown = ", ".join(fitting[:4]) + (", ..." if len(fitting) > 4 else "")
+            raise HookNameError(
+                f"{len(fitting)} names fit {key!r}, and one is wanted here: {shown}"
+            )
+        return fitting[0]
     if isinstance(key, str):
         full = key if key in names else get_act_name(key)
     else:
         name, layer, layer_type = (*key, None, None)[:3]
-        if isinstance(layer, int) and layer < 0:
-            layer += n_layers
+        if hasattr(layer, "__index__") and operator.index(layer) < 0:  # type: ignore[arg-type]
+            layer = operator.index(layer) + n_layers  # type: ignore[arg-type]
         full = get_act_name(str(name), layer, layer_type)  # type: ignore[arg-type]
     found = find(full, names)
     if found is None:
-        raise HookNameError(unknown_name(full, names))
+        raise HookNameError(unknown_name(key if isinstance(key, str) else full, names))
     return found
+
+
+def fit(pattern: str, names: Collection[str]) -> list[str]:
+    """Return the names that fit a pattern of the shell, in their order.
+
+    Raises:
+        HookNameError: there is none.
+    """
+    fitting = [name for name in names if fnmatchcase(name, pattern)]
+    if not fitting:
+        leaf = pattern.rsplit(".", 1)[-1]
+        near = [] if is_pattern(leaf) else [n for n in names if n.rsplit(".", 1)[-1] == leaf]
+        like = near or list(names)
+        raise HookNameError(f"no hook point fits {pattern!r}; they look like {', '.join(like[:4])}")
+    return fitting
 
 
 def find(full: str, names: Collection[str]) -> str | None:
@@ -143,24 +204,47 @@ def not_kept(name: str, is_large: bool) -> str:
     why = ", as it is large" if is_large else ""
     return (
         f"{name!r} is a hook point of this model, and was not kept{why}: "
-        f"run_with_cache(..., names_filter=[{name!r}]) keeps it alone, names_filter=lambda name: "
-        "True every point"
+        f"run_with_cache(..., names_filter=[{name!r}]) keeps it alone, names_filter='*' every "
+        "point, the large ones too"
     )
 
 
-def matching(selector: NameFilter, names: Collection[str]) -> list[str]:
-    """Return the names a filter selects, in the order of `names`.
-
-    Args:
-        selector: one name, several, or a predicate on names.
-        names: what exists.
+def listed(selector: Any) -> list[Shorthand]:
+    """Return the names of a filter that is no predicate, as they are spelled.
 
     Raises:
-        HookNameError: a name that does not exist, or a predicate that selects none.
+        TypeError: `selector` is of another kind.
+        HookNameError: it is an empty list.
+    """
+    several = [selector] if isinstance(selector, str) or is_shorthand(selector) else selector
+    is_list = isinstance(several, Collection)
+    if not is_list or not all(isinstance(n, str) or is_shorthand(n) for n in several):
+        raise TypeError(
+            "a name filter is a name, a pattern, (name, layer), a list of these or a predicate, "
+            f"not {selector!r}"
+        )
+    if not several:
+        raise HookNameError("the name filter is an empty list: it would keep nothing")
+    return list(several)
+
+
+def matching(
+    selector: NameFilter, names: Collection[str], n_layers: int | None = None
+) -> list[str]:
+    """Return the names a filter selects, each once, in the order of `names`.
+
+    Args:
+        selector: names in any spelling, one or several, or a predicate on full names.
+        names: what exists.
+        n_layers: blocks of the model, from which negative layers count; None means that `names`
+            has the last one.
+
+    Raises:
+        HookNameError: a name that does not exist, or a pattern or predicate that selects none.
         TypeError: `selector` is of another kind.
     """
-    if isinstance(selector, str):
-        selector = [selector]
+    if isinstance(selector, str) and selector in names:
+        return [selector]
     if callable(selector):
         found = [name for name in names if selector(name)]
         if not found:
@@ -169,14 +253,47 @@ def matching(selector: NameFilter, names: Collection[str]) -> list[str]:
                 f"the {len(names)} hook points, which look like {', '.join(list(names)[:4])}"
             )
         return found
-    if not isinstance(selector, Collection) or not all(isinstance(n, str) for n in selector):
-        raise TypeError(
-            f"a name filter is a name, a list of names or a predicate, not {selector!r}"
-        )
-    for name in selector:
-        if name not in names:
-            raise HookNameError(unknown_name(name, names))
-    if not selector:
-        raise HookNameError("the name filter is an empty list: it would keep nothing")
-    wanted = set(selector)
+    wanted: set[str] = set()
+    for key in listed(selector):
+        if is_pattern(key):
+            wanted.update(fit(str(key), names))
+        elif isinstance(key, str) and key in names:
+            wanted.add(key)
+        else:
+            n_layers = _n_layers(names) if n_layers is None else n_layers
+            wanted.add(resolve(key, names, n_layers))
     return [name for name in names if name in wanted]
+
+
+def names_in_layers(leaf: Shorthand, names: Iterable[str]) -> list[str]:
+    """Return the names of one hook in the layers that have it.
+
+    Args:
+        leaf: what follows `hook_`, or names of at most one point in each layer, in any spelling.
+        names: what exists.
+
+    Raises:
+        HookNameError: no name matches.
+        ValueError: a name outside the layers, or several in one.
+    """
+    in_layers = [name for name in names if name.startswith("blocks.")]
+    if isinstance(leaf, str) and (
+        found := [name for name in in_layers if name.endswith(f".hook_{leaf}")]
+    ):
+        return found
+    try:
+        found = matching(leaf, in_layers)
+    except HookNameError as error:
+        raise HookNameError(f"no layer has {leaf!r}: {error}") from None
+    layers = [name.split(".")[1] for name in found]
+    if len(set(layers)) < len(layers):
+        raise ValueError(
+            f"{leaf!r} selects several points of a layer, {', '.join(found[:4])}: name one of each"
+        )
+    return found
+
+
+def _n_layers(names: Iterable[str]) -> int:
+    """Return the number of blocks, of which the last one has a name."""
+    found = (re.match(r"blocks\.(\d+)\.", name) for name in names)
+    return max((int(match[1]) + 1 for match in found if match), default=0)

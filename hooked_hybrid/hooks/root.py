@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from hooked_hybrid.hooks import transforms
 from hooked_hybrid.hooks.attaching import AttachingModule, HookSpec
-from hooked_hybrid.hooks.names import NameFilter, matching
+from hooked_hybrid.hooks.names import CacheFilter, matching
 from hooked_hybrid.hooks.places import Places
 from hooked_hybrid.hooks.point import LensHandle
 from hooked_hybrid.hooks.savers import CopyingSaver, KeptValues, PieceSaver, Saver
@@ -28,7 +28,7 @@ class HookedRootModule(AttachingModule):
     def run_with_cache(
         self,
         *args: Any,
-        names_filter: NameFilter | None = None,
+        names_filter: CacheFilter | None = None,
         pos_slice: PosSlice = None,
         device: torch.device | str | None = None,
         incl_bwd: bool = False,
@@ -42,8 +42,10 @@ class HookedRootModule(AttachingModule):
 
         Args:
             args: positional arguments of the forward.
-            names_filter: one name, several, or a predicate. None keeps every point except the
-                large ones, which are kept only when named.
+            names_filter: names in any spelling ("blocks.2.attn.hook_z", ("z", 2),
+                "blocks.*.attn.hook_z"), one or several, or a predicate on names. None and True
+                keep every point except the large ones, which are kept only when named: "*" names
+                them too.
             pos_slice: positions to keep, on the position (query) axis: an int, a slice, a tuple
                 `(start, stop)`, indices in a list, array or tensor, or a mask [pos] of True and
                 False, counted in the whole input; or "last", each row's last token. The axis is
@@ -109,7 +111,7 @@ class HookedRootModule(AttachingModule):
 
     def add_caching_hooks(
         self,
-        names_filter: NameFilter | None = None,
+        names_filter: CacheFilter | None = None,
         incl_bwd: bool = False,
         device: torch.device | str | None = None,
         remove_batch_dim: bool = False,
@@ -127,7 +129,7 @@ class HookedRootModule(AttachingModule):
 
     def get_caching_hooks(
         self,
-        names_filter: NameFilter | None = None,
+        names_filter: CacheFilter | None = None,
         incl_bwd: bool = False,
         device: torch.device | str | None = None,
         remove_batch_dim: bool = False,
@@ -141,14 +143,14 @@ class HookedRootModule(AttachingModule):
 
     # --- inside -----------------------------------------------------------------------------
 
-    def cached_names(self, names_filter: NameFilter | None) -> list[str]:
-        """Return the names that a filter keeps; None keeps all points except the large ones."""
-        if names_filter is None:
+    def cached_names(self, names_filter: CacheFilter | None) -> list[str]:
+        """Return the names that a filter keeps; None and True leave out the large ones."""
+        if names_filter is None or names_filter is True:
             return [name for name, point in self.hook_dict.items() if not point.is_large]
         return matching(names_filter, self.hook_dict)
 
     def _caching_hooks(
-        self, names_filter: NameFilter | None, saver: Saver, incl_bwd: bool
+        self, names_filter: CacheFilter | None, saver: Saver, incl_bwd: bool
     ) -> tuple[list[HookSpec], list[HookSpec]]:
         """Return the watchers that fill a cache; integer points have no gradient."""
         names = self.cached_names(names_filter)
@@ -156,7 +158,7 @@ class HookedRootModule(AttachingModule):
         return [(n, saver.save) for n in names], [(n, saver.save_grad) for n in floating]
 
     def _watch(
-        self, names_filter: NameFilter | None, saver: Saver, incl_bwd: bool
+        self, names_filter: CacheFilter | None, saver: Saver, incl_bwd: bool
     ) -> list[LensHandle]:
         fwd, bwd = self._caching_hooks(names_filter, saver, incl_bwd)
         added = [self.hook_dict[str(name)].add_hook(hook, "fwd") for name, hook in fwd]

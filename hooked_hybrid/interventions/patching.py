@@ -7,7 +7,7 @@ cached steps past the window, and with padding.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from hooked_hybrid.hooks.attaching import HookSpec
 from hooked_hybrid.hooks.marks import per_position
-from hooked_hybrid.hooks.names import NameFilter, Shorthand, matching, resolve
+from hooked_hybrid.hooks.names import HookNameError, NameFilter, matching
 from hooked_hybrid.hooks.places import Places
 from hooked_hybrid.hooks.point import HookPoint
 from hooked_hybrid.hooks.slicing import Indices, whole_numbers
@@ -33,14 +33,13 @@ from hooked_hybrid.interventions.places import (
 from hooked_hybrid.model.cache import ActivationCache
 from hooked_hybrid.shapes import Pattern
 
-Names = Shorthand | list[Shorthand] | Callable[[str], bool]
 Cache = Mapping[Any, Tensor]
 
 
 @picklable
 def patch(
     cache: Cache,
-    names: Names,
+    names: NameFilter,
     *,
     positions: Positions | None = None,
     rows: Indices | None = None,
@@ -56,8 +55,9 @@ def patch(
 
     Args:
         cache: the donor: an `ActivationCache`, or a mapping from full names to tensors.
-        names: the values to replace, by names in the donor: a name or shorthand (`("z", 2)`), a
-            list of those, or a predicate on names (which is not called for gradients).
+        names: the values to replace, by names in the donor: a name, a shorthand (`("z", 2)`), a
+            pattern (`"blocks.*.attn.hook_z"`), a list of those, or a predicate on names. Patterns
+            and predicates select no gradients.
         positions: in the document, counted from 0, or a mask that is True at them: [pos], or
             [batch pos] if rows differ; None means every position of the run, all of which the
             donor must then have.
@@ -103,7 +103,7 @@ def patch(
 
 def freeze(
     cache: Cache,
-    names: Names,
+    names: NameFilter,
     *,
     attention_mask: Int[Tensor, "donor_batch donor_pos"] | None = None,
 ) -> list[HookSpec]:
@@ -185,15 +185,13 @@ def _heads_of(value: Tensor, heads: tuple[int, ...], hook: HookPoint) -> Bool[Te
     return chosen.view(*(1,) * dim, -1, *(1,) * (value.ndim - dim - 1))
 
 
-def _named(cache: Cache, names: Names) -> dict[str, tuple[Tensor, Places | None]]:
+def _named(cache: Cache, names: NameFilter) -> dict[str, tuple[Tensor, Places | None]]:
     """Return the donor's values by full name, with a batch axis and places."""
     known = [n for n in cache if isinstance(n, str) and not n.endswith("_grad")]
-    several = names if isinstance(names, list) else [names]
-    selector: NameFilter
-    if callable(names):
-        selector = names
-    elif isinstance(cache, ActivationCache):
-        selector = [cache.full_name(key) for key in several]  # type: ignore[arg-type]
-    else:
-        selector = [resolve(key, known, 0) for key in several]  # type: ignore[arg-type]
-    return {name: read_kept(cache, name) for name in matching(selector, known)}
+    try:
+        found = matching(names, known, getattr(cache, "n_layers", 0))
+    except HookNameError:
+        if isinstance(cache, ActivationCache):
+            cache.names_of(names)  # its errors say how to keep a value
+        raise
+    return {name: read_kept(cache, name) for name in found}

@@ -25,7 +25,8 @@ class ActivationCache(CachedValues):
     """A read-only mapping from hook names to values, in the order they were computed.
 
     `cache["blocks.2.attn.hook_pattern"]`, `cache["pattern", 2]`, `cache["resid_post", -1]`,
-    `cache["scale", 0, "ln1"]` and `cache["embed"]` all work; gradients are at name + "_grad".
+    `cache["scale", 0, "ln1"]` and `cache["embed"]` all work; gradients are at name + "_grad". A
+    pattern, `cache["blocks.*.attn.hook_pattern"]`, gives a cache of the values that fit it.
     Each value has memory of its own. What a cache says about positions and padding is in
     `cache_positions`, about the residual stream in `residual.stacks`, about norms and logits in
     `residual.norms`: the functions there are methods here, whose first argument is the cache.

@@ -4,14 +4,23 @@ from __future__ import annotations
 
 import copy
 from collections.abc import ItemsView, Iterator, KeysView, Mapping, ValuesView
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from hooked_hybrid.hooks.names import HookNameError, Shorthand, not_kept, resolve
+from hooked_hybrid.hooks.names import (
+    HookNameError,
+    NameFilter,
+    Shorthand,
+    is_pattern,
+    matching,
+    not_kept,
+    resolve,
+)
 from hooked_hybrid.hooks.places import Places
+from hooked_hybrid.hooks.point import HookPoint
 from hooked_hybrid.hooks.slicing import PosSlice
 from hooked_hybrid.network.layout import lay_out
 
@@ -85,26 +94,77 @@ class CachedValues(Mapping[Any, Tensor]):
     def full_name(self, key: Shorthand) -> str:
         """Return the full name of a value that was kept.
 
+        Args:
+            key: a full name, a shorthand, or a pattern that fits one name.
+
         Raises:
             HookNameError: (a KeyError) nothing of this name was kept: a point of the model that was
-                not, with the way to keep it, or the nearest names.
+                not, with the way to keep it, or the nearest names; or several values fit a pattern.
         """
         if isinstance(key, str) and key in self.cache_dict:
             return key
         try:
             return resolve(key, self.cache_dict.keys(), self.n_layers)
         except HookNameError:
-            points = {} if self._model is None else self._model.hook_dict
-            known = {**points, **{f"{name}_grad": point for name, point in points.items()}}
-            name = resolve(key, known.keys(), self.n_layers)
-            raise HookNameError(not_kept(name, known[name].is_large)) from None
+            if is_pattern(key):
+                self.names_of(key)  # where nothing that fits was kept, it says how to keep it
+                raise
+            name = resolve(key, self._could_be_kept().keys(), self.n_layers)
+            raise self._not_kept(name) from None
 
-    def __getitem__(self, key: Shorthand) -> Tensor:
-        """Return the value at a full name or shorthand.
+    def names_of(self, names: NameFilter) -> list[str]:
+        """Return the full names of the values that a filter selects, in the order of the cache.
+
+        Args:
+            names: in any spelling, one or several, or a predicate on full names. A pattern may fit
+                gradients too.
 
         Raises:
             HookNameError: as `full_name`.
         """
+        try:
+            return matching(names, self.cache_dict.keys(), self.n_layers)
+        except HookNameError:
+            could = matching(names, self._could_be_kept().keys(), self.n_layers)
+            lacking = [name for name in could if name not in self.cache_dict]
+            raise self._not_kept(lacking[0]) from None
+
+    def _could_be_kept(self) -> dict[str, HookPoint]:
+        """Return the points whose values, and at + "_grad" whose gradients, a cache may hold."""
+        points = {} if self._model is None else self._model.hook_dict
+        return {**points, **{f"{name}_grad": point for name, point in points.items()}}
+
+    def _not_kept(self, name: str) -> HookNameError:
+        return HookNameError(not_kept(name, self._could_be_kept()[name].is_large))
+
+    def select(self: C, names: NameFilter) -> C:
+        """Return a cache of some of the values, which are not copied.
+
+        Args:
+            names: as in `names_of`.
+
+        Raises:
+            HookNameError: as `full_name`.
+        """
+        some, kept = copy.copy(self), self.names_of(names)
+        some._model = self._model
+        some.cache_dict = {name: self.cache_dict[name] for name in kept}
+        some.axes = {name: self.axes[name] for name in kept if name in self.axes}
+        some.places = {name: self.places[name] for name in kept if name in self.places}
+        return some
+
+    @overload
+    def __getitem__(self, key: tuple[str | int | None, ...]) -> Tensor: ...
+    @overload
+    def __getitem__(self, key: str) -> Any: ...
+    def __getitem__(self, key: Shorthand) -> Any:
+        """Return the value at a full name or shorthand; a pattern gives a cache of all that fit it.
+
+        Raises:
+            HookNameError: as `full_name`.
+        """
+        if is_pattern(key):
+            return self.select(key)
         return self.cache_dict[self.full_name(key)]
 
     def __contains__(self, key: object) -> bool:
@@ -112,7 +172,7 @@ class CachedValues(Mapping[Any, Tensor]):
         if not parts or not isinstance(parts[0], str):
             return False
         try:
-            self[key]  # type: ignore[index]
+            _ = self.names_of(key) if is_pattern(key) else self.full_name(key)  # type: ignore[arg-type]
         except HookNameError:
             return False
         return True

@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 
 from hooked_hybrid.hooks import transforms
 from hooked_hybrid.hooks.attaching import HookSpec
-from hooked_hybrid.hooks.names import NameFilter
+from hooked_hybrid.hooks.names import CacheFilter
 from hooked_hybrid.model.checks import check_state, refuse_text_options
 from hooked_hybrid.model.decoding import Decoder
 from hooked_hybrid.model.recorder import Recorder
@@ -43,7 +43,7 @@ def generate(
     first_token_stage: Literal["prefill", "generation"] = "prefill",
     state: HybridState | None = None,
     attention_mask: Int[Tensor, "batch pos"] | None = None,
-    names_filter: NameFilter | Literal[True] | None = None,
+    names_filter: CacheFilter | None = None,
     do_sample: bool = False,
     temperature: float | None = None,
     top_k: int | None = None,
@@ -74,7 +74,8 @@ def generate(
             end, so that new tokens follow old ones. Without it, padding is recognised as in the
             forward: the padding tokens at the beginning or end of a row.
         names_filter: the activations to cache, with `return_type="output"`: None for none, True
-            for every point except the large ones, or a name, several, or a predicate.
+            for every point except the large ones, "*" for these too, or names in any spelling or a
+            predicate, as in `run_with_cache`.
         do_sample: sample tokens; otherwise the most likely token is chosen (TransformerLens
             samples by default).
         temperature: of sampling, above 0; None is 1. As it approaches 0 the most likely token is

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
 from hooked_hybrid.hooks.marks import per_position, watcher
-from hooked_hybrid.hooks.names import NameFilter
+from hooked_hybrid.hooks.names import CacheFilter
 from hooked_hybrid.hooks.places import Places, over_all_columns
 from hooked_hybrid.hooks.point import HookPoint
 from hooked_hybrid.hooks.run import Run
@@ -28,7 +28,7 @@ class Recorder:
 
     Args:
         model: the model to watch.
-        names_filter: True for every point but the large ones, or as in `run_with_cache`.
+        names_filter: as in `run_with_cache`.
         tokens: the prompt, rows ending at the right edge.
         state: the state that the prompt continues.
     """
@@ -36,12 +36,12 @@ class Recorder:
     def __init__(
         self,
         model: LanguageModel,
-        names_filter: NameFilter | Literal[True],
+        names_filter: CacheFilter,
         tokens: Int[Tensor, "batch pos"],
         state: HybridState | None,
     ) -> None:
         self.model, self.state = model, state
-        self.names = model.cached_names(None if names_filter is True else names_filter)
+        self.names = model.cached_names(names_filter)
         self.batch = tokens.shape[0]
         self.pieces: dict[str, list[tuple[Tensor, Run]]] = {name: [] for name in self.names}
 

@@ -34,7 +34,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hooked_hybrid.config import AttentionConfig
-from hooked_hybrid.hooks.names import find, get_act_name
+from hooked_hybrid.hooks.names import WILD, Shorthand, find, get_act_name, matching
 from hooked_hybrid.hooks.slicing import PosSlice
 from hooked_hybrid.model.cached_values import CachedValues
 from hooked_hybrid.model.residual import parts as parts_of
@@ -49,6 +49,7 @@ from hooked_hybrid.model.residual.reading import (
     write_parts,
 )
 from hooked_hybrid.network.part import not_stated
+from hooked_hybrid.options import refuse_ignored
 
 Stacked = Float[Tensor, "component ..."] | tuple[Float[Tensor, "component ..."], list[str]]
 
@@ -238,16 +239,29 @@ def stack_neuron_results(
 
 def stack_activation(
     cache: CachedValues,
-    activation_name: str,
+    activation_name: Shorthand,
     layer: int | None = -1,
     sublayer_type: str | None = None,
     return_labels: bool = False,
 ) -> Stacked:
-    """Stack one hook point of every layer before `layer` that has it; labels are full names."""
-    last = place_at(cache, layer, False).layer
-    names = [get_act_name(activation_name, i, sublayer_type) for i in range(last)]
-    found = (find(name, cache.model.hook_dict) for name in names)
-    there = [name for name in found if name is not None]
+    """Stack one hook point of every layer before `layer` that has it; labels are full names.
+
+    Args:
+        activation_name: what follows `hook_`, for every layer; or names in any other spelling:
+            "blocks.*.attn.hook_z", ("z", 2), "blocks.2.attn.hook_z".
+        layer: -1 and None mean all layers.
+        sublayer_type: of the hook point, "ln1" or "ln2", if its name does not say.
+    """
+    last, points = place_at(cache, layer, False).layer, cache.model.hook_dict
+    if isinstance(activation_name, str) and not {*WILD, "."} & {*activation_name}:
+        names = [get_act_name(activation_name, i, sublayer_type) for i in range(last)]
+        there = [found for found in (find(name, points) for name in dict.fromkeys(names)) if found]
+    else:
+        refuse_ignored("the name says where it is; leave it out", sublayer_type=sublayer_type)
+        names = matching(activation_name, points, cache.n_layers)
+        there = [
+            name for name in names if name.startswith("blocks.") and points[name].layer() < last
+        ]
     if not there:
         raise ValueError(f"no layer before {last} has {activation_name!r}, such as {names[:1]}")
     require_parts(cache, "stack_activation", [parts_of.whole(name, name) for name in there])
