@@ -33,30 +33,94 @@ DOCUMENTS = {
 }
 """Files outside `docs/`, and the pages they become."""
 
-GUIDE = {
-    "transformerlens.md": "For users of TransformerLens",
-    "hooks.md": "Hook points",
-    "interop.md": "With other packages",
-    "findings.md": "What the packaged models show",
-    "findings_tables.md": "Every setting of every experiment",
-    "reproduced/thesis2025-tiny-griffin/report.md": "The thesis, tiny-griffin",
-    "reproduced/thesis2025-tiny-jamba/report.md": "The thesis, tiny-jamba",
-    "reproduced/sllm2025-tiny-griffin/report.md": "The workshop paper, tiny-griffin",
-    "outside_window.md": "A needle outside the window",
-    "where_recall_lives.md": "When retrieval moves into attention",
-    "twins.md": "Twins with and without attention",
-    "next_questions.md": "The thesis's next questions",
-    "beside_other_results.md": "Other people's results",
-    "harvest.md": "Harvesting activations",
-    "placement.md": "Models larger than a device",
-    "quantized.md": "Quantised weights",
-    "tiny-griffin.md": "tiny-griffin",
-    "tiny-jamba.md": "tiny-jamba",
-    "architecture.md": "Architecture",
-    "contributing.md": "Contributing",
-    "changelog.md": "Changelog",
+SECTIONS: dict[str, dict[str, str | None]] = {
+    "Getting started": {
+        "getting-started.md": None,
+        "notebook-tour.md": "A tour, as a notebook",
+        "transformerlens.md": None,
+    },
+    "How to": {
+        f"how-to/{page}.md": None
+        for page in (
+            "patch-heads-and-positions",
+            "patch-paths",
+            "find-retrieval-and-induction-heads",
+            "steer-while-sampling",
+            "probe-and-autoencoder",
+            "edit-a-state",
+            "effective-attention",
+            "your-own-sweep",
+            "sweep-on-a-cluster",
+            "load-your-own-checkpoint",
+            "fine-tune-with-hooks",
+            "compare-two-models",
+            "write-an-intervention",
+            "add-a-family",
+        )
+    },
+    "Concepts": {
+        "concepts/edits.md": None,
+        "concepts/stages.md": None,
+        "concepts/state.md": None,
+        "concepts/padding.md": None,
+        "concepts/pieces.md": None,
+        "hooks.md": "Every hook point",
+        "harvest.md": None,
+        "placement.md": None,
+        "quantized.md": None,
+        "interop.md": None,
+    },
+    "Studies": {
+        "findings.md": None,
+        "findings_tables.md": "Every setting of every experiment",
+        "reproduced/thesis2025-tiny-griffin/report.md": "The thesis, tiny-griffin",
+        "reproduced/thesis2025-tiny-jamba/report.md": "The thesis, tiny-jamba",
+        "reproduced/sllm2025-tiny-griffin/report.md": "The workshop paper, tiny-griffin",
+        "outside_window.md": None,
+        "where_recall_lives.md": None,
+        "twins.md": None,
+        "next_questions.md": None,
+        "beside_other_results.md": None,
+        "attribution_ranks.md": None,
+        "tiny-griffin.md": "The model tiny-griffin",
+        "tiny-jamba.md": "The model tiny-jamba",
+    },
+    "Project": {
+        "changelog.md": None,
+        "architecture.md": None,
+        "contributing.md": None,
+        "benchmarks.md": None,
+    },
 }
-"""Titles of the guide's pages, in its order; others follow under their headings."""
+"""The pages of each section, in order, with titles for the navigation; None is the page's heading.
+
+A page in `docs/how-to` or `docs/concepts` that is not named here comes last in its section, any
+other page in `docs` last in Studies, and the other notebooks in a part of How to.
+"""
+
+OBJECTS: dict[str, dict[str, str]] = {
+    "hooked_hybrid.HookedHybrid": {
+        "Make, load and save": "from_pretrained from_hf meta save_pretrained reset_parameters",
+        "Run": "forward run_with_hooks run_with_cache generate hooks loss_fn",
+        "Hooks that stay": (
+            "add_hook add_perma_hook reset_hooks remove_all_hook_fns list_hooks attached "
+            "check_hooks_to_add hook_points clear_contexts context_level"
+        ),
+        "Caches": "cached_names add_caching_hooks get_caching_hooks",
+        "Text": (
+            "to_tokens to_string to_str_tokens to_single_token to_single_str_token "
+            "get_token_position get_attention_mask apply_chat_template text "
+            "tokens_to_residual_directions"
+        ),
+        "Weights and places": (
+            "cfg W_E W_U W_Q W_K W_V W_O stack device dtype layer_devices placement quantization"
+        ),
+        "Parts of a forward": (
+            "encode_texts run_embed run_blocks run_layout run_ln_final run_unembed running setup"
+        ),
+    }
+}
+"""Classes with a page of their own at the head of the reference: groups of their members."""
 
 PACKAGES = {
     "hooked_hybrid.model": "The model, its caches and its generation",
@@ -158,14 +222,56 @@ def public_names(package: str) -> list[str]:
     return []
 
 
+def has_entry(package: str, name: str) -> bool:
+    """Whether a name that a package exports has an entry on the page of its module."""
+    init = ast.parse((ROOT / package.replace(".", "/") / "__init__.py").read_text("utf-8"))
+    homes = {
+        alias.asname or alias.name: node.module
+        for node in init.body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+    source = ROOT / (homes[name] or "").replace(".", "/")
+    source = source / "__init__.py" if source.is_dir() else source.with_suffix(".py")
+    body = ast.parse(source.read_text("utf-8")).body
+    for node, after in zip(body, [*body[1:], ast.Pass()], strict=True):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name == name:
+            return ast.get_docstring(node) is not None
+        if isinstance(node, ast.Assign | ast.AnnAssign):
+            target = node.targets[0] if isinstance(node, ast.Assign) else node.target
+            if getattr(target, "id", "") == name:  # a value's docstring stands after it
+                return isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
+    return True  # exported by a package in between
+
+
 def reference_page(module: str) -> str:
     """Return the Markdown of a module's page: its docstrings, or links to what it exports."""
     names = public_names(module)
     if not names:
         return f"::: {module}\n"
-    links = "\n".join(f"- [`{name}`][{module}.{name}]" for name in names)
+    links = "\n".join(
+        f"- [`{name}`][{module}.{name}]" if has_entry(module, name) else f"- `{name}`"
+        for name in names
+    )
     options = "    options:\n      members: false\n"
     return f"::: {module}\n{options}\nPublic names, each on the page of its module:\n\n{links}\n"
+
+
+def page_of_object(path: str) -> str:
+    """Return the page of a class in `OBJECTS`."""
+    return f"reference/{path.rpartition('.')[2]}.md"
+
+
+def object_page(path: str) -> str:
+    """Return the Markdown of a class's own page: its members, inherited ones too, in groups."""
+    name = path.rpartition(".")[2]
+    text = f"# {name}\n\n::: {path}\n    options:\n      members: false\n"
+    text += "      show_root_heading: false\n      show_root_toc_entry: false\n"
+    options = "    options:\n      heading_level: 3\n      show_root_full_path: false\n"
+    for group, members in OBJECTS[path].items():
+        text += f"\n## {group}\n"
+        text += "".join(f"\n::: {path}.{member}\n{options}" for member in members.split())
+    return text
 
 
 def reference_nav() -> list[dict[str, Any]]:
@@ -184,16 +290,41 @@ def reference_nav() -> list[dict[str, Any]]:
             page_of(module) if module == package else {leaf: page_of(module)}
         )
     names = nav["The other modules"].pop(0)
-    return [{"Public names": names}, *({title: pages} for title, pages in nav.items() if pages)]
+    objects = [{path.rpartition(".")[2]: page_of_object(path)} for path in OBJECTS]
+    return [
+        *objects,
+        {"Public names": names},
+        *({title: pages} for title, pages in nav.items() if pages),
+    ]
+
+
+def section_nav(section: str) -> list[Any]:
+    """Return the navigation of a section: its pages on disk, first those named in `SECTIONS`."""
+    named = {page: title for pages in SECTIONS.values() for page, title in pages.items()}
+    docs = ROOT / "docs"
+    found = [path.relative_to(docs).as_posix() for path in sorted(docs.rglob("*.md"))]
+    found += documents().values()
+    homes = {"how-to": "How to", "concepts": "Concepts", "": "Studies"}
+    others = [page for page in found if page not in named and page != "index.md"]
+    others.sort(key=lambda page: page.startswith("notebook-"))
+    last = [
+        page
+        for page in others
+        if not page.startswith("notebook-") and homes.get(os.path.dirname(page)) == section
+    ]
+    pages = [page for page in SECTIONS[section] if page in found]
+    nav: list[Any] = [{title: page} if (title := named[page]) else page for page in pages]
+    notebooks = [page for page in others if page.startswith("notebook-")]
+    return [*nav, *last, *([{"Notebooks": notebooks}] if section == "How to" else [])]
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
-    """Put guide and reference into the navigation."""
-    guide: list[Any] = [{title: page} for page, title in GUIDE.items()]
-    others = [page for source, page in documents().items() if source not in DOCUMENTS]
-    others += sorted(path.name for path in (ROOT / "docs").glob("*.md"))
-    guide += [page for page in others if page not in GUIDE]
-    nav = [{"Home": "index.md"}, {"Guide": guide}, {"Reference": reference_nav()}]
+    """Put the sections and the reference into the navigation."""
+    nav: list[Any] = [{"Home": "index.md"}]
+    for section in SECTIONS:
+        if section == "Project":
+            nav.append({"Reference": reference_nav()})
+        nav.append({section: section_nav(section)})
     config.nav = nav
     return config
 
@@ -209,6 +340,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
             files.append(File.generated(config, name, abs_src_path=str(picture)))
     for module in modules():
         files.append(File.generated(config, page_of(module), content=reference_page(module)))
+    for path in OBJECTS:
+        files.append(File.generated(config, page_of_object(path), content=object_page(path)))
     return files
 
 

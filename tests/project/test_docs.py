@@ -10,8 +10,10 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+import torch
 
 from docs import generate_hooks, site_pages
+from docs.site_pages import SECTIONS
 from hooked_hybrid import ActivationCache, HookedHybrid
 from hooked_hybrid.commands.program import COMMANDS
 from hooked_hybrid.hooks.point import HookPoint
@@ -236,7 +238,7 @@ docstring that begins with "What": the thing itself ("The config of a layer").""
 
 
 def test_the_library_and_its_pages_have_none_of_some_compressed_phrases():
-    sources = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]
+    sources = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]
     for package in ("hooked_hybrid", "weights_conversion"):
         sources += (ROOT / package).rglob("*.py")
     found = [
@@ -255,13 +257,41 @@ def test_every_module_has_its_place_in_the_reference():
     """`make docs` needs no line for a new module, and one for a new package."""
     listed = re.findall(r"reference/[\w/]+\.md", repr(site_pages.reference_nav()))
     pages = [site_pages.page_of(module) for module in site_pages.modules()]
-    assert sorted(listed) == sorted(pages)
+    own = [site_pages.page_of_object(path) for path in site_pages.OBJECTS]
+    assert sorted(listed) == sorted([*own, *pages])
+    assert listed[0] == "reference/HookedHybrid.md"
     assert "hooked_hybrid.analysis.scores" in site_pages.modules()
+
+
+def test_the_page_of_the_model_has_every_public_member():
+    groups = site_pages.OBJECTS["hooked_hybrid.HookedHybrid"].values()
+    listed = [name for group in groups for name in group.split()]
+    public = {name for name in dir(HookedHybrid) if not name.startswith("_")}
+    own = public - set(dir(torch.nn.Module)) | {"forward"}
+    assert sorted(listed) == sorted(own)
+
+
+def test_every_page_stands_once_in_the_navigation():
+    listed = re.findall(r"[\w/-]+\.md", repr([site_pages.section_nav(s) for s in SECTIONS]))
+    docs = ROOT / "docs"
+    pages = [path.relative_to(docs).as_posix() for path in docs.rglob("*.md")]
+    pages += [page for page in site_pages.documents().values() if page != "index.md"]
+    assert sorted(listed) == sorted(pages)
+    assert list(SECTIONS) == ["Getting started", "How to", "Concepts", "Studies", "Project"]
+
+
+def test_the_search_splits_names_at_underscores_and_capitals():
+    settings = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    (separator,) = re.findall(r"separator: '(.*)'", settings)
+    assert re.split(separator, "run_with_cache") == ["run", "with", "cache"]
+    assert re.split(separator, "ActivationCache") == ["Activation", "Cache"]
+    assert re.split(separator, "hooked_hybrid.model") == ["hooked", "hybrid", "model"]
 
 
 def test_every_link_between_documents_leads_to_a_page():
     documents = {page: ROOT / source for source, page in site_pages.documents().items()}
-    documents |= {path.name: path for path in (ROOT / "docs").glob("*.md")}
+    docs = ROOT / "docs"
+    documents |= {path.relative_to(docs).as_posix(): path for path in docs.rglob("*.md")}
     for page, path in documents.items():
         site_pages.relink(site_pages.markdown_of(path), page)
 
@@ -300,5 +330,8 @@ def test_a_notebook_becomes_a_page(tmp_path):
 def test_a_package_that_exports_names_links_to_them():
     page = site_pages.reference_page("hooked_hybrid.interventions")
     assert "- [`keep_top_heads`][hooked_hybrid.interventions.keep_top_heads]" in page
+    hooks = site_pages.reference_page("hooked_hybrid.hooks")
+    assert "- [`HookPoint`][hooked_hybrid.hooks.HookPoint]" in hooks
+    assert "- `HookFn`" in hooks  # a type without a docstring, which has no entry
     scan = "hooked_hybrid.network.scans.scan"
     assert site_pages.reference_page(scan) == f"::: {scan}\n"
