@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,10 +16,19 @@ from torch import Tensor
 
 from hooked_hybrid.network.network import Network
 from hooked_hybrid.network.weights.quantization import require_plain_weights
+from hooked_hybrid.outputs.whole_folders import exchange, to_disk
 from weights_conversion.families import family_that_writes
 from weights_conversion.generation import FILE as GENERATION_FILE
 from weights_conversion.generation import generation_config_to_save
 from weights_conversion.rules import Rule, revert
+
+CHECKPOINT_FILES = re.compile(
+    r"(config|generation_config|adapter_config|chat_template)\.json|chat_template\.jinja"
+    r"|(model|pytorch_model|adapter_model)(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?"
+    r"|(tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab)\.json"
+    r"|(tokenizer|spiece)\.model|merges\.txt"
+)
+"""Names of the files of a checkpoint and its tokenizer, which a new one replaces."""
 
 
 def save(
@@ -26,6 +36,7 @@ def save(
     directory: str | os.PathLike[str],
     max_shard_size: int = 5_000_000_000,
     tokenizer: Any = None,
+    overwrite: bool = False,
 ) -> None:
     """Write a model as transformers would; see `HookedHybrid.save_pretrained`."""
     if max_shard_size < 1:
@@ -39,12 +50,9 @@ def save(
     if model.device.type == "meta":
         raise ValueError("this model has no weights (it is on the meta device): nothing to save")
     target = Path(directory)
-    if target.is_dir() and any(target.iterdir()):
-        raise FileExistsError(
-            f"{target} is not empty: give a new directory, nothing is overwritten"
-        )
-    if target.exists() and not target.is_dir():
-        raise FileExistsError(f"{target} is a file: give a new directory")
+    kept = _files_to_keep(target, overwrite)
+    if kept is not None:
+        target = target.resolve()  # where a link leads
     family, config = family_that_writes(model.cfg)
     partial = target.with_name(f"{target.name}.partial-{os.getpid()}")
     try:
@@ -56,13 +64,53 @@ def save(
                 _write_json(partial / GENERATION_FILE, generation)
             _write_tensors(partial, model, family.rules(model.cfg), max_shard_size)
             _write_tokenizer(partial, tokenizer)
-            if target.is_dir():
-                target.rmdir()  # empty, see above
-            partial.rename(target)
+            if kept is None:
+                if target.is_dir():
+                    target.rmdir()  # empty, as checked
+                partial.rename(target)
+            else:
+                for path in kept:
+                    if not (partial / path.name).exists():
+                        shutil.copy2(path, partial / path.name)
+                to_disk(partial)
+                exchange(partial, target)  # the old one is removed below
         finally:
             shutil.rmtree(partial, ignore_errors=True)
     except (OSError, SafetensorError) as error:
         raise OSError(f"{target} cannot be written ({error}): give another directory") from error
+
+
+def _files_to_keep(target: Path, overwrite: bool) -> list[Path] | None:
+    """Return the files of a checkpoint's directory that are not the checkpoint's.
+
+    None where there is no checkpoint to replace: no directory, or an empty one.
+
+    Raises:
+        FileExistsError: there is something that is not to be replaced.
+    """
+    if not target.exists():
+        return None
+    if not target.is_dir():
+        raise FileExistsError(f"{target} is a file: give a new directory")
+    files = list(target.iterdir())
+    if not files:
+        return None
+    if not overwrite:
+        raise FileExistsError(
+            f"{target} is not empty: give a new directory, or overwrite=True to replace the "
+            "checkpoint in it; nothing is overwritten"
+        )
+    if not (target / "config.json").is_file():
+        raise FileExistsError(
+            f"{target} is not empty and holds no checkpoint (no config.json), which overwrite=True "
+            "would replace: give a new directory"
+        )
+    if odd := sorted(path.name for path in files if path.is_symlink() or not path.is_file()):
+        raise FileExistsError(
+            f"{target} holds {odd[0]!r} too, which no checkpoint has: move it elsewhere, "
+            "or give a new directory; nothing is overwritten"
+        )
+    return [path for path in files if not CHECKPOINT_FILES.fullmatch(path.name)]
 
 
 def _write_tensors(folder: Path, model: Network, rules: list[Rule], max_shard_size: int) -> None:

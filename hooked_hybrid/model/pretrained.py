@@ -167,20 +167,29 @@ class PretrainedModel(LanguageModel):
         return fill(model, content, plan_homes(model, everywhere(cfg, device)))
 
     def save_pretrained(
-        self, directory: str | os.PathLike[str], max_shard_size: int = 5_000_000_000
+        self,
+        directory: str | os.PathLike[str],
+        max_shard_size: int = 5_000_000_000,
+        *,
+        overwrite: bool = False,
     ) -> None:
-        """Write a directory that `transformers` and `from_pretrained` load.
+        """Write a directory that `transformers` and `from_pretrained` load, whole or not at all.
 
         Args:
-            directory: must not hold a checkpoint yet.
+            directory: a new or an empty one, or with `overwrite` one that holds a checkpoint.
             max_shard_size: bytes in one file; a larger model is sharded.
+            overwrite: replace a checkpoint, tokenizer included, once the new one is written; the
+                old one is there until then. Other files, such as a README.md, are kept. Needs room
+                on the disk for both.
 
         Raises:
-            FileExistsError: the directory holds a checkpoint.
+            FileExistsError: the directory is not empty; with `overwrite`, it holds no checkpoint,
+                or a folder or a link besides.
+            OSError: it cannot be written; an old checkpoint is as it was.
         """
         from weights_conversion.save import save
 
-        save(self, directory, max_shard_size, self.tokenizer)
+        save(self, directory, max_shard_size, self.tokenizer, overwrite)
 
 
 def _refuse_mixed_places(

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any, Literal, overload
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from hooked_hybrid.config import HybridConfig
@@ -127,6 +127,16 @@ class TextModel(Network):
         """
         _, mask = check_batch(self, tokens, None)
         return torch.ones_like(tokens) if mask is None else mask
+
+    def padding_mask(self, tokens: Int[Tensor, "batch pos"]) -> Bool[Tensor, "batch pos"]:
+        """Return True at padding, as the model recognises it in tokens without a mask.
+
+        The opposite of `get_attention_mask`, which is the mask that `attention_mask=` takes.
+
+        Raises:
+            ValueError: padding that cannot be distinguished from text.
+        """
+        return self.get_attention_mask(tokens) == 0
 
     def to_string(self, tokens: Tensor | Sequence[int]) -> str | list[str]:
         """Return the text of a row of tokens, or the texts of several rows."""

@@ -63,6 +63,10 @@ def test_to_tokens_gives_the_mask_that_the_model_takes(model: HookedHybrid):
     tokens, mask = model.to_tokens(TEXTS, padding_side="left", return_mask=True)
     assert mask.tolist() == [[1] * 6, [0] * 4 + [1] * 2, [0] * 3 + [1] * 3]
     assert torch.equal(model.get_attention_mask(tokens), mask)
+    assert torch.equal(model.padding_mask(tokens), mask == 0)
+    assert model.padding_mask(tokens).dtype == torch.bool
+    with pytest.raises(ValueError, match="attention_mask"):  # it is the opposite of this one
+        model(tokens, attention_mask=model.padding_mask(tokens).long())
     assert torch.equal(model(tokens, attention_mask=mask), model(tokens))
     one, ones = model.to_tokens("w7 w8", return_mask=True)
     assert ones.tolist() == [[1, 1, 1]] and torch.equal(one, model.to_tokens("w7 w8"))
