@@ -109,7 +109,7 @@ OBJECTS: dict[str, dict[str, str]] = {
         "Caches": "cached_names add_caching_hooks get_caching_hooks",
         "Text": (
             "to_tokens to_string to_str_tokens to_single_token to_single_str_token "
-            "get_token_position get_attention_mask apply_chat_template text "
+            "get_token_position get_attention_mask padding_mask apply_chat_template text "
             "tokens_to_residual_directions"
         ),
         "Weights and places": (

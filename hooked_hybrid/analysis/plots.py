@@ -3,7 +3,9 @@
 The figures have no window and are not known to `pyplot`: a notebook shows them after `%matplotlib
 inline`, `figure.savefig` writes them. Signed maps have a diverging scale with white at 0;
 colour-blind readers can distinguish the colours. Values may be tensors on any device, arrays or
-lists.
+lists; or the result of an analysis, whole, wherever it has the axes that a figure shows: scores of
+heads or channels, patching (`PatchGrid`), `Attribution`, a `Lens`. Its labels are used then, and
+rows of a batch are averaged over.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from hooked_hybrid.analysis.attribution import Attribution
 from hooked_hybrid.analysis.drawing import (
     DOWN,
     LINES,
@@ -28,39 +31,64 @@ from hooked_hybrid.analysis.drawing import (
     scale_of,
     side_of,
 )
-from hooked_hybrid.analysis.scores import HeadScores
+from hooked_hybrid.analysis.shown import (
+    ATTRIBUTED,
+    HEADS,
+    PLACES,
+    RESULTS,
+    Result,
+    name_of,
+    parts_of,
+    patterns_of,
+    shown,
+)
 from hooked_hybrid.outputs.figures import new_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+ATTENTION = "attention (fraction)"
+
 
 def head_grid(
-    scores: HeadScores, title: str | None = None, marked: Sequence[tuple[int, int]] = ()
+    scores: Result,
+    title: str | None = None,
+    marked: Sequence[tuple[int | str, int]] = (),
 ) -> Figure:
     """Return a map of a score of every head, with heads across and attention layers down.
 
     Args:
-        scores: their `name` labels the colours; any below 0 make the scale diverging.
+        scores: of heads, or of channel groups; or patching or attribution by head. Their `name`
+            labels the colours; any below 0 make the scale diverging.
         title: above the map.
-        marked: heads, as (layer, head), to draw a frame around.
+        marked: heads, as (layer, head), to draw a frame around; of patching or attribution at named
+            points, as (label of the row, head).
+
+    Raises:
+        ValueError: a result that is not by head, or a head to mark that is not there.
     """
-    values = as_array(scores.values)
+    found = shown(scores)
+    found.require("head_grid", HEADS)
+    values, rows = as_array(found.values), found.labels[0]
     n_layers, n_heads = values.shape
     for layer, head in marked:
-        if layer not in scores.layers or not 0 <= head < n_heads:
+        if layer not in rows or not 0 <= head < n_heads:
             raise ValueError(
-                f"no head {(layer, head)} to mark: layers {scores.layers} have {n_heads} each"
+                f"no head {(layer, head)} to mark: {found.row_axis}s {rows} have {n_heads} each"
             )
     figure = new_figure(2.6 + max(2.0, 0.55 * n_heads), 1.2 + max(1.8, 0.42 * n_layers))
     axes = figure.subplots()
-    image = draw_map(axes, values, scale_of([values]), written="{:.2f}")
+    is_small = not (abs(values) >= 0.1).any()  # effects of patching have no scale of their own
+    written = "{:.1g}" if is_small else "{:.2f}"
+    image = draw_map(axes, values, scale_of([values]), written=written)
     axes.set_xticks(range(n_heads))
-    axes.set_yticks(range(n_layers), list(map(str, scores.layers)))
-    axes.set(xlabel="head", ylabel="attention layer", title=title or "")
+    axes.set_yticks(range(n_layers), found.rows)
+    across, is_layer = found.axes[1].replace("kv_head", "key-value head"), found.axes[0] == "layer"
+    kind = {"head": "attention layer", "group": "recurrent layer"}.get(found.axes[1], "layer")
+    axes.set(xlabel=across, ylabel=kind if is_layer else found.row_axis, title=title or "")
     for layer, head in marked:
-        frame(axes, scores.layers.index(layer), head)
-    figure.colorbar(image, ax=axes, label=scores.name, pad=0.02)
+        frame(axes, rows.index(layer), head)
+    figure.colorbar(image, ax=axes, label=found.name, pad=0.02)
     return figure
 
 
@@ -71,13 +99,14 @@ def pattern_map(
     *,
     query_tokens: Sequence[str] | None = None,
     signed: bool | None = None,
-    label: str = "attention (fraction)",
+    label: str = ATTENTION,
     n_columns: int = 4,
 ) -> Figure:
     """Return maps of attention, with queries down and keys across, on one colour scale.
 
     Args:
-        pattern: [query key], or [map query key] for several heads, layers or channels.
+        pattern: [query key], or [map query key] for several heads, layers or channels; or an
+            attribution to scores or patterns with `reduce=None`, one map a head.
         tokens: text of each key, and of each query if there are as many.
         titles: of the maps, such as "L2H0".
         query_tokens: text of each query, if they differ from the keys.
@@ -88,6 +117,14 @@ def pattern_map(
     Raises:
         ValueError: the number of tokens or titles does not match.
     """
+    if isinstance(pattern, RESULTS):
+        if not isinstance(pattern, Attribution):
+            raise ValueError(
+                f"a {type(pattern).__name__} has no queries and keys: give an Attribution"
+            )
+        pattern, names = patterns_of(pattern)
+        titles = titles or names
+        label = ATTRIBUTED if label == ATTENTION else label
     maps = as_array(pattern)
     if maps.ndim not in (2, 3):
         raise ValueError(f"a pattern is [query key] or [map query key], not {list(maps.shape)}")
@@ -143,41 +180,56 @@ def effective_attention_map(
 
 def attribution_bars(
     values: Any,
-    labels: Sequence[str],
+    labels: Sequence[str] | None = None,
     *,
     most: int = 30,
     by_size: bool = False,
-    xlabel: str = "attribution (logits)",
+    xlabel: str | None = None,
     title: str | None = None,
 ) -> Figure:
     """Return a bar for each part, labelled with its value, and a line at the sum of all.
 
+    Effects of patching and scores do not add up: they have no such line, and the smallest of many
+    are left out.
+
     Args:
-        values: [part], such as `logit_attrs` at one position.
-        labels: of the parts.
+        values: [part], such as `logit_attrs` at one position; or a result, with all its values.
+        labels: of the parts; a result has its own.
         most: the most bars; the smallest parts share the last one.
         by_size: sort the largest first; otherwise keep the order.
-        xlabel: of the values, with the unit.
+        xlabel: of the values, with the unit; None is that of a result, else "attribution (logits)".
         title: above the bars.
+
+    Raises:
+        ValueError: the number of labels does not match, or labels are missing.
     """
+    adds_up = True
+    if isinstance(values, RESULTS):
+        xlabel, adds_up = xlabel or name_of(values), isinstance(values, Attribution)
+        values, own = parts_of(values)
+        labels = labels or own
+    labels, xlabel = _given(labels, "attribution_bars"), xlabel or "attribution (logits)"
     array = as_array(values)
     if array.shape != (len(labels),):
         raise ValueError(f"{len(labels)} labels for values of shape {list(array.shape)}")
     if most < 1:
         raise ValueError(f"most={most}: give 1 or more")
     order = abs(array).argsort()[::-1]
-    kept = order[:most] if len(order) <= most else order[: most - 1]
+    kept = order[:most] if len(order) <= most or not adds_up else order[: most - 1]
     rest = order[len(kept) :]
     bars = [(labels[i], float(array[i])) for i in (kept if by_size else sorted(kept))]
-    if len(rest):
+    if len(rest) and adds_up:
         bars.append((f"{len(rest)} others", float(array[rest].sum())))
     names, sizes = zip(*bars, strict=True)
     figure = new_figure(6.4, 1.3 + 0.24 * len(bars))
     axes = figure.subplots()
     drawn = axes.barh(range(len(bars)), sizes, color=[UP if x >= 0 else DOWN for x in sizes])
     axes.bar_label(drawn, [f"{x:+.3g}" for x in sizes], padding=3, fontsize=7)
-    total = float(array.sum())
-    axes.axvline(total, color=TOTAL, linestyle="--", linewidth=1, label=f"sum {total:+.3g}")
+    if adds_up:
+        total = float(array.sum())
+        axes.axvline(total, color=TOTAL, linestyle="--", linewidth=1, label=f"sum {total:+.3g}")
+    elif len(rest):
+        axes.plot([], [], " ", label=f"without the {len(rest)} smallest")
     axes.axvline(0, color="black", linewidth=0.8)
     axes.set_yticks(range(len(bars)), names, fontsize=8, parse_math=False)
     axes.set_ylim(len(bars) - 0.4, -0.6)
@@ -185,28 +237,40 @@ def attribution_bars(
     axes.set(xlabel=xlabel, title=title or "")
     axes.grid(axis="x", alpha=0.3)
     axes.set_axisbelow(True)
-    figure.legend(loc="outside lower right", frameon=False, fontsize=8)
+    if axes.get_legend_handles_labels()[0]:
+        figure.legend(loc="outside lower right", frameon=False, fontsize=8)
     return figure
 
 
 def residual_curves(
     values: Any,
-    labels: Sequence[str],
+    labels: Sequence[str] | None = None,
     names: Sequence[str] = (),
     *,
-    ylabel: str = "value",
+    ylabel: str | None = None,
     title: str | None = None,
 ) -> Figure:
     """Return curves over depth, one for each entry of the other axes.
 
     Args:
-        values: [depth], or [depth ...]; without names, more than seven curves are drawn thin, with
-            their mean on top.
-        labels: of the depths.
+        values: [depth], or [depth ...]; or a result by layer, depth or hook point. Without names,
+            more than seven curves are drawn thin, with their mean on top.
+        labels: of the depths; a result has its own.
         names: of the curves, in the order of the other axes flattened.
-        ylabel: of the values, with the unit.
+        ylabel: of the values, with the unit; None is that of a result, else "value".
         title: above the curves.
+
+    Raises:
+        ValueError: the number of labels or names does not match, or labels are missing.
     """
+    xlabel = "depth"
+    if isinstance(values, RESULTS):
+        found = shown(values)
+        values, labels, xlabel = found.values, labels or found.rows, found.row_axis
+        ylabel = ylabel or found.name
+        if not names and 1 < values[0].numel() <= len(LINES):
+            names = found.curves()
+    labels, ylabel = _given(labels, "residual_curves"), ylabel or "value"
     array = as_array(values)
     if is_integer(values):  # ranks: -1 where a row of a generation had ended
         array = np.where(array < 0, np.nan, array)
@@ -231,7 +295,7 @@ def residual_curves(
             name = names[i] if names else None
             axes.plot(x, line, style, color=color, marker=marker, markersize=4, label=name)
     axes.set_xticks(x, labels, rotation=90 if len(labels) > 6 else 0, fontsize=8)
-    axes.set(xlabel="depth", ylabel=ylabel, title=title or "")
+    axes.set(xlabel=xlabel, ylabel=ylabel, title=title or "")
     axes.grid(alpha=0.3)
     if axes.get_legend_handles_labels()[0]:
         legend = figure.legend(loc="outside right upper", frameon=False, fontsize=8)
@@ -242,7 +306,7 @@ def residual_curves(
 
 def lens_map(
     values: Any,
-    labels: Sequence[str],
+    labels: Sequence[str] | None = None,
     tokens: Sequence[str] | None = None,
     texts: Sequence[Sequence[str]] | None = None,
     *,
@@ -252,16 +316,25 @@ def lens_map(
     """Return a map of a lens, with positions across and depth upwards to the model's output.
 
     Args:
-        values: [depth pos] of one row. Integers are ranks: the scale is logarithmic, of rank + 1.
-        labels: of the depths.
+        values: [depth pos] of one row; or a result by position. Integers are ranks: the scale is
+            logarithmic, of rank + 1.
+        labels: of the depths; a result has its own.
         tokens: text of each position.
         texts: written into the cells `[depth][pos]`, such as the most likely tokens.
         label: of the colours, with the unit.
         title: above the map.
 
     Raises:
-        ValueError: the number of names does not match.
+        ValueError: the number of names does not match, labels are missing, or a result has other
+            axes.
     """
+    ylabel = "depth"
+    if isinstance(values, RESULTS):
+        found = shown(values)
+        found.require("lens_map", PLACES)
+        values, labels, ylabel = found.values, labels or found.rows, found.row_axis
+        label = label or found.name or None
+    labels = _given(labels, "lens_map")
     array, is_rank = as_array(values), is_integer(values)
     if array.ndim != 2 or len(labels) != len(array):
         raise ValueError(f"{len(labels)} labels for a lens of shape {list(array.shape)}")
@@ -279,7 +352,18 @@ def lens_map(
     axes.invert_yaxis()
     name_positions(axes, "x", n_pos, tokens, width)
     axes.set_yticks(range(len(labels)), labels, fontsize=8)
-    axes.set(xlabel="position", ylabel="depth", title=title or "")
+    axes.set(xlabel="position", ylabel=ylabel, title=title or "")
     label = label or ("rank + 1 (1 is the most likely)" if is_rank else "")
     figure.colorbar(image, ax=axes, label=label, pad=0.02)
     return figure
+
+
+def _given(labels: Sequence[str] | None, plot: str) -> Sequence[str]:
+    """Return labels, which plain values do not bring.
+
+    Raises:
+        ValueError: there are none.
+    """
+    if labels is None:
+        raise ValueError(f"{plot} of plain values needs their labels: give them, or a whole result")
+    return labels

@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
+from hooked_hybrid import ActivationCache
 from hooked_hybrid.analysis import plots
+from hooked_hybrid.analysis.activation_patching import (
+    generic_activation_patch,
+    patch_heads,
+    patch_resid_pre,
+)
+from hooked_hybrid.analysis.attribution import Attribution, attribution_patching
+from hooked_hybrid.analysis.channels import GroupScores
 from hooked_hybrid.analysis.drawing import MOST_NAMED, visible
+from hooked_hybrid.analysis.lens import lens_ranks
 from hooked_hybrid.analysis.plots import (
     attribution_bars,
     effective_attention_map,
@@ -17,6 +29,7 @@ from hooked_hybrid.analysis.plots import (
     residual_curves,
 )
 from hooked_hybrid.analysis.scores import HeadScores
+from tests.models import random_tokens, tiny_model
 
 SCORES = HeadScores((2, 5), torch.tensor([[0.1, 0.2, 0.3], [0.0, 0.9, torch.nan]]), "copied")
 
@@ -176,3 +189,110 @@ def test_a_mean_of_curves_leaves_out_what_is_not_there():
         drawn = torch.as_tensor(figure.axes[0].lines[-1].get_ydata(), dtype=torch.float)
         assert torch.allclose(drawn, known.mean(1), rtol=1e-4)
     assert plots.pattern_map([torch.rand(3, 3), torch.rand(3, 3)])
+
+
+# --- whole results ------------------------------------------------------------------------------
+
+MODEL = tiny_model("griffin")
+CLEAN, CORRUPTED = random_tokens(n_pos=5), random_tokens(n_pos=5, seed=1)
+
+
+def metric(logits: Tensor) -> Tensor:
+    """One value a row."""
+    return logits[:, -1, 3]
+
+
+@pytest.fixture(scope="module")
+def cache() -> ActivationCache:
+    return MODEL.run_with_cache(CLEAN)[1]
+
+
+def attributed(names: Any, reduce: Any) -> Attribution:
+    return attribution_patching(MODEL, CLEAN, CORRUPTED, metric, names, reduce, verbose=False)
+
+
+def test_patching_by_head_is_a_head_grid_bars_and_curves(cache: ActivationCache):
+    grid = patch_heads(MODEL, CORRUPTED, cache, metric, verbose=False)
+    values = grid.values.mean(-1).numpy()  # over rows
+    axes, bar = rendered(head_grid(grid, marked=[(2, 1)])).axes
+    assert np.allclose(drawn(axes), values) and ticks(axes.yaxis) == ["2"]
+    assert bar.get_ylabel() == "change of the metric by patching"
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("head", "attention layer")
+    axes = rendered(attribution_bars(grid)).axes[0]
+    assert ticks(axes.yaxis) == grid.head_scores().labels() and len(axes.lines) == 1  # no sum
+    assert [bar.get_width() for bar in axes.patches] == pytest.approx(values.flatten().tolist())
+    axes = rendered(attribution_bars(grid, most=1)).axes[0]
+    assert len(axes.patches) == 1
+    assert "without the" in axes.get_legend_handles_labels()[1][0]
+    axes = rendered(residual_curves(grid)).axes[0]
+    assert [line.get_label() for line in axes.lines][:2] == ["head 0", "head 1"]
+    assert axes.get_xlabel() == "layer"
+    named = generic_activation_patch(
+        MODEL, CORRUPTED, cache, metric, "blocks.*.attn.hook_z", ("head",), verbose=False
+    )
+    axes = rendered(head_grid(named, marked=[("2_z", 0)])).axes[0]
+    assert ticks(axes.yaxis) == ["2_z"] and axes.get_ylabel() == "hook point"
+
+
+def test_patching_by_position_is_a_map_and_curves(cache: ActivationCache):
+    grid = patch_resid_pre(MODEL, CORRUPTED, cache, metric, verbose=False)
+    axes = rendered(lens_map(grid, tokens=list("abcde"))).axes[0]
+    assert np.allclose(drawn(axes), grid.values.mean(-1).numpy())
+    assert ticks(axes.yaxis) == ["0", "1", "2", "3"] and axes.get_ylabel() == "layer"
+    assert ticks(axes.xaxis) == list("abcde")
+    lines = rendered(residual_curves(grid)).axes[0].lines
+    assert [line.get_label() for line in lines] == [f"pos {i}" for i in range(5)]
+    assert "layer 3 pos 4" in ticks(rendered(attribution_bars(grid)).axes[0].yaxis)
+
+
+def test_attribution_goes_into_every_plot_with_its_axes():
+    by_head = attributed("blocks.*.attn.hook_z", "head")
+    axes, bar = rendered(head_grid(by_head)).axes
+    assert np.allclose(drawn(axes)[0], by_head["z", 2].mean(0).numpy())
+    assert bar.get_ylabel() == "attributed change of the metric"
+    by_position = attributed("blocks.*.hook_resid_pre", "position")
+    axes = rendered(lens_map(by_position)).axes[0]
+    assert ticks(axes.yaxis) == [f"{i}_resid_pre" for i in range(4)]
+    assert np.allclose(drawn(axes)[3], by_position["resid_pre", 3].mean(0).numpy(), rtol=1e-5)
+    whole = attributed(["blocks.*.hook_m*_out", "hook_embed"], "hook")
+    axes = rendered(attribution_bars(whole)).axes[0]
+    assert ticks(axes.yaxis)[:3] == ["embed", "0_mixer_out", "0_mlp_out"]
+    assert axes.lines[0].get_label().startswith("sum")
+    assert axes.get_xlabel() == "attributed change of the metric"
+    unlike = attributed(["blocks.2.attn.hook_z", "blocks.2.hook_resid_pre"], ("position", "head"))
+    assert "2_z pos 4 head 0" in ticks(rendered(attribution_bars(unlike, most=60)).axes[0].yaxis)
+    of_pattern = attributed("blocks.*.attn.hook_pattern", None)
+    maps = [axes for axes in rendered(pattern_map(of_pattern)).axes if axes.images]
+    assert [axes.get_title() for axes in maps] == [f"L2H{h}" for h in range(len(maps))]
+    assert np.allclose(drawn(maps[1]), of_pattern["pattern", 2].mean(0)[1].numpy())
+    assert effective_attention_map(of_pattern).axes
+    for match, draw in (
+        ("give attribution..blocks", lambda: pattern_map(by_head)),
+        ("a HeadScores has no queries", lambda: pattern_map(SCORES)),
+        (r"by head, and these have axes \('name', 'pos'\)", lambda: head_grid(by_position)),
+        (r"by pos, and these have axes \('name', 'head'\)", lambda: lens_map(by_head)),
+        ("2_resid_pre has axes .*choose points of one kind", lambda: lens_map(unlike)),
+        ("head_grid shows", lambda: head_grid(whole)),
+    ):
+        with pytest.raises(ValueError, match=match):
+            draw()
+
+
+def test_scores_and_lenses_are_drawn_whole(cache: ActivationCache):
+    axes = rendered(attribution_bars(SCORES, most=2, by_size=True)).axes[0]
+    assert axes.get_xlabel() == "copied"
+    groups = GroupScores((0, 1), torch.tensor([[0.1, 0.2, 0.3], [0.0, 0.9, 0.5]]), "lost")
+    axes = rendered(head_grid(groups)).axes[0]
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("group", "recurrent layer")
+    assert ticks(rendered(attribution_bars(groups)).axes[0].yaxis)[4] == "L1G1"
+    lens = lens_ranks(MODEL, cache.apply_slice_to_batch_dim([0]), CLEAN[:1])
+    axes = rendered(lens_map(lens)).axes[0]
+    assert ticks(axes.yaxis) == lens.labels
+    assert drawn(axes).tolist() == (lens.values[:, 0] + 1).tolist()
+    lines = rendered(residual_curves(lens)).axes[0].lines
+    assert len(lines) == 5 and lines[0].get_label() == "pos 0"
+    with pytest.raises(ValueError, match=r"axes \('depth', 'batch', 'pos'\)"):
+        lens_map(lens_ranks(MODEL, cache, CLEAN))
+    for plot in (attribution_bars, residual_curves, lens_map):
+        with pytest.raises(ValueError, match="needs their labels"):
+            plot(torch.rand(2, 2))
