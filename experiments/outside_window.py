@@ -24,7 +24,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from experiments import window_figures, window_relay
+from experiments import window_figures, window_kept, window_relay
 from hooked_hybrid import HookedHybrid
 from hooked_hybrid.analysis import generic_activation_patch
 from hooked_hybrid.hooks.attaching import HookSpec
@@ -249,6 +249,14 @@ def _both_windows(
     return pd.concat(make(model, needles, hooks).assign(window=w) for w, hooks in windows.items())
 
 
+def unseen(n_needles: int) -> int:
+    """Return the first position of the longer experiments that sees nothing of any needle."""
+    model = HookedHybrid.from_pretrained("tiny-griffin", n_keys=None)
+    some = list(known_needles().values())[: min(n_needles, MOST_TRACED)]
+    prompts = grid(model, some, [TRACE_LENGTH], [TRACE_DEPTH])
+    return max(prompt.needle_spans[0][1] for prompt in prompts) - 1 + WINDOW
+
+
 def main() -> None:
     """Run everything that is not there yet, write figures and tables."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -261,6 +269,7 @@ def main() -> None:
         parser.error(f"--needles {args.needles}: give 2 to {len(known_needles())}")
     torch.set_num_threads(1)
     tables = griffin(args.out, args.needles)
+    window_kept.write(args.out, tables, unseen(args.needles))
     scores, traces = window_relay.run(args.pattern, args.out / "relay")
     for name, figure in {
         "griffin": window_figures.settings(tables["windows"], tables["boundaries"]),

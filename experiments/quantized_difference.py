@@ -22,6 +22,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from experiments import quantized_kept
 from experiments.window_relay import kept
 from hooked_hybrid import HookedHybrid
 from hooked_hybrid.accounting.configs import PUBLISHED
@@ -277,10 +278,16 @@ def main() -> None:
         parser.error(f"--needles {args.needles}: give 2 to {len(known_needles())}")
     torch.set_num_threads(1)
     args.out.mkdir(parents=True, exist_ok=True)
-    pages = []
+    pages: list[str] = []
+    found: dict[str, pd.DataFrame] = {}
     for name, table in tables(args.out, args.needles):
+        found[name] = table
         pages.append(f"## {name}\n\n{markdown(table)}")
         print(pages[-1], flush=True)
+    (args.out / "pages").mkdir(exist_ok=True)
+    parts = ([t for n, t in found.items() if n.startswith(w)] for w in ("retrieval", "times"))
+    with replacing(args.out / "pages" / "table.csv") as temporary:
+        quantized_kept.settings(*parts).to_csv(temporary, index=False)
     with replacing(args.out / "tables.md") as temporary:
         temporary.write_text("\n\n".join(pages) + "\n", encoding="utf-8")
 

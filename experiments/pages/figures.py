@@ -95,7 +95,7 @@ def _figure(results: Kept, setting: str, more: list[str]) -> Figure:
     row = table[table["setting"] == setting].iloc[0]
     ends = ("low", "high") if column == "accuracy" else (f"{column}_low", f"{column}_high")
     low, high = (float(row.get(end, float("nan"))) for end in ends)
-    is_share = column in ("accuracy", "induction")
+    is_share = column in ("accuracy", "induction", "other_output", "share")
     return Figure(float(row[column]), low, high, is_share)
 
 

@@ -7,8 +7,10 @@ from collections.abc import Callable
 
 import pandas as pd
 
+from experiments import quantized_kept
 from experiments.pages.figures import RANKS, Figure, cells_of, ranks, sets_of
 from experiments.pages.results import kept
+from experiments.twins import pages as twins
 
 
 def percent(figure: Figure | None) -> str:
@@ -90,5 +92,9 @@ KINDS: dict[str, Callable[[str], str]] = {
     "experiment": experiment,
     "matrix": matrix,
     "chosen": chosen,
+    "ways": twins.ways,
+    "probed": twins.probed,
+    "horizons": twins.horizons,
+    "times": quantized_kept.times,
 }
 """What a block shows of kept results, by the first word of its mark."""

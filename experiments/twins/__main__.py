@@ -3,7 +3,9 @@
     python -m experiments.twins --out results/twins [--images docs/images]
 
 Twelve models of 33,000 parameters, under a minute of one core each to train and half as long to
-compare. A stopped run goes on where it was.
+compare. A stopped run goes on where it was. What the page needs of it is kept by
+
+    python -m experiments.pages keep twins results/twins/pages --command "..." --commit ...
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import torch
 from experiments.twins.compare import table
 from experiments.twins.figures import draw_all, summary
 from experiments.twins.models import TWINS, TwinsPlan, train_one
+from experiments.twins.pages import settings
 from hooked_hybrid.outputs.whole_files import replacing
 
 
@@ -36,6 +39,9 @@ def main() -> None:
         found.to_csv(temporary, index=False)
     with replacing(args.out / "summary.csv") as temporary:
         summary(found).to_csv(temporary, index=False)
+    (args.out / "pages").mkdir(exist_ok=True)
+    with replacing(args.out / "pages" / "table.csv") as temporary:
+        settings(found).to_csv(temporary, index=False)
     draw_all(found, args.out, args.images)
     print(summary(found).to_string(index=False))
 

@@ -6,13 +6,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 import torch
 
 import experiments.recall.train as training
 from experiments.recall.score import HELD_OUT, score
 from experiments.recall.task import Task, draw
-from experiments.twins import compare, figures, models, probe
+from experiments.twins import compare, figures, models, pages, probe
 from experiments.twins.models import TWINS, TwinsPlan, configs, n_parameters
 from hooked_hybrid import HookedHybrid
 from hooked_hybrid.analysis import memory_horizon
@@ -194,3 +195,29 @@ def test_the_whole_experiment_resumes(tmp_path: Path, monkeypatch: pytest.Monkey
         f"twins_{name}.png" for name in ("recall", "ways", "kept", "horizons")
     ]
     assert all(path.stat().st_size > 10_000 for path in drawn)
+
+
+def test_what_the_page_needs_is_each_seeds_value_and_what_spans_them() -> None:
+    def rows(measure: str, at: str, step: int, values: list[float], control: float) -> list[dict]:
+        same = {"measure": measure, "at": at, "twin": "hybrid", "step": step}
+        return [{**same, "seed": s, "value": v, "control": control} for s, v in enumerate(values)]
+
+    nan = float("nan")
+    found = pd.DataFrame(
+        rows("accuracy", "whole", 0, [0.1, 0.3], nan)
+        + rows("accuracy", "whole", 800, [1.0, 0.5], nan)
+        + rows("facts", "8", 0, [0.1, 0.1], nan)
+        + rows("value", "0", 800, [0.2, 0.4], 0.06)
+        + rows("horizon", "0", 800, [10.0, 20.0], nan)
+        + rows("horizon", "0", 800, [13.0, 2000.0], nan)
+    )
+    made = pages.settings(found).set_index("setting")
+    assert set(made.index) == {
+        "accuracy whole hybrid", "accuracy whole hybrid, step 0", "value 0 hybrid",
+        "median horizon 0 hybrid", "share beyond a sequence 0 hybrid",
+    }  # fmt: skip
+    columns = ["seed 0", "seed 1", "average", "least", "most"]
+    assert made.loc["accuracy whole hybrid, step 0", columns].tolist() == [0.1, 0.3, 0.2, 0.1, 0.3]
+    assert made.loc["value 0 hybrid", ["control", "control 1"]].tolist() == [0.06, 0.06]
+    assert made.loc["median horizon 0 hybrid", ["seed 0", "seed 1"]].tolist() == [11.5, 1010.0]
+    assert made.loc["share beyond a sequence 0 hybrid", "seed 1"] == 0.5

@@ -43,6 +43,7 @@ NO_MEASUREMENT = (
     "| | layers | width of the MLPs |",  # sizes of the twins
     "| scheme | what is stored |",
     "| experiment | published |",  # words, each with a section of its own
+    "| file | |",
 )
 
 

@@ -1,28 +1,34 @@
-"""Sentences of four pages say what the tables of the same page hold."""
+"""Every figure of a page's sentences is written by its command, or held here, or known."""
 
 from __future__ import annotations
 
 import re
+import tomllib
+from collections import Counter
+from collections.abc import Callable
+from importlib.resources import files
 from io import StringIO
+from pathlib import Path
 
 import pandas as pd
 import pytest
 
-from experiments.pages.results import DOCS
+from experiments.pages.figures import figure_of
+from experiments.pages.results import DOCS, kept
 from experiments.pages.writing import BLOCK
-
-
-def page(name: str) -> str:
-    """Return the words of a page outside its tables, a blank between any two."""
-    text = BLOCK.sub("", (DOCS / f"{name}.md").read_text(encoding="utf-8"))
-    text = re.sub("<!--=.*?-->", "", text)
-    return " ".join(text.replace("**", "").split())
+from experiments.twins.models import TASK, configs, n_parameters
+from experiments.window_relay import case
+from hooked_hybrid.accounting.configs import PUBLISHED
+from hooked_hybrid.accounting.flops import recurrence_over_attention
+from hooked_hybrid.accounting.parameters import count_parameters
+from hooked_hybrid.runs.intervals import SHARE, mean_interval
+from tests.project.prose import Words, page
 
 
 def table(name: str, what: str) -> pd.DataFrame:
     """Return a marked table of a page; an empty first cell is that of the row above."""
     text = (DOCS / f"{name}.md").read_text(encoding="utf-8")
-    (body,) = (m["body"] for m in BLOCK.finditer(text) if m["what"] == f"elsewhere {what}")
+    (body,) = (m["body"] for m in BLOCK.finditer(text) if m["what"] in (f"elsewhere {what}", what))
     lines = [line.strip().strip("|") for line in body.splitlines() if line.startswith("|")]
     rows = "\n".join([lines[0], *lines[2:]])
     found = pd.read_csv(StringIO(rows), sep=r"\s*\|\s*", engine="python", dtype=str, header=None)
@@ -47,8 +53,9 @@ def spread(cells: pd.Series) -> str:
     return f"{min(found):.0f} to {max(found):.0f}"
 
 
-def test_what_recall_lives_in_is_said_as_the_map_has_it():
-    words, cells = page("where_recall_lives"), table("where_recall_lives", "map")
+def where_recall_lives(words: Words) -> None:
+    """Sentences of the map."""
+    cells = table("where_recall_lives", "map")
     size, facts, start, seed = (
         cells[c].astype(int) for c in ("state", "facts", "head start", "seed")
     )
@@ -79,8 +86,8 @@ def test_what_recall_lives_in_is_said_as_the_map_has_it():
     assert f"the same model reaches {spread(from_the_start['whole'])}% when attention" in words
 
 
-def test_quantised_weights_are_said_as_their_tables_have_them():
-    words = page("quantized")
+def quantized(words: Words) -> None:
+    """Sentences of the differences, of retrieval."""
     found = table("quantized", "differences")
     found["model and variant"] = found["model"] + " " + found["variant"]
     rows = found.set_index("model and variant")
@@ -102,7 +109,8 @@ def test_quantised_weights_are_said_as_their_tables_have_them():
     }
     griffin, jamba = (ratio[f"{m} int8 in bf16"] for m in ("tiny-griffin", "tiny-jamba"))
     assert f"lies {griffin:.1f} and {jamba:.1f} times as far from fp32 as bf16 does" in words
-    far = re.search(r"NF4 lies (\d+) and (\d+) times as far", words)
+    far = re.search(r"NF4 lies (\d+) and (\d+) times as far", words.text)
+    assert far and far[0] in words
     for said, model in zip(far.groups(), ("tiny-griffin", "tiny-jamba"), strict=True):
         assert int(said) == pytest.approx(ratio[f"{model} nf4 in fp32"], rel=0.02)  # two digits
     wide = "random jamba 1024"
@@ -110,11 +118,16 @@ def test_quantised_weights_are_said_as_their_tables_have_them():
     of /= numbers(rows.loc[f"{wide} bf16", "KL"])[0]
     assert f"int8 in fp32 lies {of:.1f} times as far from fp32 as bf16 does" in words
     assert ends(f"{wide} int8 in fp32")[0] < ends(f"{wide} bf16")[1]  # "the intervals overlap"
+    retrieved = kept("quantized").table.dropna(subset="accuracy").set_index("setting")
+    assert "in every variant" in words and set(retrieved["n"]) == {124}
+    assert "two depths: 124 prompts a model" in words
+    for model in ("tiny-griffin", "tiny-jamba"):
+        assert retrieved[retrieved.index.str.startswith(model)]["accuracy"].nunique() == 1
 
 
-def test_twins_are_said_as_their_tables_have_them():
-    words = page("twins")
-    ways = table("twins", "ways").set_index("accuracy at the last step, seeds 0, 1, 2")
+def twins(words: Words) -> None:
+    """Sentences of the ways and of the probes."""
+    ways = table("twins", "ways twins").set_index("accuracy at the last step, seeds 0, 1, 2")
     long, free = (numbers(ways.loc[t, "whole"]) for t in ("long-start hybrid", "attention-free"))
     cut = {c: numbers(ways.loc["long-start hybrid", c]) for c in ways.columns[1:]}
     attention, recurrences = (sum(x) / 3 for x in cut.values())
@@ -123,8 +136,8 @@ def test_twins_are_said_as_their_tables_have_them():
         f"(to {attention:.2f})" in words
     )
     assert f"gets to {min(free):.2f} to {max(free):.2f} and has" in words
-    kept = table("twins", "kept")
-    of = kept[kept["layer"] == "0"].set_index(kept.columns[0])["value of the key"]
+    probed = table("twins", "probed twins")
+    of = probed[probed["layer"] == "0"].set_index(probed.columns[0])["value of the key"]
     hybrid, alone, began_long = (
         numbers(of[t]) for t in ("hybrid", "attention-free", "long-start hybrid")
     )
@@ -134,10 +147,37 @@ def test_twins_are_said_as_their_tables_have_them():
         and max(hybrid) < min(alone)
     )
     assert f"holds more ({min(began_long):.2f} to {max(began_long):.2f})" in words
+    rows = kept("twins").table.set_index("setting")
+    ends = rows[~rows.index.str.contains("step")]
+    controls = ["control 0", "control 1", "control 2"]
+    spreads = []
+    for measure in ("value", "presence"):
+        of = ends[ends.index.str.fullmatch(rf"{measure} (\d|all) .*")][controls].to_numpy()
+        spreads.append(f"{of.min():.2f} to {of.max():.2f}")
+    assert f"Shuffled: {spreads[0]}, and {spreads[1]}." in words
+    harm = [
+        rows.loc[f"accuracy whole {twin}", f"seed {s}"]
+        - rows.loc[f"crossing {way} {twin}", f"control {s}"]
+        for twin in ("hybrid", "long-start hybrid", "attention-free", "attention-only")
+        for way in ("attention", "recurrences")
+        if f"crossing {way} {twin}" in rows.index
+        for s in range(3)
+    ]
+    assert f"leaves each model within {100 * max(harm):.0f} points of whole" in words
+    began = rows[rows.index.str.contains("median horizon . long-start hybrid, step 0")]
+    span = f"{began['least'].min():.0f} to {began['most'].max():.0f} tokens"
+    assert f"1% is left after {span}." in words
+    short = rows[rows.index.str.fullmatch(r"median horizon . (hybrid|attention-free), step 0")]
+    span = f"{short['least'].min():.0f} to {short['most'].max():.0f} tokens"
+    assert f"1% of a write is left after {span} (a layer's median channel)" in words
+    assert f"models of {round(n_parameters(configs(TASK)['hybrid']), -3):,} parameters" in words
+    half = {n: 1.96 * (0.5 * 0.5 / n) ** 0.5 for n in (4 * 256, 2400)}
+    assert f"over 256 sequences) is about {half[1024]:.2f}" in words
+    assert f"(some 2,400 facts) {half[2400]:.2f}" in words
 
 
-def test_needles_outside_the_window_are_said_as_their_tables_have_them():
-    words = page("outside_window")
+def outside_window(words: Words) -> None:
+    """Sentences of the two tables."""
     found = table("outside_window", "griffin").set_index("window in prefill / generation")
     off = found["off / off"]
     far = {row.split()[0]: numbers(cell)[0] for row, cell in off.items()}
@@ -156,3 +196,134 @@ def test_needles_outside_the_window_are_said_as_their_tables_have_them():
     more = [b - a for a, b in zip(whole, numbers(prefill["beyond 2"]), strict=True)]
     assert f"by {less[0]:.0f} and {less[1]:.0f} points) or leaves it as it is" in words
     assert f"it adds {more[0]:.0f}, {more[1]:.0f} and {more[2]:.0f} points" in words
+    inside, one, two = (Counter(case(400).bin)[b] for b in ("inside", "1 to 2 windows", "beyond 2"))
+    assert f"{inside}, {one} and {two} sequences" in words
+    good = []
+    for n in (inside, one, two):
+        right = [float(i < 0.8 * n) for i in range(n)]
+        good.append(100 * max(abs(end - 0.8) for end in mean_interval(right, range(n), SHARE)))
+    assert (
+        f"a figure of 80 is good to {good[0]:.0f}, {good[1]:.0f} and {good[2]:.0f} points" in words
+    )
+    assert f"stands up to {int(case(400).distance.max())} tokens" in words
+    low, high = alike(31)
+    assert (
+        f"up to {low}% of needles could be by chance, and where all are, {high}% at least" in words
+    )
+
+
+def alike(n: int) -> tuple[str, str]:
+    """Return what n needles that are all alike leave open of others, and bound of their kind."""
+    low = mean_interval([1.0] * n, range(n), SHARE)[0]
+    high = mean_interval([0.0] * n, range(n), SHARE)[1]
+    assert low + high == pytest.approx(1)
+    return f"{100 * high:.1f}", f"{100 * low:.1f}"
+
+
+def findings(words: Words) -> None:
+    """Sentences of four needles, and of what is counted from the published configs."""
+    open_, bound = alike(4)
+    assert f"bound no more than that {bound}% are (95%)" in words
+    assert f"four of which none is, that {open_}% are at most" in words
+    all_right = [figure_of(f"griffin-static@{s}").value == 1 for s in (
+        "retrieval, overall 5", "copying, overall 5", "run time, entropy 10",
+        "retrieval, overall 4", "copying, overall 4", "run time, entropy 8",
+    )]  # fmt: skip
+    assert all_right == [True] * 3 + [False] * 3
+    assert "either choice from all heads needs 5 where the choice at run time" in words
+    assert "with as many in every layer, needs 10." in words
+    card = files("hooked_hybrid.presets") / "tiny-griffin" / "README.md"
+    made = card.read_text(encoding="utf-8")
+    (row,) = re.findall(r"^\| tiny-griffin-0 \|(.*)\|$", made, re.MULTILINE)
+    beyond = row.split("|")[3].strip()
+    assert f"Beyond the window nothing is retrieved: {beyond}% of what the" in words
+    assert "of the 1,830 of the card" in words and "of 1,830 and 390 prompts" in made
+    cfg = PUBLISHED["recurrentgemma-2b"]
+    share = count_parameters(cfg).table().set_index("kind")["share"]
+    mlp, recurrent, attention = (
+        f"{100 * share[kind]:.1f}%" for kind in ("MLP", "recurrent block", "attention")
+    )
+    assert f"(once: MLP {mlp}, recurrent {recurrent}, attention {attention})" in words
+    ratio = {n: recurrence_over_attention(cfg, n) for n in (1, 521, 522, 8192)}
+    assert ratio[521].all_layers > 3 > ratio[522].all_layers
+    kinds = f"all {len(cfg.recurrent_layers)} recurrent against all {len(cfg.attention_layers)}"
+    assert kinds in words
+    assert f"in prompts up to 521 tokens ({ratio[8192].all_layers:.1f} at 8,192)" in words
+    most = max(recurrence_over_attention(cfg, n).a_layer for n in range(1, 8193, 64))
+    assert f"({most:.2f} at most, {ratio[8192].a_layer:.2f} at 8,192)" in words
+
+
+def beside_other_results(words: Words) -> None:
+    """Sentences of six needles, and of the windows in training."""
+    open_, bound = alike(6)
+    assert f"where all are at 100% the interval is [{bound}, 100]" in words
+    assert f"where all are at 0% [0, {open_}]" in words
+
+
+def next_questions(words: Words) -> None:
+    """Sentences of eight and of six needles."""
+    assert f"8 that are all alike leave open what {alike(8)[0]}% of others do" in words
+    assert f"6 what {alike(6)[0]}% do" in words
+
+
+def findings_tables(words: Words) -> None:
+    """Sentences of four needles."""
+    open_, bound = alike(4)
+    assert f"four that are all alike leave open what {float(open_):.0f}% of others do" in words
+    assert f"100 comes with [{bound}, 100.0]" in words
+
+
+HELD: dict[str, Callable[[Words], None]] = {
+    f.__name__: f
+    for f in (
+        where_recall_lives, quantized, twins, outside_window, findings, beside_other_results,
+        next_questions, findings_tables,
+    )
+}  # fmt: skip
+KNOWN = tomllib.loads((Path(__file__).parent / "known_figures.toml").read_text(encoding="utf-8"))
+"""Of each page phrases whose figures nothing here measures: chosen, published, or a bound."""
+ELSEWHERE = {
+    "hooks": "written by docs/generate_hooks.py",
+    "benchmarks": "written by python -m experiments.benchmarks",
+}
+PAGES = sorted(path.stem for path in DOCS.glob("*.md") if path.stem not in ELSEWHERE)
+
+
+@pytest.mark.parametrize("name", HELD)
+def test_sentences_say_what_their_tables_and_results_hold(name: str):
+    HELD[name](page(name))
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_every_figure_of_a_page_is_written_by_its_command_or_held_by_a_test_or_known(name: str):
+    words = page(name)
+    if name in HELD:
+        HELD[name](words)
+    phrases = [phrase for kind in KNOWN.get(name, {}).values() for phrase in kind]
+    assert [phrase for phrase in phrases if phrase not in words.text] == []
+    assert words.open_figures(phrases) == [], "give it a mark, a test, or a phrase and its kind"
+
+
+@pytest.mark.parametrize("name", ELSEWHERE)
+def test_a_page_that_is_left_out_is_written_by_a_program_whole(name: str):
+    text = (DOCS / f"{name}.md").read_text(encoding="utf-8")
+    program = ELSEWHERE[name].removeprefix("written by ")
+    assert re.search(rf"[Ww]ritten by `(python )?{re.escape(program)}`", text)
+
+
+def test_a_figure_that_nothing_holds_is_found():
+    words = Words(
+        "It gains 40% in 7 of 9 cases, 3.5 [1, 4]<!--=a@b--> by `8`, in layers 2 and 3.\n\n"
+        "| 5 |\n|---|\n| 6 |\n\n```\n10\n```\n\n"
+        "- Once 11.\n  (Measured once, at commit 1a2b3c4 of 2026-01-01; not run since.)\n"
+        "- Twice 1,200 and -2e-5.\n\n"
+        "<!-- measured: elsewhere x | y | 1a2b3c4 -->\n12\n<!-- end -->\n"
+    )
+    assert "It gains 40% in" in words and "It gains 41% in" not in words
+    assert [found.figure for found in words.open_figures([])] == ["7", "9", "1,200", "-2e-5"]
+    assert [found.figure for found in words.open_figures(["7 of 9", "Twice 1,200"])] == ["-2e-5"]
+
+
+def test_pages_of_known_figures_exist_and_their_kinds_have_a_meaning():
+    assert set(KNOWN) <= set(PAGES)
+    assert {kind for page_ in KNOWN.values() for kind in page_} <= {"chosen", "published", "bound"}
