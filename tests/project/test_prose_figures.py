@@ -23,6 +23,7 @@ from hooked_hybrid.accounting.flops import recurrence_over_attention
 from hooked_hybrid.accounting.parameters import count_parameters
 from hooked_hybrid.runs.intervals import SHARE, mean_interval
 from tests.project.prose import Words, page
+from tests.project.test_how_to import OTHERS
 
 
 def table(name: str, what: str) -> pd.DataFrame:
@@ -286,7 +287,9 @@ ELSEWHERE = {
     "hooks": "written by docs/generate_hooks.py",
     "benchmarks": "written by python -m experiments.benchmarks",
 }
-PAGES = sorted(path.stem for path in DOCS.glob("*.md") if path.stem not in ELSEWHERE)
+GUIDES = {path.stem for path in OTHERS if path.parent == DOCS}
+"""Pages that teach, whose code and its output the tests run."""
+PAGES = sorted({path.stem for path in DOCS.glob("*.md")} - set(ELSEWHERE) - GUIDES)
 
 
 @pytest.mark.parametrize("name", HELD)
