@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-INTEROP := saelens transformerlens
+INTEROP := alternatives saelens transformerlens
 TRANSFORMERS := 4.57 5.24
 
 .PHONY: install test lint mutants niah docs interop $(INTEROP:%=interop-%) \

@@ -64,6 +64,7 @@ SECTIONS: dict[str, dict[str, str | None]] = {
         "concepts/state.md": None,
         "concepts/padding.md": None,
         "concepts/pieces.md": None,
+        "features.md": None,
         "hooks.md": "Every hook point",
         "harvest.md": None,
         "placement.md": None,
@@ -71,6 +72,7 @@ SECTIONS: dict[str, dict[str, str | None]] = {
         "interop.md": None,
     },
     "Studies": {
+        "experiments.md": None,
         "findings.md": None,
         "findings_tables.md": "Every setting of every experiment",
         "reproduced/thesis2025-tiny-griffin/report.md": "The thesis, tiny-griffin",
@@ -89,6 +91,9 @@ SECTIONS: dict[str, dict[str, str | None]] = {
         "changelog.md": None,
         "architecture.md": None,
         "contributing.md": None,
+        "dependencies.md": None,
+        "exactness.md": None,
+        "speed.md": None,
         "benchmarks.md": None,
     },
 }

@@ -1,17 +1,20 @@
 """Load a checkpoint at the true shape of RecurrentGemma-2B and compare it with transformers.
 
-    python -m experiments.true_shape FOLDER [--n-pos 2112] [--layers 26]
+    python -m experiments.true_shape FOLDER [--n-pos 2112] [--dtype float32] [--step speed]
 
-Weights are random bf16, written by transformers itself (about 5.4 GB). Three processes, so that
-each one's memory is its own: write; load with ours, with the peak of anonymous memory measured;
-compare the logits of one prompt longer than the window. Needs the `test` extra. What is in FOLDER
-already is used again, so a stopped run goes on.
+Weights are random bf16, written by transformers itself (about 5.4 GB). Each step is a process of
+its own, so that its memory is its own: write; load with ours, with the peak of anonymous memory
+measured; the times of prefill and of a cached step, plain and with the top-2 heads kept (these
+two in `--dtype`: a CPU without bf16 instructions takes some five times as long in bf16); the
+logits of one prompt longer than the window, by both, compared. Needs the `test` extra. A stopped
+run continues with what is in FOLDER. `docs/measured/true_shape.json` holds the figures of a run.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import subprocess
 import sys
 import threading
@@ -31,6 +34,8 @@ PUBLISHED: dict[str, Any] = {
     "intermediate_size": 15_360,
     "attention_window_size": 2048,
 }
+ROUNDS, STEPS = 2, 4
+STEP_NAMES = ("write", "load", "speed", "hf", "ours", "compare")
 
 
 def write(folder: Path, n_layers: int) -> None:
@@ -53,7 +58,7 @@ def write(folder: Path, n_layers: int) -> None:
     model.save_pretrained(folder / "checkpoint", max_shard_size="2GB")
 
 
-def measure_loading(folder: Path) -> None:
+def measure_loading(folder: Path, dtype: torch.dtype) -> None:
     """Load with ours while a thread watches the process's anonymous memory."""
     from hooked_hybrid import HookedHybrid
 
@@ -68,7 +73,7 @@ def measure_loading(folder: Path) -> None:
     watcher = threading.Thread(target=watch)
     watcher.start()
     start = time.perf_counter()
-    model = HookedHybrid.from_pretrained(folder / "checkpoint", dtype=torch.bfloat16)
+    model = HookedHybrid.from_pretrained(folder / "checkpoint", dtype=dtype)
     seconds = time.perf_counter() - start
     done.set()
     watcher.join()
@@ -76,12 +81,47 @@ def measure_loading(folder: Path) -> None:
     allowed = 1.1 * sum(sizes) + max(sizes)
     _note(
         folder,
+        dtype=str(dtype),
         weights_bytes=sum(sizes),
         largest_tensor_bytes=max(sizes),
         peak_anonymous_bytes=peak - before,
         peak_over_weights=(peak - before) / sum(sizes),
         within_bound=peak - before <= allowed,
         seconds_to_load=seconds,
+    )
+
+
+def measure_speed(folder: Path, dtype: torch.dtype, n_pos: int) -> None:
+    """Time prefill and cached steps, with and without the top-2 heads; plain and hooked in turn."""
+    from hooked_hybrid import HookedHybrid, interventions
+
+    generator = torch.Generator().manual_seed(1)
+    tokens = torch.randint(3, PUBLISHED["vocab_size"], (1, n_pos), generator=generator)
+    model = HookedHybrid.from_pretrained(folder / "checkpoint", dtype=dtype)
+    hooks = {"plain": [], "top_2": interventions.keep_top_heads(2)}
+    times: dict[str, list[float]] = {}
+    with torch.no_grad():
+        _, state = model(tokens[:, :32], return_state=True)  # warms up
+        for _ in range(ROUNDS):
+            for name, fwd_hooks in hooks.items():
+                with model.hooks(fwd_hooks):
+                    start = time.perf_counter()
+                    _, state = model(tokens, return_state=True, logits_to_keep=1)
+                    times.setdefault(f"prefill_{name}", []).append(time.perf_counter() - start)
+                    for step in range(STEPS):
+                        start = time.perf_counter()
+                        _, state = model(tokens[:, step : step + 1], state=state, return_state=True)
+                        times.setdefault(f"step_{name}", []).append(time.perf_counter() - start)
+    middle = {name: statistics.median(seconds) for name, seconds in times.items()}
+    _note(
+        folder,
+        n_pos=n_pos,
+        dtype=str(dtype),
+        threads=torch.get_num_threads(),
+        prefill_tokens_per_second=n_pos / middle["prefill_plain"],
+        prefill_top_2_over_plain=middle["prefill_top_2"] / middle["prefill_plain"],
+        step_seconds=middle["step_plain"],
+        step_top_2_over_plain=middle["step_top_2"] / middle["step_plain"],
     )
 
 
@@ -150,11 +190,13 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--n-pos", type=int, default=2112)
     parser.add_argument("--layers", type=int, default=26)
-    parser.add_argument("--step", choices=["write", "load", "hf", "ours", "compare"])
+    parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
+    parser.add_argument("--step", choices=STEP_NAMES)
     args = parser.parse_args()
+    dtype: torch.dtype = getattr(torch, args.dtype)
     if args.step is None:
         args.folder.mkdir(parents=True, exist_ok=True)
-        for step in ("write", "load", "hf", "ours", "compare"):
+        for step in STEP_NAMES:
             if step == "write" and (args.folder / "checkpoint" / "config.json").exists():
                 continue
             if (args.folder / f"logits_{step}_{args.n_pos}.pt").exists():
@@ -165,7 +207,9 @@ def main() -> None:
     elif args.step == "write":
         write(args.folder, args.layers)
     elif args.step == "load":
-        measure_loading(args.folder)
+        measure_loading(args.folder, dtype)
+    elif args.step == "speed":
+        measure_speed(args.folder, dtype, args.n_pos)
     elif args.step in ("hf", "ours"):
         compute_logits(args.folder, args.step, args.n_pos)
     else:

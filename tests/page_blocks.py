@@ -55,9 +55,16 @@ def blocks_of(text: str) -> list[Block]:
     return found
 
 
-def run_page(text: str, name: str) -> list[str]:
-    """Run a page's blocks from the top, in the working directory; return what was printed."""
-    blocks, scope, printed = blocks_of(text), {"__name__": "__main__"}, []
+def run_page(text: str, name: str, scope: dict[str, Any] | None = None) -> list[str]:
+    """Run a page's blocks from the top, in the working directory; return what was printed.
+
+    Args:
+        text, name: of the page.
+        scope: gets the names that the blocks define.
+    """
+    scope = {} if scope is None else scope
+    scope["__name__"] = "__main__"
+    blocks, printed = blocks_of(text), []
     for block, following in zip(blocks, [*blocks[1:], None], strict=True):
         shown = following.text.strip() if following and following.language == "text" else ""
         if block.language not in ("python", "sh"):

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import subprocess
-import sys
-import zipfile
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -129,20 +126,3 @@ def test_a_folder_of_the_same_name_comes_first(
     monkeypatch.chdir(tmp_path)
     found = HookedHybrid.from_pretrained("tiny-griffin")
     assert found.cfg == ours("tiny-jamba").cfg
-
-
-def test_the_wheel_holds_them_and_no_experiments(tmp_path: Path) -> None:
-    source = tmp_path / "source"
-    source.mkdir()
-    for name in ("hooked_hybrid", "weights_conversion", "experiments"):
-        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, source / name)
-    build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
-    subprocess.run([*build, "--wheel-dir", tmp_path, source], check=True, capture_output=True)
-    (wheel,) = tmp_path.glob("*.whl")
-    packed = set(zipfile.ZipFile(wheel).namelist())
-    packages = {name.partition("/")[0] for name in packed if ".dist-info" not in name}
-    assert packages == {"hooked_hybrid", "weights_conversion"}
-    for name, folder in packaged_models().items():
-        assert {f"hooked_hybrid/presets/{name}/{file.name}" for file in folder.iterdir()} <= packed

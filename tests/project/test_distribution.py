@@ -8,7 +8,10 @@ import subprocess
 import sys
 import sysconfig
 import tarfile
+import zipfile
 from pathlib import Path
+
+from hooked_hybrid.presets.packaged import packaged_models
 
 ROOT = Path(__file__).parents[2]
 SOURCES = "hooked_hybrid weights_conversion experiments tests/test_floors.py".split()
@@ -68,6 +71,12 @@ def test_the_published_files_hold_the_packages_and_work_where_they_are_installed
     }
     run(sys.executable, "-c", BUILD, "build_wheel", made, cwd=unpacked)
     (wheel,) = made.glob("*.whl")
+    packed = {Path(name) for name in zipfile.ZipFile(wheel).namelist()}
+    packages = {path.parts[0] for path in packed if not path.parts[0].endswith(".dist-info")}
+    assert packages == {"hooked_hybrid", "weights_conversion"}
+    for name, folder in packaged_models().items():
+        presets = Path("hooked_hybrid", "presets", name)
+        assert {presets / file.name for file in folder.iterdir()} <= packed
 
     clean = tmp_path / "clean"
     run(sys.executable, "-m", "venv", "--without-pip", clean, cwd=tmp_path)

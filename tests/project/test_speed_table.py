@@ -1,4 +1,4 @@
-"""The README's table of speeds says what the benchmarks recorded, misses included."""
+"""The table of speeds in docs/speed.md says what the benchmarks recorded, misses included."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 RECORDED = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGE = (ROOT / "docs" / "speed.md").read_text(encoding="utf-8")
 TABLE = {
     line.split(" | ")[0].strip("| "): line.split(" | ")[1:]
-    for line in README.split("| | ratio | aimed at |")[1].split("\n\n")[0].splitlines()
+    for line in PAGE.split("| | ratio | aimed at |")[1].split("\n\n")[0].splitlines()
     if line.startswith("| ") and not line.startswith("|---")
 }
 ROWS = [
@@ -41,7 +41,7 @@ ROWS = [
 @pytest.mark.parametrize(
     ("row", "section", "what", "peer", "shown"), ROWS, ids=lambda value: str(value)
 )
-def test_a_ratio_of_the_readme_is_the_recorded_one_with_its_mark(
+def test_a_ratio_of_the_page_is_the_recorded_one_with_its_mark(
     row: str, section: str, what: str, peer: str, shown: str
 ):
     """Bold is a miss, a star below the bar and held: by the recorded ratio and bar."""
@@ -59,11 +59,11 @@ def test_a_ratio_of_the_readme_is_the_recorded_one_with_its_mark(
         assert is_below == ("*" in shown)
 
 
-def test_every_miss_that_was_recorded_stands_in_the_readme():
+def test_every_miss_that_was_recorded_stands_in_the_page():
     missed = RECORDED.count("**missed**")
     assert f"{missed} missed" in RECORDED
     assert sum(shown.startswith("**") for *_, shown in ROWS) == missed
     parts = {section: RECORDED.split(f"\n## {section}\n")[1] for _, section, *_ in ROWS}
     notes = "".join(part.split("\n## ")[0] for part in parts.values())
     commits = set(re.findall(r"rounds, ([0-9a-f]{7})\+?\.", notes))
-    assert commits and all(commit in README for commit in commits)
+    assert commits and all(commit in PAGE for commit in commits)
