@@ -227,39 +227,63 @@ def public_names(package: str) -> list[str]:
     return []
 
 
-def has_entry(package: str, name: str) -> bool:
-    """Whether a name that a package exports has an entry on the page of its module."""
-    init = ast.parse((ROOT / package.replace(".", "/") / "__init__.py").read_text("utf-8"))
-    homes = {
-        alias.asname or alias.name: node.module
-        for node in init.body
-        if isinstance(node, ast.ImportFrom)
-        for alias in node.names
-    }
-    source = ROOT / (homes[name] or "").replace(".", "/")
-    source = source / "__init__.py" if source.is_dir() else source.with_suffix(".py")
-    body = ast.parse(source.read_text("utf-8")).body
-    for node, after in zip(body, [*body[1:], ast.Pass()], strict=True):
-        if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name == name:
-            return ast.get_docstring(node) is not None
-        if isinstance(node, ast.Assign | ast.AnnAssign):
-            target = node.targets[0] if isinstance(node, ast.Assign) else node.target
-            if getattr(target, "id", "") == name:  # a value's docstring stands after it
-                return isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
-    return True  # exported by a package in between
+@cache
+def parsed(module: str) -> ast.Module:
+    """Return a module's source as a tree."""
+    path = ROOT / module.replace(".", "/")
+    file = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+    return ast.parse(file.read_text("utf-8"))
+
+
+@cache
+def purposes(module: str) -> dict[str, str]:
+    """Return the first lines of the docstrings of what a module defines, by name.
+
+    That of the module itself is at "". Of the variants of an overloaded function the last counts,
+    of a constant the text below it.
+    """
+    body = parsed(module).body
+    found = {"": ast.get_docstring(parsed(module)) or ""}
+    for node, after in zip(body, [*body[1:], None], strict=True):
+        if isinstance(node, ast.ClassDef | ast.FunctionDef):
+            found[node.name] = ast.get_docstring(node) or ""
+        elif isinstance(node, ast.Assign | ast.AnnAssign) and isinstance(after, ast.Expr):
+            target = node.target if isinstance(node, ast.AnnAssign) else node.targets[0]
+            found[ast.unparse(target)] = str(getattr(after.value, "value", ""))
+    return {name: text.partition("\n")[0] for name, text in found.items()}
+
+
+def source_of(package: str, name: str) -> tuple[str, str]:
+    """Return the module that defines a name which a package exports, and its name there."""
+    for node in parsed(package).body:
+        for alias in node.names if isinstance(node, ast.ImportFrom) else ():
+            if (alias.asname or alias.name) == name and node.module in modules():
+                return source_of(str(node.module), alias.name)
+    return package, name
 
 
 def reference_page(module: str) -> str:
-    """Return the Markdown of a module's page: its docstrings, or links to what it exports."""
-    names = public_names(module)
-    if not names:
-        return f"::: {module}\n"
-    links = "\n".join(
-        f"- [`{name}`][{module}.{name}]" if has_entry(module, name) else f"- `{name}`"
-        for name in names
-    )
-    options = "    options:\n      members: false\n"
-    return f"::: {module}\n{options}\nPublic names, each on the page of its module:\n\n{links}\n"
+    """Return the Markdown of a module's page: its docstrings, or lists with a line for each entry.
+
+    A package lists its public names, each linked to the page of its module, and its modules.
+
+    Raises:
+        KeyError: a public name without a docstring.
+    """
+    names, page = public_names(module), f"::: {module}\n"
+    inside = [m for m in modules() if m.rpartition(".")[0] == module]
+    if names:
+        page += "    options:\n      members: false\n"
+        page += "\nPublic names, each on the page of its module; what examples begin with is on "
+        page += "[the first page][hooked_hybrid]:\n\n"
+        for name in names:
+            where, there = source_of(module, name)
+            page += f"- [`{name}`][{module}.{name}]: {purposes(where)[there]}\n"
+    if inside:
+        page += "\nModules:\n\n"
+        for name in inside:
+            page += f"- [`{name.rpartition('.')[2]}`][{name}]: {purposes(name)['']}\n"
+    return page
 
 
 def page_of_object(path: str) -> str:

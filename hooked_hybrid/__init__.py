@@ -1,4 +1,21 @@
-"""Hybrid language models with a named, editable hook point on everything they compute."""
+"""Hybrid language models with a named, editable hook point on everything they compute.
+
+Examples in this reference use the names that are made here. `tiny-griffin` (6 layers, attention
+in 2 and 5, 8 heads) and `tiny-jamba` (4 layers, attention in 2, experts in 1 and 3) come with the
+package; both read the same 583 words.
+
+Examples:
+    >>> import torch
+    >>> from hooked_hybrid import HookedHybrid, analysis, interventions, presets
+    >>> model = HookedHybrid.from_pretrained("tiny-griffin")
+    >>> jamba = HookedHybrid.from_pretrained("tiny-jamba")
+    >>> text = "eat a sandwich and sit in Dolores Park . eat a sandwich and sit in"
+    >>> tokens = model.to_tokens(text)
+    >>> logits, cache = model.run_with_cache(tokens)
+    >>> answer = model.to_single_token("Dolores")
+    >>> logits.shape, (logits[0, -1].argmax() == answer).item()
+    (torch.Size([1, 16, 583]), True)
+"""
 
 from __future__ import annotations
 

@@ -10,6 +10,7 @@ from hooked_hybrid.config.mixers import AttentionConfig, MixerConfig
 from hooked_hybrid.config.mlps import MLPConfig
 
 NormPlace = Literal["pre", "post", "both"]
+"""Where the norms of a block are."""
 
 
 @dataclass(frozen=True)

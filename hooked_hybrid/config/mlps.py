@@ -9,6 +9,7 @@ from hooked_hybrid.config.fields import require_positive
 from hooked_hybrid.config.mixers import PartConfig
 
 Activation = Literal["gelu_tanh", "silu"]
+"""The activation of a gated MLP."""
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,13 @@ class HybridConfig:
     `extra` keeps source settings that do not touch the maths, so that saving returns them;
     `generation_config` keeps the checkpoint's own, of which `eos_token_id` alone is used.
     `device` and `dtype` are None but in `model.cfg`, where they are the model's.
+
+    Examples:
+        >>> cfg = presets.griffin("RRARRA", n_heads=4)
+        >>> cfg.n_layers, cfg.attention_layers, cfg.recurrent_layers
+        (6, (2, 5), (0, 1, 3, 4))
+        >>> type(cfg.layers[0].mixer).__name__, cfg.layers[2].mixer.n_keys
+        ('RGLRUConfig', 256)
     """
 
     d_model: int
@@ -67,7 +74,13 @@ class HybridConfig:
     def from_pretrained(
         cls, name_or_path: str | os.PathLike[str], revision: str | None = None, **overrides: Any
     ) -> HybridConfig:
-        """Read the config of a checkpoint alone; arguments as `HookedHybrid.from_pretrained`."""
+        """Read the config of a checkpoint alone; arguments as `HookedHybrid.from_pretrained`.
+
+        Examples:
+            >>> from hooked_hybrid import HybridConfig
+            >>> HybridConfig.from_pretrained("tiny-jamba").attention_layers
+            (2,)
+        """
         from weights_conversion import load_config
 
         return load_config(name_or_path, revision=revision, **overrides)
@@ -130,6 +143,10 @@ class HybridConfig:
 
         Raises:
             TypeError: a name that is not such a setting.
+
+        Examples:
+            >>> model.cfg.with_overrides(n_keys=64).layers[2].mixer.n_keys
+            64
         """
         allowed = {"n_keys", *_SETTABLE}
         if unknown := sorted(set(overrides) - allowed):

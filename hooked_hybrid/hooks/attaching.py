@@ -30,7 +30,16 @@ class AttachingModule(nn.Module):
     hook_dict: dict[str, HookPoint]
 
     def setup(self) -> None:
-        """Name every hook point by its path and collect them in `hook_dict`."""
+        """Name every hook point by its path and collect them in `hook_dict`.
+
+        Examples:
+            >>> from hooked_hybrid import HookedRootModule, HookPoint
+            >>> module = HookedRootModule()
+            >>> module.hook_out = HookPoint("batch d")
+            >>> module.setup()
+            >>> list(module.hook_dict)
+            ['hook_out']
+        """
         self.mod_dict = {name: module for name, module in self.named_modules() if name}
         self.hook_dict = {n: m for n, m in self.mod_dict.items() if isinstance(m, HookPoint)}
         self.run_holder = RunHolder()
@@ -53,7 +62,12 @@ class AttachingModule(nn.Module):
     # --- attaching --------------------------------------------------------------------------
 
     def hook_points(self) -> Iterable[HookPoint]:
-        """Every hook point, in the order of the modules."""
+        """Every hook point, in the order of the modules.
+
+        Examples:
+            >>> len(list(model.hook_points())) == len(model.hook_dict)
+            True
+        """
         return self.hook_dict.values()
 
     def list_hooks(
@@ -73,6 +87,11 @@ class AttachingModule(nn.Module):
             HookNameError: a name that does not exist, or a pattern or predicate that selects no
                 point.
             ValueError: `dir` is not one of the three.
+
+        Examples:
+            >>> with model.hooks(fwd_hooks=interventions.cut_heads({2: [0]})):
+            ...     list(model.list_hooks())
+            ['blocks.2.attn.hook_z']
         """
         if dir not in ("fwd", "bwd", "both"):
             raise ValueError(f"direction {dir!r}: give 'fwd', 'bwd' or 'both'")
@@ -86,7 +105,13 @@ class AttachingModule(nn.Module):
         return found
 
     def attached(self) -> list[LensHandle]:
-        """Every attached function, with its point (`.point.name`) and direction, in one list."""
+        """Every attached function, with its point (`.point.name`) and direction, in one list.
+
+        Examples:
+            >>> with model.hooks(fwd_hooks=interventions.cut_heads({2: [0], 5: [0]})):
+            ...     [handle.point.name for handle in model.attached()]
+            ['blocks.2.attn.hook_z', 'blocks.5.attn.hook_z']
+        """
         return [h for p in self.hook_points() for h in (*p.fwd_hooks, *p.bwd_hooks)]
 
     def add_hook(
@@ -102,6 +127,12 @@ class AttachingModule(nn.Module):
 
         Raises:
             HookNameError: nothing is selected; the message lists the nearest names.
+
+        Examples:
+            >>> handles = model.add_hook("hook_embed", lambda value, hook: 0 * value)
+            >>> torch.equal(model(tokens), logits)
+            False
+            >>> model.reset_hooks()
         """
         return [
             self.hook_dict[n].add_hook(hook, dir, is_permanent, level, prepend)
@@ -111,7 +142,15 @@ class AttachingModule(nn.Module):
     def add_perma_hook(
         self, name: NameFilter, hook: HookFn, dir: Direction = "fwd"
     ) -> list[LensHandle]:
-        """Attach a hook that survives `reset_hooks`."""
+        """Attach a hook that survives `reset_hooks`.
+
+        Examples:
+            >>> handles = model.add_perma_hook("hook_embed", lambda value, hook: None)
+            >>> model.reset_hooks()
+            >>> list(model.list_hooks())
+            ['hook_embed']
+            >>> model.reset_hooks(including_permanent=True)
+        """
         return self.add_hook(name, hook, dir, is_permanent=True)
 
     def check_hooks_to_add(
@@ -123,6 +162,12 @@ class AttachingModule(nn.Module):
             HookNameError: a name that does not exist, or a pattern or predicate that selects no
                 point.
             TypeError: an entry that is not a pair of a selector and a function.
+
+        Examples:
+            >>> model.check_hooks_to_add(interventions.cut_heads({3: [0]}))  # a layer without heads
+            Traceback (most recent call last):
+                ...
+            hooked_hybrid.hooks.names.HookNameError: no hook point is named ...
         """
         for spec in (*fwd_hooks, *bwd_hooks):
             if not isinstance(spec, Sequence) or len(spec) != 2 or not callable(spec[1]):
@@ -154,6 +199,12 @@ class AttachingModule(nn.Module):
 
         Raises:
             HookNameError: a selector that matches nothing; no hook is attached then.
+
+        Examples:
+            >>> with model.hooks(fwd_hooks=interventions.keep_top_heads(1)):
+            ...     one_head = model(tokens)
+            >>> one_head.shape, model.attached()
+            (torch.Size([1, 16, 583]), [])
         """
         fwd_hooks, bwd_hooks = tuple(fwd_hooks), tuple(bwd_hooks)  # an iterator is read once
         self.check_hooks_to_add(fwd_hooks, bwd_hooks)
@@ -179,7 +230,14 @@ class AttachingModule(nn.Module):
         including_permanent: bool = False,
         level: int | None = None,
     ) -> None:
-        """Detach every hook; permanent ones only with `including_permanent`."""
+        """Detach every hook; permanent ones only with `including_permanent`.
+
+        Examples:
+            >>> handles = model.add_hook("hook_embed", lambda value, hook: 0 * value)
+            >>> model.reset_hooks()
+            >>> model.list_hooks()
+            {}
+        """
         self.remove_all_hook_fns(direction, including_permanent, level)
         if clear_contexts:
             self.clear_contexts()
@@ -190,12 +248,26 @@ class AttachingModule(nn.Module):
         including_permanent: bool = False,
         level: int | None = None,
     ) -> None:
-        """Detach every hook and leave every `ctx` as it is."""
+        """Detach every hook and leave every `ctx` as it is.
+
+        Examples:
+            >>> handles = model.add_hook("hook_embed", lambda value, hook: 0 * value)
+            >>> model.remove_all_hook_fns()
+            >>> model.attached()
+            []
+        """
         for point in self.hook_points():
             point.remove_hooks(direction, including_permanent, level)
 
     def clear_contexts(self) -> None:
-        """Empty `ctx` of every hook point."""
+        """Empty `ctx` of every hook point.
+
+        Examples:
+            >>> model.hook_dict["hook_embed"].ctx["seen"] = 1
+            >>> model.clear_contexts()
+            >>> model.hook_dict["hook_embed"].ctx
+            {}
+        """
         for point in self.hook_points():
             point.clear_context()
 
@@ -217,6 +289,14 @@ class AttachingModule(nn.Module):
 
         Raises:
             ValueError: backward hooks where no graph is recorded.
+
+        Examples:
+            >>> def raise_answer(value, hook):
+            ...     value[..., answer] += 100
+            >>> hooks = [("unembed.hook_logits", raise_answer)]
+            >>> hooked = model.run_with_hooks(tokens, fwd_hooks=hooks)
+            >>> (hooked.argmax(-1) == answer).all().item()
+            True
         """
         if not torch.is_grad_enabled():
             why = "this runs under torch.no_grad() or inference_mode, where no graph is recorded"

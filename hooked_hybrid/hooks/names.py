@@ -59,7 +59,14 @@ WILD = frozenset("*?[")
 
 
 class HookNameError(KeyError):
-    """A name, shorthand or predicate that matches no hook point."""
+    """A name, shorthand or predicate that matches no hook point.
+
+    Examples:
+        >>> model.run_with_hooks(tokens, fwd_hooks=[("hook_embedd", lambda x, hook: x)])
+        Traceback (most recent call last):
+            ...
+        hooked_hybrid.hooks.names.HookNameError: no hook point is named 'hook_embedd'; the ...
+    """
 
     def __str__(self) -> str:
         return str(self.args[0])
@@ -74,8 +81,12 @@ def get_act_name(name: str, layer: int | None = None, layer_type: str | None = N
         layer_type: the submodule ("attn" or "a", "mixer", "mlp" or "m", "ln1", "ln2"; "b" for the
             block itself).
 
-    Examples: `("pattern", 2)` is `blocks.2.attn.hook_pattern`; `("ssm_state", 0)` is
-    `blocks.0.mixer.hook_ssm_state`; `("scale", 1, "ln1")` is `blocks.1.ln1.hook_scale`.
+    Examples:
+        >>> from hooked_hybrid import get_act_name
+        >>> get_act_name("pattern", 2), get_act_name("ssm_state", 0)
+        ('blocks.2.attn.hook_pattern', 'blocks.0.mixer.hook_ssm_state')
+        >>> get_act_name("scale", 1, "ln1")
+        'blocks.1.ln1.hook_scale'
     """
     if "." in name or name.startswith("hook_"):
         return name

@@ -19,6 +19,15 @@ class OnePosition(Tensor):
 
     While the hook runs, selecting on the position axis is an error: `h[:, -1]` would be the
     current position, not the last one.
+
+    Examples:
+        >>> shapes = set()
+        >>> def note(state, hook):
+        ...     shapes.add(tuple(state.shape))
+        >>> hooks = [("blocks.0.mixer.hook_ssm_state", note)]
+        >>> hooked = model.run_with_hooks(tokens, fwd_hooks=hooks)
+        >>> shapes  # one position at a time
+        {(1, 1, 128)}
     """
 
     point_name: str

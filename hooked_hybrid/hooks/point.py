@@ -21,11 +21,19 @@ from hooked_hybrid.hooks.one_position import ONCE_A_POSITION, OnePosition
 from hooked_hybrid.hooks.run import Run, RunHolder
 
 Direction = Literal["fwd", "bwd"]
+"""Whether a hook is called in the forward or in the backward pass."""
 
 
 @dataclass(eq=False)
 class LensHandle:
-    """One function on one hook point. A watcher only reads, and is given whole tensors."""
+    """One function on one hook point. A watcher only reads, and is given whole tensors.
+
+    Examples:
+        >>> (handle,) = model.add_hook("hook_embed", lambda value, hook: None)
+        >>> handle.point.name, handle.direction
+        ('hook_embed', 'fwd')
+        >>> model.reset_hooks()
+    """
 
     point: HookPoint
     hook: HookFn
@@ -60,6 +68,15 @@ class HookPoint(nn.Module):
         stepwise: whether hooks are called once a position, with one entry on the position axis;
             watchers are given all positions at once. A hook that is not marked `per_position`
             may not index the position axis: it would act at every position.
+
+    Examples:
+        >>> point = model.hook_dict["blocks.2.attn.hook_pattern"]
+        >>> point.axes, point.layer()
+        (('batch', 'head', 'query', 'key'), 2)
+        >>> handle = point.add_hook(lambda value, hook: 0 * value)
+        >>> point.has_hooks()
+        True
+        >>> point.remove_hooks()
     """
 
     def __init__(
@@ -356,7 +373,13 @@ class HookPoint(nn.Module):
 
 
 def changed_meanwhile(point: HookPoint) -> str:
-    """Return the error of a forward whose hooks changed between its pieces."""
+    """Return the error of a forward whose hooks changed between its pieces.
+
+    Examples:
+        >>> from hooked_hybrid.hooks import changed_meanwhile
+        >>> changed_meanwhile(model.hook_dict["hook_embed"])[:40]
+        "hooks were attached to 'hook_embed' or r"
+    """
     return (
         f"hooks were attached to {point.name!r} or removed while the forward ran in pieces, some "
         "of which they would miss: do that before the forward, or do not mark the hook that does "

@@ -23,6 +23,19 @@ class HookedRootModule(AttachingModule):
     """A module whose hook points are found by name, run with hooks and cached.
 
     Call `setup()` at the end of the constructor.
+
+    Examples:
+        >>> from hooked_hybrid import HookedRootModule, HookPoint
+        >>> class Double(HookedRootModule):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.hook_out = HookPoint("batch d")
+        ...         self.setup()
+        ...     def forward(self, x):
+        ...         return self.hook_out(2 * x)
+        >>> module, hooks = Double(), [("hook_out", lambda value, hook: value + 1)]
+        >>> module.run_with_hooks(torch.ones(1, 2), fwd_hooks=hooks)
+        tensor([[3., 3.]])
     """
 
     def run_with_cache(
@@ -71,6 +84,13 @@ class HookedRootModule(AttachingModule):
             ValueError: `incl_bwd` without a metric on an output that is not a scalar, a metric
                 without `incl_bwd`, points that did not run, or a single position that is padding
                 in some row.
+
+        Examples:
+            >>> logits, cache = model.run_with_cache(tokens, names_filter="blocks.*.hook_pattern")
+            >>> list(cache)
+            ['blocks.2.attn.hook_pattern', 'blocks.5.attn.hook_pattern']
+            >>> cache["pattern", 5].shape
+            torch.Size([1, 8, 16, 16])
         """
         if misplaced := [name for name in ("fwd_hooks", "bwd_hooks") if name in kwargs]:
             raise TypeError(
@@ -121,6 +141,13 @@ class HookedRootModule(AttachingModule):
         """Attach caching hooks and return the dict they fill; `reset_hooks` detaches them.
 
         Values are copies: edits in place by later hooks do not change them.
+
+        Examples:
+            >>> values = model.add_caching_hooks("hook_embed")
+            >>> logits = model(tokens)
+            >>> model.reset_hooks()
+            >>> values["hook_embed"].shape
+            torch.Size([1, 16, 128])
         """
         cache = KeptValues() if cache is None else cache
         saver = CopyingSaver(cache, pos_slice, device, remove_batch_dim)
@@ -136,7 +163,14 @@ class HookedRootModule(AttachingModule):
         cache: MutableMapping[str, Tensor] | None = None,
         pos_slice: PosSlice = None,
     ) -> tuple[MutableMapping[str, Tensor], list[HookSpec], list[HookSpec]]:
-        """Return a dict, and the forward and backward hooks that would fill it."""
+        """Return a dict, and the forward and backward hooks that would fill it.
+
+        Examples:
+            >>> values, fwd_hooks, _ = model.get_caching_hooks("hook_embed")
+            >>> logits = model.run_with_hooks(tokens, fwd_hooks=fwd_hooks)
+            >>> values["hook_embed"].shape
+            torch.Size([1, 16, 128])
+        """
         cache = KeptValues() if cache is None else cache
         saver = CopyingSaver(cache, pos_slice, device, remove_batch_dim)
         return cache, *self._caching_hooks(names_filter, saver, incl_bwd)
@@ -144,7 +178,12 @@ class HookedRootModule(AttachingModule):
     # --- inside -----------------------------------------------------------------------------
 
     def cached_names(self, names_filter: CacheFilter | None) -> list[str]:
-        """Return the names that a filter keeps; None and True leave out the large ones."""
+        """Return the names that a filter keeps; None and True leave out the large ones.
+
+        Examples:
+            >>> model.cached_names("blocks.*.attn.hook_pattern")
+            ['blocks.2.attn.hook_pattern', 'blocks.5.attn.hook_pattern']
+        """
         if names_filter is None or names_filter is True:
             return [name for name, point in self.hook_dict.items() if not point.is_large]
         return matching(names_filter, self.hook_dict)

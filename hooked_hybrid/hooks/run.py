@@ -13,6 +13,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 Stage = Literal["forward", "prefill", "generation"]
+"""The stage of a run: a plain forward, or the two of generation."""
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,13 @@ class Run:
     points only. `step` is 0 in a forward and in prefill, then 1, 2, ... in generation. `rows` are
     indices into the original batch of `n_rows` (None if a caller gave `rows` alone). The tensor
     begins at index `first` of the forward's `n_pos` positions (None: it holds all of them).
+
+    Examples:
+        >>> runs = []
+        >>> hook = ("blocks.0.hook_resid_pre", lambda value, hook: runs.append(hook.run))
+        >>> out = model.generate(tokens, 2, fwd_hooks=[hook], verbose=False)
+        >>> [(run.stage, run.step, run.query_pos.shape[1]) for run in runs]
+        [('prefill', 0, 16), ('generation', 1, 1)]
     """
 
     stage: Stage
@@ -68,7 +76,13 @@ class Run:
 
 
 class RunHolder(threading.local):
-    """The current `Run` of each thread, shared by all hook points of one model."""
+    """The current `Run` of each thread, shared by all hook points of one model.
+
+    Examples:
+        >>> from hooked_hybrid.hooks import RunHolder
+        >>> RunHolder().run is None  # no forward is running
+        True
+    """
 
     run: Run | None = None
 

@@ -4,10 +4,8 @@ from hooked_hybrid.hooks.marks import per_position
 from hooked_hybrid.interventions.ablation import (
     ablate_heads,
     ablate_layers,
-    check_heads,
     cut_heads,
     keep_heads,
-    masks_of_rows,
     mean_over_tokens,
 )
 from hooked_hybrid.interventions.following import follow_span
@@ -28,6 +26,7 @@ from hooked_hybrid.interventions.recurrence import (
     knock_out_state_edges,
 )
 from hooked_hybrid.interventions.rows import check_spans
+from hooked_hybrid.interventions.sets_of_heads import check_heads, masks_of_rows
 from hooked_hybrid.interventions.weights import boost_span, manipulate_span
 from hooked_hybrid.interventions.where import hook_at, on_rows
 from hooked_hybrid.interventions.window import knock_out_crossings, limit_window

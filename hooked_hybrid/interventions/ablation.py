@@ -7,7 +7,7 @@ in a plain forward, in pieces of a prefill, in cached steps and with padding.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable
 from functools import cache, partial
 from typing import Any, Literal
 
@@ -15,7 +15,6 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from hooked_hybrid.config import HybridConfig
 from hooked_hybrid.hooks.attaching import HookSpec
 from hooked_hybrid.hooks.marks import per_position
 from hooked_hybrid.hooks.places import Places
@@ -25,10 +24,9 @@ from hooked_hybrid.interventions.donors import Donor, mask_of, read_kept
 from hooked_hybrid.interventions.patching import Cache
 from hooked_hybrid.interventions.pickling import picklable
 from hooked_hybrid.interventions.places import index_of_rows
+from hooked_hybrid.interventions.sets_of_heads import Heads, by_layer, flags
 from hooked_hybrid.shapes import Resid
 
-Heads = Mapping[int, Iterable[int] | Bool[Tensor, "..."]] | Iterable[tuple[int, int]]
-HeadSets = dict[int, tuple[int, ...] | Tensor]
 Method = Literal["zero", "mean", "resample", "norm"]
 DonorMask = Int[Tensor, "donor_batch donor_pos"]
 HeadMask = Bool[Tensor, "#row 1 head 1"]
@@ -78,8 +76,15 @@ def ablate_heads(
 
     Source: Wang et al. 2022 (IOI) for mean ablation, there at each position of a template; Chan et
     al. 2022 (causal scrubbing) for resampling. "norm" is ours.
+
+    Examples:
+        >>> hooks = interventions.ablate_heads({2: [0], 5: [3, 4]}, "mean", cache)
+        >>> hooks[0][0]
+        ['blocks.2.attn.hook_z', 'blocks.5.attn.hook_z']
+        >>> model.run_with_hooks(tokens, fwd_hooks=hooks).shape
+        torch.Size([1, 16, 583])
     """
-    chosen, edit = _by_layer(heads), _edit_of_heads(method, values, seed, attention_mask)
+    chosen, edit = by_layer(heads), _edit_of_heads(method, values, seed, attention_mask)
     if values is not None:
         for layer in chosen:  # raise errors now, not in the first run
             _of_layer(values, layer, _point(layer))
@@ -92,7 +97,14 @@ def ablate_heads(
 
 
 def cut_heads(heads: Heads) -> list[HookSpec]:
-    """Zero the outputs of these heads: `ablate_heads` with "zero"."""
+    """Zero the outputs of these heads: `ablate_heads` with "zero".
+
+    Examples:
+        >>> hooks = interventions.cut_heads({2: range(8), 5: range(8)})
+        >>> hooked = model.run_with_hooks(tokens, fwd_hooks=hooks)
+        >>> (hooked[0, -1].argmax() == answer).item()
+        False
+    """
     return ablate_heads(heads)
 
 
@@ -116,8 +128,15 @@ def keep_heads(
 
     Raises:
         ValueError, HookNameError: as `ablate_heads`.
+
+    Examples:
+        >>> hooks = interventions.keep_heads({2: range(8), 5: [0]})
+        >>> with model.hooks(fwd_hooks=hooks):
+        ...     _, kept = model.run_with_cache(tokens)
+        >>> (kept["z", 5][0, -1] != 0).any(-1).sum().item()  # heads of layer 5 that were kept
+        1
     """
-    chosen, edit = _by_layer(heads), _edit_of_heads(method, values, seed, attention_mask)
+    chosen, edit = by_layer(heads), _edit_of_heads(method, values, seed, attention_mask)
 
     @per_position
     def replace_the_others(z: PerHead, hook: HookPoint) -> PerHead:
@@ -157,6 +176,12 @@ def ablate_layers(
         ValueError: no layer, or one that is not a whole number from 0 on; an unknown kind or
             method; missing or superfluous arguments; when first run, a mean of another width.
         HookNameError: when attached, a layer that does not exist.
+
+    Examples:
+        >>> hooks = interventions.ablate_layers([2, 5])  # both attention layers
+        >>> hooked = model.run_with_hooks(tokens, fwd_hooks=hooks)
+        >>> (hooked[0, -1].argmax() == answer).item()
+        False
     """
     if kind not in ("mixer", "mlp") or method not in ("zero", "mean"):
         raise ValueError(
@@ -182,47 +207,6 @@ def replace_writes(
     return [(list(names.values()), replace)]
 
 
-def check_heads(cfg: HybridConfig, heads: Heads) -> None:
-    """Refuse heads that a model does not have, before anything runs.
-
-    Raises:
-        ValueError: a layer without heads, a head that its layer does not have, or a mask of another
-            width; the message lists the layers with heads.
-    """
-    n_heads = _n_heads(cfg)
-    has = "heads are in layers " + ", ".join(f"{i} ({n} heads)" for i, n in n_heads.items())
-    for layer, mine in _by_layer(heads).items():
-        if layer not in n_heads:
-            raise ValueError(f"layer {layer} has no heads; {has if n_heads else 'no layer has'}")
-        if isinstance(mine, Tensor) and mine.shape[-1] != n_heads[layer]:
-            raise ValueError(f"the mask of layer {layer} is of {mine.shape[-1]} heads; {has}")
-        if not isinstance(mine, Tensor) and max(mine, default=0) >= n_heads[layer]:
-            raise ValueError(f"head {max(mine)} of layer {layer}, counted from 0; {has}")
-
-
-def masks_of_rows(
-    cfg: HybridConfig, heads_of_rows: Sequence[Heads]
-) -> dict[int, Bool[Tensor, "batch _"]]:
-    """Return a set of heads for each row of a batch, as masks of every attention layer.
-
-    Args:
-        cfg: of the model.
-        heads_of_rows: the set of each row of the original batch, in order; sets may be empty.
-
-    Raises:
-        ValueError: no row, a set that is itself a mask for rows, or as `check_heads`.
-    """
-    sets = [_by_layer(heads) for heads in heads_of_rows]
-    if not sets or any(isinstance(m, Tensor) and m.ndim > 1 for s in sets for m in s.values()):
-        raise ValueError("heads_of_rows: give a set of heads for each row, by number")
-    for heads in sets:
-        check_heads(cfg, heads)
-    return {
-        layer: torch.stack([_flags(heads.get(layer, ()), n) for heads in sets])
-        for layer, n in _n_heads(cfg).items()
-    }
-
-
 def mean_over_tokens(
     value: Float[Tensor, "batch pos *rest"], attention_mask: Int[Tensor, "batch pos"] | None = None
 ) -> Float[Tensor, "*rest"]:
@@ -230,6 +214,10 @@ def mean_over_tokens(
 
     Raises:
         ValueError: a mask of another shape.
+
+    Examples:
+        >>> interventions.mean_over_tokens(cache["z", 2]).shape
+        torch.Size([8, 16])
     """
     wide = value.to(torch.promote_types(value.dtype, torch.float32))
     if attention_mask is None:
@@ -294,26 +282,6 @@ def check_method(
         raise ValueError(f"method={method!r} takes no seed")
 
 
-def _by_layer(heads: Heads) -> HeadSets:
-    """Return a set of heads by layer, as numbers or as masks [head] or [batch head]."""
-    if not isinstance(heads, Mapping):
-        pairs = [tuple(pair) for pair in heads]
-        if any(len(pair) != 2 for pair in pairs):
-            raise ValueError(f"heads {pairs}: give {{layer: [heads]}} or pairs (layer, head)")
-        heads = {layer: [h for i, h in pairs if i == layer] for layer, _ in pairs}
-    chosen: HeadSets = {}
-    for key, given in heads.items():
-        (layer,) = whole_numbers(key, "layer")
-        if isinstance(given, Tensor) and given.dtype == torch.bool:
-            if given.ndim not in (1, 2):
-                raise ValueError(f"a mask of heads is [batch head], not {tuple(given.shape)}")
-            chosen[layer] = given
-        else:
-            mine = tuple(given)
-            chosen[layer] = whole_numbers(mine, f"heads of layer {layer}") if mine else ()
-    return chosen
-
-
 def _mask(mine: tuple[int, ...] | Tensor, n_heads: int, hook: HookPoint) -> HeadMask:
     """Return True at the chosen heads of each row of this forward."""
     if isinstance(mine, Tensor) and mine.shape[-1] != n_heads:
@@ -322,19 +290,10 @@ def _mask(mine: tuple[int, ...] | Tensor, n_heads: int, hook: HookPoint) -> Head
         )
     if not isinstance(mine, Tensor) and max(mine, default=0) >= n_heads:
         raise ValueError(f"head {max(mine)}: layer {hook.layer()} has {n_heads} heads, from 0")
-    mask = _flags(mine, n_heads).to(hook.run.rows.device)
+    mask = flags(mine, n_heads).to(hook.run.rows.device)
     if mask.ndim == 2:
         mask = mask[index_of_rows(mask.shape[0], f"the mask of layer {hook.layer()}", hook)]
     return mask.view(-1, 1, n_heads, 1)
-
-
-def _flags(mine: tuple[int, ...] | Tensor, n_heads: int) -> Tensor:
-    return mine if isinstance(mine, Tensor) else torch.tensor([h in mine for h in range(n_heads)])
-
-
-def _n_heads(cfg: HybridConfig) -> dict[int, int]:
-    layers = enumerate(cfg.layers)
-    return {i: of.attention.n_heads for i, of in layers if of.attention is not None}
 
 
 def _of_layer(values: Cache, layer: int, name: str) -> tuple[Tensor, Places | None]:

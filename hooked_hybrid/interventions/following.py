@@ -72,6 +72,15 @@ def follow_span(
 
     Source: ours; the thesis (Michalak 2025) proposes a binary manipulation that moves with the
     predicted token.
+
+    Examples:
+        >>> hooks = interventions.follow_span((7, 9), begin=15)  # where the answer begins
+        >>> with model.hooks(fwd_hooks=hooks):
+        ...     _, cache = model.run_with_cache(tokens)
+        >>> cache["pattern", 5][0, 0, 15].nonzero().tolist()
+        [[7]]
+        >>> cache["pattern", 5][0, 0, 15, 7].item()
+        1.0
     """
     bounds, first = read_spans(spans)[..., -1:, :], read_per_row(begin, "begin")
     _check(token, weight, outside)

@@ -35,19 +35,36 @@ def negative_entropy(pattern: Pattern, hook: HookPoint) -> Scores:  # noqa: ARG0
 
     Source: Zani et al. 2025, as in their code, with 1e-12 added to each weight. Float16, in which
     1e-12 is 0, is scored in float32.
+
+    Examples:
+        >>> pattern = torch.tensor([[[[1.0, 0.0]], [[0.5, 0.5]]]])  # of 2 heads at one query
+        >>> interventions.negative_entropy(pattern, None).squeeze().round().abs()
+        tensor([0., 1.])
     """
     p = (pattern.float() if pattern.dtype == torch.float16 else pattern) + 1e-12
     return (p * p.log2()).sum(-1)
 
 
 def l2_norm(pattern: Pattern, hook: HookPoint) -> Scores:  # noqa: ARG001
-    """Return the Euclidean norm of each head's pattern: 1 for a single key, less when spread."""
+    """Return the Euclidean norm of each head's pattern: 1 for a single key, less when spread.
+
+    Examples:
+        >>> pattern = torch.tensor([[[[1.0, 0.0]], [[0.5, 0.5]]]])  # of 2 heads at one query
+        >>> interventions.l2_norm(pattern, None).squeeze()
+        tensor([1.0000, 0.7071])
+    """
     return pattern.norm(dim=-1)
 
 
 @picklable
 def reversed_score(score: Literal["entropy", "l2"] | HeadScore) -> HeadScore:
-    """Return minus a score, which keeps the heads that `score` would remove first. A control."""
+    """Return minus a score, which keeps the heads that `score` would remove first. A control.
+
+    Examples:
+        >>> pattern = torch.tensor([[[[1.0, 0.0]], [[0.5, 0.5]]]])  # of 2 heads at one query
+        >>> interventions.reversed_score("l2")(pattern, None).squeeze()
+        tensor([-1.0000, -0.7071])
+    """
     fn = _score(score)
     return lambda pattern, hook: -fn(pattern, hook)
 
@@ -58,6 +75,13 @@ def random_score(seed: int = 0) -> HeadScore:
 
     The heads kept at a position do not depend on how the sequence is cut or on other rows of the
     batch.
+
+    Examples:
+        >>> hooks = interventions.keep_top_heads(2, interventions.random_score(seed=1))
+        >>> with model.hooks(fwd_hooks=hooks):
+        ...     _, kept = model.run_with_cache(tokens)
+        >>> (kept["z", 5][0, -1] != 0).any(-1).sum().item()  # heads that were kept
+        2
     """
     return lambda pattern, hook: hashes(hook, pattern.shape[1], seed)[..., 0].double()
 
@@ -71,6 +95,12 @@ def attention_to(spans: Spans) -> HeadScore:
 
     Raises:
         ValueError: invalid `spans`.
+
+    Examples:
+        >>> score = interventions.attention_to((7, 9))  # "Dolores Park"
+        >>> hooked = model.run_with_hooks(tokens, fwd_hooks=interventions.keep_top_heads(8, score))
+        >>> torch.equal(hooked, logits)  # all eight heads are kept
+        True
     """
     bounds = read_spans(spans)
     return lambda pattern, hook: pattern.masked_fill(~in_spans(bounds, hook)[:, None, None], 0).sum(
@@ -109,6 +139,13 @@ def keep_top_heads(
 
     Source: Zani, Michalak & Abreu 2025, top-k contextual sparsity. Like theirs, our masks act on
     head outputs before the output projection, and do not change its bias.
+
+    Examples:
+        >>> for k in (0, 8):
+        ...     hooked = model.run_with_hooks(tokens, fwd_hooks=interventions.keep_top_heads(k))
+        ...     print(k, (hooked[0, -1].argmax() == answer).item())
+        0 False
+        8 True
     """
     score_fn = _score(score)
     if ties not in ("torch", "lowest"):
@@ -148,6 +185,11 @@ def best_heads(
 
     Raises:
         ValueError: a score that is NaN, which `topk` would treat as the largest.
+
+    Examples:
+        >>> scores = torch.tensor([[[1.0], [3.0], [2.0]]])  # of 3 heads at one query
+        >>> interventions.best_heads(scores, torch.tensor([2]), "lowest").squeeze()
+        tensor([False,  True,  True])
     """
     if bool((bad := transforms.plain_rows(scores.isnan())).any()):
         row, head, query = bad.nonzero()[0].tolist()

@@ -42,6 +42,11 @@ def ablate_mixers(
 
     Raises:
         ValueError: an unknown kind, a layer without it, or as in `ablate_layers`.
+
+    Examples:
+        >>> hooks = interventions.ablate_mixers(model.cfg, "rglru", layers=[0, 1])
+        >>> hooks[0][0]
+        ['blocks.0.hook_mixer_out', 'blocks.1.hook_mixer_out']
     """
     there = _points_of_mixers(cfg, kind)
     chosen = tuple(there) if layers is None else whole_numbers(layers, "layers")
@@ -79,6 +84,12 @@ def layers_of(cfg: HybridConfig, kind: str) -> tuple[int, ...]:
 
     Raises:
         ValueError: an unknown kind.
+
+    Examples:
+        >>> interventions.layers_of(model.cfg, "attention")
+        (2, 5)
+        >>> interventions.layers_of(jamba.cfg, "mamba")
+        (0, 1, 3)
     """
     kinds = [mixer.kind for mixer in MIXERS.values()]
     if kind not in kinds:

@@ -73,6 +73,12 @@ def patch(
             value without heads.
 
     Source: activation patching, as `TransformerLens.patching` does it by index.
+
+    Examples:
+        >>> _, donor = model.run_with_cache(model.to_tokens(text.replace("Dolores", "Riga")))
+        >>> hooks = interventions.patch(donor, ("resid_pre", 0), positions=[7])
+        >>> model.generate(text, 1, prefill_hooks=hooks, verbose=False).split()[-1]
+        'Riga'
     """
     donors = {
         name: Donor.of(value, attention_mask, places)
@@ -118,6 +124,13 @@ def freeze(
 
     Raises:
         HookNameError, ValueError: as `patch`.
+
+    Examples:
+        >>> hooks = interventions.freeze(cache, "blocks.*.attn.hook_pattern")
+        >>> with model.hooks(fwd_hooks=hooks):
+        ...     _, frozen = model.run_with_cache(tokens.flip(1))
+        >>> torch.equal(frozen["pattern", 5], cache["pattern", 5])
+        True
     """
     return patch(cache, names, attention_mask=attention_mask)
 
@@ -149,6 +162,13 @@ def knock_out_edges(
 
     Source: Geva et al. 2023, "Dissecting recall of factual associations", attention knockout
     (renormalised, as here by default).
+
+    Examples:
+        >>> hooks = interventions.knock_out_edges([15], [7], heads=[0], layers=[5])
+        >>> with model.hooks(fwd_hooks=hooks):
+        ...     _, cut = model.run_with_cache(tokens)
+        >>> cut["pattern", 5][0, 0, 15, 7].item()
+        0.0
     """
     queries = read_positions(query_positions, "query_positions")
     keys = read_positions(key_positions, "key_positions")

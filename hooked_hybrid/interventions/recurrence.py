@@ -44,6 +44,13 @@ def edit_state(
     Raises:
         ValueError: a position or layer that is not a whole number from 0 on.
         HookNameError: when attached, a layer without a recurrence.
+
+    Examples:
+        >>> hooks = interventions.edit_state(lambda state, hook: 0 * state, [9], layers=[0])
+        >>> with model.hooks(fwd_hooks=hooks):
+        ...     _, edited = model.run_with_cache(tokens)
+        >>> edited["ssm_state", 0][0, 9].abs().max().item()
+        0.0
     """
     # A new hook: `fn` keeps its signature and its marks.
     edit = per_position(partial(fn)) if positions is None else hook_at(fn, positions)
@@ -80,6 +87,13 @@ def freeze_state(
             number of rows.
         HookNameError: when attached, a layer without a recurrence.
         NotSupported: when run, a recurrence does not state how it is held.
+
+    Examples:
+        >>> hooks = interventions.freeze_state(4, 8, layers=[0])
+        >>> with model.hooks(fwd_hooks=hooks):
+        ...     _, held = model.run_with_cache(tokens)
+        >>> torch.equal(held["ssm_state", 0][:, 7], held["ssm_state", 0][:, 3])
+        True
     """
     first, last = read_per_row(start, "start"), None if stop is None else read_per_row(stop, "stop")
     if isinstance(start, int) and isinstance(stop, int) and stop < start:
@@ -145,6 +159,12 @@ def knock_out_state_edges(
     Source: attention knockout (Geva et al. 2023) for recurrences, as in Endy et al. 2025, "Mamba
     Knockout for Unraveling Factual Information Flow", who zero entries of the effective attention;
     here without the matrix.
+
+    Examples:
+        >>> hooks = interventions.knock_out_state_edges([15], [6, 7], layers=[0])
+        >>> hooked = model.run_with_hooks(tokens, fwd_hooks=hooks)
+        >>> torch.equal(hooked[:, :15], model(tokens)[:, :15])
+        True
     """
     chosen = None if channels is None else whole_numbers(channels, "channels")
     queries = read_positions(query_positions, "query_positions")

@@ -155,6 +155,13 @@ def check_spans(spans: Spans, lengths: int | Sequence[int] | Int[Tensor, "*rows"
 
     Raises:
         ValueError: as above; or lengths for another number of rows.
+
+    Examples:
+        >>> interventions.check_spans((7, 9), 16)
+        >>> interventions.check_spans((7, 17), 16)
+        Traceback (most recent call last):
+            ...
+        ValueError: a span of row 0 ends at 17, but the row has 16 tokens: positions count ...
     """
     bounds, n_tokens = read_spans(spans), torch.as_tensor(lengths)
     stop = bounds[..., 1].amax(-1)

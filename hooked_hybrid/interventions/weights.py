@@ -93,6 +93,13 @@ def manipulate_span(
 
     Source: Michalak & Abreu 2025, weight manipulation (Table 6.1: keep, null, only, omit, binary;
     their code for it is not public). Permute and `renormalise` are ours.
+
+    Examples:
+        >>> hooks = interventions.manipulate_span("only", (7, 9))
+        >>> with model.hooks(fwd_hooks=hooks):
+        ...     _, only = model.run_with_cache(tokens)
+        >>> only["pattern", 5][0, 0, 15].nonzero().flatten()
+        tensor([7, 8])
     """
     if mode not in MODES:
         raise ValueError(f"mode={mode!r}: give one of {', '.join(MODES)}")
@@ -155,6 +162,13 @@ def boost_span(
     steps of one token only: use `generation_hooks` for that. Differences: spans are positions, not
     slots of the ring buffer; masked keys stay masked; scores are in the model's dtype, theirs in
     fp32; they boost nothing when all heads are kept.
+
+    Examples:
+        >>> hooks = interventions.boost_span(2, (7, 9), 1.5)  # "Dolores Park"
+        >>> with model.hooks(fwd_hooks=hooks):
+        ...     _, boosted = model.run_with_cache(tokens)
+        >>> (boosted["z", 5][0, -1] != 0).any(-1).sum().item()  # heads that were kept
+        2
     """
     bounds, per_row = read_spans(spans), read_k(k)
     if isinstance(score, str) and score not in SCORES:

@@ -39,6 +39,13 @@ def hook_at(fn: HookFn, positions: Positions) -> HookFn:
     Raises:
         ValueError: no position, or one that is not a whole number from 0 on; when run, a mask for
             another number of rows, or one that ends before the last token.
+
+    Examples:
+        >>> hook = interventions.hook_at(lambda value, hook: 0 * value, [0, 15])
+        >>> with model.hooks(fwd_hooks=[("hook_embed", hook)]):
+        ...     _, edited = model.run_with_cache(tokens)
+        >>> (edited["embed"][0].abs().sum(-1) == 0).nonzero().flatten()
+        tensor([ 0, 15])
     """
     wanted = read_positions(positions)
     assert wanted is not None
@@ -78,6 +85,14 @@ def on_rows(fn: HookFn, rows: Indices) -> HookFn:
     Raises:
         ValueError: no row, or one that is not a whole number from 0 on; when run, a row that the
             batch does not have, or a mask of another number of rows.
+
+    Examples:
+        >>> hook = interventions.on_rows(lambda value, hook: 0 * value, [1])
+        >>> two = torch.cat([tokens, tokens])
+        >>> with model.hooks(fwd_hooks=[("hook_embed", hook)]):
+        ...     _, edited = model.run_with_cache(two)
+        >>> (edited["embed"] == 0).all(-1).all(-1)
+        tensor([False,  True])
     """
     wanted = read_rows(rows)
     assert wanted is not None

@@ -45,6 +45,13 @@ def limit_window(n_keys: int, *, layers: int | Iterable[int] | None = None) -> l
     Raises:
         ValueError: `n_keys` below 1 or a fraction; a layer that is not a whole number from 0 on.
         HookNameError: when attached, a layer without attention.
+
+    Examples:
+        >>> hooks = interventions.limit_window(8)
+        >>> with model.hooks(fwd_hooks=hooks):
+        ...     _, narrow = model.run_with_cache(tokens)
+        >>> (narrow["pattern", 2][0, 0, 15] > 0).sum().item()
+        8
     """
     try:
         is_window = not isinstance(n_keys, bool) and operator.index(n_keys) >= 1
@@ -99,6 +106,13 @@ def knock_out_crossings(
     Raises:
         ValueError: a boundary that is not a whole number from 0 on; a layer that the model does not
             have; when run, boundaries for another number of rows.
+
+    Examples:
+        >>> hooks = interventions.knock_out_crossings(model.cfg, 10)
+        >>> restarted = model.run_with_hooks(tokens, fwd_hooks=hooks)[:, 10:]
+        >>> alone = model(tokens[:, 10:])
+        >>> torch.allclose(restarted, alone, atol=1e-3)
+        True
     """
     first = read_per_row(boundary, "boundary")
     chosen = tuple(range(cfg.n_layers)) if layers is None else whole_numbers(layers, "layers")

@@ -45,6 +45,13 @@ class ActivationCache(CachedValues):
 
     Raises:
         ValueError: `attention_mask` with `places`, or one that is not a mask.
+
+    Examples:
+        >>> logits, cache = model.run_with_cache(tokens)
+        >>> cache["pattern", 2].shape  # attention of layer 2
+        torch.Size([1, 8, 16, 16])
+        >>> cache["ssm_state", 0].shape  # the state of the recurrence of layer 0
+        torch.Size([1, 16, 128])
     """
 
     positions = cache_positions.positions
@@ -77,6 +84,10 @@ class ActivationCache(CachedValues):
 
         Raises:
             ValueError: no value has positions, or the cache was made by hand without a mask.
+
+        Examples:
+            >>> cache.attention_mask.shape, cache.has_padding
+            (torch.Size([1, 16]), False)
         """
         return (self.positions() >= 0).long()
 
@@ -93,6 +104,13 @@ class ActivationCache(CachedValues):
 
         Raises:
             OSError: the file cannot be written.
+
+        Examples:
+            >>> from hooked_hybrid import ActivationCache
+            >>> cache.save("cache.safetensors")
+            >>> again = ActivationCache.load("cache.safetensors", model)
+            >>> torch.equal(again["pattern", 2], cache["pattern", 2])
+            True
         """
         cache_files.save_values(self, path)
 
@@ -113,6 +131,12 @@ class ActivationCache(CachedValues):
         Raises:
             FileNotFoundError, safetensors.SafetensorError: no such file, or no safetensors file.
             ValueError: a safetensors file that holds something else, or of another model.
+
+        Examples:
+            >>> from hooked_hybrid import ActivationCache
+            >>> cache.save("a.safetensors")
+            >>> len(ActivationCache.load("a.safetensors")) == len(cache)
+            True
         """
         return cache_files.load_values(cls, path, model, device)
 
@@ -121,6 +145,11 @@ class ActivationCache(CachedValues):
 
         Raises:
             ValueError: there are several rows.
+
+        Examples:
+            >>> _, cache = model.run_with_cache(tokens)
+            >>> cache.remove_batch_dim()["pattern", 2].shape
+            torch.Size([8, 16, 16])
         """
         if self.has_batch_dim:
             rows = {name: t.shape[0] for name, t in self.items() if t.shape[0] != 1}
@@ -140,6 +169,11 @@ class ActivationCache(CachedValues):
         Raises:
             IndexError, TypeError: as `slicing.slice_axis`.
             ValueError: the batch axis is gone already.
+
+        Examples:
+            >>> _, cache = model.run_with_cache(torch.cat([tokens, tokens]))
+            >>> cache.apply_slice_to_batch_dim(1)["pattern", 2].shape
+            torch.Size([8, 16, 16])
         """
         if not self.has_batch_dim:
             raise ValueError("this cache has no batch axis any more")
@@ -154,12 +188,24 @@ class ActivationCache(CachedValues):
         return some.remove_batch_dim() if is_one(batch_slice) else some
 
     def to(self: C, device: torch.device | str, move_model: bool = False) -> C:
-        """Move every value to a device, in place, and return the cache."""
+        """Move every value to a device, in place, and return the cache.
+
+        Examples:
+            >>> cache.to("cpu")["pattern", 2].device
+            device(type='cpu')
+        """
         self.cache_dict = {name: t.to(device) for name, t in self.items()}
         if move_model:
             self.model.to(device)
         return self
 
     def toggle_autodiff(self, mode: bool = False) -> None:
-        """Turn autograd on or off everywhere, as TransformerLens's method of this name does."""
+        """Turn autograd on or off everywhere, as TransformerLens's method of this name does.
+
+        Examples:
+            >>> cache.toggle_autodiff(mode=False)
+            >>> torch.is_grad_enabled()
+            False
+            >>> cache.toggle_autodiff(mode=True)
+        """
         torch.set_grad_enabled(mode)

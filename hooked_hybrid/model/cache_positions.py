@@ -32,6 +32,10 @@ def positions(cache: CachedValues, name: Shorthand | None = None) -> Int[Tensor,
     Raises:
         HookNameError: no such value.
         ValueError: no value has positions, or the cache was made by hand without a mask.
+
+    Examples:
+        >>> cache.positions()[0, :4]
+        tensor([0, 1, 2, 3])
     """
     if name is not None:
         full = cache.full_name(name)
@@ -62,6 +66,10 @@ def last_token(cache: CachedValues, name: Shorthand) -> Float[Tensor, ...]:
         HookNameError: no such value.
         IndexError: a row's last token was not kept.
         ValueError: the value has no positions.
+
+    Examples:
+        >>> cache.last_token(("resid_post", 5)).shape
+        torch.Size([1, 128])
     """
     full = cache.full_name(name)
     value, dim = cache.batched(full)
@@ -75,6 +83,10 @@ def mean_over_pos(cache: CachedValues, name: Shorthand) -> Float[Tensor, ...]:
     Raises:
         HookNameError: no such value.
         ValueError: the value has no positions, or a row no token among them.
+
+    Examples:
+        >>> cache.mean_over_pos(("resid_post", 5)).shape
+        torch.Size([1, 128])
     """
     full = cache.full_name(name)
     value, dim = cache.batched(full)
@@ -97,6 +109,11 @@ def unpadded(cache: CachedValues, name: Shorthand) -> list[Tensor]:
     Raises:
         HookNameError: no such value.
         ValueError: the value has no positions.
+
+    Examples:
+        >>> _, cache = model.run_with_cache(model.to_tokens(["a sandwich", "Dolores Park ."]))
+        >>> [value.shape[0] for value in cache.unpadded("embed")]
+        [3, 4]
     """
     full = cache.full_name(name)
     value, dim = cache.batched(full)

@@ -100,6 +100,10 @@ class CachedValues(Mapping[Any, Tensor]):
         Raises:
             HookNameError: (a KeyError) nothing of this name was kept: a point of the model that was
                 not, with the way to keep it, or the nearest names; or several values fit a pattern.
+
+        Examples:
+            >>> cache.full_name(("pattern", -1))
+            'blocks.5.attn.hook_pattern'
         """
         if isinstance(key, str) and key in self.cache_dict:
             return key
@@ -198,15 +202,30 @@ class CachedValues(Mapping[Any, Tensor]):
         return other
 
     def keys(self) -> KeysView[str]:
-        """Return the full names."""
+        """Return the full names.
+
+        Examples:
+            >>> "blocks.2.attn.hook_pattern" in cache.keys()
+            True
+        """
         return self.cache_dict.keys()
 
     def values(self) -> ValuesView[Tensor]:
-        """Return the values."""
+        """Return the values.
+
+        Examples:
+            >>> all(isinstance(value, torch.Tensor) for value in cache.values())
+            True
+        """
         return self.cache_dict.values()
 
     def items(self) -> ItemsView[str, Tensor]:
-        """Return full names and values."""
+        """Return full names and values.
+
+        Examples:
+            >>> sum(name.endswith("hook_pattern") for name, value in cache.items())
+            2
+        """
         return self.cache_dict.items()
 
     @property
@@ -256,6 +275,13 @@ class CachedValues(Mapping[Any, Tensor]):
         if full in self.places:
             return self.places[full].key_pos
         return self.pos_of(full) if "key" in self.axes.get(full, ()) else None
+
+    def keep(self, full: str, value: Tensor, like: str) -> None:
+        """Keep a value at a hook point of the model, where the entries of another value stood."""
+        self.cache_dict[full] = value
+        self.axes[full] = self.model.hook_dict[full].axes
+        if like in self.places:
+            self.places[full] = self.places[like]
 
     def _place_by_mask(self, attention_mask: Int[Tensor, "batch pos"]) -> None:
         """Take a mask to say where the entries of every value stood."""

@@ -37,6 +37,13 @@ class GenerationOutput:
     read. `cache` is the cache of one forward over prompt and new tokens, with the effects of the
     hooks; positions that a finished row did not read are zero (scores: the lowest finite value).
     `finished` is True for rows that ended before the limit.
+
+    Examples:
+        >>> out = model.generate(text, 3, return_type="output", names_filter=True, verbose=False)
+        >>> out.text, out.new_tokens.shape
+        (['Dolores Park .'], torch.Size([1, 3]))
+        >>> out.cache["pattern", 2].shape  # of the 18 tokens that were read
+        torch.Size([1, 8, 18, 18])
     """
 
     tokens: Int[Tensor, "batch pos"]

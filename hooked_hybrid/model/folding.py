@@ -57,6 +57,12 @@ class FoldRecord:
         folds: one for each norm, in the order of the model.
         originals: every parameter that was replaced, by name: the tensors themselves, not copies.
         was_tied: whether the unembedding was the embedding; in the folded model they are separate.
+
+    Examples:
+        >>> from hooked_hybrid import fold_ln
+        >>> folded, record = fold_ln(model)
+        >>> len(record.folds), record.was_tied
+        (13, True)
     """
 
     folds: tuple[Fold, ...]
@@ -111,6 +117,12 @@ def fold_ln(
 
     Source: TransformerLens's `fold_ln`, which folds on loading and permanently; a norm without mean
     or bias needs no centring.
+
+    Examples:
+        >>> from hooked_hybrid import fold_ln
+        >>> folded, record = fold_ln(model)
+        >>> torch.allclose(folded(tokens), model(tokens), atol=1e-3)
+        True
     """
     require_plain_weights(
         model.quantization,
@@ -147,6 +159,12 @@ def unfold_ln(folded: HookedHybrid, record: FoldRecord, inplace: bool = False) -
     Raises:
         ValueError: the record is of another model, or a folded weight has changed since, so that
             an edit would be lost.
+
+    Examples:
+        >>> from hooked_hybrid import fold_ln, unfold_ln
+        >>> restored = unfold_ln(*fold_ln(model))
+        >>> torch.equal(restored(tokens), model(tokens))
+        True
     """
     require_plain_weights(
         folded.quantization,

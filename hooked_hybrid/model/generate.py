@@ -104,6 +104,16 @@ def generate(
             misread; later, logits that are NaN: the message names the row, the new token and the
             step, all from 0.
         HookNameError: a hook or filter that matches nothing; nothing has run then.
+
+    Examples:
+        >>> model.generate(text, 2, verbose=False)
+        'eat a sandwich and sit in Dolores Park . eat a sandwich and sit in Dolores Park'
+        >>> no_heads = interventions.keep_top_heads(0)
+        >>> out = model.generate(
+        ...     text, 2, fwd_hooks=no_heads, names_filter=True, return_type="output", verbose=False
+        ... )
+        >>> out.text, out.cache["z", 2].shape
+        (['Lily Market'], torch.Size([1, 17, 8, 16]))
     """
     transforms.refuse("generate cannot run")
     check_count("max_new_tokens", max_new_tokens)

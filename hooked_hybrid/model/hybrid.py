@@ -17,7 +17,13 @@ from hooked_hybrid.network.weights.plain import as_matrix
 
 
 class LayerStack(NamedTuple):
-    """Weights of several layers in one tensor, with the layers they come from."""
+    """Weights of several layers in one tensor, with the layers they come from.
+
+    Examples:
+        >>> layers, weight = model.W_Q
+        >>> layers, weight.shape
+        ((2, 5), torch.Size([2, 8, 128, 16]))
+    """
 
     layers: tuple[int, ...]
     weight: Float[Tensor, "layer ..."]
@@ -33,6 +39,14 @@ class HookedHybrid(PretrainedModel):
         tokenizer: a Hugging Face tokenizer, or a folder with one; None for a model that accepts
             tokens only.
         device, dtype: of the parameters.
+
+    Examples:
+        >>> small = HookedHybrid(presets.griffin("RRA", n_heads=2))  # random weights
+        >>> small(torch.tensor([[5, 6, 7]])).shape
+        torch.Size([1, 3, 1024])
+        >>> model = HookedHybrid.from_pretrained("tiny-griffin")
+        >>> model.generate("eat a sandwich and sit in Dolores Park . eat a", 2, verbose=False)
+        'eat a sandwich and sit in Dolores Park . eat a sandwich and'
     """
 
     generate = generate
@@ -47,6 +61,11 @@ class HookedHybrid(PretrainedModel):
 
         Raises:
             LookupError: no layer has it, or its shape differs between layers.
+
+        Examples:
+            >>> layers, weight = model.stack("mixer.a_param")  # of the recurrences
+            >>> layers, weight.shape
+            ((0, 1, 3, 4), torch.Size([4, 128]))
         """
         found = {i: w for i, b in enumerate(self.blocks) if (w := _reach(b, name)) is not None}
         if len(shapes := {tuple(w.shape) for w in found.values()}) != 1:
@@ -58,7 +77,13 @@ class HookedHybrid(PretrainedModel):
 
     @property
     def W_Q(self) -> LayerStack:
-        """[layer head d_model d_head] of the attention layers."""
+        """[layer head d_model d_head] of the attention layers.
+
+        Examples:
+            >>> layers, weight = model.W_Q
+            >>> layers, weight.shape
+            ((2, 5), torch.Size([2, 8, 128, 16]))
+        """
         return self.stack("attn.W_Q")
 
     @property

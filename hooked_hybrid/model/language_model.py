@@ -86,6 +86,14 @@ class LanguageModel(TextModel):
         Raises:
             ValueError: an input that would be misread, or an option without effect; the message
                 states the remedy.
+
+        Examples:
+            >>> model(tokens).shape
+            torch.Size([1, 16, 583])
+            >>> model(tokens, return_type="loss").shape
+            torch.Size([])
+            >>> model(tokens, stop_at_layer=2).shape  # the stream that enters block 2
+            torch.Size([1, 16, 128])
         """
         wanted: ReturnType | None = check_return_type(
             return_type, loss_per_token, logits_to_keep, stop_at_layer
@@ -241,6 +249,10 @@ class LanguageModel(TextModel):
         """Return the next-token loss, in nats, of given logits.
 
         Without a mask, padding is recognised as in the forward.
+
+        Examples:
+            >>> model.loss_fn(logits, tokens, per_token=True).shape
+            torch.Size([1, 15])
         """
         tokens, attention_mask = check_batch(self, tokens, attention_mask)
         layout = lay_out(tokens, None, attention_mask, None)

@@ -78,6 +78,11 @@ class PretrainedModel(LanguageModel):
         Warns:
             UserWarning: settings that are not used (of `generation_config.json`, of programs that
                 add their own to `config.json`), or weights of an earlier saving in the same folder.
+
+        Examples:
+            >>> model = HookedHybrid.from_pretrained("tiny-griffin", n_keys=None)  # no window
+            >>> model.cfg.layers[2].mixer.n_keys is None
+            True
         """
         from hooked_hybrid.network.placement.homes import plan_homes
         from hooked_hybrid.network.placement.offload import identity_of
@@ -141,6 +146,14 @@ class PretrainedModel(LanguageModel):
 
         Raises:
             weights_conversion.CheckpointError: what is wrong with the model, by name.
+
+        Examples:
+            >>> from transformers import AutoModelForCausalLM
+            >>> model.save_pretrained("in_their_format")
+            >>> theirs = AutoModelForCausalLM.from_pretrained("in_their_format")
+            >>> ours = HookedHybrid.from_hf(theirs)
+            >>> torch.equal(ours(tokens), model(tokens))
+            True
         """
         from hooked_hybrid.network.placement.homes import plan_homes
         from hooked_hybrid.network.placement.places import everywhere
@@ -186,6 +199,12 @@ class PretrainedModel(LanguageModel):
             FileExistsError: the directory is not empty; with `overwrite`, it holds no checkpoint,
                 or a folder or a link besides.
             OSError: it cannot be written; an old checkpoint is as it was.
+
+        Examples:
+            >>> model.save_pretrained("copy_of_tiny")
+            >>> same = HookedHybrid.from_pretrained("copy_of_tiny")
+            >>> torch.equal(same(tokens), model(tokens))
+            True
         """
         from weights_conversion.save import save
 

@@ -105,6 +105,12 @@ class TextModel(Network):
         Raises:
             ValueError: texts without a token; or padded ones without a mask, if padding could not
                 be distinguished from text, as there is no padding token or it is also BOS or EOS.
+
+        Examples:
+            >>> model.to_tokens("a sandwich").tolist()
+            [[2, 32, 105]]
+            >>> model.to_tokens(["a sandwich", "Dolores Park ."]).shape
+            torch.Size([2, 4])
         """
         tokens, mask = self._encoded(input, prepend_bos, padding_side or "right", cut=truncate)
         if not return_mask and not self.text.shows_padding and not bool(mask.all()):
@@ -124,6 +130,11 @@ class TextModel(Network):
 
         Raises:
             ValueError: padding that cannot be distinguished from text.
+
+        Examples:
+            >>> batch = model.to_tokens(["a sandwich", "Dolores Park ."])
+            >>> model.get_attention_mask(batch).tolist()
+            [[1, 1, 1, 0], [1, 1, 1, 1]]
         """
         _, mask = check_batch(self, tokens, None)
         return torch.ones_like(tokens) if mask is None else mask
@@ -139,7 +150,12 @@ class TextModel(Network):
         return self.get_attention_mask(tokens) == 0
 
     def to_string(self, tokens: Tensor | Sequence[int]) -> str | list[str]:
-        """Return the text of a row of tokens, or the texts of several rows."""
+        """Return the text of a row of tokens, or the texts of several rows.
+
+        Examples:
+            >>> model.to_string(tokens[0, 1:4])
+            'eat a sandwich'
+        """
         tokens = torch.as_tensor(tokens)
         if tokens.ndim == 2:
             return [self.text.decode(row) for row in tokens.tolist()]
@@ -156,6 +172,10 @@ class TextModel(Network):
 
         Raises:
             ValueError: `prepend_bos=True` with tokens.
+
+        Examples:
+            >>> model.to_str_tokens("eat a sandwich")
+            ['<bos>', 'eat', 'a', 'sandwich']
         """
         if is_texts(input):
             return [self._str_tokens(text, prepend_bos) for text in input]
@@ -179,6 +199,10 @@ class TextModel(Network):
 
         Raises:
             ValueError: it is several tokens, or none.
+
+        Examples:
+            >>> model.to_single_str_token(model.to_single_token("Dolores"))
+            'Dolores'
         """
         ids = self.text.encode(string, prepend_bos=False)
         if len(ids) != 1:
@@ -187,7 +211,12 @@ class TextModel(Network):
         return ids[0]
 
     def to_single_str_token(self, int_token: int) -> str:
-        """Return the string of one token, with a blank before it kept."""
+        """Return the string of one token, with a blank before it kept.
+
+        Examples:
+            >>> model.to_single_str_token(logits[0, -1].argmax().item())
+            'Dolores'
+        """
         return self.text.strings([int_token])[0]
 
     def get_token_position(
@@ -202,6 +231,10 @@ class TextModel(Network):
         Raises:
             ValueError: the token is not there, `mode` is neither, or `prepend_bos=True` with
                 tokens.
+
+        Examples:
+            >>> model.get_token_position("Dolores", text)
+            7
         """
         check_choice("mode", mode, ("first", "last"))
         tokens = self._row(input, prepend_bos)
@@ -216,7 +249,15 @@ class TextModel(Network):
     def tokens_to_residual_directions(
         self, tokens: str | int | Int[Tensor, ...]
     ) -> Float[Tensor, "... d_model"]:
-        """Return the unembedding vector of each token, the direction that raises its logit."""
+        """Return the unembedding vector of each token, the direction that raises its logit.
+
+        Examples:
+            >>> direction = model.tokens_to_residual_directions("Dolores")
+            >>> direction.shape
+            torch.Size([128])
+            >>> torch.equal(direction, model.W_U[:, answer])
+            True
+        """
         if isinstance(tokens, str):
             tokens = self.to_single_token(tokens)
         return self.W_U.T[torch.as_tensor(tokens, device=self.device)]
@@ -236,6 +277,16 @@ class TextModel(Network):
         Raises:
             ValueError: no tokenizer, a checkpoint without a chat template or one that refuses the
                 conversation, no message, several conversations, or a message without a role.
+
+        Examples:
+            >>> from pathlib import Path
+            >>> model.save_pretrained("chatty")
+            >>> template = "{% for m in messages %}QUESTION : {{ m.content }} ANSWER :{% endfor %}"
+            >>> n = Path("chatty/chat_template.jinja").write_text(template)
+            >>> chatty = HookedHybrid.from_pretrained("chatty")
+            >>> messages = [{"role": "user", "content": "eat a sandwich ?"}]
+            >>> chatty.to_string(chatty.apply_chat_template(messages))
+            ['QUESTION : eat a sandwich ? ANSWER :']
         """
         template = getattr(self.text.tokenizer, "apply_chat_template", None)
         if template is None:

@@ -66,7 +66,13 @@ class Network(HookedRootModule):
 
     @classmethod
     def meta(cls: type[N], cfg: HybridConfig, dtype: torch.dtype = torch.float32) -> N:
-        """Return the model without any memory for its weights: shapes, names and counts."""
+        """Return the model without any memory for its weights: shapes, names and counts.
+
+        Examples:
+            >>> large = HookedHybrid.meta(presets.griffin("RRA" * 8, d_model=2560))
+            >>> sum(p.numel() for p in large.parameters())
+            1917299200
+        """
         return cls(cfg, device="meta", dtype=dtype)
 
     # --- the forward ----------------------------------------------------------------------------
@@ -153,7 +159,15 @@ class Network(HookedRootModule):
         return (self.device,) * self._cfg.n_layers
 
     def reset_parameters(self) -> None:
-        """Draw every parameter again."""
+        """Draw every parameter again.
+
+        Examples:
+            >>> random = HookedHybrid(model.cfg)
+            >>> before = random.W_E.clone()
+            >>> random.reset_parameters()
+            >>> torch.equal(random.W_E, before)
+            False
+        """
         for module in self.modules():
             reset = getattr(module, "reset_parameters", None)
             if module is not self and callable(reset):

@@ -17,7 +17,17 @@ from hooked_hybrid.network.written import Split
 
 
 class NotSupported(ValueError):
-    """A mixer or an MLP does not state a fact that a function needs."""
+    """A mixer or an MLP does not state a fact that a function needs.
+
+    Examples:
+        >>> from hooked_hybrid.network.mixers import Mixer
+        >>> class Unfinished(Mixer):
+        ...     pass
+        >>> Unfinished.kind
+        Traceback (most recent call last):
+            ...
+        hooked_hybrid.network.part.NotSupported: Unfinished does not state what it is ...
+    """
 
 
 class Unstated:

@@ -40,6 +40,13 @@ class HybridState:
     `next_pos` is the position of each row's next token in its document; `segment` is the id of
     that document (1 where no `segment_ids` were given). `n_seen` counts the tokens of every row
     where all rows have the same number and one document, else it is None.
+
+    Examples:
+        >>> logits, state = model(tokens, return_state=True)
+        >>> model(torch.tensor([[answer]]), state=state).shape  # one more token
+        torch.Size([1, 1, 583])
+        >>> state.next_pos.tolist()
+        [16]
     """
 
     blocks: tuple[BlockState, ...]
@@ -74,11 +81,25 @@ class HybridState:
     __hash__ = None  # type: ignore[assignment]
 
     def detach(self) -> HybridState:
-        """Return the state without its graph."""
+        """Return the state without its graph.
+
+        Examples:
+            >>> _, state = model(tokens, return_state=True)
+            >>> state.tensors()["blocks.2.k"].requires_grad
+            True
+            >>> state.detach().tensors()["blocks.2.k"].requires_grad
+            False
+        """
         return self._map(lambda t: t.detach())
 
     def clone(self) -> HybridState:
-        """Return the state in memory of its own."""
+        """Return the state in memory of its own.
+
+        Examples:
+            >>> _, state = model(tokens, return_state=True)
+            >>> state.clone().n_bytes == state.n_bytes
+            True
+        """
         return self._map(lambda t: t.clone())
 
     def fork(self, n: int) -> HybridState:
@@ -86,6 +107,11 @@ class HybridState:
 
         Raises:
             ValueError: `n` is not positive.
+
+        Examples:
+            >>> _, state = model(tokens, return_state=True)
+            >>> state.fork(3).batch_size
+            3
         """
         if n < 1:
             raise ValueError(f"fork({n}): give the number of copies of each row, 1 or more")
@@ -114,6 +140,11 @@ class HybridState:
 
         Raises:
             ValueError: another number of devices than of blocks.
+
+        Examples:
+            >>> _, state = model(tokens, return_state=True)
+            >>> state.to(dtype=torch.bfloat16).tensors()["blocks.2.k"].dtype
+            torch.bfloat16
         """
         n, counters, devices = len(self.blocks), None, []
         if device is None or isinstance(device, (torch.device, str)):
@@ -161,6 +192,13 @@ class HybridState:
         Raises:
             ValueError: unknown kinds, a layer out of range, or a donor of another shape.
             IndexError: a row out of range, or a mask of another number of rows.
+
+        Examples:
+            >>> _, state = model(tokens, return_state=True)
+            >>> _, other = model(tokens.flip(1), return_state=True)
+            >>> mixed = state.replace(other, kinds=["ssm"], layers=[0])
+            >>> torch.equal(mixed.tensors()["blocks.0.ssm"], other.tensors()["blocks.0.ssm"])
+            True
         """
         kinds = {kinds} if isinstance(kinds, str) else set(kinds)
         if unknown := kinds - {"ssm", "conv", "kv"}:
@@ -194,6 +232,12 @@ class HybridState:
 
         Raises:
             ValueError: no state, or states of different models.
+
+        Examples:
+            >>> from hooked_hybrid import HybridState
+            >>> _, state = model(tokens, return_state=True)
+            >>> HybridState.cat([state, state]).batch_size
+            2
         """
         if not states or len({len(s.blocks) for s in states}) != 1:
             raise ValueError("cat takes one or more states of one model")
@@ -209,7 +253,13 @@ class HybridState:
     # --- as plain tensors ---------------------------------------------------------------------
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return every tensor by a name such as `blocks.2.k`."""
+        """Return every tensor by a name such as `blocks.2.k`.
+
+        Examples:
+            >>> _, state = model(tokens, return_state=True)
+            >>> state.tensors()["blocks.2.k"].shape
+            torch.Size([1, 16, 1, 16])
+        """
         named = {
             f"blocks.{i}.{name}": t
             for i, b in enumerate(self.blocks)
@@ -218,7 +268,15 @@ class HybridState:
         return {**named, "next_pos": self.next_pos, "segment": self.segment}
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the state to a safetensors file, whole or not at all."""
+        """Write the state to a safetensors file, whole or not at all.
+
+        Examples:
+            >>> from hooked_hybrid import HybridState
+            >>> _, state = model(tokens, return_state=True)
+            >>> state.save("state.safetensors")
+            >>> HybridState.load("state.safetensors").next_pos.tolist()
+            [16]
+        """
         tensors = {name: t.detach().contiguous().clone() for name, t in self.tensors().items()}
         with replacing(Path(path)) as partial:
             about = {"n_seen": json.dumps(self.n_seen), "n_blocks": json.dumps(len(self.blocks))}
@@ -231,6 +289,13 @@ class HybridState:
         Raises:
             FileNotFoundError, safetensors.SafetensorError: no such file, or no safetensors file.
             ValueError: a pipe or the like, or a safetensors file that holds something else.
+
+        Examples:
+            >>> from hooked_hybrid import HybridState
+            >>> _, state = model(tokens, return_state=True)
+            >>> state.save("prompt.safetensors")
+            >>> HybridState.load("prompt.safetensors").batch_size
+            1
         """
         require_safetensors(Path(path))
         with safe_open(path, "pt", device=device) as file:
@@ -266,6 +331,12 @@ class HybridState:
 
         Raises:
             ValueError: names that no state has, or blocks beyond `n_blocks`.
+
+        Examples:
+            >>> from hooked_hybrid import HybridState
+            >>> _, state = model(tokens, return_state=True)
+            >>> HybridState.from_tensors(state.tensors(), n_seen=16).next_pos.tolist()
+            [16]
         """
         parts: dict[int, dict[str, Tensor]] = {}
         for name, t in tensors.items():

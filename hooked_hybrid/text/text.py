@@ -14,6 +14,7 @@ from torch import Tensor
 from hooked_hybrid.config import HybridConfig
 
 PaddingSide = Literal["left", "right"]
+"""The side of a row on which padding is put."""
 _PARTIAL = "\N{REPLACEMENT CHARACTER}"  # decoded from bytes that are not a character
 _MOST_HELD = 4  # tokens: a character has at most 4 bytes
 

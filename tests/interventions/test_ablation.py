@@ -15,13 +15,12 @@ from hooked_hybrid.hooks.names import HookNameError
 from hooked_hybrid.interventions.ablation import (
     ablate_heads,
     ablate_layers,
-    check_heads,
     cut_heads,
     keep_heads,
-    masks_of_rows,
     mean_over_tokens,
 )
 from hooked_hybrid.interventions.layers import layers_of
+from hooked_hybrid.interventions.sets_of_heads import check_heads, masks_of_rows
 from hooked_hybrid.network.plan import piece_length
 from tests.models import griffin_config, jamba_config, random_model, random_tokens, relative
 from tests.tolerances import FP32_PARITY

@@ -181,6 +181,9 @@ def test_heads_are_their_results(config):
     kept.compute_head_results()
     layer = cfg.attention_layers[0]
     assert relative(kept["result", layer], EVERYTHING[config]["result", layer]) < FP32_PARITY
+    last = kept.stack_head_results(pos_slice="last")
+    assert torch.equal(last, kept.stack_head_results()[:, :, -1])
+    assert torch.equal(kept.positions(("result", layer)), kept.positions(("z", layer)))
 
 
 @every_config

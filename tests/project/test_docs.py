@@ -329,9 +329,17 @@ def test_a_notebook_becomes_a_page(tmp_path):
 
 def test_a_package_that_exports_names_links_to_them():
     page = site_pages.reference_page("hooked_hybrid.interventions")
-    assert "- [`keep_top_heads`][hooked_hybrid.interventions.keep_top_heads]" in page
+    top_heads = "- [`keep_top_heads`][hooked_hybrid.interventions.keep_top_heads]: Zero the outputs"
+    assert top_heads in page
+    assert "- [`window`][hooked_hybrid.interventions.window]: Limiting how far back" in page
     hooks = site_pages.reference_page("hooked_hybrid.hooks")
-    assert "- [`HookPoint`][hooked_hybrid.hooks.HookPoint]" in hooks
-    assert "- `HookFn`" in hooks  # a type without a docstring, which has no entry
+    assert "- [`HookFn`][hooked_hybrid.hooks.HookFn]: A hook, called as" in hooks
     scan = "hooked_hybrid.network.scans.scan"
     assert site_pages.reference_page(scan) == f"::: {scan}\n"
+
+
+def test_every_entry_of_a_list_in_the_reference_says_its_purpose():
+    pages = "".join(site_pages.reference_page(module) for module in site_pages.modules())
+    entries = re.findall(r"^- \[.*$", pages, re.MULTILINE)
+    assert len(entries) > 300
+    assert [entry for entry in entries if not re.search(r"\]: .{8}", entry)] == []

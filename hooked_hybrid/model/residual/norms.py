@@ -60,6 +60,11 @@ def apply_ln_to_stack(
     Raises:
         HookNameError: the norm's scale is not in the cache.
         ValueError: the stack does not fit the slices, or `pos_slice` with `recompute_ln`.
+
+    Examples:
+        >>> parts = cache.decompose_resid()
+        >>> cache.apply_ln_to_stack(parts).shape  # as the final norm passes them on
+        torch.Size([13, 1, 16, 128])
     """
     if recompute_ln:
         refuse_ignored("recompute_ln=True reads no scale at a position", pos_slice=pos_slice)
@@ -113,6 +118,12 @@ def logit_attrs(
         HookNameError: the cache has no `ln_final.hook_scale` (or, through a cap, no
             `ln_final.hook_normalized`).
         ValueError: tokens, slices or stack do not fit each other.
+
+    Examples:
+        >>> parts, labels = cache.decompose_resid(return_labels=True)
+        >>> attrs = cache.logit_attrs(parts, answer)[:, 0, -1]  # at the last position
+        >>> labels[attrs.argmax()]  # the part that raises the logit of "Dolores" most
+        '4_mlp_out'
     """
     if through_soft_cap not in (None, "slope", "share"):
         raise ValueError(f"through_soft_cap={through_soft_cap!r}: give None, 'slope', 'share'")

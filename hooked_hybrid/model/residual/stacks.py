@@ -68,6 +68,11 @@ def accumulated_resid(
     Labels are "0_pre", "0_mid" (with `incl_mid`) and so on, and "final_post" at the end of all
     layers. With `apply_ln` there, each is divided by its own scale, as a logit lens needs;
     before an earlier layer all are divided by the scale of that layer's norm.
+
+    Examples:
+        >>> stack, labels = cache.accumulated_resid(return_labels=True)
+        >>> stack.shape, labels[-2:]
+        (torch.Size([7, 1, 16, 128]), ['5_pre', 'final_post'])
     """
     place, n_layers = place_at(cache, layer, mlp_input), cache.model.cfg.n_layers
     parts = []
@@ -103,6 +108,13 @@ def decompose_resid(
     Args:
         mode: "all"; "mlp", MLPs and mixtures; "mixer"; or "attn", attention layers alone.
         incl_embeds: begin with the embedding.
+
+    Examples:
+        >>> parts, labels = cache.decompose_resid(return_labels=True)
+        >>> labels[:4]
+        ['embed', '0_rglru_out', '0_mlp_out', '1_rglru_out']
+        >>> torch.allclose(parts.sum(0), cache["resid_post", -1], atol=1e-3)
+        True
     """
     if mode not in ("all", "mlp", "mixer", "attn"):
         raise ValueError(f"mode={mode!r}: give 'all', 'mlp', 'mixer' or 'attn'")
@@ -120,13 +132,21 @@ def decompose_resid(
 
 
 def compute_head_results(cache: CachedValues) -> None:
-    """Keep `hook_result` of every attention layer in the cache, as z @ W_O where it is not."""
+    """Keep `hook_result` of every attention layer in the cache, as z @ W_O where it is not.
+
+    Examples:
+        >>> _, cache = model.run_with_cache(tokens)
+        >>> cache.compute_head_results()
+        >>> cache["result", 2].shape
+        torch.Size([1, 16, 8, 128])
+    """
     layers = cache.model.cfg.attention_layers
     parts = [parts_of.head_results(cache.model, i) for i in layers]
     require_parts(cache, "compute_head_results", parts)
     for part in parts:
         name = part.ways[0].names[0]
-        cache.cache_dict[name] = read_parts(cache, part, None, None).movedim(0, -2)
+        value = read_parts(cache, part, None, None).movedim(0, -2)
+        cache.keep(name, value, like=name.removesuffix("result") + "z")
 
 
 def stack_head_results(
@@ -148,6 +168,11 @@ def stack_head_results(
             channels of `hook_gated` through its rows of the output projection; a Mamba layer
             has no groups of channels that act apart and stays one part. Output biases of heads
             and blocks are in the remainder.
+
+    Examples:
+        >>> heads, labels = cache.stack_head_results(return_labels=True)
+        >>> heads.shape, labels[:2]
+        (torch.Size([16, 1, 16, 128]), ['L2H0', 'L2H1'])
     """
     place = place_at(cache, layer, mlp_input)
     parts = mixer_parts_before(cache, place, recurrent)
@@ -170,6 +195,12 @@ def stack_expert_results(
 
     From `hook_expert_out` or `hook_expert_post` where they are cached; else the chosen experts
     run again on what the mixture read.
+
+    Examples:
+        >>> _, cache = jamba.run_with_cache(tokens)
+        >>> experts, labels = cache.stack_expert_results(return_labels=True)
+        >>> experts.shape, labels[:2]
+        (torch.Size([8, 1, 16, 128]), ['L1E0', 'L1E1'])
     """
     place = place_at(cache, layer, mlp_input)
     mixtures = [i for i in range(place.layer) if parts_of.letter(cache.model, i) == "E"]
@@ -186,7 +217,12 @@ def get_neuron_results(
     pos_slice: PosSlice = None,
     project_output_onto: Onto | None = None,
 ) -> Tensor:
-    """Return what each neuron of a dense MLP wrote [*batch_pos neuron d_model]."""
+    """Return what each neuron of a dense MLP wrote [*batch_pos neuron d_model].
+
+    Examples:
+        >>> cache.get_neuron_results(5, neuron_slice=[0, 7], pos_slice=-1).shape
+        torch.Size([1, 2, 128])
+    """
     n_layers = cache.model.cfg.n_layers
     if not -n_layers <= layer < n_layers:
         raise ValueError(f"layer={layer}: there are {n_layers} layers")
@@ -220,6 +256,11 @@ def stack_neuron_results(
     """Stack what each neuron of each dense MLP wrote, "L2N7" and so on.
 
     Mixtures are in the remainder, as are output biases; `neuron_slice` chooses in every MLP.
+
+    Examples:
+        >>> neurons, labels = cache.stack_neuron_results(-1, pos_slice=-1, return_labels=True)
+        >>> neurons.shape, labels[:2]
+        (torch.Size([1536, 1, 128]), ['L0N0', 'L0N1'])
     """
     place = place_at(cache, layer, mlp_input)
     dense = [i for i in range(place.layer) if parts_of.letter(cache.model, i) == "N"]
@@ -251,6 +292,11 @@ def stack_activation(
             "blocks.*.attn.hook_z", ("z", 2), "blocks.2.attn.hook_z".
         layer: -1 and None mean all layers.
         sublayer_type: of the hook point, "ln1" or "ln2", if its name does not say.
+
+    Examples:
+        >>> patterns, labels = cache.stack_activation("pattern", return_labels=True)
+        >>> patterns.shape, labels[0]
+        (torch.Size([2, 1, 8, 16, 16]), 'blocks.2.attn.hook_pattern')
     """
     last, points = place_at(cache, layer, False).layer, cache.model.hook_dict
     if isinstance(activation_name, str) and not {*WILD, "."} & {*activation_name}:
@@ -295,6 +341,13 @@ def get_full_resid_decomposition(
         expand_neurons: split dense MLPs into neurons.
         expand_experts: split mixtures into experts; their neurons stay together.
         recurrent: as in `stack_head_results`.
+
+    Examples:
+        >>> parts = cache.get_full_resid_decomposition(pos_slice=-1)
+        >>> parts.shape  # heads, gate blocks, neurons, biases and the embedding
+        torch.Size([1586, 1, 128])
+        >>> torch.allclose(parts.sum(0), cache["resid_post", -1][:, -1], atol=1e-3)
+        True
     """
     if recurrent not in ("layer", "block"):
         raise ValueError(f"recurrent={recurrent!r}: give 'layer' or 'block'")

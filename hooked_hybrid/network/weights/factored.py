@@ -28,6 +28,13 @@ class FactoredMatrix:
         ValueError: If a factor is not a matrix, if the inner or leading dimensions do not fit, or
             if the factors differ in dtype or device.
 
+    Examples:
+        >>> from hooked_hybrid import FactoredMatrix
+        >>> ov = FactoredMatrix(model.W_V.weight[0, 0], model.W_O.weight[0, 3])
+        >>> ov.shape, ov.mdim  # of head 3, whose values every head of the layer shares
+        (torch.Size([128, 128]), 16)
+        >>> ov.svd()[1].shape
+        torch.Size([16])
     """
 
     # The leading `_` leaves the check of mdim to `_check_product`, whose message says what to do.

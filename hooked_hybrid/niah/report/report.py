@@ -29,6 +29,7 @@ CAUTION = (
     "The models differ in size, training and text, and so may the prompts: a toy model does not "
     "confirm a claim about a 2B one."
 )
+"""The sentence below every comparison with published results."""
 SMALL_MARGIN = 1e-4
 _PACKAGES = "hooked-hybrid torch tokenizers numpy pandas matplotlib".split()
 _STYLE = """

@@ -16,6 +16,7 @@ from hooked_hybrid.niah.prompts import Prompt
 from hooked_hybrid.runs.identity.model import identify, known_of
 
 Hooks = tuple[HookSpec, ...] | Callable[[Prompt], Sequence[HookSpec]]
+"""Hooks of a setting, or a function that makes them for a prompt."""
 
 
 @dataclass(frozen=True)

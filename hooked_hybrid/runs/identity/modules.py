@@ -17,6 +17,7 @@ UNVERSIONED = sys.stdlib_module_names | {"builtins", "torch", "numpy"}
 _INSTALLED: dict[str, bool] = {}
 _STORED_AS = {
     "hooked_hybrid.interventions.layers": "hooked_hybrid.interventions.ablation",
+    "hooked_hybrid.interventions.sets_of_heads": "hooked_hybrid.interventions.ablation",
     "hooked_hybrid.config.layer": "hooked_hybrid.config",
     "hooked_hybrid.config.mixers": "hooked_hybrid.config",
     "hooked_hybrid.config.mlps": "hooked_hybrid.config",
