@@ -125,6 +125,10 @@ class CachedValues(Mapping[Any, Tensor]):
 
         Raises:
             HookNameError: as `full_name`.
+
+        Examples:
+            >>> cache.names_of("blocks.*.attn.hook_pattern")
+            ['blocks.2.attn.hook_pattern', 'blocks.5.attn.hook_pattern']
         """
         try:
             return matching(names, self.cache_dict.keys(), self.n_layers)
@@ -149,6 +153,11 @@ class CachedValues(Mapping[Any, Tensor]):
 
         Raises:
             HookNameError: as `full_name`.
+
+        Examples:
+            >>> patterns = cache.select("blocks.*.attn.hook_pattern")
+            >>> len(patterns), patterns["pattern", 5].shape
+            (2, torch.Size([1, 8, 16, 16]))
         """
         some, kept = copy.copy(self), self.names_of(names)
         some._model = self._model

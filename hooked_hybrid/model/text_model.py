@@ -146,6 +146,11 @@ class TextModel(Network):
 
         Raises:
             ValueError: padding that cannot be distinguished from text.
+
+        Examples:
+            >>> batch = model.to_tokens(["a sandwich", "Dolores Park ."])
+            >>> model.padding_mask(batch).tolist()
+            [[False, False, False, True], [False, False, False, False]]
         """
         return self.get_attention_mask(tokens) == 0
 
