@@ -132,9 +132,8 @@ class TextModel(Network):
             ValueError: padding that cannot be distinguished from text.
 
         Examples:
-            >>> batch = model.to_tokens(["a sandwich", "Dolores Park ."])
-            >>> model.get_attention_mask(batch).tolist()
-            [[1, 1, 1, 0], [1, 1, 1, 1]]
+            >>> model.get_attention_mask(model.to_tokens(["sandwich", "Dolores Park"])).tolist()
+            [[1, 1, 0], [1, 1, 1]]
         """
         _, mask = check_batch(self, tokens, None)
         return torch.ones_like(tokens) if mask is None else mask
@@ -148,9 +147,8 @@ class TextModel(Network):
             ValueError: padding that cannot be distinguished from text.
 
         Examples:
-            >>> batch = model.to_tokens(["a sandwich", "Dolores Park ."])
-            >>> model.padding_mask(batch).tolist()
-            [[False, False, False, True], [False, False, False, False]]
+            >>> model.padding_mask(model.to_tokens(["sandwich", "Dolores Park"])).tolist()
+            [[False, False, True], [False, False, False]]
         """
         return self.get_attention_mask(tokens) == 0
 
@@ -257,10 +255,7 @@ class TextModel(Network):
         """Return the unembedding vector of each token, the direction that raises its logit.
 
         Examples:
-            >>> direction = model.tokens_to_residual_directions("Dolores")
-            >>> direction.shape
-            torch.Size([128])
-            >>> torch.equal(direction, model.W_U[:, answer])
+            >>> torch.equal(model.tokens_to_residual_directions("Dolores"), model.W_U[:, answer])
             True
         """
         if isinstance(tokens, str):
@@ -286,12 +281,10 @@ class TextModel(Network):
         Examples:
             >>> from pathlib import Path
             >>> model.save_pretrained("chatty")
-            >>> template = "{% for m in messages %}QUESTION : {{ m.content }} ANSWER :{% endfor %}"
-            >>> n = Path("chatty/chat_template.jinja").write_text(template)
+            >>> n = Path("chatty/chat_template.jinja").write_text("{{ messages[0].content }} ANSWER :")
             >>> chatty = HookedHybrid.from_pretrained("chatty")
-            >>> messages = [{"role": "user", "content": "eat a sandwich ?"}]
-            >>> chatty.to_string(chatty.apply_chat_template(messages))
-            ['QUESTION : eat a sandwich ? ANSWER :']
+            >>> chatty.to_string(chatty.apply_chat_template([{"role": "user", "content": "eat ?"}]))
+            ['eat ? ANSWER :']
         """
         template = getattr(self.text.tokenizer, "apply_chat_template", None)
         if template is None:
