@@ -13,6 +13,8 @@ Examples:
     >>> tokens = model.to_tokens(text)
     >>> logits, cache = model.run_with_cache(tokens)
     >>> answer = model.to_single_token("Dolores")
+    >>> metric = lambda logits: logits[0, -1, answer]
+    >>> riga = model.to_tokens(text.replace("Dolores", "Riga"))  # a corrupted prompt
     >>> logits.shape, (logits[0, -1].argmax() == answer).item()
     (torch.Size([1, 16, 583]), True)
 """

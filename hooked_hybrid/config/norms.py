@@ -8,7 +8,7 @@ from typing import Literal
 from hooked_hybrid.config.fields import require_one_of
 
 NormStyle = Literal["one_plus_weight", "weight"]
-"""What a norm multiplies by: its weight, or 1 plus its weight."""
+"""The factor of a norm: its weight, or 1 plus its weight."""
 
 
 @dataclass(frozen=True)

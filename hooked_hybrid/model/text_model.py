@@ -281,10 +281,10 @@ class TextModel(Network):
         Examples:
             >>> from pathlib import Path
             >>> model.save_pretrained("chatty")
-            >>> n = Path("chatty/chat_template.jinja").write_text("{{ messages[0].content }} ANSWER :")
+            >>> n = Path("chatty/chat_template.jinja").write_text("{{ messages[0].content }} !")
             >>> chatty = HookedHybrid.from_pretrained("chatty")
             >>> chatty.to_string(chatty.apply_chat_template([{"role": "user", "content": "eat ?"}]))
-            ['eat ? ANSWER :']
+            ['eat ? !']
         """
         template = getattr(self.text.tokenizer, "apply_chat_template", None)
         if template is None:
