@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from hooked_hybrid.niah.needles import AnyNeedle
 from hooked_hybrid.niah.prompts import Prompt
 from hooked_hybrid.niah.scores import FULL, binary, graded, released
 from hooked_hybrid.niah.settings.setting import Setting
@@ -60,6 +61,22 @@ def cell_of(
         "real_depth": prompt.real_depth,
         "placed_between": prompt.placed_between,
     }
+
+
+def scored(
+    cells: Iterable[dict[str, Any]],
+    prompts: Mapping[str, Prompt],
+    score: Callable[[str, AnyNeedle], float] | None,
+) -> list[dict[str, Any]]:
+    """Return cells with the accuracy by a score; None leaves them as they are."""
+    needles = {id: prompt.needle for id, prompt in prompts.items()}
+    if score is None:
+        return list(cells)
+    return [
+        {**cell, "accuracy": None if needle is None else score(cell["output"], needle)}
+        for cell in cells
+        for needle in [needles[cell["prompt_id"]]]
+    ]
 
 
 def with_places(table: pd.DataFrame, prompts: Iterable[Prompt]) -> pd.DataFrame:

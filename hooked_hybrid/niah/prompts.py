@@ -155,7 +155,8 @@ def grid(
         lengths: total tokens of each prompt, with template, BOS, both copies and distractors.
         depths: fractions of the haystack before the needle, 0 its beginning.
         haystack: the text around them; None is generated text.
-        template: a name in `TEMPLATES`.
+        template: a name in `TEMPLATES`; or a text of your own with `{haystack}` and, once after it,
+            `{question}`, such as "{haystack} Question: {question} Answer:".
         read_twice: give context and question twice before the answer (Just Read Twice). If the
             number of haystack tokens is odd, the first copy has one more.
         distractors: needles with other questions, distributed over the haystack at ends of
@@ -251,17 +252,20 @@ def _maker(
     read_twice: bool,
     prepend_bos: bool | None,
 ) -> Maker:
-    if template not in TEMPLATES:
-        raise ValueError(f"template={template!r}: give one of {', '.join(TEMPLATES)}")
-    _check_template(template)
-    once, end = TEMPLATES[template].split(QUESTION)
+    if template not in TEMPLATES and not (HAYSTACK in template or QUESTION in template):
+        raise ValueError(
+            f"template={template!r}: give one of {', '.join(TEMPLATES)}, or a text with {HAYSTACK} "
+            f"and {QUESTION}"
+        )
+    once, end = _checked_template(template).split(QUESTION)
     once += QUESTION
     text = f"{once}\n{once}{end}" if read_twice else once + end
     return Maker(model.text, haystack.texts(), text, template == "chat", prepend_bos)
 
 
-def _check_template(name: str) -> None:
-    text = TEMPLATES[name]
+def _checked_template(name: str) -> str:
+    """Return the text of a template, which has its marks."""
+    text = TEMPLATES.get(name, name)
     known = {HAYSTACK, QUESTION}
     if unknown := [mark for mark in re.findall(r"\{\w*\}", text) if mark not in known]:
         raise ValueError(
@@ -272,6 +276,7 @@ def _check_template(name: str) -> None:
             f"template {name!r} has {QUESTION} {text.count(QUESTION)} times and {HAYSTACK} "
             f"{text.count(HAYSTACK)} times: give {HAYSTACK}, and {QUESTION} once after it"
         )
+    return text
 
 
 def _parts(

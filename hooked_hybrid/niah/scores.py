@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
-from hooked_hybrid.niah.needles import AnyNeedle, KeywordNeedle, holds, plain
+from collections.abc import Callable
+from functools import partial
+from typing import Literal
+
+from hooked_hybrid.niah.needles import PAPER, AnyNeedle, KeywordNeedle, holds, plain
+
+Score = Literal["graded", "binary", "released"] | Callable[[str, AnyNeedle], float]
+"""One of the scores here by name, or a function of an answer and its needle that gives 0 to 1."""
 
 FULL = 5.0
 """The highest graded score; accuracy is score / 5."""
@@ -55,6 +62,32 @@ def released(output: str, needle: AnyNeedle) -> float:
     phrases = (echo, make, place, rest, f"on a {weather}")
     parts = zip(phrases, (1.0, 1.0, 0.5, 0.5, 1.0), strict=True)
     return sum((points for phrase, points in parts if plain(phrase) in text), 0.0)
+
+
+def scorer(score: Score) -> Callable[[str, AnyNeedle], float]:
+    """Return a function of an answer and its needle, from 0 to 1, for one of ours or one's own.
+
+    Args:
+        score: "graded", "binary" or "released"; or a function.
+
+    Raises:
+        ValueError: another name; when called, a value that is not a number from 0 to 1.
+        TypeError: neither a name nor a function.
+    """
+    if isinstance(score, str):
+        accuracy("", PAPER, score)  # is there one of this name?
+        return partial(accuracy, score=score)
+    if not callable(score):
+        raise TypeError(f"score={score!r}: give 'graded', 'binary', 'released' or a function")
+
+    def own(output: str, needle: AnyNeedle) -> float:
+        found = float(score(output, needle))
+        if not 0 <= found <= 1:
+            name = getattr(score, "__qualname__", score)
+            raise ValueError(f"score {name} gave {found} for {output!r}: give 0 to 1")
+        return found
+
+    return own
 
 
 def accuracy(output: str, needle: AnyNeedle, score: str = "graded") -> float:

@@ -2,7 +2,7 @@
 
 The file contains a digest of its cells, so that a truncated or changed file is recognised. Version
 1 of the format had none, and version 2 had no real depths of needles; files of both can be read and
-continued.
+continued. A file becomes one of version 4 when its sweep is extended (`extending`).
 """
 
 from __future__ import annotations
@@ -16,10 +16,20 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hooked_hybrid.niah.extending import (
+    Block,
+    as_json,
+    extended,
+    first_block,
+    from_json,
+    same_cells,
+)
+from hooked_hybrid.niah.prompts import Prompt
 from hooked_hybrid.niah.store_checks import (
     COLUMNS,
     FORMAT,
     SCHEMA,
+    WHOLE,
     check,
     check_schema,
     damaged,
@@ -54,6 +64,8 @@ _SYSTEM_ERRORS = {
     sqlite3.SQLITE_LOCKED: errno.EBUSY,
 }
 """Errors of the disk rather than of the file, with the system's name for each."""
+_UNSAID = {"score": "graded"}
+"""Options that an experiment records only where they differ from these."""
 _READING = "; `hooked_hybrid.niah.store.read_cells` reads the cells that are there"
 _MISUSE = (sqlite3.IntegrityError, sqlite3.InterfaceError, sqlite3.ProgrammingError)
 """Errors of the caller rather than of the file."""
@@ -67,38 +79,56 @@ class Store:
         experiment: everything the cells depend on, as JSON-able values; a folder has one
             experiment.
         resume: continue the results in the folder; otherwise it must be empty or new.
+        prompts: of the experiment. If it has all settings and prompts of the stored one and others,
+            the stored one is extended, when the first cells are added.
+
+    Attributes:
+        blocks: the cells of the experiment, in the blocks in which they are computed.
 
     Raises:
         FileExistsError: the folder is not empty, and `resume` is false or it has no store.
-        ValueError: the folder has another experiment, a file of a newer version, or a damaged
-            file; nothing in it is changed.
+        ValueError: the folder has another experiment, which this one does not extend, a file of a
+            newer version, or a damaged file; nothing in it is changed.
         OSError: the file cannot be written, or another run is writing there.
     """
 
     def __init__(
-        self, folder: Path | None, experiment: Mapping[str, Any], resume: bool = False
+        self,
+        folder: Path | None,
+        experiment: Mapping[str, Any],
+        resume: bool = False,
+        prompts: Sequence[Prompt] = (),
     ) -> None:
         self.path = None if folder is None else folder / FILE
+        self.blocks = [first_block(experiment, prompts)]
+        self._extension: list[tuple[str, Any]] = []
         with ExitStack() as stack:
             if folder is not None:
                 stack.enter_context(claim(folder, resume))
             with _explain_errors(self.path):
-                self.connection = stack.enter_context(closing(_open(self.path, experiment)))
+                self.connection = stack.enter_context(
+                    closing(_open(self.path, experiment, self.blocks))
+                )
                 self.connection.execute("PRAGMA synchronous = EXTRA")
                 self._digest = 0
                 self.columns = tuple(COLUMNS)
                 if self.path is not None:
                     self._digest, self.columns = check(self.connection, self.path)
-                    _compare(self.connection, self.path, experiment)
+                    self._compare(self.path, experiment, prompts)
             if folder is not None:
                 remove_unfinished(folder)
             self._held = stack.pop_all()
 
-    def done(self) -> set[str]:
-        """Return the ids of the finished prompts."""
+    def done(self, setting: str | None = None) -> set[str]:
+        """Return the ids of the prompts that have cells, in a setting or in any."""
+        where, named = ("", ()) if setting is None else (" WHERE setting = ?", (setting,))
         with _explain_errors(self.path):
-            rows = self.connection.execute("SELECT DISTINCT prompt_id FROM cells")
-            return {prompt_id for (prompt_id,) in rows}
+            query = f"SELECT DISTINCT prompt_id FROM cells{where}"
+            return {prompt_id for (prompt_id,) in self.connection.execute(query, named)}
+
+    def done_of(self, block: Block) -> set[str]:
+        """Return the ids of the prompts of a block whose cells are all there."""
+        return self.done(block.settings[0]) & {*block.prompts} if block.settings else set()
 
     def add(self, cells: Sequence[Mapping[str, Any]]) -> None:
         """Write all cells of one or several prompts in one transaction.
@@ -117,9 +147,11 @@ class Store:
                 connection.executemany(f"INSERT INTO cells ({names}) VALUES ({marks})", cells)
                 added = f"SELECT {names} FROM cells WHERE rowid > {last}"
                 digest = digest_of(connection.execute(added), self._digest_before())
-                is_new = len(self.columns) == len(COLUMNS)
-                kept = [("format", FORMAT if is_new else 2), ("digest", f"{digest:x}")]
+                is_new, is_whole = len(self.columns) == len(COLUMNS), len(self.blocks) == 1
+                version = 2 if not is_new else WHOLE if is_whole else FORMAT
+                kept = [("format", version), ("digest", f"{digest:x}"), *self._extension]
                 connection.executemany("REPLACE INTO meta VALUES (?, ?)", kept)
+            self._extension = []
         except sqlite3.IntegrityError as error:
             raise ValueError(
                 f"{self.path} holds some of these cells already ({error}): give another folder, "
@@ -137,6 +169,33 @@ class Store:
     def close(self) -> None:
         """Close the file and release its folder."""
         self._held.close()
+
+    def _compare(
+        self, path: Path, experiment: Mapping[str, Any], prompts: Sequence[Prompt]
+    ) -> None:
+        """Read the blocks of the file; raise an error if it is of another experiment."""
+        kept = dict(self.connection.execute("SELECT key, value FROM meta"))
+        try:
+            before = dict(parse_json(kept["experiment"], path))
+            before = {**{k: v for k, v in _UNSAID.items() if k in experiment}, **before}
+            found = kept.get("blocks")
+            blocks = [] if found is None else from_json(parse_json(found, path))
+        except (TypeError, ValueError):
+            raise damaged(path, "it does not say of which experiment it is") from None
+        if not changes(before, experiment):
+            if blocks and not same_cells(blocks, self.blocks):
+                raise damaged(path, "it does not say which cells it is to hold")
+            self.blocks = blocks or self.blocks
+            return
+        if not blocks:  # of an earlier version, which is extended once it is finished
+            done = self.done()
+            ids = tuple(prompt.id for prompt in prompts if prompt.id in done)
+            blocks = [Block(ids, tuple(before.get("settings") or ()))]
+        self.blocks, changed = extended(before, experiment, blocks, prompts)
+        if changed:
+            raise ValueError(refusal(path, "experiment", changed, _READING))
+        said = json.dumps(dict(experiment), sort_keys=True)
+        self._extension = [("experiment", said), ("blocks", as_json(self.blocks))]
 
     def _digest_before(self) -> int:
         """Return the digest in the file, which differs if another run wrote despite the lock."""
@@ -159,7 +218,7 @@ def read_cells(folder: str | PathLike[str]) -> pandas.DataFrame:
     with (
         claim(path.parent, resume=True),
         _explain_errors(path),
-        closing(_open(path, {})) as file,
+        closing(_open(path, {}, ())) as file,
     ):
         check(file, path)
         return _table(file)
@@ -177,15 +236,17 @@ def _table(connection: sqlite3.Connection) -> pandas.DataFrame:
     return table
 
 
-def _open(path: Path | None, experiment: Mapping[str, Any]) -> sqlite3.Connection:
+def _open(
+    path: Path | None, experiment: Mapping[str, Any], blocks: Sequence[Block]
+) -> sqlite3.Connection:
     """Return a connection to the file, which is created if missing; None is in memory."""
     if path is None:
         connection = sqlite3.connect(":memory:")
-        _make(connection, experiment)
+        _make(connection, experiment, blocks)
         return connection
     refuse_foreign_files(path)
     if not path.exists():
-        _create(path, experiment)
+        _create(path, experiment, blocks)
     uri = path.resolve().as_uri()
     # Without applying its journal, which would change the file.
     with closing(sqlite3.connect(f"{uri}?mode=ro&immutable=1", uri=True)) as before:
@@ -196,12 +257,15 @@ def _open(path: Path | None, experiment: Mapping[str, Any]) -> sqlite3.Connectio
     return connection
 
 
-def _make(connection: sqlite3.Connection, experiment: Mapping[str, Any]) -> None:
+def _make(
+    connection: sqlite3.Connection, experiment: Mapping[str, Any], blocks: Sequence[Block]
+) -> None:
     """Create the tables, with a record of the experiment."""
     said = [
-        ("format", FORMAT),
+        ("format", WHOLE),
         ("experiment", json.dumps(dict(experiment), sort_keys=True)),
         ("digest", "0"),
+        ("blocks", as_json(blocks)),
     ]
     with connection:
         for statement in SCHEMA:
@@ -209,7 +273,7 @@ def _make(connection: sqlite3.Connection, experiment: Mapping[str, Any]) -> None
         connection.executemany("INSERT INTO meta VALUES (?, ?)", said)
 
 
-def _create(path: Path, experiment: Mapping[str, Any]) -> None:
+def _create(path: Path, experiment: Mapping[str, Any], blocks: Sequence[Block]) -> None:
     """Write a file without cells, atomically."""
     if holds_results(path.parent):
         raise FileExistsError(
@@ -217,18 +281,7 @@ def _create(path: Path, experiment: Mapping[str, Any]) -> None:
             "overwritten"
         )
     with replacing(path) as temporary, closing(sqlite3.connect(temporary)) as connection:
-        _make(connection, experiment)
-
-
-def _compare(connection: sqlite3.Connection, path: Path, experiment: Mapping[str, Any]) -> None:
-    """Raise an error if the file is of another experiment."""
-    (kept,) = connection.execute("SELECT value FROM meta WHERE key = 'experiment'").fetchone()
-    try:
-        before = dict(parse_json(kept, path))
-    except (TypeError, ValueError):
-        raise damaged(path, "it does not say of which experiment it is") from None
-    if changed := changes(before, experiment):
-        raise ValueError(refusal(path, "experiment", changed, _READING))
+        _make(connection, experiment, blocks)
 
 
 @contextmanager

@@ -15,7 +15,10 @@ from typing import Any
 
 from hooked_hybrid.outputs.foreign import printable, refuse_link, require_plain_file
 
-FORMAT = 3
+FORMAT = 4
+"""The newest version: of a sweep that was extended."""
+WHOLE = 3
+"""The version of one that was not."""
 
 COLUMNS: dict[str, str] = {
     "prompt_id": "TEXT NOT NULL",

@@ -13,8 +13,9 @@ done already. So a sweep may be spread over the workers of a Ray cluster.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
+from functools import partial
 from itertools import chain
 from os import PathLike
 from pathlib import Path
@@ -25,9 +26,19 @@ from tqdm.auto import tqdm
 
 from hooked_hybrid.hooks.attaching import HookSpec
 from hooked_hybrid.model.hybrid import HookedHybrid
-from hooked_hybrid.niah.cells import with_places
+from hooked_hybrid.niah.cells import scored, with_places
+from hooked_hybrid.niah.extending import Block
 from hooked_hybrid.niah.groups import CellRows, FirstToken, Group, groups_of
-from hooked_hybrid.niah.prompts import Prompt, prompts_identity
+from hooked_hybrid.niah.lengths import lengths_for
+from hooked_hybrid.niah.needles import AnyNeedle, KeywordNeedle, Needle
+from hooked_hybrid.niah.prompts import (
+    Haystack,
+    Prompt,
+    default_depths,
+    grid,
+    prompts_identity,
+)
+from hooked_hybrid.niah.scores import Score, scorer
 from hooked_hybrid.niah.settings.setting import (
     Setting,
     depends_on_prompt,
@@ -40,6 +51,7 @@ from hooked_hybrid.niah.settings.setting import (
 from hooked_hybrid.niah.store import Store
 from hooked_hybrid.options import check_choice, check_count, refuse_ignored
 from hooked_hybrid.runs.identity.model import hash_once, model_identity
+from hooked_hybrid.runs.identity.values import describe
 from hooked_hybrid.runs.work import Item, Job, order_cells, results
 
 if TYPE_CHECKING:
@@ -53,9 +65,14 @@ Part = tuple[int, int]
 
 def niah(
     model: HookedHybrid,
-    prompts: Sequence[Prompt],
+    prompts: Sequence[Prompt | AnyNeedle | None],
     settings: Mapping[str, Sequence[HookSpec]] | Sequence[Setting],
     *,
+    lengths: Sequence[int] | None = None,
+    depths: Sequence[int | float] | None = None,
+    haystack: Haystack | None = None,
+    template: str | None = None,
+    score: Score = "graded",
     out: str | PathLike[str] | None = None,
     resume: bool = False,
     max_new_tokens: int = 40,
@@ -67,10 +84,17 @@ def niah(
 
     Args:
         model: with a tokenizer.
-        prompts: of `hooked_hybrid.niah.prompts`.
+        prompts: of `hooked_hybrid.niah.prompts`; or needles, of which prompts are made.
         settings: `Setting`s, or `{name: hooks}` for hooks that act in both stages.
+        lengths, depths, haystack, template: of the prompts of needles, see `prompts.grid`; None is
+            ten lengths up to twice the window, ten depths from 0 to 1, generated text, "base".
+        score: how "accuracy" is computed: "graded" (the graded score / 5), "binary", "released", or
+            a function of the output and the needle that returns 0 to 1. The columns "graded",
+            "binary" and "released" are there in any case.
         out: folder of the results (`cells.sqlite`); None keeps them in memory.
-        resume: go on with what the folder holds.
+        resume: go on with what the folder holds. There may be more settings and prompts than
+            before: the finished cells are kept, and only the new ones are run (in batches of their
+            own: their `min_margin` is that of one sweep of all up to rounding).
         max_new_tokens: tokens generated at most.
         first_token_stage: see `generate`.
         workers: run the cells there, not in this process; the results are the same.
@@ -84,18 +108,20 @@ def niah(
 
     Raises:
         ValueError: `resume` without `out`, no prompts or settings, a prompt or a setting's name
-            given twice, a setting whose hooks never act, or that cannot be sent to workers, or,
-            with `out`, known again; or a folder of another experiment: another model, tokenizer,
-            hook, prompt or option.
+            given twice, options of needles' prompts with prompts, a score that is not from 0 to 1,
+            a setting whose hooks never act, or that cannot be sent to workers, or, with `out`,
+            known again; or a folder of another experiment: another model, tokenizer, hook, score or
+            option, or a setting or prompt that is left out.
         HookNameError: a hook that matches nothing; before any prompt is run.
         FileExistsError: the folder is not empty and `resume` is false.
         OSError: the results cannot be written.
     """
     check_run(out, resume, max_new_tokens)
     check_choice("first_token_stage", first_token_stage, ("prefill", "generation"))
-    chosen = _settings(settings)
+    chosen, rate = _settings(settings), None if score == "graded" else scorer(score)
     if not prompts:
         raise ValueError("there are no prompts: build some with hooked_hybrid.niah.prompts")
+    prompts = _prompts(model, prompts, lengths, depths, haystack, template)
     if len({prompt.id for prompt in prompts}) < len(prompts):
         raise ValueError("a prompt is given twice: give each once")
     _refuse_idle(chosen, max_new_tokens, first_token_stage)
@@ -105,14 +131,17 @@ def niah(
             model.check_hooks_to_add(tuple(chain(*hooks)))
     if workers is not None:
         workers.check(model, {f"setting {setting.name!r}": setting for setting in chosen})
-    job = SweepJob(prompts, chosen, max_new_tokens, first_token_stage)
-    options = {"max_new_tokens": max_new_tokens, "first_token_stage": first_token_stage}
-    return compute_cells(model, job, prompts, chosen, options, out, resume, workers, verbose)
+    make = partial(SweepJob, max_new_tokens=max_new_tokens, first_token_stage=first_token_stage)
+    options: dict[str, Any] = {"max_new_tokens": max_new_tokens}
+    options["first_token_stage"] = first_token_stage
+    if score != "graded":
+        options["score"] = score if isinstance(score, str) else describe(score)
+    return compute_cells(model, make, prompts, chosen, options, out, resume, workers, verbose, rate)
 
 
 def compute_cells(
     model: HookedHybrid,
-    job: PromptsJob[Any],
+    make: Callable[[Sequence[Prompt], Sequence[Setting]], PromptsJob[Any]],
     prompts: Sequence[Prompt],
     settings: Sequence[Setting],
     options: Mapping[str, Any],
@@ -120,14 +149,17 @@ def compute_cells(
     resume: bool,
     workers: RayWorkers | None,
     verbose: bool,
+    score: Callable[[str, AnyNeedle], float] | None = None,
 ) -> pandas.DataFrame:
     """Run what a store does not hold yet, keep it there, and return the table of all cells.
 
     Args:
-        model, job: what runs, and what is done.
-        prompts, settings: of the job; every prompt has a cell in every setting.
+        model: what runs.
+        make: returns the work of some prompts under some settings.
+        prompts, settings: every prompt has a cell in every setting.
         options: what else the results depend on, as the store records it.
         out, resume, workers, verbose: as in `niah`.
+        score: gives the accuracy of an answer; None leaves the graded one.
     """
     with hash_once():
         experiment: dict[str, Any] = {}
@@ -138,18 +170,25 @@ def compute_cells(
                 **prompts_identity(prompts),
                 **options,
             }
-        store = Store(None if out is None else Path(out), experiment, resume)
+        store = Store(None if out is None else Path(out), experiment, resume, prompts)
+        by_id, by_name = {p.id: p for p in prompts}, {s.name: s for s in settings}
+        names = list(by_name)
         with closing(store):
-            done = store.done()
-            counts = {"total": len(prompts) * len(settings), "initial": len(done) * len(settings)}
-            bar = tqdm(**counts, unit="cell", disable=not verbose)
-            found = results(model, job, job.units(done), workers)
-            with bar, torch.no_grad(), closing(found):
-                for _, cells in found:
-                    store.add(cells)
-                    bar.update(len(cells))
-            table = order_cells(store.table(), job.prompt_ids, [s.name for s in settings])
-            return with_places(table, prompts)
+            blocks = store.blocks if out is not None else [Block(tuple(by_id), tuple(names))]
+            done = [store.done_of(block) for block in blocks]
+            n_done = sum(len(d) * len(b.settings) for d, b in zip(done, blocks, strict=True))
+            total = len(prompts) * len(settings)
+            bar = tqdm(total=total, initial=n_done, unit="cell", disable=not verbose)
+            with bar, torch.no_grad():
+                for block, finished in zip(blocks, done, strict=True):
+                    chosen = [by_id[i] for i in block.prompts], [by_name[n] for n in block.settings]
+                    job = make(*chosen)
+                    with closing(results(model, job, job.units(finished), workers)) as found:
+                        for _, cells in found:
+                            store.add(scored(cells, by_id, score))
+                            bar.update(len(cells))
+            order = make(prompts, settings).prompt_ids
+            return with_places(order_cells(store.table(), order, names), prompts)
 
 
 def check_run(out: str | PathLike[str] | None, resume: bool, max_new_tokens: int) -> None:
@@ -217,6 +256,36 @@ class SweepJob(PromptsJob[Part]):
         """Return which prompts these are."""
         ids = [prompt.id for g, i in items for prompt in self.groups[g].parts[i]]
         return f"prompts {', '.join(ids)}"
+
+
+def _prompts(
+    model: HookedHybrid,
+    given: Sequence[Any],
+    lengths: Sequence[int] | None,
+    depths: Sequence[int | float] | None,
+    haystack: Haystack | None,
+    template: str | None,
+) -> Sequence[Prompt]:
+    """Return prompts as they are, or those of needles.
+
+    Raises:
+        ValueError: options for needles with prompts, or both among those given.
+    """
+    if all(isinstance(one, Prompt) for one in given):
+        refuse_ignored(
+            "prompts are run as they are; give them to hooked_hybrid.niah.prompts.grid, or give "
+            "needles here",
+            lengths=lengths,
+            depths=depths,
+            haystack=haystack,
+            template=template,
+        )
+        return given
+    if wrong := [one for one in given if not isinstance(one, Needle | KeywordNeedle | None)]:
+        raise ValueError(f"{wrong[0]!r} among the prompts: give prompts alone, or needles alone")
+    template, haystack = template or "base", haystack or Haystack()
+    lengths = lengths or lengths_for(model, given, template, False, 0, haystack.seed)
+    return grid(model, given, lengths, depths or default_depths(), haystack, template)
 
 
 def _settings(settings: Mapping[str, Sequence[HookSpec]] | Sequence[Setting]) -> list[Setting]:

@@ -282,7 +282,7 @@ def test_a_run_goes_on_where_it_stopped(tmp_path: Path):
     pd.testing.assert_frame_equal(first, again)  # seconds too: nothing was run
     with pytest.raises(FileExistsError, match="--resume"):
         cached_state(model, few, [4], cases, out=tmp_path / "a", verbose=False)
-    with pytest.raises(ValueError, match="another experiment: setting .*k=3.: added"):
+    with pytest.raises(ValueError, match="another experiment: setting .*k=4.: left out"):
         cached_state(model, few, [3], cases, out=tmp_path / "a", resume=True, verbose=False)
 
 

@@ -65,10 +65,14 @@ def cached_state(
     settings = settings_of(cases, ks)
     if not prompts or len({prompt.id for prompt in prompts}) < len(prompts):
         raise ValueError("give at least one prompt, and each once")
-    job = CachedStateJob(prompts, settings, max_new_tokens)
+
+    def make(some: Sequence[Prompt], chosen: Sequence[Setting]) -> CachedStateJob:
+        cases = {setting.name: settings[setting.name] for setting in chosen}
+        return CachedStateJob(some, cases, max_new_tokens)
+
     options = {"max_new_tokens": max_new_tokens}
     chosen = [setting for _, _, setting in settings.values()]
-    return compute_cells(model, job, prompts, chosen, options, out, resume, workers, verbose)
+    return compute_cells(model, make, prompts, chosen, options, out, resume, workers, verbose)
 
 
 class CachedStateJob(PromptsJob[int]):
