@@ -38,7 +38,13 @@ def load_config(
     ignore_config_keys: Collection[str] = (),
     **overrides: Any,
 ) -> HybridConfig:
-    """Read the config of a checkpoint; of a `.pt`, the shapes of its tensors too."""
+    """Read the config of a checkpoint; of a `.pt`, the shapes of its tensors too.
+
+    Examples:
+        >>> from weights_conversion import load_config
+        >>> load_config("tiny-jamba").n_layers
+        4
+    """
     checkpoint = open_checkpoint(name_or_path, revision)
     if checkpoint.config is not None:
         return config_of(checkpoint, checkpoint.config, overrides, ignore_config_keys)[1]
@@ -56,6 +62,11 @@ def check(
 
     Raises:
         CheckpointError: what does not fit.
+
+    Examples:
+        >>> from weights_conversion import check
+        >>> print(check("tiny-griffin"))
+        112 tensors become 112, 962,560 parameters, 6 layers; not needed: none
     """
     checkpoint = open_checkpoint(name_or_path, revision)
     merged = adapter_of(checkpoint, adapter)

@@ -38,7 +38,14 @@ def save(
     tokenizer: Any = None,
     overwrite: bool = False,
 ) -> None:
-    """Write a model as transformers would; see `HookedHybrid.save_pretrained`."""
+    """Write a model as transformers would; see `HookedHybrid.save_pretrained`.
+
+    Examples:
+        >>> from weights_conversion import check, save
+        >>> save(model, "saved")
+        >>> print(check("saved"))
+        112 tensors become 112, 962,560 parameters, 6 layers; not needed: none
+    """
     if max_shard_size < 1:
         raise ValueError(f"max_shard_size={max_shard_size}: give bytes, 1 or more")
     require_plain_weights(

@@ -69,6 +69,11 @@ def config_of(name_or_path: str | os.PathLike[str]) -> HybridConfig:
 
     Raises:
         ValueError: nothing of this name, or a config that cannot be read.
+
+    Examples:
+        >>> from hooked_hybrid.accounting import config_of
+        >>> config_of("jamba-mini").n_layers, config_of("tiny-jamba").n_layers
+        (32, 4)
     """
     path, name = Path(name_or_path), os.fspath(name_or_path)
     if path.suffix == ".json" and path.is_file():

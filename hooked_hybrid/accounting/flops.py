@@ -56,6 +56,11 @@ def prefill_flops(
         NotSupported: a mixer or an MLP does not state its operations.
 
     Source: Zani et al. 2025, Figure 2, also by kind of layer.
+
+    Examples:
+        >>> from hooked_hybrid.accounting import prefill_flops
+        >>> prefill_flops(model.cfg, 128)["MLP"].products
+        150994944
     """
     kept = length if n_logits is None else n_logits
     _require(1, length=length, batch=batch)
@@ -70,6 +75,11 @@ def step_flops(cfg: HybridConfig, n_before: int, batch: int = 1) -> ByKind:
 
     Raises:
         ValueError: a number of tokens or a batch that cannot be.
+
+    Examples:
+        >>> from hooked_hybrid.accounting import step_flops
+        >>> step_flops(model.cfg, 100)["attention"].products
+        250880
     """
     _require(0, n_before=n_before)
     _require(1, batch=batch)
@@ -84,6 +94,11 @@ def count_pairs(length: int, n_keys: int | None, pairs: Pairs = "useful") -> int
         length: tokens of the row.
         n_keys: keys of the window, the query itself included; None for all.
         pairs: "useful", "executed" or "dense", see the module.
+
+    Examples:
+        >>> from hooked_hybrid.accounting import count_pairs
+        >>> count_pairs(100, n_keys=None), count_pairs(100, n_keys=10)
+        (5050, 955)
     """
     if pairs == "dense":
         return length * length
@@ -151,7 +166,14 @@ def parts_of_layer(layer: LayerConfig) -> Iterator[tuple[type[Part], PartConfig]
 
 
 class Ratio(NamedTuple):
-    """Operations of the recurrent blocks over those of the attention blocks."""
+    """Operations of the recurrent blocks over those of the attention blocks.
+
+    Examples:
+        >>> from hooked_hybrid.accounting import PUBLISHED, recurrence_over_attention
+        >>> ratio = recurrence_over_attention(PUBLISHED["recurrentgemma-2b"], 512)
+        >>> round(ratio.all_layers, 2), round(ratio.a_layer, 2)
+        (3.0, 1.34)
+    """
 
     length: int
     all_layers: float
@@ -177,6 +199,11 @@ def recurrence_over_attention(
     Source: Zani et al. 2025, Figure 2: a recurrent block of RecurrentGemma-2B costs more than three
     times an attention block. That is the ratio over all layers (18 to 8) of prompts up to some
     500 tokens, and of the parameters; block by block it never is, see the tests.
+
+    Examples:
+        >>> from hooked_hybrid.accounting import PUBLISHED, recurrence_over_attention
+        >>> round(recurrence_over_attention(PUBLISHED["recurrentgemma-2b"], 512).all_layers, 2)
+        3.0
     """
     if not cfg.attention_layers or not cfg.recurrent_layers:
         raise ValueError("this model has not both attention and recurrent layers to compare")
@@ -205,6 +232,12 @@ def flops_table(
         Columns `stage` ("prefill" of `length` tokens, "step": one token after them), `length`,
         `kind`, `layers` (how many there are of the kind), `products`, `scan`, `elementwise` and
         their `total` (useful pairs), `executed_products` and `dense_products`.
+
+    Examples:
+        >>> from hooked_hybrid.accounting import flops_table
+        >>> table = flops_table(model.cfg, [64, 128])
+        >>> table[table["length"] == 128].groupby("stage")["products"].sum().to_dict()
+        {'prefill': 232998656, 'step': 2034432}
     """
     import pandas as pd
 

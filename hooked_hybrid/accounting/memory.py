@@ -33,7 +33,14 @@ _FAR = 2**40
 
 @dataclass(frozen=True)
 class StateBytes:
-    """Bytes of a state. Together they are `HybridState.n_bytes`."""
+    """Bytes of a state. Together they are `HybridState.n_bytes`.
+
+    Examples:
+        >>> from hooked_hybrid.accounting import state_bytes
+        >>> size = state_bytes(model.cfg, 100)
+        >>> size.keys_values, size.recurrence, size.total
+        (12800, 2048, 19536)
+    """
 
     keys_values: int = 0
     """Of attention: keys and values of the tokens that a later one may still see."""
@@ -80,6 +87,12 @@ def state_bytes(
 
     Raises:
         ValueError: a number of tokens or a batch that cannot be.
+
+    Examples:
+        >>> from hooked_hybrid.accounting import state_bytes
+        >>> _, state = model(tokens, return_state=True)
+        >>> state_bytes(model.cfg, 16, torch.float32).total == state.n_bytes
+        True
     """
     if n_tokens < 1 or batch < 1:
         raise ValueError(f"n_tokens={n_tokens}, batch={batch}: give 1 or more of each")
@@ -119,6 +132,11 @@ def memory_table(
 
     Returns:
         Columns `dtype`, `length`, those of `StateBytes`, `of_attention`, `of_recurrence`, `total`.
+
+    Examples:
+        >>> from hooked_hybrid.accounting import memory_table
+        >>> memory_table(model.cfg, [64, 128], [torch.float32])["total"].tolist()
+        [25616, 43024]
     """
     import pandas as pd
 
@@ -140,6 +158,11 @@ def tokens_where_attention_is_larger(
     """Return from how many tokens on keys and values take more bytes than the recurrences' states.
 
     None where they never do: a short window, or no attention layer.
+
+    Examples:
+        >>> from hooked_hybrid.accounting import PUBLISHED, tokens_where_attention_is_larger
+        >>> tokens_where_attention_is_larger(PUBLISHED["jamba-mini"])
+        979
     """
     mixers = [(mixer_of(of), of) for layer in cfg.layers for of in layer.mixers]
     windows = [mixer.window(of) for mixer, of in mixers if mixer.grows]

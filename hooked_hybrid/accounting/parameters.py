@@ -31,7 +31,14 @@ TOKEN_KINDS = ("embedding", "read-out")
 
 
 class ParameterRow(NamedTuple):
-    """One kind of layer, or a part of one."""
+    """One kind of layer, or a part of one.
+
+    Examples:
+        >>> from hooked_hybrid.accounting import count_parameters
+        >>> row = count_parameters(jamba.cfg).rows[0]
+        >>> row.kind, row.modules, row.parameters, row.active
+        ('MLP', 2, 147456, 147456)
+    """
 
     kind: str
     part_of: str | None
@@ -45,7 +52,13 @@ class ParameterRow(NamedTuple):
 
 @dataclass(frozen=True)
 class ParameterCount:
-    """Parameters of a model. A tied read-out is the embedding again and counts nothing."""
+    """Parameters of a model. A tied read-out is the embedding again and counts nothing.
+
+    Examples:
+        >>> from hooked_hybrid.accounting import count_parameters
+        >>> count_parameters(model.cfg).total
+        962560
+    """
 
     rows: tuple[ParameterRow, ...]
 
@@ -100,6 +113,11 @@ def count_parameters(cfg: HybridConfig) -> ParameterCount:
         LookupError: a parameter of no known kind of module.
 
     Source: Zani et al. 2025, Table 1, whose counts of RecurrentGemma-2B these are.
+
+    Examples:
+        >>> from hooked_hybrid.accounting import PUBLISHED, count_parameters
+        >>> count_parameters(PUBLISHED["recurrentgemma-2b"]).total
+        2682862080
     """
     found: dict[tuple[str, str | None], list[tuple[str, int, int]]] = defaultdict(list)
     model = Network.meta(cfg)

@@ -77,6 +77,13 @@ def generic_activation_patch(
     Source: Meng et al. 2022 (denoising); `generic_activation_patch` of TransformerLens's
     `patching`. Unlike there, the metric may return one value for each row, and cells are
     differences from the corrupted run unless `difference=False`.
+
+    Examples:
+        >>> grid = analysis.generic_activation_patch(
+        ...     model, riga, cache, metric, "blocks.*.hook_attn_out", positions=[15], verbose=False
+        ... )
+        >>> grid.labels
+        (('blocks.2.hook_attn_out', 'blocks.5.hook_attn_out'),)
     """
     cells = PatchedRuns(model, corrupted_tokens, clean_cache, names, attention_mask)
     labels = [_labels(cells, axis, positions, heads) for axis in _checked_axes(axes)]
@@ -124,6 +131,13 @@ def patch_layers(
     Raises:
         ValueError, HookNameError: as there; also a leaf that no layer has, and names of several
             points in a layer.
+
+    Examples:
+        >>> grid = analysis.patch_layers(
+        ...     model, riga, cache, metric, "gated", positions=[7, 15], verbose=False
+        ... )
+        >>> grid.labels
+        ((0, 1, 3, 4), (7, 15))
     """
     names = names_in_layers(leaf, model.hook_dict)
     grid = generic_activation_patch(
@@ -136,21 +150,40 @@ def patch_layers(
 def patch_resid_pre(
     model: HookedHybrid, tokens: Tokens, clean_cache: Cache, metric: Metric, **options: Any
 ) -> PatchGrid:
-    """Return the effect of the clean stream before each layer, [layer pos]; see `patch_layers`."""
+    """Return the effect of the clean stream before each layer, [layer pos]; see `patch_layers`.
+
+    Examples:
+        >>> how = {"positions": [7, 8], "verbose": False}
+        >>> grid = analysis.patch_resid_pre(model, riga, cache, metric, **how)
+        >>> grid.values[0].argmax().item()  # before layer 0, the word that differs counts
+        0
+    """
     return patch_layers(model, tokens, clean_cache, metric, "resid_pre", **options)
 
 
 def patch_mixer_out(
     model: HookedHybrid, tokens: Tokens, clean_cache: Cache, metric: Metric, **options: Any
 ) -> PatchGrid:
-    """Return the effect of each clean mixer output, [layer pos]; see `patch_layers`."""
+    """Return the effect of each clean mixer output, [layer pos]; see `patch_layers`.
+
+    Examples:
+        >>> how = {"positions": [7], "verbose": False}
+        >>> analysis.patch_mixer_out(model, riga, cache, metric, **how).values.shape
+        torch.Size([6, 1])
+    """
     return patch_layers(model, tokens, clean_cache, metric, "mixer_out", **options)
 
 
 def patch_mlp_out(
     model: HookedHybrid, tokens: Tokens, clean_cache: Cache, metric: Metric, **options: Any
 ) -> PatchGrid:
-    """Return the effect of each clean MLP output, [layer pos]; see `patch_layers`."""
+    """Return the effect of each clean MLP output, [layer pos]; see `patch_layers`.
+
+    Examples:
+        >>> how = {"positions": [7], "verbose": False}
+        >>> analysis.patch_mlp_out(model, riga, cache, metric, **how).values.shape
+        torch.Size([6, 1])
+    """
     return patch_layers(model, tokens, clean_cache, metric, "mlp_out", **options)
 
 
@@ -172,6 +205,10 @@ def patch_heads(
 
     Raises:
         ValueError, HookNameError: as `patch_layers`.
+
+    Examples:
+        >>> analysis.patch_heads(model, riga, cache, metric, verbose=False).values.shape
+        torch.Size([2, 8])
     """
     axes: tuple[Axis, ...] = ("head", "pos") if by_position else ("head",)
     return patch_layers(model, tokens, clean_cache, metric, leaf, axes, **options)
@@ -185,6 +222,11 @@ def patch_states(
     The state is replaced at one position and then continued with the corrupted run's decays and
     writes: the effect at position t is that of everything in the state about positions up to t.
     Cache the states with `names_filter=lambda name: name.endswith("hook_ssm_state")`.
+
+    Examples:
+        >>> grid = analysis.patch_states(model, riga, cache, metric, positions=[7], verbose=False)
+        >>> grid.labels
+        ((0, 1, 3, 4), (7,))
     """
     return patch_layers(model, tokens, clean_cache, metric, "ssm_state", **options)
 

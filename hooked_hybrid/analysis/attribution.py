@@ -51,6 +51,15 @@ class Attribution:
         excluded: hook points that were left out, with the reason.
         change: metric(clean) - metric(corrupted).
         n_layers: of the model.
+
+    Examples:
+        >>> found = analysis.attribution_patching(
+        ...     model, tokens, riga, metric, "blocks.*.attn.hook_z", "head", verbose=False
+        ... )
+        >>> found.axes
+        {'blocks.2.attn.hook_z': ('head',), 'blocks.5.attn.hook_z': ('head',)}
+        >>> found.values["blocks.5.attn.hook_z"].shape
+        torch.Size([8])
     """
 
     values: dict[str, Tensor]
@@ -162,6 +171,11 @@ def attribution_patching(
 
     Source: Nanda 2023, "Attribution patching"; Syed et al. 2023; `qk_fix` and no other correction
     of AtP* (Kramár et al. 2024).
+
+    Examples:
+        >>> found = analysis.attribution_patching(model, tokens, riga, metric, verbose=False)
+        >>> found.values["blocks.5.hook_resid_pre"].shape  # by position
+        torch.Size([16])
     """
     clean_tokens, corrupted_tokens, attention_mask = check_pair(
         model, clean_tokens, corrupted_tokens, attention_mask

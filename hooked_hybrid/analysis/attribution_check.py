@@ -59,6 +59,13 @@ class Agreement:
     Attributes:
         rows: by kind, in the order of the model.
         excluded: hook points that were not compared, with the reason.
+
+    Examples:
+        >>> found = analysis.compare_with_patching(
+        ...     model, tokens, riga, metric, "blocks.*.hook_mixer_out", n_cells=4, verbose=False
+        ... )
+        >>> [row.kind for row in found.rows]
+        ['mixer_out']
     """
 
     rows: tuple[KindAgreement, ...]
@@ -118,6 +125,13 @@ def compare_with_patching(
         ValueError, HookNameError: as `attribution_patching`; also tokens that do not differ.
 
     Source: the comparison of Nanda 2023 and of Kramár et al. 2024, by ranks.
+
+    Examples:
+        >>> found = analysis.compare_with_patching(
+        ...     model, tokens, riga, metric, "blocks.*.hook_mlp_out", n_cells=4, verbose=False
+        ... )
+        >>> len(found.rows)
+        1
     """
     clean_tokens, corrupted_tokens, _ = check_pair(model, clean_tokens, corrupted_tokens)
     pair = (clean_tokens, corrupted_tokens)

@@ -28,6 +28,13 @@ class GroupScores:
         layers: the recurrent layers, in order.
         values: the score of each group of each of them.
         name: what was measured, with its unit.
+
+    Examples:
+        >>> from hooked_hybrid.niah import needles, prompts
+        >>> cells = prompts.grid(model, [needles.PAPER], lengths=[96], depths=[0.5])
+        >>> scores = analysis.channel_scores(model, cells, n_groups=2, verbose=False)
+        >>> scores.layers, scores.values.shape
+        ((0, 1, 3, 4), torch.Size([4, 2]))
     """
 
     layers: tuple[int, ...]
@@ -86,6 +93,12 @@ def channel_scores(
             layers of different numbers of groups, or as `retrieval_scores`.
 
     Source: ours. It sees what the state carries, not what a convolution or a skip (`D x`) does.
+
+    Examples:
+        >>> from hooked_hybrid.niah import needles, prompts
+        >>> cells = prompts.grid(model, [needles.PAPER], lengths=[96], depths=[0.5])
+        >>> analysis.channel_scores(model, cells, n_groups=2, verbose=False).values.shape
+        torch.Size([4, 2])
     """
     groups = _groups(model, n_groups)
     n = next(iter(groups.values()))

@@ -59,6 +59,11 @@ def qk_circuit(
     Raises:
         ValueError: no attention layer, or a distance that the layer does not see.
         NotSupported: queries and keys are normalised, so that no such matrix makes scores.
+
+    Examples:
+        >>> qk = analysis.qk_circuit(model, 5, distance=2)
+        >>> qk.shape
+        torch.Size([8, 128, 128])
     """
     attention = attention_at(model, layer)
     if attention.cfg.qk_norm:
@@ -86,6 +91,10 @@ def ov_circuit(model: HookedHybrid, layer: int, *, with_norm: bool = False) -> F
     Raises:
         ValueError: no attention layer.
         NotSupported: what it writes passes a norm.
+
+    Examples:
+        >>> analysis.ov_circuit(model, 5).shape
+        torch.Size([8, 128, 128])
     """
     attention = attention_at(model, layer)
     _require_linear_write(model, layer)
@@ -118,6 +127,10 @@ def recurrent_circuit(
     Raises:
         ValueError: no recurrent layer, or a lag beyond the convolution.
         NotSupported: what it writes passes a norm.
+
+    Examples:
+        >>> analysis.recurrent_circuit(model, 0).shape
+        torch.Size([8, 128, 128])
     """
     mixer = recurrence_at(model, layer)
     _require_linear_write(model, layer)

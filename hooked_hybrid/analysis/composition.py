@@ -64,6 +64,11 @@ def composition_scores(
         ValueError: shapes that do not fit.
 
     Source: Elhage et al. 2021; arguments as in TransformerLens's `composition_scores`.
+
+    Examples:
+        >>> ov, qk = analysis.ov_circuit(model, 2), analysis.qk_circuit(model, 5)
+        >>> analysis.composition_scores(ov, qk.T).shape  # heads of layer 2 into keys of layer 5
+        torch.Size([8, 8])
     """
     if broadcast_dims:
         for _ in range(right.ndim - 2):
@@ -96,6 +101,11 @@ def all_composition_scores(
 
     Source: Elhage et al. 2021 for Q, K and V; the baseline there is an average over random matrices
     of the same shapes, which is equal up to sampling; `z` is ours.
+
+    Examples:
+        >>> scores = analysis.all_composition_scores(model, "K")
+        >>> scores.values.shape, round(scores.baseline, 3)
+        (torch.Size([48, 16]), 0.088)
     """
     if mode not in (modes := get_args(Mode)):
         raise ValueError(f"mode={mode!r}: give one of {', '.join(modes)}")
@@ -148,6 +158,11 @@ def all_matching_scores(
 
     Raises:
         ValueError: another kind, or a model without attention.
+
+    Examples:
+        >>> scores = analysis.all_matching_scores(model, kind="rank", vocab=list(range(40)))
+        >>> scores.values.shape, scores.baseline
+        (torch.Size([48, 16]), 0.5)
     """
     score = score_of(kind, centred)
     cfg = model.cfg

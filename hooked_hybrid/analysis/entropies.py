@@ -24,6 +24,11 @@ class EntropyProfile:
     Attributes:
         layers: the attention layers.
         values: the mean over rows; NaN at positions that are padding in all of them.
+
+    Examples:
+        >>> profile = analysis.entropy_profile(cache)
+        >>> profile.layers, profile.values.shape
+        ((2, 5), torch.Size([2, 8, 16]))
     """
 
     layers: tuple[int, ...]
@@ -39,6 +44,10 @@ def entropy(pattern: Float[Tensor, "*rest key"]) -> Float[Tensor, "*rest"]:
 
     A single key has 0 bits, n equal ones log2 n. (`interventions.negative_entropy`, as the papers'
     code, adds 1e-12 to each weight.)
+
+    Examples:
+        >>> analysis.entropy(torch.tensor([[0.5, 0.5, 0.0, 0.0], [0.25, 0.25, 0.25, 0.25]]))
+        tensor([1., 2.])
     """
     wide = pattern.to(torch.promote_types(pattern.dtype, torch.float32))
     return -(wide * wide.clamp_min(torch.finfo(wide.dtype).tiny).log2()).sum(-1)
@@ -60,6 +69,10 @@ def entropy_profile(
         ValueError: a model without tokens, or tokens with a cache; no attention, or layers of
             different numbers of heads, which have no common table.
         HookNameError: a cache without a pattern.
+
+    Examples:
+        >>> analysis.entropy_profile(model, tokens).values.shape
+        torch.Size([2, 8, 16])
     """
     model = source.model if isinstance(source, ActivationCache) else source
     no_totals(model)  # raises for such layers before anything runs

@@ -57,6 +57,12 @@ def retrieval_scores(
 
     Source: Wu et al. 2024, "Retrieval Head Mechanistically Explains Long-Context Factuality". They
     divide by the needle's length, which is equal if the answer is the needle exactly once.
+
+    Examples:
+        >>> from hooked_hybrid.niah import needles, prompts
+        >>> cells = prompts.grid(model, [needles.PAPER], lengths=[96], depths=[0.5])
+        >>> analysis.retrieval_scores(model, cells, verbose=False).values.shape
+        torch.Size([2, 8])
     """
     totals = no_totals(model)
     n_copied = 0
@@ -117,6 +123,11 @@ def repeat_scores(
 
     Source: Olsson et al. 2022, prefix matching. TransformerLens's `head_detector` uses the caller's
     tokens and divides by the weights of all queries, including those without such a position.
+
+    Examples:
+        >>> scores = analysis.repeat_scores(model, n_tokens=20, batch=2)
+        >>> list(scores)
+        ['current', 'previous', 'duplicate', 'induction']
     """
     tokens, first = _repeated(model, n_tokens, batch, seed)
     back: dict[Kind, int] = {
@@ -148,6 +159,10 @@ def induction_scores(
 
     Raises:
         ValueError: as `repeat_scores`.
+
+    Examples:
+        >>> analysis.induction_scores(model, n_tokens=20, batch=2).top(1)
+        [(2, 2)]
     """
     return repeat_scores(model, n_tokens, batch, seed)["induction"]
 

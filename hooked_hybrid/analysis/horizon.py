@@ -46,6 +46,11 @@ class Reach:
             over channels (and states).
         longest: the longest horizon of a channel (and state).
         half_life: the median half-life; None for attention.
+
+    Examples:
+        >>> reach = analysis.how_far(cache)[2]
+        >>> reach.layer, reach.kind, reach.tokens
+        (2, 'attention', 256.0)
     """
 
     layer: int
@@ -70,6 +75,10 @@ def half_life(cache: ActivationCache, layer: int, **run: Any) -> Tokens:
         ValueError: the layer has no recurrence; the cache has no two consecutive tokens; a hook
             set a decay above 1 or below 0.
         HookNameError: the cache lacks a point of the layer.
+
+    Examples:
+        >>> analysis.half_life(cache, 0).shape
+        torch.Size([128])
     """
     r = Recurrence(cache, layer, **run)
     return _by_channel(r, lambda log_a, at: tokens_until(0.5, _mean(log_a, at)))
@@ -91,6 +100,10 @@ def memory_horizon(cache: ActivationCache, layer: int, eps: float = 0.01, **run:
     Raises:
         ValueError: as `half_life`; or eps not between 0 and 1.
         HookNameError: the cache lacks a point of the layer.
+
+    Examples:
+        >>> analysis.memory_horizon(cache, 0, eps=0.5).shape
+        torch.Size([128])
     """
     _check_eps(eps)
     r = Recurrence(cache, layer, **run)
@@ -118,6 +131,10 @@ def decay_range(model: HookedHybrid, layer: int) -> DecayRange:
 
     Raises:
         ValueError: the layer has no recurrence.
+
+    Examples:
+        >>> analysis.decay_range(model, 0).slowest.shape
+        torch.Size([128])
     """
     recurrent = model.cfg.recurrent_layers
     index = layer + model.cfg.n_layers if layer < 0 else layer
@@ -142,6 +159,10 @@ def how_far(cache: ActivationCache, eps: float = 0.01, **run: Any) -> list[Reach
 
     Raises:
         ValueError, HookNameError: as `memory_horizon`.
+
+    Examples:
+        >>> len(analysis.how_far(cache)) == model.cfg.n_layers
+        True
     """
     rows = []
     layers = enumerate(cache.model.cfg.layers)

@@ -100,6 +100,10 @@ def effective_attention(
 
     Source: see the module. "norm" is that of Kobayashi et al. 2020, "Attention is not only a
     weight", in the channels of `hook_ssm_y` or `hook_gated` instead of the residual stream.
+
+    Examples:
+        >>> analysis.effective_attention(cache, 0, summary="layer").shape
+        torch.Size([1, 1, 16, 16])
     """
     _check_choice(through=through, measure=measure)
     r = Recurrence(cache, layer, **run)
@@ -148,6 +152,11 @@ def effective_pattern(
         ValueError, HookNameError, MemoryError: as `effective_attention`.
 
     Source: Ali, Zimerman & Wolf 2024 take absolute values for their pictures; the sum to 1 is ours.
+
+    Examples:
+        >>> pattern = analysis.effective_pattern(cache, 0, summary="layer")
+        >>> torch.allclose(pattern.sum(-1), torch.ones(1, 1, 16), atol=1e-4)
+        True
     """
     whole = effective_attention(cache, layer, **options).abs_()
     total = whole.sum(-1, keepdim=True)
@@ -174,6 +183,10 @@ def effective_offset(
 
     Raises:
         ValueError, HookNameError: as `effective_attention`.
+
+    Examples:
+        >>> analysis.effective_offset(cache, 0).shape
+        torch.Size([1, 16, 128])
     """
     _check_choice(through=through)
     r = Recurrence(cache, layer, **run)

@@ -37,14 +37,26 @@ BLOCK_VALUES = 2**24
 
 
 class Lens(NamedTuple):
-    """Values over depth, the first axis, and the depths: "0_pre", ..., "final_post"."""
+    """Values over depth, the first axis, and the depths: "0_pre", ..., "final_post".
+
+    Examples:
+        >>> lens = analysis.token_over_depth(model, cache, answer, "ranks", pos_slice=-1)
+        >>> lens.labels[-1], lens.values[-1].item()  # the most likely token at the end
+        ('final_post', 0)
+    """
 
     values: Tensor
     labels: list[str]
 
 
 class TopTokens(NamedTuple):
-    """The most likely tokens at each depth, the first axis, the most likely one first."""
+    """The most likely tokens at each depth, the first axis, the most likely one first.
+
+    Examples:
+        >>> top = analysis.lens_top_tokens(model, cache, k=2, pos_slice=-1)
+        >>> top.tokens.shape, model.to_single_str_token(top.tokens[-1, 0, 0].item())
+        (torch.Size([7, 1, 2]), 'Dolores')
+    """
 
     tokens: Int[Tensor, "depth *batch_pos k"]
     probs: Float[Tensor, "depth *batch_pos k"]
@@ -77,6 +89,13 @@ def logit_lens(
         HookNameError: the cache lacks values; the message names what to cache.
         MemoryError: it would not fit; the functions below need less memory.
         ValueError: layers or a kind that do not exist.
+
+    Examples:
+        >>> lens = analysis.logit_lens(model, cache)
+        >>> lens.values.shape
+        torch.Size([7, 1, 16, 583])
+        >>> torch.allclose(lens.values[-1], logits, atol=1e-3)
+        True
     """
     _check_kind(kind, ("logits", "probs", "logprobs"))
     depths = _depths(model, cache, layers, incl_mid, pos_slice)
@@ -117,6 +136,10 @@ def token_over_depth(
     Raises:
         HookNameError: the cache lacks values; the message names what to cache.
         ValueError: layers, tokens or a kind that do not fit.
+
+    Examples:
+        >>> analysis.token_over_depth(model, cache, "Dolores", pos_slice=-1).values.shape
+        torch.Size([7, 1])
     """
     _check_kind(kind, ("logits", "probs", "logprobs", "ranks"))
     depths = _depths(model, cache, layers, incl_mid, pos_slice)
@@ -146,7 +169,12 @@ def lens_ranks(
     incl_mid: bool = False,
     pos_slice: PosSlice = None,
 ) -> Lens:
-    """Return a token's rank at each depth [depth *batch_pos]; see `token_over_depth`."""
+    """Return a token's rank at each depth [depth *batch_pos]; see `token_over_depth`.
+
+    Examples:
+        >>> analysis.lens_ranks(model, cache, answer, pos_slice=-1).values[-1].item()
+        0
+    """
     chosen = {"incl_mid": incl_mid, "pos_slice": pos_slice}
     return token_over_depth(model, cache, tokens, "ranks", layers, **chosen)  # type: ignore[arg-type]
 
@@ -164,6 +192,11 @@ def lens_top_tokens(
     """Return the `k` most likely tokens at each depth, with their probabilities.
 
     Other arguments and errors are those of `token_over_depth`.
+
+    Examples:
+        >>> top = analysis.lens_top_tokens(model, cache, k=3, layers=[3, -1], pos_slice=-1)
+        >>> top.labels, top.probs.shape
+        (['3_pre', 'final_post'], torch.Size([2, 1, 3]))
     """
     if not 1 <= k <= model.cfg.d_vocab:
         raise ValueError(f"k={k}: give 1 to {model.cfg.d_vocab}, the size of the vocabulary")
@@ -208,6 +241,13 @@ def lens_of_generation(
     Raises:
         ValueError: the output has no cache.
         HookNameError: its cache lacks values; the message names what to cache.
+
+    Examples:
+        >>> names = ["blocks.*.hook_resid_pre", "blocks.*.hook_resid_post"]
+        >>> out = model.generate(text, 2, names_filter=names, return_type="output", verbose=False)
+        >>> lens = analysis.lens_of_generation(model, out, "ranks")
+        >>> lens.values[-1].tolist()  # greedy: each new token was the most likely one
+        [[0, 0]]
     """
     if output.cache is None:
         raise ValueError(

@@ -38,6 +38,12 @@ def normalised(metric: Metric, clean_logits: Logits, corrupted_logits: Logits) -
 
     Raises:
         ValueError: the two runs have the same value, in some row.
+
+    Examples:
+        >>> other = model(riga)
+        >>> scaled = analysis.normalised(metric, logits, other)
+        >>> scaled(logits).item(), scaled(other).item()
+        (1.0, 0.0)
     """
     with torch.no_grad():
         low, high = measure(metric, corrupted_logits), measure(metric, clean_logits)

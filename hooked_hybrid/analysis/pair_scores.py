@@ -42,6 +42,11 @@ class PairScores:
         values: the scores; 0 if the writer is not in an earlier layer.
         baseline: the expected score of unrelated matrices.
         z: the standard deviations of each score above that, if known.
+
+    Examples:
+        >>> scores = analysis.all_composition_scores(model, "V")
+        >>> len(scores.writers), len(scores.readers), scores.values.shape
+        (48, 16, torch.Size([48, 16]))
     """
 
     name: str

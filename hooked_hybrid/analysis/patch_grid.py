@@ -23,6 +23,11 @@ class PatchGrid:
         axes: of `values`: "name" or "layer", then "pos", "head"; "batch" last if the metric has
             one value for each row.
         labels: for each axis, the labels of its entries.
+
+    Examples:
+        >>> grid = analysis.patch_heads(model, riga, cache, metric, verbose=False)
+        >>> grid.axes, grid.values.shape
+        (('layer', 'head'), torch.Size([2, 8]))
     """
 
     values: Float[Tensor, "*axes"]

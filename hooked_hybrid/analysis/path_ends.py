@@ -68,6 +68,11 @@ class Sender:
             MLP.
         channels: of the flattened heads, or of a recurrence; None means all.
         weight: from these channels to the stream; None if the value is the output itself.
+
+    Examples:
+        >>> sender = analysis.Sender.of(model, ("z", 2, 3))
+        >>> sender.name, sender.depth, len(sender.channels)
+        ('blocks.2.attn.hook_z', 5, 16)
     """
 
     name: str
@@ -130,6 +135,11 @@ class Receiver:
         norm: path of the norm between the stream and the component, or None.
         depth: it reads what components up to this depth have written.
         heads: which copies are set; None means all there are.
+
+    Examples:
+        >>> receiver = analysis.Receiver.of(model, ("k_input", 5, 0))
+        >>> receiver.name, receiver.depth
+        ('blocks.5.attn.hook_k_input', 10)
     """
 
     name: str

@@ -56,6 +56,14 @@ def path_patch(
     Source: Goldowsky-Dill et al. 2023, "Localizing model behavior with path patching"; Wang et
     al. 2022, "Interpretability in the wild", section 3.1, whose MLPs are computed again: give
     `through="mlps"`.
+
+    Examples:
+        >>> _, other = model.run_with_cache(riga)
+        >>> change = analysis.path_patch(
+        ...     model, tokens, other, ("z", 2), ("k_input", 5), metric, through="mlps"
+        ... )
+        >>> change.shape
+        torch.Size([])
     """
     paths = Paths(model, clean_tokens, corrupted_cache, senders, receivers, metric, options)
     if not any(paths.is_heard(sender) for sender in paths.senders):
@@ -85,6 +93,15 @@ def path_patch_each(
 
     Raises:
         ValueError, HookNameError: as `path_patch`.
+
+    Examples:
+        >>> _, other = model.run_with_cache(riga)
+        >>> senders = [("embed",), ("z", 2), ("z", 5)]
+        >>> changes = analysis.path_patch_each(
+        ...     model, tokens, other, senders, ("final",), metric, verbose=False
+        ... )
+        >>> len(changes)
+        3
     """
     paths = Paths(model, clean_tokens, corrupted_cache, senders, receivers, metric, options)
     clean, effects = paths.clean_value(), []
@@ -114,6 +131,13 @@ def path_patch_heads(
 
     Raises:
         ValueError, HookNameError: as `path_patch`.
+
+    Examples:
+        >>> _, other = model.run_with_cache(riga)
+        >>> end = ("final",)
+        >>> scores = analysis.path_patch_heads(model, tokens, other, end, metric, verbose=False)
+        >>> scores.layers, scores.values.shape
+        ((2, 5), torch.Size([2, 8]))
     """
     n_heads = {i: mixer.n_heads for i, mixer in attention_of(model).items()}
     heads = [("z", i, head) for i, n in n_heads.items() for head in range(n)]

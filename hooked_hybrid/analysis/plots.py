@@ -66,6 +66,11 @@ def head_grid(
 
     Raises:
         ValueError: a result that is not by head, or a head to mark that is not there.
+
+    Examples:
+        >>> figure = analysis.plots.head_grid(analysis.induction_scores(model, 20, batch=2))
+        >>> figure.axes[0].get_xlabel()
+        'head'
     """
     found = shown(scores)
     found.require("head_grid", HEADS)
@@ -116,6 +121,10 @@ def pattern_map(
 
     Raises:
         ValueError: the number of tokens or titles does not match.
+
+    Examples:
+        >>> len(analysis.plots.pattern_map(cache["pattern", 2][0, :2]).axes)  # two maps, a scale
+        3
     """
     if isinstance(pattern, RESULTS):
         if not isinstance(pattern, Attribution):
@@ -173,6 +182,12 @@ def effective_attention_map(
     Args:
         matrix: [query key], or [map query key] for several channels, gate blocks or layers.
         tokens, titles, query_tokens, label, n_columns: as in `pattern_map`.
+
+    Examples:
+        >>> matrix = analysis.effective_attention(cache, 0, which=[0])[0]
+        >>> figure = analysis.plots.effective_attention_map(matrix)
+        >>> len(figure.axes)  # the map and the scale
+        2
     """
     more: dict[str, Any] = {"query_tokens": query_tokens, "label": label, "n_columns": n_columns}
     return pattern_map(matrix, tokens, titles, signed=True, **more)
@@ -202,6 +217,12 @@ def attribution_bars(
 
     Raises:
         ValueError: the number of labels does not match, or labels are missing.
+
+    Examples:
+        >>> parts, labels = cache.decompose_resid(pos_slice=-1, return_labels=True)
+        >>> figure = analysis.plots.attribution_bars(parts[:, 0].norm(dim=-1), labels)
+        >>> len(figure.axes[0].patches)
+        13
     """
     adds_up = True
     if isinstance(values, RESULTS):
@@ -262,6 +283,10 @@ def residual_curves(
 
     Raises:
         ValueError: the number of labels or names does not match, or labels are missing.
+
+    Examples:
+        >>> len(analysis.plots.residual_curves(analysis.lens_ranks(model, cache, answer)).axes)
+        1
     """
     xlabel = "depth"
     if isinstance(values, RESULTS):
@@ -327,6 +352,10 @@ def lens_map(
     Raises:
         ValueError: the number of names does not match, labels are missing, or a result has other
             axes.
+
+    Examples:
+        >>> len(analysis.plots.lens_map(analysis.lens_ranks(model, cache, answer)).axes)
+        2
     """
     ylabel = "depth"
     if isinstance(values, RESULTS):

@@ -20,6 +20,13 @@ class HeadScores:
         layers: the attention layers, in order.
         values: the score of each head in these layers.
         name: what was measured, with its unit, for tables and figures.
+
+    Examples:
+        >>> scores = analysis.induction_scores(model, n_tokens=20, batch=2)
+        >>> scores.layers, scores.values.shape
+        ((2, 5), torch.Size([2, 8]))
+        >>> len(scores.top(3))
+        3
     """
 
     layers: tuple[int, ...]

@@ -59,6 +59,10 @@ def token_directions(
 
     Raises:
         ValueError: another source, directions of another shape, or a token outside the vocabulary.
+
+    Examples:
+        >>> analysis.token_directions(model, 0, vocab=[answer]).shape
+        torch.Size([1, 128])
     """
     ids = _ids(model, vocab)
     if isinstance(tokens, Tensor):
@@ -115,6 +119,10 @@ def full_qk_circuit(
         ValueError: see `qk_circuit`, `token_directions` and `written_tokens`.
 
     Source: Elhage et al. 2021, "A Mathematical Framework for Transformer Circuits".
+
+    Examples:
+        >>> analysis.full_qk_circuit(model, 5, distance=1, vocab=list(range(40))).shape
+        torch.Size([8, 40, 40])
     """
     if lag is not None and through is None:
         raise ValueError(f"lag={lag} is of a recurrence: name it in `through`")
@@ -146,6 +154,10 @@ def full_ov_circuit(
         ValueError: no attention layer; see also `token_directions`.
 
     Source: Elhage et al. 2021.
+
+    Examples:
+        >>> analysis.full_ov_circuit(model, 5, vocab=list(range(40))).shape
+        torch.Size([8, 40, 40])
     """
     W_U = at_least_fp32(model.W_U if vocab is None else model.W_U[:, _ids(model, vocab)])
     W_U = W_U * at_least_fp32(model.ln_final.w)[:, None]
@@ -170,6 +182,10 @@ def written_tokens(
 
     Raises:
         ValueError: no such layer, head or block; a lag of a head; see also `token_directions`.
+
+    Examples:
+        >>> analysis.written_tokens(model, (2, 0), vocab=[answer]).shape
+        torch.Size([1, 128])
     """
     layer, index = component
     require_one_mixer(model, layer)
@@ -205,6 +221,11 @@ def copying_scores(
         ValueError: another kind, or a model without attention.
 
     Source: Elhage et al. 2021 for the eigenvalues, there without centring.
+
+    Examples:
+        >>> scores = analysis.copying_scores(model, vocab=list(range(40)))
+        >>> scores.labels()[:2], scores.values.shape
+        (['L2H0', 'L2H1'], torch.Size([2, 8]))
     """
     return _scores(
         model,
@@ -241,6 +262,10 @@ def matching_scores(
         ValueError: another kind, or no attention layer (after `through`).
 
     Source: Elhage et al. 2021, where induction heads match through a previous-token head.
+
+    Examples:
+        >>> analysis.matching_scores(model, through=(2, 0), vocab=list(range(40))).layers
+        (5,)
     """
     return _scores(
         model,

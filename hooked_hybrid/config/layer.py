@@ -23,6 +23,12 @@ class LayerConfig:
 
     `norm` says where the norms of the block are: "pre", before its mixers and before its MLP;
     "post", on what these write; or "both".
+
+    Examples:
+        >>> from hooked_hybrid.config import AttentionConfig, GatedMLPConfig, LayerConfig
+        >>> layer = LayerConfig(AttentionConfig(4, 1, 32), GatedMLPConfig(256))
+        >>> layer.attention.n_heads, len(layer.mixers)
+        (4, 1)
     """
 
     mixer: MixerConfig | tuple[MixerConfig, ...] | None

@@ -14,6 +14,11 @@ class PartConfig:
     """The common base of configs of mixers and MLPs.
 
     `write_scale` multiplies what it adds to the residual stream, its output bias included.
+
+    Examples:
+        >>> from hooked_hybrid.config import MixerConfig, MLPConfig, PartConfig
+        >>> issubclass(MixerConfig, PartConfig), issubclass(MLPConfig, PartConfig)
+        (True, True)
     """
 
     write_scale: float = field(default=1.0, kw_only=True, metadata=OPTION)
@@ -24,7 +29,13 @@ class PartConfig:
 
 @dataclass(frozen=True)
 class MixerConfig(PartConfig):
-    """The config of a mixer; each kind has its own class, see `network.mixers.register_mixer`."""
+    """The config of a mixer; each kind has its own class, see `network.mixers.register_mixer`.
+
+    Examples:
+        >>> from hooked_hybrid.config import MixerConfig
+        >>> isinstance(model.cfg.layers[0].mixer, MixerConfig)
+        True
+    """
 
     is_recurrence: ClassVar[bool] = True
     """Whether it carries a state from token to token by a recurrence, rather than keys."""
@@ -32,7 +43,13 @@ class MixerConfig(PartConfig):
 
 @dataclass(frozen=True)
 class RotaryConfig:
-    """Rotary positions on the first `d_rotary` channels of a head, in the halves-swapped layout."""
+    """Rotary positions on the first `d_rotary` channels of a head, in the halves-swapped layout.
+
+    Examples:
+        >>> from hooked_hybrid.config import AttentionConfig, RotaryConfig
+        >>> AttentionConfig(4, 1, 32, rotary=RotaryConfig(8)).rotary.theta
+        10000.0
+    """
 
     d_rotary: int
     theta: float = 10_000.0
@@ -44,6 +61,12 @@ class AttentionConfig(MixerConfig):
 
     `n_keys` counts the keys a query may see, itself included; None means all earlier ones.
     `qk_norm` puts norms on queries and keys; None does not.
+
+    Examples:
+        >>> from hooked_hybrid.config import AttentionConfig
+        >>> cfg = AttentionConfig(n_heads=8, n_kv_heads=2, d_head=16, n_keys=256)
+        >>> cfg.n_heads * cfg.d_head
+        128
     """
 
     is_recurrence = False
@@ -74,7 +97,13 @@ class AttentionConfig(MixerConfig):
 
 @dataclass(frozen=True)
 class RGLRUConfig(MixerConfig):
-    """Griffin's recurrent block: two branches, a short convolution, and the RG-LRU."""
+    """Griffin's recurrent block: two branches, a short convolution, and the RG-LRU.
+
+    Examples:
+        >>> from hooked_hybrid.config import RGLRUConfig
+        >>> RGLRUConfig(d_rnn=128, n_gate_blocks=8).d_conv
+        4
+    """
 
     d_rnn: int
     n_gate_blocks: int
@@ -91,7 +120,13 @@ class RGLRUConfig(MixerConfig):
 
 @dataclass(frozen=True)
 class MambaConfig(MixerConfig):
-    """Jamba's Mamba-1 block: selective scan, with norms on dt, B and C of `norm_eps`."""
+    """Jamba's Mamba-1 block: selective scan, with norms on dt, B and C of `norm_eps`.
+
+    Examples:
+        >>> from hooked_hybrid.config import MambaConfig
+        >>> MambaConfig(d_inner=256, d_state=16, dt_rank=8).d_conv
+        4
+    """
 
     d_inner: int
     d_state: int

@@ -14,12 +14,24 @@ Activation = Literal["gelu_tanh", "silu"]
 
 @dataclass(frozen=True)
 class MLPConfig(PartConfig):
-    """The config of an MLP; each kind has its own class, see `network.mlps.register_mlp`."""
+    """The config of an MLP; each kind has its own class, see `network.mlps.register_mlp`.
+
+    Examples:
+        >>> from hooked_hybrid.config import GatedMLPConfig, MLPConfig
+        >>> issubclass(GatedMLPConfig, MLPConfig)
+        True
+    """
 
 
 @dataclass(frozen=True)
 class GatedMLPConfig(MLPConfig):
-    """`down(act(gate(x)) * up(x))`; `d_mlp` is the width of gate and of up, each."""
+    """`down(act(gate(x)) * up(x))`; `d_mlp` is the width of gate and of up, each.
+
+    Examples:
+        >>> from hooked_hybrid.config import GatedMLPConfig
+        >>> GatedMLPConfig(d_mlp=384, act="silu", bias=False).d_mlp
+        384
+    """
 
     d_mlp: int
     act: Activation = "gelu_tanh"
@@ -35,6 +47,12 @@ class MoEConfig(MLPConfig):
     """A mixture of `n_experts` gated MLPs, of which a router chooses `n_chosen` for each token.
 
     The weights of the chosen ones are their shares of a softmax over all experts, not renormalised.
+
+    Examples:
+        >>> from hooked_hybrid.config import MoEConfig
+        >>> moe = MoEConfig(n_experts=16, n_chosen=2, d_mlp=448)
+        >>> moe.n_experts, moe.act
+        (16, 'silu')
     """
 
     n_experts: int

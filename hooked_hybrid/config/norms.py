@@ -13,7 +13,13 @@ NormStyle = Literal["one_plus_weight", "weight"]
 
 @dataclass(frozen=True)
 class NormConfig:
-    """RMSNorm: `x / sqrt(mean(x^2) + eps)` times `weight`, or times `1 + weight` in fp32."""
+    """RMSNorm: `x / sqrt(mean(x^2) + eps)` times `weight`, or times `1 + weight` in fp32.
+
+    Examples:
+        >>> from hooked_hybrid.config import NormConfig
+        >>> NormConfig(style="one_plus_weight").eps
+        1e-06
+    """
 
     eps: float = 1e-6
     style: NormStyle = "weight"
@@ -25,6 +31,11 @@ class QKNormConfig:
 
     `over` says what is divided by one scale: the channels of each head, with one weight [d_head]
     for all heads ("head"), or those of all heads together ("all").
+
+    Examples:
+        >>> from hooked_hybrid.config import AttentionConfig, QKNormConfig
+        >>> AttentionConfig(4, 1, 32, qk_norm=QKNormConfig("head")).qk_norm.over
+        'head'
     """
 
     over: Literal["head", "all"] = "head"

@@ -105,6 +105,13 @@ def harvest(
             or a folder of another harvest; before any shard is written where it can be seen.
         FileExistsError: the folder is not empty and `resume` is false.
         OSError: another run writes there, the shards would not fit on the disk, or it fills.
+
+    Examples:
+        >>> from hooked_hybrid.harvest import harvest
+        >>> names = "blocks.*.hook_resid_post"
+        >>> data = harvest(model, [text, text], names, "harvested", verbose=False)
+        >>> len(data), len(data.names)  # tokens, hook points
+        (30, 6)
     """
     names = hooks_to_keep(model, names_filter)
     model.check_hooks_to_add(fwd_hooks)

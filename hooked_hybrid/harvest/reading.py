@@ -47,6 +47,12 @@ class HarvestedActivations:
     Raises:
         ValueError: there is none, or it is not finished, of a newer version, or damaged as far as
             the index and the sizes of files show (`verify` reads all).
+
+    Examples:
+        >>> from hooked_hybrid.harvest import HarvestedActivations, harvest
+        >>> data = harvest(model, [text], ["hook_embed"], "one_text", verbose=False)
+        >>> len(HarvestedActivations("one_text")), data.names, data.shape("hook_embed")
+        (15, ['hook_embed'], (128,))
     """
 
     def __init__(self, folder: str | PathLike[str]) -> None:
@@ -205,6 +211,14 @@ class ActivationBatches(IterableDataset[Any]):
     Blocks of neighbouring tokens are read in random order over all shards, into a pool from which
     batches are drawn until half of it is left. In a `DataLoader`, each worker reads shards of its
     own, and no token is read twice in an epoch. Each iteration begins with the first epoch.
+
+    Examples:
+        >>> from hooked_hybrid.harvest import ActivationBatches, harvest
+        >>> name = "blocks.5.hook_resid_post"
+        >>> data = harvest(model, [text] * 8, name, "for_batches", verbose=False)
+        >>> batches = ActivationBatches(data, name, batch_size=32)
+        >>> next(iter(batches)).shape
+        torch.Size([32, 128])
     """
 
     def __init__(

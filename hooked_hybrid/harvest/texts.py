@@ -29,6 +29,13 @@ def read_texts(source: str | Path, field: str | None = None) -> Iterator[str]:
         ValueError: nothing is there, a field of .txt files alone, a file is neither, not UTF-8 or
             not JSON, a data set that names files elsewhere, the field or `pyarrow` is missing:
             before the first document where that can be seen, else at it.
+
+    Examples:
+        >>> from pathlib import Path
+        >>> from hooked_hybrid.harvest import read_texts
+        >>> n = Path("texts.jsonl").write_text('{"text": "eat a sandwich"}')
+        >>> list(read_texts("texts.jsonl"))
+        ['eat a sandwich']
     """
     source = Path(source)
     if not source.exists():

@@ -38,7 +38,14 @@ OF_MASK = torch.long.itemsize + 3
 
 @dataclass(frozen=True)
 class Flops:
-    """Floating-point operations of three kinds."""
+    """Floating-point operations of three kinds.
+
+    Examples:
+        >>> from hooked_hybrid.accounting import prefill_flops
+        >>> attention = prefill_flops(model.cfg, 128)["attention"]
+        >>> attention.products, attention.scan
+        (27328512, 0)
+    """
 
     products: int = 0
     """Of matrix products, including the read-out C h of a selective scan."""

@@ -62,6 +62,12 @@ def text_loss(
 
     Raises:
         ValueError: `length` too short for needle and template, or `n_texts` below 2.
+
+    Examples:
+        >>> from hooked_hybrid.niah.language import text_loss
+        >>> from hooked_hybrid.niah.settings import Setting
+        >>> text_loss(model, [Setting("whole")], 128, n_texts=2, verbose=False)["setting"].tolist()
+        ['whole']
     """
     import pandas as pd
 

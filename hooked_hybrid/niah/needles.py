@@ -22,6 +22,11 @@ class Needle:
 
     `phrases` are the parts whose presence a graded score counts, in the order of Table 2.1 of the
     thesis: what to make, the place, resting in the place, and the weather.
+
+    Examples:
+        >>> from hooked_hybrid.niah import needles
+        >>> needles.PAPER.city, needles.PAPER.phrases[0]
+        ('San Francisco', 'eat a sandwich')
     """
 
     sentence: str
@@ -37,7 +42,14 @@ class Needle:
 
 @dataclass(frozen=True)
 class KeywordNeedle:
-    """A user's sentence to hide, in any form, scored by the keywords in the answer."""
+    """A user's sentence to hide, in any form, scored by the keywords in the answer.
+
+    Examples:
+        >>> from hooked_hybrid.niah.needles import KeywordNeedle
+        >>> needle = KeywordNeedle("He has a red hat .", "What has he ?", ("red hat",))
+        >>> needle.keywords
+        ('red hat',)
+    """
 
     sentence: str
     question: str
@@ -63,7 +75,14 @@ PAPER = Needle(
 
 
 def draw_needle(rng: random.Random, city: str) -> Needle:
-    """Return a needle about a city, without any of the paper's phrases."""
+    """Return a needle about a city, without any of the paper's phrases.
+
+    Examples:
+        >>> import random
+        >>> from hooked_hybrid.niah.needles import draw_needle
+        >>> draw_needle(random.Random(0), "Riga").city
+        'Riga'
+    """
     while True:
         make, thing, rest = (rng.choice(w) for w in (words.MAKE, words.THING, words.REST))
         place, kind = rng.choice(words.PLACE), rng.choice(words.KIND_OF_PLACE)
@@ -86,7 +105,13 @@ def all_cities() -> list[str]:
 
 
 def held_out_needles() -> list[Needle]:
-    """Return the needles for evaluation, whose cities no training text names."""
+    """Return the needles for evaluation, whose cities no training text names.
+
+    Examples:
+        >>> from hooked_hybrid.niah.needles import held_out_needles
+        >>> len(held_out_needles())
+        60
+    """
     rng = random.Random(_HELD_OUT_SEED)
     cities = [city for city in all_cities() if city != PAPER.city]
     return [draw_needle(rng, city) for city in rng.sample(cities, N_HELD_OUT)]
@@ -112,7 +137,13 @@ def plain(text: str) -> str:
 
 
 def known_needles() -> dict[str, Needle]:
-    """Return the needles that have a name: "paper", and "held-out-00" to "held-out-59"."""
+    """Return the needles that have a name: "paper", and "held-out-00" to "held-out-59".
+
+    Examples:
+        >>> from hooked_hybrid.niah.needles import known_needles
+        >>> list(known_needles())[:2]
+        ['paper', 'held-out-00']
+    """
     return {"paper": PAPER} | {f"held-out-{i:02}": n for i, n in enumerate(held_out_needles())}
 
 
@@ -121,6 +152,11 @@ def find_needle(needle_id: str) -> Needle:
 
     Raises:
         ValueError: there is no needle of this name.
+
+    Examples:
+        >>> from hooked_hybrid.niah.needles import PAPER, find_needle
+        >>> find_needle("paper") == PAPER
+        True
     """
     known = known_needles()
     if needle_id not in known:
@@ -145,6 +181,11 @@ def distractors_for(needle: AnyNeedle, n: int, seed: int = 0) -> list[Needle]:
 
     Raises:
         ValueError: `n` below 0 or above the number of cities.
+
+    Examples:
+        >>> from hooked_hybrid.niah.needles import PAPER, distractors_for
+        >>> len(distractors_for(PAPER, 3))
+        3
     """
     cities = [city for city in training_cities() if city not in needle.question]
     if not 0 <= n <= len(cities):
@@ -170,6 +211,11 @@ def custom_needle(sentence: str, question: str, keywords: Sequence[str]) -> Keyw
 
     Raises:
         ValueError: an empty text, a keyword given twice, or one that is not in the sentence.
+
+    Examples:
+        >>> from hooked_hybrid.niah.needles import custom_needle
+        >>> custom_needle("He has a red hat .", "What has he ?", ["red hat"]).keywords
+        ('red hat',)
     """
     for name, value in (("sentence", sentence), ("question", question)):
         if not plain(value):
@@ -201,6 +247,16 @@ def load_needles(path: str | Path) -> list[KeywordNeedle]:
     Raises:
         ValueError: the file is missing, is not such a list, or contains an invalid needle; the
             message names it.
+
+    Examples:
+        >>> import json
+        >>> from pathlib import Path
+        >>> from hooked_hybrid.niah.needles import load_needles
+        >>> one = {"sentence": "He has a red hat .", "question": "What has he ?"}
+        >>> one["keywords"] = ["red hat"]
+        >>> n = Path("needles.json").write_text(json.dumps([one]))
+        >>> load_needles("needles.json")[0].keywords
+        ('red hat',)
     """
     try:
         content = read_json(Path(path), may_be_pipe=True)

@@ -39,6 +39,13 @@ class Prompt:
     "sentences"; "words" if no sentence ends nearby; "characters" in scripts without blanks. Both
     are None without a needle; with `read_twice` they are those of the first copy. `needle_spans`
     has [start, stop) of every copy of the sentence: two with `read_twice`.
+
+    Examples:
+        >>> from hooked_hybrid.niah import needles, prompts
+        >>> (prompt,) = prompts.grid(model, [needles.PAPER], lengths=[96], depths=[0.5])
+        >>> start, stop = prompt.needle_spans[0]
+        >>> model.to_string(prompt.tokens[start : start + 7])
+        'The best thing to do in San'
     """
 
     id: str
@@ -65,6 +72,13 @@ class Haystack:
     """Endless text: generated from `seed`, or `documents`, repeated.
 
     `seed` also selects the random distractors.
+
+    Examples:
+        >>> from hooked_hybrid.niah import needles, prompts
+        >>> words = prompts.Haystack(documents=("Every bread can cook this guest .",))
+        >>> (prompt,) = prompts.grid(model, [needles.PAPER], [96], [0.5], haystack=words)
+        >>> prompt.length
+        96
     """
 
     seed: int = 0
@@ -124,7 +138,13 @@ def build_prompt(
     distractors: int | Sequence[AnyNeedle] = (),
     prepend_bos: bool | None = None,
 ) -> Prompt:
-    """Return one prompt; see `grid`."""
+    """Return one prompt; see `grid`.
+
+    Examples:
+        >>> from hooked_hybrid.niah import needles, prompts
+        >>> prompts.build_prompt(model, needles.PAPER, length=128, depth=0.25).length
+        128
+    """
     return grid(
         model, [needle], [length], [depth], haystack, template, read_twice, distractors, prepend_bos
     )[0]
@@ -167,6 +187,12 @@ def grid(
         ValueError: nothing to build; a depth outside 0 to 1; a length too short for template and
             needle; an unknown template, or "chat" without a chat template; a needle that the
             tokenizer cannot encode; a distractor that answers the needle's question.
+
+    Examples:
+        >>> from hooked_hybrid.niah import needles, prompts
+        >>> cells = prompts.grid(model, [needles.PAPER], lengths=[96, 128], depths=[0, 0.5, 1])
+        >>> [(prompt.length, prompt.depth) for prompt in cells[:3]]
+        [(96, 0.0), (96, 0.5), (96, 1.0)]
     """
     if not (needles and lengths and depths):
         raise ValueError("no prompt to build: give at least one needle, length and depth")
@@ -215,7 +241,13 @@ def shortest_length(
     prepend_bos: bool | None = None,
     seed: int = 0,
 ) -> int:
-    """Return the tokens of a prompt without haystack; see `grid`, and `seed` of `Haystack`."""
+    """Return the tokens of a prompt without haystack; see `grid`, and `seed` of `Haystack`.
+
+    Examples:
+        >>> from hooked_hybrid.niah.prompts import shortest_length
+        >>> shortest_length(model)
+        54
+    """
     maker = _maker(model, Haystack(), template, read_twice, prepend_bos)
     return _parts(maker, needle, distractors, seed).shortest
 
@@ -227,6 +259,11 @@ def default_lengths(longest: int, n: int = 10, shortest: int | None = None) -> l
 
     Raises:
         ValueError: `n` below 1, or `longest` below the shortest.
+
+    Examples:
+        >>> from hooked_hybrid.niah.prompts import default_lengths
+        >>> default_lengths(512, n=4)
+        [64, 213, 363, 512]
     """
     shortest = max(64, round(longest * 250 / 4096)) if shortest is None else shortest
     if n < 1 or longest < shortest:
@@ -239,6 +276,11 @@ def default_depths(n: int = 10) -> list[float]:
 
     Raises:
         ValueError: `n` below 1.
+
+    Examples:
+        >>> from hooked_hybrid.niah.prompts import default_depths
+        >>> default_depths(5)
+        [0.0, 0.25, 0.5, 0.75, 1.0]
     """
     if n < 1:
         raise ValueError(f"n={n} depths: give at least 1")

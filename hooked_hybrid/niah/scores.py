@@ -24,6 +24,11 @@ def graded(output: str, needle: AnyNeedle) -> float:
     do not count.
 
     Source: thesis, Table 2.1, with phrases from the needle.
+
+    Examples:
+        >>> from hooked_hybrid.niah import needles, scores
+        >>> scores.graded("eat a sandwich and sit in Dolores Park", needles.PAPER)
+        2.0
     """
     if holds(output, needle.sentence):
         return FULL
@@ -40,6 +45,11 @@ def binary(output: str, needle: AnyNeedle) -> bool:
     """Whether the whole answer is in the output; of a needle with keywords, every keyword.
 
     Source: Zani et al. 2025, a match of strings.
+
+    Examples:
+        >>> from hooked_hybrid.niah import needles, scores
+        >>> scores.binary("eat a sandwich", needles.PAPER)
+        False
     """
     if isinstance(needle, KeywordNeedle):
         return all(holds(output, word) for word in needle.keywords)
@@ -52,6 +62,11 @@ def released(output: str, needle: AnyNeedle) -> float:
     "best thing to do in san francisco" +1, "eat a sandwich" +1, "dolores park" +0.5, "sit in
     dolores park" +0.5, "on a sunny day" +1, as substrings; the whole needle sets 5. A needle with
     keywords, which their code does not have, gets its graded score.
+
+    Examples:
+        >>> from hooked_hybrid.niah import needles, scores
+        >>> scores.released(needles.PAPER.sentence, needles.PAPER)
+        5.0
     """
     if isinstance(needle, KeywordNeedle):
         return graded(output, needle)
@@ -100,6 +115,11 @@ def accuracy(output: str, needle: AnyNeedle, score: str = "graded") -> float:
 
     Raises:
         ValueError: another score.
+
+    Examples:
+        >>> from hooked_hybrid.niah import needles, scores
+        >>> scores.accuracy(needles.PAPER.sentence, needles.PAPER)
+        1.0
     """
     if score == "binary":
         return float(binary(output, needle))

@@ -211,6 +211,14 @@ def read_cells(folder: str | PathLike[str]) -> pandas.DataFrame:
         FileNotFoundError: it has no store.
         ValueError: the file is of a newer version, or damaged.
         OSError: another run is writing there.
+
+    Examples:
+        >>> from hooked_hybrid.niah import needles, prompts, sweep
+        >>> from hooked_hybrid.niah.store import read_cells
+        >>> cells = prompts.grid(model, [needles.PAPER], lengths=[96], depths=[0.5])
+        >>> table = sweep.niah(model, cells, {"whole": []}, out="cells", verbose=False)
+        >>> read_cells("cells")["accuracy"].tolist()
+        [1.0]
     """
     path = Path(folder) / FILE
     if not path.is_file():

@@ -115,6 +115,14 @@ def niah(
         HookNameError: a hook that matches nothing; before any prompt is run.
         FileExistsError: the folder is not empty and `resume` is false.
         OSError: the results cannot be written.
+
+    Examples:
+        >>> from hooked_hybrid.niah import needles, prompts, sweep
+        >>> cells = prompts.grid(model, [needles.PAPER], lengths=[96], depths=[0.5])
+        >>> settings = {"whole": [], "no heads": interventions.keep_top_heads(0)}
+        >>> table = sweep.niah(model, cells, settings, verbose=False)
+        >>> table[["setting", "accuracy"]].values.tolist()
+        [['whole', 1.0], ['no heads', 0.0]]
     """
     check_run(out, resume, max_new_tokens)
     check_choice("first_token_stage", first_token_stage, ("prefill", "generation"))

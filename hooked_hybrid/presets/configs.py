@@ -51,6 +51,11 @@ def griffin(
 
     Raises:
         ValueError: another letter in `pattern`, or sizes that do not go together.
+
+    Examples:
+        >>> cfg = presets.griffin("RRA", d_model=64, n_heads=2, n_keys=32)
+        >>> cfg.attention_layers, cfg.d_head
+        ((2,), 32)
     """
     if not pattern or set(pattern) - set("RA"):
         raise ValueError(f"pattern={pattern!r}: give an R or an A for each layer")
@@ -123,6 +128,11 @@ def jamba(
 
     Raises:
         ValueError: another letter in `pattern`, or sizes that do not go together.
+
+    Examples:
+        >>> cfg = presets.jamba("MMAM", d_model=64, n_experts=8)
+        >>> cfg.attention_layers, cfg.layers[1].mlp.n_experts
+        ((2,), 8)
     """
     if not pattern or set(pattern) - set("MA"):
         raise ValueError(f"pattern={pattern!r}: give an M or an A for each layer")

@@ -61,6 +61,12 @@ def mean_interval(
     Source: Gaffke 2005, Three test statistics for a nonparametric one-sided hypothesis on the mean
     of a nonnegative variable (Math. Methods Statist. 14); as an interval Learned-Miller and Thomas
     2020 (arXiv 1905.06208), who conjecture that it always covers. Clopper and Pearson 1934.
+
+    Examples:
+        >>> from hooked_hybrid.runs.intervals import mean_interval
+        >>> low, high = mean_interval([0] * 6, ["a", "b", "c", "d", "e", "f"], bounds=(0, 1))
+        >>> low, round(high, 2)  # six needles that were not found
+        (0, 0.46)
     """
     numbers = np.asarray(list(values), dtype=float)
     labels, codes = np.unique([str(label) for label in clusters], return_inverse=True)
@@ -93,6 +99,12 @@ def combine(
 
     Source: Zou and Donner 2008, Construction of confidence limits about effect measures (Statist.
     Med. 27), their method of variance estimates recovery.
+
+    Examples:
+        >>> from hooked_hybrid.runs.intervals import combine
+        >>> low, high = combine([(0.9, (0.8, 1.0)), (0.4, (0.3, 0.5))], weights=(1, -1))
+        >>> round(low, 2), round(high, 2)  # of the difference
+        (0.36, 0.64)
     """
     value = below = above = 0.0
     for (figure, (low, high)), weight in zip(parts, weights, strict=True):

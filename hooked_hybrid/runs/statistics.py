@@ -43,6 +43,13 @@ def summary(table: pd.DataFrame) -> pd.DataFrame:
 
     Raises:
         ValueError: no cell has a score.
+
+    Examples:
+        >>> from hooked_hybrid.niah import needles, prompts, sweep
+        >>> from hooked_hybrid.runs.statistics import summary
+        >>> cells = prompts.grid(model, [needles.PAPER], lengths=[96], depths=[0.5])
+        >>> summary(sweep.niah(model, cells, {"whole": []}, verbose=False))["accuracy"].tolist()
+        [1.0]
     """
     import pandas as pd
 

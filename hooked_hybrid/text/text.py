@@ -28,6 +28,12 @@ class Text:
 
     Raises:
         ValueError: not a tokenizer, or one that pads or cuts texts itself.
+
+    Examples:
+        >>> from hooked_hybrid.text import Text
+        >>> words = Text(model.text.tokenizer, model.cfg)
+        >>> type(words.tokenizer).__name__
+        'CheckpointTokenizer'
     """
 
     def __init__(self, tokenizer: Any, cfg: HybridConfig) -> None:
@@ -246,6 +252,11 @@ def as_tokenizer(tokenizer: Any) -> Any:
 
     Raises:
         ValueError: a name, a folder without a tokenizer, or an object that is not a tokenizer.
+
+    Examples:
+        >>> from hooked_hybrid.text import as_tokenizer
+        >>> as_tokenizer(model.text.tokenizer) is model.text.tokenizer
+        True
     """
     if isinstance(tokenizer, str | os.PathLike):
         from hooked_hybrid.text.tokenizer import read_tokenizer  # imports `tokenizers` and `jinja2`
@@ -274,6 +285,12 @@ def pad_rows(
 
     Raises:
         ValueError: a side that is neither "left" nor "right".
+
+    Examples:
+        >>> from hooked_hybrid.text import pad_rows
+        >>> tokens, mask = pad_rows([[2, 5, 6], [2, 7]], pad=0, padding_side="left")
+        >>> tokens.tolist(), mask.tolist()
+        ([[2, 5, 6], [0, 2, 7]], [[1, 1, 1], [0, 1, 1]])
     """
     if padding_side not in ("left", "right"):
         raise ValueError(f"padding_side={padding_side!r}: give 'left' or 'right'")

@@ -23,6 +23,11 @@ class Machine:
 
     Raises:
         ValueError: a size below 0.
+
+    Examples:
+        >>> from hooked_hybrid.accounting.plan import Machine, gpus_of
+        >>> Machine(gpus_of("2x40GB"), cpu=64 * 10**9).gpus
+        (40000000000, 40000000000)
     """
 
     gpus: tuple[int, ...] = ()
@@ -57,6 +62,11 @@ def size_of(text: str) -> int:
 
     Raises:
         ValueError: no such size.
+
+    Examples:
+        >>> from hooked_hybrid.accounting.plan import size_of
+        >>> size_of("40GB"), size_of("512MiB")
+        (40000000000, 536870912)
     """
     match = _SIZE.fullmatch(text.strip())
     if match is None or not (size := int(float(match[1]) * UNITS[match[2].upper()])):
@@ -69,6 +79,11 @@ def gpus_of(text: str) -> tuple[int, ...]:
 
     Raises:
         ValueError: not of this form.
+
+    Examples:
+        >>> from hooked_hybrid.accounting.plan import gpus_of
+        >>> gpus_of("2x80GB,1x24GB")
+        (80000000000, 80000000000, 24000000000)
     """
     found: list[int] = []
     for part in text.split(","):

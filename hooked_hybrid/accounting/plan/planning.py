@@ -142,6 +142,15 @@ def plan(
     Raises:
         ValueError: no length, a number that cannot be, or what cannot be quantised.
         ImportError: torchao, which says what quantised weights take, is not installed.
+
+    Examples:
+        >>> from hooked_hybrid.accounting import PUBLISHED
+        >>> from hooked_hybrid.accounting.plan import Machine, gpus_of, plan
+        >>> fits = plan(PUBLISHED["recurrentgemma-2b"], Machine(gpus_of("1x8GB")))
+        >>> fits.fits, fits.device_map["unembed"]
+        (True, 'cuda:0')
+        >>> plan(PUBLISHED["jamba-mini"], Machine(gpus_of("2x40GB"))).fits
+        False
     """
     if not lengths or min(lengths) < 1 or batch < 1:
         raise ValueError(f"lengths={list(lengths)}, batch={batch}: give 1 or more of each")

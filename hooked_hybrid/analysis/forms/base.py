@@ -28,6 +28,11 @@ class Terms(NamedTuple):
     """The terms of the module's equations, for some channels, in fp32 or wider.
 
     `write` is the value used, with edits of hooks, and so may differ from `gain` times `x`.
+
+    Examples:
+        >>> from hooked_hybrid.analysis.forms import Terms
+        >>> Terms._fields
+        ('x', 'decay', 'gain', 'write', 'read', 'skip', 'h0')
     """
 
     x: PerChannel
@@ -49,6 +54,11 @@ class DecayRange(NamedTuple):
 
     `typical` is the decay if the input of the gate, or of the step, is zero, so only the bias
     counts.
+
+    Examples:
+        >>> fastest, typical, slowest = analysis.decay_range(model, 0)
+        >>> bool((fastest <= typical).all() and (typical <= slowest).all())
+        True
     """
 
     fastest: Decays
@@ -58,7 +68,14 @@ class DecayRange(NamedTuple):
 
 @runtime_checkable
 class Ran(Protocol):
-    """One recurrent layer's values in the cache of a run."""
+    """One recurrent layer's values in the cache of a run.
+
+    Examples:
+        >>> from hooked_hybrid.analysis.forms import Ran
+        >>> from hooked_hybrid.analysis.linear_form import Recurrence
+        >>> isinstance(Recurrence(cache, 0), Ran)
+        True
+    """
 
     layout: Layout
     mixer: Any
@@ -74,7 +91,13 @@ class Ran(Protocol):
 
 
 class LinearForm:
-    """The facts of one kind; those that it does not state raise `NotSupported`."""
+    """The facts of one kind; those that it does not state raise `NotSupported`.
+
+    Examples:
+        >>> from hooked_hybrid.analysis.forms import form_of
+        >>> form_of(model.cfg.layers[0].mixer).kind
+        'rglru'
+    """
 
     kind: ClassVar[str]
     """Of the mixer."""
@@ -138,6 +161,12 @@ def register_form(*forms: LinearForm) -> None:
 
     Raises:
         ValueError: a kind already has a form.
+
+    Examples:
+        >>> from hooked_hybrid.analysis.forms import FORMS, MambaForm, register_form
+        >>> register_form(MambaForm())  # as the library does for its own
+        >>> type(FORMS["mamba"]).__name__
+        'MambaForm'
     """
     for form in forms:
         if form.kind in FORMS and type(FORMS[form.kind]) is not type(form):
@@ -150,6 +179,15 @@ def form_of(cfg: object) -> LinearForm:
 
     Raises:
         NotSupported: it has none.
+
+    Examples:
+        >>> from hooked_hybrid.analysis.forms import form_of
+        >>> type(form_of(model.cfg.layers[0].mixer)).__name__
+        'RGLRUForm'
+        >>> form_of(model.cfg.layers[2].mixer)
+        Traceback (most recent call last):
+            ...
+        hooked_hybrid.network.part.NotSupported: the kind 'attention' has no linear form; ...
     """
     kind = mixer_of(cfg).kind
     if kind not in FORMS:

@@ -23,7 +23,13 @@ from hooked_hybrid.network.mixers.mamba import forget
 
 
 class MambaForm(LinearForm):
-    """`d_state` states a channel."""
+    """`d_state` states a channel.
+
+    Examples:
+        >>> from hooked_hybrid.analysis.forms import MambaForm, form_of
+        >>> isinstance(form_of(jamba.cfg.layers[0].mixer), MambaForm)
+        True
+    """
 
     kind, has_states = Mamba.kind, True
 

@@ -24,7 +24,13 @@ from hooked_hybrid.network.mixers import RGLRU
 
 
 class RGLRUForm(LinearForm):
-    """One state a channel."""
+    """One state a channel.
+
+    Examples:
+        >>> from hooked_hybrid.analysis.forms import RGLRUForm, form_of
+        >>> isinstance(form_of(model.cfg.layers[0].mixer), RGLRUForm)
+        True
+    """
 
     kind = RGLRU.kind
 

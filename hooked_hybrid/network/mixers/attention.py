@@ -36,7 +36,13 @@ from hooked_hybrid.shapes import Queries, Resid
 
 
 class Attention(Mixer[AttentionState]):
-    """Multi-head attention over the keys of the state and the new positions."""
+    """Multi-head attention over the keys of the state and the new positions.
+
+    Examples:
+        >>> attn = model.blocks[2].attn
+        >>> attn.kind, attn.W_Q.shape
+        ('attention', torch.Size([8, 128, 16]))
+    """
 
     config, kind, label, path = AttentionConfig, "attention", "attn", "attn"
     out_hooks, write_hook, grows = ("hook_attn_out",), "hook_attn_out", AttentionState.growing

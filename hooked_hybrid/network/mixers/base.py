@@ -41,6 +41,11 @@ class Mixer(Part, Generic[S]):
 
     A recurrence is at `mixer`, has its states at `hook_ssm_state`, and the values read from them,
     before any gate, at `hook_ssm_y`.
+
+    Examples:
+        >>> from hooked_hybrid.network.mixers import Mixer
+        >>> all(isinstance(mixer, Mixer) for block in model.blocks for mixer in block.mixers)
+        True
     """
 
     path: ClassVar[str] = "mixer"
@@ -178,13 +183,25 @@ def register_mixer(*mixers: type[Mixer[Any]]) -> None:
     Raises:
         NotSupported: a class does not state its config or its kind.
         ValueError: another class has its config or its kind.
+
+    Examples:
+        >>> from hooked_hybrid.network.mixers import MIXERS, Mamba, register_mixer
+        >>> register_mixer(Mamba)  # as the library does for its own
+        >>> MIXERS[Mamba.config].kind
+        'mamba'
     """
     for mixer in mixers:
         register(MIXERS, mixer, ("config", "kind"))
 
 
 def windows_of(cfg: HybridConfig) -> list[int]:
-    """Return the keys that each mixer with a window sees, in the order of the layers."""
+    """Return the keys that each mixer with a window sees, in the order of the layers.
+
+    Examples:
+        >>> from hooked_hybrid.network.mixers import windows_of
+        >>> windows_of(model.cfg), windows_of(jamba.cfg)
+        ([256, 256], [])
+    """
     mixers = [(mixer_of(of), of) for layer in cfg.layers for of in layer.mixers]
     windows = [mixer.window(of) for mixer, of in mixers if mixer.grows]
     return [n_keys for n_keys in windows if n_keys is not None]
@@ -195,5 +212,10 @@ def mixer_of(cfg: object) -> type[Mixer[Any]]:
 
     Raises:
         NotSupported: none is registered for it.
+
+    Examples:
+        >>> from hooked_hybrid.network.mixers import mixer_of
+        >>> mixer_of(jamba.cfg.layers[0].mixer).__name__
+        'Mamba'
     """
     return look_up(MIXERS, cfg, "mixer")

@@ -42,7 +42,13 @@ from hooked_hybrid.shapes import Inner, Resid
 
 
 class Mamba(Mixer[RecurrentState]):
-    """The selective state space block."""
+    """The selective state space block.
+
+    Examples:
+        >>> mixer = jamba.blocks[0].mixer
+        >>> mixer.kind, mixer.hook_ssm_state.axes
+        ('mamba', ('batch', 'pos', 'd_inner', 'd_state'))
+    """
 
     config, kind, title, row = MambaConfig, "mamba", "Mamba", "Mamba block"
     reads, writes, scales_write = ("in_proj.weight",), ("out_proj.weight",), True

@@ -41,7 +41,12 @@ MAX_SQRT_GRADIENT = 1000.0
 
 
 class RGLRU(Mixer[RecurrentState]):
-    """The recurrent block around a real-gated linear recurrent unit."""
+    """The recurrent block around a real-gated linear recurrent unit.
+
+    Examples:
+        >>> model.blocks[0].recurrence.kind, model.blocks[0].recurrence.title
+        ('rglru', 'RG-LRU')
+    """
 
     config, kind, title, row = RGLRUConfig, "rglru", "RG-LRU", "recurrent block"
     reads, writes = ("linear_x.weight", "linear_y.weight"), ("linear_out.weight",)

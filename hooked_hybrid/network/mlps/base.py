@@ -16,7 +16,13 @@ MLPS: dict[type, type[MLP]] = {}
 
 
 class MLP(Part):
-    """A map that acts on each position separately."""
+    """A map that acts on each position separately.
+
+    Examples:
+        >>> from hooked_hybrid.network.mlps import MLP
+        >>> isinstance(jamba.blocks[1].mlp, MLP), jamba.blocks[1].mlp.kind
+        (True, 'moe')
+    """
 
     def __init__(self, cfg: Any, d_model: int) -> None:  # noqa: ARG002  (made with both)
         super().__init__()
@@ -41,6 +47,12 @@ def register_mlp(*mlps: type[MLP]) -> None:
     Raises:
         NotSupported: a class does not state its config or its kind.
         ValueError: another class has its config or its kind.
+
+    Examples:
+        >>> from hooked_hybrid.network.mlps import MLPS, MoE, register_mlp
+        >>> register_mlp(MoE)  # as the library does for its own
+        >>> MLPS[MoE.config].kind
+        'moe'
     """
     for mlp in mlps:
         register(MLPS, mlp, ("config", "kind"))
@@ -51,5 +63,10 @@ def mlp_of(cfg: object) -> type[MLP]:
 
     Raises:
         NotSupported: none is registered for it.
+
+    Examples:
+        >>> from hooked_hybrid.network.mlps import mlp_of
+        >>> mlp_of(jamba.cfg.layers[1].mlp).__name__
+        'MoE'
     """
     return look_up(MLPS, cfg, "mlp")

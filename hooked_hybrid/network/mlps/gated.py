@@ -20,7 +20,13 @@ from hooked_hybrid.shapes import Resid
 
 
 class GatedMLP(MLP):
-    """GeGLU or SwiGLU, depending on the config's activation."""
+    """GeGLU or SwiGLU, depending on the config's activation.
+
+    Examples:
+        >>> mlp = model.blocks[0].mlp
+        >>> mlp.kind, mlp.W_gate.shape
+        ('mlp', torch.Size([128, 256]))
+    """
 
     config, kind, title = GatedMLPConfig, "mlp", "MLP"
     part_letter, scales_write = "N", True

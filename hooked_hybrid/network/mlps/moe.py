@@ -35,7 +35,13 @@ Indices = Int[Tensor, "batch pos n_chosen"]
 
 
 class MoE(MLP):
-    """A router and its experts, whose weights are stacked on a leading axis."""
+    """A router and its experts, whose weights are stacked on a leading axis.
+
+    Examples:
+        >>> moe = jamba.blocks[1].mlp
+        >>> moe.kind, moe.W_gate.shape
+        ('moe', torch.Size([4, 128, 192]))
+    """
 
     config, kind, title = MoEConfig, "moe", "experts"
     reads, writes = ("router.weight", "gate", "up"), ("down",)

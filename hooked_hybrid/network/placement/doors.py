@@ -30,6 +30,12 @@ class Placement:
     Args:
         model: has its weights in these places.
         places: of every part, see `places.resolve`.
+
+    Examples:
+        >>> from hooked_hybrid.network.placement import Placement, resolve
+        >>> placement = Placement(model, resolve(model.cfg, {"": "cpu"}))
+        >>> placement.device_map["blocks.0"], placement.is_on_one_device
+        ('cpu', True)
     """
 
     def __init__(self, model: Network, places: Mapping[str, Place]) -> None:

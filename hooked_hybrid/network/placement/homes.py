@@ -238,6 +238,13 @@ def place(
         ValueError: a model that is already placed, quantised or without weights, or as in
             `places.resolve` and `plan_homes`.
         OSError: the disk is full, or cannot be written; the model is unchanged.
+
+    Examples:
+        >>> from hooked_hybrid.network.placement import place
+        >>> moved = HookedHybrid.from_pretrained("tiny-griffin")
+        >>> moved = place(moved, {"": "cpu", "blocks": "disk"}, offload_folder=".")
+        >>> torch.allclose(moved(tokens), logits, atol=1e-4)
+        True
     """
     if model.placement is not None:
         raise ValueError("this model is placed already: load it again with another device_map")

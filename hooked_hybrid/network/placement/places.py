@@ -25,6 +25,12 @@ class Place:
     """Where the weights of a part are kept, and where it runs.
 
     Weights on the disk are mapped into the CPU's memory, each page when it is read.
+
+    Examples:
+        >>> from hooked_hybrid.network.placement import resolve
+        >>> here = resolve(model.cfg, {"": "cpu", "blocks": "disk"})["blocks.0"]
+        >>> here.name, here.on_disk, here.is_streamed
+        ('disk', True, False)
     """
 
     device: torch.device
@@ -74,6 +80,12 @@ def resolve(cfg: HybridConfig, device_map: DeviceMap) -> dict[str, Place]:
     Raises:
         ValueError: not a map, a name that is not a part, a part without a place, a missing device,
             or ends that run on different devices.
+
+    Examples:
+        >>> from hooked_hybrid.network.placement import resolve
+        >>> places = resolve(model.cfg, {"": "cpu", "blocks.5": "disk"})
+        >>> places["blocks.5"].name, places["unembed"].name
+        ('disk', 'cpu')
     """
     if not isinstance(device_map, Mapping):
         raise ValueError(f"device_map={device_map!r}: give 'auto', or a dict of parts and devices")

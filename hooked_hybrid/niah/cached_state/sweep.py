@@ -60,6 +60,14 @@ def cached_state(
         ValueError: no prompts, cases or ks, or one given twice; a k that a layer does not have; a
             folder of another experiment.
         FileExistsError: the folder is not empty and `resume` is false.
+
+    Examples:
+        >>> from hooked_hybrid.niah import needles, prompts
+        >>> from hooked_hybrid.niah.cached_state import CASES, cached_state
+        >>> cells = prompts.grid(model, [needles.PAPER], lengths=[96], depths=[0.5])
+        >>> table = cached_state(model, cells, ks=[0], cases=CASES[:2], verbose=False)
+        >>> table["setting"].tolist()
+        ['whole model', 'prompt: keys and values k=0']
     """
     check_run(out, resume, max_new_tokens)
     settings = settings_of(cases, ks)
@@ -125,6 +133,11 @@ def settings_of(
 
     Raises:
         ValueError: no case or k, or one given twice.
+
+    Examples:
+        >>> from hooked_hybrid.niah.cached_state import CASES, settings_of
+        >>> list(settings_of(CASES[:2], ks=[0, 4]))
+        ['whole model', 'prompt: keys and values k=0', 'prompt: keys and values k=4']
     """
     found: dict[str, tuple[Case, int | None, Setting]] = {}
     for case in cases:

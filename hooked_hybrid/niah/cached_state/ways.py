@@ -38,6 +38,11 @@ class Case:
             model from the same state.
         recomputed: keep no state, but run the whole sequence for every new token, with heads zeroed
             at all positions or only at the last one.
+
+    Examples:
+        >>> from hooked_hybrid.niah.cached_state import Case
+        >>> Case("prompt: keys and values", damaged=("kv",)).damaged
+        ('kv',)
     """
 
     name: str

@@ -46,7 +46,13 @@ pre { background: #f4f4f4; padding: 8px; overflow-x: auto; white-space: pre-wrap
 
 
 class Written(NamedTuple):
-    """The files of a report: the page, the cells, and the figures."""
+    """The files of a report: the page, the cells, and the figures.
+
+    Examples:
+        >>> from hooked_hybrid.niah.report import Written
+        >>> Written._fields
+        ('report', 'table', 'pictures')
+    """
 
     report: Path
     table: Path
@@ -85,6 +91,16 @@ def write_report(
     Raises:
         ValueError: no cell has a score.
         OSError: a file cannot be written.
+
+    Examples:
+        >>> from hooked_hybrid.niah import needles, prompts, sweep
+        >>> from hooked_hybrid.niah.report import write_report
+        >>> from hooked_hybrid.niah.settings import Setting
+        >>> cells = prompts.grid(model, [needles.PAPER], lengths=[96], depths=[0.5])
+        >>> settings = [Setting("whole")]
+        >>> table = sweep.niah(model, cells, settings, verbose=False)
+        >>> write_report(table, settings, {"model": "tiny-griffin"}, "results").report.name
+        'report.html'
     """
     folder = Path(folder)
     further = {
@@ -124,6 +140,14 @@ def save_pictures(
     """Write every figure as PNG and PDF; return the paths of the PNGs, the joint maps first.
 
     The curves are left out if no setting has a k; their split by window, if no needle is beyond it.
+
+    Examples:
+        >>> from hooked_hybrid.niah import needles, prompts, sweep
+        >>> from hooked_hybrid.niah.report import save_pictures
+        >>> cells = prompts.grid(model, [needles.PAPER], lengths=[96], depths=[0.5])
+        >>> table = sweep.niah(model, cells, {"whole": []}, verbose=False)
+        >>> [path.suffix for path in save_pictures(table, "pictures")]
+        ['.png', '.png']
     """
     folder = Path(folder)
     refuse_link(folder / "maps")
@@ -147,6 +171,14 @@ def summary_rows(
 
     With `losses` (of `text_loss`), the loss of text in nats a token and its difference from the
     first setting are shown too.
+
+    Examples:
+        >>> from hooked_hybrid.niah import needles, prompts, sweep
+        >>> from hooked_hybrid.niah.report import summary_rows
+        >>> cells = prompts.grid(model, [needles.PAPER], lengths=[96], depths=[0.5])
+        >>> headings, rows = summary_rows(sweep.niah(model, cells, {"whole": []}, verbose=False))
+        >>> headings[:3], rows[0][:3]
+        (['setting', 'cells', 'accuracy'], ['whole', '1', '100.0%'])
     """
     figures = summary(table)
     headings = ["setting", "cells", "accuracy", "95% interval", "whole answer"]
@@ -168,7 +200,13 @@ def summary_rows(
 
 
 def versions() -> dict[str, str]:
-    """Return the versions that the numbers may depend on."""
+    """Return the versions that the numbers may depend on.
+
+    Examples:
+        >>> from hooked_hybrid.niah.report import versions
+        >>> "torch" in versions()
+        True
+    """
     found = {"Python": platform.python_version()}
     for name in _PACKAGES:
         try:

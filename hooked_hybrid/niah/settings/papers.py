@@ -59,6 +59,11 @@ def weight_matrix(
 
     Raises:
         ValueError: an unknown mode (when the sweep checks its hooks).
+
+    Examples:
+        >>> from hooked_hybrid.niah.settings.papers import weight_matrix
+        >>> [setting.name for setting in weight_matrix(["keep"], ["keep", "omit"])]
+        ['keep-keep', 'keep-omit']
     """
     before, after = ({mode: _on_needle(mode) for mode in modes} for modes in (prefill, generation))
     return [
@@ -79,7 +84,13 @@ def weight_matrix(
 
 
 def layer_settings(cfg: HybridConfig) -> list[Setting]:
-    """Return settings for the whole model, and for each kind of layer and each mixer zeroed."""
+    """Return settings for the whole model, and for each kind of layer and each mixer zeroed.
+
+    Examples:
+        >>> from hooked_hybrid.niah.settings.papers import layer_settings
+        >>> [setting.name for setting in layer_settings(model.cfg)][:4]
+        ['whole', 'no attention', 'no RG-LRU', 'no MLP']
+    """
     settings = [WHOLE]
     for mixer in MIXERS.values():
         if layers := layers_of(cfg, mixer.kind):
@@ -93,7 +104,14 @@ def layer_settings(cfg: HybridConfig) -> list[Setting]:
 
 
 def head_settings(cfg: HybridConfig) -> list[Setting]:
-    """Return settings for the whole model, and for each single attention head zeroed."""
+    """Return settings for the whole model, and for each single attention head zeroed.
+
+    Examples:
+        >>> from hooked_hybrid.niah.settings.papers import head_settings
+        >>> settings = head_settings(model.cfg)
+        >>> len(settings), settings[1].name
+        (17, 'no head 2.0')
+    """
     heads = [(layer, head) for layer, n in heads_of(cfg).items() for head in range(n)]
     sets = [{layer: [head]} for layer, head in heads]
     names = [f"no head {layer}.{head}" for layer, head in heads]
@@ -134,6 +152,11 @@ def control_settings(
 
     Raises:
         ValueError: a k out of range, or fewer than one draw.
+
+    Examples:
+        >>> from hooked_hybrid.niah.settings.papers import control_settings
+        >>> len(control_settings(model.cfg, ks=[4], n_draws=2))
+        10
     """
     counts = heads_of(cfg)
     if (n_draws is not None and n_draws < 1) or any(not 0 < k < min(counts.values()) for k in ks):

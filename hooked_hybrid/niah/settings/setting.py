@@ -25,6 +25,12 @@ class PerRow:
 
     `make` is called with a tensor [batch] of the arguments and returns hooks for the whole batch,
     which replace the setting's `generation`, and its `prefill` if it has one.
+
+    Examples:
+        >>> from hooked_hybrid.niah.settings import PerRow, Setting
+        >>> setting = Setting("k=2", per_row=PerRow(interventions.keep_top_heads, 2))
+        >>> setting.per_row.argument
+        2
     """
 
     make: Callable[[Tensor], list[HookSpec]]
@@ -44,6 +50,12 @@ class Setting:
         generation: hooks of the generation stage, or such a function.
         spec: a description of the setting in JSON-able values, stored with the results.
         per_row: a form of these hooks for many settings at a time.
+
+    Examples:
+        >>> from hooked_hybrid.niah.settings import Setting
+        >>> hooks = tuple(interventions.ablate_layers(5, "mlp"))
+        >>> Setting("no last MLP", prefill=hooks, generation=hooks).name
+        'no last MLP'
     """
 
     name: str
@@ -69,6 +81,11 @@ def top_k_settings(
 
     Raises:
         ValueError: another stage, or a k below 0.
+
+    Examples:
+        >>> from hooked_hybrid.niah.settings import top_k_settings
+        >>> [setting.name for setting in top_k_settings([0, 8])]
+        ['generation k=0', 'generation k=8', 'both k=0', 'both k=8']
     """
     if unknown := set(stages) - {"generation", "both"}:
         raise ValueError(f"stages {sorted(unknown)}: give 'generation' and 'both'")
@@ -88,19 +105,46 @@ def top_k_settings(
 
 
 def depends_on_prompt(setting: Setting) -> bool:
-    """Whether its hooks are made for each prompt."""
+    """Whether its hooks are made for each prompt.
+
+    Examples:
+        >>> from hooked_hybrid.niah.settings import Setting, depends_on_prompt
+        >>> on_needle = lambda prompt: interventions.manipulate_span("omit", prompt.needle_spans[0])
+        >>> depends_on_prompt(Setting("omit", generation=on_needle))
+        True
+        >>> depends_on_prompt(Setting("whole"))
+        False
+    """
     return callable(setting.prefill) or callable(setting.generation)
 
 
 def hooks_for(hooks: Hooks, prompt: Prompt) -> tuple[HookSpec, ...]:
-    """Return the hooks, made for the prompt if they depend on it."""
+    """Return the hooks, made for the prompt if they depend on it.
+
+    Examples:
+        >>> from hooked_hybrid.niah import needles, prompts
+        >>> from hooked_hybrid.niah.settings import hooks_for
+        >>> on_needle = lambda prompt: interventions.manipulate_span("omit", prompt.needle_spans[0])
+        >>> (prompt,) = prompts.grid(model, [needles.PAPER], lengths=[96], depths=[0.5])
+        >>> len(hooks_for(on_needle, prompt))
+        1
+    """
     return tuple(hooks(prompt)) if callable(hooks) else tuple(hooks)
 
 
 def hooks_of_rows(
     rows: Sequence[tuple[Setting, Prompt]], stage: Literal["prefill", "generation"]
 ) -> list[HookSpec]:
-    """Return hooks of a stage for a batch in which row i is a prompt with a setting."""
+    """Return hooks of a stage for a batch in which row i is a prompt with a setting.
+
+    Examples:
+        >>> from hooked_hybrid.niah import needles, prompts
+        >>> from hooked_hybrid.niah.settings import hooks_of_rows, top_k_settings
+        >>> (prompt,) = prompts.grid(model, [needles.PAPER], lengths=[96], depths=[0.5])
+        >>> rows = [(setting, prompt) for setting in top_k_settings([0, 2], ["generation"])]
+        >>> len(hooks_of_rows(rows, "generation"))
+        2
+    """
     alone: dict[Any, tuple[tuple[HookSpec, ...], list[int]]] = {}
     together: dict[Any, list[int]] = {}
     arguments = torch.zeros(len(rows), dtype=torch.long)
@@ -132,6 +176,11 @@ def settings_identity(model: HookedHybrid, settings: Sequence[Setting]) -> dict[
 
     Raises:
         UntoldError: hooks with content that cannot be identified.
+
+    Examples:
+        >>> from hooked_hybrid.niah.settings import settings_identity, top_k_settings
+        >>> list(settings_identity(model, top_k_settings([0, 8])))
+        ['generation k=0', 'generation k=8', 'both k=0', 'both k=8']
     """
     known = known_of(model)
     return {

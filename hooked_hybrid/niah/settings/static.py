@@ -51,6 +51,12 @@ def static_settings(
 
     Raises:
         ValueError: as `check_sizes`, or a ranking of other layers.
+
+    Examples:
+        >>> from hooked_hybrid.niah.settings.static import static_settings
+        >>> rankings = {"induction": analysis.induction_scores(model, n_tokens=20, batch=2)}
+        >>> len(static_settings(model.cfg, rankings, ks=[4], n_draws=2))
+        8
     """
     counts, ks = check_sizes(cfg, ks, n_draws), list(dict.fromkeys(ks))
     for name, ranking in rankings.items():

@@ -58,6 +58,14 @@ def model_identity(model: HookedHybrid) -> dict[str, Any]:
 
     Raises:
         UntoldError: a hook or the tokenizer holds something whose content cannot be identified.
+
+    Examples:
+        >>> from hooked_hybrid.runs.identity import model_identity
+        >>> identity = model_identity(model)
+        >>> identity["dtype"], identity["hooks"]
+        ('torch.float32', [])
+        >>> model_identity(jamba)["weights"] == identity["weights"]
+        False
     """
     known = known_of(model)
     return {
