@@ -66,7 +66,7 @@ def run_page(text: str, name: str, scope: dict[str, Any] | None = None) -> list[
     scope["__name__"] = "__main__"
     blocks, printed = blocks_of(text), []
     for block, following in zip(blocks, [*blocks[1:], None], strict=True):
-        shown = following.text.strip() if following and following.language == "text" else ""
+        shown = following.text.strip("\n") if following and following.language == "text" else ""
         if block.language not in ("python", "sh"):
             continue
         if not block.runs:
@@ -90,7 +90,7 @@ def run_python(block: Block, scope: dict[str, Any], name: str) -> str:
     out = io.StringIO()
     with contextlib.redirect_stdout(out):
         exec(compile(source, name, "exec"), scope)
-    return "\n".join(line.rstrip() for line in out.getvalue().strip().splitlines())
+    return "\n".join(line.rstrip() for line in out.getvalue().strip("\n").splitlines())
 
 
 def commands_of(block: Block) -> Iterator[str]:
