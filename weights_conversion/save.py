@@ -20,6 +20,7 @@ from hooked_hybrid.outputs.whole_folders import exchange, to_disk
 from weights_conversion.families import family_that_writes
 from weights_conversion.generation import FILE as GENERATION_FILE
 from weights_conversion.generation import generation_config_to_save
+from weights_conversion.json_files import LARGEST_CONFIG, read_json
 from weights_conversion.rules import Rule, revert
 
 CHECKPOINT_FILES = re.compile(
@@ -107,10 +108,10 @@ def _files_to_keep(target: Path, overwrite: bool) -> list[Path] | None:
             f"{target} is not empty: give a new directory, or overwrite=True to replace the "
             "checkpoint in it; nothing is overwritten"
         )
-    if not (target / "config.json").is_file():
+    if not _is_of_a_model(target / "config.json"):
         raise FileExistsError(
-            f"{target} is not empty and holds no checkpoint (no config.json), which overwrite=True "
-            "would replace: give a new directory"
+            f"{target} is not empty and holds no checkpoint (no config.json of a model), which "
+            "overwrite=True would replace: give a new directory"
         )
     if odd := sorted(path.name for path in files if path.is_symlink() or not path.is_file()):
         raise FileExistsError(
@@ -118,6 +119,14 @@ def _files_to_keep(target: Path, overwrite: bool) -> list[Path] | None:
             "or give a new directory; nothing is overwritten"
         )
     return [path for path in files if not CHECKPOINT_FILES.fullmatch(path.name)]
+
+
+def _is_of_a_model(config: Path) -> bool:
+    """Return whether a file is a config.json that names a kind of model; programs have theirs."""
+    try:
+        return "model_type" in read_json(config, LARGEST_CONFIG)
+    except (OSError, ValueError):
+        return False
 
 
 def _write_tensors(folder: Path, model: Network, rules: list[Rule], max_shard_size: int) -> None:

@@ -162,7 +162,8 @@ def _experiment_in(path: Path) -> dict[str, Any]:
     version = found.pop("format", FORMAT)
     if not isinstance(version, int) or version > FORMAT:
         raise ValueError(
-            f"{path} was written by a newer version of this library (format {version}, this one "
+            f"{path} was written by a newer version of this library (format "
+            f"{one_line(version, 60)}, this one "
             f"reads {FORMAT}): update the library, or give another folder; nothing was changed"
         )
     return found

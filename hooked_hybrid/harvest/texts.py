@@ -13,6 +13,8 @@ from hooked_hybrid.outputs.foreign import (
     one_line,
     parse_json,
     read_json,
+    read_lines,
+    read_text,
     require_plain_file,
 )
 
@@ -70,19 +72,18 @@ def _read(file: Path, field: str) -> Iterator[str]:
 
 
 def _whole(file: Path, field: str) -> Iterator[str]:  # noqa: ARG001  (a text has no fields)
-    yield file.read_text(encoding="utf-8-sig")
+    yield read_text(file, "utf-8-sig")
 
 
 def _lines(file: Path, field: str) -> Iterator[str]:
-    with file.open(encoding="utf-8-sig") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                row = parse_json(line, f"texts {file}, line {number}")
-            except ValueError as error:
-                raise ValueError(str(error)) from None
-            yield _text_of(row, field, f"{file}, line {number}")
+    for number, line in enumerate(read_lines(file, "utf-8-sig"), 1):
+        if not line.strip():
+            continue
+        try:
+            row = parse_json(line, f"texts {file}, line {number}")
+        except ValueError as error:
+            raise ValueError(str(error)) from None
+        yield _text_of(row, field, f"{file}, line {number}")
 
 
 def _rows_of(folder: Path, field: str) -> Iterator[str]:

@@ -82,6 +82,7 @@ def load_values(
     about, tensors = _read(path, device)
     cache = kind({}, None)
     try:
+        _require_types(about, tensors)
         cache.cache_dict = {name: tensors[name] for name in about["names"]}
         cache.axes = {str(n): tuple(map(str, axes)) for n, axes in about["axes"].items()}
         at: Any = lambda i: None if i is None else tensors[f"{_PLACES}{int(i)}"]  # noqa: E731
@@ -95,6 +96,35 @@ def load_values(
             raise ValueError(f"{path} holds {unknown[0]!r}, which this model does not have")
         cache.model = model
     return cache
+
+
+def _require_types(about: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    """Refuse what `save_values` does not write: names, axes, places and flags of other kinds.
+
+    Raises:
+        LookupError, TypeError, ValueError: what is wrong, shortly.
+    """
+    names, axes, places = about["names"], about["axes"], about["places"]
+    if not isinstance(names, list) or len(set(names)) < len(names) or {*axes} - {*names}:
+        raise ValueError("names or axes")
+    for name, its in axes.items():
+        is_whole = isinstance(its, list) and all(isinstance(axis, str) for axis in its)
+        if not is_whole or len(its) != tensors[name].ndim:
+            raise ValueError(f"axes of {name}")
+    n_places = sum(name.startswith(_PLACES) for name in tensors)
+    indices = [i for pair in places.values() for i in pair if i is not None]
+    if not all(type(i) is int and 0 <= i < n_places for i in indices):
+        raise ValueError("places")
+    if type(about["has_batch_dim"]) is not bool or type(about["n_layers"]) is not int:
+        raise TypeError("has_batch_dim or n_layers")
+    if about["n_layers"] < 0:
+        raise ValueError("n_layers")
+    read = about["pos_slice"]
+    numbers = read if isinstance(read, list) else [read]
+    if isinstance(read, dict):
+        numbers = [number for number in read["slice"] if number is not None]
+    if read is not None and read != "last" and not all(type(i) is int for i in numbers):
+        raise ValueError("pos_slice")
 
 
 def _read(

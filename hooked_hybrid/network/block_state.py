@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, NoReturn
+from typing import Any, ClassVar, NoReturn, get_type_hints
 
 import torch
 from jaxtyping import Float, Int
@@ -119,6 +119,30 @@ class RecurrentState(BlockState):
 
     conv: Float[Tensor, "batch tap channel"]
     ssm: Float[Tensor, "batch channel ..."]
+
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def require_types(block: BlockState, where: str) -> None:
+    """Refuse tensors of other dtypes or numbers of axes than the class of the state has.
+
+    Raises:
+        ValueError: it names the tensor.
+    """
+    if isinstance(block, JointState):
+        for path, part in block.parts.items():
+            require_types(part, f"{where}.{path}")
+        return
+    for name, kind in get_type_hints(type(block)).items():
+        if name not in block.tensors():
+            continue
+        t = block.tensors()[name]
+        usual = FLOATS if t.is_floating_point() else (torch.int64,)
+        if not isinstance(t, kind) or t.dtype not in usual:
+            raise ValueError(f"{where}.{name} has {t.ndim} axes of {t.dtype}: not of a state")
+        if name == "pos" and bool((t < -1).any()):
+            raise ValueError(f"{where}.pos is below -1")
 
 
 def kept_dtype(name: str, dtype: torch.dtype) -> torch.dtype:

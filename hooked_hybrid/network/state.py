@@ -21,7 +21,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from hooked_hybrid.hooks.slicing import Indices, indices_on
-from hooked_hybrid.network.block_state import BlockState, block_of, cat_blocks, graft, leaf_of
+from hooked_hybrid.network.block_state import (
+    BlockState,
+    block_of,
+    cat_blocks,
+    graft,
+    leaf_of,
+    require_types,
+)
 from hooked_hybrid.outputs.foreign import one_line, parse_json, require_safetensors
 from hooked_hybrid.outputs.whole_files import replacing
 
@@ -311,8 +318,7 @@ class HybridState:
                 if value is not None and (type(value) is not int or value < 0):
                     raise ValueError(f"{name}={one_line(value)}")
             state = cls.from_tensors(tensors, n_seen, n_blocks)
-            if any(t.ndim == 0 or len(t) != state.batch_size for t in tensors.values()):
-                raise ValueError("its tensors are of other numbers of rows")
+            state._require_types()
         except (AttributeError, LookupError, TypeError, ValueError) as error:
             raise ValueError(f"{path} holds no whole state ({one_line(error)})") from error
         return state
@@ -358,6 +364,23 @@ class HybridState:
         return dataclasses.replace(
             self, blocks=blocks, next_pos=fn(self.next_pos), segment=fn(self.segment)
         )
+
+    def _require_types(self) -> None:
+        """Refuse tensors that no forward returns, such as those of a file of others.
+
+        Raises:
+            ValueError: another number of rows or axes, another dtype, or a position below 0.
+        """
+        counters = {"next_pos": self.next_pos, "segment": self.segment}
+        for name, t in self.tensors().items():
+            if t.ndim == 0 or len(t) != self.batch_size:
+                raise ValueError("its tensors are of other numbers of rows")
+            if name in counters and (t.ndim != 1 or t.dtype != torch.int64):
+                raise ValueError(f"{name} has {t.ndim} axes of {t.dtype}, not one of torch.int64")
+        for i, block in enumerate(self.blocks):
+            require_types(block, f"blocks.{i}")
+        if bool((self.next_pos < 0).any()):
+            raise ValueError("next_pos is below 0")
 
     def _indices(self, rows: Any) -> Tensor:
         try:

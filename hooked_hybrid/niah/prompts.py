@@ -17,6 +17,7 @@ from hooked_hybrid.niah.boundaries import NAMES, SENTENCE
 from hooked_hybrid.niah.haystacks.haystack import sentences
 from hooked_hybrid.niah.needles import PAPER, AnyNeedle, distractors_for, needle_ids
 from hooked_hybrid.niah.prompt_tokens import HAYSTACK, LONGEST, QUESTION, Maker, PromptParts
+from hooked_hybrid.outputs.foreign import read_text
 from hooked_hybrid.runs.identity.values import describe
 
 _ONCE = f"CONTEXT:\n{HAYSTACK}\nQUESTION:\n{QUESTION}"
@@ -120,7 +121,7 @@ class Haystack:
 
 def _read(file: Path) -> str:
     try:
-        return file.read_text(encoding="utf-8").strip()
+        return read_text(file).strip()
     except OSError as error:
         raise ValueError(f"haystack {file} cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:

@@ -9,11 +9,14 @@ from __future__ import annotations
 import json
 import os
 import stat
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 LARGEST_SMALL, LARGEST_JSON, LARGEST_RESULTS = 2**20, 2**23, 2**28
 """Largest bytes of a config, of an index, and of results, which grow with the run."""
+LARGEST_TEXT = 2**30
+"""Largest bytes of a document, or of a line that holds one."""
 DEEPEST = 100
 """Largest depth of a JSON value; ours have ten levels, and reading recurses once a level."""
 
@@ -124,6 +127,45 @@ def _is_deeper(value: Any, levels: int) -> bool:
         if not level:
             return False
     return True
+
+
+def read_text(path: Path, encoding: str = "utf-8") -> str:
+    """Return the text of a file or a pipe that a user named, or of a file in a folder of theirs.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: larger than `LARGEST_TEXT` bytes.
+        UnicodeDecodeError: another encoding.
+    """
+    with path.open(encoding=encoding) as file:
+        about = os.fstat(file.fileno())
+        if about.st_size > LARGEST_TEXT:
+            raise _too_long(path)
+        text = file.read(-1 if stat.S_ISREG(about.st_mode) else LARGEST_TEXT + 1)
+    if len(text) > LARGEST_TEXT:
+        raise _too_long(path)
+    return text
+
+
+def read_lines(path: Path, encoding: str = "utf-8") -> Iterator[str]:
+    """Yield the lines of a file or a pipe.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: a line of over `LARGEST_TEXT` characters.
+        UnicodeDecodeError: another encoding.
+    """
+    with path.open(encoding=encoding) as file:
+        while line := file.readline(LARGEST_TEXT + 1):
+            if len(line) > LARGEST_TEXT:
+                raise _too_long(path)
+            yield line
+
+
+def _too_long(path: Path) -> ValueError:
+    return ValueError(
+        f"{printable(path)} has over {LARGEST_TEXT:,} bytes in one document: split it"
+    )
 
 
 def read_json(path: Path, largest: int = LARGEST_JSON, may_be_pipe: bool = False) -> Any:

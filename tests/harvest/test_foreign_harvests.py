@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from safetensors.torch import load_file, save_file
 
 from hooked_hybrid.harvest import HarvestedActivations, read_texts
 from hooked_hybrid.harvest.shards import INDEX
+from hooked_hybrid.niah.prompts import Haystack
+from hooked_hybrid.outputs import foreign
 from tests.harvests import many_shards
 from tests.runs.test_foreign_results import ESCAPE, everything, within
 
@@ -265,6 +268,37 @@ def test_damaged_columns_are_refused_and_crash_nothing(tmp_path: Path):
             assert all(isinstance(text, str) for text in read_texts(folder))
         except ValueError as error:
             assert "texts " in str(error)
+
+
+def test_a_document_longer_than_any_is_refused_before_it_fills_the_memory(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    with (tmp_path / "a.txt").open("wb") as file:
+        file.truncate(2**40)  # sparse
+    for read in (lambda path: list(read_texts(path)), Haystack.read):
+        with pytest.raises(ValueError, match=r"a\.txt has over 1,073,741,824 bytes .*split it"):
+            read(tmp_path / "a.txt")
+    monkeypatch.setattr(foreign, "LARGEST_TEXT", 100)
+    (tmp_path / "a.jsonl").write_text('{"text": "one"}\n{"text": "' + "a" * 100 + '"}\n')
+    documents = read_texts(tmp_path / "a.jsonl")
+    assert next(documents) == "one"
+    with pytest.raises(ValueError, match=r"a\.jsonl has over 100 bytes"):
+        next(documents)
+
+
+def test_a_document_from_a_pipe_is_read_and_bounded(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    def piped(text: str) -> str:
+        os.mkfifo(path := tmp_path / f"{len(text)}.txt")
+        with ThreadPoolExecutor() as pool:
+            pool.submit(path.write_text, text)
+            return foreign.read_text(path)
+
+    monkeypatch.setattr(foreign, "LARGEST_TEXT", 100)
+    assert piped("a" * 100) == "a" * 100
+    with pytest.raises(ValueError, match="has over 100 bytes"):
+        piped("a" * 101)
 
 
 @pytest.mark.parametrize("line", ["[" * 10**5, '{"a": ' * 10**4, '{"\\u001b[31m": 1}', "[1]"])

@@ -110,6 +110,8 @@ def test_blocks_kept_elsewhere_run_on_the_accelerator_of_the_part_before_them(mo
         ({"": "cpu", "blocks.4": "cpu"}, "'blocks.4'; its names are"),
         ({"": "cpu", "blocks.1.mlp": "disk"}, "a block stays whole"),
         ({"": "floppy"}, "'floppy': give a device"),
+        ({"": "xla"}, "'xla', which this machine or this build of torch does not have"),
+        ({"": "privateuseone"}, "'privateuseone', which this machine"),
         ({"": "cpu", "unembed": "meta"}, "run on cpu, meta: give them one device"),
     ],
 )

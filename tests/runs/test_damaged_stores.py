@@ -186,6 +186,7 @@ def test_a_transaction_that_was_killed_is_undone(whole: bytes, tmp_path: Path):
         ("evaluation.json", '{"model": "m', "damaged .*give another folder"),
         ("evaluation.json", "[]", "damaged"),
         ("evaluation.json", '{"format": 9, "model": "m"}', "newer version"),
+        ("evaluation.json", '{"format": "\\u001b[31m"}', r"newer version .*format \\x1b\[31m,"),
         ("calls.json", "[1]", "damaged"),
         ("calls.json", "{}", "damaged .*remove it"),
         ("cells/t--base.json", "", "damaged .*remove it"),

@@ -465,7 +465,18 @@ def test_an_index_names_files_of_its_folder_alone(name: object, tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    "change", [{"n_layers": 1e400}, {"names": [1]}, {"axes": []}, {"places": 3}]
+    "change",
+    [
+        *({"n_layers": n} for n in (1e400, -1, None, "6", True)),
+        *({"names": names} for names in ([1], "hook_embed", {"hook_embed": 1}, ["hook_embed"] * 2)),
+        *({"axes": {"hook_embed": axes}} for axes in (["batch"], [1, 2, 3], "abc", None, [[]] * 3)),
+        *({"axes": axes} for axes in ([], {"mine": []})),
+        *({"places": {"hook_embed": pair}} for pair in ([0, -0.5], [True, 0], [9, 0], [-1, 0], 3)),
+        *({"has_batch_dim": flag} for flag in (1, None, [1])),
+        *({"pos_slice": at} for at in (1.5, True, "../x", [[1]], {"slice": [0.5, 1, 1]}, {})),
+        {"places": 3},
+    ],
+    ids=str,
 )
 def test_a_cache_that_says_what_cannot_be_is_refused(
     change: dict[str, Any], model: HookedHybrid, tmp_path: Path
@@ -480,6 +491,37 @@ def test_a_cache_that_says_what_cannot_be_is_refused(
     save_file(tensors, tmp_path / "c", {"about": json.dumps(about | change)})
     with pytest.raises(ValueError, match="no whole cache"):
         ActivationCache.load(tmp_path / "c")
+
+
+def with_part(state: HybridState, name: str, part: torch.Tensor, path: Path) -> Path:
+    """Write a state of which one tensor is another."""
+    about = {"n_seen": json.dumps(state.n_seen), "n_blocks": json.dumps(len(state.blocks))}
+    tensors = {key: t.clone().contiguous() for key, t in state.tensors().items()}
+    save_file({**tensors, name: part.contiguous()}, path, about)
+    return path
+
+
+def test_a_state_of_other_dtypes_axes_or_positions_is_refused(model: HookedHybrid, tmp_path: Path):
+    _, state = model("the old man", return_state=True)
+    whole = state.tensors()
+    changes = {
+        "next_pos": [whole["next_pos"][None].repeat(1, 1), whole["next_pos"] - 99],
+        "blocks.2.pos": [whole["blocks.2.pos"] - 99, whole["blocks.2.pos"][0]],
+        "blocks.2.k": [whole["blocks.2.k"][..., 0], whole["blocks.2.k"].long()],
+        "blocks.0.ssm": [whole["blocks.0.ssm"][0], whole["blocks.0.ssm"].to(torch.complex64)],
+        "blocks.0.conv": [whole["blocks.0.conv"][..., None]],
+    }
+    kinds = (torch.bool, torch.int32, torch.float16, torch.complex64, torch.float8_e4m3fn)
+    for name in ("next_pos", "segment", "blocks.2.pos"):
+        changes.setdefault(name, []).extend(whole[name].to(kind) for kind in kinds)
+    for name in ("blocks.2.v", "blocks.0.ssm", "blocks.0.conv"):
+        changes.setdefault(name, []).append(whole[name].to(torch.float8_e4m3fn))
+    for name, parts in changes.items():
+        for part in parts:
+            path = with_part(state, name, part, tmp_path / "s")
+            with pytest.raises(ValueError, match=r"s holds no whole state \("):
+                HybridState.load(path)
+    assert HybridState.load(with_part(state, "segment", whole["segment"], tmp_path / "s")) == state
 
 
 @pytest.mark.parametrize("said", [[{"name": ["x"], "template": "a"}], {"a": 1}, 3, [3]])

@@ -78,6 +78,11 @@ def test_a_new_or_empty_folder_is_written_and_a_link_is_followed(
     ("make", "match"),
     [
         (lambda folder: (folder / "config.json").unlink(), "holds no checkpoint"),
+        (
+            lambda f: (f / "config.json").write_text('{"editor": "vim"}'),
+            "no config.json of a model",
+        ),
+        (lambda f: (f / "config.json").write_text("[]"), "no config.json of a model"),
         (lambda folder: (folder / "runs").mkdir(), "holds 'runs' too"),
         (lambda folder: (folder / "link").symlink_to(folder / "README.md"), "holds 'link' too"),
     ],

@@ -135,9 +135,22 @@ def _device(given: str | int | torch.device | None) -> tuple[torch.device, bool]
     n_gpus, index = torch.cuda.device_count(), device.index or 0
     if device.type == "cuda" and index >= n_gpus:
         raise ValueError(f"device_map says {given!r}: this machine has {n_gpus} GPUs")
+    if device.type not in (*ONE_OF_A_KIND, "cuda"):
+        _require_here(device, given)
     if device.type in ONE_OF_A_KIND:
         return torch.device(device.type), False
     return torch.device(device.type, index), False  # as its tensors name it
+
+
+def _require_here(device: torch.device, given: object) -> None:
+    """Refuse a device that torch has a name for, and this machine or this torch does not have."""
+    try:
+        torch.empty(1, device=device)
+    except (AssertionError, ImportError, RuntimeError) as error:
+        raise ValueError(
+            f"device_map says {given!r}, which this machine or this build of torch does not have: "
+            "give 'cuda:0', a GPU's number, 'cpu' or 'disk'"
+        ) from error
 
 
 def _runs_on(
