@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 Ks = Annotated[
     list[int] | None,
-    typer.Option("--k", help="Heads kept where others are zeroed: --k 2 --k 4.", show_default="4"),
+    typer.Option("--k", help="Heads kept where others are zeroed: --k 2,4.", show_default="4"),
 ]
 
 
@@ -38,7 +38,7 @@ def cached_state(run: RunOptions, prompts: PromptOptions, k: Ks = None) -> None:
     Some parts of the prompt's state, and of its update in each step, come from a run with zeroed
     heads, the others from an unmodified one. In other cases everything is run again for each token.
 
-    Example: hooked-hybrid cached-state --model tiny-griffin --k 3 --k 4 --out results/cached
+    Example: hooked-hybrid cached-state --model tiny-griffin --k 3,4 --out results/cached
     """
     with run.started() as workers:
         model = run.load()

@@ -40,7 +40,7 @@ def main(arguments: list[str] | None = None) -> int:
         action="append",
         default=[],
         metavar="NAME",
-        help="setting of config.json to ignore; may be given several times",
+        help="setting of config.json to ignore; several by commas, or one by one",
     )
     parser.add_argument(
         "--check",
@@ -51,7 +51,8 @@ def main(arguments: list[str] | None = None) -> int:
     if not args.check and args.target is None:
         parser.error("give a directory to write, or --check")
     given = {"n_keys": args.n_keys, "n_heads": args.n_heads}
-    how = {"adapter": args.adapter, "ignore_config_keys": args.ignore_config_key}
+    ignored = [name.strip() for names in args.ignore_config_key for name in names.split(",")]
+    how = {"adapter": args.adapter, "ignore_config_keys": ignored}
     overrides = {name: value for name, value in given.items() if value is not None}
     try:
         if args.check:

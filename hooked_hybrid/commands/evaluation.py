@@ -38,7 +38,7 @@ class FormName(StrEnum):
 Tasks = Annotated[
     list[str],
     typer.Option(
-        help="Tasks, groups or tags of lm-eval: --tasks glue --tasks mmlu. needle_choice comes "
+        help="Tasks, groups or tags of lm-eval: --tasks glue,mmlu. needle_choice comes "
         "with this program and needs no network."
     ),
 ]
@@ -79,16 +79,30 @@ Chat = Annotated[
         "--chat/--no-chat",
         help="Put prompts in the model's chat template, each example a turn.",
         show_default="if the checkpoint has a template",
+        rich_help_panel="More options",
     ),
 ]
-BatchSize = Annotated[str, typer.Option(help="Rows of a forward, or auto: --batch-size 8.")]
+BatchSize = Annotated[
+    str,
+    typer.Option(
+        help="Rows of a forward, or auto: --batch-size 8.", rich_help_panel="More options"
+    ),
+]
 MaxLength = Annotated[
     int | None,
-    typer.Option(help="Most tokens to read.", min=2, show_default="from the checkpoint"),
+    typer.Option(
+        help="Most tokens to read.",
+        min=2,
+        show_default="from the checkpoint",
+        rich_help_panel="More options",
+    ),
 ]
 IncludePath = Annotated[
     Path | None,
-    typer.Option(help="Folder of further tasks, in lm-eval's own format; their code is run."),
+    typer.Option(
+        help="Folder of further tasks, in lm-eval's own format; their code is run.",
+        rich_help_panel="More options",
+    ),
 ]
 
 

@@ -32,12 +32,16 @@ Hooks = Annotated[
     list[str],
     typer.Option(
         "--hook",
-        help="Hook point or pattern: --hook 'blocks.*.hook_resid_post' --hook hook_embed.",
+        help="Hook point or pattern: --hook 'blocks.*.hook_resid_post',hook_embed,z2.",
     ),
 ]
 Field = Annotated[
     str | None,
-    typer.Option(help="Field of a line with the text: --field content.", show_default="text"),
+    typer.Option(
+        help="Field of a line with the text: --field content.",
+        show_default="text",
+        rich_help_panel="More options",
+    ),
 ]
 NDocuments = Annotated[
     int | None,
@@ -55,10 +59,16 @@ WrittenDtype = Annotated[
         "--write",
         help="Dtype of the values in the shards: --write bfloat16.",
         show_default="--dtype",
+        rich_help_panel="More options",
     ),
 ]
 ShardMegabytes = Annotated[
-    int, typer.Option(help="Approximate size of a shard: --shard-megabytes 2048.", min=1)
+    int,
+    typer.Option(
+        help="Approximate size of a shard: --shard-megabytes 2048.",
+        min=1,
+        rich_help_panel="More options",
+    ),
 ]
 PrependBos = Annotated[
     bool | None,
@@ -66,11 +76,16 @@ PrependBos = Annotated[
         "--prepend-bos/--no-prepend-bos",
         help="Begin every context with BOS.",
         show_default="the tokenizer's default",
+        rich_help_panel="More options",
     ),
 ]
 KeepSpecial = Annotated[
     bool,
-    typer.Option("--keep-special", help="Write the rows of BOS, EOS and padding tokens too."),
+    typer.Option(
+        "--keep-special",
+        help="Write the rows of BOS, EOS and padding tokens too.",
+        rich_help_panel="More options",
+    ),
 ]
 Seed = Annotated[
     int | None,

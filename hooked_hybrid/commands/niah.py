@@ -44,7 +44,7 @@ def _option(text: str, *names: str, **settings: Any) -> Any:
 
 Ks = Annotated[
     list[int] | None,
-    _option("Heads kept per attention layer: --k 0 --k 2.", "--k", show_default="each from 0 up"),
+    _option("Heads kept per attention layer: --k 0,2.", "--k", show_default="each from 0 up"),
 ]
 Stages = Annotated[
     list[Stage] | None,
@@ -72,7 +72,7 @@ def niah(
     Writes a table, retrieval maps, accuracy by k, and a report with the papers' numbers. It may
     be stopped at any time and continued by the same command with --resume.
 
-    Example: hooked-hybrid niah --model tiny-jamba --k 0 --k 2 --stages generation --out results/j
+    Example: hooked-hybrid niah --model tiny-jamba --k 0,2 --stages generation --out results/j
     """
     with run.started() as workers:
         if not any(prompts.needles):

@@ -60,15 +60,15 @@ Texts = Annotated[
 ]
 FewKs = Annotated[
     list[int] | None,
-    typer.Option("--k", help="Heads kept: --k 0 --k 2.", show_default="0, 1 and 2"),
+    typer.Option("--k", help="Heads kept: --k 0,2.", show_default="0, 1 and 2"),
 ]
 HalfKs = Annotated[
     list[int] | None,
-    typer.Option("--k", help="Heads kept: --k 2 --k 4.", show_default="half the heads"),
+    typer.Option("--k", help="Heads kept: --k 2,4.", show_default="half the heads"),
 ]
 EveryK = Annotated[
     list[int] | None,
-    typer.Option("--k", help="Heads kept in each layer: --k 2 --k 4.", show_default="each"),
+    typer.Option("--k", help="Heads kept in each layer: --k 2,4.", show_default="each"),
 ]
 Follow = Annotated[
     bool,
@@ -147,7 +147,7 @@ def read_twice(model: HookedHybrid, k: FewKs = None) -> ExperimentPlan:
 
     It runs all heads, and the numbers of --k (by default 0, 1 and 2).
 
-    Example: hooked-hybrid read-twice --model tiny-jamba --k 0 --k 2 --out results/twice
+    Example: hooked-hybrid read-twice --model tiny-jamba --k 0,2 --out results/twice
     """
     # All heads first, with which the loss of the others is compared.
     ks = heads_to_keep([*_all_heads(model), *(k or [0, 1, 2])], model.cfg)
@@ -157,6 +157,14 @@ def read_twice(model: HookedHybrid, k: FewKs = None) -> ExperimentPlan:
 @experiment
 def weights(model: HookedHybrid, follow: Follow = False) -> ExperimentPlan:  # noqa: ARG001
     """Change the attention weights on the needle, in prefill and in generation: the 5 x 4 matrix.
+
+    Each setting is named PREFILL-GENERATION, of these; weights are not renormalised:
+
+        keep    nothing changes
+        omit    weights on the needle are 0
+        only    weights on everything but the needle are 0
+        binary  as only, and those on the needle are all their mean
+        null    every weight is 0 (in prefill alone)
 
     With --follow, generation also has weights on one token at a time, that being generated.
 
@@ -210,7 +218,7 @@ def static(
 
     Retrieval scores are computed on other prompts: needles, cities and haystack of no sweep.
 
-    Example: hooked-hybrid static --model tiny-griffin --k 2 --k 4 --out results/static
+    Example: hooked-hybrid static --model tiny-griffin --k 2,4 --out results/static
     """
     ks = list(k or range(1, _all_heads(model)[0]))
     check_sizes(model.cfg, ks, draws)  # before the scores are computed

@@ -55,6 +55,10 @@ def _option(text: str, *names: str, **settings: Any) -> Any:
     return typer.Option(*names, help=text, **settings)
 
 
+def _more(text: str, *names: str, **settings: Any) -> Any:
+    return typer.Option(*names, help=text, rich_help_panel="More options", **settings)
+
+
 PaperName = Annotated[Paper, _option("The paper: --paper thesis2025.")]
 Only = Annotated[
     list[str] | None,
@@ -68,18 +72,18 @@ Quick = Annotated[
 ]
 HeldOut = Annotated[
     int | None,
-    _option(
+    _more(
         "Needles of each seed in addition to the paper's: --held-out 5.",
         min=1,
         show_default="3 for a packaged model, else 2",
     ),
 ]
 Seeds = Annotated[
-    int | None, _option("Haystacks and sets of needles: --seeds 3.", min=2, show_default="2")
+    int | None, _more("Haystacks and sets of needles: --seeds 3.", min=2, show_default="2")
 ]
 FirstTokenStage = Annotated[
     Literal["prefill", "generation"] | None,
-    _option(
+    _more(
         "Stage that chooses the first new token: --first-token prefill.",
         "--first-token",
         show_default="that of the papers' programs for this kind of model",
@@ -87,21 +91,21 @@ FirstTokenStage = Annotated[
 ]
 Lengths = Annotated[
     list[int] | None,
-    _option(
-        "Tokens of a prompt: --lengths 256 --lengths 512.",
+    _more(
+        "Tokens of a prompt: --lengths 256,512.",
         show_default="up to twice the window: 10, or 6 for a packaged model",
     ),
 ]
 Depths = Annotated[
     list[float] | None,
-    _option(
-        "Share of the haystack before the needle: --depths 0 --depths 0.5.",
+    _more(
+        "Share of the haystack before the needle: --depths 0,0.5.",
         show_default="from 0 to 1: 10, or 5 for a packaged model",
     ),
 ]
 ThesisDepth = Annotated[
     bool | None,
-    _option(
+    _more(
         "Whether maps count depth from the end.",
         "--thesis-depth/--no-thesis-depth",
         show_default="as the paper does",
@@ -109,7 +113,7 @@ ThesisDepth = Annotated[
 ]
 IncludePath = Annotated[
     Path | None,
-    _option(
+    _more(
         "Folder of tasks in lm-eval's format, whose code is run; a group glue or mmlu there is "
         "read in place of lm-eval's. Give it again with --resume: --include-path tasks/."
     ),

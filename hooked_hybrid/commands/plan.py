@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Annotated, Any, Literal
 
@@ -28,8 +29,10 @@ from hooked_hybrid.commands.accounting import Model
 from hooked_hybrid.commands.program import report_errors
 from hooked_hybrid.network.placement.places import DISK
 
+LENGTHS = (2048, 8192, 32768)
+
 Gpus = Annotated[
-    str | None,
+    list[str] | None,
     typer.Option(
         help="GPUs and their memory: --gpus 8x40GB, or 2x80GB,1x24GB.",
         show_default="this machine's, unless --cpu is given",
@@ -44,7 +47,11 @@ Cpu = Annotated[
 ]
 Disk = Annotated[bool, typer.Option("--disk", help="Allow blocks on the disk.")]
 Lengths = Annotated[
-    str, typer.Option(help="Tokens of prompt and continuation: --lengths 2048,8192,65536.")
+    list[int] | None,
+    typer.Option(
+        help="Tokens of prompt and continuation: --lengths 2048,8192,65536.",
+        show_default=", ".join(map(str, LENGTHS)),
+    ),
 ]
 Batch = Annotated[int, typer.Option(help="Rows: --batch 8.", min=1)]
 Dtype = Annotated[
@@ -66,7 +73,7 @@ def plan(
     gpus: Gpus = None,
     cpu: Cpu = None,
     disk: Disk = False,
-    lengths: Lengths = "2048,8192,32768",
+    lengths: Lengths = None,
     batch: Batch = 1,
     dtype: Dtype = "bfloat16",
     quantize: Quantize = None,
@@ -79,7 +86,12 @@ def plan(
     with report_errors(kept=None):
         machine = _machine(gpus, cpu, disk)
         found = make_plan(
-            config_of(model), machine, _numbers(lengths), batch, getattr(torch, dtype), quantize
+            config_of(model),
+            machine,
+            list(lengths or LENGTHS),
+            batch,
+            getattr(torch, dtype),
+            quantize,
         )
         if as_json:
             Console().print_json(json.dumps(as_dict(found)))
@@ -137,18 +149,11 @@ def as_dict(found: MemoryPlan) -> dict[str, Any]:
     return {**about, "device_map": found.require(), "usage": usage}
 
 
-def _machine(gpus: str | None, cpu: str | None, disk: bool) -> Machine:
+def _machine(gpus: Sequence[str] | None, cpu: str | None, disk: bool) -> Machine:
     if gpus is None and cpu is None:
         return this_machine(None, has_folder=disk)
-    given = () if gpus is None else gpus_of(gpus)
+    given = () if gpus is None else gpus_of(",".join(gpus))
     return Machine(given, 0 if cpu is None else size_of(cpu), ANY_DISK if disk else None)
-
-
-def _numbers(text: str) -> list[int]:
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError as error:
-        raise ValueError(f"--lengths {text!r}: give numbers such as 2048,8192") from error
 
 
 def _devices(found: MemoryPlan, model: str) -> Table:

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import import_module, metadata
-from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from hooked_hybrid.outputs.foreign import printable
 
 if TYPE_CHECKING:
     import typer
-    from typer.core import TyperCommand
 
 _EXPERIMENTS = "hooked_hybrid.commands.niah_experiments"
 _ACCOUNTING = "hooked_hybrid.commands.accounting"
@@ -48,6 +46,8 @@ def build_app() -> typer.Typer:
     """Return the program with all its commands."""
     import typer
 
+    from hooked_hybrid.commands.parsing import Command
+
     app = typer.Typer(
         no_args_is_help=True,
         add_completion=False,
@@ -55,39 +55,9 @@ def build_app() -> typer.Typer:
         help="Experiments on hybrid language models (recurrence + attention).",
     )
     app.callback()(_program_options())
-    command = _command()
     for name, module in COMMANDS.items():
-        app.command(name, cls=command)(getattr(import_module(module), name.replace("-", "_")))
+        app.command(name, cls=Command)(getattr(import_module(module), name.replace("-", "_")))
     return app
-
-
-def _command() -> type[TyperCommand]:
-    """Return the class of the commands, whose errors show an invalid value."""
-    import typer
-    from typer.core import TyperCommand
-
-    class Command(TyperCommand):
-        def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-            given = list(args)
-            try:
-                return super().parse_args(ctx, args)
-            except typer.BadParameter as error:
-                error.message += _unread(error.param, given, error.message)
-                raise
-
-    return Command
-
-
-def _unread(parameter: Any, words: Sequence[str], message: str) -> str:
-    """Return an addition to an option's error: the given value, and how to give several."""
-    names = getattr(parameter, "opts", None) or []
-    pairs = [*pairwise(words), *(tuple(w.split("=", 1)) for w in words)]
-    values = [pair[1] for pair in pairs if len(pair) == 2 and pair[0] in names]
-    said = "" if any(value in message for value in values) else ", ".join(map(repr, values))
-    parts = [part.strip() for value in values for part in value.split(",") if part.strip()]
-    if getattr(parameter, "multiple", False) and len(parts) > len(values):
-        said += f"; give them one by one: {' '.join(f'{names[0]} {part}' for part in parts)}"
-    return printable(f": {said}" if said else "")
 
 
 def _program_options() -> Callable[..., None]:

@@ -21,17 +21,22 @@ def _option(text: str, *names: str, **settings: Any) -> Any:
     return typer.Option(*names, help=text, rich_help_panel="Prompts", **settings)
 
 
+def _more(text: str, *names: str, **settings: Any) -> Any:
+    panel = "Prompts and answers, more"
+    return typer.Option(*names, help=text, rich_help_panel=panel, **settings)
+
+
 Lengths = Annotated[
     list[int] | None,
     _option(
-        "Tokens of a prompt: --lengths 256 --lengths 512.",
+        "Tokens of a prompt: --lengths 256,512.",
         show_default="ten, up to twice the window",
     ),
 ]
 Depths = Annotated[
     list[float] | None,
     _option(
-        "Share of the haystack before the needle: --depths 0 --depths 0.5.",
+        "Share of the haystack before the needle: --depths 0,0.5.",
         show_default="ten, from 0 to 1",
     ),
 ]
@@ -55,20 +60,17 @@ Template = Annotated[
     Literal["base", "instruct", "chat"], _option("Form of the prompt: --template instruct.")
 ]
 Distractors = Annotated[
-    int, _option("Sentences about other cities in each prompt: --distractors 3.", min=0)
+    int, _more("Sentences about other cities in each prompt: --distractors 3.", min=0)
 ]
-MaxNewTokens = Annotated[int, _option("Length of an answer: --max-new-tokens 60.", min=1)]
-Seed = Annotated[int, _option("Seed of the generated haystack and the distractors: --seed 1.")]
+MaxNewTokens = Annotated[int, _more("Length of an answer: --max-new-tokens 60.", min=1)]
+Seed = Annotated[int, _more("Seed of the generated haystack and the distractors: --seed 1.")]
 FirstToken = Annotated[
     Literal["prefill", "generation"],
-    _option("Stage that chooses the first new token: --first-token generation, as Google's code."),
+    _more("Stage that chooses the first new token: --first-token generation, as Google's code."),
 ]
-ReadTwice = Annotated[
-    bool, _option("Give context and question twice: --read-twice.", "--read-twice")
-]
+ReadTwice = Annotated[bool, _more("Give context and question twice: --read-twice.", "--read-twice")]
 ThesisDepth = Annotated[
-    bool,
-    typer.Option("--thesis-depth", help="Count depth from the end, as the thesis: --thesis-depth."),
+    bool, _more("Count depth from the end, as the thesis: --thesis-depth.", "--thesis-depth")
 ]
 
 

@@ -19,9 +19,15 @@ def where(text: str, *names: str, **settings: Any) -> Any:
     return typer.Option(*names, help=text, rich_help_panel="Where the model runs", **settings)
 
 
+def elsewhere(text: str, *names: str, **settings: Any) -> Any:
+    """Return an option of models larger than a device, or of clusters."""
+    panel = "Large models, several machines"
+    return typer.Option(*names, help=text, rich_help_panel=panel, **settings)
+
+
 Ray = Annotated[
     str | None,
-    where(
+    elsewhere(
         "Run on a Ray cluster: --ray local starts one here, --ray HOST:PORT or auto uses one.",
         "--ray",
         show_default="in this process",
@@ -29,7 +35,7 @@ Ray = Annotated[
 ]
 Workers = Annotated[
     int | None,
-    where(
+    elsewhere(
         "Processes that load the model, of --threads cores each: --ray auto --workers 8.",
         min=1,
         show_default="as many as fit the cluster",
@@ -37,7 +43,7 @@ Workers = Annotated[
 ]
 GpusPerWorker = Annotated[
     float,
-    where("GPUs of each, 0.5 for two on one: --ray auto --gpus-per-worker 1.", min=0),
+    elsewhere("GPUs of each, 0.5 for two on one: --ray auto --gpus-per-worker 1.", min=0),
 ]
 
 

@@ -13,7 +13,14 @@ import torch
 import typer
 
 from hooked_hybrid.commands.program import folder, report_errors
-from hooked_hybrid.commands.ray_options import GpusPerWorker, Ray, Workers, where, workers_of
+from hooked_hybrid.commands.ray_options import (
+    GpusPerWorker,
+    Ray,
+    Workers,
+    elsewhere,
+    where,
+    workers_of,
+)
 from hooked_hybrid.model.hybrid import HookedHybrid
 from hooked_hybrid.outputs.folders import claim
 from hooked_hybrid.outputs.foreign import one_line, parse_json, read_json
@@ -46,11 +53,11 @@ Dtype = Annotated[
 ]
 Quantize = Annotated[
     Literal["int8", "nf4"] | None,
-    where("Large weights in 8 or 4 bits: --quantize int8.", show_default="weights in --dtype"),
+    elsewhere("Large weights in 8 or 4 bits: --quantize int8.", show_default="weights in --dtype"),
 ]
 DeviceMapText = Annotated[
     str | None,
-    where(
+    elsewhere(
         "Places of the parts of a model larger than a device: --device-map auto, or a "
         'JSON object ({"": 0, "blocks.3": "cpu"}), or a file with one, such as the output of '
         "`hooked-hybrid plan --json`: --device-map plan.json.",
@@ -59,15 +66,15 @@ DeviceMapText = Annotated[
 ]
 MaxMemory = Annotated[
     list[str] | None,
-    where(
+    elsewhere(
         "Memory for --device-map auto, by number of a GPU and for the CPU: --max-memory "
-        "0=20GB --max-memory cpu=100GB.",
+        "0=20GB,cpu=100GB.",
         show_default="the free memory",
     ),
 ]
 OffloadFolder = Annotated[
     Path | None,
-    where(
+    elsewhere(
         "Folder for blocks on the disk: --offload-folder /scratch/weights.",
         show_default="no blocks on the disk",
         parser=folder,

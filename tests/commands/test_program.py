@@ -12,11 +12,13 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
+import typer
 from rich.console import Console
 from typer.testing import CliRunner
 
 from hooked_hybrid import HookedHybrid
 from hooked_hybrid.commands import niah as command
+from hooked_hybrid.commands import parsing
 from hooked_hybrid.commands import program as cli
 from hooked_hybrid.commands.niah import figures_table, model_card
 from hooked_hybrid.niah.haystacks.word_tokenizer import word_tokenizer
@@ -25,6 +27,7 @@ from hooked_hybrid.niah.lengths import longest_prompt
 from hooked_hybrid.niah.needles import PAPER, held_out_needles
 from hooked_hybrid.niah.prompts import Prompt, default_depths, default_lengths, shortest_length
 from hooked_hybrid.niah.report.report import Written, summary_rows
+from hooked_hybrid.niah.settings.papers import GENERATION_MODES, PREFILL_MODES
 from tests.models import griffin_config, jamba_config, random_model
 from tests.niah.test_summary import sweep_table
 from weights_conversion import CheckpointError
@@ -92,7 +95,8 @@ def run(*arguments: str) -> Any:
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--depths", "0.0,0.5"], ["'0.0,0.5'", "--depths 0.0 --depths 0.5"]),
+        (["--depths", "0.0,half"], ["'--depths'", "'0.0,half'"]),
+        (["--lengths", "80,,90"], ["'80,,90'"]),
         (["--depths", "0", "--lengths=1k"], ["'--lengths'", "'1k'"]),
         (["--k", "1", "--k", "two"], ["'--k'", "'two'"]),
         (["--score", "peak"], ["'peak'", "entropy"]),
@@ -331,12 +335,73 @@ def test_no_figure_is_cut_on_a_narrow_screen(width: int):
 
 
 def test_help_explains_every_option_with_an_example():
-    result = CliRunner().invoke(cli.build_app(), ["niah", "--help"], env={"COLUMNS": "200"})
+    result = CliRunner().invoke(cli.build_app(), ["niah", "--help-all"], env={"COLUMNS": "200"})
     assert result.exit_code == 0 and "Example: hooked-hybrid niah" in result.stdout
     wanted = """model k stages score lengths depths haystack needle n-needles template read-twice
         distractors first-token max-new-tokens device dtype out resume thesis-depth seed threads"""
     for name in wanted.split():
         assert result.stdout.count(f"--{name}") >= 2, name  # the option, and an example of it
+
+
+@pytest.mark.parametrize("width", [60, 80])
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_help_is_short_and_has_every_option_whole(name: str, width: int):
+    command_ = typer.main.get_command(cli.build_app()).commands[name]
+    whole, short = (
+        CliRunner().invoke(cli.build_app(), [name, option], env={"COLUMNS": str(width)}).stdout
+        for option in ("--help-all", "--help")
+    )
+    assert all(len(line) <= width for line in whole.splitlines())
+    words = {word for text in (whole, short) for word in text.replace(",", " ").split()}
+    options = {name for p in command_.params for name in (*p.opts, *p.secondary_opts)}
+    assert options <= words  # none is cut or folded
+    assert "…" not in whole + short
+    advanced = {p.opts[0] for p in command_.params if p.rich_help_panel in parsing.MORE}
+    rows = {match[1] for match in re.finditer(r"^│ (--[\w-]+)", short, re.MULTILINE)}
+    assert rows >= {p.opts[0] for p in command_.params} - advanced and not rows & advanced
+    assert ("--help-all" in short) == bool(advanced)
+    assert advanced <= {m[1] for m in re.finditer(r"^│ (--[\w-]+)", whole, re.MULTILINE)}
+
+
+def test_the_help_of_weights_says_what_each_manipulation_does():
+    shown = CliRunner().invoke(cli.build_app(), ["weights", "--help"], env={"COLUMNS": "80"}).stdout
+    for mode in (*PREFILL_MODES, *GENERATION_MODES):
+        assert re.search(rf"^    {mode} +\w", shown, re.MULTILINE), mode
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "--k 0,4 --lengths 80,90 --depths 0,0.5,1 --stages generation,both",
+        "--k 0 --k 4 --lengths 80 --lengths 90 --depths 0 --depths 0.5,1 --stages both,generation",
+        "--k=0,4 --lengths=80,90 --depths '0, 0.5, 1' --stages generation --stages=both",
+    ],
+)
+def test_lists_are_given_by_commas_or_one_by_one(words: str, sweep: Sweep):
+    result = run(*shlex.split(words))
+    assert result.exit_code == 0, result.output
+    assert sorted({p.length for p in sweep.prompts}) == [80, 90]
+    assert sorted({p.depth for p in sweep.prompts}) == [0, 0.5, 1]
+    assert {*sweep.names} == {f"{s} k={k}" for s in ("generation", "both") for k in (0, 4)}
+
+
+def test_every_list_of_every_command_is_split_at_commas_but_not_the_name_of_a_file(tmp_path: Path):
+    lists = 0
+    for command_ in typer.main.get_command(cli.build_app()).commands.values():
+        for param in command_.params:
+            name = param.opts[0]
+            if not param.multiple:
+                assert [*parsing.split_lists([name, "a,b"], command_.params)] == [name, "a,b"]
+                continue
+            lists += 1
+            split = [*parsing.split_lists([name, "a,b", "--x", "c,d"], command_.params)]
+            assert split == [name, "a", name, "b", "--x", "c,d"]
+    assert lists >= 20
+    (tmp_path / "a,b.json").touch()
+    path = str(tmp_path / "a,b.json")
+    params = typer.main.get_command(cli.build_app()).commands["niah"].params
+    assert [*parsing.split_lists(["--needle", path], params)] == ["--needle", path]
+    assert [*parsing.split_lists([f"--needle={path},paper"], params)][-1] == "--needle=paper"
 
 
 def test_experiments_are_commands_of_one_program():

@@ -322,7 +322,7 @@ def test_a_folder_whose_code_would_run_is_never_taken_from_a_file(
         assert expected in " ".join(result.output.split()) or "\0" in name
     assert seen == [None]
     for name in ("reproduce", "eval"):
-        shown = CliRunner().invoke(build_app(), [name, "--help"]).output
+        shown = CliRunner().invoke(build_app(), [name, "--help-all"]).output
         assert "code is run" in " ".join(shown.replace("│", " ").split())
 
 
