@@ -30,6 +30,21 @@ class Transform:
     revert: Callable[[Tensors], Tensors]
 
 
+def _cat(tensors: Sequence[Tensor], dim: int) -> Tensor:
+    """Return `torch.cat`, which on the meta device would import the compiler of torch: 1.5 s."""
+    if not tensors[0].is_meta:
+        return torch.cat(tuple(tensors), dim)
+    shapes = [list(t.shape) for t in tensors]
+    length = sum(shape.pop(dim) for shape in shapes)
+    if any(shape != shapes[0] for shape in shapes):
+        raise ValueError("tensors of different shapes")
+    return tensors[0].new_empty([*shapes[0][:dim], length, *shapes[0][dim:]])
+
+
+def _stack(tensors: Sequence[Tensor]) -> Tensor:
+    return _cat([t[None] for t in tensors], 0)
+
+
 SAME = Transform(lambda t: t, lambda t: t)
 CONV_TAPS = Transform(
     lambda t: (t[0].squeeze(1).transpose(0, 1),), lambda t: (t[0].transpose(0, 1)[:, None],)
@@ -37,18 +52,18 @@ CONV_TAPS = Transform(
 """A depthwise convolution [channel 1 tap] <-> [tap channel]."""
 SPLIT_TRANSPOSED = Transform(
     lambda t: t[0].transpose(1, 2).unbind(),
-    lambda t: (torch.stack(t).transpose(1, 2),),
+    lambda t: (_stack(t).transpose(1, 2),),
 )
 """Two matrices stacked as [2 in out] <-> two of [out in]."""
 SPLIT_BIAS = Transform(
     lambda t: (t[0][0, 0, 0], t[0][1, 0, 0]),
-    lambda t: (torch.stack([t[0], t[1]])[:, None, None],),
+    lambda t: (_stack(t)[:, None, None],),
 )
 """Two biases stacked as [2 1 1 out] <-> two of [out]."""
 
-SPLIT_ROWS = Transform(lambda t: t[0].chunk(2, dim=1), lambda t: (torch.cat([t[0], t[1]], dim=1),))
+SPLIT_ROWS = Transform(lambda t: t[0].chunk(2, dim=1), lambda t: (_cat(t, 1),))
 """Two stacks of matrices side by side as [n 2*out in] <-> two of [n out in]."""
-STACK = Transform(lambda t: (torch.stack(t),), lambda t: t[0].unbind())
+STACK = Transform(lambda t: (_stack(t),), lambda t: t[0].unbind())
 """Separate matrices <-> one stack of them."""
 
 

@@ -79,6 +79,7 @@ from hooked_hybrid.accounting import count_parameters, flops_table
 model = HookedHybrid.from_pretrained("tiny-griffin")
 logits, cache = model.run_with_cache("the river is cold")
 model.generate("the river", 2, fwd_hooks=interventions.keep_top_heads(2), verbose=False)
+assert "torch._dynamo" not in sys.modules  # the compiler of torch: 1.5 s
 assert analysis.entropy_profile(cache) and count_parameters(model.cfg).total
 grid = analysis.memory_horizon(cache, 0)
 assert len(flops_table(model.cfg, [8])) and analysis.plots.pattern_map(cache["pattern", 2][0])
