@@ -22,7 +22,7 @@ wrap = jaxtyping.jaxtyped
 checked_in_this_test: set[Any] = set()
 """The code of inner functions."""
 calls_in_this_test: Counter[Any] = Counter()
-FIRST, THEN_ONE_IN = 8, 32
+FIRST, THEN_ONE_IN = 4, 128
 """How many calls of one function are checked in a test: the first, then one in so many."""
 
 

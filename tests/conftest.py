@@ -1,8 +1,11 @@
 """Every test runs on one core and without a network."""
 
 import os
+import shutil
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +16,8 @@ from tests.skips import lines_of
 
 checking.put_off()
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Processes that tests start would each compile all sources again.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 torch.set_num_threads(1)
 
 
@@ -56,3 +61,26 @@ def plainly(unchecked: None) -> Iterator[None]:
     """Run the library as its users do: without type checks, and mostly without gradients."""
     with torch.no_grad():
         yield
+
+
+@pytest.fixture
+def few_maps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Draw the maps of a sweep's first two settings, and copy the files for the others.
+
+    For tests that look at no map: a picture takes longer than the cells that it shows.
+    """
+    from hooked_hybrid.niah.report import report
+
+    draw, save, last = report.retrieval_map, report.save_figure, list[Path]()
+
+    def drawn(cells: Any, setting: str, *options: Any) -> Any:
+        return draw(cells, setting, *options) if setting in cells["setting"].unique()[:2] else None
+
+    def saved(figure: Any, base: Path) -> list[Path]:
+        if figure is not None:
+            last[:] = save(figure, base)
+            return [*last]
+        return [shutil.copy(p, base.with_name(f"{base.name}{p.suffix}")) for p in last]
+
+    monkeypatch.setattr(report, "retrieval_map", drawn)
+    monkeypatch.setattr(report, "save_figure", saved)

@@ -273,8 +273,12 @@ def test_text_loss_refuses_what_it_cannot_measure():
 
 
 @pytest.mark.parametrize("command", ["weights", "layers", "heads", "controls", "read-twice"])
-def test_each_command_writes_table_maps_pictures_and_report(command: str, tmp_path: Path):
+def test_each_command_writes_table_maps_pictures_and_report(
+    command: str, tmp_path: Path, request: pytest.FixtureRequest
+):
     out = tmp_path / "r"
+    if command != "layers":  # which draws every map
+        request.getfixturevalue("few_maps")
     small = ["--lengths", "180", "--depths", "1", "--texts", "2", "--max-new-tokens", "4"]
     own = ["--draws", "2"] if command == "controls" else []
     result = CliRunner().invoke(cli.build_app(), [command, *small, *own, "--out", str(out)])

@@ -176,7 +176,7 @@ def test_the_picture_has_a_line_for_each_way_and_a_band_for_the_draws():
     assert figure.legends[0].get_title().get_text().startswith("band: range of several sets")
 
 
-def test_the_command_writes_its_picture_and_resumes(tmp_path: Path):
+def test_the_command_writes_its_picture_and_resumes(tmp_path: Path, few_maps: None):
     out = tmp_path / "r"
     small = [
         "--model",
@@ -263,7 +263,7 @@ def test_choices_of_one_layer_stand_among_every_set_and_of_all_layers_among_none
     assert "mine, overall 2" not in sets_beside(list(settings_of().values()))
 
 
-def test_the_report_says_where_a_choice_stands_among_every_set(tmp_path: Path):
+def test_the_report_says_where_a_choice_stands_among_every_set(tmp_path: Path, few_maps: None):
     out = tmp_path / "r"
     small = "--model tiny-jamba --k 1 --scored-on 1 --texts 0 --lengths 180 --depths 1"
     command = ["static", *small.split(), "--max-new-tokens", "4", "--out", str(out)]

@@ -158,19 +158,31 @@ def real(x: Any) -> Any:
 
 
 def _pretended(x: Any) -> Any:
-    if type(x) in (tuple, list):
-        return type(x)(_pretended(t) for t in x)
-    return Pretended(x) if isinstance(x, Tensor) and not isinstance(x, Pretended) else x
+    kind = type(x)
+    if kind is Tensor:
+        return Pretended(x)
+    if kind in (tuple, list):
+        return kind(_pretended(t) for t in x)
+    return Pretended(x) if isinstance(x, Tensor) and kind is not Pretended else x
+
+
+PLAIN = frozenset({int, float, bool, str, type(None), torch.dtype, torch.device, torch.layout})
 
 
 def _inside(x: Any, tensors: list[Tensor]) -> Any:
     """Return arguments with the numbers of pretended tensors; add every tensor to the list."""
+    kind = type(x)
+    if kind is Pretended:
+        tensors.append(x)
+        return x.elem
+    if kind in PLAIN:
+        return x
     if isinstance(x, Tensor):
         tensors.append(x)
-        return x.elem if isinstance(x, Pretended) else x
-    if type(x) in (tuple, list):
-        return type(x)([_inside(i, tensors) for i in x])
-    return {key: _inside(i, tensors) for key, i in x.items()} if isinstance(x, dict) else x
+        return x
+    if kind in (tuple, list):
+        return kind([_inside(i, tensors) for i in x])
+    return {key: _inside(i, tensors) for key, i in x.items()} if kind is dict else x
 
 
 @contextlib.contextmanager
@@ -228,7 +240,7 @@ class PretendedGPU(TorchDispatchMode):
         self.waits: Counter[tuple[str, ...]] = Counter()
         self.launches: Counter[str] = Counter()
         self.attention: Counter[str] = Counter()
-        self.host_work: Counter[tuple[str, ...]] = Counter()
+        self.host_work: Counter[str] = Counter()
 
     def wait(self, kind: str) -> None:
         """Note that the host waits."""
@@ -303,12 +315,13 @@ class PretendedGPU(TorchDispatchMode):
         """Return what an operation gives, on the device on which a GPU would leave it."""
         name, has_aliases, is_composite = _facts_of(func)
         tensors: list[Tensor] = []
-        inner_args, inner_kwargs = _inside(args, tensors), _inside(kwargs, tensors)
-        mine = [t for t in tensors if isinstance(t, Pretended)]
+        inner_args = [_inside(x, tensors) for x in args]
+        inner_kwargs = {key: _inside(x, tensors) for key, x in kwargs.items()} if kwargs else {}
+        mine = [t for t in tensors if type(t) is Pretended]
         wanted = None if kwargs.get("device") is None else torch.device(kwargs["device"]).type
         if wanted == "meta" or (not mine and wanted != "cuda"):
             if tensors and name not in NO_KERNEL:
-                self.host_work[(name, *places(1))] += 1
+                self.host_work[name] += 1
             return func(*args, **kwargs)
         infers = torch.is_inference_mode_enabled()
         if infers and is_composite:  # not taken apart by itself
@@ -317,9 +330,11 @@ class PretendedGPU(TorchDispatchMode):
                 return func.decompose(*args, **kwargs)
             finally:
                 TorchDispatchMode.__exit__(self, None, None, None)
-        self._check(func, name, args, tensors, wanted)
-        inner_kwargs |= {"device": CPU} if wanted else {}
-        inner_kwargs |= {"pin_memory": False} if "pin_memory" in inner_kwargs else {}
+        self._check(func, name, args, tensors, mine, wanted)
+        if wanted:
+            inner_kwargs["device"] = CPU
+        if "pin_memory" in inner_kwargs:
+            inner_kwargs["pin_memory"] = False
         out = func(*inner_args, **inner_kwargs)
         if name not in NO_KERNEL:
             self.launches[name] += 1
@@ -340,11 +355,16 @@ class PretendedGPU(TorchDispatchMode):
         return return_and_correct_aliasing(func, args, kwargs, out)
 
     def _check(
-        self, func: Any, name: str, args: Any, tensors: list[Tensor], wanted: str | None
+        self,
+        func: Any,
+        name: str,
+        args: Any,
+        tensors: list[Tensor],
+        mine: list[Tensor],
+        wanted: str | None,
     ) -> None:
         """Note what the host waits for; refuse what a GPU refuses."""
-        mine = [t for t in tensors if isinstance(t, Pretended)]
-        others = [t for t in tensors if not isinstance(t, Pretended)]
+        others = [t for t in tensors if type(t) is not Pretended]
         if name in WAITS and mine:
             self.wait(WAITS[name])
         if name == "repeat_interleave" and "Tensor" in func._overloadname:

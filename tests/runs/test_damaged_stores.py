@@ -208,9 +208,17 @@ def test_an_evaluation_that_is_damaged_is_refused_and_left(
 # --- kills ----------------------------------------------------------------------------------------
 
 
+SWEEP = (
+    "niah --model tiny-griffin --k 0 --k 4 --stages generation --depths 0.2 --depths 0.9 "
+    "--max-new-tokens 2 "
+) + " ".join(f"--lengths {length}" for length in range(100, 220, 12))
+
+
 def test_a_command_that_is_killed_again_and_again_ends_as_an_undisturbed_one():
     n = os.environ.get("HOOKED_HYBRID_KILLS", "4")
     command = [sys.executable, "-m", "experiments.under_fire.kills", "--kills", n]
+    if n == "4":  # few kills do not need the long sweep
+        command += ["--", *SWEEP.split()]
     found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert found.returncode == 0, found.stderr
     said = json.loads(found.stdout)
