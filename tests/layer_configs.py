@@ -2,7 +2,7 @@
 
 "halves" has a mixer or an MLP in each layer, "side by side" attention beside a recurrence with a
 scale on every write, on the embedding and on the logits, "norms" norms on writes, on queries and on
-keys.
+keys. "mamba2" has Mamba-2 alone, before an MLP and beside attention, in each form of its norm.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from hooked_hybrid.config import (
     AttentionConfig,
     GatedMLPConfig,
     LayerConfig,
+    Mamba2Config,
     MambaConfig,
     MoEConfig,
     QKNormConfig,
@@ -27,6 +28,7 @@ from tests.toy_mlp import SquaredConfig
 
 EMA, SQUARED = EmaConfig(4, 8), SquaredConfig(20)
 ATTENTION = AttentionConfig(4, 2, 6, n_keys=7)
+MAMBA2 = Mamba2Config(n_heads=6, d_head=4, d_state=5, n_groups=2)
 ROTARY = replace(ATTENTION, rotary=RotaryConfig(4), out_bias=True)
 
 
@@ -56,5 +58,26 @@ CONFIGS = {
         LayerConfig(replace(ROTARY, qk_norm=QKNormConfig("all")), SQUARED, norm="post"),
         LayerConfig((replace(ATTENTION, qk_norm=QKNormConfig("head")), EMA), SQUARED, norm="both"),
         LayerConfig(None, MoEConfig(4, 2, 20), norm="post"),
+    ),
+    "mamba2": config(
+        LayerConfig(MAMBA2, None),
+        LayerConfig(replace(MAMBA2, norm="norm_first", dt_min=0.005, dt_max=0.5), SQUARED),
+        LayerConfig(
+            (
+                ATTENTION,
+                replace(
+                    MAMBA2,
+                    norm=None,
+                    n_groups=1,
+                    in_bias=True,
+                    out_bias=True,
+                    conv_bias=False,
+                    in_scale=1.3,
+                    section_scales=(0.5, 1.5, 0.8, 1.2, 0.9),
+                    write_scale=0.6,
+                ),
+            ),
+            SQUARED,
+        ),
     ),
 }

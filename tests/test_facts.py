@@ -27,6 +27,7 @@ from hooked_hybrid.network.mlps import MLPS, mlp_of, register_mlp
 from hooked_hybrid.network.part import Part
 from hooked_hybrid.network.state import HybridState
 from hooked_hybrid.network.weights.quantized import quantizable
+from tests.layer_configs import MAMBA2
 from tests.models import CONFIGS, D_VOCAB, random_tokens
 from tests.toy_mixer import Ema, EmaConfig, EmaForm
 from tests.toy_mlp import SquaredConfig, SquaredMLP
@@ -34,6 +35,7 @@ from tests.toy_mlp import SquaredConfig, SquaredMLP
 MODELS: dict[str, HybridConfig] = {
     **CONFIGS,
     "toy": HybridConfig(24, D_VOCAB, (LayerConfig(EmaConfig(4, 8), SquaredConfig(20)),)),
+    "mamba2": HybridConfig(24, D_VOCAB, (LayerConfig(MAMBA2, SquaredConfig(20)),)),
 }
 PIECE = Piece(batch=2, n_pos=5, n_tokens=9, width=4, on_cpu=True)
 

@@ -3,6 +3,7 @@
 from hooked_hybrid.config.layer import LayerConfig, NormPlace
 from hooked_hybrid.config.mixers import (
     AttentionConfig,
+    Mamba2Config,
     MambaConfig,
     MixerConfig,
     PartConfig,
@@ -20,6 +21,7 @@ __all__ = [
     "HybridConfig",
     "LayerConfig",
     "MLPConfig",
+    "Mamba2Config",
     "MambaConfig",
     "MixerConfig",
     "MoEConfig",

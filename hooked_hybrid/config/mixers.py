@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import ClassVar, Literal
 
-from hooked_hybrid.config.fields import OPTION, require_positive, require_scale
+from hooked_hybrid.config.fields import OPTION, require_one_of, require_positive, require_scale
 from hooked_hybrid.config.norms import QKNormConfig
 
 
@@ -139,3 +140,68 @@ class MambaConfig(MixerConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         require_positive(self, "d_inner", "d_state", "dt_rank", "d_conv")
+
+
+GateOrder = Literal["gate_first", "norm_first"]
+
+
+@dataclass(frozen=True)
+class Mamba2Config(MixerConfig):
+    """The Mamba-2 block: one decay a head, and a scan that equals a matrix of each head.
+
+    B and C are shared by the heads of a group. Step sizes are limited to `dt_min` up to `dt_max`;
+    None is no upper limit. `norm` says whether the output is multiplied by its gate before it is
+    normalised ("gate_first") or after ("norm_first"), each of `n_groups` groups of channels by its
+    own scale; None is no norm. `in_scale` multiplies the block's input, `section_scales` the
+    sections z, x, B, C and dt of its projection.
+    """
+
+    n_heads: int
+    d_head: int
+    d_state: int
+    n_groups: int = 1
+    d_conv: int = 4
+    conv_bias: bool = True
+    in_bias: bool = False
+    out_bias: bool = False
+    dt_min: float = 0.0
+    dt_max: float | None = None
+    norm: GateOrder | None = "gate_first"
+    norm_eps: float = 1e-5
+    in_scale: float = 1.0
+    section_scales: tuple[float, float, float, float, float] = (1.0, 1.0, 1.0, 1.0, 1.0)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_positive(self, "n_heads", "d_head", "d_state", "n_groups", "d_conv")
+        require_scale(self, "in_scale")
+        require_one_of(self, "norm", "gate_first", "norm_first", None)
+        if self.n_heads % self.n_groups:
+            raise ValueError(
+                f"n_heads={self.n_heads} is not a multiple of n_groups={self.n_groups}"
+            )
+        if not 0 <= self.dt_min <= (math.inf if self.dt_max is None else self.dt_max):
+            raise ValueError(
+                f"dt_min={self.dt_min!r} and dt_max={self.dt_max!r}: give 0 or more, and no less"
+            )
+        if len(self.section_scales) != 5 or not all(0 < s < math.inf for s in self.section_scales):
+            raise ValueError(
+                f"section_scales={self.section_scales!r}: give five positive numbers, of z, x, B, "
+                "C and dt"
+            )
+
+    @property
+    def d_inner(self) -> int:
+        """Channels of all heads."""
+        return self.n_heads * self.d_head
+
+    @property
+    def sections(self) -> tuple[int, int, int, int, int]:
+        """The widths of z, x, B, C and dt in the input projection."""
+        shared = self.n_groups * self.d_state
+        return self.d_inner, self.d_inner, shared, shared, self.n_heads
+
+    @property
+    def d_convolved(self) -> int:
+        """Channels of x, B and C, which pass the convolution."""
+        return sum(self.sections[1:4])

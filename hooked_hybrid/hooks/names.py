@@ -25,7 +25,7 @@ GROUPS: dict[str, frozenset[str]] = {
     ),
     "mixer": frozenset(
         "in_proj gate conv input_gate rec_gate log_decay ssm_write ssm_state ssm_y gated "
-        "ssm_input dt_low ssm_B ssm_C dt_proj ssm_dt ssm_decay".split()
+        "ssm_input dt_low ssm_B ssm_C dt_proj ssm_dt ssm_decay ssm_scores ssm_pattern".split()
     ),
     "mlp": frozenset(
         "pre act pre_linear post "

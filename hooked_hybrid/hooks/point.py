@@ -68,6 +68,7 @@ class HookPoint(nn.Module):
         stepwise: whether hooks are called once a position, with one entry on the position axis;
             watchers are given all positions at once. A hook that is not marked `per_position`
             may not index the position axis: it would act at every position.
+        whole: whether the forward does not run in pieces while anything is attached here.
 
     Examples:
         >>> point = model.hook_dict["blocks.2.attn.hook_pattern"]
@@ -87,13 +88,14 @@ class HookPoint(nn.Module):
         lazy: bool = False,
         integer: bool = False,
         stepwise: bool = False,
+        whole: bool = False,
     ) -> None:
         super().__init__()
         self.axes = tuple(axes.split())
         self.is_large = large
         self.is_lazy = lazy
         self.is_integer = integer
-        self.is_stepwise = stepwise
+        self.is_stepwise, self.is_whole = stepwise, whole
         self.name: str | None = None
         self.owner: type | None = None  # the class of the module that has it
         self.ctx: dict[Any, Any] = {}
@@ -163,7 +165,8 @@ class HookPoint(nn.Module):
     @property
     def takes_pieces(self) -> bool:
         """Whether everything attached may be called on pieces along the position axis."""
-        return all(is_per_position(h.hook) for h in (*self.fwd_hooks, *self.bwd_hooks))
+        handles = (*self.fwd_hooks, *self.bwd_hooks)
+        return not (self.is_whole and handles) and all(is_per_position(h.hook) for h in handles)
 
     @property
     def run(self) -> Run:

@@ -117,7 +117,7 @@ class RecurrentState(BlockState):
     `ssm` is fp32 (or wider) in every model dtype.
     """
 
-    conv: Float[Tensor, "batch tap channel"]
+    conv: Float[Tensor, "batch tap convolved"]
     ssm: Float[Tensor, "batch channel ..."]
 
 

@@ -10,14 +10,16 @@ from hooked_hybrid.analysis.forms.base import (
     register_form,
 )
 from hooked_hybrid.analysis.forms.mamba import MambaForm
+from hooked_hybrid.analysis.forms.mamba2 import Mamba2Form
 from hooked_hybrid.analysis.forms.rglru import RGLRUForm
 
-register_form(RGLRUForm(), MambaForm())
+register_form(RGLRUForm(), MambaForm(), Mamba2Form())
 
 __all__ = [
     "FORMS",
     "DecayRange",
     "LinearForm",
+    "Mamba2Form",
     "MambaForm",
     "RGLRUForm",
     "Ran",

@@ -55,3 +55,29 @@ def selective_scan_loop(
         decay = decay.masked_fill(resets[..., None, None], 0)
     h = scan_loop(decay, dt[..., None] * B[:, :, None] * u[..., None], h0)
     return torch.einsum("bsen,bsn->bse", h, C), h[:, -1]
+
+
+HeadInputs = Float[Tensor, "batch pos head d_head"]
+PerHead = Float[Tensor, "batch pos head"]
+GroupInputs = Float[Tensor, "batch pos group d_state"]
+HeadState = Float[Tensor, "batch head d_head d_state"]
+
+
+def ssd_scan_loop(
+    x: HeadInputs, decay: PerHead, B: GroupInputs, C: GroupInputs, h0: HeadState
+) -> tuple[HeadInputs, HeadState]:
+    """Return C h at every position and the last state, for h_t = a_t h_{t-1} + x_t B_t.
+
+    Args:
+        x: the scan's input, times its step sizes.
+        decay: one number a head, 0 where the past is forgotten.
+        B, C: input and output maps of each position, shared by the heads of a group.
+        h0: the state before the first position.
+
+    Source: Mamba-2 (Dao & Gu 2024), section 3; `ssd_minimal_discrete` of mamba-ssm.
+    """
+    n_each = x.shape[2] // B.shape[2]
+    B, C = (t.repeat_interleave(n_each, dim=2) for t in (B, C))
+    write = x[..., None] * B[..., None, :]
+    h = scan_loop(decay[..., None, None].expand_as(write), write, h0)
+    return torch.einsum("bshpn,bshn->bshp", h, C), h[:, -1]

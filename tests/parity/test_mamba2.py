@@ -1,0 +1,203 @@
+"""Mamba-2 against what transformers wrote: logits, states, greedy tokens, padding, cuts, files."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM  # noqa: TID251
+
+from hooked_hybrid import HookedHybrid
+from tests.models import relative
+from tests.tolerances import FP32_PARITY
+from weights_conversion import CheckpointError
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "mamba2"
+N_LAYERS, PROMPT = 4, 50
+
+
+@cache
+def golden() -> dict[str, Tensor]:
+    return load_file(GOLDEN / "golden.safetensors")
+
+
+@cache
+def ours() -> HookedHybrid:
+    return HookedHybrid.from_pretrained(GOLDEN).requires_grad_(False)
+
+
+def close(a: Tensor, b: Tensor) -> bool:
+    return relative(a, b) < FP32_PARITY
+
+
+def test_logits_and_what_each_layer_writes():
+    logits, cache_ = ours().run_with_cache(golden()["input_ids"])
+    assert close(logits, golden()["logits"])
+    assert close(cache_["hook_embed"][0], golden()["embed"])
+    for i in range(N_LAYERS):
+        assert close(cache_["mixer_out", i][0], golden()[f"L{i}.mamba_out"])
+        assert close(cache_["resid_post", i][0], golden()[f"L{i}.resid_post"])
+
+
+def test_states_after_the_prompt():
+    _, state = ours()(golden()["input_ids"], return_state=True)
+    for i, block in enumerate(state.blocks):
+        conv, ssm = golden()[f"L{i}.conv_state"], golden()[f"L{i}.ssm_state"]
+        assert close(block.conv, conv[..., 1:].mT)  # theirs holds the current input too
+        assert close(block.ssm, ssm.flatten(1, 2))
+
+
+def test_greedy_tokens_and_their_logits():
+    tokens = golden()["input_ids"]
+    out = ours().generate(tokens, 12, verbose=False, stop_at_eos=False, return_type="output")
+    assert torch.equal(out.new_tokens, golden()["generated"])
+    whole = torch.cat([tokens, golden()["generated"]], dim=1)
+    assert close(ours()(whole)[:, PROMPT - 1 : -1], golden()["generated_logits"])
+
+
+@pytest.mark.parametrize("cuts", [(1,) * 49, (21, 13), (2, 2, 1), (49,)])
+def test_any_cut_equals_the_whole(cuts: tuple[int, ...]):
+    tokens, state, parts, done = golden()["input_ids"], None, [], 0
+    for n in (*cuts, PROMPT - sum(cuts)):
+        part, state = ours()(tokens[:, done : done + n], state=state, return_state=True)
+        parts.append(part)
+        done += n
+    assert close(torch.cat(parts, dim=1), golden()["logits"])
+
+
+def test_padding_on_either_side_and_going_on_from_it():
+    ids, mask = golden()["padded_ids"], golden()["padded_mask"]
+    real = mask[0].bool()
+    logits, state = ours()(ids, attention_mask=mask, return_state=True)
+    reference = golden()["padded_logits"]
+    row = next(i for i in range(2) if int(mask[i].sum()) == len(reference))
+    assert close(logits[row][mask[row].bool()], reference)
+    assert real.any()
+    n_pad = int((mask[row] == 0).sum())
+    right = torch.cat([ids[row, n_pad:], ids[row, :n_pad]])[None]
+    right_mask = torch.cat([mask[row, n_pad:], mask[row, :n_pad]])[None]
+    from_right, after = ours()(right, attention_mask=right_mask, return_state=True)
+    assert close(from_right[0, : len(reference)], reference)
+    more = golden()["padded_generated"]
+    for began, rows in ((state, slice(None)), (after, slice(row, row + 1))):
+        continued = ours()(more[rows], state=began)[..., -1, :]
+        alone = ours()(torch.cat([ids[row][mask[row].bool()], more[row]])[None])[0, -1]
+        assert close(continued[row if rows == slice(None) else 0], alone)
+
+
+def test_a_limit_of_step_sizes_is_that_of_the_config():
+    """transformers applies `time_step_limit` in prefill alone; here it is part of the model."""
+    model = HookedHybrid.from_pretrained(GOLDEN)
+    layers = tuple(
+        replace(layer, mixer=replace(layer.mixer, dt_min=0.02, dt_max=0.4))
+        for layer in model.cfg.layers
+    )
+    other = HookedHybrid(replace(model.cfg, layers=layers))
+    other.load_state_dict(model.state_dict())
+    assert close(other(golden()["input_ids"][:1])[0], golden()["logits_dt_limit"])
+
+
+def test_both_spellings_of_the_config_are_the_same_model(tmp_path: Path):
+    for name in ("config.json", "config_4x.json"):
+        folder = tmp_path / name
+        folder.mkdir()
+        shutil.copy(GOLDEN / name, folder / "config.json")
+        shutil.copy(GOLDEN / "model.safetensors", folder)
+        model = HookedHybrid.from_pretrained(folder)
+        assert torch.equal(model(golden()["input_ids"]), ours()(golden()["input_ids"]))
+
+
+def test_what_is_saved_loads_here_bit_for_bit_and_there(tmp_path: Path):
+    ours().save_pretrained(tmp_path / "saved")
+    back = HookedHybrid.from_pretrained(tmp_path / "saved")
+    assert back.cfg == ours().cfg
+    mine = ours().state_dict()
+    assert all(torch.equal(t, mine[name]) for name, t in back.state_dict().items())
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", dtype=torch.float32).eval()
+    with torch.no_grad():
+        assert close(theirs(golden()["input_ids"]).logits, golden()["logits"])
+    assert close(HookedHybrid.from_hf(theirs)(golden()["input_ids"]), golden()["logits"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"n_groups": 4}, r"n_heads|num_heads=6 is not a multiple of n_groups=4"),
+        ({"time_step_limit": [0.5, 0.1]}, "time_step_limit"),
+        ({"time_step_limit": 3}, "time_step_limit"),
+        ({"hidden_act": "gelu"}, "hidden_act"),
+        ({"expand": 3}, "expand"),
+        ({"num_heads": 0}, "num_heads"),
+        ({"new_setting": 1}, "new_setting"),
+    ],
+)
+def test_a_config_that_cannot_be_names_the_setting(changes: dict, message: str, tmp_path: Path):
+    config = json.loads((GOLDEN / "config.json").read_text()) | changes
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    shutil.copy(GOLDEN / "model.safetensors", tmp_path)
+    with pytest.raises(CheckpointError, match=message):
+        HookedHybrid.from_pretrained(tmp_path)
+
+
+# --- the matrix of a head -------------------------------------------------------------------------
+
+
+def by_head(x: Tensor) -> Tensor:
+    return x.unflatten(-1, (6, -1)).transpose(1, 2)
+
+
+def test_the_pattern_is_the_scan_and_heads_sum_to_the_write():
+    names = ["ssm_pattern", "ssm_input", "ssm_y", "result", "mixer_out", "ssm_scores", "ssm_dt"]
+    _, cached = ours().run_with_cache(
+        golden()["input_ids"], names_filter=[f"*hook_{name}" for name in names]
+    )
+    for i, block in enumerate(ours().blocks):
+        pattern, u = cached["ssm_pattern", i], by_head(cached["ssm_input", i])
+        y = pattern @ u + block.mixer.D[:, None, None] * u
+        assert relative(y, by_head(cached["ssm_y", i])) < 2e-6
+        assert torch.equal(pattern, pattern.tril())
+        diagonal = cached["ssm_scores", i] * cached["ssm_dt", i].mT[:, :, None]
+        assert close(pattern.diagonal(dim1=2, dim2=3), diagonal.diagonal(dim1=2, dim2=3))
+        result = cached[f"blocks.{i}.mixer.hook_result"]
+        assert close(result.sum(2), cached["mixer_out", i])
+
+
+def test_an_edit_of_the_pattern_replaces_the_matrix():
+    """A key that no query reads: the state keeps it, and its own skip remains."""
+    tokens, key = golden()["input_ids"], 7
+
+    def cut(pattern: Tensor, hook: object) -> Tensor:
+        pattern = pattern.clone()
+        pattern[..., key] = 0
+        return pattern
+
+    names = ["*hook_ssm_pattern", "*hook_ssm_input", "*hook_ssm_y", "*hook_ssm_state"]
+    plain = ours().run_with_cache(tokens, names_filter=names)[1]
+    with ours().hooks([("blocks.0.mixer.hook_ssm_pattern", cut)]):
+        edited = ours().run_with_cache(tokens, names_filter=names)[1]
+    u = by_head(plain["ssm_input", 0])
+    y = cut(plain["ssm_pattern", 0], None) @ u + ours().blocks[0].mixer.D[:, None, None] * u
+    assert relative(by_head(edited["ssm_y", 0]), y) < 2e-6
+    assert torch.equal(edited["ssm_state", 0], plain["ssm_state", 0])
+
+
+def test_an_edited_pattern_is_masked_again_and_runs_whole():
+    tokens = golden()["input_ids"].repeat(1, 12)  # longer than a piece
+
+    def ones(pattern: Tensor, hook: object) -> Tensor:
+        assert pattern.shape[-2:] == (600, 600)
+        return torch.ones_like(pattern)
+
+    name = "blocks.0.mixer.hook_ssm_y"
+    with ours().hooks([("blocks.0.mixer.hook_ssm_pattern", ones)]):
+        _, edited = ours().run_with_cache(tokens, names_filter=[name, "*0.mixer.hook_ssm_input"])
+    u = by_head(edited["ssm_input", 0])
+    y = u.cumsum(2) + ours().blocks[0].mixer.D[:, None, None] * u
+    assert close(by_head(edited[name]), y)
