@@ -1,4 +1,4 @@
-"""Mamba-2 against what transformers wrote: logits, states, greedy tokens, padding, cuts, files."""
+"""Mamba-2 and its hybrids against what transformers wrote: logits, states, padding, cuts, files."""
 
 from __future__ import annotations
 
@@ -19,82 +19,94 @@ from tests.models import relative
 from tests.tolerances import FP32_PARITY
 from weights_conversion import CheckpointError
 
-GOLDEN = Path(__file__).parents[1] / "golden" / "mamba2"
-N_LAYERS, PROMPT = 4, 50
+GOLDEN = Path(__file__).parents[1] / "golden"
+FAMILIES = ("mamba2", "bamba")
+PROMPT = 50
+every = pytest.mark.parametrize("family", FAMILIES)
 
 
 @cache
-def golden() -> dict[str, Tensor]:
-    return load_file(GOLDEN / "golden.safetensors")
+def golden(family: str = "mamba2") -> dict[str, Tensor]:
+    return load_file(GOLDEN / family / "golden.safetensors")
 
 
 @cache
-def ours() -> HookedHybrid:
-    return HookedHybrid.from_pretrained(GOLDEN).requires_grad_(False)
+def ours(family: str = "mamba2") -> HookedHybrid:
+    return HookedHybrid.from_pretrained(GOLDEN / family).requires_grad_(False)
 
 
 def close(a: Tensor, b: Tensor) -> bool:
     return relative(a, b) < FP32_PARITY
 
 
-def test_logits_and_what_each_layer_writes():
-    logits, cache_ = ours().run_with_cache(golden()["input_ids"])
-    assert close(logits, golden()["logits"])
-    assert close(cache_["hook_embed"][0], golden()["embed"])
-    for i in range(N_LAYERS):
-        assert close(cache_["mixer_out", i][0], golden()[f"L{i}.mamba_out"])
-        assert close(cache_["resid_post", i][0], golden()[f"L{i}.resid_post"])
+@every
+def test_logits_and_what_each_layer_writes(family: str):
+    logits, cache_ = ours(family).run_with_cache(golden(family)["input_ids"])
+    assert close(logits, golden(family)["logits"])
+    assert close(cache_["hook_embed"][0], golden(family)["embed"])
+    for i, layer in enumerate(ours(family).cfg.layers):
+        kind = "mamba" if layer.recurrence else "attn"
+        assert close(cache_["mixer_out", i][0], golden(family)[f"L{i}.{kind}_out"])
+        if kind == "attn":
+            assert close(cache_["pattern", i][0], golden(family)[f"L{i}.pattern"])
+        assert close(cache_["resid_post", i][0], golden(family)[f"L{i}.resid_post"])
 
 
-def test_states_after_the_prompt():
-    _, state = ours()(golden()["input_ids"], return_state=True)
+@every
+def test_states_after_the_prompt(family: str):
+    _, state = ours(family)(golden(family)["input_ids"], return_state=True)
     for i, block in enumerate(state.blocks):
-        conv, ssm = golden()[f"L{i}.conv_state"], golden()[f"L{i}.ssm_state"]
+        if block.growing:
+            continue
+        conv, ssm = golden(family)[f"L{i}.conv_state"], golden(family)[f"L{i}.ssm_state"]
         assert close(block.conv, conv[..., 1:].mT)  # theirs holds the current input too
         assert close(block.ssm, ssm.flatten(1, 2))
 
 
-def test_greedy_tokens_and_their_logits():
-    tokens = golden()["input_ids"]
-    out = ours().generate(tokens, 12, verbose=False, stop_at_eos=False, return_type="output")
-    assert torch.equal(out.new_tokens, golden()["generated"])
-    whole = torch.cat([tokens, golden()["generated"]], dim=1)
-    assert close(ours()(whole)[:, PROMPT - 1 : -1], golden()["generated_logits"])
+@every
+def test_greedy_tokens_and_their_logits(family: str):
+    tokens = golden(family)["input_ids"]
+    out = ours(family).generate(tokens, 12, verbose=False, stop_at_eos=False, return_type="output")
+    assert torch.equal(out.new_tokens, golden(family)["generated"])
+    whole = torch.cat([tokens, golden(family)["generated"]], dim=1)
+    assert close(ours(family)(whole)[:, PROMPT - 1 : -1], golden(family)["generated_logits"])
 
 
+@every
 @pytest.mark.parametrize("cuts", [(1,) * 49, (21, 13), (2, 2, 1), (49,)])
-def test_any_cut_equals_the_whole(cuts: tuple[int, ...]):
-    tokens, state, parts, done = golden()["input_ids"], None, [], 0
+def test_any_cut_equals_the_whole(family: str, cuts: tuple[int, ...]):
+    tokens, state, parts, done = golden(family)["input_ids"], None, [], 0
     for n in (*cuts, PROMPT - sum(cuts)):
-        part, state = ours()(tokens[:, done : done + n], state=state, return_state=True)
+        part, state = ours(family)(tokens[:, done : done + n], state=state, return_state=True)
         parts.append(part)
         done += n
-    assert close(torch.cat(parts, dim=1), golden()["logits"])
+    assert close(torch.cat(parts, dim=1), golden(family)["logits"])
 
 
-def test_padding_on_either_side_and_going_on_from_it():
-    ids, mask = golden()["padded_ids"], golden()["padded_mask"]
+@every
+def test_padding_on_either_side_and_going_on_from_it(family: str):
+    ids, mask = golden(family)["padded_ids"], golden(family)["padded_mask"]
     real = mask[0].bool()
-    logits, state = ours()(ids, attention_mask=mask, return_state=True)
-    reference = golden()["padded_logits"]
+    logits, state = ours(family)(ids, attention_mask=mask, return_state=True)
+    reference = golden(family)["padded_logits"]
     row = next(i for i in range(2) if int(mask[i].sum()) == len(reference))
     assert close(logits[row][mask[row].bool()], reference)
     assert real.any()
     n_pad = int((mask[row] == 0).sum())
     right = torch.cat([ids[row, n_pad:], ids[row, :n_pad]])[None]
     right_mask = torch.cat([mask[row, n_pad:], mask[row, :n_pad]])[None]
-    from_right, after = ours()(right, attention_mask=right_mask, return_state=True)
+    from_right, after = ours(family)(right, attention_mask=right_mask, return_state=True)
     assert close(from_right[0, : len(reference)], reference)
-    more = golden()["padded_generated"]
+    more = golden(family)["padded_generated"]
     for began, rows in ((state, slice(None)), (after, slice(row, row + 1))):
-        continued = ours()(more[rows], state=began)[..., -1, :]
-        alone = ours()(torch.cat([ids[row][mask[row].bool()], more[row]])[None])[0, -1]
+        continued = ours(family)(more[rows], state=began)[..., -1, :]
+        alone = ours(family)(torch.cat([ids[row][mask[row].bool()], more[row]])[None])[0, -1]
         assert close(continued[row if rows == slice(None) else 0], alone)
 
 
 def test_a_limit_of_step_sizes_is_that_of_the_config():
     """transformers applies `time_step_limit` in prefill alone; here it is part of the model."""
-    model = HookedHybrid.from_pretrained(GOLDEN)
+    model = HookedHybrid.from_pretrained(GOLDEN / "mamba2")
     layers = tuple(
         replace(layer, mixer=replace(layer.mixer, dt_min=0.02, dt_max=0.4))
         for layer in model.cfg.layers
@@ -104,26 +116,32 @@ def test_a_limit_of_step_sizes_is_that_of_the_config():
     assert close(other(golden()["input_ids"][:1])[0], golden()["logits_dt_limit"])
 
 
-def test_both_spellings_of_the_config_are_the_same_model(tmp_path: Path):
+@every
+def test_both_spellings_of_the_config_are_the_same_model(family: str, tmp_path: Path):
     for name in ("config.json", "config_4x.json"):
         folder = tmp_path / name
         folder.mkdir()
-        shutil.copy(GOLDEN / name, folder / "config.json")
-        shutil.copy(GOLDEN / "model.safetensors", folder)
+        shutil.copy(GOLDEN / family / name, folder / "config.json")
+        shutil.copy(GOLDEN / family / "model.safetensors", folder)
         model = HookedHybrid.from_pretrained(folder)
-        assert torch.equal(model(golden()["input_ids"]), ours()(golden()["input_ids"]))
+        assert torch.equal(
+            model(golden(family)["input_ids"]), ours(family)(golden(family)["input_ids"])
+        )
 
 
-def test_what_is_saved_loads_here_bit_for_bit_and_there(tmp_path: Path):
-    ours().save_pretrained(tmp_path / "saved")
+@every
+def test_what_is_saved_loads_here_bit_for_bit_and_there(family: str, tmp_path: Path):
+    ours(family).save_pretrained(tmp_path / "saved")
     back = HookedHybrid.from_pretrained(tmp_path / "saved")
-    assert back.cfg == ours().cfg
-    mine = ours().state_dict()
+    assert back.cfg == ours(family).cfg
+    mine = ours(family).state_dict()
     assert all(torch.equal(t, mine[name]) for name, t in back.state_dict().items())
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", dtype=torch.float32).eval()
     with torch.no_grad():
-        assert close(theirs(golden()["input_ids"]).logits, golden()["logits"])
-    assert close(HookedHybrid.from_hf(theirs)(golden()["input_ids"]), golden()["logits"])
+        assert close(theirs(golden(family)["input_ids"]).logits, golden(family)["logits"])
+    assert close(
+        HookedHybrid.from_hf(theirs)(golden(family)["input_ids"]), golden(family)["logits"]
+    )
 
 
 @pytest.mark.parametrize(
@@ -139,9 +157,9 @@ def test_what_is_saved_loads_here_bit_for_bit_and_there(tmp_path: Path):
     ],
 )
 def test_a_config_that_cannot_be_names_the_setting(changes: dict, message: str, tmp_path: Path):
-    config = json.loads((GOLDEN / "config.json").read_text()) | changes
+    config = json.loads((GOLDEN / "mamba2" / "config.json").read_text()) | changes
     (tmp_path / "config.json").write_text(json.dumps(config))
-    shutil.copy(GOLDEN / "model.safetensors", tmp_path)
+    shutil.copy(GOLDEN / "mamba2" / "model.safetensors", tmp_path)
     with pytest.raises(CheckpointError, match=message):
         HookedHybrid.from_pretrained(tmp_path)
 
