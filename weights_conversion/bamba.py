@@ -92,7 +92,9 @@ def config_from_dict(config: dict[str, Any]) -> HybridConfig:
     return HybridConfig(
         d_model=d_model,
         d_vocab=reader.integer("vocab_size"),
-        layers=tuple(LayerConfig(attention if i in places else mamba, mlp) for i in range(n_layers)),
+        layers=tuple(
+            LayerConfig(attention if i in places else mamba, mlp) for i in range(n_layers)
+        ),
         norm=NormConfig(eps=eps, style="weight"),
         tied_embedding=reader.flag("tie_word_embeddings", False),
         **reader.special_tokens(),
