@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 
-from hooked_hybrid.commands.niah import figures_table, heads_to_keep
+from hooked_hybrid.commands.niah import heads_to_keep, model_card, show
 from hooked_hybrid.commands.option_groups import make_command
-from hooked_hybrid.commands.prompt_options import PromptOptions
+from hooked_hybrid.commands.program import command_line
+from hooked_hybrid.commands.prompt_options import PromptOptions, ThesisDepth
 from hooked_hybrid.commands.run_options import RunOptions
+from hooked_hybrid.niah.cached_state.sweep import CASES, settings_of
 from hooked_hybrid.niah.cached_state.sweep import cached_state as run_cases
 from hooked_hybrid.niah.report.plots import intervals_said
-from hooked_hybrid.niah.report.report import summary_rows
+from hooked_hybrid.niah.report.report import write_report
 from hooked_hybrid.niah.report.setting_plots import MARKERS, WAYS
-from hooked_hybrid.outputs.figures import new_figure, save_figure
-from hooked_hybrid.outputs.tables import write_csv
+from hooked_hybrid.outputs.figures import new_figure
 from hooked_hybrid.runs.statistics import interval_of, select_scored
 
 if TYPE_CHECKING:
@@ -30,13 +30,23 @@ Ks = Annotated[
     typer.Option("--k", help="Heads kept where others are zeroed: --k 2,4.", show_default="4"),
 ]
 
+PAIRS = {
+    "cases that must agree": '"no cache: everywhere" and "prompt and steps: all"; "no cache: last '
+    'position" and "steps: carry nothing"'
+}
+"""A check of the cases, for the report."""
+
 
 @make_command(out=Path("results/cached-state"))
-def cached_state(run: RunOptions, prompts: PromptOptions, k: Ks = None) -> None:
+def cached_state(
+    run: RunOptions, prompts: PromptOptions, k: Ks = None, thesis_depth: ThesisDepth = False
+) -> None:
     """Test whether the cached state carries the effect of heads zeroed in prefill or in steps.
 
     Some parts of the prompt's state, and of its update in each step, come from a run with zeroed
     heads, the others from an unmodified one. In other cases everything is run again for each token.
+    Writes a table, retrieval maps, accuracy by case with intervals, and a report. It may be stopped
+    at any time and continued by the same command with --resume.
 
     Example: hooked-hybrid cached-state --model tiny-griffin --k 3,4 --out results/cached
     """
@@ -49,22 +59,24 @@ def cached_state(run: RunOptions, prompts: PromptOptions, k: Ks = None) -> None:
             model,
             prompts.prompts(model),
             ks,
+            CASES,
             out=run.out,
             resume=run.resume,
             max_new_tokens=prompts.max_new_tokens,
             workers=workers,
         )
-        write_csv(table, run.out / "table.csv")
-        paths = save_figure(accuracy_by_case(table), run.out / "accuracy_by_case")
-        _show(table, [run.out / "table.csv", *paths])
-
-
-def _show(table: pd.DataFrame, paths: Sequence[Path]) -> None:
-    """Print the accuracies, and where the files are."""
-    console = Console()
-    console.print(figures_table(*summary_rows(table)))
-    for path in paths:
-        console.print(str(path), markup=False, highlight=False, soft_wrap=True)
+        with Console(stderr=True).status("drawing"):
+            written = write_report(
+                table,
+                [setting for _, _, setting in settings_of(CASES, ks).values()],
+                {**model_card(model, run.model), **PAIRS},
+                run.out,
+                (),
+                command=command_line(),
+                thesis_depth=thesis_depth,
+                figures={"Accuracy by case": accuracy_by_case(table)},
+            )
+        show(table, written)
 
 
 def accuracy_by_case(table: pd.DataFrame) -> Figure:

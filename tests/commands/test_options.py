@@ -85,7 +85,7 @@ SWEEPS: dict[str, dict[str, list[str]]] = {
         **FIRST,
         **AFTER,
     },
-    "cached-state": KS,
+    "cached-state": {**KS, "thesis_depth": AFTER["thesis_depth"]},
 }
 OTHERS: dict[str, dict[str, list[str]]] = {
     "eval": {
