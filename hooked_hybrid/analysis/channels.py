@@ -30,11 +30,9 @@ class GroupScores:
         name: what was measured, with its unit.
 
     Examples:
-        >>> from hooked_hybrid.niah import needles, prompts
-        >>> cells = prompts.grid(model, [needles.PAPER], lengths=[96], depths=[0.5])
-        >>> scores = analysis.channel_scores(model, cells, n_groups=2, verbose=False)
-        >>> scores.layers, scores.values.shape
-        ((0, 1, 3, 4), torch.Size([4, 2]))
+        >>> scores = analysis.GroupScores((0, 3), torch.tensor([[0.0, 0.2], [0.7, 0.1]]))
+        >>> scores.top(1), scores.labels()[0]
+        ([(3, 0)], 'L0G0')
     """
 
     layers: tuple[int, ...]
