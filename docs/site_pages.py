@@ -274,8 +274,10 @@ def reference_page(module: str) -> str:
     inside = [m for m in modules() if m.rpartition(".")[0] == module]
     if names:
         page += "    options:\n      members: false\n"
-        page += "\nPublic names, each on the page of its module; what examples begin with is on "
-        page += "[the first page][hooked_hybrid]:\n\n"
+        page += "\nPublic names, each on the page of its module"
+        if module != "hooked_hybrid":
+            page += "; examples begin with what `hooked_hybrid` [makes][hooked_hybrid]"
+        page += ":\n\n"
         for name in names:
             where, there = source_of(module, name)
             page += f"- [`{name}`][{module}.{name}]: {purposes(where)[there]}\n"

@@ -90,6 +90,13 @@ class Attribution:
 
         Raises:
             ValueError: a value that is NaN; the message names the hook point.
+
+        Examples:
+            >>> found = analysis.attribution_patching(
+            ...     model, tokens, riga, metric, "blocks.*.attn.hook_z", verbose=False
+            ... )
+            >>> len(found.top(3))
+            3
         """
         names = list(self.values)
         for name in names:
@@ -117,6 +124,13 @@ class Attribution:
         Raises:
             HookNameError: there are no attributions of this name.
             ValueError: they are not by head; give `reduce="head"`.
+
+        Examples:
+            >>> found = analysis.attribution_patching(
+            ...     model, tokens, riga, metric, "blocks.*.attn.hook_z", "head", verbose=False
+            ... )
+            >>> found.head_scores().layers
+            (2, 5)
         """
         by_layer = {}
         for name in names_in_layers(leaf, self.values):

@@ -51,6 +51,10 @@ class GroupScores:
 
         Raises:
             ValueError: a score that is NaN.
+
+        Examples:
+            >>> analysis.GroupScores((0, 3), torch.tensor([[0.0, 0.2], [0.7, 0.1]])).top(1)
+            [(3, 0)]
         """
         require_numbers(self.values, f"{self.name or 'scores'} of layers {self.layers}")
         width = self.values.shape[1]
@@ -58,7 +62,12 @@ class GroupScores:
         return [(self.layers[i // width], i % width) for i in order]
 
     def labels(self) -> list[str]:
-        """Return "L1G2" and so on, in the order of `values.flatten()`."""
+        """Return "L1G2" and so on, in the order of `values.flatten()`.
+
+        Examples:
+            >>> analysis.GroupScores((0, 3), torch.rand(2, 2)).labels()
+            ['L0G0', 'L0G1', 'L3G0', 'L3G1']
+        """
         return [f"L{layer}G{g}" for layer in self.layers for g in range(self.values.shape[1])]
 
 

@@ -86,7 +86,12 @@ class PairScores:
         return float(self.values[index[0], index[1]])
 
     def above_baseline(self) -> Float[Tensor, "writer reader"]:
-        """Return the scores minus the baseline; 0 if there is none."""
+        """Return the scores minus the baseline; 0 if there is none.
+
+        Examples:
+            >>> analysis.all_composition_scores(model, "V").above_baseline().shape
+            torch.Size([48, 16])
+        """
         return (self.values - self.baseline).where(self.is_defined, 0)
 
     def top(self, n: int, by_z: bool = False) -> list[tuple[str, str, float]]:
@@ -98,6 +103,11 @@ class PairScores:
 
         Raises:
             ValueError: `by_z` of scores without `z`; a score that is NaN.
+
+        Examples:
+            >>> writer, reader, score = analysis.all_composition_scores(model, "V").top(1)[0]
+            >>> 0 < score < 1
+            True
         """
         if by_z and self.z is None:
             raise ValueError(f"{self.name} has no z")

@@ -71,6 +71,12 @@ class PatchGrid:
 
         Raises:
             ValueError: a value that is NaN.
+
+        Examples:
+            >>> values = torch.tensor([[0.5, 2.0], [-3.0, 0.0]])
+            >>> grid = analysis.PatchGrid(values, ("layer", "pos"), ((0, 1), (7, 15)))
+            >>> grid.top(2)
+            [((1, 7), -3.0), ((0, 15), 2.0)]
         """
         require_numbers(self.values, f"the grid of {self.axes}")
         flat = self.values.flatten()
@@ -83,6 +89,11 @@ class PatchGrid:
 
         Raises:
             ValueError: a grid of other axes.
+
+        Examples:
+            >>> grid = analysis.PatchGrid(torch.rand(2, 2), ("layer", "head"), ((2, 5), (0, 1)))
+            >>> grid.head_scores().layers
+            (2, 5)
         """
         if self.axes[:2] != ("layer", "head") or self.axes[2:] not in ((), ("batch",)):
             raise ValueError(f"scores of heads need axes ('layer', 'head'), not {self.axes}")

@@ -43,6 +43,11 @@ class HeadScores:
 
         Raises:
             ValueError: no layer, or layers with different numbers of heads.
+
+        Examples:
+            >>> scores = analysis.HeadScores.of({2: torch.rand(8), 5: torch.rand(8)}, "random")
+            >>> scores.layers, scores.name
+            ((2, 5), 'random')
         """
         widths = {v.shape[0] for v in by_layer.values()}
         if len(widths) != 1:
@@ -63,6 +68,13 @@ class HeadScores:
 
         Raises:
             ValueError: a score that is NaN; the message gives its index.
+
+        Examples:
+            >>> scores = analysis.HeadScores((2, 5), torch.tensor([[0.1, 0.9], [0.5, 0.3]]))
+            >>> scores.top(2)
+            [(2, 1), (5, 0)]
+            >>> interventions.keep_heads(scores.top(2))[0][0]
+            ['blocks.2.attn.hook_z', 'blocks.5.attn.hook_z']
         """
         require_numbers(self.values, f"{self.name or 'scores'} of layers {self.layers}")
         n_heads = self.values.shape[1]
@@ -70,5 +82,10 @@ class HeadScores:
         return [(self.layers[i // n_heads], i % n_heads) for i in order]
 
     def labels(self) -> list[str]:
-        """Return "L5H0" and so on, in the order of `values.flatten()`."""
+        """Return "L5H0" and so on, in the order of `values.flatten()`.
+
+        Examples:
+            >>> analysis.HeadScores((2, 5), torch.rand(2, 2)).labels()
+            ['L2H0', 'L2H1', 'L5H0', 'L5H1']
+        """
         return [f"L{layer}H{h}" for layer in self.layers for h in range(self.values.shape[1])]

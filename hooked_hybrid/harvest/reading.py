@@ -86,7 +86,13 @@ class HarvestedActivations:
         return list(self.index["hooks"])
 
     def shape(self, name: Shorthand) -> tuple[int, ...]:
-        """Return the shape of one token's value at a hook point."""
+        """Return the shape of one token's value at a hook point.
+
+        Examples:
+            >>> from hooked_hybrid.harvest import harvest
+            >>> harvest(model, [text], "hook_embed", "shapes", verbose=False).shape("hook_embed")
+            (128,)
+        """
         return tuple(self.index["hooks"][self.resolve(name)]["shape"])
 
     def mean_norm(self, name: Shorthand) -> float:
@@ -94,6 +100,12 @@ class HarvestedActivations:
 
         Raises:
             ValueError: they are integers.
+
+        Examples:
+            >>> from hooked_hybrid.harvest import harvest
+            >>> data = harvest(model, [text], "hook_embed", "norms", verbose=False)
+            >>> data.mean_norm("hook_embed") > 0
+            True
         """
         found = self.index["hooks"][self.resolve(name)]["mean_norm"]
         if found is None:
@@ -109,6 +121,12 @@ class HarvestedActivations:
 
         Raises:
             ValueError: there are fewer shards.
+
+        Examples:
+            >>> from hooked_hybrid.harvest import harvest
+            >>> data = harvest(model, [text], "hook_embed", "loaded", verbose=False)
+            >>> data.load(0, "hook_embed").shape
+            torch.Size([15, 128])
         """
         check_count("shard", shard, 0, len(self.paths) - 1, of="the shards")
         with self.opened(shard) as file:
@@ -157,6 +175,12 @@ class HarvestedActivations:
 
         Raises:
             ValueError: an argument out of range, or a dtype of whole numbers or for such alone.
+
+        Examples:
+            >>> from hooked_hybrid.harvest import harvest
+            >>> data = harvest(model, [text] * 8, "hook_embed", "to_train", verbose=False)
+            >>> [batch.shape for batch in data.batches("hook_embed", 64)]
+            [torch.Size([64, 128]), torch.Size([56, 128])]
         """
         return ActivationBatches(
             self, name, batch_size, seed, epochs, pool_tokens, drop_last, dtype
@@ -172,6 +196,10 @@ class HarvestedActivations:
 
         Raises:
             ValueError: one differs.
+
+        Examples:
+            >>> from hooked_hybrid.harvest import harvest
+            >>> harvest(model, [text], "hook_embed", "verified", verbose=False).verify()
         """
         for path in self.paths:
             check_shard(path, self.index["hooks"])

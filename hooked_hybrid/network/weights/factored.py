@@ -140,6 +140,10 @@ class FactoredMatrix:
             U [..., ldim, k], S [..., k] in descending order and Vh [..., rdim, k], where k is
             min(ldim, mdim, rdim), that is mdim for a low-rank product.
 
+        Examples:
+            >>> ov = analysis.ov_circuit(model, 5)
+            >>> ov.svd()[1].shape
+            torch.Size([8, 16])
         """
         A, B = self._wide().pair
         (Q_A, R_A), (Q_B, R_B) = torch.linalg.qr(A), torch.linalg.qr(B.mT)
@@ -167,7 +171,12 @@ class FactoredMatrix:
         return torch.linalg.eigvals(self._wide().BA)
 
     def norm(self) -> Float[Tensor, "..."]:
-        """Return the Frobenius norm of each matrix [...], without forming the product."""
+        """Return the Frobenius norm of each matrix [...], without forming the product.
+
+        Examples:
+            >>> analysis.ov_circuit(model, 5).norm().shape
+            torch.Size([8])
+        """
         A, B = self._wide().pair
         left = torch.linalg.qr(A).R if self.ldim > self.mdim else A
         return torch.linalg.matrix_norm(left @ B)
@@ -180,23 +189,44 @@ class FactoredMatrix:
         return FactoredMatrix(self.A.to(wide), self.B.to(wide))
 
     def make_even(self) -> "FactoredMatrix":
-        """Return the same product as (U sqrt(S)) @ (sqrt(S) Vh^T), with inner dimension k."""
+        """Return the same product as (U sqrt(S)) @ (sqrt(S) Vh^T), with inner dimension k.
+
+        Examples:
+            >>> ov = analysis.ov_circuit(model, 5)
+            >>> torch.allclose(ov.make_even().AB, ov.AB, atol=1e-4)
+            True
+        """
         U, S, Vh = self.svd()
         root = S.sqrt().unsqueeze(-2)
         return FactoredMatrix(U * root, (Vh * root).mT)
 
     def collapse_l(self) -> Float[Tensor, "... k rdim"]:
-        """Return S Vh^T [..., k, rdim]: the product with its left rotation removed."""
+        """Return S Vh^T [..., k, rdim]: the product with its left rotation removed.
+
+        Examples:
+            >>> analysis.ov_circuit(model, 5).collapse_l().shape
+            torch.Size([8, 16, 128])
+        """
         _, S, Vh = self.svd()
         return S.unsqueeze(-1) * Vh.mT
 
     def collapse_r(self) -> Float[Tensor, "... ldim k"]:
-        """Return U S [..., ldim, k]: the product with its right rotation removed."""
+        """Return U S [..., ldim, k]: the product with its right rotation removed.
+
+        Examples:
+            >>> analysis.ov_circuit(model, 5).collapse_r().shape
+            torch.Size([8, 128, 16])
+        """
         U, S, _ = self.svd()
         return U * S.unsqueeze(-2)
 
     def get_corner(self, k: int = 3) -> Float[Tensor, "..."]:
-        """Return the first k entries of the product along every dimension, leading ones too."""
+        """Return the first k entries of the product along every dimension, leading ones too.
+
+        Examples:
+            >>> analysis.ov_circuit(model, 5).get_corner(2).shape
+            torch.Size([2, 2, 2])
+        """
         return self[(slice(k),) * self.ndim].AB
 
     def unsqueeze(self, k: int) -> "FactoredMatrix":
@@ -205,6 +235,9 @@ class FactoredMatrix:
         Raises:
             ValueError: If k is not the position of a leading dimension.
 
+        Examples:
+            >>> analysis.ov_circuit(model, 5).unsqueeze(0).shape
+            torch.Size([1, 8, 128, 128])
         """
         if not (0 <= k <= self.ndim - 2 or -self.ndim - 1 <= k <= -3):
             raise ValueError(
