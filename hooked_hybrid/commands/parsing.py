@@ -155,7 +155,7 @@ def _choices(param: Any) -> list[str]:
 
 
 def _default(param: Any) -> str:
-    """Return an option's default in words; nothing where there is none to show."""
+    """Return an option's default in words; nothing if it has none to show."""
     if isinstance(param.show_default, str):
         return param.show_default
     default = param.default

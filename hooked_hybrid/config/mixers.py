@@ -154,6 +154,12 @@ class Mamba2Config(MixerConfig):
     normalised ("gate_first") or after ("norm_first"), each of `n_groups` groups of channels by its
     own scale; None is no norm. `in_scale` multiplies the block's input, `section_scales` the
     sections z, x, B, C and dt of its projection.
+
+    Examples:
+        >>> from hooked_hybrid.config import Mamba2Config
+        >>> cfg = Mamba2Config(n_heads=4, d_head=16, d_state=32, n_groups=2)
+        >>> cfg.d_conv, cfg.norm
+        (4, 'gate_first')
     """
 
     n_heads: int

@@ -25,7 +25,14 @@ from hooked_hybrid.network.mixers.mamba import forget
 
 
 class Mamba2Form(LinearForm):
-    """`d_state` states a channel; the channels of a head have one decay, those of a group B, C."""
+    """`d_state` states a channel; the channels of a head have one decay, those of a group B, C.
+
+    Examples:
+        >>> from hooked_hybrid.analysis.forms import form_of
+        >>> from hooked_hybrid.config import Mamba2Config
+        >>> form_of(Mamba2Config(n_heads=4, d_head=16, d_state=32)).kind
+        'mamba2'
+    """
 
     kind, has_states = Mamba2.kind, True
 

@@ -45,7 +45,15 @@ from hooked_hybrid.shapes import Inner, Resid
 
 
 class Mamba2(Mixer[RecurrentState]):
-    """The block around Mamba-2's scan."""
+    """The block around Mamba-2's scan.
+
+    Examples:
+        >>> from hooked_hybrid.config import Mamba2Config
+        >>> from hooked_hybrid.network.mixers import Mamba2
+        >>> mixer = Mamba2(Mamba2Config(n_heads=4, d_head=16, d_state=32), d_model=64)
+        >>> mixer.kind, mixer.hook_ssm_state.axes
+        ('mamba2', ('batch', 'pos', 'd_inner', 'd_state'))
+    """
 
     config, kind, title, row = Mamba2Config, "mamba2", "Mamba-2", "Mamba-2 block"
     reads, writes, scales_write = ("in_proj.weight",), ("out_proj.weight",), True
