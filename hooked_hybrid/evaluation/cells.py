@@ -23,6 +23,8 @@ from hooked_hybrid.runs.identity.comparing import changes, refusal
 EXPERIMENT, CALLS = "evaluation.json", "calls.json"
 FORMAT = 1
 _CALL = {"groups", "forms", "missing"}
+_MOST = 2**63
+"""Bound of whole numbers: a larger one is no count, and no number that a table can hold."""
 
 
 @dataclass(frozen=True)
@@ -195,8 +197,13 @@ def _require_types(cell: Cell) -> None:
             value = getattr(cell, name)
             if not isinstance(value, kind) or (kind is not bool and isinstance(value, bool)):
                 raise TypeError(f"{name} is {one_line(value, 60)!a}")
+    for name, value in vars(cell).items():
+        least = 0 if name in ("n_documents", "n_fewshot", "k") else -_MOST
+        if isinstance(value, int) and not least <= value < _MOST:
+            raise TypeError(f"{name} is {one_line(value, 60)}")
     for name, value in (*cell.documents.items(), *cell.metrics.items()):
-        if isinstance(value, bool) or not isinstance(value, int | float | str | None):
+        is_known = isinstance(value, int | float | str | None) and not isinstance(value, bool)
+        if not is_known or (isinstance(value, int) and abs(value) >= _MOST):
             raise TypeError(f"{one_line(name, 60)!a} is {one_line(value, 60)!a}")
 
 

@@ -248,7 +248,7 @@ def text_losses(
         before = dict(read_json(beside))
         require_plain_file(path, LARGEST_RESULTS)
         losses = pd.read_csv(path)
-        is_whole = list(losses["setting"]) == [setting.name for setting in settings]
+        is_whole = list(losses["setting"]) == [s.name for s in settings] and _are_losses(losses)
     except (KeyError, TypeError, ValueError):
         is_whole = False
     if not is_whole:
@@ -256,6 +256,18 @@ def text_losses(
     if changed := changes(before, said):
         raise ValueError(refusal(path, "loss of text", changed))
     return losses
+
+
+def _are_losses(table: pd.DataFrame) -> bool:
+    """Return whether a table has the columns of `text_loss`, and numbers in them."""
+    import numpy as np
+
+    figures = ["loss", "low", "high", "more", "more_low", "more_high"]
+    if list(table) != ["setting", *figures]:
+        return False
+    if not all(kind.kind in "if" for kind in table[figures].dtypes):
+        return False
+    return bool(np.isfinite(table[["loss", "more"]].to_numpy()).all())
 
 
 def _describe_losses(

@@ -15,7 +15,8 @@ from hooked_hybrid import HookedHybrid
 from hooked_hybrid.commands import papers as command
 from hooked_hybrid.commands.program import build_app
 from hooked_hybrid.evaluation.cells import Cell
-from hooked_hybrid.papers import checks, language, needle_checks, shares
+from hooked_hybrid.niah.settings.setting import Setting
+from hooked_hybrid.papers import checks, language, needle_checks, runs, shares
 from hooked_hybrid.papers.catalogue import items_of, runs_of
 from hooked_hybrid.papers.claims import Finding, Verdict, judge, run_check
 from hooked_hybrid.papers.evidence import Evidence, Untested, estimate, tipping
@@ -361,3 +362,25 @@ def test_an_item_that_was_not_run_has_no_verdict():
     entry = not_run(item, Untested("run x was not made"))
     assert entry.verdict is Verdict.UNTESTED
     assert {finding.ours for finding in entry.findings} == {"not run: run x was not made"}
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        (",2.0,", ",x,"), (",2.0,", ",,"), (",2.0,", ",1e999,"), ("loss", "cost"),
+        (",more_high", ",more_high,mine"), ("k=1", "k=2"),
+    ],
+)  # fmt: skip
+def test_losses_of_others_that_are_no_numbers_are_refused(
+    old: str, new: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    monkeypatch.setattr(runs, "_describe_losses", lambda *_: {})
+    model = HookedHybrid.from_pretrained("tiny-griffin")
+    recipe, settings = recipe_for(model, QUICK), [Setting("whole"), Setting("k=1")]
+    table = "setting,loss,low,high,more,more_low,more_high\nwhole,1.0,,,0,,\nk=1,2.0,1,3,1,,\n"
+    (tmp_path / "text_loss.json").write_text("{}")
+    (tmp_path / "text_loss.csv").write_text(table)
+    assert runs.text_losses(model, settings, recipe, tmp_path)["loss"].tolist() == [1, 2]
+    (tmp_path / "text_loss.csv").write_text(table.replace(old, new))
+    with pytest.raises(ValueError, match=r"text_loss\.csv is damaged: remove it"):
+        runs.text_losses(model, settings, recipe, tmp_path)

@@ -133,7 +133,12 @@ def test_every_reader_of_json_refuses_what_is_none_with_one_kind_of_error(tmp_pa
         {"documents": [1]},
         {"n_documents": 1.5},
         {"main": None},
+        *({name: -1} for name in ("n_documents", "n_fewshot", "k")),
+        *({name: 10**400} for name in ("n_documents", "k", "value", "seconds", "stderr", "chance")),
+        {"metrics": {"acc,none": 10**400}},
+        {"documents": {"0": -(10**400)}},
     ],
+    ids=lambda change: next(iter(change)),
 )
 def test_a_cell_of_other_types_is_refused(change: dict[str, Any], tmp_path: Path):
     evaluated(tmp_path)
@@ -449,6 +454,21 @@ def test_an_offload_folder_whose_inner_one_is_a_link_is_not_filled(tmp_path: Pat
     with pytest.raises(OSError, match="is a link"):
         HookedHybrid.from_pretrained(model, **how)
     assert not list((tmp_path / "elsewhere").iterdir())
+
+
+def test_a_link_in_an_offload_folder_is_replaced_and_its_target_neither_read_nor_written(
+    tmp_path: Path,
+):
+    path = packaged_models()["tiny-griffin"]
+    how = {"device_map": {"": "disk"}, "offload_folder": tmp_path / "off"}
+    wanted = HookedHybrid.from_pretrained(path, **how)("the old man")
+    weight = next((tmp_path / "off").rglob("ln_final.weight"))
+    other = bytes(weight.stat().st_size)
+    (tmp_path / "mine").write_bytes(other)
+    weight.unlink()
+    weight.symlink_to(tmp_path / "mine")
+    assert torch.equal(HookedHybrid.from_pretrained(path, **how)("the old man"), wanted)
+    assert not weight.is_symlink() and (tmp_path / "mine").read_bytes() == other
 
 
 @pytest.mark.parametrize(

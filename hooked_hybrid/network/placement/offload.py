@@ -117,9 +117,9 @@ class OffloadFolder:
             )
 
     def has(self, name: str, like: Tensor) -> bool:
-        """Return whether a tensor of this name and size exists."""
+        """Return whether a file of this tensor's name and size exists, which is not a link."""
         file = self.path / name
-        return file.is_file() and file.stat().st_size == like.nbytes
+        return file.is_file() and not file.is_symlink() and file.stat().st_size == like.nbytes
 
     def write(self, name: str, tensor: Tensor, like: Tensor) -> None:
         """Write a tensor in the dtype and memory layout of another, atomically.
