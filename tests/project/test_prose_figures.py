@@ -274,11 +274,36 @@ def findings_tables(words: Words) -> None:
     assert f"100 comes with [{bound}, 100.0]" in words
 
 
+def experiments(words: Words) -> None:
+    """Sentences of the packaged models' cards, of seven needles, and of quantised bytes."""
+    rows = {}
+    for model in ("tiny-griffin", "tiny-jamba"):
+        card = (files("hooked_hybrid.presets") / model / "README.md").read_text(encoding="utf-8")
+        for line in re.findall(r"^\|(.*)\|$", card, re.MULTILINE):
+            run, *cells = (cell.strip() for cell in line.split("|"))
+            rows[run if run.startswith("tiny") else f"{model} {run}"] = cells
+    griffin, jamba = rows["tiny-griffin-0"], rows["tiny-jamba-0"]
+    all_of_it, part = rows["tiny-jamba 512"][1], rows["tiny-griffin 512"][1]
+    assert f"tiny-jamba {float(all_of_it):.0f}% of them" in words
+    assert f"whose window is 256, {part}%" in words
+    without = max(float(cell) for row in (griffin, jamba) for cell in row[4:6])
+    assert f"Without attention neither retrieves ({without}% at most)" in words
+    assert f"tiny-griffin keeps {griffin[6]}% and tiny-jamba {jamba[6]}%" in words
+    others = rows["tiny-griffin-1"][6], rows["tiny-jamba-1"][6]
+    assert f"with another seed {others[0]} and {others[1]}%" in words
+    assert f"Seven bound that at {100 * (1 - 0.05 ** (1 / 7)):.0f}% (one-sided)" in words
+    assert 1 - 0.05 ** (1 / 61) < 0.05 < 1 - 0.05 ** (1 / 58)
+    assert '"at most 5%" is asked of 61 needles' in words
+    sizes = table("quantized", "bytes")
+    (row,) = sizes[sizes[sizes.columns[0]] == "Jamba-Mini"].to_dict("records")
+    assert f"{float(row['int8']):.0f} GB instead of {float(row['bf16']):.0f}" in words
+
+
 HELD: dict[str, Callable[[Words], None]] = {
     f.__name__: f
     for f in (
         where_recall_lives, quantized, twins, outside_window, findings, beside_other_results,
-        next_questions, findings_tables,
+        next_questions, findings_tables, experiments,
     )
 }  # fmt: skip
 KNOWN = tomllib.loads((Path(__file__).parent / "known_figures.toml").read_text(encoding="utf-8"))
@@ -329,4 +354,9 @@ def test_a_figure_that_nothing_holds_is_found():
 
 def test_pages_of_known_figures_exist_and_their_kinds_have_a_meaning():
     assert set(KNOWN) <= set(PAGES)
-    assert {kind for page_ in KNOWN.values() for kind in page_} <= {"chosen", "published", "bound"}
+    assert {kind for page_ in KNOWN.values() for kind in page_} <= {
+        "chosen",
+        "published",
+        "recorded",
+        "bound",
+    }
