@@ -80,7 +80,9 @@ Four marks:
   a hook not marked `per_position` may not select there: `interventions.hook_at(fn, positions)` and
   `edit_state(fn, positions)` act at some.
 
-`cache["pattern", 2]` is short for `cache["blocks.2.attn.hook_pattern"]`.
+`cache["pattern", 2]` is short for `cache["blocks.2.attn.hook_pattern"]`, and
+`cache["blocks.*.attn.hook_pattern"]` is a cache of those of all layers. Every function that takes
+names takes them in these three spellings; `"*"` is every point, the large ones too.
 """
 
 

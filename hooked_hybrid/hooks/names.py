@@ -264,12 +264,16 @@ def matching(
                 f"the {len(names)} hook points, which look like {', '.join(list(names)[:4])}"
             )
         return found
-    wanted: set[str] = set()
+    if isinstance(selector, list | tuple | set) and selector:
+        wanted = {name for name in selector if isinstance(name, str) and name in names}
+        if len(wanted) == len(selector):  # full names, each once: the usual list
+            return [name for name in names if name in wanted]
+    wanted = set()
     for key in listed(selector):
-        if is_pattern(key):
-            wanted.update(fit(str(key), names))
-        elif isinstance(key, str) and key in names:
+        if isinstance(key, str) and key in names:
             wanted.add(key)
+        elif is_pattern(key):
+            wanted.update(fit(str(key), names))
         else:
             n_layers = _n_layers(names) if n_layers is None else n_layers
             wanted.add(resolve(key, names, n_layers))

@@ -52,8 +52,15 @@ def weight_matrix(
 ) -> list[Setting]:
     """Return every pair of manipulations of the weights on the needle: "prefill-generation".
 
-    Settings with the same prefill share its run. Source: Michalak 2025, Table 6.1; there as here
-    weights are not renormalised. (The thesis names them "generation-prefill".)
+    - keep: nothing changes.
+    - omit: weights on the needle are 0.
+    - only: weights on everything but the needle are 0.
+    - binary: as only, and each weight on the needle is their mean.
+    - null: every weight is 0.
+
+    See `manipulate_span`. Settings with the same prefill share its run. Source: Michalak 2025,
+    Table 6.1; there as here weights are not renormalised. (The thesis names them
+    "generation-prefill".)
 
     `FOLLOW_MODES`, which are ours, may also be used in generation.
 
