@@ -3,6 +3,7 @@
 "halves" has a mixer or an MLP in each layer, "side by side" attention beside a recurrence with a
 scale on every write, on the embedding and on the logits, "norms" norms on writes, on queries and on
 keys. "mamba2" has Mamba-2 alone, before an MLP and beside attention, in each form of its norm.
+"mamba" has Mamba without the norms of dt, B and C, and without their weights.
 """
 
 from __future__ import annotations
@@ -79,5 +80,10 @@ CONFIGS = {
             ),
             SQUARED,
         ),
+    ),
+    "mamba": config(
+        LayerConfig(MambaConfig(48, 5, 3, inner_norm=None), None),
+        LayerConfig(MambaConfig(48, 5, 3, inner_norm="plain"), SQUARED),
+        LayerConfig(ATTENTION, None),
     ),
 }

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hooked_hybrid.config import HybridConfig
-from weights_conversion import bamba, jamba, mamba2, recurrentgemma
+from weights_conversion import bamba, falcon_mamba, jamba, mamba, mamba2, recurrentgemma
 from weights_conversion.errors import CheckpointError
 from weights_conversion.generation import with_generation_config
 from weights_conversion.hf_config import OWN, in_their_words, without_keys
@@ -63,7 +63,7 @@ FAMILIES = {
         module.rules,
         module.ignored,
     )
-    for module in (recurrentgemma, jamba, mamba2, bamba)
+    for module in (recurrentgemma, jamba, mamba2, bamba, mamba, falcon_mamba)
 }
 
 

@@ -27,6 +27,7 @@ LARGEST_OTHER = 2**31 - 1
 RANGES = {
     "rms_norm_eps": (1e-30, 1.0),
     "layer_norm_epsilon": (1e-30, 1.0),
+    "mixer_rms_eps": (1e-30, 1.0),
     "logits_soft_cap": (1e-3, 1e6),
     "rope_theta": (1.0, 1e15),
     "partial_rotary_factor": (0.0, 1.0),

@@ -136,10 +136,14 @@ class MambaConfig(MixerConfig):
     conv_bias: bool = True
     proj_bias: bool = False
     norm_eps: float = 1e-6
+    inner_norm: Literal["weight", "plain"] | None = field(
+        default="weight", kw_only=True, metadata=OPTION
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require_positive(self, "d_inner", "d_state", "dt_rank", "d_conv")
+        require_one_of(self, "inner_norm", "weight", "plain", None)
 
 
 GateOrder = Literal["gate_first", "norm_first"]

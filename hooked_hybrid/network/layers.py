@@ -143,19 +143,21 @@ class RMSNorm(Component):
 class InnerNorm(Component):
     """A root-mean-square norm inside a mixer; the mixer has the hook point of its result."""
 
-    def __init__(self, width: int, eps: float) -> None:
+    def __init__(self, width: int, eps: float, has_weight: bool = True) -> None:
         super().__init__()
         self.eps = eps
-        self.weight = nn.Parameter(torch.empty(width))
+        self.weight = nn.Parameter(torch.empty(width)) if has_weight else None
 
     def reset_parameters(self) -> None:
         """Set the weight so that it has no effect."""
-        nn.init.ones_(self.weight)
+        if self.weight is not None:
+            nn.init.ones_(self.weight)
 
     def forward(self, x: Float[Tensor, "batch pos width"]) -> Float[Tensor, "batch pos width"]:
-        """Return the normalised values, rounded to the dtype of `x`, times the weight."""
+        """Return the normalised values, rounded to the dtype of `x`, times the weight if any."""
         wide = at_least_fp32(x)
-        return (wide * inverse_rms(wide, self.eps)).to(x.dtype) * self.weight
+        normalized = (wide * inverse_rms(wide, self.eps)).to(x.dtype)
+        return normalized if self.weight is None else normalized * self.weight
 
 
 class Embed(Component):

@@ -63,13 +63,21 @@ class MambaForm(LinearForm):
         return (ran["ssm_dt"] != 0).any(-1) if "ssm_dt" in ran else None
 
     def decay_range(self, mixer: Mamba) -> DecayRange:
-        """Return the decays at the largest possible step, at the bias, and at the smallest step."""
-        W = (mixer.dt_norm.weight[:, None] * mixer.dt_proj.W).double()
+        """Return the decays at the largest possible step, at the bias, and at the smallest step.
+
+        Without a norm of dt nothing bounds the steps: decays reach 0 and 1.
+        """
+        W = mixer.dt_proj.W.double()
         assert mixer.dt_proj.bias is not None
         bias, A = mixer.dt_proj.bias.double(), mixer.A.double()
+        typical = torch.exp(softplus(bias)[:, None] * A)
+        if mixer.cfg.inner_norm is None:
+            return DecayRange(torch.zeros_like(typical), typical, torch.ones_like(typical))
+        weight = mixer.dt_norm.weight  # None for a plain norm
+        W = W if weight is None else weight.double()[:, None] * W
         most = W.norm(dim=0) * mixer.cfg.dt_rank**0.5
-        steps = (softplus(bias + s * most)[:, None] for s in (1, 0, -1))
-        return DecayRange(*(torch.exp(dt * A) for dt in steps))
+        fastest, slowest = (torch.exp(softplus(bias + s * most)[:, None] * A) for s in (1, -1))
+        return DecayRange(fastest, typical, slowest)
 
     def taps(self, mixer: Mamba) -> Float[Tensor, "tap channel"]:
         """Return the weights of its convolution, the current token's last."""

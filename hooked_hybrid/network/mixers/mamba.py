@@ -1,4 +1,4 @@
-"""The Mamba-1 block (Gu & Dao 2023, algorithm 2) with Jamba's norms on dt, B and C.
+"""The Mamba-1 block (Gu & Dao 2023, algorithm 2), with Jamba's norms on dt, B and C or without.
 
     u, z    = x W_in                                     two branches
     u       = silu(conv4(u) + b)
@@ -52,7 +52,6 @@ class Mamba(Mixer[RecurrentState]):
 
     config, kind, title, row = MambaConfig, "mamba", "Mamba", "Mamba block"
     reads, writes, scales_write = ("in_proj.weight",), ("out_proj.weight",), True
-    inner_norms = (FoldedNorm("dt_norm", "dt_proj.weight", "hook_dt_low"),)
     holds = MappingProxyType({"hook_ssm_dt": 0.0})
     forgets = MappingProxyType({"hook_ssm_decay": 0.0})
     scan_hooks = ("hook_ssm_decay", "hook_ssm_write", "hook_ssm_C", "hook_ssm_state")
@@ -84,9 +83,9 @@ class Mamba(Mixer[RecurrentState]):
         self.in_proj = Linear(d_model, 2 * cfg.d_inner, bias=cfg.proj_bias)
         self.conv = CausalConv1d(cfg.d_conv, cfg.d_inner, bias=cfg.conv_bias)
         self.x_proj = Linear(cfg.d_inner, cfg.dt_rank + 2 * cfg.d_state, bias=False)
-        self.dt_norm = InnerNorm(cfg.dt_rank, cfg.norm_eps)
-        self.B_norm = InnerNorm(cfg.d_state, cfg.norm_eps)
-        self.C_norm = InnerNorm(cfg.d_state, cfg.norm_eps)
+        self.dt_norm = _inner_norm(cfg, cfg.dt_rank)
+        self.B_norm = _inner_norm(cfg, cfg.d_state)
+        self.C_norm = _inner_norm(cfg, cfg.d_state)
         self.dt_proj = Linear(cfg.dt_rank, cfg.d_inner, bias=True)
         self.A_log = nn.Parameter(torch.empty(cfg.d_inner, cfg.d_state))
         self.D = nn.Parameter(torch.empty(cfg.d_inner))
@@ -134,6 +133,13 @@ class Mamba(Mixer[RecurrentState]):
         gated = self.hook_gated(times(y, gate, is_ours))
         return self.out_proj(gated), RecurrentState(conv_state, h)
 
+    @property
+    def inner_norms(self) -> tuple[FoldedNorm, ...]:  # type: ignore[override]
+        """The norm of dt, if it has a weight."""
+        if self.cfg.inner_norm != "weight":
+            return ()
+        return (FoldedNorm("dt_norm", "dt_proj.weight", "hook_dt_low"),)
+
     @classmethod
     def state_shapes(cls, cfg: MambaConfig) -> dict[str, tuple[int, ...]]:
         """Return the shapes of the state's tensors, without the batch."""
@@ -141,7 +147,7 @@ class Mamba(Mixer[RecurrentState]):
 
     @classmethod
     def operations(cls, cfg: MambaConfig, d_model: int) -> dict[str, Flops]:
-        """Return the operations of the Mamba block with Jamba's norms for one token.
+        """Return the operations of the Mamba block for one token.
 
         For each channel: the convolution and its silu, the bias of the step size and softplus,
         delta u, D u and its sum, the silu of the gate and the product with it. For each of its
@@ -151,7 +157,8 @@ class Mamba(Mixer[RecurrentState]):
         taps = 2 * cfg.d_conv - (not cfg.conv_bias)
         a_channel = taps + SILU + 1 + SOFTPLUS + 1 + 2 + SILU + 1
         biases = (2 * d + d_model) * cfg.proj_bias
-        norms = norm(rank) + 2 * norm(n)
+        norms = (norm(rank) + 2 * norm(n)) * (cfg.inner_norm is not None)
+        norms -= (rank + 2 * n) * (cfg.inner_norm == "plain")
         projected = d_model * 2 * d + d * (rank + 2 * n) + rank * d + d * d_model
         flops = Flops(
             products=2 * projected + 2 * d * n,
@@ -281,6 +288,12 @@ class Mamba(Mixer[RecurrentState]):
             constrain=partial(only_where, is_real, carried),
             run=layout.run.at(t, t + 1),
         )[:, 0]
+
+
+def _inner_norm(cfg: MambaConfig, width: int) -> InnerNorm | nn.Identity:
+    if cfg.inner_norm is None:
+        return nn.Identity()
+    return InnerNorm(width, cfg.norm_eps, has_weight=cfg.inner_norm == "weight")
 
 
 def forget(
