@@ -377,8 +377,18 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
-    """Turn links between files of the repository into links between pages."""
+    """Turn links between files into links between pages; searches rank what teaches first."""
+    if page.file.src_uri in taught():
+        page.meta["search"] = {"boost": 3}
     return relink(markdown, page.file.src_uri)
+
+
+def taught() -> set[str]:
+    """Return the pages that a search ranks first: of the sections that teach, and of classes."""
+    sections = ("Getting started", "How to", "Concepts")
+    return {page for name in sections for page in SECTIONS[name]} | set(
+        map(page_of_object, OBJECTS)
+    )
 
 
 def relink(markdown: str, page: str) -> str:

@@ -277,6 +277,7 @@ def test_every_page_stands_once_in_the_navigation():
     pages = [path.relative_to(docs).as_posix() for path in docs.rglob("*.md")]
     pages += [page for page in site_pages.documents().values() if page != "index.md"]
     assert sorted(listed) == sorted(pages)
+    assert {page for pages in SECTIONS.values() for page in pages} <= set(listed)
     assert list(SECTIONS) == ["Getting started", "How to", "Concepts", "Studies", "Project"]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import cache
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -71,6 +72,22 @@ def test_a_name_that_links_to_a_module_is_defined_there(path: Path):
             continue
         leaf = name.rpartition(".")[2]
         assert re.search(rf"(def|class) {leaf}\b|^{leaf}\b.* = ", source, re.MULTILINE), name
+
+
+@looped("path", PAGES)
+def test_an_error_that_a_page_quotes_is_one_of_the_librarys(path: Path):
+    said = sources()
+    for quoted in re.findall(r"`(?:\w+Error: )([^`]+)`", path.read_text(encoding="utf-8")):
+        for part in quoted.split("..."):
+            words = r"\W+".join(re.escape(word) for word in part.split())
+            assert re.search(words.rstrip("="), said), f"{quoted}: {part!r}"
+
+
+@cache
+def sources() -> str:
+    """Return the code of the library in one text."""
+    folders = (ROOT / "hooked_hybrid", ROOT / "weights_conversion")
+    return "\n".join(p.read_text(encoding="utf-8") for f in folders for p in f.rglob("*.py"))
 
 
 def test_a_page_that_is_wrong_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
