@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
+from collections import Counter
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -15,9 +17,12 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM  # noqa: TID251
 
 from hooked_hybrid import HookedHybrid
+from hooked_hybrid.accounting import count_parameters
 from tests.models import relative
 from tests.tolerances import FP32_PARITY
 from weights_conversion import CheckpointError
+from weights_conversion.families import FAMILIES as FAMILY
+from weights_conversion.rules import revert
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 FAMILIES = ("mamba2", "bamba", "mamba", "falcon_mamba")
@@ -219,3 +224,68 @@ def test_an_edited_pattern_is_masked_again_and_runs_whole():
     u = by_head(edited["ssm_input", 0])
     y = u.cumsum(2) + ours().blocks[0].mixer.D[:, None, None] * u
     assert close(by_head(edited[name]), y)
+
+
+# --- the published sizes --------------------------------------------------------------------------
+
+PUBLISHED = {
+    "mamba2": (
+        {"vocab_size": 32768, "hidden_size": 4096, "num_hidden_layers": 64, "num_heads": 128}
+        | {"head_dim": 64, "state_size": 128, "n_groups": 8, "tie_word_embeddings": False},
+        7_285_403_648,
+    ),
+    "bamba": (
+        {"vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336}
+        | {"num_hidden_layers": 32, "attn_layer_indices": [9, 18, 27], "num_attention_heads": 32}
+        | {"num_key_value_heads": 8, "mamba_n_heads": 128, "mamba_d_head": 64, "mamba_d_state": 128}
+        | {"mamba_n_groups": 1, "mamba_expand": 2, "rope_theta": 10000.0},
+        9_780_235_392,
+    ),
+    "mamba": (
+        {"vocab_size": 50280, "hidden_size": 2560, "num_hidden_layers": 64, "state_size": 16},
+        2_768_345_600,
+    ),
+    "falcon_mamba": (
+        {"vocab_size": 65024, "hidden_size": 4096, "num_hidden_layers": 64, "state_size": 16}
+        | {"tie_word_embeddings": False},
+        7_272_665_088,
+    ),
+}
+
+
+def published_names(family: str) -> Counter[tuple[str, tuple[int, ...]]]:
+    """Return names and shapes in memory at the published size, and how often each is there."""
+    lines = (GOLDEN / "keys" / f"keys_published_{family}.txt").read_text().splitlines()[1:]
+    found: Counter[tuple[str, tuple[int, ...]]] = Counter()
+    for line in lines:
+        name, shape, n = re.fullmatch(r"(\S+) \(([\d, ]+)\)\s+x(\d+) .*", line).groups()
+        found[name, tuple(int(s) for s in shape.split(",") if s.strip())] += int(n)
+    return found
+
+
+@every
+def test_names_shapes_and_counts_of_the_published_size(family: str):
+    config, total = PUBLISHED[family]
+    of = FAMILY[family]
+    cfg = of.read({"model_type": family, **config}, {})
+    model = HookedHybrid.meta(cfg)
+    assert sum(p.numel() for p in model.parameters()) == total == count_parameters(cfg).total
+    written = revert(of.rules(cfg), dict(model.named_parameters()))
+    ours_ = Counter((re.sub(r"\.\d+\.", ".{i}.", name), tuple(t.shape)) for name, t in written)
+    theirs = published_names(family)
+    tied = [key for key in theirs if any(re.fullmatch(p, key[0]) for p in of.ignored(cfg))]
+    assert len(tied) == cfg.tied_embedding
+    assert ours_ == Counter({key: n for key, n in theirs.items() if key not in tied})
+
+
+@pytest.mark.parametrize(
+    ("changes", "total"),
+    [
+        ({"hidden_size": 768, "num_hidden_layers": 24, "num_heads": 24}, 128_989_632),
+        ({"hidden_size": 2560, "num_hidden_layers": 64, "num_heads": 80}, 2_702_599_680),
+    ],
+)
+def test_counts_of_the_first_mamba2_models(changes: dict, total: int):
+    config = {"model_type": "mamba2", "vocab_size": 50288, "head_dim": 64, "state_size": 128}
+    config |= {"n_groups": 1, "tie_word_embeddings": True, **changes}
+    assert count_parameters(FAMILY["mamba2"].read(config, {})).total == total
