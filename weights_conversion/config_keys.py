@@ -77,11 +77,11 @@ LISTED_PATTERNS = re.compile(
     r"|\w*_(dropout|pdrop|commit_hash|url|author|created_at)"
     r"|(version|dropout|loss_type|\w+_loss_coef|\w+_loss_weight)"
 )
-"""Such settings by the form of their names: the writer, dropout, weights of losses."""
+"""Such settings by the form of their names: of the program, of dropout, of loss weights."""
 
 
 def is_without_effect(key: str, value: Any) -> bool:
-    """Whether a setting is one of transformers' own for any model, at a value without effect."""
+    """Whether transformers writes a setting for any model, and its value is without effect."""
     if key in GENERIC or (value is None and key in WITHOUT_EFFECT_AT):
         return True
     if key in GENERATION_DEFAULTS:

@@ -46,7 +46,8 @@ def read_content(
     if checkpoint.config is None:
         if adapter is not None:
             raise CheckpointError(
-                f"adapter={str(adapter)!a}: a .pt of Google's has other names than adapters have; "
+                f"adapter={str(adapter)!a}: the tensor names in a .pt of Google's are not those "
+                f"of adapters; "
                 "convert it first (python -m weights_conversion FILE.pt FOLDER)"
             )
         cfg = google_config(source, overrides, ignore_config_keys)

@@ -21,7 +21,7 @@ N = TypeVar("N", bound=Network)
 
 
 def as_dtype(dtype: torch.dtype | str) -> torch.dtype:
-    """Return a dtype, which may be given by name.
+    """Return a dtype given as such or by name.
 
     Raises:
         ValueError: not a floating-point dtype of torch.
@@ -61,7 +61,7 @@ def check(
     """Account for every tensor of a checkpoint without reading one, and return a summary.
 
     Raises:
-        CheckpointError: what does not fit.
+        CheckpointError: lists the tensors that do not fit.
 
     Examples:
         >>> from weights_conversion import check
@@ -109,7 +109,7 @@ def make_empty(cls: type[N], content: Content, dtype: torch.dtype = torch.float3
 
 
 def fill(model: N, content: Content, homes: Homes) -> N:
-    """Put every tensor of a checkpoint into its place: read, checked and converted one at a time.
+    """Load every tensor of a checkpoint: read, checked and converted one at a time.
 
     Args:
         model: of `make_empty`; it gets the weights.
@@ -117,7 +117,7 @@ def fill(model: N, content: Content, homes: Homes) -> N:
         homes: of the model's weights.
 
     Raises:
-        CheckpointError: numbers that no model has, or that exceed the dtype.
+        CheckpointError: values that no model has, or that exceed the dtype.
         OSError: the disk is full, or cannot be written.
     """
     quantized = []

@@ -80,7 +80,7 @@ def with_generation_config(cfg: HybridConfig, content: Mapping[str, Any] | None)
     if unused := not_honoured(content):
         warnings.warn(
             f"{FILE} has settings that generate does not take from it: {list_keys(unused)}; it is "
-            "greedy by default, give them to it where you want them",
+            "greedy by default, pass them as arguments where you want them",
             stacklevel=2,
         )
     kept = {k: v for k, v in content.items() if v is not None and DEFAULTS.get(k) != v}

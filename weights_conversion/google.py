@@ -107,7 +107,7 @@ def config_from_shapes(
     except CheckpointError:
         raise
     except ValueError as error:
-        raise CheckpointError(f"the shapes in the .pt do not go together: {error}") from error
+        raise CheckpointError(f"the shapes in the .pt are inconsistent: {error}") from error
 
 
 def _config(
@@ -129,7 +129,9 @@ def _config(
     if n_heads is not None and n_heads < 1:
         raise CheckpointError(f"n_heads={n_heads}: give a positive number")
     if n_heads is None:
-        raise CheckpointError("no recurrent layer tells the number of heads: give n_heads=...")
+        raise CheckpointError(
+            "without a recurrent layer the number of heads is unknown: give n_heads=..."
+        )
     if False in is_recurrent:
         block = f"blocks.{is_recurrent.index(False)}.attention_block"
         d_q, d_kv = (shape.of(f"{block}.proj_{name}.weight", 2)[0] for name in "qk")
@@ -150,7 +152,7 @@ def _config(
         norm=NormConfig(style="one_plus_weight"),
         scale_embedding=True,
         logits_soft_cap=logits_soft_cap,
-        default_prepend_bos=True,  # Google's sampler puts it in front of every prompt
+        default_prepend_bos=True,  # Google's sampler prepends it to every prompt
         model_name="recurrentgemma (Google)",
         **SPECIAL_TOKENS,
     )
@@ -165,7 +167,7 @@ class _Shapes:
     def of(self, name: str, n_axes: int) -> tuple[int, ...]:
         shape = self.shapes.get(name)
         if shape is None:
-            raise CheckpointError(f"no tensor {name!r}: the .pt is not one of Google's Griffins")
+            raise CheckpointError(f"no tensor {name!r}: the .pt is not a Griffin of Google's")
         if len(shape) != n_axes or 0 in shape:
             raise CheckpointError(f"{name} has shape {shape}; it should have {n_axes} axes")
         return shape

@@ -53,7 +53,7 @@ def in_their_words(message: str) -> str:
 
 
 class ConfigReader:
-    """A config of which every key must be read or be known to have no effect.
+    """A config in which every key must be read, or known to have no effect.
 
     Args:
         config: the parsed `config.json`.
@@ -175,13 +175,14 @@ class ConfigReader:
         }
         if unknown := [key for key, value in others.items() if not is_listed(key, value)]:
             raise CheckpointError(
-                f"config.json has settings this library does not know: {list_keys(unknown)}; they "
+                f"config.json has settings that are unknown to this library: "
+                f"{list_keys(unknown)}; they "
                 "may change what the model computes. If you know that they do not, give "
                 f"ignore_config_keys={unknown!a}"
             )
         if others:
             warnings.warn(
-                f"config.json has settings that change nothing here: {list_keys(others)}",
+                f"config.json has settings without an effect here: {list_keys(others)}",
                 stacklevel=2,
             )
         kept = (self.no_effect - GENERIC - {"model_type"}) | SAVED_EXTRAS
@@ -210,7 +211,7 @@ def require_plain_layers(cfg: HybridConfig) -> None:
     others = [i for i, x in enumerate(cfg.layers) if len(x.mixers) != 1 or x.mlp is None]
     set_ones = ", ".join(f"{name}={value!r}" for name, value in options_set(cfg).items())
     require(
-        (not others, f"layers {others} have not one mixer and one MLP"),
+        (not others, f"layers {others} do not have one mixer and one MLP"),
         (not set_ones, f"it has no setting for {set_ones}"),
     )
 
@@ -273,10 +274,10 @@ def _is_token(value: Any) -> bool:
 
 
 def _show(value: Any) -> str:
-    """Return a value for an error, cut to one line."""
+    """Return a value as one line, for an error message."""
     try:
         text = repr(value)
-    except ValueError:  # an integer of too many digits to be written
+    except ValueError:  # an integer of too many digits to be printed
         return "an integer of thousands of digits"
     return text if len(text) <= 80 else text[:77] + "..."
 

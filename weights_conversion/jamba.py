@@ -99,7 +99,7 @@ def rules(cfg: HybridConfig, names: Collection[str] = ()) -> list[Rule]:
         names: of the source, which determine whether its experts are fused.
 
     Raises:
-        CheckpointError: more experts than names.
+        CheckpointError: more experts than tensors.
     """
     is_fused = any(name.endswith(".experts.gate_up_proj") for name in names)
     n_experts = sum(x.mlp.n_experts for x in cfg.layers if isinstance(x.mlp, MoEConfig))
@@ -288,8 +288,8 @@ def _require_expressible(
         (ssm.norm_eps == cfg.norm.eps, "Mamba's norms have another eps than the others"),
         (
             all(moe.n_experts > 1 for moe in experts),
-            "a mixture has one expert, which num_experts=1 takes for a dense MLP: it is one, make "
-            "it a GatedMLPConfig",
+            "a mixture has one expert, but num_experts=1 means a dense MLP: make it a "
+            "GatedMLPConfig",
         ),
         (all(moe.act == "silu" for moe in experts), "experts are not SiLU"),
         (

@@ -13,16 +13,16 @@ LARGEST_CONFIG, LARGEST_INDEX = LARGEST_SMALL, LARGEST_JSON
 
 
 def read_json(path: Path, largest: int) -> dict[str, Any]:
-    """Return the object that a file holds.
+    """Return the JSON object in a file.
 
     Raises:
         CheckpointError: the file is larger than `largest` bytes, not plain, not JSON, too deep, or
-            no object.
+            not an object.
     """
     try:
         content = read_any(path, largest)
     except ValueError as error:
         raise CheckpointError(str(error)) from error
     if not isinstance(content, dict):
-        raise CheckpointError(f"{path} holds a {type(content).__name__}, not an object")
+        raise CheckpointError(f"{path} contains a {type(content).__name__}, not an object")
     return content

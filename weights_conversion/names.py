@@ -129,5 +129,5 @@ def _refuse_other_prefix(names: Iterable[str]) -> None:
         prefix = ends[0].removesuffix(EMBEDDING)
         raise CheckpointError(
             f"the tensors' names begin with the prefix {prefix!a} ({ends[0]!a} is here, and no "
-            f"{EMBEDDING}): save or pass the model that is inside, without the prefix"
+            f"{EMBEDDING}): save or pass the inner model, without the prefix"
         )

@@ -15,8 +15,9 @@ from weights_conversion.errors import CheckpointError
 from weights_conversion.sources import TensorSource
 
 LARGEST_WEIGHT = 1e12
-"""A gated MLP multiplies three weights, and float32 must hold their product. One bit flipped at the
-top of an exponent gives 1e30 and more."""
+"""A gated MLP multiplies three weights, whose product must be within float32's range. One flipped
+top bit of an exponent gives 1e30 and more.
+"""
 
 Tensors = tuple[Tensor, ...]
 Shapes = Mapping[str, tuple[int, ...]]
@@ -143,8 +144,8 @@ def convert(
         dtype: that the tensors will be converted to; they are yielded as stored.
 
     Raises:
-        CheckpointError: a tensor with an entry that is NaN, above `LARGEST_WEIGHT`, or beyond what
-            the range of that dtype.
+        CheckpointError: a tensor with an entry that is NaN, above `LARGEST_WEIGHT`, or beyond the
+            range of that dtype.
     """
     for r in rules:
         read = tuple(_finite(name, source.read(name), dtype) for name in r.sources)
@@ -152,16 +153,18 @@ def convert(
 
 
 def _finite(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return a tensor whose entries a dtype can hold; one pass at the speed of memory."""
+    """Return a tensor after checking that its entries are within a dtype's range, in one pass."""
     least, most = (float(bound) for bound in tensor.detach().aminmax())  # NaN, if there is one
     largest = math.nan if math.isnan(least) else max(-least, most)
     if not largest <= LARGEST_WEIGHT:
         raise CheckpointError(
-            f"{name} holds {'NaN' if math.isnan(largest) else f'{largest:g}'}, as no trained model "
-            "does: its data are damaged, download the checkpoint again"
+            f"{name} contains {'NaN' if math.isnan(largest) else f'{largest:g}'}, as no trained "
+            f"model does: its data are damaged, download the checkpoint again"
         )
     if largest > torch.finfo(dtype).max:
-        raise CheckpointError(f"{name} holds {largest:g}, which {dtype} cannot: give a wider dtype")
+        raise CheckpointError(
+            f"{name} contains {largest:g}, which exceeds {dtype}: give a wider dtype"
+        )
     return tensor
 
 
@@ -183,7 +186,7 @@ def _shape_problems(r: Rule, source: Shapes, target: Shapes) -> list[str]:
         converted, back = (), ()
     is_whole = [t.shape for t in back] == [t.shape for t in empty]  # otherwise a part would be lost
     if not is_whole or len(converted) != len(r.targets):
-        return [f"{shown} has not the axes it should have"]
+        return [f"{shown} has unexpected axes"]
     got = [tuple(t.shape) for t in converted]
     return [
         f"{shown} gives {name} the shape {shape}, the config gives {target[name]}"

@@ -52,15 +52,15 @@ def save(
     require_plain_weights(
         model.quantization,
         "save_pretrained",
-        "quantise when loading instead (from_pretrained(..., quantize=...)), or save the values "
-        "that they stand for, after quantized.dequantize_weights(model)",
+        "quantise when loading instead (from_pretrained(..., quantize=...)), or save the "
+        "dequantized values, after quantized.dequantize_weights(model)",
     )
     if model.device.type == "meta":
         raise ValueError("this model has no weights (it is on the meta device): nothing to save")
     target = Path(directory)
     kept = _files_to_keep(target, overwrite)
     if kept is not None:
-        target = target.resolve()  # where a link leads
+        target = target.resolve()  # the target of a link
     family, config = family_that_writes(model.cfg)
     partial = target.with_name(f"{target.name}.partial-{os.getpid()}")
     try:
@@ -91,10 +91,10 @@ def save(
 def _files_to_keep(target: Path, overwrite: bool) -> list[Path] | None:
     """Return the files of a checkpoint's directory that are not the checkpoint's.
 
-    None where there is no checkpoint to replace: no directory, or an empty one.
+    None if there is no checkpoint to replace: no directory, or an empty one.
 
     Raises:
-        FileExistsError: there is something that is not to be replaced.
+        FileExistsError: the directory contains something that must not be replaced.
     """
     if not target.exists():
         return None

@@ -42,7 +42,7 @@ _DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-"""By safetensors' names, which include dtypes of fewer bits."""
+"""The dtypes of safetensors, by their names there."""
 
 
 class TensorSource(Protocol):
@@ -68,7 +68,7 @@ class MemorySource:
 
     Args:
         tensors: by name.
-        lets_go: whether a tensor is returned only once, which frees its memory for the next.
+        lets_go: whether each tensor is returned only once, so that its memory can be freed.
     """
 
     def __init__(self, tensors: Mapping[str, Tensor], lets_go: bool = False) -> None:
@@ -86,7 +86,7 @@ class SafetensorsSource:
 
     Raises:
         CheckpointError: a file is missing, truncated or damaged, a name is in two of them, or
-            the tensors are in both kinds of 16-bit numbers, one of which must be misread.
+            the tensors are in both 16-bit dtypes, one of which must be misread.
     """
 
     def __init__(self, files: Mapping[Path, frozenset[str] | None]) -> None:
@@ -134,7 +134,8 @@ def open_torch_file(path: Path) -> MemorySource:
     """Return the tensors of a `torch.save` file, read as data only, and mapped if it is a zip.
 
     Raises:
-        CheckpointError: damaged, holding anything but tensors by name, or more than the file does.
+        CheckpointError: damaged, with anything other than tensors by name, or with more bytes than
+            the file.
     """
     return open_torch_files({path: None})
 
@@ -143,8 +144,8 @@ def open_torch_files(files: Mapping[Path, frozenset[str] | None]) -> MemorySourc
     """Return the tensors of one `torch.save` file, or of the shards of one model.
 
     Raises:
-        CheckpointError: a file is missing, damaged, holds anything but tensors by name or more than
-            its size, lacks tensors of the index, or a name is in two of them.
+        CheckpointError: a file is missing, damaged, contains anything other than tensors by name or
+            more than its size, lacks tensors of the index, or a name is in two of them.
     """
     found: dict[str, Tensor] = {}
     all_mapped = True
@@ -158,7 +159,7 @@ def open_torch_files(files: Mapping[Path, frozenset[str] | None]) -> MemorySourc
 
 
 def _refuse_adapter_alone(folder: Path) -> None:
-    """Refuse a folder with an adapter and no model, with the way to load it."""
+    """Raise an error for a folder with an adapter and no model, which says how to load it."""
     path = folder / ADAPTER_CONFIG
     if path.is_file():
         base = read_json(path, LARGEST_CONFIG).get("base_model_name_or_path")
@@ -181,9 +182,9 @@ def _refuse_shard(
 ) -> None:
     """Refuse a shard that repeats another's tensors or lacks tensors of the index."""
     if twice := others & names:
-        raise CheckpointError(f"{min(twice)} stands in {path} and in another shard")
+        raise CheckpointError(f"{min(twice)} is in {path} and in another shard")
     if promised is not None and (lost := promised - names):
-        raise CheckpointError(f"{path} lacks {min(lost)}, which the index promises")
+        raise CheckpointError(f"{path} lacks {min(lost)}, which the index lists")
 
 
 @dataclass(frozen=True)
@@ -248,7 +249,7 @@ def open_checkpoint(
         names = ", ".join(p.name for p in pt_files)
         raise CheckpointError(f"{path} holds several .pt files ({names}): give the path of one")
     if any(path.glob("*.safetensors")):
-        raise CheckpointError(f"{path} has weights but no config.json, which says what they are")
+        raise CheckpointError(f"{path} has weights but no config.json, which describes them")
     raise CheckpointError(f"{path} holds no checkpoint: neither config.json nor a .pt file")
 
 

@@ -1,4 +1,4 @@
-"""The content of a `torch.save` file, read as data only, and never more than the file has."""
+"""Reading a `torch.save` file as data only, and never more bytes than the file has."""
 
 from __future__ import annotations
 
@@ -24,21 +24,23 @@ _OF_TENSORS = re.compile(
     r"collections OrderedDict|torch \w+Storage|torch (Size|[a-z]\w*)|torch\.storage \w+Storage"
     r"|torch\._utils _rebuild_\w+|torch\.serialization _get_layout"
 )
-"""Types of a tensor's parts. torch allows more, such as `bytearray`: one number of it fills any
-memory."""
+"""Types in the pickle of a tensor. torch allows more, such as `bytearray`, which can allocate any
+number of bytes.
+"""
 _N_PICKLES = 5
-"""Of torch's format before the zip: a number, a version, sizes of C's types, content, keys."""
+"""Pickles in torch's older format: a number, a version, sizes of C's types, content, keys."""
 
 
 def read_torch_file(path: Path) -> tuple[dict[str, Tensor], bool]:
     """Return the tensors of a `torch.save` file, and whether they are mapped (where it is a zip).
 
     Raises:
-        CheckpointError: damaged, holding anything but tensors by name, or more than the file does.
+        CheckpointError: damaged, with anything other than tensors by name, or with more bytes than
+            the file.
     """
     try:
         with path.open("rb") as file:
-            is_zip = file.read(4) == b"PK\3\4"  # as torch tells; zipfile would look at the end
+            is_zip = file.read(4) == b"PK\3\4"  # as torch decides; zipfile reads the end
         for part in _pickles(path, is_zip):
             _refuse_code(path, part)
         with warnings.catch_warnings():
@@ -48,7 +50,7 @@ def read_torch_file(path: Path) -> tuple[dict[str, Tensor], bool]:
         raise
     except pickle.UnpicklingError as error:
         raise _holds_code(path) from error
-    except Exception as error:  # damage surfaces as almost anything
+    except Exception as error:  # damage may raise almost any exception
         raise CheckpointError(
             f"{path} is not a whole torch.save file ({error}): download it again"
         ) from error
@@ -78,7 +80,7 @@ def _pickles(path: Path, is_zip: bool) -> Iterator[IO[bytes]]:
 
 
 def _refuse_compressed(path: Path, archive: zipfile.ZipFile) -> None:
-    """Refuse a zip that unpacks to more than it holds: torch stores, and maps what is stored."""
+    """Raise an error for a compressed zip: torch.save does not compress, as parts are mapped."""
     for info in archive.infolist():
         if info.compress_type != zipfile.ZIP_STORED:
             raise CheckpointError(
@@ -90,11 +92,11 @@ def _refuse_compressed(path: Path, archive: zipfile.ZipFile) -> None:
         raise CheckpointError(f"{path} holds two parts of one name, or odd names: save it again")
     if archive.comment or min(info.header_offset for info in archive.infolist()):
         # torch would find another list of contents in it than zipfile did
-        raise CheckpointError(f"{path} is not laid out as torch.save does it: save it again")
+        raise CheckpointError(f"{path} does not have the layout of torch.save: save it again")
 
 
 def _refuse_code(path: Path, file: IO[bytes]) -> None:
-    """Refuse a pickle that names anything but what tensors are made of, before any is called."""
+    """Raise an error for a pickle with names other than those of tensors, before any is called."""
     start = file.tell()
     for operation, argument, place in pickletools.genops(file):
         if operation.name == "GLOBAL" and not _OF_TENSORS.fullmatch(str(argument)):
@@ -117,19 +119,19 @@ def _too_long(path: Path) -> CheckpointError:
 
 
 def _refuse_hollow(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Refuse tensors without memory of their own, which could be larger than any memory."""
+    """Raise an error for tensors without their own memory, which could exceed any memory."""
     for name, t in tensors.items():
         if type(t) not in (Tensor, torch.nn.Parameter) or t.layout != torch.strided:
             raise CheckpointError(f"{path}: {name} is not a plain tensor: save its dense values")
         if t.device.type != "cpu" or t.is_quantized:
-            raise CheckpointError(f"{path}: {name} holds no numbers (it is meta or quantised)")
+            raise CheckpointError(f"{path}: {name} contains no values (it is meta or quantized)")
         if t.nbytes > t.untyped_storage().nbytes():
-            raise CheckpointError(f"{path}: {name} repeats fewer numbers than it has entries")
+            raise CheckpointError(f"{path}: {name} stores fewer values than it has entries")
     own = {name: t for name, t in tensors.items() if not _is_tied_head(name, tensors)}
     held, size = sum(t.nbytes for t in own.values()), path.stat().st_size
     if held > size:
         raise CheckpointError(
-            f"{path} of {size:,} bytes names tensors of {held:,}: they share their numbers"
+            f"{path} of {size:,} bytes lists tensors of {held:,}: they share their values"
         )
 
 

@@ -1,4 +1,4 @@
-"""Which of a folder's files hold its weights: the order in which transformers looks for them."""
+"""Finding the weight files of a folder, in the order in which transformers searches."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from weights_conversion.json_files import LARGEST_INDEX, read_json
 
 SAFETENSORS, TORCH = "model.safetensors", "pytorch_model.bin"
 ORDER = (SAFETENSORS, f"{SAFETENSORS}.index.json", TORCH, f"{TORCH}.index.json")
-"""The first that is there is the one that is read."""
+"""The first that exists is read."""
 LONGEST = 200
-"""Characters of a file's name."""
+"""Most characters of a file's name."""
 OF_OTHERS = ("*.h5", "*.msgpack", "*.gguf", "*.ckpt", "*.bin", "*.safetensors", "*.pt", "*.pth")
 """Files that look like weights."""
 
 
 @dataclass(frozen=True)
 class WeightFiles:
-    """The files that hold a model's weights.
+    """The files with a model's weights.
 
-    `files` says for each which tensors an index promises in it, None if there is no index;
-    `left` names other weights that are not read.
+    `files` gives for each the tensors that an index lists in it, None without an index; `left`
+    lists other weights, which are not read.
     """
 
     files: Mapping[Path, frozenset[str] | None]
@@ -40,7 +40,7 @@ def find_weights(folder: Path) -> WeightFiles:
     """Return the files that transformers would read in a folder.
 
     Raises:
-        CheckpointError: there are none, or an index that is none.
+        CheckpointError: there are none, or the index is invalid.
     """
     there = [folder / name for name in ORDER if (folder / name).is_file()]
     if not there:
@@ -54,7 +54,7 @@ def find_weights(folder: Path) -> WeightFiles:
 
 
 def stale(folder: Path, weights: WeightFiles) -> str:
-    """Return a sentence on weights in the folder that are not read."""
+    """Return a sentence about weights in the folder that are not read."""
     read = min(path.name for path in weights.files)
     more = "" if len(weights.files) == 1 else f" and its {len(weights.files) - 1} other shards"
     shown = ", ".join(weights.left[:4]) + (", ..." if len(weights.left) > 4 else "")

@@ -1,4 +1,4 @@
-"""Configs to account for: the published models' as data, any other from its `config.json`."""
+"""Configs to count: those of the published models as data, any other from its `config.json`."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ PUBLISHED: dict[str, HybridConfig] = {
 }
 """The papers' models at their sizes.
 
-RecurrentGemma's window is 2,048 keys as transformers reads the published number; Google's code
-keeps one more. Jamba-Mini 1.5 to 1.7 have the layers of Jamba-v0.1.
+RecurrentGemma's window is 2,048 keys, as in transformers; Google's code keeps one more. Jamba-Mini
+1.5 to 1.7 have the layers of Jamba-v0.1.
 """
 
 ALIASES = {
@@ -63,7 +63,7 @@ def config_of(name_or_path: str | os.PathLike[str]) -> HybridConfig:
     """Return the config of a model without its weights.
 
     Args:
-        name_or_path: in this order a `config.json`, a folder that holds one or a `.pt`, a `.pt`; a
+        name_or_path: in this order a `config.json`, a folder with one or with a `.pt`, a `.pt`; a
             packaged model; a key of `PUBLISHED` or of `ALIASES`, which needs no network; a hub id,
             of which only `config.json` is fetched.
 
@@ -84,7 +84,7 @@ def config_of(name_or_path: str | os.PathLike[str]) -> HybridConfig:
         return published
     if name.count("/") != 1 or name.startswith((".", "/", "~")) or path.suffix == ".json":
         raise ValueError(
-            f"{name!r}: no such file or folder, and no model known here "
+            f"{name!r}: no such file or folder, and not a known model "
             f"({', '.join([*packaged_models(), *PUBLISHED])}); give one of these, the path of a "
             "config.json, or a hub id such as google/recurrentgemma-2b"
         )
@@ -108,7 +108,7 @@ def _fetched(repo: str) -> Path:
         return Path(hf_hub_download(repo, "config.json"))
     except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
         raise ValueError(
-            f"{repo!r} is not a folder here, and the hub did not give its config.json "
+            f"{repo!r} is not a folder here, and its config.json could not be fetched from the hub "
             f"({type(error).__name__}): check the name, the network, and for gated models "
             "`hf auth login`"
         ) from error

@@ -2,14 +2,14 @@
 
 Attention's cost depends on which pairs of a query and a key are computed:
 
-- "useful": those the mask lets through. Up to the window they grow as the square of the length,
-  beyond it linearly; without a window always as the square.
-- "executed": those of a forward of this library on a CPU, without autograd or editing hooks: blocks
-  of 64 queries with the range of keys that any of them sees. What it has more than "useful" are the
-  corners of the blocks.
+- "useful": those inside the mask. Their number grows as the square of the length up to the window,
+  and linearly beyond it.
+- "executed": those that a forward of this library computes on a CPU, without autograd or editing
+  hooks: blocks of 64 queries with the range of keys that any of them sees. The corners of the
+  blocks exceed "useful".
 - "dense": every pair, as by a kernel that skips nothing (`attend.attend_whole`).
 
-A generated token has one query, and the three are alike: the keys that are still remembered.
+A generated token has one query, for which the three are equal: the keys that are kept.
 """
 
 from __future__ import annotations
@@ -48,11 +48,11 @@ def prefill_flops(
         cfg: the model.
         length: tokens of each row, from the beginning of a document and without padding.
         batch: rows.
-        n_logits: number of last positions with logits; 1 as before generating, None for all.
+        n_logits: number of last positions with logits: 1 as before generating, None for all.
         pairs: which queries and keys of attention are counted.
 
     Raises:
-        ValueError: a length, batch or number of logits that cannot be.
+        ValueError: a length, batch or number of logits out of range.
         NotSupported: a mixer or an MLP does not state its operations.
 
     Source: Zani et al. 2025, Figure 2, also by kind of layer.
@@ -74,7 +74,7 @@ def step_flops(cfg: HybridConfig, n_before: int, batch: int = 1) -> ByKind:
     """Return the operations of one more token after `n_before`, by kind of layer.
 
     Raises:
-        ValueError: a number of tokens or a batch that cannot be.
+        ValueError: a number of tokens or a batch below 1.
 
     Examples:
         >>> from hooked_hybrid.accounting import step_flops
@@ -110,7 +110,7 @@ def count_pairs(length: int, n_keys: int | None, pairs: Pairs = "useful") -> int
 
 @cache
 def _count_executed_pairs(length: int, n_keys: int | None) -> int:
-    """Return the pairs of `attend.attend_blocks`, called on one piece after another."""
+    """Return the pairs that `attend.attend_blocks` computes, called on one piece after another."""
     total = 0
     for piece in range(0, length, PIECE):
         end = min(piece + PIECE, length)
@@ -151,7 +151,7 @@ def _flops(
 
 
 def read_out(cfg: HybridConfig) -> Flops:
-    """Return the logits of one token, with their scale and soft cap."""
+    """Return the operations of one token's logits, with their scale and soft cap."""
     capped = 3 * cfg.d_vocab if cfg.logits_soft_cap is not None else 0
     scaled = cfg.d_vocab if cfg.logits_scale != 1 else 0
     return Flops(products=2 * cfg.d_model * cfg.d_vocab, elementwise=scaled + capped)
@@ -177,9 +177,9 @@ class Ratio(NamedTuple):
 
     length: int
     all_layers: float
-    """Of all blocks of one kind over all of the other."""
+    """All blocks of one kind over all blocks of the other."""
     a_layer: float
-    """Of one block over one block, each kind by its mean."""
+    """The mean block of one kind over the mean block of the other."""
 
 
 def recurrence_over_attention(
@@ -194,11 +194,11 @@ def recurrence_over_attention(
         stage: "prefill", or "step" for one token after the prompt.
 
     Raises:
-        ValueError: one of the two kinds is missing, or another stage.
+        ValueError: one of the two kinds is missing, or the stage is unknown.
 
     Source: Zani et al. 2025, Figure 2: a recurrent block of RecurrentGemma-2B costs more than three
-    times an attention block. That is the ratio over all layers (18 to 8) of prompts up to some
-    500 tokens, and of the parameters; block by block it never is, see the tests.
+    times an attention block. That is the ratio over all layers (18 to 8) for prompts up to some 500
+    tokens, and of the parameters; one block never costs three times another, see the tests.
 
     Examples:
         >>> from hooked_hybrid.accounting import PUBLISHED, recurrence_over_attention
@@ -206,7 +206,7 @@ def recurrence_over_attention(
         3.0
     """
     if not cfg.attention_layers or not cfg.recurrent_layers:
-        raise ValueError("this model has not both attention and recurrent layers to compare")
+        raise ValueError("this model does not have both attention and recurrent layers to compare")
     if stage not in ("prefill", "step"):
         raise ValueError(f"stage={stage!r}: give 'prefill' or 'step'")
     by_kind = (
@@ -230,7 +230,7 @@ def flops_table(
 
     Returns:
         Columns `stage` ("prefill" of `length` tokens, "step": one token after them), `length`,
-        `kind`, `layers` (how many there are of the kind), `products`, `scan`, `elementwise` and
+        `kind`, `layers` (the number of that kind), `products`, `scan`, `elementwise` and
         their `total` (useful pairs), `executed_products` and `dense_products`.
 
     Examples:
@@ -269,7 +269,7 @@ def flops_table(
 
 
 def _layers(cfg: HybridConfig) -> dict[str, int]:
-    """Return how many layers there are of each kind."""
+    """Return the number of layers of each kind."""
     counts = Counter(
         kind for layer in cfg.layers for part, _ in parts_of_layer(layer) for kind in part.rows()
     )

@@ -1,4 +1,4 @@
-"""Bytes of a model's state by the number of tokens it has seen: attention next to recurrence."""
+"""Bytes of a model's state by the number of tokens read, of attention and of recurrence."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ IN_PART = {
     "conv": "convolution",
     "ssm": "recurrence",
 }
-"""The part of `StateBytes` in which tensors of a state are counted; others as they grow or not."""
+"""The field of `StateBytes` for each tensor of a state; others are counted by whether they grow."""
 _FAR = 2**40
-"""Tokens at which a layer without a window is taken to have outgrown any recurrence."""
+"""Tokens at which a layer without a window is assumed to be larger than any recurrence."""
 
 
 @dataclass(frozen=True)
 class StateBytes:
-    """Bytes of a state. Together they are `HybridState.n_bytes`.
+    """Bytes of a state; `total` is `HybridState.n_bytes`.
 
     Examples:
         >>> from hooked_hybrid.accounting import state_bytes
@@ -65,7 +65,7 @@ class StateBytes:
 
     @property
     def total(self) -> int:
-        """All of it."""
+        """The sum of all parts."""
         return self.of_attention + self.of_recurrence + self.counters
 
     def __add__(self, other: StateBytes) -> StateBytes:
@@ -82,11 +82,11 @@ def state_bytes(
 ) -> StateBytes:
     """Return the size of the state after `n_tokens` tokens of each row, without padding.
 
-    A window of `n_keys` keys, the query itself included, leaves `n_keys - 1` to remember. Room that
-    a buffer holds for keys to come is not counted.
+    A window of `n_keys` keys, the query itself included, leaves `n_keys - 1` to remember. Space
+    that a buffer reserves for later keys is not counted.
 
     Raises:
-        ValueError: a number of tokens or a batch that cannot be.
+        ValueError: a number of tokens or a batch below 1.
 
     Examples:
         >>> from hooked_hybrid.accounting import state_bytes
@@ -103,13 +103,13 @@ def state_bytes(
 
 
 def layer_state_bytes(cfg: LayerConfig, n_tokens: int, dtype: torch.dtype) -> StateBytes:
-    """Return what one row of a layer's state takes; see `mixer_state_bytes`."""
+    """Return the bytes of one row of a layer's state; see `mixer_state_bytes`."""
     parts = (mixer_state_bytes(mixer, n_tokens, dtype) for mixer in cfg.mixers)
     return sum(parts, start=StateBytes())
 
 
 def mixer_state_bytes(cfg: MixerConfig, n_tokens: int, dtype: torch.dtype) -> StateBytes:
-    """Return what one row of a mixer's state takes, from its shapes.
+    """Return the bytes of one row of a mixer's state, from its shapes.
 
     Raises:
         NotSupported: the mixer does not state the shapes of its state.
@@ -155,9 +155,9 @@ def memory_table(
 def tokens_where_attention_is_larger(
     cfg: HybridConfig, dtype: torch.dtype = torch.bfloat16
 ) -> int | None:
-    """Return from how many tokens on keys and values take more bytes than the recurrences' states.
+    """Return the least number of tokens whose keys and values are larger than the recurrent states.
 
-    None where they never do: a short window, or no attention layer.
+    None if they never are: a short window, or no attention layer.
 
     Examples:
         >>> from hooked_hybrid.accounting import PUBLISHED, tokens_where_attention_is_larger

@@ -24,7 +24,7 @@ BESIDE_LAYERS: dict[type[nn.Module], str] = {
     Embed: "embedding",
     Unembed: "read-out",
 }
-"""The row of modules that are no mixer and no MLP, in the order of the tables."""
+"""The row of each module that is neither a mixer nor an MLP, in the order of the tables."""
 
 TOKEN_KINDS = ("embedding", "read-out")
 """Kinds that grow with the vocabulary, left out of the papers' counts."""
@@ -42,17 +42,17 @@ class ParameterRow(NamedTuple):
 
     kind: str
     part_of: str | None
-    """The kind these parameters are counted in already; None for a kind of its own."""
+    """The kind that already includes these parameters; None if the row is a kind itself."""
     modules: int
-    """Modules that have some."""
+    """The number of modules with such parameters."""
     parameters: int
     active: int
-    """Those that act on one token: of experts, the chosen ones'."""
+    """Parameters that act on one token: of experts, those of the chosen ones."""
 
 
 @dataclass(frozen=True)
 class ParameterCount:
-    """Parameters of a model. A tied read-out is the embedding again and counts nothing.
+    """Parameters of a model. A tied read-out shares the embedding's weight and counts as 0.
 
     Examples:
         >>> from hooked_hybrid.accounting import count_parameters
@@ -69,7 +69,7 @@ class ParameterCount:
 
     @property
     def without_embeddings(self) -> int:
-        """All but the embedding and the read-out, as the papers count."""
+        """All except the embedding and the read-out, as in the papers."""
         return sum(row.parameters for row in self._kinds() if row.kind not in TOKEN_KINDS)
 
     @property
@@ -79,7 +79,7 @@ class ParameterCount:
 
     @property
     def active_without_embeddings(self) -> int:
-        """Parameters that act on one token, but the embedding and the read-out."""
+        """Parameters that act on one token, without the embedding and the read-out."""
         return sum(row.active for row in self._kinds() if row.kind not in TOKEN_KINDS)
 
     def of(self, kind: str) -> int:
@@ -89,10 +89,10 @@ class ParameterCount:
     def table(self) -> pd.DataFrame:
         """Return a line for each row.
 
-        Its columns are those of `ParameterRow` and two fractions of 0 to 1, which embedding and
-        read-out have none of: `share` of the parameters without embeddings, and `share_of_column`,
-        of the sum of the column, in which parts count twice. The percentages of Table 1 of Zani et
-        al. (2025) are of the second kind: its recurrent block already holds its RG-LRU.
+        The columns are those of `ParameterRow` and two fractions from 0 to 1, missing for embedding
+        and read-out: `share` of the parameters without embeddings, and `share_of_column`, of the
+        sum of the column, in which parts count twice. The percentages of Table 1 of Zani et al.
+        (2025) are of the second kind: its recurrent block already includes its RG-LRU.
         """
         import pandas as pd
 
@@ -110,7 +110,7 @@ def count_parameters(cfg: HybridConfig) -> ParameterCount:
     """Return the parameters of a model by kind of layer, without making its weights.
 
     Raises:
-        LookupError: a parameter of no known kind of module.
+        LookupError: a parameter belongs to no known kind of module.
 
     Source: Zani et al. 2025, Table 1, whose counts of RecurrentGemma-2B these are.
 
@@ -138,7 +138,7 @@ def count_parameters(cfg: HybridConfig) -> ParameterCount:
     counted, whole = ParameterCount(rows), sum(p.numel() for p in model.parameters())
     if counted.total != whole:
         raise LookupError(
-            f"{whole - counted.total:,} parameters lie in modules without a kind: add their class "
+            f"{whole - counted.total:,} parameters are in modules without a kind: add their class "
             "to accounting.parameters.BESIDE_LAYERS, or make it a Mixer or an MLP"
         )
     return counted
@@ -157,7 +157,7 @@ def _row(kind: str, part_of: str | None, found: list[tuple[str, int, int]]) -> P
 
 
 def _order(key: tuple[str, str | None]) -> tuple[int, bool]:
-    """Return the sort key of a row: other rows of a kind, and parts of a row after it."""
+    """Return the sort key of a row: a kind's parts follow its own row."""
     row, part_of = key
     beside = {r: part.row for part in MLPS.values() for r in part.rows_apart.values()}
     beside |= {r: part.row for part in MIXERS.values() for r in part.rows_apart.values()}

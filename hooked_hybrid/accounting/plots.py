@@ -1,6 +1,6 @@
-"""The picture of a model's compute and memory by length: Figure 2 of Zani et al. (2025), and more.
+"""A figure of a model's compute and memory by length: Figure 2 of Zani et al. (2025), and more.
 
-matplotlib is imported when it is drawn.
+matplotlib is imported when the figure is drawn.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ LINES: dict[str, tuple[str, Any]] = {
     "norms": ("#CC79A7", "--"),
     "read-out": ("#E69F00", "--"),
 }
-"""Colour and style of each kind of layer; kinds that are not here are too cheap to draw."""
+"""Color and style of each kind of layer; other kinds are too cheap to draw."""
 
 
 OTHER = "#56B4E9", "-"
@@ -36,7 +36,7 @@ PAIRS: dict[str, tuple[str, Any]] = {
     "executed_products": ("attention, pairs computed here, in blocks of 64", "--"),
     "dense_products": ("attention, all pairs", ":"),
 }
-"""Columns of the table, what they are called, and their line."""
+"""Columns of the table, with their labels and line styles."""
 STYLES = ("-", "--", ":")
 
 
@@ -53,7 +53,7 @@ def compute_figure(
         flops: of `flops_table`.
         memory: of `memory_table`; each dtype has its own line style.
         windows: lengths to mark, those of attention's windows.
-        title: of the whole.
+        title: of the figure.
 
     Raises:
         ValueError: a table without lines.

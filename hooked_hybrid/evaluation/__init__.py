@@ -1,9 +1,9 @@
 """Language benchmarks with interventions: any hooked model in EleutherAI's lm-eval.
 
-`benchmarks` lists what the papers ran; `lm.HookedHybridLM` is the model class (it needs lm-eval:
+`benchmarks` lists the papers' benchmarks; `lm.HookedHybridLM` is the model class (it needs lm-eval:
 `pip install 'hooked-hybrid[eval]'`); `running.evaluate` runs tasks in several forms, and
 `hooked-hybrid eval` is its command. lm-eval's own program runs with the model in it as
-`python -m hooked_hybrid.evaluation`, or as it is, with the path `PLUGIN` among its tasks:
+`python -m hooked_hybrid.evaluation`, or unchanged, with the path `PLUGIN` among its tasks:
 
     lm_eval --model hooked_hybrid --model_args pretrained=tiny-griffin,k=2 --tasks $PLUGIN,glue
 """

@@ -1,4 +1,4 @@
-"""Batches by length, with a given number of rows or as many as fit the memory."""
+"""Batches by length, with a given number of rows or as many as fit in memory."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Batching:
     Args:
         batch_size: rows; "auto" begins with `most`, and halves it at each memory error.
         may_pad: whether a batch may have rows of several lengths.
-        most: see above.
+        most: initial rows of "auto".
 
     Raises:
         ValueError: a size below 1.
@@ -44,7 +44,7 @@ class Batching:
         """Yield each batch with the result of `forward`, the longest items first.
 
         Raises:
-            MemoryError, torch.OutOfMemoryError: as `forward`, if batches may not be halved.
+            MemoryError, torch.OutOfMemoryError: of `forward`, if batches may not be halved.
         """
         left = sorted(items, key=lambda item: -length(item))
         while left:

@@ -34,7 +34,7 @@ class Benchmark:
         forms: names in `forms.FORMS`, the base first.
         stage: the stages with zeroed heads; log-likelihoods are scored in prefill.
         mean: how the subtasks are averaged: "documents" gives each question the same weight, as
-            lm-eval does where its group says so, "tasks" each task.
+            lm-eval does where its group is configured so; "tasks" gives it to each task.
         model: the paper's.
         gaps: base minus form, by form.
         source: the paper.
@@ -72,5 +72,6 @@ BENCHMARKS: dict[str, Benchmark] = {
         gaps={"sparse": Gap(6.0), "ablated": Gap(42.0, is_rounded=True)},
     ),
 }
-"""By the name that `--tasks` takes. The thesis does not say how it averaged the tasks of GLUE,
-whose scores are accuracies but for CoLA's correlation; each counts the same here."""
+"""By the name for `--tasks`. The thesis does not state how it averaged the tasks of GLUE, whose
+scores are accuracies except CoLA's correlation; here each has the same weight.
+"""

@@ -33,10 +33,10 @@ class Cell:
 
     `metrics` are lm-eval's, named as it names them ("acc,none", "acc_stderr,none"). `main` is the
     task's first metric, `value` and `stderr` its figures, `documents` its value on each document
-    where it is a mean over documents, by the document's index. `chance` is what choosing at random
-    among the answers would give, None if there are none to choose among. `by` and `stage` say
-    which heads the form keeps, and where the others are silenced; `asked` is a hash of the task, as
-    `tasks.Loaded.hash` makes it.
+    where it is a mean over documents, by the document's index. `chance` is the expected score of a
+    random choice among the answers, None without a choice. `by` is how the form's heads are chosen,
+    `stage` the stage in which the others are silenced; `asked` is the hash of the task
+    (`tasks.Loaded.hash`).
     """
 
     task: str
@@ -58,17 +58,17 @@ class Cell:
 
 
 class EvaluationCells:
-    """The cells of one experiment in a folder, which the caller must hold (`folders.claim`).
+    """The cells of one experiment in a folder, which the caller must have locked (`folders.claim`).
 
     Args:
         folder: new, empty, or that of the same experiment; one without a cell may change it.
-        experiment: what the cells depend on, as JSON-able values.
+        experiment: everything that the cells depend on, as JSON-able values.
         resume: continue the results in the folder.
 
     Raises:
         FileExistsError: the folder is not empty and `resume` is false, or it is not an evaluation
             folder.
-        ValueError: it holds another experiment, or files that are damaged or of a newer version.
+        ValueError: it contains another experiment, or files that are damaged or of a newer version.
         OSError: it cannot be written.
     """
 
@@ -78,7 +78,8 @@ class EvaluationCells:
         is_used = holds_results(folder)
         if is_used and not resume:
             raise FileExistsError(
-                f"{folder} is not empty: go on with --resume (resume=True), or give another folder"
+                f"{folder} is not empty: continue with --resume (resume=True), or give another "
+                "folder"
             )
         if is_used and not path.exists():
             raise FileExistsError(
@@ -87,7 +88,9 @@ class EvaluationCells:
             )
         now = json.loads(json.dumps(dict(experiment)))
         before = _experiment_in(path) if is_used else None
-        has_cells = any([_cell_in(file) for file in _files(folder)])  # and each can be read
+        has_cells = any(
+            [_cell_in(file) for file in _files(folder)]
+        )  # and check that each can be read
         calls_of(folder)
         if before is not None and has_cells and (changed := changes(before, now)):
             raise ValueError(refusal(folder, "evaluation", changed))
@@ -128,7 +131,7 @@ def cells_of(folder: Path) -> list[Cell]:
 
 
 def calls_of(folder: Path) -> list[dict[str, Any]]:
-    """Return what the calls that ran to their end asked for, as `Cells.note` was given it."""
+    """Return the arguments of the calls that ran to their end, see `EvaluationCells.note`."""
     path = folder / CALLS
     if not path.exists():
         return []
@@ -157,7 +160,7 @@ def _files(folder: Path) -> Iterator[Path]:
 
 
 def _experiment_in(path: Path) -> dict[str, Any]:
-    """Return what the folder's cells depend on; raise an error where it cannot be known."""
+    """Return what the folder's cells depend on; raise an error if it cannot be read."""
     found = _read(path)
     if not isinstance(found, dict):
         raise _damaged(path, "no experiment")

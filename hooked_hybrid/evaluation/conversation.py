@@ -11,15 +11,15 @@ Message = dict[str, str]
 
 
 def as_text(tokenizer: Any, messages: Sequence[Message], add_generation_prompt: bool) -> str:
-    """Return a conversation as the model was trained to read it.
+    """Return a conversation as text, in the model's chat template.
 
-    Where the template refuses a system message, the conversation goes without it, with a warning.
+    If the template rejects a system message, the message is left out, with a warning.
 
     Args:
         tokenizer: with `apply_chat_template`.
         messages: each with a "role" and a "content".
         add_generation_prompt: end with the opening of the model's turn; else right after the last
-            message's words, for the model to go on with.
+            message's words, for the model to continue.
 
     Raises:
         ValueError: no chat template, or one that refuses the conversation.
@@ -44,7 +44,7 @@ def as_text(tokenizer: Any, messages: Sequence[Message], add_generation_prompt: 
 
 
 def has_template(tokenizer: Any) -> bool:
-    """Whether a tokenizer can write conversations."""
+    """Whether a tokenizer has a chat template."""
     return getattr(tokenizer, "chat_template", None) is not None
 
 

@@ -53,7 +53,8 @@ FORMS: dict[str, Form] = {
     "ablated": Form("ablated", 0),
     "random": Form("random", SPARSE_K, "random"),
 }
-"""The thesis's three forms, and as many heads as in the sparse one, at random: a control."""
+"""The thesis's three forms, and a control: as many heads as the sparse form, at random.
+"""
 
 
 def form_of(k: int) -> Form:

@@ -12,17 +12,17 @@ from hooked_hybrid.evaluation.cells import Cell
 from hooked_hybrid.runs.intervals import GAP, SHARE, combine, mean_interval
 
 SHARES = {"acc", "acc_norm", "acc_mutual_info", "exact_match", "em", "f1", "mcc"}
-"""Metrics from 0 to 1 (mcc from -1), shown in points of a hundred."""
+"""Metrics from 0 to 1 (mcc from -1), shown times 100."""
 _NORMAL = 1.959964
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A figure, its standard error and 95% interval, None if there is none.
+    """A figure with its standard error and 95% interval, each None if unknown.
 
-    `is_paired`: whether it is of a difference taken document by document. The interval is that
-    of `hooked_hybrid.runs.intervals.mean_interval` over documents where the figure is a mean over
-    these, else the normal one of the standard error (lm-eval's, of a correlation or the like).
+    `is_paired`: whether it is a difference taken document by document. If the figure is a mean over
+    documents, the interval is that of `hooked_hybrid.runs.intervals.mean_interval`, else the normal
+    one of lm-eval's standard error (of a correlation, for example).
     """
 
     value: float
@@ -50,9 +50,9 @@ def score_of(cell: Cell) -> Estimate:
 def gap(base: Cell, other: Cell) -> Estimate:
     """Return base minus form, for tables.
 
-    Where the metric is a mean over documents standard error and interval are those of the mean
-    difference: both forms saw the same documents. Else they are those of two independent figures,
-    which are wider than need be, and None where lm-eval gives no standard error.
+    Where the metric is a mean over documents, standard error and interval are those of the mean
+    difference, as both forms saw the same documents. Otherwise they are those of two independent
+    figures, which are too wide, and None where lm-eval gives no standard error.
     """
     shown, value = scale(base), base.value - other.value
     common = [i for i in base.documents if i in other.documents]
@@ -74,14 +74,14 @@ def gap(base: Cell, other: Cell) -> Estimate:
 def mean(
     parts: Sequence[Estimate], sizes: Sequence[int], by: Literal["documents", "tasks"]
 ) -> Estimate:
-    """Return the mean over tasks, which are independent of one another.
+    """Return the mean over tasks, which are taken as independent.
 
     It has a standard error where every task has one, and an interval where every task has one.
 
     Args:
         parts: one figure a task.
         sizes: documents of each.
-        by: the unit of equal weight: each document, or each task.
+        by: what has equal weight: each document, or each task.
     """
     weights = [float(n) if by == "documents" else 1.0 for n in sizes]
     weights = [weight / sum(weights) for weight in weights]

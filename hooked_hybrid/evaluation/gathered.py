@@ -1,4 +1,4 @@
-"""An evaluation with what earlier calls left in its folder."""
+"""An evaluation with the cells of earlier calls in its folder."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from hooked_hybrid.evaluation.running import Evaluation
 def gather(evaluation: Evaluation, folder: Path) -> Evaluation:
     """Return an evaluation with all cells of its folder, those of earlier calls first.
 
-    Of a task that several calls asked for, the last call gives the reason why it is missing. Cells
-    that a stopped call left are there, but the means over tasks (`Evaluation.forms_of`) take only
-    the forms of calls that ran to their end.
+    If several calls include a missing task, the reason is the last call's. Cells of a stopped call
+    are included, but the means over tasks (`Evaluation.forms_of`) use only the forms of calls that
+    ran to their end.
     """
     groups: dict[str, tuple[str, ...]] = {}
     forms: dict[str, Form] = {}

@@ -13,7 +13,7 @@ from hooked_hybrid.options import require
 from hooked_hybrid.text.text import Text, pad_rows
 
 Tokens = Sequence[int]
-_PROMPT_END = 64  # tokens of a prompt that new ones are read after
+_PROMPT_END = 64  # tokens of a prompt, or new ones after it
 
 try:
     from lm_eval.models.utils import (
@@ -31,7 +31,7 @@ SAMPLING = ("do_sample", "temperature", "top_k", "top_p")
 
 @dataclass(frozen=True)
 class GenerationPlan:
-    """How a task's texts are generated: where they stop, their length, how tokens are drawn."""
+    """How a task's texts are generated: stop strings, length, sampling."""
 
     stop_strings: tuple[str, ...]
     max_new_tokens: int
@@ -44,10 +44,10 @@ def read_plan(arguments: Mapping[str, Any], eos: str, max_new_tokens: int) -> Ge
     Args:
         arguments: lm-eval's `generation_kwargs`; a temperature of 0 is the most likely token.
         eos: text of the end-of-sequence token: one more stop string.
-        max_new_tokens: where the task does not say.
+        max_new_tokens: if the task does not set it.
 
     Raises:
-        ValueError: an argument that `HookedHybrid.generate` has no counterpart of.
+        ValueError: an argument without a counterpart in `HookedHybrid.generate`.
     """
     given: dict[str, Any] = dict(normalize_gen_kwargs(dict(arguments), max_new_tokens))
     stops = handle_stop_sequences(given.pop("until"), eos)
@@ -71,7 +71,7 @@ def texts_after(
     on_written: Callable[[int], Any],
     **hooks: Any,
 ) -> list[str]:
-    """Return what the model writes after each prompt, in the order asked.
+    """Return the text that the model generates after each prompt, in the order of the prompts.
 
     A text ends before the first stop string or end-of-sequence token, the config's or the
     tokenizer's, and holds no special token.
@@ -79,9 +79,9 @@ def texts_after(
     Args:
         model: runs the forwards.
         prompts: tokens, one or more each.
-        plan: how to write.
+        plan: how to generate.
         batching: rows of a forward.
-        on_written: called with the number of prompts done since it was called last.
+        on_written: called with the number of prompts done since its last call.
         hooks: `fwd_hooks`, `prefill_hooks`, `generation_hooks`, `first_token_stage` of `generate`.
     """
 

@@ -32,7 +32,7 @@ except ModuleNotFoundError:
     raise
 
 MAX_LENGTH = 2048
-"""Tokens read at a time where the checkpoint does not say: lm-eval's own default."""
+"""Most tokens read at a time if the checkpoint gives no limit: lm-eval's own default."""
 
 log = logging.getLogger(__name__)
 Encoded = tuple[Any, list[int], list[int]]
@@ -45,7 +45,7 @@ class HookedHybridLM(TemplateLM):
     Log-likelihoods are scored in the stage "prefill": `fwd_hooks` and `prefill_hooks` act,
     `generation_hooks` and `stage="generation"` do not. Batches are made here, so that hooks must
     treat rows alike; one that is not `per_position` gets each input whole and unpadded. lm-eval's
-    `use_cache` stores by request and not by hooks: give each form a cache of its own, or none.
+    `use_cache` stores by request and not by hooks: give each form its own cache, or none.
 
     Args:
         pretrained: a model, or what `HookedHybrid.from_pretrained` loads.
@@ -57,19 +57,19 @@ class HookedHybridLM(TemplateLM):
         tokenizer: a tokenizer, or a folder that holds one, instead of the checkpoint's own.
         dtype, device, revision, config_overrides: of loading, not for a model in memory; dtype
             None is float32; device None is the GPU, or the CPU without one.
-        batch_size: rows of a forward, or "auto": as many as there is room for, up to
-            `max_batch_size` (64) in generation.
-        max_batch_size: see there.
-        max_length: tokens read at most, a request's beginning is left out; None is what the
-            checkpoint says, else 2048.
-        max_gen_toks: tokens generated where a task does not say.
-        add_bos_token: whether BOS is put in front; None is as the model was trained.
+        batch_size: rows of a forward, or "auto": as many as fit in memory, up to `max_batch_size`
+            (64) in generation.
+        max_batch_size: see `batch_size`.
+        max_length: most tokens read; the beginning of a longer request is left out. None is the
+            checkpoint's limit, else 2048.
+        max_gen_toks: tokens generated if a task does not set it.
+        add_bos_token: whether BOS is prepended; None follows the model's training.
         prefix_token_id: the token before a text without a context; None is BOS, else EOS.
-        share_prefixes: compute what requests share once, see `scoring.score`.
+        share_prefixes: compute shared beginnings of requests once, see `scoring.score`.
 
     Raises:
         ValueError: no tokenizer, or an argument that would be misread.
-        weights_conversion.CheckpointError: what is wrong with the checkpoint.
+        weights_conversion.CheckpointError: a checkpoint that cannot be loaded.
     """
 
     def __init__(
@@ -141,12 +141,12 @@ class HookedHybridLM(TemplateLM):
         """End-of-sequence token, or BOS if there is none.
 
         Raises:
-            ValueError: the model names neither.
+            ValueError: the model has neither.
         """
         text = self.model.text
         found = text.eos[0] if text.eos else text.bos
         if found is None:
-            raise ValueError("the model names neither EOS nor BOS: give prefix_token_id=")
+            raise ValueError("the model has neither EOS nor BOS: give prefix_token_id=")
         return found
 
     @property
@@ -159,17 +159,17 @@ class HookedHybridLM(TemplateLM):
 
     @property
     def tokenizer_name(self) -> str:
-        """Name under which lm-eval keeps prompts that it made with this tokenizer."""
+        """Name under which lm-eval caches prompts made with this tokenizer."""
         own = getattr(self.tokenizer, "name_or_path", None)
         return str(own or self.name).replace("/", "__")
 
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **_: Any
     ) -> list[int]:
-        """Return the tokens of a text, after BOS where asked; None is as the model was trained.
+        """Return the tokens of a text, after BOS if wanted; None follows the model's training.
 
-        A text that begins with BOS, as chat templates write it, gets no second one. None gets the
-        EOS that some tokenizers put after a text: something always follows here.
+        A text that begins with BOS, as chat templates write it, gets no second one. The EOS that
+        some tokenizers append is never added, as text always follows here.
         """
         prepend = add_special_tokens
         if prepend is None:
@@ -217,7 +217,7 @@ class HookedHybridLM(TemplateLM):
     ) -> list[float]:
         """Return the log-probability (nats) of each text, read in windows of `max_length`.
 
-        The windows are lm-eval's: each token is predicted once, with as much before it as fits.
+        The windows are lm-eval's: each token is predicted once, with as much context as fits.
         """
         windows: list[Encoded] = []
         owners: list[int] = []
@@ -241,10 +241,10 @@ class HookedHybridLM(TemplateLM):
     # --- generation -----------------------------------------------------------------------------
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
-        """Return what the model writes after each context, up to a stop string or EOS.
+        """Return the text that the model generates after each context, up to a stop string or EOS.
 
-        Contexts of equal arguments are run together; of one that leaves no room for the new tokens
-        in `max_length` the beginning is left out.
+        Contexts with equal arguments are run together. The beginning of a context is left out if
+        `max_length` would have no room for the new tokens.
 
         Raises:
             ValueError: an argument that `generate` does not take, or no room for a context.
@@ -271,7 +271,7 @@ class HookedHybridLM(TemplateLM):
         return texts
 
     def _with_room(self, context: str, plan: GenerationPlan) -> list[int]:
-        """Return the tokens of a context, its end only where new tokens would find no room."""
+        """Return the tokens of a context, only its end if new tokens would not fit otherwise."""
         room = self.max_length - plan.max_new_tokens
         if room < 1:
             raise ValueError(
@@ -287,7 +287,7 @@ class HookedHybridLM(TemplateLM):
         return tokens[-room:]
 
     def _batching(self) -> Batching:
-        """Return the rows of a generation: none are padded if a hook needs the whole input."""
+        """Return the batching of a generation, without padding if a hook needs the whole input."""
         hooks = (*self.fwd_hooks, *self.prefill_hooks, *self.generation_hooks)
         with self.model.hooks(fwd_hooks=hooks):
             return Batching(self.rows, may_cut(self.model.hook_points()), self.max_rows)

@@ -1,4 +1,4 @@
-"""The model that an evaluation runs, from what its arguments say."""
+"""The model that an evaluation runs, from its arguments."""
 
 from __future__ import annotations
 
@@ -31,7 +31,8 @@ def load_with_tokenizer(
         names = [name for name, value in given.items() if value is not None]
         if names := [f"{name}=" for name in (*names, *overrides)]:  # None may override
             raise ValueError(
-                f"{', '.join(names)} with a model in memory, which is taken as it is: set it there"
+                f"{', '.join(names)} with a model in memory, which is used unchanged: set it on "
+                f"the model"
             )
         return pretrained
     device, dtype = loading.pop("device", None) or "cuda", loading.pop("dtype", None)

@@ -1,7 +1,7 @@
 """`needle_choice`: needles in generated text as a multiple choice, in lm-eval's own format.
 
-A task that the packaged models can do, and that needs no network: the papers' retrieval, asked as
-their language benchmarks are.
+A task that the packaged models can do and that needs no network: the papers' retrieval, in the form
+of their language benchmarks.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ N_CHOICES = 4
 
 
 def dataset(seed: int = 0, **_: Any) -> dict[str, datasets.Dataset]:
-    """Return the split "test": a text with question, four answers, and which is right.
+    """Return the split "test": texts with a question, four answers, and the index of the right one.
 
     There is one document for each held-out needle, at depths from the beginning to the end in turn.
     The wrong answers are other needles' activities, in the right one's city.

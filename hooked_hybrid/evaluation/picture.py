@@ -1,4 +1,4 @@
-"""The picture of an evaluation: scores by task and form, with intervals."""
+"""The figure of an evaluation: scores by task and form, with intervals."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ OTHER_COLOURS = ("#2ca02c", "#9467bd", "#8c564b", "#e377c2", "#bcbd22", "#17becf
 
 
 def score_picture(rows: Sequence[Line], forms: Sequence[Form]) -> Figure:
-    """Return a dot with its 95% interval for each line and form; a tick is choosing at random."""
+    """Return a dot with its 95% interval for each line and form; a tick marks a random choice."""
     figure = new_figure(7.5, 1.2 + len(rows) * (0.16 + 0.06 * len(forms)))
     axes = figure.subplots()
     others = iter(OTHER_COLOURS * 10)

@@ -1,4 +1,4 @@
-"""Tables, picture and report of an evaluation, with what the thesis found."""
+"""Tables, figure and report of an evaluation, with the thesis's results."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Written:
-    """Where the files are."""
+    """The paths of the files."""
 
     report: Path
     table: Path
@@ -39,14 +39,14 @@ def write(
 ) -> Written:
     """Write results.json, results.csv, report.md and scores.png, each whole or not at all.
 
-    What earlier calls left in the folder is in them, too; see `gathered.gathered`.
+    Cells of earlier calls in the folder are included; see `gathered.gather`.
 
     Args:
-        evaluation: what came out.
+        evaluation: the results.
         card: facts about the model.
         options: how the tasks were run.
-        out: folder.
-        command: what to type to run it again.
+        out: folder for the files.
+        command: the command line that runs it again.
     """
     written = Written(out / "report.md", out / "results.csv", out / "results.json")
     n_new, evaluation = len(evaluation.cells), gather(evaluation, out)
@@ -65,7 +65,7 @@ def write(
     if drawn := [row for row in rows if row.is_share]:
         picture = out / "scores.png"
         with replacing(picture) as temporary:
-            image = BytesIO()  # on a full disk matplotlib hides the error behind one of its own
+            image = BytesIO()  # on a full disk matplotlib raises another error of its own
             score_picture(drawn, evaluation.forms).savefig(image, format="png", dpi=150)
             temporary.write_bytes(image.getvalue())
     parts = [f"```\n{command}\n```"] if command else []
@@ -169,7 +169,7 @@ def _how(options: Options, forms: Sequence[Form], cells: Sequence[Cell]) -> str:
 def _tabulate_published(
     evaluation: Evaluation, rows: Sequence[Line], others: Sequence[Form], card: Mapping[str, str]
 ) -> list[str]:
-    """Return the thesis's figures for the benchmarks that were asked for."""
+    """Return the thesis's figures for the benchmarks of this evaluation."""
     asked = [BENCHMARKS[name] for name in evaluation.groups if name in BENCHMARKS]
     if not asked:
         return []

@@ -1,4 +1,4 @@
-"""An evaluation: tasks by forms, each run once, whatever data sets can be had."""
+"""An evaluation: tasks by forms, each run once, for all data sets that are available."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 class Evaluation:
     """The results: cells in the order of tasks and forms, and the reasons for missing tasks.
 
-    `forms_of` names the forms that a group was run in, where these are not all.
+    `forms_of` lists the forms in which a group was run, if not all.
     """
 
     groups: Mapping[str, tuple[str, ...]]
@@ -57,29 +57,30 @@ def evaluate(
 ) -> Evaluation:
     """Run tasks of lm-eval on a model in several forms.
 
-    A task whose data set cannot be had is left out, with the reason; the others go on. What stops
-    a run half-way leaves whole cells behind, and `resume` goes on after them.
+    A task whose data set is not available is left out, with the reason; the others run. A stopped
+    run leaves complete cells, and `resume` continues after them.
 
     Args:
         model: with a tokenizer.
         name: of the model.
         tasks: lm-eval's names of tasks, groups or tags.
-        forms: what is silenced.
-        options: how tasks are run.
+        forms: the heads kept, of each form.
+        options: of the tasks.
         out: folder of the results, new or empty unless resumed.
-        resume: go on with what it holds: other tasks and forms may be added, the rest is the same.
+        resume: continue with the cells in `out`: tasks and forms may be added, the rest is
+            unchanged.
         include_path: folder of further tasks, in lm-eval's format.
-        say: is called for each cell before it runs, or when a worker has done it.
-        workers: run the cells there, not in this process; they read the tasks themselves.
+        say: called with a message for each cell before it runs, or when a worker has finished it.
+        workers: that run the cells instead of this process; they load the tasks themselves.
 
     Raises:
-        ValueError: an unknown task, a form that the model has no heads for, options that the model
-            cannot be run with, another evaluation in the folder, or a task or form that has changed
-            since its cells were run; then nothing has run.
+        ValueError: an unknown task, a form with more heads than the model has, options that the
+            model does not support, another evaluation in the folder, or a task or form that has
+            changed since its cells were run; raised before anything runs.
         FileExistsError: the folder is not empty, and `resume` is false; or it is not an evaluation
             folder.
-        OSError: the results cannot be written, or another run writes there.
-        ModuleNotFoundError: lm-eval is not installed; it says which extra brings it.
+        OSError: the results cannot be written, or another run writes to the folder.
+        ModuleNotFoundError: lm-eval is not installed; the message names the extra to install.
     """
     require("lm_eval")
     with claim(out, resume), hash_once():
@@ -100,12 +101,12 @@ def _evaluate(
     say: Callable[[str], Any],
     workers: RayWorkers | None,
 ) -> Evaluation:
-    """Run an evaluation in a folder that is held for it."""
+    """Run an evaluation in a folder that is locked for it."""
     _check(model, name, forms, options)
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of defaults, task by task
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns about defaults, task by task
     source = TaskSource(tasks, include_path)
     if all(source.sets_no_examples(task) for task in source.leaves):
-        why = f"{', '.join(tasks)} set 0 examples themselves and keep them"
+        why = f"{', '.join(tasks)} set 0 examples in their own config"
         refuse_ignored(why, num_fewshot=options.num_fewshot or None)
     cells = EvaluationCells(out, experiment_of(model, name, options), resume)
     _check_kept(out, source, forms, options, say)
@@ -123,7 +124,7 @@ def _evaluate(
             elif not isinstance(read, str):
                 asked[task] = read[1]
                 if options.num_fewshot and not read[0].n_fewshot:
-                    say(f"{task} sets 0 examples itself and keeps them")
+                    say(f"{task} sets 0 examples in its own config")
                 for form in todo:
                     if workers is None:
                         say(f"task {i + 1} of {len(source.leaves)}: {task}, {form}")
@@ -132,7 +133,10 @@ def _evaluate(
     with closing(results(model, job, units(), workers)) as run:
         for (task, form), cell in run:
             if cell.asked != asked[task]:
-                raise ValueError(f"a worker has another {task} than this process: give it the same")
+                raise ValueError(
+                    f"the files of {task} differ between a worker and this process: "
+                    f"give it the same"
+                )
             if workers is not None:
                 say(f"{task}, {form}: done")
             cells.add(cell)
@@ -148,10 +152,10 @@ def experiment_of(model: HookedHybrid, name: str, options: Options) -> dict[str,
 
 
 def _check(model: HookedHybrid, name: str, forms: Sequence[Form], options: Options) -> None:
-    """Raise an error where forms or options do not fit the model, or forms one another."""
+    """Raise an error if forms or options do not fit the model, or two forms conflict."""
     files = [file_name("", form.name) for form in forms]
     if len(set(files)) < len(files):
-        raise ValueError(f"forms {[f.name for f in forms]}: give each a name of its own, once")
+        raise ValueError(f"forms {[f.name for f in forms]}: give each its own name")
     if all(form.k is None for form in forms):
         whole = "every form keeps all heads"
         refuse_ignored(whole, stage=None if options.stage == "both" else options.stage)
@@ -168,7 +172,7 @@ def _check_kept(
     options: Options,
     say: Callable[[str], Any],
 ) -> None:
-    """Raise an error where a task or form is not what the folder's cells were run with."""
+    """Raise an error if a task or form differs from that of the folder's cells."""
     named = {file_name("", form.name): form for form in forms}
     kept: dict[str, list[Cell]] = {}
     for cell in cells_of(folder):

@@ -1,10 +1,10 @@
-"""Log-likelihoods of continuations: many at a time, what they share computed once.
+"""Log-likelihoods of continuations: many at a time, with shared parts computed once.
 
-Three things are shared. Requests that differ in their last token only are one row of a forward (the
+Three parts are shared. Requests that differ only in their last token are one row of a forward (the
 letters of a multiple choice). Continuations of one context are read from the context's state, each
 from a copy of it. Contexts that begin alike (the examples before each question) are read from the
 state after the beginning. The second and third cut a sequence in pieces, which is exact as long as
-every hook is marked `per_position`; else each input is run whole, with rows of its own length.
+every hook is marked `per_position`; otherwise each input is run whole, with rows of its own length.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from hooked_hybrid.network.state import HybridState
 from hooked_hybrid.text.text import pad_rows
 
 LONG_BEGINNING = 64
-"""Tokens that contexts must share for their beginning to be a forward of its own."""
+"""Least number of shared tokens for which the beginning of contexts is run separately."""
 FAMILY = 4
-"""Contexts that must share them."""
+"""Least number of contexts that share them."""
 POSITIONS = 256
-"""Positions whose probabilities are normalised at a time: it bounds what a large vocabulary takes.
+"""Positions whose probabilities are normalized at a time: bounds the memory of a large vocabulary.
 """
 
 Tokens = tuple[int, ...]
@@ -49,7 +49,7 @@ class Score(NamedTuple):
 
 
 class _Answer(NamedTuple):
-    """Tokens that a row's last logits are asked about, for a request."""
+    """Tokens of a request whose log-probabilities are read from a row's last logits."""
 
     request: int
     tokens: Tokens
@@ -57,7 +57,7 @@ class _Answer(NamedTuple):
 
 @dataclass
 class _Row:
-    """Tokens to run: `answers` are read off the last `n_scored` logits, `after` follows them."""
+    """Tokens to run: `answers` are read from the last `n_scored` logits; rows `after` follow."""
 
     tokens: Tokens
     n_scored: int
@@ -66,7 +66,7 @@ class _Row:
 
     @property
     def beginning(self) -> Tokens:
-        """The tokens whose logits are not asked for."""
+        """The tokens whose logits are not needed."""
         return self.tokens[: len(self.tokens) - self.n_scored]
 
 
@@ -78,20 +78,20 @@ def score(
     shares: bool = True,
     on_scored: Callable[[int], Any] | None = None,
 ) -> list[Score]:
-    """Return the score of each request, in the order asked.
+    """Return the score of each request, in the order of the requests.
 
     Args:
         model: runs the forwards, in the stage "prefill".
         requests: may repeat.
         hooks: attached throughout. They must treat rows alike: batches are made here.
-        batch_size: rows of a forward; "auto" takes as many as memory has room for, up to 64.
-        shares: compute what requests share once. Without, and where a hook is not marked
+        batch_size: rows of a forward; "auto" is as many as fit in memory, up to 64.
+        shares: compute shared parts of requests once. If False, and where a hook is not marked
             `per_position`, each distinct input is run whole; the scores are the same to rounding.
-        on_scored: called with the number of requests scored since it was called last.
+        on_scored: called with the number of requests scored since its last call.
 
     Raises:
         ValueError: a request without a context or a continuation, or a batch size below 1.
-        HookNameError: a hook that matches nothing; then nothing has run.
+        HookNameError: a hook that matches nothing; raised before anything runs.
         MemoryError, torch.OutOfMemoryError: a forward of this many rows does not fit.
     """
     for i, request in enumerate(requests):
@@ -108,7 +108,7 @@ def score(
 
 
 def truncate(context: Sequence[int], continuation: Sequence[int], max_length: int) -> Request:
-    """Return a request of which at most `max_length` tokens are read: the context's end is kept.
+    """Return a request of at most `max_length` tokens to read: the end of the context is kept.
 
     The last token of the continuation is not read, so that context and continuation may have one
     token more; as in lm-eval's `hf` model.
@@ -155,7 +155,7 @@ def _rows_by_context(requests: Sequence[Request]) -> list[_Row]:
 
 
 def _rest(whole: _Row, n_context: int, members: Sequence[int]) -> _Row:
-    """Return what follows the context in a row; the context's own logits tell the first token."""
+    """Return the tokens of a row after the context, whose logits score the first of them."""
     answers = [_Answer(members[a.request], a.tokens[1:]) for a in whole.answers]
     return _Row(whole.tokens[n_context:], whole.n_scored - 1, answers)
 
@@ -190,7 +190,7 @@ class _Scoring:
         self.batches(loose, state, n_read)
 
     def batches(self, rows: list[_Row], state: HybridState | None, n_read: int) -> None:
-        """Score rows from a state of one row, those of a length together."""
+        """Score rows from a state of one row, those of equal length together."""
         for _, found in self.batching.run(
             rows, lambda row: len(row.tokens), lambda batch: self._batch(batch, state, n_read)
         ):
@@ -200,7 +200,7 @@ class _Scoring:
     def _batch(
         self, rows: Sequence[_Row], state: HybridState | None, n_read: int
     ) -> dict[int, Score]:
-        """Return the scores of the requests that one forward, and those from its state, answer."""
+        """Return the scores of the requests of one forward, and of the forwards from its state."""
         start = None if state is None else state.fork(len(rows))
         wants_state = any(row.after for row in rows)
         inputs = [row.tokens[n_read:] for row in rows]
@@ -229,7 +229,7 @@ class _Scoring:
             state=state,
             return_state=wants_state,
             stage="prefill",
-            # A hook that needs the whole input is given all of its logits too.
+            # A hook that needs the whole input must see all of its logits too.
             logits_to_keep=max(row.n_scored for row in rows) if self.batching.may_pad else None,
         )
         logits, after = out if wants_state else (out, None)
@@ -258,7 +258,7 @@ def _read_off(logits: Float[Tensor, "pos d_vocab"], answers: Sequence[_Answer]) 
 
 
 def _alike(rows: Sequence[_Row], n: int) -> Iterator[list[_Row]]:
-    """Yield rows in families whose first `n` tokens are the same and not asked about."""
+    """Yield groups of rows whose first `n` tokens are equal and need no logits."""
     families: dict[Any, list[_Row]] = {}
     for row in sorted(rows, key=lambda row: row.beginning):
         start = row.beginning[:n]
@@ -268,7 +268,7 @@ def _alike(rows: Sequence[_Row], n: int) -> Iterator[list[_Row]]:
 
 
 def _common_start(a: Tokens, b: Tokens) -> Tokens:
-    """Return what two rows begin with; of sorted rows, the first and last share it with all."""
+    """Return the common prefix of two rows; of sorted rows, the first and last have that of all."""
     n = min(len(a), len(b))
     return a[: next((i for i in range(n) if a[i] != b[i]), n)]
 

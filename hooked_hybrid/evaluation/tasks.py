@@ -1,4 +1,4 @@
-"""Tasks of lm-eval by name: single ones out of groups and tags, and whether their data is there."""
+"""Tasks of lm-eval by name: single tasks of groups and tags, with their data if available."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from hooked_hybrid.evaluation import OWN_TASKS
 from hooked_hybrid.outputs.foreign import one_line
 
 DOCUMENTS_READ = 50_000
-"""Documents of a split that a task's hash looks at: a few seconds."""
+"""Documents of a split that a task's hash covers: a few seconds."""
 Source = tuple[str, str, str]
 
 
@@ -29,9 +29,9 @@ class Loaded:
     task: Any
 
     def prepared(self, num_fewshot: int | None, seed: int) -> Any:
-        """Return the task with its few-shot examples set as lm-eval's own program sets them.
+        """Return the task with its few-shot examples set as in lm-eval's own program.
 
-        A task that sets 0 examples itself keeps them.
+        A task that is configured with 0 examples keeps 0.
         """
         own = self.task.get_config("num_fewshot")
         if own is None or (num_fewshot is not None and own != 0):
@@ -45,10 +45,10 @@ class Loaded:
         return int(self.task.get_config("num_fewshot") or 0)
 
     def hash(self, num_fewshot: int | None, seed: int, limit: int | float | None) -> str:
-        """Return a short hash of what is asked: config, documents, and those of the examples.
+        """Return a short hash of the task: its config, its documents and those of the examples.
 
-        Functions count by their source. Of documents the first `DOCUMENTS_READ` count, and none
-        beyond `limit` where it is a number.
+        Functions are hashed by their source. The first `DOCUMENTS_READ` documents are hashed, and
+        none beyond `limit` if it is a number.
         """
         task = self.prepared(num_fewshot, seed)
         most = limit if isinstance(limit, int) else None
@@ -64,10 +64,10 @@ class Loaded:
 
 
 def source_of(cfg: Mapping[str, Any]) -> Source:
-    """Return what tells whether two tasks read the same data set, from their configs.
+    """Return the part of a config that identifies the data set of a task.
 
-    The subsets of a repository lie together: where one is in the cache, `datasets` says of the
-    others that they are not, and not that the repository cannot be reached.
+    Subsets of a repository are cached together: if one is in the cache, `datasets` reports that the
+    others are not, instead of that the repository cannot be reached.
     """
     files = json.dumps(cfg.get("dataset_kwargs"), sort_keys=True, default=str)
     own = str(cfg.get("task")) if cfg.get("dataset_path") is None else ""
@@ -75,15 +75,15 @@ def source_of(cfg: Mapping[str, Any]) -> Source:
 
 
 class TaskSource:
-    """Tasks by the names that were asked for.
+    """Tasks by the names given.
 
     Args:
         names: of tasks, groups or tags.
-        include_path: folder of further tasks. lm-eval's own are only looked through (which takes
-            half a minute) where a name is not found there or among this library's.
+        include_path: folder of further tasks. lm-eval's own are searched (which takes half a
+            minute) only if a name is not found there or among this library's.
 
     Raises:
-        ValueError: an unknown name, or none.
+        ValueError: an unknown name, or no name.
     """
 
     def __init__(self, names: Sequence[str], include_path: Path | None = None) -> None:
@@ -92,7 +92,7 @@ class TaskSource:
         if not names:
             raise ValueError("no task to run: give --tasks glue, or another name")
         if include_path is not None and not include_path.is_dir():
-            raise ValueError(f"--include-path {include_path}: there is no such folder")
+            raise ValueError(f"--include-path {include_path}: no such folder")
         folders = [str(p) for p in (OWN_TASKS, include_path) if p is not None]
         self.manager = TaskManager(include_path=folders, include_defaults=False)
         if not all(name in self.manager.task_index for name in names):
@@ -101,17 +101,17 @@ class TaskSource:
         if unknown := [name for name in names if name not in self.manager.task_index]:
             near = get_close_matches(unknown[0], known, 4, 0.5)
             hint = f"; near it: {', '.join(near)}" if near else ""
-            raise ValueError(f"no task, group or tag is called {unknown[0]!r}{hint}")
+            raise ValueError(f"no task, group or tag named {unknown[0]!r}{hint}")
         self.groups: dict[str, tuple[str, ...]] = {n: tuple(self._leaves(n)) for n in names}
         self.leaves = list(dict.fromkeys(leaf for found in self.groups.values() for leaf in found))
         self._unreachable: dict[Source, str] = {}
 
     def sets_no_examples(self, name: str) -> bool:
-        """Whether a task's file says that it takes no examples, whatever is asked for."""
+        """Whether a task's file sets 0 examples, which overrides the options."""
         return (self.manager.task_index[name].cfg or {}).get("num_fewshot") == 0
 
     def load(self, name: str) -> Loaded | str:
-        """Return a task with its data, or why it cannot be had.
+        """Return a task with its data, or the reason why it is not available.
 
         If a data set cannot be reached, no other task tries it again, as each try takes half a
         minute.
@@ -120,7 +120,7 @@ class TaskSource:
         if source not in self._unreachable:
             try:
                 return Loaded(name, self.manager.load([name])["tasks"][name])
-            except Exception as error:  # whatever a loader raises, the other tasks go on
+            except Exception as error:  # whatever a loader raises, the other tasks continue
                 reason = one_line(f"{type(error).__name__}: {error}", 300)
                 if not isinstance(error, ConnectionError):
                     return reason
@@ -128,7 +128,7 @@ class TaskSource:
         return self._unreachable[source]
 
     def _leaves(self, name: str) -> list[str]:
-        """Return the single tasks of a name; a group that brings configs of its own stays whole."""
+        """Return the single tasks of a name; a group with its own configs is an error."""
         entry = self.manager.task_index[name]
         if entry.kind.name == "TAG":
             return sorted(entry.tags)

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 BOOTSTRAPS = 1000
 """Draws of lm-eval's bootstrap, for the metrics that have no standard error in closed form."""
 SEED, FEWSHOT_SEED = 0, 1234
-"""Of everything drawn while a cell runs, and of its few-shot examples: lm-eval's own."""
+"""Seed of everything drawn while a cell runs, and of its few-shot examples: lm-eval's own."""
 
 
 @dataclass(frozen=True)
@@ -38,12 +38,12 @@ class Options:
         num_fewshot: examples before each question; None is each task's own number.
         limit: documents of a task, a share if below 1; None is all.
         chat: put prompts in the model's chat template.
-        multiturn: make each example a turn of its own.
+        multiturn: make each example a separate turn.
         stage: where heads are silenced.
         batch_size, max_length, max_gen_toks: of `HookedHybridLM`.
 
     Raises:
-        ValueError: a limit or batch size that is none, or fewer than 0 examples.
+        ValueError: an invalid limit or batch size, or fewer than 0 examples.
     """
 
     num_fewshot: int | None = None
@@ -67,16 +67,16 @@ class Options:
 
 
 class EvaluationJob(Job[tuple[str, str], Cell]):
-    """An item is a task and a form, by name; its result their cell.
+    """The run of one task in one form: an item is the names of the two, its result their cell.
 
-    A worker reads the tasks itself, from where this process does.
+    A worker loads the tasks itself, from the same paths as this process.
 
     Args:
         source: of the tasks.
-        names, include_path: what it was made of.
+        names, include_path: arguments of `source`.
         name: of the model.
-        forms: what is silenced.
-        options: how tasks are run.
+        forms: by name.
+        options: of the tasks.
     """
 
     def __init__(
@@ -96,11 +96,11 @@ class EvaluationJob(Job[tuple[str, str], Cell]):
         self._last: tuple[Loaded, str] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return what a worker is sent: data sets are not."""
+        """Return the job for a worker, without data sets."""
         return {**vars(self), "_source": None, "_last": None}
 
     def read(self, task: str) -> tuple[Loaded, str] | str:
-        """Return a task with its data and its hash, or why it cannot be had; keep the last one."""
+        """Return a task with its data and hash, or why it is not available; cache the last one."""
         if self._last is None or self._last[0].name != task:
             self._last = None
             if self._source is None:
@@ -118,7 +118,7 @@ class EvaluationJob(Job[tuple[str, str], Cell]):
 
         Raises:
             OSError: a worker cannot read a task.
-            ValueError: a task is scored by nothing that is a number.
+            ValueError: a task has no numeric metric.
         """
         for task, name in items:
             found, form = self.read(task), self.forms[name]
@@ -128,12 +128,12 @@ class EvaluationJob(Job[tuple[str, str], Cell]):
             yield replace(cell, by=form.by, stage=self.options.stage, asked=found[1])
 
     def describe(self, items: Sequence[tuple[str, str]]) -> str:
-        """Return which tasks and forms these are."""
+        """Return the tasks and forms as text."""
         return ", ".join(f"{task} ({form})" for task, form in items)
 
 
 def as_lm(model: HookedHybrid, name: str, form: Form, options: Options) -> HookedHybridLM:
-    """Return the model in a form."""
+    """Return the model with a form's hooks, for lm-eval."""
     from hooked_hybrid.evaluation.lm import HookedHybridLM
 
     lm = HookedHybridLM(
@@ -172,7 +172,7 @@ def _run(model: HookedHybrid, name: str, loaded: Loaded, form: Form, options: Op
 
 
 def _cell(task: str, form: Form, results: Mapping[str, Any], seconds: float) -> Cell:
-    """Return what lm-eval's results say of a task."""
+    """Return the cell of a task from lm-eval's results."""
     numbers = {
         key: float(value)
         for key, value in results["results"][task].items()
@@ -180,7 +180,7 @@ def _cell(task: str, form: Form, results: Mapping[str, Any], seconds: float) -> 
     }
     main = next((key for key in numbers if "_stderr," not in key), None)
     if main is None:
-        raise ValueError(f"{task} has no metric that is a number: leave it out")
+        raise ValueError(f"{task} has no numeric metric: leave it out")
     metric, kept = main.split(",")
     samples = [s for s in results["samples"][task] if s["filter"] == kept]
     values = {str(s["doc_id"]): s[metric] for s in samples if metric in s}

@@ -1,9 +1,9 @@
 """Documents cut into contexts, and contexts put into shards and batches.
 
-Each context is a row of its own and begins as a text does, so that no document sees another and
-every hook acts as in a run of that context alone. Rows of like length run together, and the few
-padding is on the right, where no token of a causal model sees it. Contexts packed
-into full rows with `segment_ids` would be read at two thirds of that speed (docs/harvest.md).
+Each context is a row of its own and begins like a text, so that no document sees another and every
+hook acts as in a run of that context alone. Rows of similar length run together. Their little
+padding is on the right, where no token of a causal model sees it. Contexts packed into full rows
+with `segment_ids` would be read at two thirds of that speed (docs/harvest.md).
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from hooked_hybrid.harvest.documents import Documents
 from hooked_hybrid.shapes import Tokens
 
 BLOCK = 2**22
-"""Tokens looked at together while planning."""
+"""Tokens processed at a time while planning."""
 
 
 @dataclass(frozen=True)
 class PackedBatch:
     """Contexts that run together.
 
-    `is_kept` says of which positions the activations are written. In the order of rows and
-    positions, `rows` says where in the shard, and `documents` of which documents these are.
+    `is_kept` is true at positions whose activations are written. For these, in the order of rows
+    and positions, `rows` is the row in the shard and `documents` the number of the document.
     """
 
     tokens: Tokens
@@ -42,7 +42,7 @@ class PackedBatch:
 class Beside:
     """Columns stored with the activations of a shard, for each row.
 
-    `position` counts the document's own tokens, and is -1 for a BOS that was put in front.
+    `position` counts the document's own tokens, and is -1 for a BOS that was prepended.
     """
 
     token: Int[Tensor, " row"]
@@ -51,16 +51,16 @@ class Beside:
 
 
 class PackingPlan:
-    """Which tokens are read in which context, batch and shard.
+    """The context, batch and shard in which each token is read.
 
     Args:
-        documents: what is read.
-        context_length: tokens of a context at most, BOS included.
-        shard_tokens: rows of a shard at most; a context is never split, and a shard has one.
-        batch_tokens: positions of a forward at most.
-        bos: put in front of every context; None for nothing.
-        left_out: tokens that are read, and of which nothing is written.
-        seed: the contexts are put in random order; None keeps theirs.
+        documents: the tokens to read.
+        context_length: most tokens of a context, BOS included.
+        shard_tokens: most rows of a shard; a context is never split, and a shard has at least one.
+        batch_tokens: most positions of a forward.
+        bos: token prepended to every context; None prepends nothing.
+        left_out: tokens that are read, but whose activations are not written.
+        seed: of the random order of the contexts; None keeps their order.
 
     Raises:
         ValueError: nothing would be written.
@@ -106,11 +106,11 @@ class PackingPlan:
         return self.order[self.bounds[shard] : self.bounds[shard + 1]]
 
     def n_rows(self, shard: int) -> int:
-        """Return how many tokens' activations a shard holds."""
+        """Return the number of tokens whose activations are in a shard."""
         return int(self.n_kept[self.contexts(shard)].sum())
 
     def beside(self, shard: int) -> Beside:
-        """Return the tokens of a shard's rows, and where they stood."""
+        """Return the tokens of a shard's rows, with their documents and positions."""
         tokens, documents, positions = [], [], []
         for context in self.contexts(shard).tolist():
             row, kept = self._row(context)
@@ -125,7 +125,7 @@ class PackingPlan:
         return Beside(*columns)
 
     def batches(self, shard: int) -> Iterator[PackedBatch]:
-        """Yield the contexts of a shard, the longest first, as many together as have room."""
+        """Yield the contexts of a shard, the longest first, in batches of as many as fit."""
         contexts = self.contexts(shard)
         n_kept, lengths = self.n_kept[contexts], self.length[contexts] + (self.bos is not None)
         begins = n_kept.cumsum(0) - n_kept
@@ -144,7 +144,7 @@ class PackingPlan:
             )
 
     def _row(self, context: int) -> tuple[Int[Tensor, " pos"], Bool[Tensor, " pos"]]:
-        """Return the tokens of a context, and of which the activations are kept."""
+        """Return the tokens of a context, and a mask of those whose activations are kept."""
         start = int(self.documents.starts[self.document[context]] + self.first[context])
         row = self.documents.tokens[start : start + int(self.length[context])].long()
         if self.bos is not None:
@@ -152,7 +152,7 @@ class PackingPlan:
         return row, ~torch.isin(row, self.left_out)
 
     def _count_kept(self) -> Int[Tensor, " context"]:
-        """Return how many rows each context gives."""
+        """Return the number of rows of each context."""
         tokens, found = self.documents.tokens, []
         for start in range(0, len(tokens) if len(self.left_out) else 0, BLOCK):
             is_out = torch.isin(tokens[start : start + BLOCK], self.left_out)
@@ -165,7 +165,7 @@ class PackingPlan:
 
 
 def _bounds(n_kept: list[int], shard_tokens: int) -> list[int]:
-    """Return where each shard begins among the contexts, and where the last ends."""
+    """Return the index of the first context of each shard, and the end of the last shard."""
     bounds, room = [0], shard_tokens
     for i, n in enumerate(n_kept):
         if n > room and i > bounds[-1]:

@@ -1,4 +1,4 @@
-"""Documents on disk as tokens: written once, one after the other, and read as a memory map."""
+"""Documents on disk as tokens: written once, one after another, and read as a memory map."""
 
 from __future__ import annotations
 
@@ -27,10 +27,11 @@ Document = str | Sequence[int] | Tensor
 
 @dataclass(frozen=True)
 class Documents:
-    """The tokens of every document, one after the other.
+    """The tokens of all documents, one after another.
 
-    `starts` holds where each begins, and where the last ends. `digest` is a hash of what was read,
-    `encoding` says how texts were made tokens, and `sha256` is a hash of tokens and starts.
+    `starts` contains the index at which each begins, and the end of the last. `digest` is a hash of
+    the documents as given, `encoding` describes how texts were tokenized, and `sha256` is a hash of
+    tokens and starts.
     """
 
     tokens: Int[Tensor, " token"]
@@ -41,7 +42,7 @@ class Documents:
 
     @classmethod
     def open(cls, folder: Path) -> Documents:
-        """Return those that `write_documents` left in a folder, mapped: no memory is taken.
+        """Return the documents that `write_documents` wrote to a folder, memory-mapped, not loaded.
 
         Raises:
             ValueError: the file is damaged.
@@ -62,25 +63,25 @@ class Documents:
         """Check that tokens and starts are consistent.
 
         Args:
-            d_vocab: number of tokens there are; None reads no token.
+            d_vocab: size of the vocabulary; None does not check the tokens.
 
         Raises:
-            ValueError: they cannot.
+            ValueError: they are not.
         """
         tokens, starts = self.tokens, self.starts
         if not all(isinstance(t, str) for t in (self.digest, self.encoding, self.sha256)):
-            raise ValueError("its header holds values of other kinds")
+            raise ValueError("its header contains values of other types")
         kinds = (tokens.dtype, tokens.ndim, starts.dtype, starts.ndim)
         if kinds != (torch.int32, 1, torch.int64, 1) or not len(starts):
-            raise ValueError("its tensors are of other kinds")
+            raise ValueError("its tensors have other types")
         if starts[0] != 0 or starts[-1] != len(tokens) or bool((starts.diff() < 0).any()):
-            raise ValueError("its documents begin if there are no tokens")
+            raise ValueError("its documents begin but there are no tokens")
         if d_vocab is not None and not (tokens.min() >= 0 and tokens.max() < d_vocab):
-            raise ValueError("it holds tokens that are not in the vocabulary")
+            raise ValueError("it contains tokens that are not in the vocabulary")
 
     @property
     def is_whole(self) -> bool:
-        """Whether tokens and starts are those that were written; reads them all."""
+        """Whether tokens and starts are as they were written; reads all of them."""
         found = hashlib.sha256(self.tokens.numpy().data)
         found.update(self.starts.numpy().data)
         return found.hexdigest() == self.sha256
@@ -93,7 +94,7 @@ def write_documents(
     d_vocab: int,
     folder: Path,
 ) -> None:
-    """Write the tokens of all documents to a folder; no more than one document is held.
+    """Write the tokens of all documents to a folder, with one document in memory at a time.
 
     Raises:
         ValueError: there is no token, or a document that cannot be read or has a token that is not
@@ -124,7 +125,7 @@ def write_documents(
 
 
 def digest_of(documents: Iterable[Document]) -> str:
-    """Return the hash of documents that `write_documents` keeps, without tokenizing them."""
+    """Return the hash that `write_documents` stores for documents, without tokenizing them."""
     digest = hashlib.sha256()
     for document in documents:
         _feed(digest, document)

@@ -75,36 +75,38 @@ def harvest(
 
     The folder gets safetensors shards, in which each hook point's values are [token ...] with
     `token`, `document` and `position`; `index.json`, once all shards are there; the documents as
-    tokens; and the recipe. No more is held than a forward's activations and one shard. A run that
-    was stopped goes on with the shards that are missing, and a shard has the same bytes whenever
-    and wherever it is made, on machines that round alike. A document longer than a context is cut,
-    and each part begins as a text does; one context never sees another.
+    tokens; and the recipe. In memory are the activations of one forward and one shard. A run that
+    was stopped continues with the missing shards, and a shard has the same bytes whenever and
+    wherever it is made, on machines that round alike. A document longer than a context is cut, and
+    each part begins like a text; one context never sees another.
 
     Args:
         model: its forward ends after the last layer that a hook point needs.
         documents: texts, or rows of tokens, such as a tensor [document pos] without padding.
         names_filter: hook points; see `hooks_to_keep`.
         out: folder, new or empty.
-        context_length: tokens that are read together at most, BOS included.
-        batch_size: contexts of a forward; of shorter contexts, more, up to as many tokens.
+        context_length: most tokens that are read together, BOS included.
+        batch_size: contexts of a forward; more of shorter contexts, up to the same number of
+            tokens.
         dtype: of floating-point values as they are written; None is the model's.
-        shard_bytes: size of a shard, about.
-        prepend_bos: whether every context begins with BOS; None is as the model was trained for
-            texts, and no for tokens.
-        drop_special: leave out the rows of BOS, EOS and padding tokens. They are read nevertheless.
+        shard_bytes: approximate size of a shard.
+        prepend_bos: whether every context begins with BOS; None follows the model's training for
+            texts, and is False for tokens.
+        drop_special: leave out the rows of BOS, EOS and padding tokens. They are still read.
         seed: put the contexts in random order, so that a shard is a sample of all documents; None
             keeps their order.
-        fwd_hooks: interventions that act meanwhile; what is kept is the value after them.
-        resume: go on with what the folder holds; `documents` must be given again.
-        workers: of a Ray cluster, which must see `out` under the same path; None for this process.
+        fwd_hooks: interventions attached during the forwards; the value after them is kept.
+        resume: continue the harvest in the folder; `documents` must be given again.
+        workers: of a Ray cluster, which must reach `out` under the same path; None for this
+            process.
         verbose: show progress bars.
 
     Raises:
         HookNameError: a hook point or a pattern that matches nothing.
         ValueError: an argument out of range, a padded row of tokens, a value that is not finite,
-            or a folder of another harvest; before any shard is written where it can be seen.
+            or a folder of another harvest; raised before any shard is written where possible.
         FileExistsError: the folder is not empty and `resume` is false.
-        OSError: another run writes there, the shards would not fit on the disk, or it fills.
+        OSError: another run writes to the folder, or the disk is too small or becomes full.
 
     Examples:
         >>> from hooked_hybrid.harvest import harvest
@@ -146,7 +148,7 @@ def harvest(
         )
         plan = recipe.plan(read)
         recipe = recipe.keep(folder, model.cfg)
-        remove_begun(folder, others)  # now that the folder is known to be of this harvest
+        remove_begun(folder, others)  # only now is the folder known to be of this harvest
         make_missing(runner, plan, recipe, folder, workers, verbose)
         remove_begun(folder, others)  # of workers that died
         paths = [folder / shard_name(i, plan.n_shards) for i in range(plan.n_shards)]
@@ -162,7 +164,7 @@ def _read(
     folder: Path,
     verbose: bool,
 ) -> Documents:
-    """Return the documents as tokens, written to the folder where they are not there yet."""
+    """Return the documents as tokens, written to the folder unless they are already there."""
     encoding = encoding_identity(model, is_text, bos)
     counted = iter(tqdm(documents, unit=" documents", desc="tokens", disable=not verbose))
     if (folder / FILE).exists():
@@ -172,8 +174,8 @@ def _read(
         if not is_recorded(before.encoding):
             raise ValueError(
                 f"{folder} was begun by an older version of this library, which did not record "
-                "enough of the tokenizer that its texts were read with to know it again: give "
-                "another folder, nothing is overwritten"
+                f"enough to identify the tokenizer of its texts: give another folder, nothing is "
+                f"overwritten"
             )
         if before.encoding != encoding or before.digest != digest_of(counted):
             raise ValueError(
@@ -202,7 +204,7 @@ def _read(
 
 
 def _refuse_padding(model: HookedHybrid, ids: Sequence[int]) -> None:
-    """Refuse a row of tokens that begins or ends as a padded one: it would be read as text."""
+    """Raise an error for a row that begins or ends with padding: it would be read as text."""
     if model.tokenizer is None or not ids:
         return
     padded = may_hold_padding(torch.tensor([ids]), model.text)
@@ -242,7 +244,7 @@ def _peek(documents: Iterable[Document]) -> tuple[bool, Iterable[Document]]:
 
 
 def _bos(model: HookedHybrid, is_text: bool, prepend_bos: bool | None) -> int | None:
-    """Return what is put in front of each context."""
+    """Return the token that is prepended to each context, or None."""
     wanted = (is_text and model.text.prepends_bos) if prepend_bos is None else prepend_bos
     bos = model.cfg.bos_token_id if model.tokenizer is None else model.text.bos
     if wanted and bos is None:

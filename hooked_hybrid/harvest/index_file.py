@@ -1,4 +1,4 @@
-"""The index of a harvest, read: nothing that it says is opened or counted before it is checked."""
+"""Reading the index of a harvest, which is checked before any file or number in it is used."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def read_index(folder: Path) -> dict[str, Any]:
     """Return the index of a finished harvest.
 
     Raises:
-        ValueError: there is none, or it is not whole or of a newer version.
+        ValueError: there is none, or it is incomplete or of a newer version.
     """
     path = folder / INDEX
     if not path.exists():
@@ -33,7 +33,7 @@ def read_index(folder: Path) -> dict[str, Any]:
             raise ValueError(f"{folder} holds no harvest")
         raise ValueError(
             f"the harvest in {folder} is not finished ({len(shard_paths(folder))} shards are "
-            "there): go on with --resume"
+            f"there): continue with --resume"
         )
     try:
         index = read_json(path, LARGEST_RESULTS)
@@ -49,7 +49,7 @@ def read_index(folder: Path) -> dict[str, Any]:
 
 
 def _adds_up(index: dict[str, Any]) -> bool:
-    """Whether an index has all its parts, of their kinds, and the tokens of its shards."""
+    """Whether an index has all fields, of the right types, and the sum of its shards' tokens."""
     shards, hooks = index["shards"], index["hooks"]
     return (
         type(index["format"]) is int
@@ -64,7 +64,7 @@ def _adds_up(index: dict[str, Any]) -> bool:
 
 
 def _is_shard(shard: dict[str, Any], i: int, n: int) -> bool:
-    """Whether a shard bears the one name that it can, and its tokens find room in its bytes."""
+    """Whether a shard has its one possible name, and enough bytes for its tokens."""
     numbers, hashes = (shard["tokens"], shard["bytes"]), shard["sha256"]
     return (
         shard["file"] == shard_name(i, n)

@@ -1,4 +1,4 @@
-"""The shards that a harvest lacks: made here, or by the workers of a Ray cluster."""
+"""Making the missing shards of a harvest, in this process or by the workers of a Ray cluster."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ if TYPE_CHECKING:
     from hooked_hybrid.runs.ray_workers import RayWorkers
 
 SEEN_WITHIN = 60
-"""Seconds after which a worker's shard must be seen here: a shared disk may show files late."""
+"""Seconds after which a worker's shard must be visible here: a shared disk may show files late."""
 
 
 @dataclass(frozen=True)
 class HarvestJob(Job[int, Header]):
-    """Shards by their numbers, made by a worker that sees the folder."""
+    """Shards by their numbers, made by a worker that can reach the folder."""
 
     folder: Path
     recipe: HarvestRecipe
@@ -44,8 +44,8 @@ class HarvestJob(Job[int, Header]):
         """Write each shard and yield its header.
 
         Raises:
-            OSError: the folder is not there on this machine, or a shard cannot be written.
-            ValueError: the folder is another here, or a value is not finite.
+            OSError: the folder does not exist on this machine, or a shard cannot be written.
+            ValueError: the folder contains another harvest, or a value is not finite.
         """
         dtype = getattr(torch, self.recipe.dtype)
         runner = Runner(model, self.recipe.names, dtype, self.interventions)
@@ -56,7 +56,7 @@ class HarvestJob(Job[int, Header]):
             yield maker.make(shard)
 
     def describe(self, items: Sequence[int]) -> str:
-        """Return which shards these are."""
+        """Return the numbers of the shards as text."""
         return f"shards {', '.join(map(str, items))}"
 
     def _documents(self) -> Documents:
@@ -82,8 +82,8 @@ def make_missing(
     """Make the shards that are missing, or damaged.
 
     Raises:
-        ValueError: a shard of another harvest is there, or a value is not finite.
-        OSError: the shards do not fit on the disk, or are not where this process sees them.
+        ValueError: a shard of another harvest is in the folder, or a value is not finite.
+        OSError: the shards do not fit on the disk, or are not visible to this process.
     """
     missing = [i for i in range(plan.n_shards) if not _is_there(folder, i, plan, recipe)]
     n_missing = sum(plan.n_rows(i) for i in missing)
@@ -110,7 +110,7 @@ def make_missing(
 
 
 def _is_there(folder: Path, shard: int, plan: PackingPlan, recipe: HarvestRecipe) -> bool:
-    """Whether a shard of this recipe is in the folder; one that is not whole is made again."""
+    """Whether a shard of this recipe is in the folder; an incomplete one is made again."""
     path = folder / shard_name(shard, plan.n_shards)
     if not path.exists():
         return False
@@ -125,10 +125,10 @@ def _is_there(folder: Path, shard: int, plan: PackingPlan, recipe: HarvestRecipe
 
 
 def _wait_for(path: Path) -> None:
-    """Wait until a file that a worker wrote is seen here.
+    """Wait until a file that a worker wrote is visible here.
 
     Raises:
-        OSError: it is not.
+        OSError: it is not visible in time.
     """
     until = time.monotonic() + SEEN_WITHIN
     while not path.exists():
@@ -138,7 +138,7 @@ def _wait_for(path: Path) -> None:
                 "that all machines of the cluster share"
             )
         time.sleep(0.1)
-        os.listdir(path.parent)  # has a network's file system look anew
+        os.listdir(path.parent)  # makes a network file system read the folder anew
 
 
 def _check_disk(folder: Path, n_tokens: int, needed: int) -> None:

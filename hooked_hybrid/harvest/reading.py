@@ -30,23 +30,23 @@ from hooked_hybrid.options import check_count, refuse_ignored
 from hooked_hybrid.outputs.foreign import require_plain_file, require_safetensors
 
 BLOCK = 256
-"""Neighbouring tokens that are read together."""
+"""Adjacent tokens that are read together."""
 MOST_OPEN = 64
 """Shards that stay open."""
 
 
 class HarvestedActivations:
-    """The activations that `harvest` left in a folder.
+    """The activations that `harvest` wrote to a folder.
 
     `len` is the number of tokens. `index` is `index.json`: `hooks` has dtype, shape, mean norm and
-    mean squared norm of each hook point, `recipe` what was asked for.
+    mean squared norm of each hook point, `recipe` the arguments of the harvest.
 
     Args:
         folder: of a finished harvest.
 
     Raises:
-        ValueError: there is none, or it is not finished, of a newer version, or damaged as far as
-            the index and the sizes of files show (`verify` reads all).
+        ValueError: there is none, or it is not finished, of a newer version, or damaged. Here only
+            the index and the sizes of files are checked; `verify` reads all values.
 
     Examples:
         >>> from hooked_hybrid.harvest import HarvestedActivations, harvest
@@ -63,7 +63,7 @@ class HarvestedActivations:
             n_bytes = require_plain_file(path) if path.exists() else 0
             if n_bytes != shard["bytes"]:
                 raise ValueError(
-                    f"{path} has {n_bytes} bytes, and {INDEX} says {shard['bytes']}: {AGAIN}"
+                    f"{path} has {n_bytes} bytes, and {shard['bytes']} in {INDEX}: {AGAIN}"
                 )
         header, n_tokens = read_header(self.paths[0]), self.index["shards"][0]["tokens"]
         if (header.recipe, header.n_tokens) != (short_hash(self.index["recipe"]), n_tokens):
@@ -113,7 +113,7 @@ class HarvestedActivations:
         return float(found)
 
     def load(self, shard: int, name: Shorthand) -> Tensor:
-        """Return one tensor of a shard, [token ...], as a memory map: what is read is loaded.
+        """Return one tensor of a shard, [token ...], as a memory map, loaded as it is read.
 
         Args:
             shard: its number, from 0.
@@ -136,7 +136,7 @@ class HarvestedActivations:
         """Return a shard's file, opened.
 
         Raises:
-            ValueError: it has not as many tokens as the index says, or a header of others.
+            ValueError: its number of tokens or its header differs from the index.
         """
         path, n_tokens = self.paths[shard], self.index["shards"][shard]["tokens"]
         require_safetensors(path)
@@ -146,7 +146,7 @@ class HarvestedActivations:
         except SafetensorError as error:
             raise ValueError(f"{path} is not a whole shard of a harvest ({error})") from error
         if found != [n_tokens]:
-            raise ValueError(f"{path} has {found} tokens, and {INDEX} says {n_tokens}: {AGAIN}")
+            raise ValueError(f"{path} has {found} tokens, and {n_tokens} in {INDEX}: {AGAIN}")
         return file
 
     def batches(
@@ -167,14 +167,15 @@ class HarvestedActivations:
                 a pattern ("blocks.*.hook_resid_post"), or a list of hook points, patterns and of
                 "token", "document", "position", for dicts of tensors [token ...] as they are.
             batch_size: tokens of a batch.
-            seed: of the order, another in each epoch; None keeps that of the documents.
-            epochs: how often all is read; None is without end.
-            pool_tokens: tokens that are held and drawn from.
+            seed: of the order, which differs in each epoch; None keeps that of the documents.
+            epochs: number of passes over all tokens; None repeats without end.
+            pool_tokens: tokens in memory from which batches are drawn.
             drop_last: leave out a last batch that is not full.
             dtype: of floating-point values; None is that of the files.
 
         Raises:
-            ValueError: an argument out of range, or a dtype of whole numbers or for such alone.
+            ValueError: an argument out of range, an integer dtype, or a dtype with integer values
+                only.
 
         Examples:
             >>> from hooked_hybrid.harvest import harvest
@@ -192,7 +193,7 @@ class HarvestedActivations:
         return full not in BESIDE and "float" in self.index["hooks"][full]["dtype"]
 
     def verify(self) -> None:
-        """Compare every tensor with the hash of what was written, and the index with the shards.
+        """Compare every tensor with its stored hash, and the index with the shards.
 
         Raises:
             ValueError: one differs.
@@ -213,8 +214,8 @@ class HarvestedActivations:
             name: a full name, a shorthand, or a pattern that fits one of the names.
 
         Raises:
-            HookNameError: it was not harvested, and the message lists the nearest; or several names
-                fit a pattern.
+            HookNameError: it was not harvested (the message lists the nearest names), or several
+                names fit a pattern.
         """
         if isinstance(name, str) and name in BESIDE:
             return name
@@ -222,7 +223,7 @@ class HarvestedActivations:
         return resolve(name, self.names, max(layers, default=0) + 1)
 
     def resolve_all(self, names: Shorthand | list[Shorthand]) -> list[str]:
-        """Return the full names of one or several, with all that fit a pattern, each once.
+        """Return the full names of one or several names or patterns, each once.
 
         Raises:
             HookNameError: as `resolve`.
@@ -236,9 +237,9 @@ class HarvestedActivations:
 class ActivationBatches(IterableDataset[Any]):
     """Batches of a harvest; see `HarvestedActivations.batches`.
 
-    Blocks of neighbouring tokens are read in random order over all shards, into a pool from which
-    batches are drawn until half of it is left. In a `DataLoader`, each worker reads shards of its
-    own, and no token is read twice in an epoch. Each iteration begins with the first epoch.
+    Blocks of adjacent tokens of all shards are read in random order into a pool, from which batches
+    are drawn until half of it is left. In a `DataLoader`, each worker reads its own shards, and no
+    token is read twice in an epoch. Each iteration begins with the first epoch.
 
     Examples:
         >>> from hooked_hybrid.harvest import ActivationBatches, harvest
@@ -285,7 +286,7 @@ class ActivationBatches(IterableDataset[Any]):
             for batch in self._epoch(epoch):
                 is_empty = False
                 yield batch
-            if is_empty:  # a worker without a shard: nothing will come without end
+            if is_empty:  # a worker without a shard must not repeat an empty epoch without end
                 return
 
     def _epoch(self, epoch: int) -> Iterator[Any]:
@@ -293,7 +294,7 @@ class ActivationBatches(IterableDataset[Any]):
         of, n = (0, 1) if worker is None else (worker.id, worker.num_workers)
         generator = None
         if self.seed is not None:
-            # Workers and epochs draw from streams of their own, whatever their number.
+            # Each worker and epoch has its own random stream, whatever their number.
             stream = Random(f"{self.seed} {epoch} {of}")
             generator = torch.Generator().manual_seed(stream.getrandbits(63))
         pool: dict[str, Tensor] = {}
@@ -316,7 +317,7 @@ class ActivationBatches(IterableDataset[Any]):
     def _blocks(
         self, shards: Sequence[int], generator: torch.Generator | None
     ) -> Iterator[tuple[int, int]]:
-        """Yield every block of some shards: the shard, and its first token there."""
+        """Yield every block of some shards, as the shard and the block's first token in it."""
         sizes = [self.harvest.index["shards"][shard]["tokens"] for shard in shards]
         if not sizes:
             return
@@ -335,7 +336,7 @@ class ActivationBatches(IterableDataset[Any]):
         opened: Callable[[int], Any],
         generator: torch.Generator | None,
     ) -> bool:
-        """Add blocks to the pool until it is full, and mix it; False if there are no more."""
+        """Add blocks to the pool until it is full, and shuffle it; False if none are left."""
         parts = {name: [pool[name]] if pool else [] for name in self.names}
         n_held, is_full = (len(pool[self.names[0]]) if pool else 0), False
         for shard, start in blocks:
@@ -354,7 +355,7 @@ class ActivationBatches(IterableDataset[Any]):
         return is_full
 
     def _batch(self, pool: dict[str, Tensor], start: int, stop: int) -> Any:
-        """Return some of the pool, as tensors of their own."""
+        """Return a copy of some rows of the pool."""
         batch = {}
         for name, value in pool.items():
             part = value[start:stop].clone()

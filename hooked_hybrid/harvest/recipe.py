@@ -1,4 +1,4 @@
-"""The recipe of a harvest, on which its bytes depend; it is kept in the folder of the harvest."""
+"""The recipe of a harvest, on which its bytes depend; it is stored in the harvest's folder."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ _NONE_BEFORE = hashlib.sha256(b"list()").hexdigest()[:16]
 class HarvestRecipe:
     """Everything that the bytes of a harvest depend on.
 
-    `bos` is what is put in front of each context, `left_out` the tokens of which nothing is kept.
-    `documents` and `encoding` are hashes, `model` and `interventions` what tells them from others
-    (older versions wrote a hash of these).
+    `bos` is the token prepended to each context, `left_out` the tokens whose activations are not
+    kept. `documents` and `encoding` are hashes, `model` and `interventions` identify the model and
+    the interventions (older versions wrote a hash of these).
     """
 
     names: list[str]
@@ -54,11 +54,11 @@ class HarvestRecipe:
 
     @property
     def hash(self) -> str:
-        """A hash of all of it."""
+        """A hash of all fields."""
         return short_hash(asdict(self))
 
     def plan(self, documents: Documents) -> PackingPlan:
-        """Return which tokens are read where."""
+        """Return the contexts, batches and shards of the tokens."""
         return PackingPlan(
             documents,
             self.context_length,
@@ -70,18 +70,18 @@ class HarvestRecipe:
         )
 
     def keep(self, folder: Path, cfg: HybridConfig) -> HarvestRecipe:
-        """Write it to a folder that has none, or no shard yet; else compare.
+        """Write the recipe to a folder that has none, or no shard yet; else compare the two.
 
         Args:
             folder: of the harvest.
             cfg: of the model.
 
         Returns:
-            This one; or the same as an older version of this library wrote it, whose hash is in
-            the shards that are there.
+            This recipe; or the same recipe as written by an older version of this library, whose
+            hash is in the existing shards.
 
         Raises:
-            ValueError: the folder holds the shards of another recipe, or of a newer version.
+            ValueError: the folder contains shards of another recipe, or of a newer version.
         """
         path, now = folder / RECIPE, asdict(self)
         try:
@@ -105,7 +105,7 @@ class HarvestRecipe:
 
 
 def _changes(before: Mapping[str, Any], now: Mapping[str, Any], cfg: HybridConfig) -> list[str]:
-    """Return what differs between the recipe of a folder and that of now."""
+    """Return the differences between the recipe of a folder and the current one."""
     wanted = {"identity" if key == "model" else key: value for key, value in now.items()}
     if isinstance(before["model"].get("config"), str):
         return changes(_of_older(before, now, cfg), wanted)
@@ -115,10 +115,10 @@ def _changes(before: Mapping[str, Any], now: Mapping[str, Any], cfg: HybridConfi
 
 
 def recipe_identity(model: HookedHybrid, interventions: Sequence[HookSpec]) -> dict[str, Any]:
-    """Return what a harvest depends on of the model and of what acts meanwhile.
+    """Return the identity of the model and of the interventions of a harvest.
 
     Raises:
-        UntoldError: a hook that holds something whose content cannot be identified.
+        UntoldError: a hook refers to an object whose content cannot be identified.
     """
     known = known_of(model)
     return {
@@ -130,7 +130,7 @@ def recipe_identity(model: HookedHybrid, interventions: Sequence[HookSpec]) -> d
 
 
 def encoding_identity(model: HookedHybrid, is_text: bool, bos: int | None) -> str:
-    """Return what tells apart how documents were made tokens."""
+    """Return a text that identifies how documents were tokenized."""
     reads = "tokens"
     if is_text:
         reads = f"{_TOKENIZER} {short_hash(tokenizer_identity(model.text))}"
@@ -138,18 +138,18 @@ def encoding_identity(model: HookedHybrid, is_text: bool, bos: int | None) -> st
 
 
 def is_recorded(encoding: str) -> bool:
-    """Whether it says of texts by which tokenizer they were read, as older versions did not."""
+    """Whether an encoding of texts identifies the tokenizer; those of older versions do not."""
     return encoding.startswith(("tokens,", _TOKENIZER))
 
 
 def _of_older(before: Mapping[str, Any], now: Mapping[str, Any], cfg: HybridConfig) -> Any:
-    """Return the recipe of an older version in the form of now, as far as it proves anything."""
+    """Return the recipe of an older version in the current form, as far as it can be compared."""
     old, new = before["model"], now["model"]
     identity = {"weights": old["weights"], "dtype": old["dtype"], "changes": {}}
-    identity["quantization"] = new["quantization"]  # it is in the hash of the weights
+    identity["quantization"] = new["quantization"]  # the hash of the weights covers it
     if old["hooks"] == []:
         identity["hooks"] = []
-    # Whether BOS is put in front is the recipe's own; the field of a config for it has changed.
+    # The recipe itself records whether BOS is prepended; the config's field for it has changed.
     plain = replace(cfg, model_name="", extra={})
     same = [replace(plain, default_prepend_bos=b) for b in (cfg.default_prepend_bos, True, False)]
     if old["config"] in [short_hash(repr(one)) for one in same]:
@@ -161,7 +161,7 @@ def _of_older(before: Mapping[str, Any], now: Mapping[str, Any], cfg: HybridConf
 
 
 def special_tokens(model: HookedHybrid) -> list[int]:
-    """Return the ids of BOS, EOS and padding, as the tokenizer and the config name them."""
+    """Return the ids of BOS, EOS and padding, from the tokenizer and the config."""
     cfg = model.cfg
     found = [cfg.bos_token_id, cfg.pad_token_id, *cfg.eos_token_ids]
     if model.tokenizer is not None:

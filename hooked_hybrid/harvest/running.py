@@ -1,4 +1,4 @@
-"""Making one shard: the forwards, and the rows that their hooks leave."""
+"""Making one shard: the forwards, and the rows that their hooks record."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def hooks_to_keep(model: HookedHybrid, names_filter: CacheFilter) -> list[str]:
     """Return the hook points to harvest, in the order of the model.
 
     Args:
-        model: has them.
+        model: whose hook points.
         names_filter: names in any spelling ("blocks.*.hook_resid_post", ("resid_post", 2)), one or
             several, a predicate, or True for every point that is not large. Of patterns, predicates
             and True, only points with a row for each token count.
@@ -38,7 +38,9 @@ def hooks_to_keep(model: HookedHybrid, names_filter: CacheFilter) -> list[str]:
     if callable(names_filter):
         return matching(names_filter, has_rows)
     if names_filter is None:
-        raise ValueError("names_filter=None: name what is to be kept, such as 'blocks.*.hook_z'")
+        raise ValueError(
+            "names_filter=None: give the hook points to keep, such as 'blocks.*.hook_z'"
+        )
     if names_filter is True:
         return [name for name in has_rows if not model.hook_dict[name].is_large]
     found: set[str] = set()
@@ -57,13 +59,13 @@ def hooks_to_keep(model: HookedHybrid, names_filter: CacheFilter) -> list[str]:
 
 
 class Runner:
-    """Forwards that end after the last layer that is needed, and keep what was asked for.
+    """Forwards that end after the last layer needed, and keep the values of some hook points.
 
     Args:
-        model: runs.
+        model: to run.
         names: hook points to keep.
-        dtype: floating-point values are written in it.
-        interventions: hooks that act meanwhile; what is kept is the value after them.
+        dtype: in which floating-point values are written.
+        interventions: hooks attached during the forwards; the value after them is kept.
     """
 
     def __init__(
@@ -81,7 +83,7 @@ class Runner:
 
     @cached_property
     def shapes(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-        """Return the shape after the token axis and the dtype in which each is written.
+        """Return each point's shape after the token axis, and the dtype in which it is written.
 
         Runs the model on one token, without the interventions.
         """
@@ -97,14 +99,14 @@ class Runner:
         return {name: found[name] for name in self.names}
 
     def run(self, batch: PackedBatch, into: Mapping[str, Tensor]) -> None:
-        """Put the rows of a batch where they belong.
+        """Run a batch and copy its rows into the tensors of the shard.
 
         Args:
             batch: contexts that run together.
             into: tensors of the whole shard by hook name, [token ...].
 
         Raises:
-            ValueError: a value that is not finite, as computed or in the dtype it is written in.
+            ValueError: a value is not finite, as computed or in the dtype in which it is written.
         """
         device = self.model.device
         source = batch.is_kept.flatten().nonzero()[:, 0]
@@ -129,7 +131,7 @@ class Runner:
             self.model(tokens, attention_mask=mask, logits_to_keep=self.logits_to_keep)
 
     def _ignores_padding(self) -> bool:
-        """Whether all hooks treat positions by themselves: then padding on the right is nothing."""
+        """Whether all hooks act on each position separately: then right padding has no effect."""
         attached = [handle.hook for handle in self.model.attached()]
         return all(is_per_position(fn) for fn in (*attached, *(fn for _, fn in self.interventions)))
 
@@ -141,7 +143,7 @@ class ShardMaker:
     """Makes any shard of a harvest by its number, in this or another process.
 
     Args:
-        runner, plan: what runs, and on what.
+        runner, plan: the forwards, and their contexts.
         folder: of the harvest.
         recipe: its hash, for the shards' headers.
     """
@@ -174,7 +176,7 @@ class ShardMaker:
 
 
 def _layers_before(point: HookPoint, n_layers: int) -> int:
-    """Return how many blocks must run for a point; one more than there are where all must."""
+    """Return how many blocks must run for a point; `n_layers + 1` if the read-out must run."""
     name = str(point.name)
     if name.startswith("blocks."):
         return point.layer() + 1
@@ -185,7 +187,7 @@ def _not_finite(name: str, rows: Tensor, written: Tensor, documents: Tensor) -> 
     first = int(written.flatten(1).isfinite().all(1).logical_not().nonzero()[0])
     where = f"{name} has values in document {int(documents[first])}"
     if not bool(rows.isfinite().all()):
-        return f"{where} that are not finite: look at the model and the interventions"
+        return f"{where} that are not finite: check the model and the interventions"
     return (
         f"{where} up to {float(rows.abs().max()):.3g}, too large for {written.dtype}: write "
         "float32 or bfloat16"
@@ -193,6 +195,6 @@ def _not_finite(name: str, rows: Tensor, written: Tensor, documents: Tensor) -> 
 
 
 def bytes_of_row(shapes: Mapping[str, tuple[tuple[int, ...], torch.dtype]]) -> int:
-    """Return the bytes that one token takes in a shard, with its columns."""
+    """Return the bytes of one token in a shard, with its columns."""
     beside = 3 * torch.int32.itemsize
     return beside + sum(torch.Size(s).numel() * dtype.itemsize for s, dtype in shapes.values())

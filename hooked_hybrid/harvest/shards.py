@@ -1,4 +1,4 @@
-"""Shards: safetensors files that say in their header what they hold, and the index of all."""
+"""Shards: safetensors files whose headers describe their content, and the index of all."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ from hooked_hybrid.outputs.foreign import one_line, parse_json, require_safetens
 
 FORMAT = 1
 INDEX, RECIPE = "index.json", "recipe.json"
-AGAIN = "go on with --resume, it is made again"
+AGAIN = "continue with --resume, it is made again"
 BESIDE = ("token", "document", "position")
 """Columns stored with the activations, int32 [token]."""
 BLOCK = 2**14
-"""Rows looked at together for the statistics."""
+"""Rows processed at a time for the statistics."""
 
 
 @dataclass(frozen=True)
 class HookSums:
-    """Sums over the tokens of a shard, of the values as they are written.
+    """Sums over the tokens of a shard, of the values as written.
 
-    `norm` and `squared_norm` are of each token's L2 norm, over all that follows the position; None
-    for integers.
+    `norm` and `squared_norm` sum each token's L2 norm, taken over all axes after the position's;
+    None for integers.
     """
 
     norm: float | None
@@ -88,7 +88,7 @@ def read_header(path: Path) -> Header:
     """Return the header of a shard.
 
     Raises:
-        ValueError: the file is damaged, or no shard of a harvest.
+        ValueError: the file is damaged, or not a shard of a harvest.
     """
     try:
         require_safetensors(path)
@@ -107,7 +107,7 @@ def read_header(path: Path) -> Header:
 
 
 def _require_types(header: Header) -> None:
-    """Raise ValueError where a header holds values of other kinds than were written."""
+    """Raise ValueError where a header contains values of other types than were written."""
     numbers = [n for sums in header.sums.values() for n in (sums.norm, sums.squared_norm)]
     if not (
         isinstance(header.recipe, str)
@@ -115,7 +115,7 @@ def _require_types(header: Header) -> None:
         and all(n is None or type(n) is float for n in numbers)
         and all(isinstance(value, str) for value in header.sha256.values())
     ):
-        raise ValueError("its header holds values of other kinds")
+        raise ValueError("its header contains values of other types")
 
 
 def check_shard(path: Path, hooks: Mapping[str, Mapping[str, Any]]) -> None:
@@ -143,7 +143,7 @@ def check_shard(path: Path, hooks: Mapping[str, Mapping[str, Any]]) -> None:
 
 
 def index_of(folder: Path, recipe: Mapping[str, Any], paths: Iterable[Path]) -> dict[str, Any]:
-    """Return the index of a finished harvest: a function of its shards alone.
+    """Return the index of a finished harvest, which depends on its shards alone.
 
     `hooks` gives each hook point's dtype, shape after the token axis, and over all tokens the mean
     L2 norm and the mean squared one.
@@ -196,7 +196,7 @@ def save(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str]) ->
         path.touch()
         mode = path.stat().st_mode
         save_file(dict(tensors), path, metadata)
-        path.chmod(mode)  # else only the owner could read it
+        path.chmod(mode)  # otherwise only the owner could read it
     except SafetensorError as error:
         number = re.search(r"os error (\d+)", str(error))
         if number is None:
@@ -219,7 +219,7 @@ def _sums(value: Tensor) -> HookSums:
 
 
 def _alike(a: HookSums, b: HookSums) -> bool:
-    """Whether sums differ by rounding alone, as other machines add them up."""
+    """Whether sums differ by no more than the rounding of another machine."""
     pairs = ((a.norm, b.norm), (a.squared_norm, b.squared_norm))
     return all(x == y or (x and y and math.isclose(x, y, rel_tol=1e-5)) for x, y in pairs)
 
@@ -230,22 +230,22 @@ def _mean(sums: list[float | None], n: int) -> float | None:
 
 
 def short_hash(value: Any) -> str:
-    """Return a hash of what JSON can hold."""
+    """Return a hash of a JSON-able value."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def shard_paths(folder: Path) -> list[Path]:
-    """Return the shards in a folder, whatever harvest they are of."""
+    """Return the shards in a folder, of whatever harvest."""
     return sorted(folder.glob("shard-*.safetensors"))
 
 
 def begun_in(folder: Path) -> set[Path]:
-    """Return what safetensors writes to at first; it says of none whose it is."""
+    """Return safetensors' temporary files; their names do not tell which run wrote them."""
     return set(folder.glob(".tmp??????"))
 
 
 def remove_begun(folder: Path, others: Collection[Path] = ()) -> None:
-    """Remove what killed runs began to write, but for others' files; for who holds the folder."""
+    """Remove temporary files of killed runs, except `others`; the caller must lock the folder."""
     remove_unfinished(folder)
     for path in begun_in(folder).difference(others):
         path.unlink(missing_ok=True)

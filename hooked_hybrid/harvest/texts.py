@@ -1,4 +1,4 @@
-"""Documents to harvest, read one after another from files and folders, as data."""
+"""Reading documents to harvest from files and folders, one after another."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ def read_texts(source: str | Path, field: str | None = None) -> Iterator[str]:
     Args:
         source: a .txt file (one document), a .jsonl file (one a line), a folder of such files at
             any depth, or a folder that `datasets.Dataset.save_to_disk` wrote.
-        field: of a line or a row, where the text is; None is "text".
+        field: of a line or a row, that contains the text; None is "text".
 
     Raises:
         ValueError: nothing is there, a field of .txt files alone, a file is neither, not UTF-8 or
             not JSON, a data set that names files elsewhere, the field or `pyarrow` is missing:
-            before the first document where that can be seen, else at it.
+            before the first document if it can be found then, else at the document.
 
     Examples:
         >>> from pathlib import Path
@@ -41,7 +41,7 @@ def read_texts(source: str | Path, field: str | None = None) -> Iterator[str]:
     """
     source = Path(source)
     if not source.exists():
-        raise ValueError(f"texts {source}: there is no such file or folder")
+        raise ValueError(f"texts {source}: no such file or folder")
     if (source / "dataset_info.json").exists():
         if find_spec("pyarrow") is None:
             raise ValueError(
@@ -87,9 +87,9 @@ def _lines(file: Path, field: str) -> Iterator[str]:
 
 
 def _rows_of(folder: Path, field: str) -> Iterator[str]:
-    """Yield one column of a saved data set, by the Arrow files that its state names.
+    """Yield one column of a saved data set, from the Arrow files listed in its state.
 
-    Nothing else of it is read: a column of pictures would open the paths and addresses in it.
+    No other column is read: one of pictures would open the paths and URLs in it.
     """
     from pyarrow import ArrowException, ipc, memory_map, types
 
@@ -115,19 +115,19 @@ def _rows_of(folder: Path, field: str) -> Iterator[str]:
 
 
 def _arrow_files(folder: Path) -> list[Path]:
-    """Return the files of a saved data set, which lie in its folder.
+    """Return the files of a saved data set, which are in its folder.
 
     Raises:
-        ValueError: its state is none, or names files elsewhere.
+        ValueError: its state is invalid, or lists files outside the folder.
     """
     path = folder / "state.json"
     try:
         state = read_json(path)
         names = [file["filename"] for file in state["_data_files"]]
         if state.get("_indices_data_files"):
-            raise ValueError("its rows are chosen by another file: save it anew")
+            raise ValueError("its rows are selected by an indices file: save it anew")
         if not all(map(bare_name, names)):
-            raise ValueError("it names files elsewhere")
+            raise ValueError("it lists files outside the folder")
     except (AttributeError, LookupError, OSError, TypeError, ValueError) as error:
         why = one_line(error)
         raise ValueError(f"texts {folder}: state.json is not of a data set ({why})") from error

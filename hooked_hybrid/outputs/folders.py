@@ -77,7 +77,8 @@ def claim(folder: Path, resume: bool) -> Iterator[None]:
             raise write_error(folder, error) from error
         if not resume and holds_results(folder):
             raise FileExistsError(
-                f"{folder} is not empty: go on with --resume (resume=True), or give another folder"
+                f"{folder} is not empty: continue with --resume (resume=True), or give another "
+                "folder"
             )
         yield
 

@@ -1,6 +1,6 @@
 """The written list: every table and figure of the two papers, with claims and predictions.
 
-The predictions were written before anyone ran this code on published weights.
+The predictions were written before this code was run on published weights.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ CATALOGUE: dict[Paper, tuple[Item, ...]] = {
 
 
 def items_of(paper: Paper, only: Sequence[str] = ()) -> list[Item]:
-    """Return the tables and figures of a paper, those named alone where any are.
+    """Return the tables and figures of a paper, or only those named.
 
-    Names are matched without case, blanks and dots: "Figure 3.2" is "figure-32" too.
+    Case, spaces and dots in names are ignored: "figure-32" is "Figure 3.2".
 
     Raises:
         ValueError: the paper has no item of a name.
@@ -50,7 +50,7 @@ def items_of(paper: Paper, only: Sequence[str] = ()) -> list[Item]:
 
 
 def runs_of(item: Item) -> list[str]:
-    """Return the sweeps that an item needs, those over every needle and of its controls too."""
+    """Return the sweeps that an item needs, with those over every needle and of its controls."""
     many = (MANY[run] for run in item.runs if run in MANY)
     controls = (run for name in item.controls for run in CONTROLS[name].runs)
     return list(dict.fromkeys([*item.runs, *many, *controls]))

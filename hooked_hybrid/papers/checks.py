@@ -26,13 +26,13 @@ if TYPE_CHECKING:
     import pandas as pd
 
 NOTHING = 0.05
-"""Accuracy up to which nothing is retrieved: a twentieth of the score."""
+"""Accuracy up to which retrieval counts as none: a twentieth of the score."""
 ABOUT = 0.10
 """The largest difference that counts as "about as good"."""
 LEAST = 0.20
-"""Accuracy of the whole model below which there is no retrieval that could be lost."""
+"""Accuracy of the whole model below which there is no retrieval to lose."""
 POINT = 0.01
-"""By how much accuracy must differ, at least, to be called above or below."""
+"""Least difference in accuracy that counts as above or below."""
 
 UNDECIDED = "undecided: the interval holds the border"
 
@@ -40,7 +40,7 @@ UNDECIDED = "undecided: the interval holds the border"
 def needs_retrieval(*runs: str) -> Callable[[Check], Check]:
     """Return a decorator: a check first requires that the whole model retrieves in each run.
 
-    Where it does not, a claim about losses says nothing.
+    Otherwise a claim about losses cannot be tested.
     """
 
     def guarded(check: Check) -> Check:
@@ -59,12 +59,12 @@ def needs_retrieval(*runs: str) -> Callable[[Check], Check]:
 
 
 def by_rule(ours: str, claimed: Claimed, low: float, high: float, *borders: float) -> Finding:
-    """Return a finding by `runs.verdicts.judge`, which says so where it is undecided."""
+    """Return a finding by `runs.verdicts.judge`, marked if it is undecided."""
     return by_word(ours, judge(claimed, low, high, *borders))
 
 
 def by_word(ours: str, word: Word, *notes: str) -> Finding:
-    """Return the finding of a word of the rule; an open claim is not shown, and says so."""
+    """Return the finding for a word of the rule; an undecided claim is not shown, and marked."""
     said = filter(None, (*notes, UNDECIDED if word == OPEN else ""))
     return Finding(word == HOLDS, ours, "; ".join(said))
 
@@ -76,9 +76,9 @@ def _points(gap: Estimate) -> str:
 
 
 def at_most(run: str, settings: Callable[[Evidence], Sequence[str]], most: float) -> Check:
-    """Return a check that every one of these settings stays at or below an accuracy.
+    """Return a check that the accuracy of every one of some settings is at most a bound.
 
-    By the one-sided 95% bound, for such a claim has one side.
+    The one-sided 95% bound is used, as the claim is one-sided.
     """
 
     @needs_retrieval(run)
@@ -101,7 +101,7 @@ def at_most(run: str, settings: Callable[[Evidence], Sequence[str]], most: float
 def _at_one_place(
     cells: pd.DataFrame | None, mean: Estimate | None, unit: Literal["%", "points"] = "%"
 ) -> str:
-    """Return what a run over every needle adds in words; nothing if there is none."""
+    """Return the result of a run over every needle in words; empty if there is none."""
     if cells is None or mean is None:
         return ""
     place = f"{mean.n_needles} needles at {int(cells['length'].iloc[0])} tokens"
@@ -112,12 +112,12 @@ def _at_one_place(
 
 
 def without_heads(run: str = "top-k") -> Check:
-    """Return a check that nothing is retrieved at k = 0, heads silenced in generation alone."""
+    """Return a check that nothing is retrieved at k = 0, with heads silenced in generation only."""
     return at_most(run, lambda evidence: [evidence.k_setting(0)], NOTHING)
 
 
 def tips_at(k: int, of: int) -> Check:
-    """Return a check that retrieval tips at as large a share of the heads, generation only.
+    """Return a check that retrieval tips at the same share of the heads, in generation only.
 
     The tipping point is the smallest k with at least half of the best accuracy.
     """
@@ -132,7 +132,9 @@ def tips_at(k: int, of: int) -> Check:
         beyond = evidence.n_heads + 1  # where nothing is retrieved at any k
         ends = [float(beyond if end is None else end) for end in (found.low, found.high)]
         word = judge("within", *ends, float(wanted), float(wanted))
-        if word == HOLDS and found.k != wanted:  # the mean tips outside of its own interval
+        if (
+            word == HOLDS and found.k != wanted
+        ):  # the tipping point of the mean is outside its interval
             word = OPEN
         return by_word(ours, word, same)
 
@@ -140,7 +142,7 @@ def tips_at(k: int, of: int) -> Check:
 
 
 def as_good(k: int, of: int, stage: str = "generation", lacking: float = ABOUT) -> Check:
-    """Return a check that with k heads accuracy lacks no more than so much of that with all."""
+    """Return a check that accuracy with k heads is at most `lacking` below that with all."""
 
     @needs_retrieval("top-k")
     def check(evidence: Evidence) -> Finding:
@@ -160,7 +162,7 @@ def _lacks_at_most(gap: Estimate, lacking: float, ours: str) -> Finding:
 
 
 def every_k_from(k: int, of: int) -> Check:
-    """Return a check that no k from here up lacks much of the accuracy with all heads."""
+    """Return a check that no k from here up loses much of the accuracy with all heads."""
 
     @needs_retrieval("top-k")
     def check(evidence: Evidence) -> Finding:
@@ -180,7 +182,7 @@ def every_k_from(k: int, of: int) -> Check:
 
 @dataclass(frozen=True)
 class Side:
-    """One side of a comparison: some settings of a run, a mean over them at each prompt."""
+    """One side of a comparison: some settings of a run, averaged at each prompt."""
 
     run: str
     settings: Callable[[Evidence], Sequence[str]]
@@ -190,7 +192,7 @@ class Side:
         return _by_prompt([evidence.cells(self.run, name) for name in self.settings(evidence)])
 
     def of_many(self, evidence: Evidence) -> pd.DataFrame | None:
-        """Return such cells over every needle, None where a setting was not run over these."""
+        """Return the cells over every needle, or None if a setting was not run over these."""
         found = [evidence.of_many(self.run, name) for name in self.settings(evidence)]
         run = [cells for cells in found if cells is not None]
         return _by_prompt(run) if run and len(run) == len(found) else None
@@ -204,7 +206,7 @@ def _by_prompt(parts: Sequence[pd.DataFrame]) -> pd.DataFrame:
 
 
 def above(more: Side, less: Side, by: float = POINT, what: str = "") -> Check:
-    """Return a check that some cells' accuracy is above others' by more than so much, in pairs."""
+    """Return a check that one side's accuracy exceeds the other's by more than `by`, in pairs."""
 
     @needs_retrieval(more.run, less.run)
     def check(evidence: Evidence) -> Finding:
@@ -226,7 +228,7 @@ def above(more: Side, less: Side, by: float = POINT, what: str = "") -> Check:
 
 
 def below(ks: Sequence[int], of: int, stage: str, most: float) -> Check:
-    """Return a check that accuracy is below a bound at every one of these shares of the heads."""
+    """Return a check that accuracy is below a bound at every one of some shares of the heads."""
 
     def settings(evidence: Evidence) -> list[str]:
         return [evidence.k_setting(evidence.scaled(k, of), stage) for k in ks]
@@ -237,7 +239,7 @@ def below(ks: Sequence[int], of: int, stage: str, most: float) -> Check:
 def both_hold(*checks: Check) -> Check:
     """Return a check of a claim with several parts.
 
-    It holds where all do, and does not where one does not; else a part is untested, and so is it.
+    It holds if all do, and does not if one does not; otherwise it is untested, as a part is.
     """
 
     def check(evidence: Evidence) -> Finding:
@@ -258,7 +260,7 @@ def cells_of(setting: str, run: str = "weights") -> Side:
 
 
 def cells_at(ks: int | range, of: int, stage: str = "generation", run: str = "top-k") -> Side:
-    """Return the side that is as large a share of the heads, or every k within such a range."""
+    """Return the side with the same share of the heads, or with every k in a range of shares."""
 
     def settings(evidence: Evidence) -> list[str]:
         if isinstance(ks, int):

@@ -26,7 +26,7 @@ TITLES: dict[Paper, str] = {
 RG_2B, RG_9B, JAMBA = "RecurrentGemma-2B", "RecurrentGemma-9B", "Jamba-Mini-1.6"
 ALL = "all three models"
 _KIND = {RG_2B: "rglru", RG_9B: "rglru", JAMBA: "mamba"}
-"""The kind of their recurrence."""
+"""The kind of recurrence of each model."""
 _SHAPE = {RG_2B: (26, 2560), RG_9B: (38, 4096), JAMBA: (32, 4096)}
 """Layers and width of the published models."""
 _HUB = {
@@ -34,7 +34,7 @@ _HUB = {
     "google/recurrentgemma-9b": RG_9B,
     "ai21labs/AI21-Jamba-Mini-1.6": JAMBA,
 }
-"""Names under which their makers publish them; no other checkpoint is called by theirs."""
+"""Hub ids of the published checkpoints; no other checkpoint is called by a model's name."""
 TOO_LITTLE = "run with --quick: too little to conclude from"
 
 
@@ -49,8 +49,8 @@ class Verdict(Enum):
 class Finding(NamedTuple):
     """The result of a check: whether the claim holds, our value as text, and a note.
 
-    `holds` is None where nothing could be tested; then `ours` says why. A claim holds only where
-    the 95% bound is on its side.
+    `holds` is None if nothing could be tested; then `ours` is the reason. A claim holds only if the
+    95% bound is on the claimed side.
     """
 
     holds: bool | None
@@ -63,17 +63,17 @@ Check = Callable[["Evidence"], Finding]
 
 @dataclass(frozen=True)
 class Claim:
-    """One sentence of the papers that a table of ours can show, or not.
+    """One sentence of the papers that a table of ours can test.
 
     Args:
         text: the claim.
-        about: the model it is made of, one of the three, or `ALL`.
+        about: the model that the claim is about, one of the three, or `ALL`.
         published: the value, as published.
         prediction: what is expected of the published weights run with this code, and why; written
             before anyone ran them.
         check: turns our tables into a finding.
         any_model: whether models with other recurrences are tested too.
-        subject: what the check looks at, where that is not the model: a published config, a score.
+        subject: of the check, if it is not the model: a published config, a score.
     """
 
     text: str
@@ -92,13 +92,13 @@ class Item:
     Args:
         name: as the paper calls it.
         shows: what is in it, in a sentence.
-        claims: what it is taken to say.
-        runs: sweeps in `reproduce.runs.RUNS` that it needs.
+        claims: our reading of it.
+        runs: sweeps in `papers.runs.RUNS` that it needs.
         suites: benchmarks of `evaluation.benchmarks` that it needs.
-        draw: makes our picture, or None where nothing could be run; None where ours is a table.
+        draw: makes our figure, or None if nothing could be run; None if ours is a table.
         rows: makes our table, a heading and rows; None for the accuracies of the picture's cells.
-        controls: names in `reproduce.controls.CONTROLS` of what the claims are compared with.
-        note: what to know when comparing.
+        controls: names in `papers.controls.CONTROLS` of the controls of the claims.
+        note: on the comparison.
     """
 
     name: str
@@ -122,10 +122,10 @@ def shape_of(cfg: HybridConfig) -> str | None:
 
 
 def subject_of(name: str, cfg: HybridConfig) -> str:
-    """Return what a verdict calls a model: a published one by its name where it is that one.
+    """Return a model's name in verdicts: a published model's own name only for that checkpoint.
 
-    It is by its name on the hub. Shape alone tells nothing of the weights: another checkpoint, a
-    folder or a finetuned one, is "a model of RecurrentGemma-2B's shape".
+    It is recognized by its hub id. Shape does not identify weights: another checkpoint, a folder or
+    a finetuned one, is "a model of RecurrentGemma-2B's shape".
     """
     if name in packaged_models():
         return "the packaged model"
@@ -139,8 +139,8 @@ def subject_of(name: str, cfg: HybridConfig) -> str:
 def applies(claim: Claim, cfg: HybridConfig) -> bool:
     """Whether a claim can be tested on a model.
 
-    A model of a published one's shape is held against that one's claims alone; any other against
-    those about models with recurrences of its kind, and those that ask any.
+    A model with a published model's shape is tested on that model's claims only; any other on those
+    about models with its kind of recurrence, and those about any model.
     """
     if claim.about == ALL or claim.subject:
         return True
@@ -151,7 +151,7 @@ def applies(claim: Claim, cfg: HybridConfig) -> bool:
 
 
 def run_check(check: Check, evidence: Evidence) -> Finding:
-    """Return what a check finds; nothing tested, and why, where what it reads was not run."""
+    """Return the finding of a check; untested, with the reason, if its runs are missing."""
     try:
         return check(evidence)
     except Untested as reason:
@@ -159,9 +159,9 @@ def run_check(check: Check, evidence: Evidence) -> Finding:
 
 
 def judge(claim: Claim, evidence: Evidence) -> tuple[Verdict, Finding]:
-    """Return the verdict on a claim, and what it rests on.
+    """Return the verdict on a claim, and its finding.
 
-    Of prompts as few as `recipe.QUICK`'s no claim is judged, but those that rest on none.
+    With as few prompts as `recipe.QUICK`'s, only claims that need no prompts are judged.
     """
     if not applies(claim, evidence.cfg):
         return Verdict.UNTESTED, Finding(None, f"a claim about {claim.about} alone")
@@ -174,7 +174,7 @@ def judge(claim: Claim, evidence: Evidence) -> tuple[Verdict, Finding]:
 
 
 def together(verdicts: Sequence[Verdict]) -> Verdict:
-    """Return the verdict on an item: shown where every claim that was tested is."""
+    """Return the verdict on an item: shown if every tested claim is."""
     tested = [v for v in verdicts if v is not Verdict.UNTESTED]
     if not tested:
         return Verdict.UNTESTED

@@ -87,7 +87,7 @@ def _heads_line(evidence: Evidence) -> str:
 
 
 def _draw(evidence: Evidence, k: int) -> list[float]:
-    """Return the accuracy of each set of heads that was drawn once, inside the window."""
+    """Return the accuracy inside the window of each set of heads that was drawn once."""
     names = evidence.tables["controls"]["setting"].unique()
     own = [name for name in names if name.startswith((f"drawn k={k} #", f"every k={k} #"))]
     return [estimate(evidence.cells("controls", name, True)).mean for name in own]
@@ -122,4 +122,4 @@ CONTROLS: dict[str, Control] = {
         "Weights beside the needle", ("elsewhere",), _elsewhere_line, _elsewhere_rows
     ),
 }
-"""Every control by its name; the runs it needs are run with the items that name it."""
+"""Every control by its name; its runs are made with the items that list it."""

@@ -29,7 +29,7 @@ _WHOLE = {
     "controls": "whole",
     "elsewhere": "whole",
 }
-"""The setting with everything as it is, of runs where that is not all heads kept."""
+"""The unchanged setting, of runs in which it is not that with all heads kept."""
 
 
 class Untested(LookupError):
@@ -40,9 +40,9 @@ class Estimate(NamedTuple):
     """A mean of fractions (or of differences of these) with its 95% interval.
 
     The interval is `hooked_hybrid.runs.intervals.mean_interval` over needles, NaN at both ends for
-    a single one; `by_seed` is the mean of each seed's cells; `alike` says that no needle's mean
-    differs from another's, so that the interval rests on the number of needles alone. `at_least`
-    and `at_most` are the one-sided 95% bounds, by which claims are judged.
+    a single one; `by_seed` is the mean of each seed's cells; `alike` is whether the means of all
+    needles are equal, so that the interval depends on the number of needles alone. `at_least` and
+    `at_most` are the one-sided 95% bounds, by which claims are judged.
     """
 
     mean: float
@@ -87,15 +87,15 @@ class Evidence:
 
     @property
     def n_heads(self) -> int:
-        """Heads of an attention layer, the fewest of any."""
+        """Heads of the attention layer with the fewest."""
         return min(heads_of(self.cfg).values())
 
     def whole(self, run: str) -> Estimate:
-        """Return the accuracy of a run with all heads and weights as they are."""
+        """Return the accuracy of a run with all heads and unchanged weights."""
         return self.accuracy(run, _WHOLE.get(run, self.k_setting(self.n_heads)))
 
     def cells(self, run: str, setting: str, in_window: bool | None = None) -> pd.DataFrame:
-        """Return the cells of a setting, of needles inside the window or beyond it alone.
+        """Return the cells of a setting, or only those with needles inside or beyond the window.
 
         Raises:
             Untested: the run was not made, or has no such setting.
@@ -115,7 +115,7 @@ class Evidence:
         return estimate(self.cells(run, setting, in_window))
 
     def of_many(self, run: str, setting: str) -> pd.DataFrame | None:
-        """Return the cells of a setting over every needle, None where that was not run."""
+        """Return the cells of a setting over every needle, or None if it was not run."""
         table = self.tables.get(MANY.get(run, ""))
         chosen = None if table is None else table[table["setting"] == setting]
         return None if chosen is None or chosen.empty else chosen
@@ -125,7 +125,7 @@ class Evidence:
         return f"{stage} k={k}"
 
     def scaled(self, k: int, of: int) -> int:
-        """Return as large a share of this model's heads as `k` is of `of`.
+        """Return the number of this model's heads that is the share `k / of`.
 
         Raises:
             Untested: the share is more than `shares.TOLERANCE` from a whole number of heads, or
@@ -170,7 +170,7 @@ def estimate(cells: pd.DataFrame, values: str = "accuracy", least: float = 0.0) 
 
 
 def difference(more: pd.DataFrame, less: pd.DataFrame) -> Estimate:
-    """Return by how much the accuracy of some cells is above that of others, pair by pair.
+    """Return the difference in accuracy between some cells and others, pair by pair.
 
     Pairs share needle, seed, length and depth; cells without a partner are left out.
     """
@@ -179,10 +179,10 @@ def difference(more: pd.DataFrame, less: pd.DataFrame) -> Estimate:
 
 
 def bounds(few: Estimate, many: Estimate | None) -> tuple[float, float]:
-    """Return the one-sided 95% bounds that a mean over few needles and one over many leave open.
+    """Return the one-sided 95% bounds of a mean over few needles and one over many.
 
-    The farther of both. Where the few are alike theirs say only how few they are: then it is the
-    farther of their mean and the bounds of the many.
+    Each is the farther of the two. If the few needles are alike, their bounds depend only on their
+    number: then it is the farther of their mean and the bounds of the many.
     """
     if many is None:
         return few.at_least, few.at_most
@@ -191,7 +191,7 @@ def bounds(few: Estimate, many: Estimate | None) -> tuple[float, float]:
 
 
 class Tipping(NamedTuple):
-    """The smallest k with at least half of the best accuracy, None where nothing is retrieved."""
+    """The smallest k with at least half of the best accuracy, None if nothing is retrieved."""
 
     k: int | None
     low: int | None
@@ -201,14 +201,15 @@ class Tipping(NamedTuple):
 def tipping(cells: pd.DataFrame, floor: float = 0.05) -> Tipping:
     """Return where accuracy tips, with a 95% interval over needles.
 
-    Below `floor` at every k there is no tipping point: it then counts as one beyond the most heads.
-    Every cell weighs the same, as in `estimate`. As there, the interval is that of random weights
-    of the needles and of one more, which is the worst that could have been missed: for the lower
-    end a needle that is retrieved at every k, for the upper one at the most heads alone.
+    Below `floor` at every k there is no tipping point, which then counts as one more than the most
+    heads. Every cell has the same weight, as in `estimate`. As there, the interval uses random
+    weights of the needles and of one more, the most extreme that could be missing: for the lower
+    end a needle that is retrieved at every k, for the upper end one retrieved only with the most
+    heads.
 
     Args:
         cells: of one stage of a top-k sweep.
-        floor: the least accuracy to speak of retrieval.
+        floor: the least accuracy that counts as retrieval.
     """
     by = {"index": "needle_id", "columns": "k", "values": "accuracy", "fill_value": 0}
     sums, counts = (cells.pivot_table(**by, aggfunc=how) for how in ("sum", "count"))

@@ -33,7 +33,7 @@ TABLE_2_1 = (
     ("is to eat a sandwich and sit in Dolores Park on a sunny day", 4.0),
     (PAPER.sentence, 5.0),
 )
-"""Phrases and what each adds; the last two set the score."""
+"""Phrases and the points that each adds; the last two set the score."""
 EXAMPLES = (
     ("Nothing of the kind.", 0.0),
     ("You should eat a sandwich.", 1.0),
@@ -46,14 +46,14 @@ EXAMPLES = (
     (PAPER.sentence, 5.0),
     ("What is the best thing to do in San Francisco?", 0.0),
 )
-"""Answers, and their score by the table's rules: "sit in Dolores Park" holds "Dolores Park" too."""
+"""Answers, and their score by the table's rules: "sit in Dolores Park" contains "Dolores Park"."""
 LENGTHS = (256, 512, 1024, 2048, 4096, 8192)
 """Prompt lengths, in tokens, at which compute is compared."""
 SUBJECT_SCORE, SUBJECT_CONFIG = "the score", "the published config"
 
 
 def score_of_examples(evidence: Evidence) -> Finding:  # noqa: ARG001
-    """Find whether every example has the score that the thesis's rules give it."""
+    """Find whether every example has its score by the thesis's rules."""
     wrong = [text for text, score in EXAMPLES if graded(text, PAPER) != score]
     right = f"{len(EXAMPLES) - len(wrong)} of {len(EXAMPLES)} answers scored as written"
     return Finding(not wrong, right + (f"; not {wrong}" if wrong else ""))
@@ -79,7 +79,7 @@ def _adds(text: str, points: float) -> str:
 
 
 def counts_equal(evidence: Evidence) -> Finding:  # noqa: ARG001
-    """Find whether parameters counted from the published config are those published."""
+    """Find whether the parameters counted from the published config equal those published."""
     counted = count_parameters(CONFIG_2B)
     wrong = [kind for kind, n in TABLE_1.items() if counted.of(kind) != n]
     said = f"{len(TABLE_1) - len(wrong)} of {len(TABLE_1)} rows equal to the last parameter"
@@ -87,7 +87,7 @@ def counts_equal(evidence: Evidence) -> Finding:  # noqa: ARG001
 
 
 def attention_is_small(evidence: Evidence) -> Finding:
-    """Find which share of RecurrentGemma-2B is attention; this model's share is shown too."""
+    """Find the share of attention in RecurrentGemma-2B; this model's share is shown too."""
     counted, own = count_parameters(CONFIG_2B), count_parameters(evidence.cfg)
     share = counted.of("attention") / counted.without_embeddings
     mine = own.of("attention") / own.without_embeddings
@@ -114,8 +114,8 @@ def parameter_rows(evidence: Evidence) -> tuple[list[str], list[list[str]]]:
 def attention_bends(evidence: Evidence) -> Finding:  # noqa: ARG001
     """Find whether attention's compute grows as a square up to the window and linearly after.
 
-    By the part that grows faster than linearly: operations at twice a length less twice those at
-    the length. Of every other kind that part is a hundredth of the whole at most.
+    Measured is the part that grows faster than linearly: operations at twice a length minus twice
+    those at the length. For every other kind it is at most a hundredth of the whole.
     """
 
     def bend(kind: str, length: int) -> float:
@@ -166,7 +166,7 @@ def compute_rows(evidence: Evidence) -> tuple[list[str], list[list[str]]]:  # no
 
 
 def compute_figure(evidence: Evidence) -> Figure:  # noqa: ARG001
-    """Return Figure 2 of the published config: operations by kind of layer, whole and a token."""
+    """Return Figure 2 of the published config: operations by kind of layer, total and per token."""
     table = flops_table(CONFIG_2B, range(256, 8193, 256), n_logits=None)
     figure = new_figure(10.4, 4.4)
     whole, each = figure.subplots(1, 2)

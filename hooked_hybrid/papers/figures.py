@@ -1,4 +1,4 @@
-"""Pictures of the papers' figures, drawn from the runs they share."""
+"""The papers' figures, drawn from their shared runs."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ _ONCE, _TWICE = "#0072B2", "#D55E00"
 
 
 def curves(evidence: Evidence) -> Figure:
-    """Return accuracy by k, a line a stage; needles in and beyond the window apart."""
+    """Return accuracy by k, a line for each stage; needles in and beyond the window apart."""
     table = evidence.tables["top-k"]
     return accuracy_by_k(table, by_window=not table["in_window"].astype(bool).all())
 
 
 def maps_by_k(ks: Callable[[Evidence], Sequence[int]], stages: Sequence[str]) -> Draw:
-    """Return what draws the maps of some k, a row a stage."""
+    """Return a function that draws the maps of some k, one row for each stage."""
 
     def draw(evidence: Evidence) -> Figure:
         names = {
@@ -42,7 +42,7 @@ def maps_by_k(ks: Callable[[Evidence], Sequence[int]], stages: Sequence[str]) ->
 
 
 def maps_once_and_twice(ks: Sequence[int]) -> Draw:
-    """Return what draws the maps of some k, context given once above and twice below."""
+    """Return a function that draws the maps of some k, context given once above and twice below."""
 
     def draw(evidence: Evidence) -> Figure:
         few = [k for k in ks if k <= evidence.n_heads]
@@ -56,7 +56,7 @@ def maps_once_and_twice(ks: Sequence[int]) -> Draw:
 
 
 def maps_of_weights(settings: Sequence[str] | None = None) -> Draw:
-    """Return what draws maps of weight manipulations: those named, or all, a row a prefill."""
+    """Return a function that draws maps of some or all weight manipulations, one row a prefill."""
 
     def draw(evidence: Evidence) -> Figure:
         names = settings or list(evidence.tables["weights"]["setting"].unique())
@@ -67,12 +67,12 @@ def maps_of_weights(settings: Sequence[str] | None = None) -> Draw:
 
 
 def matrix(evidence: Evidence) -> Figure:
-    """Return the accuracies of weight manipulations, prefill down and generation across."""
+    """Return the accuracies of weight manipulations, prefill by row and generation by column."""
     return weight_matrix_picture(evidence.tables["weights"])
 
 
 def _maps(evidence: Evidence, rows: Sequence[tuple[str, Mapping[str, tuple[str, str]]]]) -> Figure:
-    """Draw the maps of settings by run: each is given the row it is in and its title."""
+    """Draw the maps of settings by run, from the title of each row and each map."""
     import pandas as pd
 
     parts = []
@@ -128,7 +128,7 @@ def rows_of_k(
     runs: Sequence[str],
     stages: Sequence[str] = tuple(STAGES),
 ) -> Callable[[Evidence], tuple[list[str], list[list[str]]]]:
-    """Return what makes the table of some k: a row a run, stage and k."""
+    """Return a function that makes the table of some k: one row for each run, stage and k."""
 
     def rows(evidence: Evidence) -> tuple[list[str], list[list[str]]]:
         few = sorted({k for k in ks(evidence) if k <= evidence.n_heads})

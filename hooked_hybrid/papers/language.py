@@ -1,4 +1,4 @@
-"""Language benchmarks with heads silenced: base, sparse and ablated, where the data is at hand."""
+"""Language benchmarks with heads silenced: base, sparse and ablated, if the data is available."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ _COLOURS = ("#0072B2", "#E69F00", "#D55E00")
 
 @dataclass(frozen=True)
 class Scores:
-    """The cells of a benchmark by form and task, and why there are none or not all.
+    """The cells of a benchmark by form and task, and the reasons for missing ones.
 
-    `reasons` are the loader's own words. `chat` says whether prompts were conversations, as the
+    `reasons` are the loader's messages. `chat` is whether prompts were conversations, as the
     thesis's were.
     """
 
@@ -54,21 +54,21 @@ def measure(
     say: Callable[[str], Any] = print,
     workers: RayWorkers | None = None,
 ) -> Scores:
-    """Run a benchmark of `evaluation.benchmarks` in its forms; what is there is not run again.
+    """Run a benchmark of `evaluation.benchmarks` in its forms; existing cells are not run again.
 
     Args:
         suite: a name in `BENCHMARKS`.
         model: with a tokenizer.
         name: of the model.
-        folder: gets a folder of the benchmark's name.
+        folder: in which a folder of the benchmark's name is made.
         n_documents: first documents of each task; None is all.
-        include_path: folder of tasks in lm-eval's format; a group of the benchmark's name there is
-            taken in place of lm-eval's.
-        say: is called for each task.
-        workers: run the tasks there, not in this process.
+        include_path: folder of tasks in lm-eval's format; a group of the benchmark's name there
+            replaces lm-eval's.
+        say: called with a message for each task.
+        workers: that run the tasks instead of this process.
 
     Returns:
-        What could be run; with no task at all, why.
+        The cells that could be run; if there are none, the reason.
 
     Raises:
         ValueError: the folder holds another evaluation.
@@ -103,12 +103,12 @@ def measure(
 
 
 def gap(suite: str, form: str, least: float, most: float, under: str = "base") -> Check:
-    """Return a check that a form lies by `least` to `most` points below another, on average.
+    """Return a check that a form is `least` to `most` points below another, on average.
 
-    Of tasks that ran in both forms; the 95% interval is that of the documents, paired where both
-    forms saw the same. Where all documents are alike in their difference nothing may have been
-    changed at all: the claim is then untested. So it is of a base form at chance, which has nothing
-    to lose.
+    The average is over tasks that ran in both forms; the 95% interval is over documents, paired
+    where both forms saw the same ones. If the difference is equal for all documents, the form may
+    have changed nothing, and the claim is untested. It is also untested if the base form is at
+    chance, which has nothing to lose.
     """
 
     def check(evidence: Evidence) -> Finding:
@@ -136,9 +136,9 @@ def gap(suite: str, form: str, least: float, most: float, under: str = "base") -
 
 
 def near_chance(suite: str, form: str, within: float) -> Check:
-    """Return a check that a form's mean is within a number of points of choosing at random.
+    """Return a check that a form's mean is within a number of points of a random choice.
 
-    Untested where the base form is at chance too, which then says nothing of the heads.
+    It is untested if the base form is at chance too, as that shows nothing about the heads.
     """
 
     def check(evidence: Evidence) -> Finding:
@@ -165,13 +165,13 @@ def _mean(suite: str, cells: Mapping[str, Cell], tasks: Sequence[str]) -> gaps.E
 
 
 def _by_lot(suite: str, cells: Mapping[str, Cell], tasks: Sequence[str]) -> gaps.Estimate:
-    """Return what choosing at random gives, averaged as the scores are; 0 of a correlation."""
+    """Return the score of a random choice, averaged like the scores; 0 for a correlation."""
     parts = [gaps.Estimate((cells[t].chance or 0) * gaps.scale(cells[t]), 0.0) for t in tasks]
     return gaps.mean(parts, [cells[task].n_documents for task in tasks], BENCHMARKS[suite].mean)
 
 
 def _at_chance(suite: str, scores: Scores, tasks: Sequence[str]) -> str:
-    """Return why the base form is not known to be above chance, or nothing where it is."""
+    """Return why the base form is not known to be above chance, or an empty text if it is."""
     base = scores.cells.get("base", {})
     tasks = [task for task in tasks if task in base]
     if not tasks:
@@ -193,7 +193,7 @@ def _how(scores: Scores, tasks: Sequence[str]) -> str:
 
 
 def rows_of(*suites: str) -> Callable[[Evidence], tuple[list[str], list[list[str]]]]:
-    """Return what makes the table of some benchmarks: a row a task, a column a form."""
+    """Return a function that makes the table of benchmarks: a row a task, a column a form."""
 
     def rows(evidence: Evidence) -> tuple[list[str], list[list[str]]]:
         found: list[list[str]] = []
@@ -220,7 +220,7 @@ def _said(cell: Cell) -> str:
 
 
 def bars_of(*suites: str) -> Callable[[Evidence], Figure | None]:
-    """Return what draws scores by task and form, or None where nothing could be run."""
+    """Return a function that draws scores by task and form, or None if nothing could be run."""
 
     def draw(evidence: Evidence) -> Figure | None:
         bars = [

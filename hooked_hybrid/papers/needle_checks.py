@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 SPOT = 0.20
-"""Accuracy of a length and depth, over its needles and seeds, up to which it counts as empty."""
+"""Accuracy of a length and depth, over needles and seeds, up to which it counts as empty."""
 RETRIEVED = 0.5
 """Accuracy from which a cell counts as retrieved: half of the answer."""
 
@@ -27,7 +27,7 @@ def empty_maps(
 ) -> Check:
     """Return a check that no length and depth of these settings' maps retrieves.
 
-    By the mean of each, without an interval: a cell of a map has too few prompts for one.
+    The mean of each is used, without an interval: a cell of a map has too few prompts for one.
     """
 
     @needs_retrieval(run)
@@ -54,7 +54,7 @@ def empty_maps(
 
 
 def left_beyond_window(setting: str) -> Check:
-    """Return a check that what a setting still retrieves has its needle beyond the window."""
+    """Return a check that a setting retrieves only needles beyond the window."""
 
     @needs_retrieval("weights")
     def check(evidence: Evidence) -> Finding:
@@ -75,9 +75,9 @@ def left_beyond_window(setting: str) -> Check:
 
 
 def complement(first: str, second: str, whole: str) -> Check:
-    """Return a check that just one of two settings retrieves each cell that the whole does.
+    """Return a check that exactly one of two settings retrieves each cell that the whole does.
 
-    Cells in which the whole gives less than half of the answer are left out.
+    Cells in which the whole model gives less than half of the answer are left out.
     """
 
     @needs_retrieval("weights")

@@ -1,4 +1,4 @@
-"""Notes for a report's reader: the rules of verdicts and intervals, and the runs."""
+"""Notes for readers of a report: the rules of verdicts and intervals, and the runs."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ _QUICK = (
 
 
 def how_to_read(evidence: Evidence) -> str:
-    """Return the rules of verdicts and intervals, with a warning on top of a quick run."""
+    """Return the rules of verdicts and intervals, with a warning for a quick run."""
     recipe = evidence.recipe
     n, n_many = recipe.n_needles, recipe.n_many
     rules = _HOW_TO_READ.format(
@@ -61,7 +61,7 @@ def how_to_read(evidence: Evidence) -> str:
 
 
 def facts_of(evidence: Evidence, card: Mapping[str, str]) -> dict[str, str]:
-    """Return what was run, by name: the model's card, prompts, needles, cells and versions."""
+    """Return facts about the runs by name: model card, prompts, needles, cells and versions."""
     recipe = evidence.recipe
     close = sum(int((t["min_margin"] < SMALL_MARGIN).sum()) for t in evidence.tables.values())
     return {

@@ -30,16 +30,17 @@ from hooked_hybrid.runs.identity.model import model_identity
 
 FILE = "recipe.json"
 _FIRST_TOKEN: dict[str, FirstToken] = {"rglru": "generation", "mamba": "prefill"}
-"""As the papers ran each: Google's sampler makes the last prompt token a step, transformers not."""
+"""As in the papers: Google's sampler runs the last prompt token as a step, transformers not.
+"""
 
 
 @dataclass(frozen=True)
 class Size:
-    """How much is run: lengths, depths, and a seed's held-out needles besides the paper's.
+    """The size of the runs: lengths, depths, and a seed's held-out needles besides the paper's.
 
-    Every seed has a haystack and held-out needles of its own. `n_draws` is how many sets of heads
-    are drawn as controls, `n_texts` on how many texts the loss of language is measured,
-    `n_documents` how many documents of a benchmark's task are read (None is all).
+    Every seed has its own haystack and held-out needles. `n_draws` is the number of random sets of
+    heads, as controls; `n_texts` the number of texts on which the loss of language is measured;
+    `n_documents` the number of documents read of a benchmark's task (None is all).
     """
 
     n_lengths: int
@@ -53,29 +54,29 @@ class Size:
 
 
 PAPERS = Size(10, 10, 2, 2, 10, 12, 60, None)
-"""The papers' ten lengths and ten depths, with more needles and seeds than they had."""
+"""The papers' ten lengths and ten depths, with more needles and seeds."""
 PACKAGED = Size(6, 5, 3, 2, 8, 12, 40, 20)
-"""For the models that come with the package: some twenty minutes on one core."""
+"""For the packaged models: some twenty minutes on one core."""
 QUICK = Size(2, 2, 1, 2, 2, 2, 24, 2)
-"""To see that everything runs; too little to conclude from."""
+"""To test that everything runs; too few prompts to conclude from."""
 
 
 @dataclass(frozen=True)
 class PaperRecipe:
-    """All that the numbers depend on; `prompts` and the runs follow from it.
+    """Everything that the results depend on; it determines the prompts and the runs.
 
     Args:
         identity: of the model, see `identity.model.model_identity`.
         lengths: tokens of the prompts.
         depths: shares of the haystack before the needle.
-        n_held_out: needles in addition to the paper's, other ones for each seed.
+        n_held_out: needles in addition to the paper's, different for each seed.
         seeds: of haystacks and needles; two or more.
         n_draws, n_texts, max_new_tokens, n_documents: see `Size`.
         template: of `niah.prompts`.
         first_token: stage that chooses the first new token.
         haystack: hash of the documents, "generated" if there are none.
-        include_path: folder of benchmarks given in place of lm-eval's. No cell depends on it but
-            those of benchmarks that could not be run without.
+        include_path: folder of benchmarks that replace lm-eval's. Only cells of benchmarks that
+            could not be run without it depend on it.
     """
 
     identity: Mapping[str, Any]
@@ -94,25 +95,25 @@ class PaperRecipe:
 
     @property
     def is_quick(self) -> bool:
-        """Whether this is as little as `QUICK`: too little to conclude from."""
+        """Whether it is as small as `QUICK`: too few prompts to conclude from."""
         least = (QUICK.n_draws, QUICK.n_texts, QUICK.max_new_tokens, QUICK.n_documents)
         return (self.n_draws, self.n_texts, self.max_new_tokens, self.n_documents) == least
 
     @property
     def n_needles(self) -> int:
-        """Needles in all: the paper's, and those of every seed."""
+        """Number of needles: the paper's, and those of every seed."""
         return 1 + self.n_held_out * len(self.seeds)
 
     @property
     def n_many(self) -> int:
-        """Needles of the runs over many: the paper's and every held-out one, of a few if quick."""
+        """Needles of the runs over many: the paper's and all held-out ones; few if quick."""
         return self.n_needles if self.is_quick else 1 + len(held_out_needles())
 
     def needles(self, seed: int) -> list[Needle]:
         """Return the paper's needle and the held-out ones of a seed.
 
         Raises:
-            ValueError: there are fewer.
+            ValueError: there are not enough.
         """
         known, start = held_out_needles(), self.seeds.index(seed) * self.n_held_out
         if start + self.n_held_out > len(known):
@@ -128,20 +129,20 @@ class PaperRecipe:
         return known[self.seeds.index(seed) :: len(self.seeds)]
 
     def save(self, folder: Path, paper: str, resume: bool) -> None:
-        """Write recipe and paper into a new folder, or check that those there are the same.
+        """Write recipe and paper to a new folder, or check that an existing folder's are the same.
 
-        A folder of benchmarks may be added to a recipe that had none. Where nothing has been run
-        yet, as with tables that follow from the config, prompts and sizes may change.
+        A folder of benchmarks may be added to a recipe that had none. Prompts and sizes may change
+        if nothing has been run yet, as for tables that follow from the config.
 
         Raises:
             FileExistsError: the folder is not empty and `resume` is false.
-            ValueError: the folder holds another recipe, or none.
+            ValueError: the folder contains another recipe, or none.
         """
         path, now = folder / FILE, json.loads(json.dumps({"paper": paper, **asdict(self)}))
         if holds_results(folder):
             if not resume:
                 raise FileExistsError(
-                    f"{folder} is not empty: go on with --resume, or give another --out"
+                    f"{folder} is not empty: continue with --resume, or give another --out"
                 )
             before = _read(path)
             added = {"include_path"} if before.get("include_path") is None else set()
@@ -159,9 +160,9 @@ class PaperRecipe:
 
 
 def recorded_include_path(folder: Path) -> Path | None:
-    """Return the folder of benchmarks that the recipe in a folder names, None where none is.
+    """Return the folder of benchmarks in the recipe of a folder, or None if it has none.
 
-    It is what a file says, which may be another's: to be compared and shown, not to be read.
+    The file may come from elsewhere: use the path to compare and show, not to read from.
     """
     path = folder / FILE
     found = _read(path).get("include_path") if path.exists() else None
@@ -198,14 +199,14 @@ def recipe_for(
     documents: Sequence[str] = (),
     include_path: Path | None = None,
 ) -> PaperRecipe:
-    """Return the recipe of a size for a model, with what is given in place of the size's own.
+    """Return the recipe of a size for a model; arguments replace values of the size.
 
     Lengths are evenly spaced up to `niah.lengths.longest_prompt`; the first one has room for a
-    context given twice. The first token is chosen as the papers' programs for this kind of model
-    did.
+    context given twice. The first token is chosen as in the papers' programs for this kind of
+    model.
 
     Raises:
-        ValueError: one seed, or lengths that cannot hold a needle twice.
+        ValueError: one seed, or lengths too short for a needle given twice.
     """
     n_seeds = size.n_seeds if n_seeds is None else n_seeds
     n_held_out = size.n_held_out if n_held_out is None else n_held_out
@@ -260,11 +261,11 @@ def prompts_of(
     Args:
         model: gives the tokenizer.
         recipe: lengths, depths, needles and seeds.
-        documents: what the haystack is made of; each seed begins at another paragraph.
+        documents: of the haystack; each seed begins at another paragraph.
         read_twice: give the context twice.
         thinned: every second length, from the longest down, and every second depth, if there
             are more than three.
-        many: every needle there is, once, at the shortest length and the middle depth.
+        many: all needles, once each, at the shortest length and the middle depth.
 
     Raises:
         ValueError: documents too short to begin elsewhere, or see `niah.prompts.grid`.

@@ -1,4 +1,4 @@
-"""One page with every table and figure: published, ours, and one of three verdicts."""
+"""The report: a page with every table and figure, published and ours, and one of three verdicts."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ PAGE, CLAIMS = "report.md", "claims.csv"
 class Judged:
     """An item with the verdict and finding of each claim, its values, controls and files.
 
-    `why_not` says what stopped an item that was not run; then every claim is untested.
+    `why_not` is the reason why an item was not run; then every claim is untested.
     """
 
     item: Item
@@ -52,12 +52,12 @@ class Judged:
 
     @property
     def verdict(self) -> Verdict:
-        """The one verdict on the item."""
+        """The verdict on the item."""
         return together(self.verdicts)
 
 
 def write_item(item: Item, evidence: Evidence, folder: Path) -> Judged:
-    """Judge an item and write its picture (PNG and PDF) and its table (CSV).
+    """Judge an item and write its figure (PNG and PDF) and its table (CSV).
 
     Raises:
         OSError: a file cannot be written.
@@ -79,7 +79,7 @@ def write_item(item: Item, evidence: Evidence, folder: Path) -> Judged:
 
 
 def not_run(item: Item, error: Exception) -> Judged:
-    """Return an item that an error stopped: every claim untested, for that reason."""
+    """Return an item that was stopped by an error: every claim is untested for that reason."""
     said = str(error.args[0]) if error.args else ""
     known = isinstance(error, Untested | ValueError)
     why = f"not run: {said if known else ': '.join(filter(None, (type(error).__name__, said)))}"
@@ -89,7 +89,7 @@ def not_run(item: Item, error: Exception) -> Judged:
 
 
 def items_in(folder: Path) -> list[str]:
-    """Return the names of the items that a folder's report holds; none if there is no report.
+    """Return the names of the items in a folder's report; empty if there is no report.
 
     Raises:
         ValueError: its claims cannot be read.
@@ -104,8 +104,8 @@ def items_in(folder: Path) -> list[str]:
         return list(map(str, pd.read_csv(path)["item"].unique()))
     except (KeyError, ValueError) as error:
         raise ValueError(
-            f"{path} cannot be read, so that the items of the report are not known: remove it, "
-            "and run all items again with --resume"
+            f"{path} cannot be read, so that the items of the report are unknown: remove it, and "
+            f"run all items again with --resume"
         ) from error
 
 
@@ -117,14 +117,14 @@ def write_report(
     folder: Path,
     command: str,
 ) -> Path:
-    """Write `report.md` and `claims.csv`, each whole or not at all; return the page.
+    """Write `report.md` and `claims.csv`, each completely or not at all; return the page.
 
     Args:
         paper: whose items these are.
         done: items, in order.
-        evidence: what they were judged by.
+        evidence: by which they were judged.
         card: facts about the model, by name.
-        folder: gets the files.
+        folder: of the files.
         command: the command line.
 
     Raises:
@@ -146,13 +146,13 @@ def write_report(
 
 
 def verdict_of(entry: Judged, evidence: Evidence) -> str:
-    """Return an item's verdict in words, with how many of its claims are of which kind."""
+    """Return an item's verdict in words, with the number of its claims of each kind."""
     subjects = {claim.subject or evidence.subject for claim in entry.item.claims}
     return show_verdict(entry.verdict, subjects.pop() if len(subjects) == 1 else evidence.subject)
 
 
 def count_claims(entry: Judged) -> str:
-    """Return how many claims of an item were shown, of those tested, and how many were not."""
+    """Return the numbers of an item's claims that were shown, undecided and untested."""
     of = Counter(entry.verdicts)
     tested = of[Verdict.SHOWN] + of[Verdict.NOT_SHOWN]
     found = zip(entry.verdicts, entry.findings, strict=True)

@@ -1,4 +1,4 @@
-"""The sweeps that the papers' tables and figures share: each is run once, in its own folder."""
+"""The sweeps shared by the papers' tables and figures: each is run once, in its own folder."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ if TYPE_CHECKING:
     from hooked_hybrid.runs.ray_workers import RayWorkers
 
 _CLEAR = 8
-"""Tokens of the template before the haystack, at most, which no control acts on."""
+"""Most tokens of the template before the haystack, on which no control acts."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """A sweep: which settings, on which of the recipe's prompts, and whether text is read too.
+    """A sweep: its settings, its part of the recipe's prompts, and whether text is read too.
 
     `read_twice`, `thinned` and `many` are those of `recipe.prompts_of`.
     """
@@ -68,7 +68,9 @@ class Run:
 
 def _top_k(model: HookedHybrid, recipe: PaperRecipe) -> list[Setting]:  # noqa: ARG001
     most = min(heads_of(model.cfg).values())
-    return top_k_settings(range(most, -1, -1))  # all first: the loss of text is set against it
+    return top_k_settings(
+        range(most, -1, -1)
+    )  # all heads first: the loss of text is compared with it
 
 
 def _top_k_twice(model: HookedHybrid, recipe: PaperRecipe) -> list[Setting]:  # noqa: ARG001
@@ -107,7 +109,7 @@ RUNS: dict[str, Run] = {
 def elsewhere_settings() -> list[Setting]:
     """Return omissions of weights as in `weight_matrix`, of other tokens than the needle's.
 
-    As many tokens of haystack, next to the needle: what an effect of the needle is compared with.
+    As many tokens of haystack, next to the needle: the control of an effect of the needle.
     "Only" and "binary" silence all other tokens, so that they have no such control.
     """
     pairs = [("keep", "omit"), ("omit", "keep"), ("omit", "omit")]
@@ -128,13 +130,13 @@ def elsewhere_settings() -> list[Setting]:
 
 
 def span_beside(prompt: Prompt) -> tuple[int, int]:
-    """Return [start, stop) of haystack next to the needle, as long: before it, or after it.
+    """Return [start, stop) of as much haystack next to the needle: before it, or after it.
 
     Raises:
-        ValueError: the prompt holds no needle.
+        ValueError: the prompt contains no needle.
     """
     if not prompt.needle_spans:
-        raise ValueError(f"prompt {prompt.id} holds no needle, so that nothing is next to it")
+        raise ValueError(f"prompt {prompt.id} contains no needle, so that nothing is next to it")
     start, stop = prompt.needle_spans[0]
     n = stop - start
     return (start - n, start) if start - n >= _CLEAR else (stop, stop + n)
@@ -153,7 +155,7 @@ def _beside_needle(mode: str) -> Hooks:
 def check(
     names: Sequence[str], model: HookedHybrid, recipe: PaperRecipe, documents: Sequence[str] = ()
 ) -> None:
-    """Raise an error if a run would lack heads, room in prompts or text; run nothing.
+    """Raise an error if a run lacks heads, or its prompts or texts are too short; run nothing.
 
     Raises:
         ValueError: a model without attention, prompts that cannot be made, texts too short.
@@ -177,19 +179,19 @@ def perform(
 ) -> tuple[pd.DataFrame, pd.DataFrame | None]:
     """Return the cells of a run with their `seed`, and its losses of text where it has them.
 
-    What the folder holds of it is not run again; a stopped run goes on.
+    Cells in the folder are not run again; a stopped run is continued.
 
     Args:
         name: in `RUNS`.
         model: with a tokenizer.
         recipe: prompts, needles, seeds.
-        folder: gets a folder of the run's name.
-        documents: what haystack and texts are made of; none means generated.
-        workers: run sweep and texts there, not in this process.
+        folder: in which a folder of the run's name is made.
+        documents: of haystack and texts; empty means generated.
+        workers: that run the sweep and the texts instead of this process.
         verbose: show progress bars.
 
     Raises:
-        ValueError: the folder holds another experiment, or prompts that cannot be made.
+        ValueError: the folder contains another experiment, or prompts cannot be made.
         OSError: the results cannot be written.
     """
     run, own = RUNS[name], folder / name
@@ -226,7 +228,7 @@ def text_losses(
     workers: RayWorkers | None = None,
     verbose: bool = False,
 ) -> pd.DataFrame:
-    """Return the losses of text that a folder holds, after they are taken where it has none.
+    """Return the losses of text in a folder, after measuring them if it has none.
 
     Raises:
         ValueError: the file is damaged, or of another model, hooks, recipe or documents.
@@ -235,7 +237,7 @@ def text_losses(
 
     path, length = folder / "text_loss.csv", max(recipe.lengths)
     beside, said = path.with_suffix(".json"), _describe_losses(model, settings, recipe, documents)
-    if not (path.exists() and beside.exists()):  # or without what it is of
+    if not (path.exists() and beside.exists()):  # or without its experiment
         losses = text_loss(
             model, settings, length, recipe.n_texts, documents, workers=workers, verbose=verbose
         )

@@ -97,7 +97,7 @@ def test_a_config_is_found_by_name_folder_or_file_without_the_network(tmp_path, 
     ("content", "message"),
     [
         ("{", "is not JSON"),
-        ("[]", "holds a list, not the settings of a model"),
+        ("[]", "contains a list, not the settings of a model"),
         ('{"model_type": "llama"}', "'llama'"),
     ],
 )
@@ -210,7 +210,7 @@ def test_active_parameters_are_those_that_a_token_touches():
 def test_a_module_without_a_kind_is_an_error(monkeypatch: pytest.MonkeyPatch):
     without = {kind: name for kind, name in BESIDE_LAYERS.items() if name != "norms"}
     monkeypatch.setattr("hooked_hybrid.accounting.parameters.BESIDE_LAYERS", without)
-    with pytest.raises(LookupError, match="parameters lie in modules without a kind"):
+    with pytest.raises(LookupError, match="parameters are in modules without a kind"):
         count_parameters(CONFIGS["griffin"])
 
 
@@ -439,7 +439,7 @@ def test_figure_2s_ratio_holds_over_all_layers_of_short_prompts_and_never_layer_
 
 
 def test_a_ratio_needs_both_kinds_and_a_known_stage():
-    with pytest.raises(ValueError, match="not both attention and recurrent layers"):
+    with pytest.raises(ValueError, match="not have both attention and recurrent layers"):
         recurrence_over_attention(griffin_config("AA"), 5)
     with pytest.raises(ValueError, match="stage='decode': give 'prefill' or 'step'"):
         recurrence_over_attention(griffin_config("RA"), 5, stage="decode")

@@ -261,7 +261,7 @@ def test_the_command_reports_resumes_and_goes_on_without_missing_data(
     assert sorted(cells) == ["local_letters--base.json", "local_writing--base.json"]
 
     again = run(out, *common, "--form", "base")
-    assert again.exit_code == 1 and "is not empty: go on with --resume" in again.stderr
+    assert again.exit_code == 1 and "is not empty: continue with --resume" in again.stderr
     second = run(out, *common, "--form", "base", "--k", "0", "--resume")
     assert second.exit_code == 0, second.output
     assert "local_letters, ablated" in second.stderr and "local_letters, base" not in second.stderr

@@ -174,7 +174,7 @@ def test_the_report_says_how_many_examples_there_were(
     write(found, {"model": "m"}, options, tmp_path / "out")
     report = (tmp_path / "out" / "report.md").read_text()
     assert "Examples before a question: 2, but 0 in one." in report
-    assert "one sets 0 examples itself and keeps them" in told
+    assert "one sets 0 examples in its own config" in told
     own = call(["one", "free"], [BASE], out=tmp_path / "own")
     write(own, {"model": "m"}, Options(), tmp_path / "own")
     report = (tmp_path / "own" / "report.md").read_text()
@@ -215,7 +215,7 @@ def test_a_form_of_the_same_name_is_not_the_same_form(
     with pytest.raises(ValueError, match="holds one in the form 'a b'"):  # one file for two names
         call(["one"], [Form("a_b", 2)])
     assert runs == [("one", "few"), ("one", "a b")]
-    with pytest.raises(ValueError, match="a name of its own"):
+    with pytest.raises(ValueError, match="give each its own name"):
         call(["one"], [Form("few", 8), Form("few", 0)])
 
 

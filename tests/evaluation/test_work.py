@@ -8,5 +8,5 @@ from hooked_hybrid.evaluation.work import _cell
 
 def test_a_task_without_a_number_is_named():
     results = {"results": {"odd": {"alias": "odd", "sample_len": 3, "words,none": "none"}}}
-    with pytest.raises(ValueError, match="odd has no metric that is a number"):
+    with pytest.raises(ValueError, match="odd has no numeric metric"):
         _cell("odd", FORMS["base"], results, 1.0)

@@ -73,7 +73,7 @@ def test_a_damaged_shard_is_made_again_and_a_changed_one_is_found(tmp_path):
     wanted = contents(harvested.folder)
     path = harvested.paths[2]
     path.write_bytes(wanted[path.name][:-100])
-    with pytest.raises(ValueError, match="bytes, and index.json says .* go on with --resume"):
+    with pytest.raises(ValueError, match="bytes, and index.json says .* continue with --resume"):
         HarvestedActivations(harvested.folder)
     with pytest.warns(UserWarning, match="is not a whole shard of a harvest .* it is made again"):
         many_shards(harvested.folder)
@@ -333,7 +333,7 @@ def test_an_index_that_does_not_fit_its_shards_is_found(tmp_path):
     path, index = harvested.folder / INDEX, harvested.index
     for key in index:
         path.write_text(json.dumps({k: v for k, v in index.items() if k != key}))
-        with pytest.raises(ValueError, match=r"index.json is damaged: go on with --resume"):
+        with pytest.raises(ValueError, match=r"index.json is damaged: continue with --resume"):
             HarvestedActivations(harvested.folder)
     path.write_text(json.dumps({**index, "tokens": 5}))
     with pytest.raises(ValueError, match=r"index.json is damaged"):

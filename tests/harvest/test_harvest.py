@@ -180,7 +180,7 @@ def test_the_dtype_is_that_asked_for_and_too_large_values_are_refused(tmp_path):
             verbose=False,
         )  # fmt: skip
     nan = [("blocks.0.hook_resid_post", lambda value, hook: value * torch.nan)]
-    with pytest.raises(ValueError, match="not finite: look at the model"):
+    with pytest.raises(ValueError, match="not finite: check the model"):
         harvest(model, documents_of(), RESID, tmp_path / "d", fwd_hooks=nan, verbose=False)
     model = tiny_model(seed=9)
     with torch.no_grad():
@@ -234,7 +234,7 @@ def test_texts_of_files_and_folders(tmp_path):
     assert list(read_texts(tmp_path)) == ["first", "second", "one\ntext"]
     assert list(read_texts(tmp_path / "b.txt")) == ["one\ntext"]
     for make, match in (
-        (lambda: read_texts(tmp_path / "none"), "there is no such file or folder"),
+        (lambda: read_texts(tmp_path / "none"), "no such file or folder"),
         (lambda: read_texts(tmp_path / "c.csv"), "give a .txt or .jsonl file"),
         (lambda: list(read_texts(tmp_path / "a.jsonl", "body")), "line 1: no text in the field"),
     ):
@@ -328,7 +328,7 @@ def test_a_padded_row_is_refused_for_its_padding_would_be_read(tmp_path):
 
 
 def test_nothing_to_keep_is_no_name(unchecked):
-    with pytest.raises(ValueError, match="names_filter=None: name what"):
+    with pytest.raises(ValueError, match="names_filter=None: give the hook points"):
         hooks_to_keep(packaged(), None)
 
 

@@ -149,7 +149,7 @@ def test_a_head_that_is_none_of_the_embedding_may_not_share_numbers(tmp_path: Pa
     state = torch.load(tmp_path / BIN)
     state |= {f"model.copy.{i}": state["model.embed_tokens.weight"] for i in range(9)}
     torch.save(state, tmp_path / BIN)
-    with pytest.raises(CheckpointError, match="share their numbers"):
+    with pytest.raises(CheckpointError, match="share their values"):
         HookedHybrid.from_pretrained(tmp_path)
 
 
@@ -360,7 +360,7 @@ def test_keys_without_effect_pass(name: str, tmp_path: Path):
     changed(tmp_path, "config.json", **HARMLESS)
     assert HybridConfig.from_pretrained(tmp_path, eos_token_id=expected.eos_token_id) == expected
     changed(tmp_path, "config.json", **LISTED)
-    with pytest.warns(UserWarning, match="settings that change nothing here") as seen:
+    with pytest.warns(UserWarning, match="settings without an effect here") as seen:
         cfg = HybridConfig.from_pretrained(tmp_path)
     assert cfg == expected
     (message,) = [str(w.message) for w in seen]

@@ -1,4 +1,4 @@
-"""The memory that a model needs on a machine, and the places of its layers."""
+"""The memory that a model needs on a machine, and the devices of its layers."""
 
 from hooked_hybrid.accounting.plan.machine import Machine, gpus_of, size_of
 from hooked_hybrid.accounting.plan.planning import plan

@@ -1,4 +1,4 @@
-"""The smallest changes of a machine or a task with which a model that does not fit would."""
+"""The smallest changes of a machine or a task that make a model fit."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ class Change(NamedTuple):
     """A change that would be sufficient."""
 
     option: str
-    """Of the command."""
+    """As an option of the command."""
     to_load: str | None
-    """The same for who calls `from_pretrained`; None where it is not for them to say."""
+    """As text for callers of `from_pretrained`; None if `from_pretrained` has no such argument."""
 
 
 def changes(sizes: Sizes, machine: Machine, longest: int) -> Iterator[Change]:
@@ -33,7 +33,7 @@ def changes(sizes: Sizes, machine: Machine, longest: int) -> Iterator[Change]:
 
     Args:
         sizes: of a model that does not fit.
-        machine: what there is.
+        machine: its memory.
         longest: tokens of the longest input.
     """
 
@@ -56,7 +56,7 @@ def changes(sizes: Sizes, machine: Machine, longest: int) -> Iterator[Change]:
     if sizes.dtype.itemsize > 2 and fits_as(_as(sizes, torch.bfloat16, sizes.quantize)):
         yield Change("--dtype bfloat16", "dtype=torch.bfloat16")
     for scheme in _narrower(sizes.quantize):
-        with suppress(ImportError, ValueError):  # no torchao, or a shape that it cannot take
+        with suppress(ImportError, ValueError):  # no torchao, or a shape that it does not support
             if fits_as(_as(sizes, sizes.dtype, scheme)):
                 yield Change(f"--quantize {scheme}", f"quantize={scheme!r}")
                 break
@@ -66,7 +66,7 @@ def changes(sizes: Sizes, machine: Machine, longest: int) -> Iterator[Change]:
 
 
 def _of_gpus(machine: Machine, fits: Callable[[Machine], bool]) -> Iterator[Change]:
-    """Yield more GPUs, and larger ones, where all are alike."""
+    """Yield more GPUs, and larger ones, if all are alike."""
     if not machine.is_uniform:
         return
     n, size = len(machine.gpus), machine.gpus[0]
@@ -83,14 +83,14 @@ def _as(sizes: Sizes, dtype: torch.dtype, quantize: str | None) -> Sizes:
 
 
 def _narrower(scheme: str | Any | None) -> tuple[str, ...]:
-    """Return the schemes that take less than one."""
+    """Return the schemes that need fewer bytes than a given one."""
     if scheme is None:
         return SCHEMES
     return SCHEMES[1:] if scheme == "int8" else ()
 
 
 def _smallest(fits: Callable[[int], bool], above: int, most: int) -> int | None:
-    """Return the smallest number above one that fits, or None: what fits, fits with more too."""
+    """Return the smallest number over `above` that fits, or None; every larger one must fit too."""
     if above >= most or not fits(most):
         return None
     low, high = above, most
@@ -101,7 +101,7 @@ def _smallest(fits: Callable[[int], bool], above: int, most: int) -> int | None:
 
 
 def _largest(fits: Callable[[int], bool], below: int) -> int | None:
-    """Return the largest number from 1 on, below one that does not fit, or None."""
+    """Return the largest number from 1 to `below - 1` that fits, or None."""
     if below <= 1 or not fits(1):
         return None
     low, high = 1, below
@@ -112,7 +112,7 @@ def _largest(fits: Callable[[int], bool], below: int) -> int | None:
 
 
 def _size(n_bytes: int) -> str:
-    """Return a size as the command takes it, exactly."""
+    """Return an exact size in the form of the command's option."""
     units = ((unit, n) for unit, n in (("GB", GB), ("MB", UNITS["MB"])) if n_bytes % n == 0)
     unit, n = next(units, ("B", 1))
     return f"{n_bytes // n}{unit}"

@@ -1,4 +1,4 @@
-"""The memory of a machine for a model: of its GPUs and CPU, and the disk."""
+"""The memory of a machine for a model: its GPUs, CPU and disk."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ MaxMemory = Mapping[int | str, int | str]
 UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 ANY_DISK = 2**62
-"""Bytes of a disk that is large enough; what it has is asked for before it is written."""
+"""Bytes of a disk that is large enough; its free space is checked before writing."""
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?i?B)", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
 class Machine:
-    """Bytes of each GPU and of the CPU, and of the disk (None: nothing goes there).
+    """Bytes of each GPU, of the CPU and of the disk (None: the disk is not used).
 
-    A GPU of 0 bytes keeps its number and holds nothing.
+    A GPU of 0 bytes keeps its number and is not used.
 
     Raises:
         ValueError: a size below 0.
@@ -37,12 +37,12 @@ class Machine:
     def __post_init__(self) -> None:
         if (least := min(*self.gpus, self.cpu, self.disk or 0)) < 0:
             raise ValueError(f"a memory of {least} bytes: give 0 or more")
-        if not any(self.gpus):  # the CPU computes, and is not a second place next to itself
+        if not any(self.gpus):  # without GPUs the CPU computes, and is not a second place
             object.__setattr__(self, "gpus", ())
 
     @property
     def devices(self) -> tuple[tuple[str, int], ...]:
-        """The devices that compute, with their bytes: the GPUs, or else the CPU."""
+        """The devices that compute, with their bytes: the GPUs, or the CPU if there are none."""
         if self.gpus:
             return tuple((f"cuda:{i}", n) for i, n in enumerate(self.gpus) if n)
         return (("cpu", self.cpu),)
@@ -58,10 +58,10 @@ class Machine:
 
 
 def size_of(text: str) -> int:
-    """Return the bytes that a size such as "40GB" or "512MiB" says.
+    """Return the bytes of a size such as "40GB" or "512MiB".
 
     Raises:
-        ValueError: no such size.
+        ValueError: not of this form.
 
     Examples:
         >>> from hooked_hybrid.accounting.plan import size_of
@@ -75,7 +75,7 @@ def size_of(text: str) -> int:
 
 
 def gpus_of(text: str) -> tuple[int, ...]:
-    """Return the bytes of each GPU that such as "8x40GB" or "2x80GB,1x24GB" says.
+    """Return the bytes of each GPU in a text such as "8x40GB" or "2x80GB,1x24GB".
 
     Raises:
         ValueError: not of this form.
@@ -104,12 +104,12 @@ def show_size(n_bytes: int) -> str:
 
 
 def this_machine(max_memory: MaxMemory | None, has_folder: bool) -> Machine:
-    """Return what this machine has free, or what `max_memory` allows of it.
+    """Return this machine's free memory, or what `max_memory` allows of it.
 
     Args:
-        max_memory: bytes, or such as "20GB", by number of a GPU and for "cpu"; what it leaves out
-            offers nothing.
-        has_folder: whether something may go to the disk.
+        max_memory: bytes, or such as "20GB", by number of a GPU and for "cpu"; a device that it
+            leaves out is not used.
+        has_folder: whether weights may be kept on the disk.
 
     Raises:
         ImportError: accelerate, which reads the sizes of the machine, is not installed.
@@ -134,6 +134,6 @@ def this_machine(max_memory: MaxMemory | None, has_folder: bool) -> Machine:
             for name, size in max_memory.items()
         }
     n_gpus = max((name + 1 for name in free if isinstance(name, int)), default=0)
-    gpus = tuple(free.get(i, 0) for i in range(n_gpus))  # those left out offer nothing
-    shared = free.get("mps", 0)  # of a Mac, whose GPU is not planned for
+    gpus = tuple(free.get(i, 0) for i in range(n_gpus))  # those left out are not used
+    shared = free.get("mps", 0)  # of a Mac, whose GPU is not part of a plan
     return Machine(gpus, free.get("cpu", shared), disk)

@@ -1,4 +1,4 @@
-"""The search for a split of one model over one machine."""
+"""Searching for a split of one model over one machine."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from hooked_hybrid.accounting.plan.working import Sizes
 from hooked_hybrid.network.placement.places import ENDS
 
 CUDA_CONTEXT = 10**9
-"""Bytes of a GPU that CUDA, its libraries and the gaps between tensors are taken to need."""
+"""Bytes of a GPU assumed for CUDA, its libraries and the gaps between tensors."""
 EVENLY = 32
-"""Steps in which the evenest filling is looked for: a share of 2^-32 is nothing."""
+"""Bisection steps of the search for the most even filling, to a share of 2^-32."""
 
 
 class Planner:
-    """Looks for a split of one model over one machine, for prompts of one length.
+    """A search for a split of one model over one machine, for prompts of one length.
 
     Quantised blocks stay on the devices that run them.
     """
@@ -31,7 +31,7 @@ class Planner:
 
     @cached_property
     def _sums(self) -> tuple[list[int], list[int], list[int]]:
-        """Bytes of the first n blocks: weights, states, and what is in memory besides these."""
+        """Bytes of the first n blocks: weights, states, and memory besides these."""
         states, beside = (
             [of(i, self.length) for i in range(self.n_layers)]
             for of in (self.sizes.state, self.sizes.beside_state)
@@ -52,14 +52,14 @@ class Planner:
     def usage(
         self, held: range, elsewhere: range, is_first: bool, brings: bool | None = None
     ) -> Usage:
-        """Return what a device holds.
+        """Return the bytes that a device holds.
 
         Args:
-            held: blocks that are kept there.
-            elsewhere: blocks that are not, and run there.
-            is_first: whether it holds the ends.
-            brings: whether weights are moved to a device for each forward, so that all blocks take
-                turns over the whole prompt; None means to this one alone.
+            held: blocks whose weights are on the device.
+            elsewhere: blocks that run on it with weights kept elsewhere.
+            is_first: whether the embedding, final norm and read-out are on it.
+            brings: whether weights are moved to some device for each forward, so that each block
+                reads the whole prompt before the next; None: only if they are moved to this one.
         """
         own, others = slice(held.start, held.stop), slice(elsewhere.start, elsewhere.stop)
         working = max((*self._working[own], *self._working[others]), default=0)
@@ -80,7 +80,7 @@ class Planner:
         )
 
     def usages(self, split: Split) -> list[Usage]:
-        """Return what each device holds."""
+        """Return the bytes that each device holds."""
         tail = split.kept_elsewhere
         return [
             self.usage(
@@ -96,10 +96,10 @@ class Planner:
         return self.find(evenly=False) is not None
 
     def find(self, evenly: bool = True) -> Split | None:
-        """Return the split with most blocks on devices, or None if there is none.
+        """Return the split with the most blocks on devices, or None if nothing fits.
 
         Args:
-            evenly: fill devices to equal shares; else one after another.
+            evenly: fill devices to equal shares; otherwise one after another.
         """
         ends = self.usage(range(0), range(0), is_first=True).total
         first = next((k for k, room in enumerate(self.room) if ends <= room), None)
@@ -126,11 +126,11 @@ class Planner:
         return on_cpu, len(on_disk)
 
     def _on_devices(self, first: int, n_held: int, evenly: bool) -> tuple[int, ...] | None:
-        """Return the blocks of each device, on as few from the first on as will do."""
+        """Return the blocks of each device, on as few devices from the first on as possible."""
         for stop in range(first + 1, len(self.room) + 1):
             if (best := self._fill(range(first, stop), n_held, 1.0)) is None:
                 continue
-            if evenly and n_held == self.n_layers:  # else the devices are full anyway
+            if evenly and n_held == self.n_layers:  # otherwise the devices are full anyway
                 low, high = 0.0, 1.0
                 for _ in range(EVENLY):
                     share = (low + high) / 2
@@ -142,7 +142,7 @@ class Planner:
     def _fill(self, devices: range, n_held: int, share: float) -> tuple[int, ...] | None:
         """Return the blocks of each of some devices, filled one after another, or None.
 
-        The last holds one at least: there those run that none holds.
+        The last holds at least one: blocks that no device holds run there.
         """
         tail = range(n_held, self.n_layers)
         held: list[int] = []
@@ -162,7 +162,7 @@ class Planner:
         return tuple(held)
 
     def _most(self, start: int, most: int, is_first: bool, brings: bool, room: float) -> int:
-        """Return how many blocks from one on fit into a device, `most` or fewer."""
+        """Return how many blocks from `start` on fit on a device, at most `most`."""
         for n in range(1, most + 1):
             if self.usage(range(start, start + n), range(0), is_first, brings).total > room:
                 return n - 1

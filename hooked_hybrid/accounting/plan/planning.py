@@ -1,9 +1,9 @@
-"""Which part of a model goes where, decided from the config before anything is loaded.
+"""Deciding from the config, before loading, on which device each part of a model goes.
 
-Blocks go to the devices in order, so that the residual stream crosses each border once; the ends
-go to the first that has room for them. What fits on few devices stays on few, filled evenly. What
-no device has room for stays on the CPU, and then on the disk, and is moved to the last device
-that holds a block.
+Blocks go to the devices in order, so that the residual stream moves between two devices once; the
+ends (embedding, final norm, read-out) go to the first device with room for them. As few devices as
+possible are used, filled evenly. Blocks for which no device has room are kept in CPU memory, then
+on the disk, and moved to the last device that holds a block when they run.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ if TYPE_CHECKING:
     from hooked_hybrid.network.weights.quantization import Only
 
 ROOM = 2048
-"""Tokens of a prompt for which `device_map="auto"` leaves room."""
+"""Tokens of a prompt for which `device_map="auto"` reserves memory."""
 
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Where a model goes, what each device then holds by length, and why not if it cannot."""
+    """The devices of a model's parts, the bytes on each by length, and why it may not fit."""
 
     sizes: Sizes
     machine: Machine
@@ -42,12 +42,12 @@ class MemoryPlan:
 
     @property
     def fits(self) -> bool:
-        """Whether there is a place for everything, at every length."""
+        """Whether everything has a place, at every length."""
         return self.split is not None
 
     @property
     def device_map(self) -> dict[str, str]:
-        """The places, as `from_pretrained` takes them.
+        """The places, as the argument `device_map` of `from_pretrained`.
 
         Raises:
             MemoryError: see `require`.
@@ -58,7 +58,8 @@ class MemoryPlan:
         """Return the device map.
 
         Raises:
-            MemoryError: there is none; says why, and what would do.
+            MemoryError: the model does not fit; the message gives the reason and sufficient
+                changes.
         """
         if self.split is None:
             raise MemoryError(f"{self.why_not}. {self.remedy([c.option for c in self.changes])}")
@@ -72,7 +73,7 @@ class MemoryPlan:
         return {part: places[part] for part in order}
 
     def usages(self, length: int) -> list[Usage]:
-        """Return what each device holds at a length, in the order of `machine.devices`."""
+        """Return the bytes on each device at a length, in the order of `machine.devices`."""
         assert self.split is not None
         return Planner(self.sizes, self.machine, length).usages(self.split)
 
@@ -84,7 +85,7 @@ class MemoryPlan:
 
     @property
     def why_not(self) -> str:
-        """Why there is no place for everything."""
+        """The reason why not everything has a place."""
         whole, devices = self.whole, self.machine.devices
         needed = f"{show_size(whole.working)} to work in"
         if whole.loading > whole.running:
@@ -129,19 +130,19 @@ def plan(
     quantize: str | Any | None = None,
     quantize_only: Only | None = None,
 ) -> MemoryPlan:
-    """Return where a model would go, from its config alone.
+    """Return the plan of a model on a machine, from its config alone.
 
     Args:
-        cfg: what the model is.
-        machine: what there is.
-        lengths: tokens of a prompt and its continuation; places are made for the longest.
+        cfg: of the model.
+        machine: its memory.
+        lengths: tokens of a prompt and its continuation; the plan has room for the longest.
         batch: rows.
         dtype: of weights, keys and activations.
         quantize, quantize_only: as `from_pretrained` takes them.
 
     Raises:
-        ValueError: no length, a number that cannot be, or what cannot be quantised.
-        ImportError: torchao, which says what quantised weights take, is not installed.
+        ValueError: no length, a number out of range, or a part that cannot be quantized.
+        ImportError: torchao, needed for the size of quantized weights, is not installed.
 
     Examples:
         >>> from hooked_hybrid.accounting import PUBLISHED

@@ -1,4 +1,4 @@
-"""A split of a model over devices, and what a device then holds."""
+"""A split of a model over devices, and the bytes on each."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ class Usage:
 
     weights: int = 0
     brought: int = 0
-    """Room for the largest block that is kept elsewhere and runs here."""
+    """Bytes for the largest block that is kept elsewhere and runs here."""
     state: int = 0
     working: int = 0
-    """Values of a forward at their most, the state before it among them."""
+    """Peak bytes of a forward's values, the state before it included."""
     loading: int = 0
     """Peak bytes of loading on top of the weights, before anything runs."""
     context: int = 0
 
     @property
     def total(self) -> int:
-        """All that is there at its most: while loading, or while running."""
+        """Peak bytes of all: while loading, or while running."""
         return self.weights + self.context + max(self.loading, self.running)
 
     @property
@@ -32,13 +32,13 @@ class Usage:
 
 @dataclass(frozen=True)
 class Split:
-    """How many blocks each device holds, in order, and where the blocks after them are kept."""
+    """The number of blocks on each device, in order, and where the remaining blocks are kept."""
 
     held: tuple[int, ...]
     on_cpu: int = 0
     on_disk: int = 0
     first: int = 0
-    """The device that holds the ends; those before it are not used."""
+    """The device with the ends; those before it are not used."""
 
     @property
     def last(self) -> int:

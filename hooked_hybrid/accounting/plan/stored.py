@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from hooked_hybrid.network.weights.quantization import Only
 
 NF4_CHUNK = 2**20
-"""Numbers that torchao compares with all 16 levels at a time."""
+"""Values that torchao compares with all 16 levels at a time."""
 
 
 @dataclass
@@ -25,30 +25,30 @@ class Stored:
 
     bytes: int = 0
     largest: int = 0
-    """Of the largest tensor as it is before it is quantised."""
+    """Bytes of the largest tensor before it is quantized."""
     to_multiply: int = 0
-    """Most bytes that a product with a quantised matrix needs for the plain one."""
+    """Most bytes of the dequantized matrix in a product with a quantized one."""
     to_quantize: int = 0
-    """Peak bytes of quantising one of its matrices on top of the matrix."""
+    """Peak bytes of quantizing one of its matrices, in addition to the matrix."""
     d_out: int = 0
-    """Numbers that a quantised matrix gives a token, which are there once more."""
+    """Outputs of a quantized matrix for a token, of which there is a second copy."""
     matrix: int = 0
-    """Numbers of the largest plain matrix."""
+    """Values of the largest plain matrix."""
     sides: int = 0
-    """Most numbers of a token's input and output of a plain matrix."""
+    """Most values of a token's input and output at a plain matrix."""
 
     def add_plain(self, weight: nn.Parameter) -> None:
-        """Count a tensor that stays as it is; a stack matrix by matrix."""
+        """Count a tensor that is not quantized; a stack matrix by matrix."""
         self._add(weight, weight.nbytes)
         if weight.ndim > 1:
             d_out, d_in = weight.shape[-2:]
             self.matrix, self.sides = max(self.matrix, d_out * d_in), max(self.sides, d_out + d_in)
 
     def add_quantized(self, weight: nn.Parameter, n_bytes: int, scheme: str | Any) -> None:
-        """Count a tensor that is quantised; a stack matrix by matrix.
+        """Count a tensor that is quantized; a stack matrix by matrix.
 
-        As torchao 0.18 does it, on every device alike; other schemes are taken to need what NF4
-        does.
+        As torchao 0.18 does it, alike on every device; other schemes are assumed to need as much as
+        NF4.
         """
         self._add(weight, n_bytes)
         (d_out, d_in), width = weight.shape[-2:], weight.dtype.itemsize
@@ -70,10 +70,10 @@ class Stored:
 def stored_weights(
     cfg: HybridConfig, dtype: torch.dtype, quantize: str | Any | None, only: Only | None
 ) -> dict[str, Stored]:
-    """Return what the weights of each part take.
+    """Return the bytes of the weights of each part.
 
     Raises:
-        ValueError, ImportError: what cannot be quantised so, see `quantized.Quantizer`.
+        ValueError, ImportError: a part cannot be quantized so, see `quantized.Quantizer`.
     """
     model, found = Network.meta(cfg, dtype), {part: Stored() for part in parts_of(cfg)}
     quantizer = None

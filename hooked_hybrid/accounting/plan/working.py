@@ -1,8 +1,8 @@
 """Bytes that each part of a model needs on a device, from the config alone.
 
-What is counted is what loading takes, a prefill without hooks or gradients, in pieces, and the
-steps of decoding after it. What a mixer or an MLP holds at its most, of a piece of positions, is
-what its class states (`working_bytes`).
+Counted are loading, a prefill in pieces without hooks or gradients, and the decoding steps after
+it. The peak bytes of a mixer or an MLP for a piece of positions are those that its class states
+(`working_bytes`).
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Sizes:
     """The memory that the parts of a model need.
 
     Args:
-        cfg: what the model is.
+        cfg: of the model.
         dtype: of weights, keys and activations.
         batch: rows; several may be padded.
         on_cpu: whether the model runs on a CPU; on other devices attention is counted as torch
@@ -44,7 +44,7 @@ class Sizes:
         quantize, quantize_only: as `from_pretrained` takes them.
 
     Raises:
-        ValueError, ImportError: what cannot be quantised so; when weights are computed.
+        ValueError, ImportError: a part cannot be quantized so; raised when weights are computed.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class Sizes:
 
     def of_rows(self, batch: int) -> Sizes:
         """Return the same for another number of rows."""
-        changed = copy.copy(self)  # with its weights, where they are known
+        changed = copy.copy(self)  # with its weights, if already computed
         changed.batch = batch
         return changed
 
@@ -75,10 +75,10 @@ class Sizes:
         return {part: stored.bytes for part, stored in self._stored.items()}
 
     def loading(self, part: str) -> int:
-        """Return the bytes that loading a part takes on top of its weights.
+        """Return the bytes that loading a part needs in addition to its weights.
 
-        A CPU holds the largest tensor twice while it is stacked or transposed, and what is
-        quantised is there in its own dtype before.
+        On a CPU the largest tensor is in memory twice while it is stacked or transposed; a tensor
+        to be quantized is first in memory in its own dtype.
         """
         stored = self._stored[part]
         plain = stored.largest if self.on_cpu else 0
@@ -89,22 +89,22 @@ class Sizes:
         return self._state(layer, length).total
 
     def beside_state(self, layer: int, length: int) -> int:
-        """Return the bytes that a forward takes on top of a layer's state while making the next.
+        """Return the bytes of a forward besides a layer's state, while it makes the next one.
 
-        The state before a piece, or a step, lives as long as the forward. A window's keys are the
-        last ones of a tensor with those of a piece in it; the first step makes room for keys to
-        come.
+        The state before a piece, or a step, stays in memory during the forward. A window's keys are
+        the last of a tensor that also contains those of the piece; the first step reserves memory
+        for later keys.
         """
         mixers = self.cfg.layers[layer].mixers
         spare = sum(self._spare_keys(cfg, length) for cfg in mixers if mixer_of(cfg).grows)
         return self._state(layer, length).total + spare
 
     def _spare_keys(self, cfg: MixerConfig, length: int) -> int:
-        """Return the bytes of keys that are no longer seen, or for which there is room."""
+        """Return the bytes of keys that are no longer seen, and of space for later keys."""
         mixer = mixer_of(cfg)
         n_kept = mixer.n_kept(cfg, length)
         gone = min(PIECE, length - n_kept)
-        in_view = gone if n_kept >= gone else 0  # else the tensor is freed, see `last_keys`
+        in_view = gone if n_kept >= gone else 0  # otherwise the tensor is freed, see `last_keys`
         spare = in_view + max(in_view, 1 + room_for_steps(n_kept + 1))
         shapes = mixer.state_shapes(cfg)
         a_key = sum(
@@ -113,7 +113,7 @@ class Sizes:
         return self.batch * spare * a_key
 
     def working(self, layer: int, length: int) -> int:
-        """Return the bytes of a block's own values at their most, in a prefill of `length`."""
+        """Return the peak bytes of a block's own values in a prefill of `length`."""
         piece = self._piece(length)
         of_layer = self.cfg.layers[layer]
         stream = piece.n * self.cfg.d_model
@@ -126,9 +126,9 @@ class Sizes:
         stored = self._stored[f"blocks.{layer}"]
         plain = stored.to_multiply + piece.n * stored.d_out * piece.width
         plain += self._widening(stored, piece.n)
-        # The stream before and between, what was written, and the norm of it in fp32 and narrow.
+        # The stream before and between, the write, and its norm in fp32 and in the narrow dtype.
         own = max(mixer, mlp) + plain + stream * (4 * piece.width + piece.wide)
-        # While a norm is taken: that in fp32, normalised, weighted, and rounded.
+        # While a norm is computed: the stream in fp32, normalized, weighted, and rounded.
         rounded = piece.wide + piece.width if piece.width < WIDE else 0
         norm = stream * (4 * piece.width + 2 * piece.wide + rounded)
         return max(own, norm) + piece.n * OF_TOKEN
@@ -142,16 +142,16 @@ class Sizes:
         return max(2 * piece.n * self.cfg.d_model * piece.width, logits)
 
     def _widening(self, stored: Stored, rows: int) -> int:
-        """Return the bytes of a product in fp32, which a CPU may take for one in 16 bits."""
+        """Return the bytes of the fp32 product that a CPU may compute for a 16-bit one."""
         if not self.on_cpu or self.dtype.itemsize >= WIDE or rows < MANY:
             return 0
         return WIDE * (stored.matrix + rows * stored.sides)
 
     def streams(self, length: int) -> int:
-        """Return the bytes of the residual stream of a whole prompt, kept where blocks take turns.
+        """Return the bytes of a whole prompt's residual stream, kept where weights are moved.
 
-        That is so if weights are moved for each forward: each block reads all pieces before the
-        next does, and layers share what rotates each.
+        If weights are moved for each forward, each block reads all pieces before the next block,
+        and the layers share each piece's rotary tables.
         """
         mixers = [mixer for layer in self.cfg.layers for mixer in layer.mixers]
         rotary = max((mixer_of(mixer).position_width(mixer) for mixer in mixers), default=0)
