@@ -1,9 +1,9 @@
-"""How far attribution patching is to be trusted, by kind of hook: docs/attribution_ranks.md.
+"""How well attribution patching agrees with patching, by kind of hook: docs/attribution_ranks.md.
 
     python -m experiments.attribution_ranks docs/attribution_ranks.md [--cells 40]
 
 Each packaged model reads a prompt with a needle, and one with another needle about the same city,
-up to where the two answers part. The metric is the logit of the one word minus that of the other.
+up to where the two answers differ. The metric is the difference of the two words' logits.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ prompt of {LENGTH} tokens a model, float64: differences below about 0.1 are nois
 
 
 def swapped_needle(model: HookedHybrid) -> tuple[Tensor, Tensor, Callable[[Tensor], Tensor]]:
-    """Return two prompts [1 pos] up to where their answers part, and the metric of the two words.
+    """Return two prompts [1 pos] up to where their answers differ, and the metric of the two words.
 
     Raises:
         ValueError: no needle of as many tokens was drawn.
@@ -58,7 +58,7 @@ def swapped_needle(model: HookedHybrid) -> tuple[Tensor, Tensor, Callable[[Tenso
 
 
 def compared(name: str, n_cells: int) -> tuple[Agreement, Agreement]:
-    """Return the comparison of a packaged model, and that of what the exact softmax mends."""
+    """Return the comparison of a packaged model, without and with the exact softmax."""
     model = HookedHybrid.from_pretrained(name, dtype=torch.float64).requires_grad_(False)
     clean, corrupted, metric = swapped_needle(model)
     names = [n for n, p in model.hook_dict.items() if not (p.is_integer or n.endswith("_input"))]

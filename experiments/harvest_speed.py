@@ -1,7 +1,7 @@
-"""What harvesting costs compared with the forward alone, and how much memory it takes.
+"""The time of harvesting compared with the forward alone, and its memory.
 
-Prints a table of processor seconds (one thread; medians of rounds in which the ways take turns) and
-one of peak memory by the number of shards, each in a process of its own:
+Prints a table of processor seconds (one thread; medians of interleaved rounds) and one of peak
+memory by the number of shards, each in its own process:
 
     python -m experiments.harvest_speed --rounds 5 --shards 4 --shards 16 --shards 64
 """
@@ -37,7 +37,7 @@ def main(
     shard_megabytes: int = 16,
     memory_of: Annotated[int | None, typer.Option(hidden=True)] = None,
 ) -> None:
-    """Print the tables; `--shards` left out measures no memory."""
+    """Print the tables; without `--shards` no memory is measured."""
     torch.set_num_threads(1)
     if memory_of is not None:
         print(*_memory(model, memory_of, shard_megabytes * 2**20))
@@ -147,7 +147,7 @@ def _flush(kept: dict[str, list[Tensor]], path: Path) -> None:
 
 
 def _memory(name: str, n_shards: int, shard_bytes: int) -> tuple[int, int, int, int]:
-    """Return shards, tokens, and the process's peak memory in bytes: of a forward, and in all."""
+    """Return shards, tokens, and the peak memory in bytes: of a forward, and of the process."""
     model = HookedHybrid.from_pretrained(name)
     width = model.cfg.n_layers * model.cfg.d_model * model.dtype.itemsize
     contexts = n_shards * (shard_bytes // (width + 12) // CONTEXT)
@@ -170,7 +170,7 @@ def _memory(name: str, n_shards: int, shard_bytes: int) -> tuple[int, int, int, 
 
 
 def _peak() -> int:
-    """Return this program's peak; `getrusage` gives its parent's where that was higher."""
+    """Return this program's peak; `getrusage` gives its parent's if that was higher."""
     status = Path("/proc/self/status").read_text()
     return int(status.split("VmHWM:")[1].split()[0]) * 1024
 

@@ -29,10 +29,10 @@ LENGTH, N_NEEDLES = 160, 8
 
 @torch.no_grad()
 def control(name: str) -> str:
-    """Return how much of a stretch of ordinary text is written when the weights follow it.
+    """Return a table of the share of a stretch of text that is written when the weights follow it.
 
-    The stretch is as long as the needle and ends where the needle begins, each in a haystack of its
-    own; hooks act in generation, as in the matrix. With it, how much of it is written without.
+    The stretch is as long as the needle and ends where the needle begins, each in its own haystack;
+    hooks act in generation, as in the matrix. One row is without hooks.
     """
     model = HookedHybrid.from_pretrained(name).requires_grad_(False)
     needles = [PAPER, *held_out_needles()][:N_NEEDLES]
@@ -66,7 +66,7 @@ def control(name: str) -> str:
 
 
 def main() -> None:
-    """Print the tables, or write them into a page."""
+    """Print the table, or write it into a page."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--control", action="append", required=True, help="tiny-griffin")
     parser.add_argument("--page", type=Path, help="that has a block for them")

@@ -1,12 +1,12 @@
-"""How a needle outside the attention window comes back: tables and figures of one page.
+"""How a needle outside the attention window is retrieved: tables and figures of one page.
 
     python -m experiments.outside_window results/outside_window [--images docs/images]
 
-Three experiments on tiny-griffin, loaded without a window and given one by hooks: the window on and
-off by stage and by layer; layers that begin anew at a boundary between needle and question; and
-activation patching by depth and place, between two prompts that differ in the needle alone. Then
+Three experiments on tiny-griffin, loaded without a window, which hooks then impose: the window on
+and off by stage and by layer; layers that restart at a boundary between needle and question; and
+activation patching by depth and place, between two prompts that differ only in the needle. Then
 those of `experiments.window_relay`, on models trained to recall from beyond their window. A stopped
-run goes on where it was.
+run continues where it was.
 """
 
 from __future__ import annotations
@@ -45,11 +45,11 @@ LENGTHS, DEPTHS = (320, 512, 1024), (0.0, 0.67)
 BOUNDARY_DEPTHS = (0.33, 0.67)
 TRACE_LENGTH, TRACE_DEPTH = 416, 0.0
 MOST_TRACED = 10
-"""Needles of the longer experiments, at most."""
+"""Most needles of the longer experiments."""
 
 
 def window_settings() -> list[Setting]:
-    """Return the window on and off by stage, and on in one attention layer alone in both stages."""
+    """Return settings: window on and off by stage, and on in a single attention layer."""
     on, off = tuple(limit_window(WINDOW)), ()
     stages = {"on": on, "off": off}
     settings = [
@@ -64,9 +64,9 @@ def window_settings() -> list[Setting]:
 
 
 def boundary_settings(model: HookedHybrid) -> list[Setting]:
-    """Return sets of layers that begin anew between needle and question, or before the needle.
+    """Return settings: sets of layers restart between needle and question, or before the needle.
 
-    The latter is the control: the same damage, where nothing of the needle has to pass.
+    The latter is the control: the same damage at a place that the needle does not have to pass.
     """
     cfg = model.cfg
     sets: dict[str, Sequence[int]] = {f"layer {i}": [i] for i in range(cfg.n_layers)}
@@ -93,7 +93,7 @@ def boundary_settings(model: HookedHybrid) -> list[Setting]:
 def swept(
     model: HookedHybrid, prompts: Sequence[Prompt], settings: Sequence[Setting], out: Path
 ) -> pd.DataFrame:
-    """Return a sweep's cells, with whether the needle lies beyond the window of the last token."""
+    """Return a sweep's cells, with whether the needle is beyond the window of the last token."""
     cells = niah(model, prompts, settings, out=out, resume=out.exists())
     return cells.assign(beyond=cells["needle_start"] < cells["length"] - WINDOW)
 
@@ -112,11 +112,11 @@ def by_setting(cells: pd.DataFrame, by: Sequence[str] = ("setting", "beyond")) -
 
 
 def pairs(model: HookedHybrid, needles: Sequence[Needle]) -> tuple[Tensor, Tensor, Tensor]:
-    """Return prompts [pair pos] up to where the answers to two needles of one city part.
+    """Return prompts [pair pos] up to where the answers to two needles of one city differ.
 
     Returns:
-        Those with the one needle, those with the other, and the words in which their answers go on
-        [pair 2].
+        Those with the one needle, those with the other, and the next words of their answers [pair
+        2].
     """
     clean, corrupted, words = [], [], []
     for i, needle in enumerate(needles):
@@ -136,7 +136,7 @@ def pairs(model: HookedHybrid, needles: Sequence[Needle]) -> tuple[Tensor, Tenso
 
 
 def places(prompt: Prompt, n_pos: int) -> dict[str, range]:
-    """Return the parts of a prompt and the beginning of its answer, by what they are."""
+    """Return the ranges of the parts of a prompt and the beginning of its answer, by name."""
     start, stop = prompt.needle_spans[0]
     edge, ask = n_pos - WINDOW, prompt.length - QUESTION
     return {
@@ -163,10 +163,10 @@ def stream_names(model: HookedHybrid) -> list[str]:
 def patched(
     model: HookedHybrid, needles: Sequence[Needle], hooks: Sequence[HookSpec]
 ) -> pd.DataFrame:
-    """Return what patching restores by depth and place, a row for each pair of prompts too.
+    """Return the effect of patching by depth, place and pair of prompts.
 
-    `logits` is what the clean stream there adds to the difference of the two words' logits in the
-    corrupted run, of the `total` there is between the runs; both under `hooks`.
+    `logits` is the change, by the clean stream at the place, of the difference of the two words'
+    logits in the corrupted run; `total` is the change between the runs; both under `hooks`.
     """
     clean, corrupted, words = pairs(model, needles)
     parts = places(build_prompt(model, needles[0], TRACE_LENGTH, TRACE_DEPTH), clean.shape[1])
@@ -196,9 +196,9 @@ def patched(
 def differences(
     model: HookedHybrid, needles: Sequence[Needle], hooks: Sequence[HookSpec]
 ) -> pd.DataFrame:
-    """Return how far the streams of a pair's two prompts differ, by depth and position.
+    """Return the difference of the streams of a pair's two prompts, by depth and position.
 
-    `difference` is their distance over the length of the clean one, a mean over pairs.
+    `difference` is their distance over the norm of the clean one, a mean over pairs.
     """
     names = stream_names(model)
     with model.hooks(list(hooks)):
@@ -215,7 +215,7 @@ def differences(
 
 
 def griffin(out: Path, n_needles: int) -> dict[str, pd.DataFrame]:
-    """Return the tables of the three experiments on tiny-griffin; what is there is not run again.
+    """Return the tables of the three experiments on tiny-griffin; existing ones are read.
 
     Returns:
         "windows" and "boundaries", cells of sweeps; "patched" and "differences", those of these
@@ -244,13 +244,13 @@ def griffin(out: Path, n_needles: int) -> dict[str, pd.DataFrame]:
 def _both_windows(
     make: Callable[..., pd.DataFrame], model: HookedHybrid, needles: Sequence[Needle]
 ) -> pd.DataFrame:
-    """Return a table made with the window on and one made with it off, in one."""
+    """Return the tables made with the window on and off, as one."""
     windows = {"on": limit_window(WINDOW), "off": []}
     return pd.concat(make(model, needles, hooks).assign(window=w) for w, hooks in windows.items())
 
 
 def unseen(n_needles: int) -> int:
-    """Return the first position of the longer experiments that sees nothing of any needle."""
+    """Return the first position of the longer experiments whose window contains no needle."""
     model = HookedHybrid.from_pretrained("tiny-griffin", n_keys=None)
     some = list(known_needles().values())[: min(n_needles, MOST_TRACED)]
     prompts = grid(model, some, [TRACE_LENGTH], [TRACE_DEPTH])
@@ -258,7 +258,7 @@ def unseen(n_needles: int) -> int:
 
 
 def main() -> None:
-    """Run everything that is not there yet, write figures and tables."""
+    """Run what is missing, write figures and tables."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("out", type=Path)
     parser.add_argument("--images", type=Path, help="another folder for the figures (PNG)")

@@ -1,8 +1,8 @@
-"""Measure trained models on held-out needles and put one of them into the package.
+"""Measure trained models on held-out needles and add one of them to the package.
 
     python -m experiments.publish_tiny griffin results/tiny-griffin-0 results/tiny-griffin-1
 
-The first folder is the one that ships; its model card reports all of them. What was measured stays
+The first folder is the one that ships; its model card reports all of them. Measurements are stored
 in each folder, so that a second call only writes.
 """
 
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 N_LENGTHS, N_DEPTHS, ROOM = 10, 3, 32
 OTHERS = 13
-"""Needles on which the runs that do not ship are measured; the one that ships, on all."""
+"""Needles on which the runs that do not ship are measured; the shipped one is measured on all."""
 
 
 def with_tokenizer(folder: Path) -> HookedHybrid:
@@ -58,7 +58,7 @@ def measure(model: HookedHybrid, out: Path, n_needles: int | None) -> pd.DataFra
 
 
 def share(rows: pd.DataFrame) -> str:
-    """Return a mean accuracy in percent; a dash if there is nothing."""
+    """Return a mean accuracy in percent; a dash if there are no rows."""
     return f"{100 * rows['accuracy'].mean():.1f}" if len(rows) else "-"
 
 
@@ -210,14 +210,14 @@ def tokenizer_config() -> dict[str, Any]:
 
 
 def write_checkpoint(model: HookedHybrid, folder: Path) -> None:
-    """Write what transformers and `from_pretrained` read."""
+    """Write a checkpoint for transformers and `from_pretrained`."""
     model.save_pretrained(folder)
     config = json.dumps(tokenizer_config(), indent=2) + "\n"
     (folder / "tokenizer_config.json").write_text(config)
 
 
 def publish(kind: str, folders: list[Path], target: Path) -> None:
-    """Write the packaged model's folder, whole, in place of an earlier one."""
+    """Write the packaged model's folder, replacing an earlier one at once."""
     models = [with_tokenizer(folder) for folder in folders]
     tables = [
         measure(model, folder / "niah", OTHERS if i else None)

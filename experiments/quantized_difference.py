@@ -1,10 +1,10 @@
-"""What quantised weights change: bytes, logits, losses, retrieval and time, against fp32 and bf16.
+"""The effect of quantized weights on size, logits, losses, retrieval and time.
 
     python -m experiments.quantized_difference results/quantized
 
 The packaged models on needle prompts, and random models of width 1024 on random tokens: these are
-wide enough for rows and blocks as large models have them, but hold none of the outliers that
-training leaves. A table that is there already is kept.
+wide enough for the rows and blocks of large models, but have none of the outliers of trained
+weights. Existing tables are not made again.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ WIDE_TEXTS, WIDE_LENGTH = 4, 64
 LENGTHS, DEPTHS = (160, 400), (0.33, 0.67)
 PROMPT, STEPS, ROUNDS = 64, 6, 3
 ENDS = {"kl": None, "loss": None, "top1": SHARE}
-"""Bounds of what is compared by text, if there are some."""
+"""Bounds of the figures that are compared by text and have some."""
 
 KINDS: dict[str, Callable[[str], bool]] = {
     "attention": lambda name: ".attn." in name,
@@ -54,11 +54,11 @@ KINDS: dict[str, Callable[[str], bool]] = {
     "dense MLP": lambda name: ".mlp." in name and name.endswith(".weight"),
     "experts": lambda name: ".mlp." in name and not name.endswith(".weight"),
 }
-"""Which weights are of a kind of layer."""
+"""Predicates on weight names, by kind of layer."""
 
 
 class Variant(NamedTuple):
-    """A dtype of activations and plain weights, and how the large weights are quantised."""
+    """A dtype of activations and plain weights, and the quantization of the large weights."""
 
     dtype: torch.dtype
     scheme: str | None = None
@@ -110,13 +110,13 @@ def log_probabilities(model: HookedHybrid, tokens: Tensor) -> tuple[Tensor, Tens
 def compared(
     ours: tuple[Tensor, Tensor], theirs: tuple[Tensor, Tensor], tokens: Tensor
 ) -> dict[str, float]:
-    """Return how one model's outputs differ from a reference's, means over positions.
+    """Return the differences between a model's outputs and a reference's, means over positions.
 
     `logit` is the root mean square difference of logits over the root mean square of the
     reference's, each less its mean over the vocabulary; `kl` (nats/token) the divergence from the
-    reference; `loss` (nats/token) how much more is lost on the tokens that follow; `top1` the
-    share of positions with the same likeliest token. Of `kl`, `loss` and `top1` with 95% intervals
-    by text.
+    reference; `loss` (nats/token) the increase in loss; `top1` the
+    share of positions with the same likeliest token. `kl`, `loss` and `top1` have 95% intervals
+    over texts.
     """
     (a, p), (b, q) = ours, theirs
     by_text: dict[str, Float[Tensor, " text"]] = {
@@ -153,7 +153,7 @@ def differences(name: str) -> pd.DataFrame:
 
 
 def by_kind(name: str) -> pd.DataFrame:
-    """Return a row for each kind of layer and scheme, that kind alone quantised, in fp32.
+    """Return a row for each kind of layer and scheme, with only that kind quantized, in fp32.
 
     `error` is the mean of |Q - W| / |W| over its weights.
     """
@@ -202,8 +202,8 @@ def retrieval(name: str, n_needles: int) -> pd.DataFrame:
 def times(name: str) -> pd.DataFrame:
     """Return seconds of processor time of a prefill and of a step, and their ratio to bf16.
 
-    Variants take turns, so that a change of the machine's speed affects all of them; the figures
-    are medians, the ratios medians of those within a round.
+    Variants are interleaved, so that a change of the machine's speed affects all of them; the
+    figures are medians, the ratios medians of those within a round.
     """
     models = {v.name: made(name, v) for v in VARIANTS}
     prompt = texts(models[FP32.name], name)[:1, :PROMPT]
@@ -269,7 +269,7 @@ def tables(out: Path, n_needles: int) -> Iterator[tuple[str, pd.DataFrame]]:
 
 
 def main() -> None:
-    """Make every table that is not there yet, and write all of them in Markdown."""
+    """Make every missing table, and write all of them in Markdown."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("out", type=Path)
     parser.add_argument("--needles", type=int, default=31, help="of the retrieval tables")

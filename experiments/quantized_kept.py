@@ -1,4 +1,4 @@
-"""What the page on quantised weights needs of retrieval and time, and its table of times.
+"""The figures of retrieval and time on the page on quantized weights, and its table of times.
 
 Part of `python -m experiments.quantized_difference`; kept by
 
@@ -15,10 +15,10 @@ GRIFFIN = "random griffin 1024"
 
 
 def settings(retrieval: list[pd.DataFrame], times: list[pd.DataFrame]) -> pd.DataFrame:
-    """Return a row for each model and variant, `setting`: what is retrieved, or what is taken.
+    """Return a row for each model and variant, `setting`: retrieval, or times.
 
-    `accuracy`, `low` and `high`; `other_output`, the share of prompts to which another text is
-    generated than in fp32; the seconds and ratios of `times`.
+    `accuracy`, `low` and `high`; `other_output`, the share of prompts for which the generated text
+    differs from fp32's; the seconds and ratios of `times`.
     """
     asked = pd.concat(retrieval)
     asked = asked.assign(other_output=1 - asked["same_output"])

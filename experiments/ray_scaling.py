@@ -1,9 +1,9 @@
-"""How many cells a second workers give: one process against 1 and 2 workers of one thread each.
+"""Cells a second with workers: one process against 1 and 2 workers of one thread each.
 
     python -m experiments.ray_scaling [--model tiny-griffin] [--rounds 5] [--workers 1 2]
 
-Ray runs on this machine alone. Rounds are interleaved, so that a slow minute hits all; Ray's start
-and the models' loading are left out, and printed apart. That all give the same cells is checked.
+Ray runs on this machine alone. Rounds are interleaved, so that a slow minute affects all; Ray's
+start and the models' loading are printed separately. The cells must be equal.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ from hooked_hybrid.runs.ray_workers import RayWorkers
 
 
 def _check(tables: dict[str, pd.DataFrame]) -> None:
-    """Raise an error where two ways did not give the same cells."""
+    """Raise an error if two ways gave different cells."""
     first, *others = (table.drop(columns="seconds") for table in tables.values())
     if not all(first.equals(other) for other in others):
         raise ValueError("workers and one process do not give the same cells")
 
 
 def main() -> None:
-    """Measure, and print a line for people and one of JSON for each way."""
+    """Measure, and print a readable line and one of JSON for each way."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", default="tiny-griffin")
     parser.add_argument("--rounds", type=int, default=5)

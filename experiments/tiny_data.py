@@ -19,7 +19,7 @@ ASK_TUNED = (
     "\nQUESTION:\n{question} Output the most relevant sentence in the context, word by word!"
 )
 TEMPLATE, TEXT, ANSWER, CONTENT, DRILL = range(5)
-"""What a token is; contents are the words of an answer that were drawn, not its frame."""
+"""Kinds of tokens; contents are the drawn words of an answer, without its frame."""
 
 DRILL_WORDS = random.Random(0).sample(
     range(len(SPECIAL), len(vocabulary())), len(vocabulary()) - len(SPECIAL)
@@ -29,7 +29,7 @@ _FRAME = frozenset(". a and in on".split())
 
 @dataclass(frozen=True)
 class Size:
-    """How much a sequence holds: tokens, needles at most, questions at most.
+    """The size of a sequence: tokens, most needles, most questions.
 
     `drills` is the share of rows that are drills instead, `words` the vocabulary these draw from.
     """
@@ -50,11 +50,11 @@ class TokenBatch:
 
 
 class Maker:
-    """Draws batches; the same seed draws the same ones.
+    """A maker of batches, which its seed determines.
 
     Args:
         seed: of this stream.
-        echo: share of lines that repeat an earlier one, every word of which teaches to look back.
+        echo: share of lines that repeat an earlier one, every word of which can be copied.
     """
 
     def __init__(self, seed: int, echo: float = 0.0) -> None:
@@ -64,7 +64,7 @@ class Maker:
         self.cities = training_cities()
 
     def ids(self, text: str) -> list[int]:
-        """Return the tokens of a text: what `word_tokenizer` gives, faster."""
+        """Return the tokens of a text, as `word_tokenizer` does, but faster."""
         return [self.ids_of[word] for word in re.findall(r"\n|\w+|[^\w\s]", text)]
 
     def batch(self, rows: int, size: Size) -> TokenBatch:
@@ -81,7 +81,7 @@ class Maker:
         """Return tokens and the kind of each."""
         if self.rng.random() < size.drills:
             return self._drill(size)
-        # Mostly as many needles as there may be, so that no state could hold them all.
+        # Mostly the most needles, so that no state could contain them all.
         full = self.rng.random() < 0.7
         n_needles = size.needles if full else self.rng.randint(1, size.needles)
         needles = draw_needles(self.rng, n_needles, self.cities)
@@ -99,8 +99,8 @@ class Maker:
     def _drill(self, size: Size) -> tuple[list[int], list[int]]:
         """Return a few motifs of random words, again and again in random order.
 
-        Once seen, all of a motif from its second word on can be copied; and that the words of a
-        row are few is learned first, without knowing where to look.
+        After its first occurrence, a motif can be copied from its second word on. That a row has
+        few words is learned first, without copying.
         """
         motifs = [
             self.rng.choices(DRILL_WORDS[: size.words], k=self.rng.randint(3, 10))

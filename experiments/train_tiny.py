@@ -3,9 +3,9 @@
     python -m experiments.train_tiny griffin --seed 0 --out results/tiny-griffin-0
 
 Drills come first: they teach attention to find and copy. Then length and number of needles rise as
-accuracy passes 90%, so that the recurrence's state cannot hold the facts and attention goes on
-fetching them. Every evaluation also reports accuracy with attention cut and with the recurrences'
-memory cut. A stopped run goes on from its last checkpoint.
+accuracy passes 90%, so that the recurrence's state cannot contain the facts and attention keeps
+copying them. Every evaluation also reports accuracy with attention cut and with the recurrences'
+memory cut. A stopped run continues from its last checkpoint.
 """
 
 from __future__ import annotations
@@ -48,15 +48,16 @@ LEVELS = [
 FIRST_NEEDLES = next(i for i, size in enumerate(LEVELS) if size.needles)
 PASS = 0.9
 PATIENCE = 150
-"""Steps at a level of needles after which the next one comes anyway: beyond the attention window
-accuracy may never pass."""
+"""Steps at a level of needles after which the next one begins in any case: beyond the attention
+window accuracy may never reach the limit.
+"""
 WEIGHTS = {TEXT: 0.5, ANSWER: 0.3, CONTENT: 1.0, DRILL: 1.0}
-"""Shares of the loss; answers are mostly frame, which is learned at once."""
+"""Weights of the loss; answers are mostly frame, which is learned at once."""
 
 EVERY = 100
 COUNTERS = ("step", "level", "since", "seconds", "recent")
 HORIZON = 2
-"""How many batches are drawn ahead of the one in use; a batch is of the level known by then."""
+"""Number of batches drawn ahead of the one in use, each at the level of that time."""
 
 
 def config(kind: str, d_model: int) -> HybridConfig:
@@ -102,7 +103,7 @@ def losses(model: HookedHybrid, batch: TokenBatch) -> tuple[dict[int, Tensor], d
 
 
 def cut(model: HookedHybrid, name: str) -> list[HookSpec]:
-    """Return those hooks of a cut that this model has points for."""
+    """Return the hooks of a cut for whose points this model has layers."""
     return [(pick, fn) for pick, fn in CUTS[name] if any(pick(point) for point in model.hook_dict)]
 
 
@@ -126,7 +127,7 @@ def _to(batch: TokenBatch, device: str) -> TokenBatch:
 
 
 class Batches(Dataset[TokenBatch]):
-    """The batch of a step and a level: always the same one."""
+    """The batch of a step and a level, which the seed determines."""
 
     def __init__(self, seed: int, tokens: int, echo: float) -> None:
         self.seed, self.tokens, self.echo = seed, tokens, echo
@@ -165,7 +166,7 @@ class Run(Sampler[tuple[int, int]]):
             setattr(self, name, kept[name])
 
     def save(self) -> None:
-        """Write the checkpoint, whole or not at all."""
+        """Write the checkpoint atomically."""
         partial = self.out / "checkpoint.partial"
         kept = {name: getattr(self, name) for name in COUNTERS}
         kept |= {name: getattr(self, name).state_dict() for name in ("model", "optimizer")}
@@ -208,7 +209,7 @@ class Run(Sampler[tuple[int, int]]):
         return loss.detach(), right[CONTENT if LEVELS[self.level].needles else DRILL]
 
     def rise(self, length: int, right: Tensor) -> None:
-        """Go to the next level once accuracy at this one has passed, or patience is over."""
+        """Go to the next level once this one's accuracy is reached, or its patience is over."""
         if length == LEVELS[self.level].length:
             self.recent = 0.8 * self.recent + 0.2 * float(right)
         waited = bool(LEVELS[self.level].needles) and self.step - self.since >= PATIENCE
@@ -225,7 +226,7 @@ class Run(Sampler[tuple[int, int]]):
 
 
 def start_calm(model: HookedHybrid) -> None:
-    """Make each layer's write small, so that the residual stream starts calm; spread Mamba's dt."""
+    """Make each layer's write small, so that the stream starts small; spread Mamba's dt."""
     scale = (2 * model.cfg.n_layers) ** -0.5
     writes = ("o.weight", "linear_out.weight", "out_proj.weight", "down", "down.weight")
     with torch.no_grad():
@@ -236,7 +237,8 @@ def start_calm(model: HookedHybrid) -> None:
                 steps = torch.empty_like(parameter).uniform_(math.log(1e-3), math.log(0.1)).exp()
                 parameter.copy_(torch.log(torch.expm1(steps)))
             if name.endswith("a_param"):
-                # Griffin's decays of 0.9 and more smear the last words, by which attention finds.
+                # Griffin's decays of 0.9 and more mix the last words, by which attention finds its
+                # place.
                 rates = -torch.empty_like(parameter).uniform_(0.01, 0.97).log() / DECAY_STRENGTH
                 parameter.copy_(torch.log(torch.expm1(rates)))
 
@@ -272,7 +274,7 @@ def train(run: Run) -> None:
             if run.step >= args.steps:
                 break
             loss, right = run.train_step(_to(batch, args.device))
-            if run.step % 4 == 0:  # not every step: to look waits for the device
+            if run.step % 4 == 0:  # not every step: reading it waits for the device
                 run.rise(batch.tokens.shape[1], right)
             now = time.perf_counter()
             run.seconds, last = run.seconds + now - last, now
@@ -287,13 +289,15 @@ def main() -> None:
     """Train, and write the checkpoint in bf16."""
     args = parse()
     torch.set_num_threads(args.threads)
-    torch.set_float32_matmul_precision("high")  # of a GPU; a processor has no such mode
+    torch.set_float32_matmul_precision("high")  # of a GPU; a CPU has no such mode
     if (args.out / "model").exists():
-        raise SystemExit(f"{args.out} holds a finished run: give another folder")
+        raise SystemExit(f"{args.out} contains a finished run: give another folder")
     recipe = {name: value for name, value in vars(args).items() if name != "out"}
     kept = args.out / "recipe.json"
     if kept.exists() and json.loads(kept.read_text()) != recipe:
-        raise SystemExit(f"{args.out} holds a run of another recipe, {kept}: give another folder")
+        raise SystemExit(
+            f"{args.out} contains a run of another recipe, {kept}: give another folder"
+        )
     run = Run(args)
     kept.write_text(json.dumps(recipe, indent=2))
     train(run)

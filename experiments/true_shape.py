@@ -2,12 +2,12 @@
 
     python -m experiments.true_shape FOLDER [--n-pos 2112] [--dtype float32] [--step speed]
 
-Weights are random bf16, written by transformers itself (about 5.4 GB). Each step is a process of
-its own, so that its memory is its own: write; load with ours, with the peak of anonymous memory
-measured; the times of prefill and of a cached step, plain and with the top-2 heads kept (these
-two in `--dtype`: a CPU without bf16 instructions takes some five times as long in bf16); the
+Weights are random bf16, written by transformers itself (about 5.4 GB). Each step runs in its own
+process, so that its memory is measured alone: write; load with ours, with the peak of anonymous
+memory measured; the times of prefill and of a cached step, plain and with the top-2 heads kept
+(these two in `--dtype`: a CPU without bf16 instructions takes some five times as long in bf16); the
 logits of one prompt longer than the window, by both, compared. Needs the `test` extra. A stopped
-run continues with what is in FOLDER. `docs/measured/true_shape.json` holds the figures of a run.
+run continues in FOLDER. `docs/measured/true_shape.json` contains the figures of a run.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ STEP_NAMES = ("write", "load", "speed", "hf", "ours", "compare")
 
 
 def write(folder: Path, n_layers: int) -> None:
-    """Draw a model in bf16 and let transformers save it."""
+    """Make a random model in bf16 and save it with transformers."""
     from transformers import RecurrentGemmaConfig, RecurrentGemmaForCausalLM  # noqa: TID251
 
     torch.manual_seed(0)
@@ -146,7 +146,7 @@ def compute_logits(folder: Path, whose: str, n_pos: int) -> None:
 
 
 def compare(folder: Path, n_pos: int) -> None:
-    """Note the differences, and whether the argmax agrees wherever the margin is clear."""
+    """Record the differences, and whether the argmax agrees wherever the margin is clear."""
     hf, ours = (
         torch.load(folder / f"logits_{whose}_{n_pos}.pt", weights_only=True, mmap=True)
         for whose in ("hf", "ours")
@@ -175,7 +175,7 @@ def _anonymous_bytes() -> int:
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("RssAnon"):
             return int(line.split()[1]) * 1024
-    raise RuntimeError("this system does not tell a process's anonymous memory")
+    raise RuntimeError("this system does not report a process's anonymous memory")
 
 
 def _note(folder: Path, **figures: Any) -> None:
@@ -185,7 +185,7 @@ def _note(folder: Path, **figures: Any) -> None:
 
 
 def main() -> None:
-    """Run every step in a process of its own."""
+    """Run every step in its own process."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--n-pos", type=int, default=2112)

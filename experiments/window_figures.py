@@ -29,7 +29,7 @@ PLACES = (
 
 
 def settings(windows: pd.DataFrame, boundaries: pd.DataFrame) -> Figure:
-    """Return accuracy by window, and by layers that begin anew, with 95% intervals over needles."""
+    """Return accuracy by window, and by restarted layers, with 95% intervals over needles."""
     figure = new_figure(11.0, 4.6)
     left, right = figure.subplots(1, 2)
     for beyond, colour, label in ((False, BLUE, "inside"), (True, ORANGE, "beyond it")):
@@ -67,7 +67,7 @@ def _points(
 
 
 def trace(patched: pd.DataFrame, differences: pd.DataFrame) -> Figure:
-    """Return what patching restores with the window on and off, and how the streams differ."""
+    """Return the effects of patching with the window on and off, and the streams' differences."""
     figure = new_figure(13.0, 4.4)
     axes = figure.subplots(1, 3, width_ratios=(1, 1, 1.3))
     top = patched["logits"].abs().groupby([patched["window"], patched["place"]]).mean().max()
@@ -84,7 +84,7 @@ def trace(patched: pd.DataFrame, differences: pd.DataFrame) -> Figure:
     own = differences[differences["window"] == "on"]
     labels = _depths(own["depth"].nunique())
     for depth, label in enumerate(labels):
-        if depth:  # before layer 0 the needle is nowhere but at its own tokens
+        if depth:  # before layer 0 only the needle's own tokens differ
             part = own[own["depth"] == depth]
             smooth = part["difference"].rolling(15, center=True, min_periods=1).mean()
             last.plot(part["pos"], smooth, color=_shade(depth / (len(labels) - 1)), label=label)

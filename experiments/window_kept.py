@@ -1,4 +1,4 @@
-"""What the page on needles outside the window needs of tiny-griffin's tables.
+"""The figures of tiny-griffin's tables on the page on needles outside the window.
 
 Part of `python -m experiments.outside_window`; kept by
 
@@ -34,13 +34,13 @@ def write(out: Path, tables: dict[str, pd.DataFrame], unseen: int) -> None:
 
 
 def settings(tables: dict[str, pd.DataFrame], unseen: int) -> pd.DataFrame:
-    """Return `setting` and its figures of the boundaries, the patching and the streams.
+    """Return `setting` and its figures for the boundaries, the patching and the streams.
 
-    `accuracy` is that of layers that begin anew, a fraction. Of patching, means over pairs:
-    `logits` restored, and of all places between needle and last token (and all depths) the most,
-    positive or not; `total` the most of a pair that there is to restore, positive or not. `share`:
-    by how much of its length the stream after the last layer differs at most, of the positions from
-    `unseen` on, whose windows hold nothing of the needle.
+    `accuracy` is that with restarted layers, a fraction. Of patching, means over pairs: `logits`
+    restored, and their largest absolute value over all places between needle and last token and all
+    depths; `total` is the largest absolute value of a pair's total. `share` is the largest
+    difference of the stream after the last layer, relative to its norm, over positions from
+    `unseen` on, whose windows contain nothing of the needle.
     """
     rows: list[dict[str, Any]] = []
     for name, own in tables["boundaries"].groupby("setting", sort=False):

@@ -1,9 +1,9 @@
-"""Small windowed Griffins that recall from beyond their window, and by which way they do.
+"""Small windowed Griffins that recall from beyond their window, and the paths by which they do.
 
-Part of `python -m experiments.outside_window`. A sequence hides facts (a key and a value) in filler
-and ends with a key; the model says the value. Facts may stand several windows back. Whatever
-reaches the question passes every boundary between the two, so that layers which begin anew there
-show which ones carry it.
+Part of `python -m experiments.outside_window`. A sequence has facts (a key and a value) in filler
+and ends with a key, whose value the model must give. Facts may be several windows back. Information
+that reaches the question passes every boundary between the two, so that restarting layers there
+shows which ones carry it.
 """
 
 from __future__ import annotations
@@ -41,13 +41,13 @@ SEEDS = (0, 1, 2)
 N_EVAL = 400
 D_CONV = 4
 BINS = ("inside", "1 to 2 windows", "beyond 2")
-"""How far back a fact stands: within the question's window, then in windows."""
+"""Distance of a fact: within the question's window, then in windows."""
 GROUPS = ("fact", "near the fact", "near both", "near neither", "near the question", "question")
-"""Positions by what they can see or be seen by in one hop; see `groups`."""
+"""Groups of positions by what they see, or what sees them, in one hop; see `groups`."""
 
 
 class Case(NamedTuple):
-    """Sequences that end with one question, and where the fact asked for stands in each."""
+    """Sequences that end with one question, with the position of its fact in each."""
 
     tokens: Int[Tensor, "batch pos"]
     answers: Int[Tensor, " batch"]
@@ -65,7 +65,7 @@ class Case(NamedTuple):
 
     @property
     def bin(self) -> list[str]:
-        """How far back each fact stands, one of `BINS`."""
+        """The distance of each fact, one of `BINS`."""
         return [BINS[min(d // N_KEYS, 2)] for d in self.distance.tolist()]
 
 
@@ -78,7 +78,7 @@ def case(n: int, task: Task = TASK, seed: int = 0) -> Case:
 
 
 def trained(pattern: str, seed: int, out: Path, recipe: TrainingRecipe = RECIPE) -> HookedHybrid:
-    """Return a model trained on the task, or what a finished training left."""
+    """Return a model trained on the task, or that of a finished training."""
     cfg = small_config(pattern, TASK, d_model=D_MODEL, n_keys=N_KEYS)
     model = train(cfg, TASK, replace(recipe, seed=seed), out / f"{pattern}-{seed}")
     return model.requires_grad_(False)
@@ -97,7 +97,7 @@ def right(
     prefill: list[HookSpec] | None = None,
     generation: list[HookSpec] | None = None,
 ) -> Bool[Tensor, " batch"]:
-    """Return which questions are answered right; the question's token alone is generation."""
+    """Return whether each question is answered correctly; its token alone is generation."""
     new = model.generate(
         asked.tokens,
         1,
@@ -128,7 +128,7 @@ def layer_sets(model: HookedHybrid) -> dict[str, list[int]]:
 
 
 def cuts(model: HookedHybrid, asked: Case) -> Iterator[tuple[str, str, list[HookSpec]]]:
-    """Yield what is cut, the layers, and hooks for prefill and generation alike.
+    """Yield the name of each cut, its layers, and its hooks for prefill and generation.
 
     "boundary": nothing passes the middle between fact and question; "control": nothing passes a
     boundary before the fact; "edges": those from the fact's tokens (and the three after, whose
@@ -188,11 +188,11 @@ def groups(asked: Case) -> dict[str, Bool[Tensor, "batch pos"]]:
 
 @torch.no_grad()
 def traced(model: HookedHybrid, asked: Case) -> pd.DataFrame:
-    """Return what patching restores, by depth and group of positions.
+    """Return the effect of patching, by depth and group of positions.
 
-    The corrupted run has another value in the fact asked for. A row is a sequence, a depth and a
-    group: `gain` is how much the clean stream at these positions adds to the difference of the two
-    values' logits, of the `total` there is between the runs.
+    The corrupted run has another value in the question's fact. A row is a sequence, a depth and a
+    group: `gain` is the change, by the clean stream at these positions, of the difference of the
+    two values' logits; `total` is the change between the runs.
     """
     names = [f"blocks.{i}.hook_resid_pre" for i in range(model.cfg.n_layers)]
     names += [f"blocks.{model.cfg.n_layers - 1}.hook_resid_post"]
@@ -221,7 +221,7 @@ def traced(model: HookedHybrid, asked: Case) -> pd.DataFrame:
 
 
 def kept(path: Path, make: Callable[[], pd.DataFrame]) -> pd.DataFrame:
-    """Return a table from its file, made and written first if there is none."""
+    """Return a table from its file, after making it if there is none."""
     if not path.exists():
         with replacing(path) as temporary:
             make().to_csv(temporary, index=False)
@@ -229,7 +229,7 @@ def kept(path: Path, make: Callable[[], pd.DataFrame]) -> pd.DataFrame:
 
 
 def run(pattern: str, out: Path, n: int = N_EVAL) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Return `scored` and `traced` of each seed's model, which are trained first; both resume."""
+    """Return `scored` and `traced` of each seed's model, after training it; both resume."""
     scores: list[pd.DataFrame] = []
     traces: list[pd.DataFrame] = []
     for seed in SEEDS:

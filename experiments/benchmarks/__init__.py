@@ -1,4 +1,4 @@
 """Benchmarks of this library against `transformers` and Google's `recurrentgemma`.
 
-`python -m experiments.benchmarks --help` says how to run them.
+`python -m experiments.benchmarks --help` describes how to run them.
 """

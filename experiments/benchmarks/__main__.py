@@ -4,8 +4,8 @@
     python -m experiments.benchmarks --render
 
 Needs the `test` extra. The folder gets `figures.json` (every round of every measurement),
-`table.md` and `tokens_per_second.png`. A stopped run keeps what it has; `--only` replaces the
-figures of the cases it names and leaves the others.
+`table.md` and `tokens_per_second.png`. A stopped run keeps its figures; `--only` replaces the
+figures of the named cases only.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure, or only make table and picture again; prints the table."""
+    """Measure, or only make table and figure again; print the table."""
     args = parser().parse_args(arguments)
     failed = []
     if not args.render:

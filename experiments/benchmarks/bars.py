@@ -1,4 +1,4 @@
-"""What each benchmark should reach, and whether it does."""
+"""Targets (bars) of the benchmarks, and verdicts on them."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ WEIGHTS = "weights and largest tensor"
 SHORT = "at 512 tokens"
 SDPA = "SDPA, full mask"
 ALONE = ""
-"""The amount itself, compared with nothing."""
+"""The peer of an amount that is not compared."""
 
 FLOORS = {GEMM, READ, PLAIN, STEP, COPY, WEIGHTS, SHORT, ALONE}
-"""Where ours over theirs is shown, and should be small; elsewhere theirs over ours, to be large."""
+"""Peers for which ours over theirs is shown (smaller is better), else theirs over ours."""
 
 SLACK = 0.95
-"""The part of a bar at which it counts as held."""
+"""The share of a bar that must be reached for it to count as held."""
 
 
 @dataclass(frozen=True)
 class Bar:
-    """What a ratio to `peer` should reach, and what would be very good.
+    """The target of a ratio to `peer`, and a stretch target.
 
     Against a floor both are upper limits.
     """
@@ -95,12 +95,12 @@ class Row:
 
     @property
     def verdict(self) -> Verdict:
-        """Whether the bar is held."""
+        """The verdict on the bar."""
         return "" if self.bar is None else verdict(self.ratio, self.bar)
 
 
 def verdict(ratio: float, bar: Bar) -> Verdict:
-    """Return "stretch", "held" or "missed"; only the bar itself is given slack."""
+    """Return "stretch", "held" or "missed"; only the bar has a tolerance."""
     is_most = bar.peer in FLOORS
     if bar.stretch is not None and (ratio <= bar.stretch if is_most else ratio >= bar.stretch):
         return "stretch"

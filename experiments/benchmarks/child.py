@@ -1,4 +1,4 @@
-"""Steps that need a process of their own: what is cold, and how much memory is taken.
+"""Steps that need their own process: cold calls, and peaks of memory.
 
 `run_child(step, ...)` runs one and returns its figures. `transformers` is never imported there.
 """
@@ -28,7 +28,7 @@ def run_child(step: str, *arguments: object) -> dict[str, float]:
     """Run a step in a fresh process and return what it printed.
 
     Raises:
-        RuntimeError: it failed; the message holds what it wrote.
+        RuntimeError: it failed; the message contains its output.
     """
     threads = str(torch.get_num_threads())
     command = [sys.executable, "-m", "experiments.benchmarks.child", threads, step]
@@ -42,7 +42,7 @@ def run_child(step: str, *arguments: object) -> dict[str, float]:
 
 
 def prefill_memory(folder: str, length: str) -> dict[str, float]:
-    """Return the megabytes a prefill takes for a while, above the weights and its state."""
+    """Return the megabytes of temporary memory of a prefill, above the weights and its state."""
     model = _loaded(folder)
     warm, tokens = _tokens(16), _tokens(int(length))
     model(warm, return_type=None, return_state=True)
@@ -52,7 +52,7 @@ def prefill_memory(folder: str, length: str) -> dict[str, float]:
 
 
 def scan_memory(length: str) -> dict[str, float]:
-    """Return the megabytes the selective scan takes for a while, above inputs and output."""
+    """Return the megabytes of temporary memory of the selective scan, above inputs and output."""
     from experiments.benchmarks.cases.scans import D_INNER, D_STATE, selective_inputs
     from hooked_hybrid.network.scans.selective_scan import selective_scan
 
@@ -85,7 +85,7 @@ def load_ours(folder: str) -> dict[str, float]:
 
 
 def load_peak(folder: str) -> dict[str, float]:
-    """Return the peak of memory of `from_pretrained`, and what is allowed for these weights."""
+    """Return the peak memory of `from_pretrained`, and its limit for these weights."""
     _loaded("tiny-griffin")
     model, peak = peak_growth(lambda: _loaded(folder))
     sizes = [p.nbytes for p in model.parameters()]
@@ -114,9 +114,9 @@ STEPS: dict[str, Callable[..., dict[str, float]]] = {
 
 
 def peak_growth(work: Callable[[], T]) -> tuple[T, int]:
-    """Return what some work returns and the bytes of anonymous memory it takes at its peak.
+    """Return the result of some work, and its peak of anonymous memory in bytes.
 
-    What the allocator holds free is given back before, so that it does not hide anything.
+    The allocator's free memory is returned to the system first, so that it hides nothing.
     """
     _give_back()
     before = peak = anonymous_bytes()
@@ -141,12 +141,12 @@ def anonymous_bytes() -> int:
     """Return the memory of this process that is not a mapped file.
 
     Raises:
-        RuntimeError: the system does not tell.
+        RuntimeError: the system does not report it.
     """
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("RssAnon"):
             return int(line.split()[1]) * 1024
-    raise RuntimeError("this system does not tell a process's anonymous memory")
+    raise RuntimeError("this system does not report a process's anonymous memory")
 
 
 def _give_back() -> None:
@@ -178,7 +178,7 @@ def _with_seconds(work: Callable[[], T]) -> tuple[T, float]:
 
 
 def main() -> None:
-    """Run the step that the command line names, and print its figures."""
+    """Run the step named on the command line, and print its figures."""
     threads, step, *arguments = sys.argv[1:]
     torch.set_num_threads(int(threads))
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""What was measured, kept in one JSON file that is never half written."""
+"""The measurements, in one JSON file that is written atomically."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ OURS = "hooked_hybrid"
 
 @dataclass(frozen=True)
 class Measurement:
-    """One thing measured, for us and for those we are compared with.
+    """One measurement, of this library and its peers.
 
     Attributes:
         case: name of the benchmark it belongs to.
         what: unique in the case.
-        values: one a round, by who did it; `OURS` is the library.
+        values: one a round, by implementation; `OURS` is this library.
         unit: of the values: "s" for seconds, "MB" for megabytes.
         length: tokens of the prompt, for the plot; None if there is none.
         note: a remark for readers.
@@ -45,7 +45,7 @@ class Figures:
     measurements: tuple[Measurement, ...] = ()
 
     def with_one(self, new: Measurement) -> Figures:
-        """Return the figures with a measurement added, or replaced where it was there."""
+        """Return the figures with a measurement added or replaced."""
         old = self.measurements
         at = [i for i, m in enumerate(old) if (m.case, m.what) == (new.case, new.what)]
         if at:
@@ -53,7 +53,7 @@ class Figures:
         return Figures(self.machine, (*old, new))
 
     def with_only(self, case: str, whats: Iterable[str]) -> Figures:
-        """Return the figures without what a case no longer measures."""
+        """Return the figures without the measurements that a case no longer makes."""
         wanted = set(whats)
         kept = tuple(m for m in self.measurements if m.case != case or m.what in wanted)
         return Figures(self.machine, kept)
@@ -64,7 +64,7 @@ class Figures:
 
 
 def read_figures(folder: Path) -> Figures:
-    """Return what a folder holds; nothing if there is no file."""
+    """Return the figures in a folder; empty if there is no file."""
     path = folder / FILE
     if not path.exists():
         return Figures()

@@ -71,7 +71,7 @@ def _products_of(part: Part, n_pos: int) -> Iterator[Product]:
 
 
 def gemm_floor(wanted: Sequence[Product]) -> Callable[[], None]:
-    """Return work that computes the products, `PIECE` rows at a time, into memory it has."""
+    """Return work that computes the products, `PIECE` rows at a time, into preallocated memory."""
     biggest = max(p.d_in * p.blocks for p in wanted), max(p.d_out * p.blocks for p in wanted)
     a, out = torch.randn(PIECE * biggest[0]), torch.empty(PIECE * biggest[1])
     weights = [torch.randn(p.blocks, p.d_in, p.d_out) for p in wanted]
@@ -96,7 +96,7 @@ def pieces(n: int) -> Iterator[int]:
 
 
 def _expert_rows(model: HookedHybrid, tokens: Tensor, mlp: str) -> list[int]:
-    """Return how many tokens each chosen expert computes, for the experts at `mlp`."""
+    """Return the number of tokens of each chosen expert, for the experts at `mlp`."""
     name = f"{mlp}.hook_expert_indices"
     _, cache = model.run_with_cache(tokens, return_type=None, names_filter=name)
     return [n for n in cache[name].flatten().bincount().tolist() if n]
@@ -135,7 +135,7 @@ LAYOUTS: tuple[Layout, ...] = (_by_rows, _by_columns, _by_two_rows)
 def _fastest(d_in: int, d_out: int) -> Layout:
     """Return the layout in which a matrix of this shape is read fastest, from memory."""
     size = d_in * d_out
-    memory = torch.ones(max(2, 2**24 // size), size)  # more than the caches hold
+    memory = torch.ones(max(2, 2**24 // size), size)  # more than fits in the caches
     times = {}
     for layout in LAYOUTS:
         works = [layout(weight, d_in) for weight in memory[:512]]

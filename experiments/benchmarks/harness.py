@@ -1,4 +1,4 @@
-"""Runs benchmarks one after another and keeps each figure as soon as there is one."""
+"""Running benchmarks one after another; each figure is stored as soon as it is measured."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from experiments.benchmarks.report import ratio_text, write_table
 def run(
     out: Path, options: Options, only: Sequence[str] = (), cases: Mapping[str, Case] = CASES
 ) -> list[str]:
-    """Run the cases named, or all, into a folder; what it holds of others stays.
+    """Run the named cases, or all, into a folder; figures of other cases are kept.
 
     Returns:
-        The names of the cases that failed, with what each says on the standard error.
+        The names of the cases that failed; their errors are printed on the standard error.
 
     Raises:
         ValueError: a name that is not a case.
@@ -45,7 +45,7 @@ def run(
             run_case(out, name, options, cases)
         except NotInstalledError as error:
             print(error, file=sys.stderr, flush=True)
-        except Exception:  # the others are worth having
+        except Exception:  # the other cases still run
             traceback.print_exc()
             failed.append(name)
         print(f"{name}: {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
@@ -53,7 +53,7 @@ def run(
 
 
 def run_case(out: Path, name: str, options: Options, cases: Mapping[str, Case] = CASES) -> None:
-    """Run one case and keep each of its figures at once; drop those it no longer measures."""
+    """Run one case and store each of its figures at once; drop those it no longer measures."""
     done = []
     with torch.no_grad():
         for measured in cases[name](options):
@@ -75,20 +75,20 @@ def in_order(figures: Figures, cases: Mapping[str, Case]) -> Figures:
 
 
 def render(out: Path) -> str:
-    """Make table and picture from what a folder holds, and return the table.
+    """Make table and figure from the figures in a folder, and return the table.
 
     Raises:
-        ValueError: there is nothing to make them from.
+        ValueError: the folder has no figures.
     """
     figures = read_figures(out)
     if not figures.measurements:
-        raise ValueError(f"{out} holds no figures: run the benchmarks first")
+        raise ValueError(f"{out} contains no figures: run the benchmarks first")
     write_plot(out, figures)
     return write_table(out, figures)
 
 
 def say(measured: Measurement) -> None:
-    """Show a measurement on the standard error."""
+    """Print a measurement on the standard error."""
     for row in rows(measured):
         verdict = f"  {row.verdict}" if row.verdict else ""
         text = f"{measured.case}, {measured.what}: {ratio_text(row, row.ratio)}"

@@ -1,4 +1,4 @@
-"""The machine: what it is, and how fast its products and its memory are."""
+"""The machine: its description, and the speed of its matrix products and memory."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ READ_SHAPES = ((512, 3072), (1536, 512), (512, 512), (512, 8192))
 
 
 def described() -> dict[str, Any]:
-    """Return what the machine and its software are, without measuring."""
+    """Return the description of the machine and its software, without measuring."""
     return {
         "cpu": _cpu(),
         "cores": os.cpu_count(),
@@ -46,13 +46,13 @@ def _versions() -> dict[str, str]:
 
 
 def provenance() -> dict[str, str]:
-    """Return the date and the commit, with a plus where files differ from it."""
+    """Return the date and the commit, with a plus if files differ from it."""
     now = datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %z")
     return {"date": now, "commit": commit()}
 
 
 def commit_and_day() -> str:
-    """Return the commit and the day as marks of pages have them: "1a2b3c4+, 2026-11-30"."""
+    """Return the commit and the day as in marks of pages: "1a2b3c4+, 2026-11-30"."""
     return f"{commit()}, {datetime.now().astimezone():%Y-%m-%d}"
 
 

@@ -1,7 +1,7 @@
 """The models that are measured: ours, and the peers' with the same weights.
 
-The peers run as they come: attention and experts by what `transformers` chooses for itself, and
-Google's Griffin without gradient checkpointing. Every one is fp32, but for the case bf16.
+The peers run with their defaults: attention and experts as chosen by `transformers`, and Google's
+Griffin without gradient checkpointing. All are fp32, except in the case bf16.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ FIRST_WORD = 3
 
 @dataclass(frozen=True)
 class Family:
-    """One model in our code and in transformers', and in Google's where that can hold it."""
+    """One model in our code and in transformers', and in Google's if it supports it."""
 
     name: str
     ours: HookedHybrid
@@ -82,14 +82,14 @@ def jamba_mid() -> Family:
 
 
 def rg_peer() -> Any:
-    """Return RG mid as transformers has it."""
+    """Return RG mid in transformers."""
     from transformers import RecurrentGemmaConfig, RecurrentGemmaForCausalLM  # noqa: TID251
 
     return _ready(RecurrentGemmaForCausalLM(RecurrentGemmaConfig(**RG_MID)))
 
 
 def jamba_peer() -> Any:
-    """Return Jamba mid as transformers has it."""
+    """Return Jamba mid in transformers."""
     from transformers import JambaConfig, JambaForCausalLM  # noqa: TID251
 
     return _ready(JambaForCausalLM(JambaConfig(**JAMBA_MID)))
@@ -108,9 +108,9 @@ def _ready(hf: Any) -> Any:
 
 @torch.no_grad()
 def randomise(model: nn.Module, seed: int = 0) -> None:
-    """Draw matrices that keep the size of what passes through, and decays of 0.02 to 0.999.
+    """Draw matrices that preserve the size of activations, and decays of 0.02 to 0.999.
 
-    Norms, `A_log` and `D` stay as the model's own constructor sets them.
+    Norms, `A_log` and `D` keep the values of the model's constructor.
     """
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
@@ -124,7 +124,7 @@ def randomise(model: nn.Module, seed: int = 0) -> None:
 
 
 def _google_griffin(hf: Any) -> nn.Module:
-    """Return the same model as Google's code has it; it counts a window without the query."""
+    """Return the same model in Google's code, which counts a window without the query."""
     references: Any = importlib.import_module("tests.references")
     google, cfg = references.google(), hf.config
     kinds = google.TemporalBlockType
@@ -145,7 +145,7 @@ def _google_griffin(hf: Any) -> nn.Module:
     return griffin
 
 
-# --- what each of them does ------------------------------------------------------------------
+# --- the work of each ------------------------------------------------------------------------
 
 
 def ours_prefill(model: HookedHybrid, tokens: Tensor) -> tuple[Tensor, HybridState]:
@@ -156,7 +156,7 @@ def ours_prefill(model: HookedHybrid, tokens: Tensor) -> tuple[Tensor, HybridSta
 
 @cache
 def cache_keyword(kind: type[nn.Module]) -> str:
-    """Return the keyword of `kind`'s forward that takes a cache: another one since 5.24."""
+    """Return the keyword of `kind`'s forward for a cache, which changed in 5.24."""
     return "cache" if "cache" in inspect.signature(kind.forward).parameters else "past_key_values"
 
 
@@ -190,7 +190,7 @@ def google_logits(griffin: nn.Module, tokens: Tensor) -> Tensor:
 def ours_steps(model: HookedHybrid, tokens: Tensor, n: int, rows: int = 1) -> Callable[[], Tensor]:
     """Return work that decodes `n` more tokens a row after the prompt and gives the last logits.
 
-    Each call goes on where the one before stopped.
+    Each call continues where the previous one stopped.
     """
     state = ours_prefill(model, tokens)[1]
     state = state if rows == 1 else state.fork(rows)

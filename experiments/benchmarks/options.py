@@ -15,8 +15,8 @@ class Options:
 
     Attributes:
         scratch: folder for checkpoints that are written to be loaded.
-        rounds: kept, of every case; None leaves it to each case.
-        quick: one round of small sizes: whether it runs, not how fast.
+        rounds: kept, of every case; None is each case's own number.
+        quick: one round of small sizes, to test that it runs.
         models: of the sweep, "mid" or packaged ones.
     """
 
@@ -26,7 +26,7 @@ class Options:
     models: tuple[str, ...] = ("mid",)
 
     def n_rounds(self, usual: int) -> int:
-        """Return how many rounds to keep."""
+        """Return the number of rounds to keep."""
         if self.rounds is not None:
             return self.rounds
         return QUICK_ROUNDS if self.quick else usual

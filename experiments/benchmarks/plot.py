@@ -41,7 +41,7 @@ def speeds(figures: Figures, case: str, name: str) -> list[Point]:
 
 
 def plot(figures: Figures) -> Any:
-    """Return the picture: a panel for each family, a line for each implementation."""
+    """Return the figure: a panel for each family, a line for each implementation."""
     figure = new_figure(10.0, 4.2)
     axes = figure.subplots(1, len(PANELS), squeeze=False)[0]
     for axis, (case, title) in zip(axes, PANELS.items(), strict=True):
@@ -76,7 +76,7 @@ def _finish(axis: Any, title: str, lengths: list[int]) -> None:
 
 
 def write_plot(folder: Path, figures: Figures) -> Path:
-    """Write the picture into a folder and return its path."""
+    """Write the figure to a folder and return its path."""
     path = folder / FILE
     with replacing(path) as temporary:
         plot(figures).savefig(temporary, dpi=150, format="png")

@@ -1,4 +1,4 @@
-"""The table of ratios, made from what was measured."""
+"""The table of ratios, made from the measurements."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def _kind(row: Row) -> str:
 
 
 def limit_text(bar: Bar, limit: float) -> str:
-    """Return a bar: at most so much of a floor, at least so much faster than a peer."""
+    """Return a bar as text: at most a multiple of a floor, or at least a factor over a peer."""
     return f"{'≤' if bar.peer in FLOORS else '≥'} {limit:.3g}"
 
 

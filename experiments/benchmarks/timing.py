@@ -1,4 +1,4 @@
-"""Timing several ways to do one thing, round by round, so that a slow minute hits all of them."""
+"""Timing several ways to do one thing, round by round, so that a slow minute affects them all."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ Work = Callable[[], Any]
 T = TypeVar("T")
 
 SHORTEST = 0.05
-"""Seconds of one timed stretch at least: shorter work is repeated."""
+"""Least seconds of one timed stretch: shorter work is repeated."""
 TOLERANCE = 1e-4
 """Largest difference of two results, over the largest entry, with which they count as equal."""
 
 
 class DisagreementError(Exception):
-    """Two competitors do not compute the same, so that their times would not compare."""
+    """Two implementations compute different results, so that their times are not comparable."""
 
 
 def interleaved(
@@ -37,16 +37,16 @@ def interleaved(
 ) -> dict[str, list[float]]:
     """Return the seconds of each work in each round.
 
-    Garbage is collected in between. A first round warms up, is not kept, and says how often to
-    repeat short work. Who begins changes from round to round.
+    Garbage is collected in between. The first round warms up, determines how often short work is
+    repeated, and is not kept. The order changes from round to round.
 
     Args:
         works: what to time, by name.
-        rounds: how many to keep.
+        rounds: number of rounds to keep.
         what: shown with the progress.
-        check: given what the works returned in the first round; raises where they disagree.
-        shortest: seconds of a timed stretch at least.
-        read: the seconds so far; None for `clock`, which sees this process alone.
+        check: called with the works' results of the first round; raises an error if they disagree.
+        shortest: least seconds of a timed stretch.
+        read: the seconds so far; None for `clock`, which counts this process only.
     """
     names = list(works)
     results, times = {}, {}
@@ -68,7 +68,7 @@ def interleaved(
 def timed(
     work: Work, repeats: int = 1, read: Callable[[], float] | None = None
 ) -> tuple[Any, float]:
-    """Return what some work returns and the seconds it takes by `read`, else by `clock`."""
+    """Return the result of some work and its seconds by `read`, else by `clock`."""
     read = read or clock
     start = read()
     for _ in range(repeats - 1):
@@ -78,7 +78,7 @@ def timed(
 
 
 def clock() -> float:
-    """Return the seconds so far: the processor's where one thread works, else the wall's.
+    """Return the seconds so far: of the processor if one thread works, else of the wall clock.
 
     The two are the same on an idle machine; on a shared one, the first leaves out other programs.
     """
@@ -87,7 +87,7 @@ def clock() -> float:
 
 @contextmanager
 def no_collector() -> Iterator[None]:
-    """Collect no garbage by itself in a `with` block, and what is there already never."""
+    """Disable automatic garbage collection in a `with` block, and freeze existing objects."""
     gc.collect()
     gc.freeze()
     gc.disable()
@@ -99,7 +99,7 @@ def no_collector() -> Iterator[None]:
 
 
 def check_equal(results: Mapping[str, Any], tolerance: float = TOLERANCE) -> None:
-    """Raise where two tensors differ; what is not a tensor is left out.
+    """Raise an error if two tensors differ; other values are not compared.
 
     Raises:
         DisagreementError: the difference over the largest entry is above `tolerance`.
@@ -118,5 +118,5 @@ def check_equal(results: Mapping[str, Any], tolerance: float = TOLERANCE) -> Non
 
 
 def progress(items: Iterable[T], what: str = "", unit: str = "round") -> Iterable[T]:
-    """Show on the standard error how far a loop is, where somebody is looking."""
+    """Show the progress of a loop on the standard error, if it is a terminal."""
     return tqdm(items, desc=what, unit=unit, file=sys.stderr, leave=False, disable=None)

@@ -1,1 +1,1 @@
-"""Other people's results and the same measure on the packaged models, one file an experiment."""
+"""Published results, and the same measures on the packaged models, one file an experiment."""

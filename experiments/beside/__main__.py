@@ -1,10 +1,10 @@
-"""Run an experiment, or all of them, on a model, and put the findings together.
+"""Run an experiment, or all of them, on a model, and collect the findings.
 
     python -m experiments.beside NAME --model tiny-griffin --out results/beside
     python -m experiments.beside all --model tiny-griffin --model tiny-jamba --out results/beside
 
-What is done is not run again, and an experiment that was stopped goes on from where it was.
-`findings.md` in the folder has one line a finding.
+Finished experiments are not run again, and a stopped one continues where it was. `findings.md` in
+the folder has one line for each finding.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ NAMES = (
     "share",
 )
 MODEL_FREE = ("window", "share")
-"""Experiments that the packaged models have no part in: their folder is that of all models."""
+"""Experiments that do not use the packaged models: their folder is shared by all models."""
 HEAD = "| experiment | published | model | ours | the packaged model |\n|---|---|---|---|---|"
 
 
@@ -42,11 +42,11 @@ def experiment_of(name: str) -> Experiment:
 
 
 def run_one(name: str, model: str, out: Path) -> None:
-    """Run an experiment on a model, if it has not been; write its finding, table and picture.
+    """Run an experiment on a model unless it is finished; write its finding, table and figure.
 
     Raises:
-        ValueError: the folder holds the finding of another model of this name, or of one that
-            cannot be known.
+        ValueError: the folder contains the finding of another model of this name, or of an
+            unidentified one.
     """
     folder = folder_of(name, model, out)
     hybrid = HookedHybrid.from_pretrained(model).requires_grad_(False)
@@ -55,8 +55,8 @@ def run_one(name: str, model: str, out: Path) -> None:
         before = json.loads((folder / "finding.json").read_text(encoding="utf-8"))
         if about.keys() - before.keys():
             raise ValueError(
-                f"{folder} holds a finding that does not say of which weights: give another --out, "
-                "nothing is overwritten"
+                f"{folder} contains a finding of unidentified weights: give another --out, "
+                f"nothing is overwritten"
             )
         if changed := changes({key: before[key] for key in about}, about):
             raise ValueError(refusal(folder, "finding", changed))
@@ -69,7 +69,7 @@ def run_one(name: str, model: str, out: Path) -> None:
 
 
 def folder_of(name: str, model: str, out: Path) -> Path:
-    """Return where the finding of an experiment on a model lies."""
+    """Return the folder of the finding of an experiment on a model."""
     return out / ("trained" if name in MODEL_FREE else Path(model).name) / name
 
 
@@ -86,7 +86,7 @@ def report(out: Path) -> str:
 
 
 def main() -> None:
-    """Run what the command line names."""
+    """Run the experiments named on the command line."""
     parser = argparse.ArgumentParser(
         "experiments.beside", description=(__doc__ or "").splitlines()[0]
     )

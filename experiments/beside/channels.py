@@ -1,4 +1,4 @@
-"""A small share of recurrent channels cut, chosen in three ways, and as many at random."""
+"""Cutting a small share of recurrent channels, chosen in three ways, and as many at random."""
 
 from __future__ import annotations
 
@@ -29,18 +29,18 @@ from hooked_hybrid.niah.settings.papers import WHOLE
 from hooked_hybrid.niah.settings.static import other_prompts
 
 GROUPS, SCORED_ON, DRAWS = 16, 2, 3
-"""Groups of neighbouring channels in a layer; needles they are scored on; random sets."""
+"""Number of groups of adjacent channels in a layer; of needles for scores; of random sets."""
 SHARES = (0.05, 0.1, 0.2)
 GATES = ("hook_ssm_dt", "hook_input_gate")
-"""What lets a token into the state, in a recurrence that has it."""
+"""Leaves of the gates that admit a token to the state."""
 
 
 def cut_channels(groups: Sequence[tuple[int, int]], n_groups: int = GROUPS) -> list[HookSpec]:
-    """Zero all that groups of channels of recurrences give to the output projection.
+    """Zero the inputs of the output projection from groups of recurrent channels.
 
     Args:
         groups: (layer, group).
-        n_groups: equal groups of neighbouring channels in a layer.
+        n_groups: equal groups of adjacent channels in a layer.
     """
     by_layer: dict[int, list[int]] = {}
     for layer, group in groups:
@@ -57,7 +57,7 @@ def cut_channels(groups: Sequence[tuple[int, int]], n_groups: int = GROUPS) -> l
 
 
 def boundary_scores(model: HookedHybrid, tokens: Tensor) -> GroupScores:
-    """Return how much wider each group's gate is open at BOS than elsewhere; the source's probe."""
+    """Return how much larger each group's gate is at BOS than elsewhere, the source's probe."""
     layers = model.cfg.recurrent_layers
     points = [(i, f"blocks.{i}.mixer.{gate}") for i in layers for gate in GATES]
     names = {i: point for i, point in points if point in model.hook_dict}
@@ -71,7 +71,7 @@ def boundary_scores(model: HookedHybrid, tokens: Tensor) -> GroupScores:
 
 
 def direct_scores(model: HookedHybrid, prompts: Sequence[Prompt]) -> GroupScores:
-    """Return the log-probability of copied tokens (nats, in all) lost without each group."""
+    """Return the total log-probability (nats) of copied tokens lost without each group."""
     layers = model.cfg.recurrent_layers
     lost = torch.zeros(len(layers), GROUPS)
     for copied in copies(model, prompts, verbose=False):

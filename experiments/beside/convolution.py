@@ -1,4 +1,4 @@
-"""Taps of the short convolution cut at one layer: what induction and retrieval lose."""
+"""Cutting taps of the short convolution of a layer: the loss of induction and retrieval."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ from hooked_hybrid.runs.intervals import SHARE, mean_interval
 
 
 def cut_taps(model: HookedHybrid, layer: int, lags: Sequence[int]) -> list[HookSpec]:
-    """Take some inputs out of a layer's short convolution, at every position.
+    """Remove some inputs from a layer's short convolution, at every position.
 
-    They follow a sequence from its first position through pieces and steps, a row at a time; what
-    the state keeps does not change. Without padding only.
+    The hooks follow a sequence from its first position through pieces and steps, a row at a time;
+    the state does not change. Inputs must have no padding.
 
     Args:
         model: whose taps are taken.
         layer: with a recurrence.
-        lags: how far back the inputs stand; 0 is the current one.
+        lags: distances of the inputs in positions; 0 is the current one.
 
     Raises:
-        ValueError: a lag that the convolution does not have; a run that goes on from a state that
-            was read without these hooks.
+        ValueError: a lag that the convolution does not have; a run that continues from a state made
+            without these hooks.
     """
     taps = model.blocks[layer].recurrence.conv.weight.detach()  # [d_conv channel], last is current
     n_past = len(taps) - 1
@@ -49,7 +49,7 @@ def cut_taps(model: HookedHybrid, layer: int, lags: Sequence[int]) -> list[HookS
     def read(u: Tensor, hook: HookPoint) -> None:
         rows, first = hook.run.rows.tolist(), hook.run.query_pos[:, 0].tolist()
         if lost := [row for row, pos in zip(rows, first, strict=True) if pos and row not in past]:
-            raise ValueError(f"rows {lost} go on from a state that was read without these hooks")
+            raise ValueError(f"rows {lost} continue from a state that was made without these hooks")
         zeros = u.new_zeros(n_past, u.shape[2])
         before = [past[r] if pos else zeros for r, pos in zip(rows, first, strict=True)]
         seen[:] = [torch.cat([torch.stack(before), u], dim=1)]
@@ -70,9 +70,9 @@ def cut_taps(model: HookedHybrid, layer: int, lags: Sequence[int]) -> list[HookS
 def induction(
     model: HookedHybrid, hooks: Sequence[HookSpec], n: int = 50, batch: int = 32
 ) -> Tensor:
-    """Return where the next token is right in the second copy of `n` random tokens: [batch n - 1].
+    """Return where the second copy of `n` random tokens is predicted correctly: [batch n - 1].
 
-    The tokens of a copy are distinct, each row has its own.
+    The tokens of a copy are distinct, and differ between rows.
     """
     rng = torch.Generator().manual_seed(0)
     bos_id = model.cfg.bos_token_id or 0
@@ -129,7 +129,7 @@ def run(bench: Bench) -> Finding:
         + f"); single taps that do: {', '.join(single['setting']) or 'none'}"
     )
     at_one = len(layers) == 1 and list(single["setting"]) == [f"{layers[0]}, tap 1 back"]
-    # Every other tap, and every other layer, must leave half for certain.
+    # Every other tap and layer must leave half, with its whole interval.
     others = measured[~falls & (is_single | ~cut["setting"].str.startswith(tuple(layers)))]
     if at_one and leaves_half(others, base["induction"]).all():
         return Finding("shows it", ours, table)

@@ -1,4 +1,4 @@
-"""How few heads retrieve: the best cut, as many others cut, the best alone, and every other set."""
+"""How few heads retrieve: cutting the best or as many others, keeping only the best, other sets."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ from hooked_hybrid.niah.settings.setting import Setting
 from hooked_hybrid.niah.settings.static import other_prompts
 
 WHOLLY = (4, 5)
-"""Sizes of sets of which every one within a layer is cut, and kept."""
+"""Sizes of the sets within a layer that are all cut, and all kept."""
 SCORED_ON, DRAWS, RETRIEVES = 4, 3, 0.1
-"""Needles that heads are scored on; random sets; score from which the source counts a head."""
+"""Number of needles for scores; of random sets; score from which the source counts a head."""
 
 
 def every_set(cfg: HybridConfig, ranked: Sequence[tuple[int, int]]) -> tuple[int, list[Setting]]:
-    """Return the layer of most of the best heads, and all its sets of so many cut, or kept alone.
+    """Return the layer with most of the best heads, and settings with each of its sets cut or kept.
 
-    Whether a score finds heads, or only their layer, shows where the best stand among these.
+    The rank of the best heads among these sets shows whether a score finds heads, or only a layer.
     """
     best = [layer for layer, _ in ranked[: max(WHOLLY)]]
     layer = max(set(best), key=best.count)
@@ -55,7 +55,7 @@ def every_set(cfg: HybridConfig, ranked: Sequence[tuple[int, int]]) -> tuple[int
 
 
 def _among(table: pd.DataFrame, word: str, n: int) -> str:
-    """Return where the best so many stand among all such sets of their layer."""
+    """Return the rank of the best `n` among all sets of `n` in their layer, in words."""
     rows = named(table, f"{word} {n} of layer")["accuracy"]
     (best,) = named(table, f"{word} the best {n}")["accuracy"]
     worse = int((rows < best - 1e-9).sum()) if word == "keep" else int((rows > best + 1e-9).sum())

@@ -1,4 +1,4 @@
-"""What the experiments have in common: prompts, measures, and what one of them comes to."""
+"""The common frame of the experiments: prompts, measures and findings."""
 
 from __future__ import annotations
 
@@ -27,9 +27,10 @@ if TYPE_CHECKING:
 
 Verdict = Literal["shows it", "does not show it", "cannot say"]
 LENGTH, DEPTHS = 160, (0.0, 0.5)
-"""Of the prompts: in every packaged model the needle is within the window to the answer's end."""
+"""Length of the prompts: the needle stays in every packaged model's window to the answer's end."""
 HARMLESS, HARMFUL = 0.9, 0.5
-"""Shares of the whole model's accuracy: a cut that keeps 90% does no harm, one below half does.
+"""Shares of the whole model's accuracy: a cut that keeps 90% is harmless, one below half is
+harmful.
 
 Each with its interval, see `spares` and `harms`.
 """
@@ -37,13 +38,13 @@ Each with its interval, see `spares` and `harms`.
 
 @dataclass(frozen=True)
 class Finding:
-    """What an experiment came to on one model.
+    """The result of an experiment on one model.
 
     Attributes:
-        verdict: whether the packaged model shows what was claimed of another one; it says nothing
-            about that one.
-        ours: our figures, in words, to be read with the published ones.
-        table: one row a setting, with its figures; see `Bench.measure`.
+        verdict: whether the packaged model shows what was claimed of another one; it is not about
+            that one.
+        ours: our figures in words, for comparison with the published ones.
+        table: one row for each setting, with its figures; see `Bench.measure`.
     """
 
     verdict: Verdict
@@ -53,14 +54,14 @@ class Finding:
 
 @dataclass(frozen=True)
 class Bench:
-    """A model with its prompts, and a folder in which unfinished sweeps are kept.
+    """A model with its prompts, and a folder for unfinished sweeps.
 
     Args:
         model: packaged, or any with a tokenizer that answers the prompts.
         folder: of the experiment.
-        n_needles: the paper's needle and so many less one held-out ones, two or more: intervals
-            are of needles.
-        n_texts: texts on which the loss is taken.
+        n_needles: the paper's needle and `n_needles - 1` held-out ones; at least 2, as intervals
+            are over needles.
+        n_texts: texts on which the loss is measured.
     """
 
     model: HookedHybrid
@@ -78,7 +79,7 @@ class Bench:
 
         Columns: `setting`; `accuracy` (mean graded score / 5) with its 95% interval `low`, `high`
         over needles; `more`, the loss of text above the first setting's, in nats a token, with
-        `more_low`, `more_high` over texts. A stopped sweep is gone on with.
+        `more_low`, `more_high` over texts. A stopped sweep is continued.
         """
         cells = niah(self.model, self.prompts(), settings, out=self.folder / "cells", resume=True)
         texts = text_loss(self.model, settings, LENGTH, self.n_texts)
@@ -89,10 +90,10 @@ class Bench:
 
 @dataclass(frozen=True)
 class Experiment:
-    """One claim of others, and how it is tried here.
+    """A published claim, and its experiment here.
 
-    `run` measures on a bench; `column` is what its picture shows, with its interval in the columns
-    `low` and `high`, or in those named after it, of settings without `undrawn` in their name.
+    `run` measures on a bench; `column` is shown in the figure, with its interval in the columns
+    `low` and `high`, or in those named after it, for settings without `undrawn` in their name.
     """
 
     claim: str
@@ -110,7 +111,7 @@ def both(name: str, hooks: Iterable[HookSpec], **spec: Any) -> Setting:
 
 
 def accuracies(table: pd.DataFrame, prefix: str) -> pd.Series:
-    """Return the accuracies of settings whose name begins so, relative to the first setting's."""
+    """Return the accuracies of settings with a prefix, relative to the first setting's."""
     chosen = table["setting"].str.startswith(prefix)
     return table.loc[chosen].set_index("setting")["accuracy"] / table["accuracy"].iloc[0]
 
@@ -136,13 +137,13 @@ def _words(rows: pd.DataFrame, claimed: Claimed, base: float) -> pd.Series:
 
 
 def verdict(word: Word) -> Verdict:
-    """Return what is said of a claim by what `hooked_hybrid.runs.verdicts` makes of it."""
+    """Return the verdict for a word of `hooked_hybrid.runs.verdicts`."""
     said: dict[Word, Verdict] = {HOLDS: "shows it", FAILS: "does not show it", OPEN: "cannot say"}
     return said[word]
 
 
 def named(table: pd.DataFrame, prefix: str) -> pd.DataFrame:
-    """Return the rows of settings whose name begins so."""
+    """Return the rows of settings with a prefix."""
     return table[table["setting"].str.startswith(prefix)]
 
 
@@ -152,9 +153,9 @@ def interval(row: pd.Series) -> str:
 
 
 def picture(finding: Finding, experiment: Experiment, title: str) -> Figure:
-    """Return one line a setting: the measure with its 95% interval.
+    """Return a figure with one line for each setting: the measure with its 95% interval.
 
-    Ratios far apart stand on a logarithmic axis, shares (none above 1) never do.
+    Ratios far apart are on a logarithmic axis, shares (none above 1) never are.
     """
     column, table = experiment.column, finding.table
     if experiment.undrawn:
@@ -190,9 +191,9 @@ def save(
     folder: Path,
     about: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write `table.csv`, the picture and, when all is there, `finding.json`.
+    """Write `table.csv`, the figure and finally `finding.json`.
 
-    `about` is kept in it: what the finding depends on.
+    `about`, everything that the finding depends on, is stored in it.
     """
     with replacing(folder / "table.csv") as temporary:
         finding.table.to_csv(temporary, index=False)

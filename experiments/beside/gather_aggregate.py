@@ -1,7 +1,7 @@
-"""One head disabled at a time, and which heads gather and which aggregate, by their patterns.
+"""Disabling one head at a time, and labelling gather and aggregate heads by their patterns.
 
-A gather head reads a segment (here the needle's sentence) from its last token; an aggregate head
-reads such last tokens from where the answer is written.
+A gather head attends from a segment's last token (here of the needle's sentence) to the segment; an
+aggregate head attends from the answer to such last tokens.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from hooked_hybrid.analysis.watching import no_totals
 from hooked_hybrid.niah.settings.papers import head_settings
 
 LABEL = 0.5
-"""A head has a label from this share of its weight on."""
+"""Share of a head's weight from which it has a label."""
 
 
 def is_pattern(name: str) -> bool:
@@ -23,7 +23,7 @@ def is_pattern(name: str) -> bool:
 
 
 def roles(bench: Bench) -> pd.DataFrame:
-    """Return the mean weight of every head on four places, of prompts with their answer written.
+    """Return the mean weight of every head on four places, for prompts with their answer.
 
     "gather": from the needle's last token to the rest of its sentence; "before": from there to as
     many tokens before the sentence, a control. "aggregate": from where tokens of the answer are
@@ -51,7 +51,7 @@ def roles(bench: Bench) -> pd.DataFrame:
 
 
 def run(bench: Bench) -> Finding:
-    """Disable every head by itself, and label it."""
+    """Disable every head alone, and label it."""
     table = bench.measure(head_settings(bench.model.cfg)).merge(roles(bench), how="left")
     heads = table.iloc[1:]
     worst = heads.loc[heads["accuracy"].idxmin()]

@@ -1,4 +1,4 @@
-"""All recurrences removed, or all attention: by what the perplexity of text is multiplied."""
+"""Removing all recurrences, or all attention: the factor on the perplexity of text."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from hooked_hybrid.niah.settings.papers import layer_settings
 from hooked_hybrid.runs.verdicts import all_of, apart, judge
 
 NEEDED = 1.5
-"""Times perplexity from which a kind of layer counts as needed for text."""
+"""Factor on perplexity from which a kind of layer counts as needed for text."""
 
 
 def run(bench: Bench) -> Finding:
-    """Silence each kind of mixer, and each layer by itself."""
+    """Silence each kind of mixer, and each layer alone."""
     settings = [s for s in layer_settings(bench.model.cfg) if s.name != "no MLP"]
     table = bench.measure(settings)
     for end in ("", "_low", "_high"):

@@ -1,4 +1,4 @@
-"""Recall against the share of attention layers, of the map of small recall models, where drawn."""
+"""Recall against the share of attention layers: untested, as it needs other models."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from experiments.beside.frame import Bench, Experiment, Finding
 
 
 def run(bench: Bench) -> Finding:  # noqa: ARG001
-    """Say that nothing was run: two packaged models of other sizes and data make no comparison."""
+    """Return an untested finding: two packaged models of different sizes are no comparison."""
     return Finding(
         "cannot say",
         "untested: it needs models that differ in the share of attention alone",

@@ -1,4 +1,4 @@
-"""Small models trained with attention windows of three lengths: what their recurrence remembers."""
+"""Small models trained with attention windows of three lengths: their recurrences' memory."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from hooked_hybrid.runs.verdicts import FAILS, OPEN, apart
 
 TASK = Task(length=64, n_facts=4)
 WINDOWS, SEEDS = (8, 24, 64), (0, 1, 2)
-"""Keys a query sees in training and after it; the last is the whole sequence."""
+"""Keys that a query sees in training and after it; the last is the whole sequence."""
 PATTERN, STEPS, SCORED = "RAR", 1500, 512
 LEARNED = 0.9
-"""Share of right answers, whole, from which a model counts as having learned the task."""
+"""Share of correct answers of the whole model from which it has learned the task."""
 
 
 def trained(folder: Path, seeds: tuple[int, ...] = SEEDS, steps: int = STEPS) -> pd.DataFrame:
-    """Return a row a window and seed: shares of questions answered right, whole and cut.
+    """Return a row for each window and seed: shares of questions answered correctly, whole and cut.
 
-    "no attention" is what the recurrences alone remember, `far` that of facts further from the
+    "no attention" is the share with the recurrences alone, `far` that of facts further from the
     question than the second window.
     """
     rows = []
@@ -47,7 +47,7 @@ def trained(folder: Path, seeds: tuple[int, ...] = SEEDS, steps: int = STEPS) ->
 
 
 def run(bench: Bench) -> Finding:
-    """Train every window with every seed, or go on with what is there; the bench's model rests."""
+    """Train every window with every seed, or continue; the bench's model is not used."""
     with torch.enable_grad():
         table = trained(bench.folder)
     table["recall"] = table["no attention"]
@@ -63,7 +63,7 @@ def run(bench: Bench) -> Finding:
     high = table.groupby("window")["recall_high"].max()
     word = apart(*((low[w], high[w]) for w in (WINDOWS[0], WINDOWS[-1])))
     if word == FAILS and whole.min().min() <= LEARNED:
-        word = OPEN  # models that have not learned the task say nothing against it
+        word = OPEN  # models that have not learned the task do not count against it
     return Finding(verdict(word), ours, table)
 
 

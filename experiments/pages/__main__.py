@@ -3,18 +3,18 @@
     python -m experiments.pages                       # write every page anew
     python -m experiments.pages keep NAME FOLDER --command "..." [--commit C]
 
-`docs/measured/NAME.csv` is what a page needs of a finished folder, with its command and commit in
-its first lines. A page has two kinds of places for it:
+`docs/measured/NAME.csv` contains the figures of a finished folder, with its command and commit in
+its first lines. A page has two kinds of places for them:
 
     <!-- measured: KIND NAME ... | COMMAND | COMMIT -->     a block, up to <!-- end -->
     69.2%<!--=NAME@SETTING-->                               a figure in a sentence
 
-KIND is a key of `KINDS`, or "elsewhere" for what another program writes or wrote, whose results are
-not kept: its command and commit stand in the mark alone (of figures older than these marks, the
-commit that brought them). After a setting may stand "@beyond" or
-"@all" (else needles inside the window), "@COLUMN" of a table of one row a setting, or where a
-choice of heads stands among all sets ("@n_above"); a setting with a * is many, of which "@max",
-"@min" or "@mean" is taken. A figure keeps its form: decimals, sign, per cent, interval or none.
+KIND is a key of `KINDS`, or "elsewhere" for a block that another program writes or wrote, without
+kept results: its command and commit are in the mark only (for figures older than these marks, the
+commit that added them). A setting may be followed by "@beyond" or "@all" (otherwise needles inside
+the window), by "@COLUMN" of a table of one row a setting, or by the rank of a choice of heads among
+all sets ("@n_above"); a setting with a * matches several, of which "@max", "@min" or "@mean" is
+taken. A figure keeps its format: decimals, sign, per cent, interval or none.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from hooked_hybrid.outputs.folders import replacing
 
 
 def main() -> None:
-    """Keep results, or write the pages anew."""
+    """Store results, or write the pages anew."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     commands = parser.add_subparsers(dest="do")
     keeping = commands.add_parser("keep", help="what pages need of a finished folder")

@@ -1,4 +1,4 @@
-"""The figure that a key of a page stands for: a mean and its interval, or a rank among sets."""
+"""The figure of a key in a page: a mean and its interval, or a rank among sets."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from hooked_hybrid.runs.intervals import SHARE, mean_interval
 _SIDES = {"inside": True, "beyond": False, "all": None}
 _SETS = {"every set": "every set {} #*", "by lot": "by lot {} #*"}
 RANKS = ("n_sets", "n_below", "n_equal", "n_above", "mean", "lowest", "highest")
-"""What is said of a choice of heads among the sets of its size."""
+"""Columns on the rank of a choice of heads among the sets of its size."""
 
 
 class Figure(NamedTuple):
-    """A figure and the ends of its interval, NaN where it has none."""
+    """A figure and the ends of its interval, NaN if it has none."""
 
     value: float
     low: float = float("nan")
@@ -27,9 +27,9 @@ class Figure(NamedTuple):
 
 
 def cells_of(table: pd.DataFrame, setting: str, inside: bool | None = True) -> Figure | None:
-    """Return the accuracy of a setting with its interval over needles, None without a cell.
+    """Return the accuracy of a setting with its interval over needles, or None without cells.
 
-    `inside` the window, beyond it, or (None) of both.
+    `inside`: of needles inside the window, beyond it, or (None) of both.
     """
     values, needles = _cells(table, setting, inside)
     if not values:
@@ -51,7 +51,7 @@ def _cells(
 
 
 def figure_of(key: str) -> Figure:
-    """Return the figure that a key of a page stands for.
+    """Return the figure of a key in a page.
 
     Raises:
         ValueError: no such results, setting or column.
@@ -100,7 +100,7 @@ def _figure(results: Kept, setting: str, more: list[str]) -> Figure:
 
 
 def sets_of(results: Kept, choice: str) -> list[str]:
-    """Return the names of the sets of heads that a choice stands among: all, or those drawn."""
+    """Return the names of the sets of heads to compare a choice with: all, or those drawn."""
     if " k=" in choice:
         k = choice.partition(" k=")[2]
         patterns = [f"{word} k={k} #*" for word in ("every", "drawn")]
@@ -111,12 +111,12 @@ def sets_of(results: Kept, choice: str) -> list[str]:
 
 
 def rank(results: Kept, choice: str, column: str) -> Figure:
-    """Return where a choice of heads stands among the sets of its size: a column of `RANKS`."""
+    """Return the rank of a choice of heads among the sets of its size: a column of `RANKS`."""
     return Figure(ranks(results, choice)[column], is_share=not column.startswith("n_"))
 
 
 def ranks(results: Kept, choice: str) -> dict[str, float]:
-    """Return where a choice of heads stands among the sets of its size: all columns of `RANKS`."""
+    """Return the rank of a choice of heads among the sets of its size: all columns of `RANKS`."""
     of = [_cells(results.table, s)[0] for s in [choice, *sets_of(results, choice)]]
     own, *others = (sum(values) / len(values) for values in of if values)
     if not others:

@@ -1,4 +1,4 @@
-"""Results kept in the tree, with the command and the commit that they are of."""
+"""Results stored in the tree, with the command and the commit that made them."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from hooked_hybrid.outputs.folders import replacing
 DOCS = Path(__file__).parents[2] / "docs"
 KEPT = DOCS / "measured"
 COMMIT = re.compile(r"[0-9a-f]{7,40}\+?(?:, \d{4}-\d\d-\d\d)?")
-"""A commit, with a plus where files differed from it, and the day where it is known."""
+"""A commit, with a plus if files differed from it, and the day if it is known."""
 
 
 class Kept(NamedTuple):
-    """Results kept in the tree: one row a setting, needle and side of the window, or a setting."""
+    """Results stored in the tree: a row a setting, needle and side of the window, or a setting."""
 
     name: str
     command: str
@@ -33,10 +33,10 @@ class Kept(NamedTuple):
 
 
 def keep(name: str, folder: Path, command: str, commit: str) -> Path:
-    """Write what pages need of a finished folder (`table.csv`, `text_loss.csv`) into the tree.
+    """Store the figures of a finished folder (`table.csv`, `text_loss.csv`) for pages in the tree.
 
     Cells become sums by setting, needle and side of the window, from which every mean and interval
-    follows; a table of one row a setting is kept as it is, to nine digits.
+    follows; a table with one row for each setting is stored unchanged, to nine digits.
 
     Raises:
         ValueError: no command or no commit.
@@ -66,7 +66,7 @@ def kept(name: str) -> Kept:
     """Return results by their name.
 
     Raises:
-        ValueError: there are none, or they do not say what made them.
+        ValueError: there are none, or their command or commit is missing.
     """
     path = KEPT / f"{name}.csv"
     if not path.exists():

@@ -1,4 +1,4 @@
-"""Tables of kept results: what stands in the blocks of the pages."""
+"""Tables of stored results, for the blocks of the pages."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ def percent(figure: Figure | None) -> str:
 
 
 def experiment(name: str) -> str:
-    """Return a table of one experiment: every setting, inside the window and beyond it.
+    """Return a table of one experiment: every setting, inside and beyond the window.
 
-    Sets of heads that are all there are stand in the table of `chosen` instead.
+    Complete collections of sets of heads are in the table of `chosen` instead.
     """
     results = kept(name)
     table = results.table
@@ -67,7 +67,7 @@ def matrix(name: str) -> str:
 
 
 def chosen(name: str) -> str:
-    """Return where each choice of heads stands among all sets of its size, or those drawn."""
+    """Return the rank of each choice of heads among all sets of its size, or those drawn."""
     results = kept(name)
     lines = [
         "| choice, heads | accuracy | sets | below it, equal, above | the sets: mean (range) |",
@@ -97,4 +97,4 @@ KINDS: dict[str, Callable[[str], str]] = {
     "horizons": twins.horizons,
     "times": quantized_kept.times,
 }
-"""What a block shows of kept results, by the first word of its mark."""
+"""The functions that make a block from stored results, by the first word of its mark."""

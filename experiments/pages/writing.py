@@ -1,4 +1,4 @@
-"""Marks of the pages, and what is written between them."""
+"""Marks of the pages, and the text between them."""
 
 from __future__ import annotations
 
@@ -38,10 +38,10 @@ def said(figure: Figure, form: re.Match[str]) -> str:
 
 
 def written(text: str) -> str:
-    """Return a page with every block and figure as the kept results have it.
+    """Return a page with every block and figure updated from the stored results.
 
     Raises:
-        ValueError: a mark that names no kind, results or setting there is.
+        ValueError: a mark names an unknown kind, results or setting.
     """
 
     def shown(found: re.Match[str]) -> str:

@@ -1,14 +1,14 @@
-"""When does retrieval move from the recurrence into attention? A map over tiny hybrids.
+"""When does retrieval move from the recurrence to attention? A map over tiny hybrids.
 
     python -m experiments.recall.map --out results/recall-map --hours 1
     python -m experiments.recall.map --out results/recall-map --page docs/where_recall_lives.md
 
 Each cell is a hybrid of one attention layer between two Mamba layers, trained from scratch on
 key-value recall, and scored whole, with attention cut, and with the recurrences' memory cut. Cells
-differ in the state's size, the facts of a sequence, its length, and in how many steps the
-recurrences learn before attention does. One seed everywhere first, then two more wherever retrieval
-is neither all in attention nor all in the recurrences, or a neighbour lies on the other side. A
-cell that is done is not run again.
+differ in the state's size, the facts of a sequence, its length, and in the number of steps that the
+recurrences learn before attention does. Every place is run with one seed first, then with two more
+if retrieval is neither all in attention nor all in the recurrences, or if a neighbor is on the
+other side. A finished cell is not run again.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ HEAD_STARTS = (0, 200, 400)
 SEEDS = (0, 1, 2)
 Place = tuple[int, int, int, int]
 STEPS = 800
-"""After the head start: as many in every cell with attention at work."""
+"""Steps after the head start: equal in every cell, with attention."""
 LEARNED = 0.8
-"""Accuracy from which a cell says something of where retrieval lives."""
+"""Accuracy from which a cell counts as having learned to retrieve."""
 CLEAR = 0.9
 """|share in attention| from which a cell is clearly on one side."""
 
@@ -65,13 +65,13 @@ class Cell:
 
     @property
     def place(self) -> Place:
-        """The cell but for its seed."""
+        """The cell without its seed."""
         return self.d_state, self.n_facts, self.length, self.head_start
 
 
 @dataclass(frozen=True)
 class Found:
-    """What a trained cell scores: "whole", "no attention", "no memory"."""
+    """The scores of a trained cell: "whole", "no attention", "no memory"."""
 
     cell: Cell
     scores: dict[str, Score]
@@ -84,10 +84,10 @@ class Found:
 
     @property
     def lean(self) -> float:
-        """1 where attention alone carries retrieval, -1 where the recurrences' memory alone does.
+        """1 if attention alone carries retrieval, -1 if the recurrences' memory alone does.
 
         The loss without attention less the loss without memory, over the larger of the two, each at
-        least 0. Near 0 both are needed, or either suffices: the two scores tell which.
+        least 0. Near 0 both are needed, or either suffices, which the two scores distinguish.
         """
         whole = self.scores["whole"].accuracy
         lost = [max(whole - self.scores[f"no {x}"].accuracy, 0) for x in ("attention", "memory")]
@@ -105,7 +105,7 @@ def recipe_of(cell: Cell) -> TrainingRecipe:
 
 
 def check_folder(out: Path) -> None:
-    """Write down what all cells of a folder share; one that holds cells of another map is an error.
+    """Record what all cells of a folder share; raise an error for a folder of another map.
 
     Raises:
         ValueError: the folder's cells were trained in another way.
@@ -117,11 +117,11 @@ def check_folder(out: Path) -> None:
         with replacing(kept) as temporary:
             temporary.write_text(json.dumps(mine, indent=2))
     elif json.loads(kept.read_text()) != mine:
-        raise ValueError(f"{out} holds cells that were trained otherwise: give another folder")
+        raise ValueError(f"{out} contains cells of another training: give another folder")
 
 
 def run_cell(cell: Cell, out: Path) -> Found:
-    """Train and score a cell, or return what was found before."""
+    """Train and score a cell, or return its stored scores."""
     file = out / f"{cell.name}.json"
     if file.exists():
         return _read(cell, file)
@@ -133,7 +133,7 @@ def run_cell(cell: Cell, out: Path) -> Found:
     with replacing(file) as temporary:
         kept = {"scores": {name: asdict(s) for name, s in found.scores.items()}}
         temporary.write_text(json.dumps({**asdict(cell), **kept, "seconds": found.seconds}))
-    shutil.rmtree(folder)  # half a megabyte of checkpoint; its seed gives it again
+    shutil.rmtree(folder)  # a checkpoint of half a megabyte, which its seed reproduces
     return found
 
 
@@ -143,7 +143,7 @@ def _read(cell: Cell, file: Path) -> Found:
 
 
 def read_all(out: Path) -> list[Found]:
-    """Return every cell that is done."""
+    """Return every finished cell."""
     found = []
     for file in sorted(out.glob("state*.json")):
         kept = json.loads(file.read_text())
@@ -155,14 +155,14 @@ def read_all(out: Path) -> list[Found]:
 def grid() -> list[Place]:
     """Return the places of the map, without and with the longest head start first.
 
-    A stopped map then says most.
+    In this order a stopped map is most informative.
     """
     places = list(itertools.product(D_STATES, FACTS, LENGTHS, HEAD_STARTS))
     return sorted(places, key=lambda p: (p[3] not in (HEAD_STARTS[0], HEAD_STARTS[-1]), p[2]))
 
 
 def boundary(found: list[Found]) -> list[Place]:
-    """Return the places that are not clearly on one side, or have a neighbour on the other."""
+    """Return the places that are not clearly on one side, or have a neighbor on the other."""
     lean = {f.cell.place: f.lean for f in found if f.learned and f.cell.seed == SEEDS[0]}
     return [
         place
@@ -190,7 +190,7 @@ def _beside(value: int, values: Sequence[int]) -> list[int]:
 
 
 def todo(found: list[Found]) -> list[Cell]:
-    """Return the cells that are left, in the order to run them."""
+    """Return the remaining cells, in the order to run them."""
     done = {astuple(f.cell) for f in found}
     first = [Cell(*place, SEEDS[0]) for place in grid()]
     left = [cell for cell in first if astuple(cell) not in done]
@@ -201,7 +201,7 @@ def todo(found: list[Found]) -> list[Cell]:
 
 
 def run(out: Path, hours: float, jobs: int) -> None:
-    """Run cells until none is left or time is over; those begun are finished."""
+    """Run cells until none is left or the time is over; cells already begun are finished."""
     check_folder(out)
     stop = time.monotonic() + 3600 * hours
     with ProcessPoolExecutor(jobs, initializer=torch.set_num_threads, initargs=(1,)) as pool:
@@ -239,7 +239,7 @@ def main() -> None:
     from experiments.recall.map_page import write
 
     if not (found := read_all(args.out)):
-        raise SystemExit(f"no cell is done in {args.out}: run the map first, without --page")
+        raise SystemExit(f"{args.out} has no finished cell: run the map first, without --page")
     write(found, args.page)
 
 

@@ -1,4 +1,4 @@
-"""The map as a picture and a page."""
+"""The map as a figure and a page."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from hooked_hybrid.outputs.figures import new_figure
 from hooked_hybrid.outputs.whole_files import replacing
 
 BLOCK, COMMAND = "map", "python -m experiments.recall.map"
-"""Name of the block of the page (`experiments.pages`), and what writes it."""
+"""Name of the block of the page (`experiments.pages`), and its command."""
 
 
 def picture(found: list[Found]) -> Figure:
-    """Return the map: a panel a length and head start, facts against state size.
+    """Return the map: a panel for each length and head start, facts against state size.
 
-    Colour is where retrieval is. Each cell says accuracy without attention and without memory,
-    means over the seeds that learned the task; a grey one learned it in none, and says its
-    accuracy.
+    The color is where retrieval is. Each cell shows the accuracy without attention and without
+    memory, means over the seeds that learned the task; a grey one was not learned by any, and shows
+    its accuracy.
     """
     figure = new_figure(3.6 * len(HEAD_STARTS) + 1.2, 3.0 * len(LENGTHS) + 0.4)
     axes = figure.subplots(len(LENGTHS), len(HEAD_STARTS), squeeze=False, sharex=True, sharey=True)
@@ -93,7 +93,7 @@ def _order(f: Found) -> tuple[int, ...]:
 
 
 def write(found: list[Found], page: Path) -> None:
-    """Write the picture next to a page, and the table into it, into its block.
+    """Write the figure next to a page, and the table into the page's block.
 
     Raises:
         ValueError: the page lacks the block.

@@ -16,12 +16,12 @@ from hooked_hybrid.hooks.attaching import HookSpec
 from hooked_hybrid.runs.intervals import SHARE, mean_interval
 
 HELD_OUT = 10**9
-"""Added to the seed of sequences to score on; no training goes so far."""
+"""Offset of the seed of sequences to score on, beyond the seeds of training."""
 
 
 @dataclass(frozen=True)
 class Score:
-    """Share of questions answered right, and how far its 95% interval over sequences reaches.
+    """Share of questions answered correctly, with its 95% interval over sequences.
 
     `half_width` is the distance of the interval's farther end.
     """
@@ -34,7 +34,7 @@ class Score:
 def answered(
     model: HookedHybrid, batch: RecallBatch, hooks: Sequence[HookSpec] = ()
 ) -> Bool[Tensor, "batch question"]:
-    """Return which questions a model answers right, under hooks."""
+    """Return whether a model answers each question correctly, under hooks."""
     logits = model.run_with_hooks(batch.tokens, fwd_hooks=list(hooks))[:, batch.questions]
     return logits.argmax(-1) == batch.answers
 
@@ -49,8 +49,8 @@ def score(right: Bool[Tensor, "batch question"]) -> Score:
 def scores(model: HookedHybrid, task: Task, n: int = 256, seed: int = 0) -> dict[str, Score]:
     """Return accuracy on `n` new sequences: "whole", "no attention", "no memory".
 
-    Without attention its heads write zeros; without memory every recurrence forgets all before the
-    current token, while its convolution still reads the last few.
+    Without attention its heads write zeros; without memory every recurrence forgets all tokens
+    before the current one, but its convolution still reads the last few.
     """
     batch = draw(task, n, HELD_OUT + seed)
     return {name: score(answered(model, batch, cut(model, name))) for name in CUTS}

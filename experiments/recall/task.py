@@ -1,9 +1,9 @@
 """Key-value recall: facts among filler, then questions; the same seed gives the same sequences.
 
 A sequence is `BOS filler.. KEY VALUE filler.. KEY VALUE filler.. ASK KEY VALUE KEY VALUE`: facts
-stand at random places, each question repeats the key of another fact, and its value is what a model
-has to say. Source: multi-query associative recall (Arora et al. 2023, arXiv 2312.04927); here
-with filler between facts, and all questions after the last of it.
+are at random places, each question repeats the key of a different fact, and the model must give its
+value. Source: multi-query associative recall (Arora et al. 2023, arXiv 2312.04927); here with
+filler between facts, and all questions at the end.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ BOS, ASK, N_SPECIAL = 0, 1, 2
 
 @dataclass(frozen=True)
 class Task:
-    """How long a sequence is, and how much it holds.
+    """The length and content of a sequence.
 
     Args:
         length: tokens in all.
-        n_facts: pairs of key and value.
-        n_questions: facts asked for at the end; None for all, 8 at most.
+        n_facts: number of pairs of key and value.
+        n_questions: number of questions at the end; None for one on each fact, at most 8.
         n_keys, n_values, n_filler: words of each sort.
 
     Raises:
@@ -52,7 +52,7 @@ class Task:
 
     @property
     def asked(self) -> int:
-        """How many questions a sequence ends with."""
+        """Number of questions at the end of a sequence."""
         return min(self.n_facts, 8) if self.n_questions is None else self.n_questions
 
     @property
@@ -67,16 +67,16 @@ class Task:
 
     @property
     def first_value(self) -> int:
-        """The token id of value 0; values follow one another."""
+        """The token id of value 0; the other values follow."""
         return N_SPECIAL + self.n_keys
 
 
 @dataclass(frozen=True)
 class RecallBatch:
-    """Sequences, and where their facts and questions are.
+    """Sequences, with the positions of their facts and questions.
 
-    `keys` says at which positions facts have their keys (the value is one further), in the order of
-    the sequence; `questions` at which positions questions do; `asks` which fact each asks for.
+    `keys` contains the positions of the facts' keys (the value is one further), in the order of the
+    sequence; `questions` those of the questions' keys; `asks` the index of each question's fact.
     """
 
     tokens: Int[Tensor, "batch pos"]
@@ -86,17 +86,17 @@ class RecallBatch:
 
     @property
     def answers(self) -> Int[Tensor, "batch question"]:
-        """The values that the questions ask for, as token ids."""
+        """The answers to the questions, as token ids."""
         return self.tokens[:, self.questions + 1]
 
     @property
     def distances(self) -> Int[Tensor, "batch question"]:
-        """Tokens from the value of a fact to the question's key, which has to reach it."""
+        """Tokens from the value of a fact to the question's key."""
         return self.questions - (self.keys + 1).gather(1, self.asks)
 
 
 def draw(task: Task, batch: int, seed: int) -> RecallBatch:
-    """Return a batch of the task; all of it follows from the seed."""
+    """Return a batch of the task, which the seed determines."""
     rng = torch.Generator().manual_seed(seed)
     filler = task.first_value + task.n_values
     tokens = torch.randint(filler, filler + task.n_filler, (batch, task.length), generator=rng)
@@ -114,7 +114,7 @@ def draw(task: Task, batch: int, seed: int) -> RecallBatch:
 
 @dataclass(frozen=True)
 class Drill:
-    """Nothing but pairs, each fact many times; `asked` marks keys that stood there before."""
+    """Sequences of pairs only, with each fact many times; `asked` marks repeated keys."""
 
     tokens: Int[Tensor, "batch two_pairs"]
     asked: Bool[Tensor, "batch pair"]
@@ -123,8 +123,8 @@ class Drill:
 def drill(task: Task, batch: int, n_pairs: int, seed: int) -> Drill:
     """Return `KEY VALUE KEY VALUE ..`, the facts of a sequence in random order, repeated.
 
-    It teaches to bind value to key within some hundred steps; from `draw` alone, with one question
-    a fact, small models learn that the answer is a value of the sequence and stay there.
+    It teaches a model to bind values to keys within some hundred steps; from `draw` alone, with one
+    question a fact, small models only learn that the answer is some value of the sequence.
     """
     rng = torch.Generator().manual_seed(seed)
     names = N_SPECIAL + _some(batch, task.n_keys, task.n_facts, rng)
@@ -136,7 +136,7 @@ def drill(task: Task, batch: int, n_pairs: int, seed: int) -> Drill:
 
 
 def _places(task: Task, batch: int, rng: torch.Generator) -> Int[Tensor, "batch fact"]:
-    """Return where pairs begin, none over another: any arrangement is equally likely."""
+    """Return the positions of pairs without overlap; every arrangement is equally likely."""
     free = task.room - task.n_facts  # as if each pair took one token
     first, _ = _some(batch, free, task.n_facts, rng).sort(dim=1)
     return first + torch.arange(task.n_facts)

@@ -3,7 +3,7 @@
     python -m experiments.recall.train MAM --facts 4 --length 64 --seed 0 --out results/recall-0
 
 Drills first, until 90% are right; then the task at growing lengths up to its own. A stopped run
-goes on from its last checkpoint, and ends as if it had not been stopped.
+continues from its last checkpoint, and ends as if it had not been stopped.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ class TrainingRecipe:
     """How a model is trained.
 
     Args:
-        steps: in all.
+        steps: number of steps.
         tokens: of a step.
         rate: learning rate after 100 steps of warming up; it falls over the last third.
-        patience: steps after which the next level comes, right or wrong.
+        patience: steps after which the next level begins in any case.
         head_start: first steps, in which attention writes zeros, so that the recurrences learn
             alone.
-        drills: whether drills come first; without, small models may not learn to bind at all.
+        drills: whether drills come first; without them, small models may not learn to bind.
         seed: of weights and sequences. Sequences depend on seed and step alone, not on the model.
     """
 
@@ -58,7 +58,7 @@ class TrainingRecipe:
 
 
 def small_config(pattern: str, task: Task, *, d_model: int = 32, **sizes: Any) -> HybridConfig:
-    """Return a small model of a layout: Jamba's layers if there is an M, Griffin's otherwise.
+    """Return a small model's config: with Jamba's layers if there is an M, Griffin's otherwise.
 
     Args:
         pattern: a letter a layer: M Mamba, R RG-LRU, A attention (global with M; with R, or
@@ -90,7 +90,7 @@ def levels_of(task: Task) -> list[Task]:
 
 
 class Training:
-    """A model on its way, in a folder: checkpoint, log, and models kept at some steps."""
+    """A training run in a folder: checkpoint, log, and models kept at some steps."""
 
     def __init__(
         self,
@@ -116,11 +116,13 @@ class Training:
             self._resume()
 
     def _check_recipe(self, cfg: HybridConfig) -> None:
-        """Write down what is trained; a folder that holds another training is an error."""
+        """Record the training; raise an error if the folder contains another one."""
         mine = {"config": str(cfg), "task": asdict(self.task), "recipe": asdict(self.recipe)}
         kept = self.out / "recipe.json"
         if kept.exists() and json.loads(kept.read_text()) != mine:
-            raise ValueError(f"{self.out} holds a training of another recipe: give another folder")
+            raise ValueError(
+                f"{self.out} contains a training of another recipe: give another folder"
+            )
         with replacing(kept) as temporary:
             temporary.write_text(json.dumps(mine, indent=2))
 
@@ -130,12 +132,12 @@ class Training:
         self.optimizer.load_state_dict(found["optimizer"])
         for name in ("step", "level", "since", "recent"):
             setattr(self, name, found[name])
-        log = self.out / "log.jsonl"  # without what came after the checkpoint: it comes again
+        log = self.out / "log.jsonl"  # without steps after the checkpoint: they are repeated
         lines = log.read_text().splitlines(keepends=True)
         log.write_text("".join(line for line in lines if json.loads(line)["step"] <= self.step))
 
     def save(self) -> None:
-        """Write the checkpoint, whole or not at all."""
+        """Write the checkpoint atomically."""
         kept = {name: getattr(self, name) for name in ("step", "level", "since", "recent")}
         kept |= {name: getattr(self, name).state_dict() for name in ("model", "optimizer")}
         _write(self.out / "checkpoint.pt", kept)
@@ -147,7 +149,7 @@ class Training:
         return self.recipe.rate * warm * max(fall, 0.02)
 
     def answers(self) -> tuple[Tensor, Tensor]:
-        """Return logits [answer d_vocab] of what this step asks, and the answers [answer]."""
+        """Return the logits [answer d_vocab] of this step's questions, and the answers [answer]."""
         seed = self.recipe.seed * 10**7 + self.step
         if self.level < 0:
             rows = max(self.recipe.tokens // (2 * DRILL_PAIRS), 1)
@@ -178,7 +180,7 @@ class Training:
         return float(loss.detach())
 
     def _rise(self) -> None:
-        """Go to the next level once this one has passed, or patience is over."""
+        """Go to the next level once this one is passed, or its patience is over."""
         waited = self.step - self.since >= self.recipe.patience
         if (self.recent > PASS or waited) and self.level + 1 < len(self.levels):
             self.level, self.recent, self.since = self.level + 1, 0.0, self.step
@@ -193,17 +195,17 @@ def train(
     report: Callable[[HookedHybrid], dict[str, float]] | None = None,
     run_type: type[Training] = Training,
 ) -> HookedHybrid:
-    """Train a model, or go on with a stopped training; return it at its last step.
+    """Train a model, or continue a stopped training; return it at its last step.
 
     Args:
         cfg, task, recipe: what is trained, on what, how.
         out: folder of the checkpoint, of `log.jsonl`, and of the models kept, `step-N.pt`.
         keep: steps at which the model is kept.
         report: more figures for each line of the log.
-        run_type: the training; another class may rise through the levels in another way.
+        run_type: class of the training; another class may change levels by another rule.
 
     Raises:
-        ValueError: `out` holds a training of another recipe.
+        ValueError: `out` contains a training of another recipe.
     """
     run = run_type(cfg, task, recipe, out, keep)
     with tqdm(total=recipe.steps, initial=run.step, unit="step", desc=out.name) as bar:

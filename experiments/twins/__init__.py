@@ -1,1 +1,1 @@
-"""One hybrid and its twins without attention and without recurrence, trained alike and compared."""
+"""A hybrid and its twins without attention and without recurrence, trained alike and compared."""

@@ -3,7 +3,7 @@
     python -m experiments.twins --out results/twins [--images docs/images]
 
 Twelve models of 33,000 parameters, under a minute of one core each to train and half as long to
-compare. A stopped run goes on where it was. What the page needs of it is kept by
+compare. A stopped run continues where it was. The figures of the page are stored by
 
     python -m experiments.pages keep twins results/twins/pages --command "..." --commit ...
 """

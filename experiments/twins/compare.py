@@ -1,4 +1,4 @@
-"""What a twin recalls, by which way, and what its recurrences keep: a table for each checkpoint."""
+"""Recall of a twin, its paths, and the content of its recurrences: a table for each checkpoint."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ from hooked_hybrid.interventions import knock_out_crossings
 from hooked_hybrid.outputs.whole_files import replacing
 
 N_ANSWERED, N_PROBED, N_WATCHED = 256, 3072, 64
-"""Sequences to answer, to probe states of, and to take decays from."""
+"""Number of sequences for answers, for probes of states, and for decays."""
 SHUFFLE = 1
 BIN = 8
-"""Tokens of distance that are counted together."""
+"""Width in tokens of a bin of distances."""
 FACTS = (1, 2, 4, 6, 8)
 
 Row = dict[str, Any]
 
 
 def compared(model: HookedHybrid, task: Task) -> list[Row]:
-    """Return figures of one model: `measure`, `at` (what of), `value`, and `control` where due."""
+    """Return figures of a model: `measure`, `at` (its argument), `value`, and `control` if any."""
     batch = draw(task, N_ANSWERED, HELD_OUT)
     rows: list[Row] = [
         _row("accuracy", name, found.accuracy)
@@ -56,9 +56,9 @@ def _row(measure: str, at: Any, value: float, control: float = float("nan")) -> 
 
 
 def crossings(model: HookedHybrid, task: Task, batch: RecallBatch) -> list[Row]:
-    """Return accuracy where layers begin anew at ASK, so that no fact reaches a question by them.
+    """Return accuracy with layers restarted at ASK, so that they carry no fact to a question.
 
-    The control begins anew before the first fact: the same edit, where no fact has to pass.
+    The control restarts them before the first fact: the same edit, at a place no fact has to pass.
     """
     cfg = model.cfg
     sets: dict[str, tuple[int, ...]] = {str(i): (i,) for i in range(cfg.n_layers)}
@@ -99,7 +99,7 @@ def by_facts(model: HookedHybrid, task: Task) -> list[Row]:
 
 
 def kept(model: HookedHybrid, task: Task) -> list[Row]:
-    """Return what probes read from each recurrence's state after ASK, and from all together."""
+    """Return the accuracy of probes on each recurrence's state after ASK, and on all together."""
     if not model.cfg.recurrent_layers:
         return []
     batch = draw(task, N_PROBED, HELD_OUT + 100)
@@ -119,7 +119,7 @@ def kept(model: HookedHybrid, task: Task) -> list[Row]:
 
 @torch.no_grad()
 def horizons(model: HookedHybrid, batch: RecallBatch) -> list[Row]:
-    """Return the tokens after which each channel has less than 1% of a write left, by layer."""
+    """Return the tokens after which each channel retains less than 1% of a write, by layer."""
     layers = model.cfg.recurrent_layers
     if not layers:
         return []
@@ -133,7 +133,7 @@ def horizons(model: HookedHybrid, batch: RecallBatch) -> list[Row]:
 
 
 def cells(out: Path, plan: TwinsPlan) -> Iterator[tuple[str, int, int]]:
-    """Yield twin, seed and step of each model kept."""
+    """Yield the twin, seed and step of each stored model."""
     for seed in plan.seeds:
         for name in TWINS:
             for step in plan.kept:
@@ -142,9 +142,9 @@ def cells(out: Path, plan: TwinsPlan) -> Iterator[tuple[str, int, int]]:
 
 
 def table(out: Path, plan: TwinsPlan) -> pd.DataFrame:
-    """Return figures of all models kept so far: `twin`, `seed`, `step` and those of `compared`.
+    """Return the figures of all stored models: `twin`, `seed`, `step` and those of `compared`.
 
-    Each model is compared once, and its figures kept in its folder.
+    Each model is compared once, and its figures are stored in its folder.
     """
     parts = []
     for name, seed, step in tqdm(list(cells(out, plan)), desc="compare", unit="model"):
@@ -156,5 +156,5 @@ def table(out: Path, plan: TwinsPlan) -> pd.DataFrame:
         found = pd.read_csv(path, dtype={"at": str})
         parts.append(found.assign(twin=name, seed=seed, step=step))
     if not parts:
-        raise ValueError(f"{out} holds no model of this plan: train some first")
+        raise ValueError(f"{out} contains no model of this plan: train some first")
     return pd.concat(parts, ignore_index=True)

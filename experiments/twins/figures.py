@@ -1,4 +1,4 @@
-"""Figures of the twins: what they recall, by which way, what their recurrences keep, how long."""
+"""Figures of the twins: recall, its paths, the content of their recurrences, horizons."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def draw_all(found: pd.DataFrame, out: Path, images: Path | None = None) -> list
 
 
 def recall(found: pd.DataFrame) -> Figure:
-    """Return accuracy over training, by distance, and by number of facts, a line a seed."""
+    """Return accuracy over training, by distance, and by number of facts, a line for each seed."""
     figure = new_figure(11.0, 3.5)
     axes = figure.subplots(1, 3, sharey=True)
     whole = found[(found["measure"] == "accuracy") & (found["at"] == "whole")]
@@ -87,7 +87,7 @@ def recall(found: pd.DataFrame) -> Figure:
 
 
 def ways(found: pd.DataFrame) -> Figure:
-    """Return the hybrid's accuracy over training with each way cut, and all twins' at the end."""
+    """Return the hybrid's accuracy over training with each path cut, and all twins' at the end."""
     figure = new_figure(14.0, 3.8)
     axes = figure.subplots(1, 4, sharey=True, gridspec_kw={"width_ratios": [1.1, 1, 1, 0.8]})
     mine = found[found["twin"] == "hybrid"]
@@ -110,7 +110,7 @@ def ways(found: pd.DataFrame) -> Figure:
 
 
 def kept(found: pd.DataFrame) -> Figure:
-    """Return what probes read from states over training, by layer; and by distance at the end."""
+    """Return the accuracy of probes on states: over training, by layer; at the end, by distance."""
     figure = new_figure(13.0, 6.4)
     axes = figure.subplots(2, 4, sharey="row")
     for row, (measure, label) in enumerate(
@@ -134,7 +134,7 @@ def kept(found: pd.DataFrame) -> Figure:
 
 
 def horizons(found: pd.DataFrame) -> Figure:
-    """Return the share of channels that remember for so many tokens, by layer, first and last."""
+    """Return the share of channels by their horizon in tokens, by layer, first and last step."""
     figure = new_figure(11.0, 3.6)
     axes = figure.subplots(1, 3, sharey=True, sharex=True)
     rows = found[found["measure"] == "horizon"]
@@ -173,7 +173,7 @@ def _lines(ax: Axes, rows: pd.DataFrame, x: str, color: str, label: str) -> None
 
 
 def _dots(ax: Axes, rows: pd.DataFrame, title: str) -> None:
-    """Draw a dot for each seed where a set of layers begins anew, and its control next to it."""
+    """Draw a dot for each seed with a set of layers restarted, and its control next to it."""
     names = list(dict.fromkeys(rows["at"]))
     for i, name in enumerate(names):
         own = rows[rows["at"] == name]

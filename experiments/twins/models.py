@@ -1,4 +1,4 @@
-"""Three models of equal size, trained on the same batches: with both mixers, and with one alone."""
+"""Three models of equal size, trained on the same batches: with both mixers and with each."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ TWINS = {"hybrid": "RAR", LONG: "RAR", "attention-free": "RRR", "attention-only"
 """Layers of each: R an RG-LRU, A global attention. The second hybrid is a control: it begins with
 decays near 1."""
 START = (0.9, 0.999)
-"""Bounds of the decays, gates open, that the long-start hybrid begins with: Griffin's own."""
+"""Bounds of the initial decays, gates open, of the long-start hybrid: Griffin's own."""
 SIZES = {"d_model": 32, "d_rnn": 64}
 D_MLP = 32
-"""Width of the hybrid's MLPs; that of its twins is what makes them as large."""
+"""Width of the hybrid's MLPs; that of its twins makes them equally large."""
 TOLERANCE = 0.01
-"""How far the twins' parameters may be from the hybrid's, as a share of them."""
+"""Largest relative difference of the twins' number of parameters from the hybrid's."""
 DRILLS = 200
-"""Steps of drills before the task itself, for all alike."""
+"""Steps of drills before the task, equal for all."""
 STEPS = 800
 KEPT = (0, 100, 200, 300, 400, STEPS)
-"""Steps at which a model is kept, and later compared."""
+"""Steps at which a model is stored, and later compared."""
 
 
 class Alike(Training):
-    """A training whose level follows from the step alone, so that twins see the same batches."""
+    """A training whose level depends on the step alone, so that twins see the same batches."""
 
     def _rise(self) -> None:
         if self.level < 0 and self.step == DRILLS:
@@ -42,7 +42,7 @@ class Alike(Training):
 
 
 class LongStart(Alike):
-    """One whose RG-LRUs begin with a memory of hundreds of tokens, not of a few as the others'."""
+    """A training whose RG-LRUs begin with a memory of hundreds of tokens instead of a few."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -61,7 +61,7 @@ RUN_TYPES: dict[str, type[Training]] = {LONG: LongStart}
 
 @dataclass(frozen=True)
 class TwinsPlan:
-    """What is trained: a task, seeds, steps, and where models are kept."""
+    """The trainings: a task, seeds, steps, and steps at which models are stored."""
 
     task: Task = TASK
     seeds: tuple[int, ...] = (0, 1, 2)
@@ -71,7 +71,7 @@ class TwinsPlan:
     rate: float = 5e-3
 
     def recipe(self, seed: int) -> TrainingRecipe:
-        """Return how the models of one seed are trained."""
+        """Return the recipe of the models of one seed."""
         return TrainingRecipe(steps=self.steps, tokens=self.tokens, rate=self.rate, seed=seed)
 
 
@@ -82,10 +82,10 @@ def n_parameters(cfg: HybridConfig) -> int:
 
 @cache
 def configs(task: Task) -> dict[str, HybridConfig]:
-    """Return the config of each twin, of as many parameters as the hybrid.
+    """Return the config of each twin, with as many parameters as the hybrid.
 
     Raises:
-        ValueError: no width of the MLP brings a twin within `TOLERANCE`.
+        ValueError: no width of the MLP makes a twin equal within `TOLERANCE`.
     """
     hybrid = small_config(TWINS["hybrid"], task, d_mlp=D_MLP, **SIZES)
     wanted = n_parameters(hybrid)
@@ -103,12 +103,12 @@ def configs(task: Task) -> dict[str, HybridConfig]:
 
 
 def folder(out: Path, name: str, seed: int) -> Path:
-    """Return where a model is trained."""
+    """Return the folder of a model's training."""
     return out / f"{name.replace(' ', '-')}-{seed}"
 
 
 def train_one(out: Path, plan: TwinsPlan, name: str, seed: int) -> None:
-    """Train a twin, or what is left of its training."""
+    """Train a twin, or continue its training."""
     where, cfg = folder(out, name, seed), configs(plan.task)[name]
     if not all((where / f"step-{step}.pt").exists() for step in plan.kept):
         train(
@@ -122,7 +122,7 @@ def train_one(out: Path, plan: TwinsPlan, name: str, seed: int) -> None:
 
 
 def load(out: Path, plan: TwinsPlan, name: str, seed: int, step: int) -> HookedHybrid:
-    """Return a twin as it was at a step."""
+    """Return a twin at a step."""
     model = HookedHybrid(configs(plan.task)[name]).requires_grad_(False)
     path = folder(out, name, seed) / f"step-{step}.pt"
     model.load_state_dict(torch.load(path, weights_only=True))

@@ -1,4 +1,4 @@
-"""What the page on the twins needs of their results, and its three tables."""
+"""The figures of the page on the twins, and its three tables."""
 
 from __future__ import annotations
 
@@ -8,23 +8,23 @@ from experiments.pages.results import kept
 from experiments.twins.models import LONG, TASK, TWINS
 
 ORDER = ("hybrid", "attention-free", LONG)
-"""Twins with a recurrence, as the page has them."""
+"""Twins with a recurrence, in the order of the page."""
 EARLIER = {
     ("accuracy", "whole"), ("crossing", "attention"), ("crossing", "recurrences"),
     ("value", "0"), ("value", "1"), ("value", "2"), ("value", "all"),
     ("presence", "0"), ("presence", "2"), ("presence", "1"),
     ("median horizon", "0"), ("median horizon", "1"), ("median horizon", "2"),
 }  # fmt: skip
-"""What is kept of steps before the last one too."""
+"""Measures stored for steps before the last one too."""
 
 
 def settings(found: pd.DataFrame) -> pd.DataFrame:
-    """Return a row for each figure: `setting`, each seed's value and control, and what spans them.
+    """Return a row for each figure: `setting`, each seed's value and control, mean and range.
 
-    A setting is the measure, what of, and the twin ("crossing attention hybrid"), with the step if
-    it is not the last one ("accuracy whole hybrid, step 300"). `average`, `least` and `most`
-    are over seeds, `control` the average of their controls. Of the horizons of a layer's channels:
-    the median, and the share beyond a sequence.
+    A setting is the measure, its argument, and the twin ("crossing attention hybrid"), with the
+    step if it is not the last one ("accuracy whole hybrid, step 300"). `average`, `least` and
+    `most` are over seeds, `control` the average of their controls. Of the horizons of a layer's
+    channels: the median, and the share beyond a sequence.
     """
     channels = found[found["measure"] == "horizon"].groupby(["at", "twin", "step", "seed"])
     channels = channels["value"]
@@ -49,7 +49,7 @@ def settings(found: pd.DataFrame) -> pd.DataFrame:
 
 
 def _cell(name: str, setting: str, form: str = ".2f") -> str:
-    """Return the values of all seeds, empty where there are none."""
+    """Return the values of all seeds, empty if there are none."""
     table = kept(name).table
     own = table[table["setting"] == setting]
     seeds = [c for c in table if c.startswith("seed ")]
@@ -57,7 +57,7 @@ def _cell(name: str, setting: str, form: str = ".2f") -> str:
 
 
 def ways(name: str) -> str:
-    """Return accuracy at the last step: whole, and where attention or recurrences begin anew."""
+    """Return accuracy at the last step: whole, and with attention or recurrences restarted."""
     lines = [
         "| accuracy at the last step, seeds 0, 1, 2 | whole | attention begins anew at the "
         "questions | recurrences do |",
@@ -70,7 +70,7 @@ def ways(name: str) -> str:
 
 
 def probed(name: str) -> str:
-    """Return what probes read from each recurrence at the last step, and untrained."""
+    """Return the accuracy of probes on each recurrence at the last step, and untrained."""
     lines = [
         "| last step, seeds 0, 1, 2 | layer | value of the key | of a given other fact | untrained "
         "| a value that was there | untrained |",
@@ -92,7 +92,7 @@ def probed(name: str) -> str:
 
 
 def horizons(name: str) -> str:
-    """Return the median channel's tokens until 1% of a write is left, by layer, first and last."""
+    """Return the median channel's tokens until 1% of a write is left, by layer and step."""
     heads = [f"layer {i}: step 0 | step 800" for i in range(3)]
     lines = [f"| seeds 0, 1, 2 | {' | '.join(heads)} |", "|---" * 7 + "|"]
     for twin in ORDER:
@@ -102,5 +102,5 @@ def horizons(name: str) -> str:
 
 
 def _tidy(lines: list[str]) -> str:
-    """Return lines of a table; an empty cell is one blank."""
+    """Return lines of a table, with one space for an empty cell."""
     return "\n".join(lines).replace("|  |", "| |").replace("|  |", "| |")

@@ -1,8 +1,8 @@
-"""What can be read linearly from a state: the value of a key, and which values there were at all.
+"""Linear probes of a state: the value of a key, and the presence of values.
 
-A probe is ridge regression of one-hot targets on standardised states. Its penalty is chosen on
-sequences apart, and its accuracy counted on others again. The control is the same probe fitted to
-targets of other sequences: it can learn how often each value occurs, and nothing else.
+A probe is ridge regression of one-hot targets on standardized states. Its penalty is chosen on
+separate sequences, and its accuracy is measured on further ones. The control is the same probe
+fitted to targets of other sequences: it can learn only how often each value occurs.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from hooked_hybrid import HookedHybrid
 PENALTIES = (1e-3, 1e-2, 1e-1, 1.0)
 """Ridge penalties tried, times the number of sequences fitted to."""
 SHARES = (0.6, 0.2)
-"""Of the sequences: to fit on, to choose the penalty on; the rest is scored on."""
+"""Shares of the sequences to fit on, and to choose the penalty on; the rest is for scoring."""
 
 States = Float[Tensor, "batch feature"]
 
 
 class Facts(NamedTuple):
-    """The key and value of each fact of a sequence, from 0, and how far back the value stands."""
+    """The key and value of each fact of a sequence, from 0, and the distance of the value."""
 
     keys: Int[Tensor, "batch fact"]
     values: Int[Tensor, "batch fact"]
@@ -34,11 +34,11 @@ class Facts(NamedTuple):
 
 
 class Read(NamedTuple):
-    """How a probe reads the facts of the sequences scored on.
+    """A probe's results on the facts of the sequences for scoring.
 
-    `right` says where it gives the value of the key, `other` which share of the other facts of the
-    sequence have the value it gives. A state that holds values but not whose they are has both
-    alike. `distances` says how far back the facts stand.
+    `right` is whether the probe gives the value of the key, `other` the share of the sequence's
+    other facts that have the value it gives. For a state with values but not their keys both are
+    equal. `distances` are those of the facts, in tokens.
     """
 
     right: Bool[Tensor, " fact"]
@@ -62,7 +62,7 @@ def states_at_ask(model: HookedHybrid, task: Task, batch: RecallBatch) -> dict[i
 
 
 def read_values(states: States, facts: Facts, task: Task, shuffle: int | None = None) -> Read:
-    """Return which values a probe for each key reads from the state.
+    """Return the values that a probe for each key reads from the state.
 
     Args:
         states, facts: of the same sequences.
@@ -85,7 +85,7 @@ def read_values(states: States, facts: Facts, task: Task, shuffle: int | None = 
 def read_presence(
     states: States, facts: Facts, task: Task, shuffle: int | None = None
 ) -> Bool[Tensor, " row"]:
-    """Return whether the value that a probe ranks first was in the sequence, with whatever key."""
+    """Return whether the value that a probe ranks first was in the sequence, with any key."""
     there = one_hot(facts.values, task.n_values).amax(1)
     shown = there if shuffle is None else there[_order(len(there), shuffle)]
     guess, scored = fitted(states, shown.float(), there)
@@ -95,12 +95,12 @@ def read_presence(
 def fitted(
     states: States, shown: Float[Tensor, "batch value"], truth: Int[Tensor, "batch ..."]
 ) -> tuple[Int[Tensor, " row"], Int[Tensor, " row"]]:
-    """Return what the probe with the best penalty guesses for the last sequences, and which.
+    """Return the predictions of the probe with the best penalty for the last sequences, and which.
 
     Args:
-        states, shown: what is fitted to what, on the first rows.
-        truth: by which the penalty is chosen, on the next: classes, or 1 at several of them. For
-            a control that is generous, as it should be.
+        states, shown: inputs and targets of the fit, on the first rows.
+        truth: by which the penalty is chosen, on the next: classes, or 1 at several of them. For a
+            control that is favorable, as it should be.
 
     Raises:
         ValueError: fewer than ten sequences.

@@ -1,1 +1,1 @@
-"""The library under fire: damaged checkpoints, long soaks, at counts that tests do not run."""
+"""Stress tests: damaged checkpoints, kills and long runs, at counts that the tests do not run."""

@@ -1,4 +1,4 @@
-"""Whole checkpoints to be damaged: every layout that is read, small, of both families."""
+"""Intact checkpoints to damage: every supported layout, small, of both families."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ LARGE_WIDTH = 640
 
 @dataclass(frozen=True)
 class Base:
-    """A whole checkpoint: what is given to `from_pretrained`, and the dtype it is stored in."""
+    """An intact checkpoint: the argument of `from_pretrained`, and the dtype it is stored in."""
 
     name: str
     folder: Path
@@ -61,7 +61,7 @@ def make_bases(folder: Path) -> list[Base]:
 
 
 def _random_model(cfg: HybridConfig) -> HookedHybrid:
-    """Return a model with weights drawn alike in every process."""
+    """Return a model whose random weights are equal in every process."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         return HookedHybrid(cfg)

@@ -1,4 +1,4 @@
-"""Damaged checkpoints, each loaded in a process of its own that is watched from outside.
+"""Damaged checkpoints, each loaded in its own process, whose memory the parent process measures.
 
 Source: none; the bounds are the project's own. Run `python -m experiments.under_fire.checkpoints
 --count 5000 --out results.json`; `--only 17` loads the one mutant again and prints its error.
@@ -40,23 +40,23 @@ MUTATIONS = {
     **damage_pickles.MUTATIONS,
 }
 SECONDS = 10
-"""A load that takes longer hangs."""
+"""Seconds after which a load counts as hanging."""
 MEMORY = 1.5
-"""Times the size of the checkpoint's files, for the memory a load may take."""
+"""Memory limit of a load, in multiples of the size of the checkpoint's files."""
 ALLOWANCE = 8 * 2**20
-"""Further bytes of a load: Python's objects, and torch's first buffers in a new process."""
+"""Further bytes of that limit: Python's objects, and torch's first buffers in a new process."""
 POLL = 0.001
 TEXT = "the pass key is 7"
 
 
 class Watched:
-    """What became of one load: the child's report, how it ended, and its peak of memory."""
+    """The result of one load: the child's report, how it ended, and its peak memory."""
 
     def __init__(self, path: Path, base: Base, reference: dict[str, Any] | None) -> None:
         self.report: dict[str, Any] = {}
         with tempfile.TemporaryFile() as file:
             pid = os.fork()
-            if not pid:  # the child reports and is gone, whatever happens
+            if not pid:  # the child reports and exits, whatever happens
                 code = 1
                 try:
                     pickle.dump(_loaded(path, base, reference), file)
@@ -86,10 +86,10 @@ def _watch(pid: int) -> tuple[int, int, float]:
 
 
 def _loaded(path: Path, base: Base, reference: dict[str, Any] | None) -> dict[str, Any]:
-    """Load a checkpoint and say what came of it."""
+    """Load a checkpoint and return the outcome."""
     try:
         model = HookedHybrid.from_pretrained(path, dtype=base.dtype)
-    except BaseException as error:  # what it is, is the finding
+    except BaseException as error:  # any error is a result
         return {"error": type(error), "message": str(error), "trace": traceback.format_exc()}
     weights = model.state_dict()
     report: dict[str, Any] = {
@@ -113,7 +113,7 @@ def _digest(weight: torch.Tensor) -> bytes:
 
 
 def verdict(watched: Watched, expected: str, n_bytes: int, ran: bool, words: set[str]) -> list[str]:
-    """Return what is wrong with how a load ended; nothing, if all is well."""
+    """Return the faults of a load's outcome; empty if there are none."""
     report, wrong = watched.report, []
     if os.WIFSIGNALED(watched.status):
         number = os.WTERMSIG(watched.status)
@@ -153,12 +153,12 @@ class Range:
         self.words: dict[str, set[str]] = {}
         for base in self.bases:
             model = HookedHybrid.from_pretrained(base.folder, dtype=base.dtype)
-            model(torch.arange(3, 5)[None])  # so that a child finds all code loaded
+            model(torch.arange(3, 5)[None])  # so that all code is loaded before the fork
             self.references[base.name] = {n: _digest(w) for n, w in model.state_dict().items()}
             self.words[base.name] = _words(base)
 
     def shoot(self, number: int) -> dict[str, Any]:
-        """Damage a copy, load it, and return what came of it."""
+        """Damage a copy, load it, and return the outcome."""
         rng = Random(f"{self.seed}-{number}")
         kind = list(MUTATIONS)[number % len(MUTATIONS)]
         copy = self.folder / f"mutant-{number}"
@@ -188,7 +188,7 @@ class Range:
         }
 
     def _damaged(self, copy: Path, kind: str, rng: Random) -> tuple[Base, damage.Damage]:
-        """Return the base of a mutant and what was done to its copy."""
+        """Return the base of a mutant and the damage to its copy."""
         while True:
             base = rng.choice(self.bases)
             shutil.copytree(base.folder, copy)
@@ -203,7 +203,7 @@ def _n_bytes(folder: Path) -> int:
 
 
 def _words(base: Base) -> set[str]:
-    """Return what an error may name: files, tensors (ours or theirs) and settings."""
+    """Return the words that an error may name: files, tensors (ours or theirs) and settings."""
     words = {path.name for path in base.folder.iterdir()} | {"mutant-", "extra", "model.layers."}
     if (config := base.folder / "config.json").exists():
         words |= set(json.loads(config.read_text()))
@@ -211,7 +211,7 @@ def _words(base: Base) -> set[str]:
 
 
 def summary(results: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return counts and extremes by kind of mutation, and every mutant that did wrong."""
+    """Return counts and extremes by kind of mutation, and every mutant with a fault."""
     by_kind: dict[str, Any] = {}
     for kind in MUTATIONS:
         of_kind = [r for r in results if r["kind"] == kind]
@@ -234,7 +234,7 @@ def summary(results: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Shoot, print the summary, and return how many mutants did wrong, 1 at most."""
+    """Run the mutants, print the summary, and return 1 if any had a fault, else 0."""
     parser = argparse.ArgumentParser(prog="python -m experiments.under_fire.checkpoints")
     parser.add_argument("--count", type=int, default=5000, help="mutants")
     parser.add_argument("--first", type=int, default=0, help="the number of the first")
@@ -242,7 +242,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--only", type=int, help="the number of one mutant, shown whole")
     parser.add_argument("--out", type=Path, help="JSON file for the summary")
     args = parser.parse_args(arguments)
-    torch.set_num_threads(1)  # a child has none of its parent's threads
+    torch.set_num_threads(1)  # a forked child has none of its parent's threads
     with tempfile.TemporaryDirectory(dir=_fast_folder()) as folder:
         (Path(folder) / "whole").mkdir()
         mutants = Range(Path(folder), args.seed)

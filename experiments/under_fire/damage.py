@@ -1,8 +1,8 @@
 # ruff: noqa: ARG005  (mutations share one signature)
-"""What a mutation is, and the ones that do not depend on a file's content: bytes, lengths, folders.
+"""Mutations, and those that do not depend on a file's content: bytes, lengths, folders.
 
 A mutation is a function `(folder, rng) -> Damage | None` that damages a copy of a checkpoint; None
-says that it does not apply there.
+if it does not apply to it.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from random import Random
 from typing import Literal
 
 Expected = Literal["refused", "same", "finite"]
-"""What must follow: a refusal; or the same numbers; or finite ones. A refusal is always right."""
+"""The required outcome: an error, equal values, or finite values. An error is always correct."""
 
 
 @dataclass(frozen=True)
 class Damage:
-    """What was done to a checkpoint, in words, and what must follow from it."""
+    """The damage to a checkpoint, in words, and the required outcome."""
 
     what: str
     expected: Expected
@@ -30,12 +30,12 @@ Mutation = Callable[[Path, Random], Damage | None]
 
 
 def tensor_files(folder: Path) -> list[Path]:
-    """Return the files that hold weights."""
+    """Return the files with weights."""
     return sorted(p for p in folder.iterdir() if p.suffix in (".safetensors", ".pt"))
 
 
 def header_end(path: Path) -> int:
-    """Return where a safetensors file's data begin."""
+    """Return the offset of a safetensors file's data."""
     with path.open("rb") as file:
         return 8 + int.from_bytes(file.read(8), "little")
 
@@ -68,7 +68,7 @@ def overwrite_data(folder: Path, rng: Random) -> Damage:
 
 
 def flip_header(folder: Path, rng: Random) -> Damage | None:
-    """Change single bytes of a safetensors header: a refusal, or nothing that mattered."""
+    """Change single bytes of a safetensors header: an error, or no change of values."""
     path = rng.choice(tensor_files(folder))
     if path.suffix != ".safetensors":
         return None
@@ -123,7 +123,7 @@ def remove_stretch(folder: Path, rng: Random) -> Damage:
 
 
 def replace_file(folder: Path, rng: Random) -> Damage:
-    """Put something else in a needed file's place: nothing, a folder, a pipe, a link, no text."""
+    """Replace a required file by nothing, a folder, a pipe, a link, or bytes that are not text."""
     path = rng.choice([p for p in (folder / "config.json",) if p.exists()] + tensor_files(folder))
     how = rng.choice(sorted(_REPLACEMENTS))
     path.unlink()

@@ -1,5 +1,5 @@
 # ruff: noqa: ARG001, ARG005  (mutations share one signature)
-"""Damage to what a safetensors header, or the index of shards, says of the tensors."""
+"""Damage to the entries of a safetensors header, or of the index of shards."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 from experiments.under_fire.damage import Damage, Mutation, header_end, tensor_files
 
 DEEP = 100_000
-"""Nested lists, more than any parser's stack takes."""
+"""Depth of nested lists, more than any parser's stack allows."""
 
 
 def change_length(folder: Path, rng: Random) -> Damage | None:
@@ -31,7 +31,7 @@ def change_length(folder: Path, rng: Random) -> Damage | None:
 
 
 def change_header(folder: Path, rng: Random) -> Damage | None:
-    """Change what the header says of one tensor, or of all."""
+    """Change the header's entry of one tensor, or of all."""
     path = rng.choice(tensor_files(folder))
     if path.suffix != ".safetensors":
         return None
@@ -44,7 +44,7 @@ def change_header(folder: Path, rng: Random) -> Damage | None:
     text = _HEADER[how](header, name, rng)
     new = (json.dumps(header) if text is None else text).encode()
     path.write_bytes(len(new).to_bytes(8, "little") + new + content[end:])
-    # Alone in its shard, a tensor that is named twice is named the same twice.
+    # If a tensor is alone in its shard, the duplicate entry is its own.
     is_same = how == "name twice" and len(names) == 1
     return Damage(f"{path.name}: {how} ({name})", "same" if is_same else "refused")
 
@@ -125,7 +125,7 @@ _HEADER: dict[str, Callable[[dict[str, Any], str, Random], str | None]] = {
 
 
 def change_index(folder: Path, rng: Random) -> Damage | None:
-    """Change what the index says of one tensor, or of all."""
+    """Change the index's entry of one tensor, or of all."""
     path = folder / "model.safetensors.index.json"
     if not path.exists():
         return None
@@ -134,7 +134,7 @@ def change_index(folder: Path, rng: Random) -> Damage | None:
     how = rng.choice(sorted(_INDEX))
     text = _INDEX[how](index, name, rng)
     path.write_text(json.dumps(index) if text is None else text)
-    # A shard the index says too little of holds the same tensors.
+    # A shard with missing entries in the index still has the same tensors.
     return Damage(f"index: {how} ({name})", "same" if how == "name left out" else "refused")
 
 

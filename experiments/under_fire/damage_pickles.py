@@ -1,5 +1,5 @@
 # ruff: noqa: ARG001, ARG005  (mutations share one signature)
-"""Damage to tensors by name, and `.pt` files made to do harm: code, bombs, tensors of no memory."""
+"""Damage to tensors by name, and malicious `.pt` files: code, bombs, tensors without memory."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from torch import Tensor
 from experiments.under_fire.damage import Damage, Mutation, tensor_files
 
 BOMB = 2**31
-"""Bytes a bomb unpacks to."""
+"""Unpacked size of a bomb, in bytes."""
 
 
 class Command:
-    """A pickle that would run a command when it is read; `marker` tells that it did."""
+    """A pickle that would run a command when it is read, which creates the file `marker`."""
 
     def __init__(self, marker: Path, how: str) -> None:
         self.marker, self.how = str(marker), how
@@ -38,14 +38,14 @@ class Command:
 
 
 class Bytes:
-    """A pickle of some bytes that would take `BOMB` of memory."""
+    """A pickle of few bytes that would allocate `BOMB` bytes."""
 
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[int]]:
         return bytearray, (BOMB,)
 
 
 def change_tensors(folder: Path, rng: Random) -> Damage:
-    """Rewrite a file of weights, well formed, with one tensor that is wrong."""
+    """Rewrite a file of weights in a valid format, with one wrong tensor."""
     path = rng.choice(tensor_files(folder))
     is_pt = path.suffix == ".pt"
     tensors = dict(torch.load(path, weights_only=True) if is_pt else load_file(path))
@@ -83,7 +83,7 @@ _TENSORS: dict[str, Callable[[dict[str, Tensor], str], object]] = {
 
 
 def rewrite_pt(folder: Path, rng: Random) -> Damage | None:
-    """Write a `.pt` that holds harm, or tensors that are not what they seem."""
+    """Write a malicious `.pt`, or one with tensors that are not plain."""
     path = folder / "2b.pt"
     if not path.exists():
         return None
@@ -107,7 +107,7 @@ def _code(tensors: dict[str, Any], name: str, folder: Path, rng: Random) -> Any:
 
 
 def _bomb(tensors: dict[str, Any], name: str, folder: Path, rng: Random) -> None:
-    """Write a zip that unpacks to much more than it holds."""
+    """Write a zip that unpacks to much more than its size."""
     packed = folder / "packed"
     (folder / "2b.pt").rename(packed)
     target = rng.choice(("data.pkl", "data/0", "extra"))
@@ -122,7 +122,9 @@ def _bomb(tensors: dict[str, Any], name: str, folder: Path, rng: Random) -> None
             for _ in range(BOMB // 2**24):
                 file.write(b"\x80" * 2**24)
     packed.unlink()
-    if rng.random() < 0.5:  # a second end begins: Python's zipfile gives up there, torch does not
+    if (
+        rng.random() < 0.5
+    ):  # a second end record begins here, at which Python's zipfile fails and torch does not
         with (folder / "2b.pt").open("ab") as file:
             file.write(b"PK\5\6")
 
@@ -149,7 +151,7 @@ def _bomb_of(tensors: dict[str, Any], name: str, folder: Path, rng: Random) -> N
 
 
 def _expanded(tensors: dict[str, Any], name: str, folder: Path, rng: Random) -> dict[str, Any]:
-    """One number in the place of a huge embedding: consistent, and larger than any memory."""
+    """Replace the embedding by one value expanded to a huge shape, larger than any memory."""
     d_model = tensors["final_norm.scale"].numel()
     return {**tensors, "embedder.input_embedding": torch.zeros(1, 1).expand(2**38, d_model)}
 

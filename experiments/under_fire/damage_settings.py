@@ -13,7 +13,7 @@ from weights_conversion import jamba, recurrentgemma
 from weights_conversion.config_keys import GENERIC
 
 HARMLESS = GENERIC | jamba.NO_EFFECT | recurrentgemma.NO_EFFECT
-"""Settings no forward reads."""
+"""Settings that no forward reads."""
 
 OTHER_TYPES: tuple[Any, ...] = ("x", "", "7", [], [1], {}, {"a": 1}, [[]], "\ud800")
 NUMBERS: tuple[Any, ...] = (
@@ -28,7 +28,7 @@ def swap_type(folder: Path, rng: Random) -> Damage | None:
     def change(config: dict[str, Any]) -> Damage:
         key = rng.choice(sorted(config))
         config[key] = _other_type(config[key], rng)
-        # A list is as good as a number to end at, and of words only one is right.
+        # A list is valid for the end tokens, and only one word is valid for some settings.
         is_legal = key in HARMLESS or (key == "eos_token_id" and config[key] == [1])
         shown = json.dumps(config[key])[:40]
         return Damage(f"config.json: {key} = {shown}", "same" if is_legal else "refused")
@@ -107,7 +107,7 @@ def break_structure(folder: Path, rng: Random) -> Damage | None:
 
 
 def change_tokenizer(folder: Path, rng: Random) -> Damage | None:
-    """Change a value anywhere in a tokenizer's files: the weights stay what they are."""
+    """Change a value anywhere in a tokenizer's files; the weights are unchanged."""
     path = folder / rng.choice(("tokenizer.json", "tokenizer_config.json"))
 
     def change(content: dict[str, Any]) -> Damage:

@@ -17,7 +17,7 @@ MODULES = ("torch", "hooked_hybrid")
 
 
 def cost(module: str) -> tuple[float, float]:
-    """Return the wall and processor seconds that a new process takes to import a module."""
+    """Return the wall and processor seconds of importing a module in a new process."""
     before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
     subprocess.run([sys.executable, "-c", f"import {module}"], check=True)
     wall, after = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN)

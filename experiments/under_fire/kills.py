@@ -1,15 +1,14 @@
-"""Kill a command at random instants, resume it each time, compare its tables with a quiet run's.
+"""Kill a command at random instants, resume it, and compare its tables with an undisturbed run's.
 
     python -m experiments.under_fire.kills --kills 300
     python -m experiments.under_fire.kills --kills 50 -- cached-state --model tiny-griffin --k 4
 
-The command runs in forks of this process, which has loaded model and libraries once, so that a life
-is short; it is killed with SIGKILL from outside. A part of the kills falls at any instant of a
-life, most just after a transaction's journal has come to the disk, the others just after a file has
-begun to be written.
-After each one a copy of the stores is looked at: cells that were kept are still there, and a
-prompt's are all there or none is. At the end of each sweep its tables, times aside, and its
-pictures have to be those of the undisturbed run, byte for byte, and no other file may be left.
+The command runs in forks of this process, which has loaded model and libraries once, so that each
+run is short; it is killed with SIGKILL. Some kills come at any instant of a run, most just after a
+transaction's journal appears on the disk, the others just after the writing of a file begins. After
+each one a copy of the stores is checked: stored cells must still exist, and a prompt must have all
+of its cells or none. At the end of each sweep its tables (without times) and its figures must equal
+those of the undisturbed run, byte for byte, and no other file may be left.
 """
 
 from __future__ import annotations
@@ -56,7 +55,7 @@ Kept = dict[tuple[str, str], int]
 
 @dataclass
 class Counts:
-    """What happened: kills by way and by what was done when they came, and what they left."""
+    """Counts: kills by way and by phase of the run, and files left behind."""
 
     ways: Counter[str] = field(default_factory=Counter)
     landed: Counter[str] = field(default_factory=Counter)
@@ -75,7 +74,7 @@ class Life:
             _run([*words, "--out", str(folder), "--resume"], self.log)
 
     def ended(self) -> bool:
-        """Return whether it ended by itself, which it may do in one way only: well."""
+        """Return whether it ended by itself; raise an error if it failed."""
         pid, status = os.waitpid(self.pid, os.WNOHANG)
         if pid and status:
             raise SystemExit(f"the run ended with {status}:\n{self.log.read_text()}")
@@ -105,7 +104,7 @@ def _run(words: list[str], log: Path) -> None:
 
 
 def live(words: list[str], folder: Path, is_time: Callable[[], bool], pause: float) -> bool:
-    """Run the command; return whether it was killed, `pause` seconds after its time had come."""
+    """Run the command; return whether it was killed, `pause` seconds after `is_time` was true."""
     life, end = Life(words, folder), time.monotonic() + LONGEST_LIFE
     while not life.ended():
         if is_time():
@@ -122,7 +121,7 @@ def live(words: list[str], folder: Path, is_time: Callable[[], bool], pause: flo
 
 
 def instant(rng: random.Random, way: str, folder: Path, longest: float) -> tuple[Callable, float]:
-    """Return what says that the time to kill has come, and seconds to wait then."""
+    """Return a function that tells when to kill, and the seconds to wait then."""
     if way == "at any instant":
         end = time.monotonic() + rng.uniform(0, longest)
         return lambda: time.monotonic() > end, 0.0
@@ -141,11 +140,11 @@ def instant(rng: random.Random, way: str, folder: Path, longest: float) -> tuple
 def kept_in(folder: Path, stray: Counter[str] | None = None) -> Kept:
     """Return the cells of each prompt in a folder, from copies of its stores.
 
-    A journal that is left is copied too, and undone there, as the next run will do.
+    A journal that is left is copied too, and rolled back there, as in the next run.
 
     Args:
         folder: of a run, killed or not.
-        stray: gets what a kill left.
+        stray: to which the files left by a kill are added.
     """
     found: Kept = {}
     for path in folder.rglob("*.sqlite") if folder.is_dir() else ():
@@ -174,14 +173,14 @@ def kept_in(folder: Path, stray: Counter[str] | None = None) -> Kept:
 
 
 def landed(kept: Kept, whole: Kept, folder: Path) -> str:
-    """Return what a run was doing when it was killed."""
+    """Return the phase of a run when it was killed."""
     if not any(path.is_file() for path in folder.rglob("[!.]*")):
         return "before the first file"
     return "in the sweep" if kept != whole else "in tables and pictures"
 
 
 def files_of(folder: Path) -> dict[str, bytes | None]:
-    """Return what has to be the same: tables without their times, pictures, and all names."""
+    """Return the content that must be equal: tables without times, figures, and all names."""
     found: dict[str, bytes | None] = {}
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
         content = path.read_bytes() if path.suffix in (".csv", ".png", ".pdf") else None
@@ -200,13 +199,13 @@ def _without_times(text: str) -> bytes:
 
 
 def disturb(words: list[str], n_kills: int, place: Path, counts: Counts, seed: int = 0) -> None:
-    """Kill and resume the command until it was killed so often, each sweep to its end.
+    """Kill and resume the command until it was killed `n_kills` times; finish each sweep.
 
     Args:
         words: of the command, without --out and --resume.
-        n_kills: how often.
-        place: an empty folder; gets one for each sweep, removed again when it was found equal.
-        counts: gets what happened.
+        n_kills: number of kills.
+        place: an empty folder, for one of each sweep, which is removed once found equal.
+        counts: to which the results are added.
         seed: of the instants.
 
     Raises:
@@ -247,22 +246,22 @@ def _compare_kept(before: Kept, now: Kept, whole: Kept, folder: Path) -> None:
 
 
 def main() -> None:
-    """Kill a command so often and print what happened, as JSON."""
+    """Kill a command and print the counts as JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--kills", type=int, default=300)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("command", nargs="*", help="after --; the default is a small niah")
     given = parser.parse_args()
     words, begun = given.command or COMMAND, time.monotonic()
-    torch.set_num_threads(1)  # and no work before a fork: a pool of threads would not survive it
+    torch.set_num_threads(1)  # no threads before a fork: a thread pool would not survive it
     name = words[words.index("--model") + 1] if "--model" in words else "tiny-griffin"
     model = HookedHybrid.from_pretrained(name)
     HookedHybrid.from_pretrained = lambda *_, **__: model  # type: ignore[method-assign]
     build_app()  # imports every command
-    for kind in ("png", "pdf"):  # and what draws
+    for kind in ("png", "pdf"):  # and the plotting code
         new_figure(1, 1).savefig(io.BytesIO(), format=kind)
     counts = Counts()
-    with tempfile.TemporaryDirectory() as place, suppress(KeyboardInterrupt):  # says how far it got
+    with tempfile.TemporaryDirectory() as place, suppress(KeyboardInterrupt):  # shows the progress
         disturb(words, given.kills, Path(place), counts, given.seed)
     said = {
         "command": " ".join(words),

@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def private_bytes(pid: int) -> int:
-    """Return a process's memory that no file stands behind; 0 once it has gone."""
+    """Return a process's memory that is not mapped from files; 0 once it has ended."""
     try:
         text = Path(f"/proc/{pid}/status").read_text()
     except OSError:

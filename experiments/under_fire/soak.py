@@ -1,5 +1,5 @@
 # ruff: noqa: ARG005  (hooks share one signature)
-"""A soak: thousands of generations with caching between, and what they leave in memory.
+"""A soak test: thousands of generations with caching between, and the growth of memory.
 
 Source: none; the bound is the project's own. Run `python -m experiments.under_fire.soak --rounds
 2000 --out soak.json`; a packaged model a line.
@@ -26,7 +26,7 @@ from hooked_hybrid.presets.packaged import packaged_models
 PROMPTS = ("the pass key is 7, remember it", "one two three", "a", "the grass is green. " * 3)
 POINT = "blocks.1.hook_resid_mid"
 SHARE = 0.01
-"""Of the memory after the warm-up, that it may grow by."""
+"""Largest growth, as a share of the memory after the warm-up."""
 
 
 def soak(name: str, rounds: int, warm_up: int) -> dict[str, Any]:
@@ -58,7 +58,7 @@ def soak(name: str, rounds: int, warm_up: int) -> dict[str, Any]:
 
 
 def _round(model: HookedHybrid, i: int) -> None:
-    """Generate once, with what differs from round to round, and run with a cache."""
+    """Generate once, with settings that vary by round, and run with a cache."""
     prompt = PROMPTS[i % len(PROMPTS)]
     state = None
     if i % 3 == 2:
@@ -79,10 +79,10 @@ def _round(model: HookedHybrid, i: int) -> None:
 
 
 def _left() -> tuple[int, int]:
-    """Return memory [bytes] once all that is free was given back, and live tensors.
+    """Return memory [bytes] after returning free memory to the system, and live tensors.
 
-    The memory that no file stands behind: pages of torch's own files count as this process's or as
-    shared ones, a hundred MB of them, as other programs start and end.
+    Memory mapped from files is not counted: a hundred MB of pages of torch's own files count as
+    this process's or as shared, as other programs start and end.
     """
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
@@ -91,7 +91,7 @@ def _left() -> tuple[int, int]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Soak each packaged model, and return 1 where memory grew or tensors were left."""
+    """Soak each packaged model, and return 1 if memory grew or tensors were left."""
     parser = argparse.ArgumentParser(prog="python -m experiments.under_fire.soak")
     parser.add_argument("--rounds", type=int, default=2000, help="generations, after the warm-up")
     parser.add_argument("--warm-up", type=int, default=200)

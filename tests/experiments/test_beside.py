@@ -228,7 +228,7 @@ def test_a_finding_of_another_model_of_the_name_is_not_taken_for_this_ones(
     path = tmp_path / "out/tiny-griffin/removal/finding.json"
     said = json.loads(path.read_text())
     path.write_text(json.dumps({k: v for k, v in said.items() if k != "identity"}))
-    with pytest.raises(ValueError, match="does not say of which weights"):
+    with pytest.raises(ValueError, match="finding of unidentified weights"):
         program.run_one("removal", "tiny-griffin", tmp_path / "out")
 
 

@@ -168,7 +168,7 @@ def test_the_whole_experiment_resumes(tmp_path: Path, monkeypatch: pytest.Monkey
         monkeypatch.setattr(compare, name, n)
     monkeypatch.setattr(compare, "FACTS", (1, 2))
     plan = TwinsPlan(SMALL, seeds=(0,), steps=2, kept=(2,), tokens=64)
-    with pytest.raises(ValueError, match="holds no model"):
+    with pytest.raises(ValueError, match="contains no model"):
         compare.table(tmp_path, plan)
     for name in TWINS:
         models.train_one(tmp_path, plan, name, 0)

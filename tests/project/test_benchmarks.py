@@ -289,7 +289,7 @@ def test_the_slope_is_in_tokens_a_second_too():
 
 
 def test_nothing_measured_is_said(tmp_path: Path):
-    with pytest.raises(SystemExit, match="holds no figures"):
+    with pytest.raises(SystemExit, match="contains no figures"):
         command.main(["--render", "--out", str(tmp_path)])
 
 

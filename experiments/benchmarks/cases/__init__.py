@@ -1,4 +1,4 @@
-"""The benchmarks by name. Each yields its measurements as they come."""
+"""The benchmarks by name. Each yields its measurements one at a time."""
 
 from __future__ import annotations
 

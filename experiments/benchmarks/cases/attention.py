@@ -1,4 +1,4 @@
-"""Attention in a window by itself, from queries, keys and values, its patterns being watched."""
+"""Attention in a window alone, from queries, keys and values, with a hook on its patterns."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ N_HEADS, D_HEAD = 4, 128
 def attention(options: Options) -> Iterator[Measurement]:
     """Measure one layer's heads against torch's kernel with a full mask, as transformers uses it.
 
-    Only ours is watched: the kernel has no pattern to look at.
+    Only ours has a hook: the kernel computes no pattern.
     """
     length, window = options.size(4096, 128), options.size(1024, 32)
     q = torch.randn(1, length, N_HEADS, D_HEAD)

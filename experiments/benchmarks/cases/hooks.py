@@ -1,4 +1,4 @@
-"""What hooks cost: idle ones, a cache of everything, one edit of a state, heads silenced."""
+"""The cost of hooks: idle ones, a cache of everything, one edit of a state, silenced heads."""
 
 from __future__ import annotations
 
@@ -50,14 +50,14 @@ def idle_hooks(options: Options) -> Iterator[Measurement]:
 
 
 class Count:
-    """A number that grows."""
+    """A counter."""
 
     n = 0
 
 
 @contextmanager
 def counted_calls() -> Iterator[Count]:
-    """Count the calls of all hook points, in whatever way a layer passes one."""
+    """Count the calls of all hook points, by whichever method a layer calls them."""
     count = Count()
 
     def counting(method: str) -> Any:
@@ -79,7 +79,7 @@ def counted_calls() -> Iterator[Count]:
 def run_with_cache(options: Options) -> Iterator[Measurement]:
     """Measure a forward that keeps everything: in a warm process, and the first one of a process.
 
-    Everything is what `run_with_cache` keeps unasked, which leaves large and lazy values out.
+    Everything is what `run_with_cache` keeps by default, without large and lazy values.
     """
     model, tokens = rg_mid().ours, random_tokens(options.size(1024, 64))
     works = {

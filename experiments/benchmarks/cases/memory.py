@@ -1,4 +1,4 @@
-"""Memory that a prefill takes for a while."""
+"""Temporary memory of a prefill."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from experiments.benchmarks.timing import progress
 
 
 def memory(options: Options) -> Iterator[Measurement]:
-    """Measure the peak above the weights and the state it ends with, in fresh processes."""
+    """Measure the peak in addition to weights and final state, in fresh processes."""
     folder = options.scratch / "rg-mid"
     if not folder.exists():
         rg_mid().ours.save_pretrained(folder)

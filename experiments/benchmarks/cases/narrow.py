@@ -27,7 +27,7 @@ from hooked_hybrid import HookedHybrid
 
 STEPS, LENGTH = 16, 256
 AGREE = partial(check_equal, tolerance=0.3)
-"""Random Jamba's last logits in bf16 lie 0.05 to 0.17 from those in fp32, by either code."""
+"""Random Jamba's last logits in bf16 differ by 0.05 to 0.17 from those in fp32, in either code."""
 
 
 def bf16(options: Options) -> Iterator[Measurement]:

@@ -1,4 +1,4 @@
-"""Prefill: a prompt read once, with the last token's logits and a state to go on from."""
+"""Prefill: a prompt read once, with the last token's logits and a state to continue from."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def _contestants(family: Family, tokens: Tensor) -> dict[str, Work]:
 
 
 def _check_google(family: Family, tokens: Tensor) -> None:
-    """Raise where Google's logits are not ours; its timed prefill computes none."""
+    """Raise an error if Google's logits differ from ours; its timed prefill computes none."""
     if family.google is not None:
         logits = google_logits(family.google, tokens)
         check_equal({OURS: ours_prefill(family.ours, tokens)[0], GOOGLE: logits})

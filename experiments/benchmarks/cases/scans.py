@@ -1,4 +1,4 @@
-"""The recurrences by themselves, against the loops of `transformers`."""
+"""The recurrences alone, against the loops of `transformers`."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ def niah_sweep(options: Options) -> Iterator[Measurement]:
 
     The peer is `transformers`, greedy, with its own prefill for every cell and no intervention
     (which would only cost it time); it decodes as many tokens as the sweep did. All its cells of a
-    length cost the same, so that few are timed.
+    length cost the same, so only a few are timed.
     """
     for name in options.models:
         model, hf = contestants(name)

@@ -1,4 +1,4 @@
-"""The same models through TransformerLens's bridge, where that is installed."""
+"""The same models through TransformerLens's bridge, if it is installed."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ HOW = (
 
 
 class NotInstalledError(Exception):
-    """A peer that is not part of the project's own environment is not there."""
+    """A peer that is not part of the project's own environment is not installed."""
 
 
 def transformerlens(options: Options) -> Iterator[Measurement]:
@@ -52,7 +52,7 @@ def transformerlens(options: Options) -> Iterator[Measurement]:
 
 
 def bridge(hf: Any, tokenizer: str) -> Any:
-    """Return a transformers model, which it changes, as TransformerLens has it."""
+    """Return TransformerLens's bridge of a transformers model, which it changes."""
     from transformers import AutoTokenizer  # noqa: TID251
 
     folder = str(packaged_models()[tokenizer])
@@ -94,7 +94,7 @@ def _kept(model: Any, tokens: Tensor, names: list[str] | None) -> Tensor:
 
 
 def _contents(family: Family, tokens: Tensor) -> str:
-    """Return how much each keeps when it is to keep everything."""
+    """Return the number and size of the values that each keeps in a full cache."""
     said = []
     for who, model in ((OURS, family.ours), (LENS, family.hf)):
         _, cache = model.run_with_cache(tokens, names_filter=None)
