@@ -73,7 +73,7 @@ def test_a_damaged_shard_is_made_again_and_a_changed_one_is_found(tmp_path):
     wanted = contents(harvested.folder)
     path = harvested.paths[2]
     path.write_bytes(wanted[path.name][:-100])
-    with pytest.raises(ValueError, match="bytes, and index.json says .* continue with --resume"):
+    with pytest.raises(ValueError, match="bytes, and .* in index.json: continue with --resume"):
         HarvestedActivations(harvested.folder)
     with pytest.warns(UserWarning, match="is not a whole shard of a harvest .* it is made again"):
         many_shards(harvested.folder)
@@ -134,7 +134,7 @@ def test_a_folder_without_a_shard_takes_another_recipe(tmp_path, monkeypatch):
         patch.setattr(Runner, "run", interrupted)
         with pytest.raises(KeyboardInterrupt):
             many_shards(tmp_path / "out")
-    with pytest.raises(ValueError, match="is not finished .0 shards are there.: go on with"):
+    with pytest.raises(ValueError, match="is not finished .0 shards are there.: continue with"):
         HarvestedActivations(tmp_path / "out")
     begun = tmp_path / "out" / ".tmpAbCd12"  # as safetensors leaves it when it is killed
     begun.touch()
@@ -340,13 +340,13 @@ def test_an_index_that_does_not_fit_its_shards_is_found(tmp_path):
         HarvestedActivations(harvested.folder)
     path.write_text(json.dumps({**index, "recipe": {**index["recipe"], "seed": 1}}))
     with pytest.raises(
-        ValueError, match="index.json does not belong to the shards in its folder: go on with"
+        ValueError, match="index.json does not belong to the shards in its folder: continue with"
     ):
         HarvestedActivations(harvested.folder)
     changed = json.loads(json.dumps(index))
     changed["hooks"][harvested.names[0]]["mean_norm"] += 0.1
     path.write_text(json.dumps(changed))
-    with pytest.raises(ValueError, match="index.json does not fit the shards: go on with"):
+    with pytest.raises(ValueError, match="index.json does not fit the shards: continue with"):
         HarvestedActivations(harvested.folder).verify()
     many_shards(harvested.folder).verify()
 
