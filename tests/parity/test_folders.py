@@ -377,7 +377,9 @@ def test_keys_that_may_change_the_maths_are_refused_until_a_user_says_otherwise(
         shutil.copy(source / name, tmp_path)
     changed(tmp_path, "config.json", **{key: REFUSED[key]})
     for way in (HookedHybrid.from_pretrained, HybridConfig.from_pretrained, check):
-        with pytest.raises(CheckpointError, match=f"unknown to this library: {key};.*ignore_config_keys="):
+        with pytest.raises(
+            CheckpointError, match=f"unknown to this library: {key};.*ignore_config_keys="
+        ):
             way(tmp_path)
         way(tmp_path, ignore_config_keys=[key])
     theirs = AutoModelForCausalLM.from_pretrained(source)
