@@ -96,7 +96,7 @@ def _read(path: Path) -> HybridConfig:
 
     config: Any = read_json(path, LARGEST_SMALL)
     if not isinstance(config, dict):
-        raise ValueError(f"{path} holds a {type(config).__name__}, not the settings of a model")
+        raise ValueError(f"{path} contains a {type(config).__name__}, not the settings of a model")
     return family_of_config(config).read(config, {})
 
 

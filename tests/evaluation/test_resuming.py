@@ -274,7 +274,7 @@ def test_a_folder_of_other_things_is_refused_and_one_without_cells_is_not(tmp_pa
         (["--limit", "-2"], "limit=-2"),
         (["--limit", "2.5"], "limit=2.5"),
         (["--limit", "nan"], "limit=nan"),
-        (["--include-path", "nowhere"], "there is no such folder"),
+        (["--include-path", "nowhere"], "no such folder"),
         (["--chat"], "no chat template"),
         (["--num-fewshot", "3"], "num_fewshot=3 has no effect: needle_choice set 0 examples"),
     ],

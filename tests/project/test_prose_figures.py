@@ -82,9 +82,9 @@ def where_recall_lives(words: Words) -> None:
         "without memory." in words
     )
     never = cells[(start > 0) & ((size == 64) | (facts == 8))]
-    assert not (never["lean"] != "not learned").any() and "nothing passes 80%" in words
+    assert not (never["lean"] != "not learned").any() and "no cell exceeds 80%" in words
     from_the_start = cells[(start == 0) & ((size == 64) | (facts == 8))]
-    assert f"the same model reaches {spread(from_the_start['whole'])}% when attention" in words
+    assert f"the same model reaches {spread(from_the_start['whole'])}% with attention" in words
 
 
 def quantized(words: Words) -> None:
@@ -101,7 +101,7 @@ def quantized(words: Words) -> None:
         assert ends(f"{model} int8 in fp32")[1] < ends(f"{model} bf16")[0]
         assert rows.loc[f"{model} nf4 in fp32", "loss"].endswith("]")
         assert "+" not in rows.loc[f"{model} nf4 in fp32", "loss"]  # the whole interval is below 0
-    assert "int8 in fp32 moves the distribution less (KL) than bf16 does" in words
+    assert "int8 in fp32 changes the distribution less (KL) than bf16 does" in words
     assert "It *lowers* the loss of this text on both" in words
     ratio = {
         key: numbers(rows.loc[key, "KL"])[0] / numbers(rows.loc[f"{key.split()[0]} bf16", "KL"])[0]
@@ -109,15 +109,15 @@ def quantized(words: Words) -> None:
         if key.startswith("tiny")
     }
     griffin, jamba = (ratio[f"{m} int8 in bf16"] for m in ("tiny-griffin", "tiny-jamba"))
-    assert f"lies {griffin:.1f} and {jamba:.1f} times as far from fp32 as bf16 does" in words
-    far = re.search(r"NF4 lies (\d+) and (\d+) times as far", words.text)
+    assert f"is {griffin:.1f} and {jamba:.1f} times as far from fp32 as bf16 is" in words
+    far = re.search(r"NF4 is (\d+) and (\d+) times as far", words.text)
     assert far and far[0] in words
     for said, model in zip(far.groups(), ("tiny-griffin", "tiny-jamba"), strict=True):
         assert int(said) == pytest.approx(ratio[f"{model} nf4 in fp32"], rel=0.02)  # two digits
     wide = "random jamba 1024"
     of = numbers(rows.loc[f"{wide} int8 in fp32", "KL"])[0]
     of /= numbers(rows.loc[f"{wide} bf16", "KL"])[0]
-    assert f"int8 in fp32 lies {of:.1f} times as far from fp32 as bf16 does" in words
+    assert f"int8 in fp32 is {of:.1f} times as far from fp32 as bf16 is" in words
     assert ends(f"{wide} int8 in fp32")[0] < ends(f"{wide} bf16")[1]  # "the intervals overlap"
     retrieved = kept("quantized").table.dropna(subset="accuracy").set_index("setting")
     assert "in every variant" in words and set(retrieved["n"]) == {124}
@@ -147,7 +147,7 @@ def twins(words: Words) -> None:
         in words
         and max(hybrid) < min(alone)
     )
-    assert f"holds more ({min(began_long):.2f} to {max(began_long):.2f})" in words
+    assert f"hybrid's layer 0 ({min(began_long):.2f} to {max(began_long):.2f})" in words
     rows = kept("twins").table.set_index("setting")
     ends = rows[~rows.index.str.contains("step")]
     controls = ["control 0", "control 1", "control 2"]
@@ -183,7 +183,7 @@ def outside_window(words: Words) -> None:
     off = found["off / off"]
     far = {row.split()[0]: numbers(cell)[0] for row, cell in off.items()}
     generation = {row.split()[0]: numbers(c)[0] for row, c in found["on / off"].items()}
-    assert far["316"] == far["388"] == 100 and "comes back that is 316 or 388 tokens away" in words
+    assert far["316"] == far["388"] == 100 and "every needle 316 or 388 tokens away is" in words
     assert far["508"] == generation["508"]
     assert f"{far['508']:.0f}% at 508, {generation['1,020']:.0f}% at 1,020" in words
     relay = table("outside_window", "relay")
@@ -195,7 +195,7 @@ def outside_window(words: Words) -> None:
     near = numbers(relay.loc["nothing cut", "1 to 2 windows back"])
     less = [a - b for a, b in zip(near, numbers(prefill["1 to 2 windows back"]), strict=True)]
     more = [b - a for a, b in zip(whole, numbers(prefill["beyond 2"]), strict=True)]
-    assert f"by {less[0]:.0f} and {less[1]:.0f} points) or leaves it as it is" in words
+    assert f"by {less[0]:.0f} and {less[1]:.0f} points) or is unchanged" in words
     assert f"it adds {more[0]:.0f}, {more[1]:.0f} and {more[2]:.0f} points" in words
     inside, one, two = (Counter(case(400).bin)[b] for b in ("inside", "1 to 2 windows", "beyond 2"))
     assert f"{inside}, {one} and {two} sequences" in words
@@ -204,13 +204,11 @@ def outside_window(words: Words) -> None:
         right = [float(i < 0.8 * n) for i in range(n)]
         good.append(100 * max(abs(end - 0.8) for end in mean_interval(right, range(n), SHARE)))
     assert (
-        f"a figure of 80 is good to {good[0]:.0f}, {good[1]:.0f} and {good[2]:.0f} points" in words
+        f"80 has a 95% interval of {good[0]:.0f}, {good[1]:.0f} and {good[2]:.0f} points" in words
     )
-    assert f"stands up to {int(case(400).distance.max())} tokens" in words
+    assert f"fact is up to {int(case(400).distance.max())} tokens" in words
     low, high = alike(31)
-    assert (
-        f"up to {low}% of needles could be by chance, and where all are, {high}% at least" in words
-    )
+    assert f"up to {low}% of all needles may be; if all are, at least {high}% are (95%)" in words
 
 
 def alike(n: int) -> tuple[str, str]:
@@ -224,8 +222,8 @@ def alike(n: int) -> tuple[str, str]:
 def findings(words: Words) -> None:
     """Sentences of four needles, and of what is counted from the published configs."""
     open_, bound = alike(4)
-    assert f"bound no more than that {bound}% are (95%)" in words
-    assert f"four of which none is, that {open_}% are at most" in words
+    assert f"retrieved, at least {bound}% of all needles of the form are (95%)" in words
+    assert f"none of four is, at most {open_}% are" in words
     all_right = [figure_of(f"griffin-static@{s}").value == 1 for s in (
         "retrieval, overall 5", "copying, overall 5", "run time, entropy 10",
         "retrieval, overall 4", "copying, overall 4", "run time, entropy 8",
@@ -237,7 +235,7 @@ def findings(words: Words) -> None:
     made = card.read_text(encoding="utf-8")
     (row,) = re.findall(r"^\| tiny-griffin-0 \|(.*)\|$", made, re.MULTILINE)
     beyond = row.split("|")[3].strip()
-    assert f"Beyond the window nothing is retrieved: {beyond}% of what the" in words
+    assert f"Beyond the window nothing is retrieved: {beyond}% on the" in words
     assert "of the 1,830 of the card" in words and "of 1,830 and 390 prompts" in made
     cfg = PUBLISHED["recurrentgemma-2b"]
     share = count_parameters(cfg).table().set_index("kind")["share"]
@@ -257,14 +255,14 @@ def findings(words: Words) -> None:
 def beside_other_results(words: Words) -> None:
     """Sentences of six needles, and of the windows in training."""
     open_, bound = alike(6)
-    assert f"where all are at 100% the interval is [{bound}, 100]" in words
-    assert f"where all are at 0% [0, {open_}]" in words
+    assert f"if all are at 100% the interval is [{bound}, 100]" in words
+    assert f"if all are at 0% [0, {open_}]" in words
 
 
 def next_questions(words: Words) -> None:
     """Sentences of eight and of six needles."""
-    assert f"8 that are all alike leave open what {alike(8)[0]}% of others do" in words
-    assert f"6 what {alike(6)[0]}% do" in words
+    assert f"if 8 needles are all alike, up to {alike(8)[0]}% of others may differ" in words
+    assert f"if 6 are, up to {alike(6)[0]}%" in words
 
 
 def findings_tables(words: Words) -> None:
