@@ -289,9 +289,9 @@ def experiments(words: Words) -> None:
     assert f"tiny-griffin keeps {griffin[6]}% and tiny-jamba {jamba[6]}%" in words
     others = rows["tiny-griffin-1"][6], rows["tiny-jamba-1"][6]
     assert f"with another seed {others[0]} and {others[1]}%" in words
-    assert f"Seven bound that at {100 * (1 - 0.05 ** (1 / 7)):.0f}% (one-sided)" in words
+    assert f"Seven bound it at {100 * (1 - 0.05 ** (1 / 7)):.0f}% (one-sided)" in words
     assert 1 - 0.05 ** (1 / 61) < 0.05 < 1 - 0.05 ** (1 / 58)
-    assert '"at most 5%" is asked of 61 needles' in words
+    assert '"at most 5%" is also tested on 61 needles' in words
     sizes = table("quantized", "bytes")
     (row,) = sizes[sizes[sizes.columns[0]] == "Jamba-Mini"].to_dict("records")
     assert f"{float(row['int8']):.0f} GB instead of {float(row['bf16']):.0f}" in words
