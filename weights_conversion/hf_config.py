@@ -249,7 +249,8 @@ def special_tokens(ids: dict[str, Any], file: str) -> dict[str, Any]:
     }
     for key, value in ids.items():
         for token in value if isinstance(value, tuple) else (value,):
-            if token is not None and not _is_token(token):
+            may_be_none = not isinstance(value, tuple)
+            if not _is_token(token) and not (token is None and may_be_none):
                 raise CheckpointError(f"{file}: {key}={_show(value)} is not a token id")
     return ids
 

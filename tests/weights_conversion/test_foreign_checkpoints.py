@@ -513,6 +513,17 @@ def test_a_cache_that_says_what_cannot_be_is_refused(
         ActivationCache.load(tmp_path / "c")
 
 
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
+@pytest.mark.parametrize("ends", [[None, 2], [2, None], [True], [[2]], ["2"], [2.5]], ids=str)
+def test_an_end_token_that_is_none_is_refused(ends: list[Any], name: str, tmp_path: Path):
+    folder = Path(shutil.copytree(packaged_models()["tiny-griffin"], tmp_path / "m"))
+    path = folder / name
+    content = json.loads(path.read_text()) if path.exists() else {}
+    path.write_text(json.dumps(content | {"eos_token_id": ends}))
+    with pytest.raises(CheckpointError, match=rf"{name}: eos_token_id=.* is not a token id"):
+        HookedHybrid.from_pretrained(folder)
+
+
 def with_part(state: HybridState, name: str, part: torch.Tensor, path: Path) -> Path:
     """Write a state of which one tensor is another."""
     about = {"n_seen": json.dumps(state.n_seen), "n_blocks": json.dumps(len(state.blocks))}
