@@ -288,6 +288,15 @@ COMMAND = (
     "--stages generation --max-new-tokens 8"
 )
 
+ONE_AFTER_THE_OTHER = """
+import ast, sys
+from hooked_hybrid.commands.program import build_app
+
+for words in ast.literal_eval(sys.argv[1]):
+    if build_app()(words, standalone_mode=False):
+        sys.exit(1)
+"""
+
 
 def test_a_killed_driver_is_resumed_and_ends_as_one_process(tmp_path: Path):
     alone, killed = ([*COMMAND.split(), "--out", str(tmp_path / name)] for name in "ab")
@@ -298,8 +307,8 @@ def test_a_killed_driver_is_resumed_and_ends_as_one_process(tmp_path: Path):
         time.sleep(0.05)
     driver.kill()
     assert driver.wait() == -signal.SIGKILL and n_cells(cells) > 0
-    for arguments in (alone, [*killed, "--resume"]):  # as users do: code is not checked for types
-        subprocess.run([*program[:3], *arguments], cwd=ROOT, check=True)
+    both = [alone, [*killed, "--resume"]]  # as users do: code is not checked for types
+    subprocess.run([sys.executable, "-c", ONE_AFTER_THE_OTHER, repr(both)], cwd=ROOT, check=True)
     first, second = (pd.read_csv(tmp_path / name / "table.csv") for name in "ab")
     assert same_but_for_times(first, second)
 
