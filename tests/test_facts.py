@@ -109,7 +109,7 @@ def test_the_parts_of_its_write(kind: str):
 
 
 @pytest.mark.parametrize("mixer", list(MIXERS.values()), ids=lambda m: m.kind)
-def test_what_is_asked_of_a_mixer(mixer: type[Mixer[Any]]):
+def test_a_mixer_states_the_required_facts(mixer: type[Mixer[Any]]):
     if mixer.kind not in PARTS:
         pytest.skip("made by another test of this file")
     part: Any = PARTS[mixer.kind]
@@ -195,7 +195,7 @@ def silent():
     MIXERS.pop(SilentConfig)
 
 
-def test_a_mixer_that_states_nothing_runs_and_says_what_is_missing(silent: HookedHybrid):
+def test_a_mixer_that_states_nothing_runs_and_its_errors_name_what_is_missing(silent: HookedHybrid):
     tokens = random_tokens(n_pos=6)
     logits, cache = silent.run_with_cache(tokens)
     assert logits.shape == (2, 6, D_VOCAB)

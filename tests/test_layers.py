@@ -580,7 +580,7 @@ def test_counts_plans_places_and_quantised_weights(name: str, tmp_path: Path):
         (lambda: QKNormConfig("row"), "over='row': give one of 'head', 'all'"),  # type: ignore[arg-type]
     ],
 )
-def test_a_config_that_cannot_be_says_why(make: Callable[[], Any], message: str):
+def test_an_impossible_config_is_an_error_with_the_reason(make: Callable[[], Any], message: str):
     with pytest.raises(ValueError, match=message):
         make()
 

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Literal
 from hooked_hybrid.papers.claims import Check, Finding, run_check
 from hooked_hybrid.papers.evidence import (
     MANY,
-    Estimate,
     Evidence,
+    NeedleMean,
     Untested,
     bounds,
     difference,
@@ -69,7 +69,7 @@ def by_word(ours: str, word: Word, *notes: str) -> Finding:
     return Finding(word == HOLDS, ours, "; ".join(said))
 
 
-def _points(gap: Estimate) -> str:
+def _points(gap: NeedleMean) -> str:
     seeds = ", ".join(f"{100 * value:+.1f}" for value in gap.by_seed)
     interval = f"95% {100 * gap.low:+.1f} to {100 * gap.high:+.1f}"
     return f"{100 * gap.mean:+.1f} points ({interval}; by seed {seeds})"
@@ -99,7 +99,7 @@ def at_most(run: str, settings: Callable[[Evidence], Sequence[str]], most: float
 
 
 def _at_one_place(
-    cells: pd.DataFrame | None, mean: Estimate | None, unit: Literal["%", "points"] = "%"
+    cells: pd.DataFrame | None, mean: NeedleMean | None, unit: Literal["%", "points"] = "%"
 ) -> str:
     """Return the result of a run over every needle in words; empty if there is none."""
     if cells is None or mean is None:
@@ -156,7 +156,7 @@ def as_good(k: int, of: int, stage: str = "generation", lacking: float = ABOUT) 
     return check
 
 
-def _lacks_at_most(gap: Estimate, lacking: float, ours: str) -> Finding:
+def _lacks_at_most(gap: NeedleMean, lacking: float, ours: str) -> Finding:
     ours = f"{ours}; at least {100 * gap.at_least:+.1f}"
     return by_rule(ours, "at least", gap.at_least, gap.at_most, -lacking)
 

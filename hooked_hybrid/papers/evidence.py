@@ -36,7 +36,7 @@ class Untested(LookupError):
     """The runs do not contain the subject of a claim; the message gives the reason."""
 
 
-class Estimate(NamedTuple):
+class NeedleMean(NamedTuple):
     """A mean of fractions (or of differences of these) with its 95% interval.
 
     The interval is `hooked_hybrid.runs.intervals.mean_interval` over needles, NaN at both ends for
@@ -90,7 +90,7 @@ class Evidence:
         """Heads of the attention layer with the fewest."""
         return min(heads_of(self.cfg).values())
 
-    def whole(self, run: str) -> Estimate:
+    def whole(self, run: str) -> NeedleMean:
         """Return the accuracy of a run with all heads and unchanged weights."""
         return self.accuracy(run, _WHOLE.get(run, self.k_setting(self.n_heads)))
 
@@ -110,7 +110,7 @@ class Evidence:
             return chosen
         return chosen[chosen["in_window"].astype(bool) == in_window]
 
-    def accuracy(self, run: str, setting: str, in_window: bool | None = None) -> Estimate:
+    def accuracy(self, run: str, setting: str, in_window: bool | None = None) -> NeedleMean:
         """Return the accuracy of a setting: mean graded score / 5."""
         return estimate(self.cells(run, setting, in_window))
 
@@ -148,7 +148,7 @@ class Evidence:
         return found
 
 
-def estimate(cells: pd.DataFrame, values: str = "accuracy", least: float = 0.0) -> Estimate:
+def estimate(cells: pd.DataFrame, values: str = "accuracy", least: float = 0.0) -> NeedleMean:
     """Return the mean of a column of cells; NaN throughout if there is no cell.
 
     Args:
@@ -158,7 +158,7 @@ def estimate(cells: pd.DataFrame, values: str = "accuracy", least: float = 0.0) 
     """
     if cells.empty:
         nan = float("nan")
-        return Estimate(nan, nan, nan, 0, 0, ())
+        return NeedleMean(nan, nan, nan, 0, 0, ())
     clustered = cells[values], cells["needle_id"], (least, 1.0)
     low, high = mean_interval(*clustered)
     one_sided = mean_interval(*clustered, level=0.9)
@@ -166,10 +166,10 @@ def estimate(cells: pd.DataFrame, values: str = "accuracy", least: float = 0.0) 
     by_needle = cells.groupby("needle_id")[values].mean()
     mean, alike = float(cells[values].mean()), float(by_needle.max() - by_needle.min()) < 1e-9
     seeds = tuple(map(float, by_seed))
-    return Estimate(mean, low, high, len(cells), len(by_needle), seeds, alike, *one_sided)
+    return NeedleMean(mean, low, high, len(cells), len(by_needle), seeds, alike, *one_sided)
 
 
-def difference(more: pd.DataFrame, less: pd.DataFrame) -> Estimate:
+def difference(more: pd.DataFrame, less: pd.DataFrame) -> NeedleMean:
     """Return the difference in accuracy between some cells and others, pair by pair.
 
     Pairs share needle, seed, length and depth; cells without a partner are left out.
@@ -178,7 +178,7 @@ def difference(more: pd.DataFrame, less: pd.DataFrame) -> Estimate:
     return estimate(paired.assign(gap=paired["accuracy"] - paired["accuracy_less"]), "gap", -1.0)
 
 
-def bounds(few: Estimate, many: Estimate | None) -> tuple[float, float]:
+def bounds(few: NeedleMean, many: NeedleMean | None) -> tuple[float, float]:
     """Return the one-sided 95% bounds of a mean over few needles and one over many.
 
     Each is the farther of the two. If the few needles are alike, their bounds depend only on their

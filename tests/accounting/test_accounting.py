@@ -108,7 +108,7 @@ def test_a_bad_config_file_is_a_clear_error(tmp_path: Path, content: str, messag
 
 
 @pytest.mark.parametrize("name", ["tiny-griffon", "./none/here", "no/such/config.json"])
-def test_an_unknown_name_says_what_there_is(name: str):
+def test_the_error_of_an_unknown_name_lists_the_names(name: str):
     with pytest.raises(ValueError, match=r"no such file or folder.*tiny-griffin.*jamba-mini"):
         config_of(name)
 

@@ -130,7 +130,7 @@ def test_every_device_counts_the_streams_of_all_pieces_where_weights_are_brought
     assert first.working == alone.working + streams and last.total <= 30 * GB
 
 
-def test_why_it_does_not_fit_is_said_in_words():
+def test_the_reason_why_it_does_not_fit_is_a_sentence():
     nowhere = plan(mini(), Machine(gpus_of("1x1GB"), 0, ANY_DISK))
     assert "the GPU offers 1 GB, with 0 B of CPU memory and room on the disk" in nowhere.why_not
     loaded = plan(mini(), Machine((), 104 * GB))

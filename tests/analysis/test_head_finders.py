@@ -309,7 +309,7 @@ def test_channel_scores_are_their_definition(name: str, n_groups: int | None):
 # --- what cannot be scored ----------------------------------------------------------------------
 
 
-def test_what_cannot_be_scored_is_said(unchecked: None):
+def test_what_cannot_be_scored_is_a_clear_error(unchecked: None):
     model, prompts = model_of("griffin"), needle_prompts()
     for wrong in ([], [NeedlePrompt([3, 4], [])]):
         with pytest.raises(ValueError, match="each with the spans"):

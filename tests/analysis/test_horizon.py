@@ -87,7 +87,7 @@ def test_tokens_are_counted_in_a_run(name: str, eps: float):
 
 
 @families
-def test_padding_and_documents_are_told_apart(name: str):
+def test_padding_and_documents_are_distinguished(name: str):
     model, tokens = model_of(name), random_tokens(2, N_POS)
     mask = torch.ones_like(tokens)
     mask[0, :7], mask[1, 31:] = 0, 0

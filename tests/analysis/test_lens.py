@@ -63,7 +63,7 @@ def test_each_depth_is_the_model_with_its_later_layers_cut(config):
 
 
 @every_config
-def test_what_is_said_of_a_token_is_read_off_the_whole_lens(config, small_blocks):
+def test_the_values_of_a_token_are_those_of_the_whole_lens(config, small_blocks):
     model, (_, cache) = MODELS[config], RUNS[config]
     logits = logit_lens(model, cache).values
     ids = TOKENS.expand(len(logits), -1, -1)[..., None]
@@ -132,7 +132,7 @@ def test_generated_tokens_have_the_log_probabilities_they_were_chosen_with(confi
     assert relative(values[:, 1], wanted[:, 1]) < FP32_PARITY
 
 
-def test_a_generation_without_a_cache_says_how_to_keep_one_and_that_is_enough():
+def test_the_error_of_a_generation_without_a_cache_gives_a_sufficient_remedy():
     model = MODELS["jamba"]
     options = {"return_type": "output", "verbose": False, "stop_at_eos": False}
     out = model.generate(TOKENS, 3, **options)

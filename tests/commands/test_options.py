@@ -313,7 +313,7 @@ def test_an_option_without_effect_is_refused(reached):
         assert "reached" not in said
 
 
-def test_a_default_that_is_given_is_told_from_one_that_is_not(reached):
+def test_a_default_given_explicitly_is_distinguished_from_one_left_out(reached):
     ray = ["--ray", "auto", "--gpus-per-worker", "1"]
     assert "reached" in run("niah", *ray).output
     assert "--device has no effect" in run("niah", *ray, "--device", "cpu").output

@@ -198,7 +198,7 @@ def test_distractors_follow_the_seed_of_a_haystack_of_files(sweep: Sweep, tmp_pa
     assert texts[0] != texts[1]
 
 
-def test_distractors_that_leave_no_room_are_said_to(sweep: Sweep):
+def test_distractors_that_leave_no_room_are_an_error(sweep: Sweep):
     result = run("--distractors", "30")
     assert result.exit_code == 1
     assert "give --lengths, or fewer --distractors" in " ".join(result.output.split())
@@ -289,7 +289,7 @@ def assert_one_line(result: Any, message: str) -> None:
     assert "Traceback" not in result.output
 
 
-def test_an_interruption_says_how_to_go_on(sweep: Sweep):
+def test_an_interruption_prints_how_to_continue(sweep: Sweep):
     sweep.error = KeyboardInterrupt()
     result = run("--k", "0", "--k", "2", "--out", "my results", "--thesis-depth")
     assert result.exit_code == cli.INTERRUPTED

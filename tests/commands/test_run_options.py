@@ -83,12 +83,12 @@ def test_device_maps_are_auto_json_or_a_file(tmp_path: Path):
         ('{"fits": false, "why_not": "too large"}', "a plan that does not fit: too large"),
     ],
 )
-def test_a_device_map_that_is_none_says_why(text: str, message: str):
+def test_an_invalid_device_map_is_an_error_with_the_reason(text: str, message: str):
     with pytest.raises(ValueError, match=message):
         device_map_of(text)
 
 
-def test_memory_is_said_by_device():
+def test_memory_is_given_by_device():
     assert memory_of(["0=20GB", "cpu = 100GB"]) == {0: "20GB", "cpu": "100GB"}
     for wrong in ("20GB", "gpu=20GB", "0="):
         with pytest.raises(ValueError, match=f"--max-memory {wrong}: give such as"):
@@ -128,7 +128,7 @@ def test_quantised_and_placed_models_are_loaded_and_say_so(tmp_path: Path):
         assert not torch.equal(small(tokens), plain(tokens))
 
 
-def test_a_workers_loader_has_absolute_paths_and_all_that_was_asked(
+def test_a_workers_loader_has_absolute_paths_and_all_options(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     (tmp_path / "mine").mkdir()

@@ -199,7 +199,7 @@ def test_arguments_that_would_be_misread_are_refused(unchecked: None, tmp_path: 
 # --- the whole evaluation -----------------------------------------------------------------------
 
 
-def test_choosing_by_lot_counts_each_answer_once(
+def test_a_random_choice_counts_each_answer_once(
     tmp_path: Path, checkpoint: Callable[[str], str]
 ) -> None:
     """lm-eval asks for each of the four answers twice where it scores mutual information."""
@@ -246,7 +246,7 @@ def run(out: Path, *arguments: str) -> Any:
     return CliRunner().invoke(build_app(), words)
 
 
-def test_the_command_reports_resumes_and_goes_on_without_missing_data(
+def test_the_command_reports_resumes_and_continues_without_missing_data(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, checkpoint: Callable[[str], str]
 ) -> None:
     out, model = tmp_path / "out", checkpoint("jamba")

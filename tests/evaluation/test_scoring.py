@@ -172,7 +172,7 @@ def test_a_beginning_is_shared_from_so_many_contexts_and_tokens_on(
     assert sum(counted) == (n_shared + 2 * n if is_shared else n * (n_shared + 2))
 
 
-def test_scores_are_reported_as_they_come_and_in_the_order_asked() -> None:
+def test_scores_are_reported_one_at_a_time_and_returned_in_order() -> None:
     told: list[int] = []
     found = score(model("griffin"), requests(), batch_size=2, on_scored=told.append)
     assert sum(told) == len(requests()) and len(told) > 3

@@ -41,7 +41,7 @@ def test_every_question_has_its_fact_once_and_its_answer(task):
             assert distance == at - where - 1
 
 
-def test_facts_stand_everywhere():
+def test_facts_occur_at_every_place():
     """Every arrangement is equally likely: first and last places are used as often as others."""
     task = Task(20, 2)
     places = draw(task, 4000, 0).keys

@@ -40,7 +40,7 @@ KILLS = int(os.environ.get("HARVEST_KILLS", "6"))
 """Kills that a harvest is resumed from; 300 for the figure in docs/harvest.md."""
 
 
-def test_a_killed_harvest_goes_on_and_gives_the_same_bytes(tmp_path):
+def test_a_killed_harvest_continues_and_gives_the_same_bytes(tmp_path):
     wanted = contents(many_shards(tmp_path / "first").folder)
     start = time.perf_counter()
     assert contents(many_shards(tmp_path / "again").folder) == wanted
@@ -146,7 +146,7 @@ def interrupted(self, batch, into) -> None:
     raise KeyboardInterrupt
 
 
-def test_a_second_run_on_the_folder_is_told_so(tmp_path):
+def test_a_second_run_on_the_folder_is_an_error(tmp_path):
     context = multiprocessing.get_context("fork")
     queue = context.Queue()
 
@@ -253,7 +253,7 @@ def test_workers_that_write_to_another_disk_are_noticed(tmp_path, made, monkeypa
     ("folder", "match"),
     [("none", "does not see the harvest in .*/none: give a"), ("other", "sees another harvest in")],
 )
-def test_a_folder_that_workers_see_otherwise_is_told(tmp_path, folder, match):
+def test_a_folder_that_differs_for_workers_is_an_error(tmp_path, folder, match):
     harvest(model_named(), documents_of(), RESID, tmp_path / "other", verbose=False)
     there = Elsewhere(change=lambda job: replace(job, folder=tmp_path / folder))
     with pytest.raises((OSError, ValueError), match=f"a worker on .* {match}"):

@@ -86,7 +86,7 @@ def test_a_harvest_that_was_not_touched_opens_and_is_whole(out: Path):
         lambda i: i.update(format=True),
     ],
 )
-def test_an_index_that_says_what_cannot_be_is_refused(edit: Callable, out: Path):
+def test_an_inconsistent_index_is_an_error(edit: Callable, out: Path):
     edited(out, edit)
     with pytest.raises(ValueError, match=INDEX) as error:
         HarvestedActivations(out)
@@ -139,7 +139,7 @@ def test_a_header_as_long_as_a_book_is_refused(out: Path):
         lambda h: h.update(sums="[" * 10**5),
     ],
 )
-def test_a_shards_header_that_says_what_cannot_be_is_refused(edit: Callable, out: Path):
+def test_an_inconsistent_header_of_a_shard_is_an_error(edit: Callable, out: Path):
     from safetensors import safe_open
 
     path = HarvestedActivations(out).paths[0]
@@ -249,7 +249,7 @@ def test_a_data_set_that_names_files_elsewhere_is_refused(name: object, tmp_path
 
 
 @pytest.mark.parametrize("content", ["[]", "{}", "[" * 10**5, '{"_data_files": 3}', ""])
-def test_a_data_set_whose_state_is_none_is_refused(content: str, tmp_path: Path):
+def test_a_data_set_with_an_invalid_state_is_an_error(content: str, tmp_path: Path):
     folder = saved(tmp_path / "set", {"text": ["one"]})
     (folder / "state.json").write_text(content)
     with pytest.raises(ValueError, match="state.json"):

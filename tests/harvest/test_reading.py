@@ -114,7 +114,7 @@ def test_options_of_batches_that_would_be_misread_are_refused(
         read.batches(name, **options)
 
 
-def test_a_shard_that_is_not_there_is_said(read):
+def test_a_missing_shard_is_an_error(read):
     with pytest.raises(ValueError, match=f"shard={len(read.paths)}: give 0 to"):
         read.load(len(read.paths), "hook_embed")
 
@@ -147,7 +147,7 @@ def test_a_worker_without_a_shard_comes_to_an_end(tmp_path):
     assert len(list(islice(batches, 50))) == 50
 
 
-def test_what_cannot_be_read_is_said(tmp_path, read):
+def test_what_cannot_be_read_is_a_clear_error(tmp_path, read):
     with pytest.raises(ValueError, match="holds no harvest"):
         HarvestedActivations(tmp_path)
     index = dict(read.index, format=99)

@@ -274,7 +274,7 @@ def test_each_case_carries_on_what_its_name_says():
     assert all(b - a > 0.01 * b for a, b in pairwise(sorted(expected)))  # none is another's
 
 
-def test_a_run_goes_on_where_it_stopped(tmp_path: Path):
+def test_a_run_continues_where_it_stopped(tmp_path: Path):
     model, prompts = packaged("tiny-griffin"), prompts_of("tiny-griffin")
     cases, few = CASES[:2], prompts[:1]
     first = cached_state(model, few, [4], cases, out=tmp_path / "a", verbose=False)

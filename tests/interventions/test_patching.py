@@ -326,7 +326,7 @@ def test_a_generation_that_drops_rows_meets_each_rows_donor(name: str):
         assert relative(out.logprobs[i, :n], single.logprobs[0]) < FP32_PARITY
 
 
-def test_a_frozen_prompt_lets_a_generation_go_on():
+def test_a_generation_continues_from_a_frozen_prompt():
     model, tokens = model_of("griffin"), random_tokens(2, 12)
     _, donor = model.run_with_cache(random_tokens(2, 12, seed=5))
     hooks = freeze(donor, ("z", 0))

@@ -63,7 +63,7 @@ def test_forward_hooks_and_caches_are_near_those_of_fp32(name: str, dtype: Any, 
 @dtypes
 @grads
 @pytest.mark.parametrize("name", [*DENSE, MIXTURE])
-def test_a_state_goes_on_under_autocast_wherever_it_was_made(name: str, dtype: Any, grad: bool):
+def test_a_state_continues_under_autocast_wherever_it_was_made(name: str, dtype: Any, grad: bool):
     model, tokens = tiny_model(name), random_tokens(2, 12)
     hooks = held_choice(model, tokens) if name == MIXTURE else []
     if hooks:  # of all positions: a part is routed by its own

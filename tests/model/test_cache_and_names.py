@@ -344,7 +344,7 @@ def test_to_moves_every_value_and_returns_the_cache(cached):
     assert cached.model.device.type == "cpu"
 
 
-def test_to_moves_the_model_when_told():
+def test_to_moves_the_model_on_request():
     model = random_model(griffin_config("A", d_model=8))
     _, kept = model.run_with_cache(random_tokens(n_pos=3))
     kept.to("meta", move_model=True)

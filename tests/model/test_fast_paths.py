@@ -96,7 +96,7 @@ def test_gelu_in_half_precision_is_within_a_rounding_of_the_largest(dtype: torch
 
 
 @torch.no_grad()
-def test_an_activation_overwrites_only_where_told(small: list[int]):
+def test_an_activation_overwrites_only_on_request(small: list[int]):
     for name in ("gelu_tanh", "silu"):
         x = randn(2, 7, 5)
         exact, before = activate(x.double(), name), x.clone()
@@ -496,7 +496,7 @@ def test_a_state_after_pieces_is_the_same_whatever_was_returned(name: str, small
 
 @models
 @torch.no_grad()
-def test_hooks_on_the_last_norm_and_on_logits_see_the_positions_they_are_told(
+def test_hooks_on_the_last_norm_and_on_logits_see_the_positions_in_hook_run(
     name: str, small: list[int]
 ):
     model, tokens = model_of(name), random_tokens(2, N_POS)

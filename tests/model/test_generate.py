@@ -160,7 +160,7 @@ def test_greedy_from_the_shortest_prompts(model, tokens, n_prompt, first_token_s
     assert torch.equal(out.new_tokens, full_greedy(model, prompt, 5)[0])
 
 
-def test_the_state_stands_after_everything_but_the_last_token(each_model, tokens):
+def test_the_state_is_that_after_everything_but_the_last_token(each_model, tokens):
     out = each_model.generate(tokens, 6, **ENDLESS)
     read = out.tokens[:, :-1]
     for row in range(3):
@@ -377,7 +377,7 @@ def lengths_until(new_tokens: Tensor, eos: int) -> list[int]:
     ]
 
 
-def test_a_row_stops_at_eos_and_the_others_go_on_unchanged(model, tokens):
+def test_a_row_stops_at_eos_and_the_others_continue_unchanged(model, tokens):
     free, eos = with_an_end(model, tokens)
     out = model.generate(tokens, N_NEW, eos_token_id=eos, **QUIET)
     lengths = lengths_until(free.new_tokens, eos)
@@ -436,7 +436,7 @@ def test_an_end_at_the_last_step_counts_as_finished(model, tokens):
     assert out.finished.tolist() == [True, False, False]
 
 
-def test_the_ends_are_the_models_own_unless_told(tokens):
+def test_the_ends_are_the_models_own_by_default(tokens):
     free, eos = with_an_end(lively_model(), tokens)
     model = random_model(dataclasses.replace(lively_model().cfg, eos_token_id=eos), seed=4)
     assert model.generate(tokens, N_NEW, **QUIET).finished[0]
@@ -446,7 +446,7 @@ def test_the_ends_are_the_models_own_unless_told(tokens):
     assert not model.generate(tokens, N_NEW, eos_token_id=unused, **QUIET).finished.any()
 
 
-def test_hooks_see_the_rows_that_go_on_by_their_number_in_the_batch(model, tokens):
+def test_hooks_see_the_rows_that_continue_by_their_number_in_the_batch(model, tokens):
     free, eos = with_an_end(model, tokens)
     runs, note = run_recorder()
     model.generate(tokens, N_NEW, eos_token_id=eos, fwd_hooks=[(EMBED, note)], **QUIET)
@@ -491,7 +491,7 @@ def test_padded_rows_that_end_have_the_state_each_has_alone(model, side):
         assert out.finished[i] == alone.finished[0]
 
 
-def test_a_mask_of_ones_says_nothing(model, tokens):
+def test_a_mask_of_ones_changes_nothing(model, tokens):
     plain = model.generate(tokens, 5, **ENDLESS)
     masked = model.generate(tokens, 5, attention_mask=torch.ones_like(tokens), **ENDLESS)
     assert torch.equal(masked.logprobs, plain.logprobs) and torch.equal(masked.tokens, plain.tokens)
@@ -543,7 +543,7 @@ def test_continuing_rows_of_unequal_lengths_with_new_text_of_unequal_lengths(eac
         assert_same_state(out.state[i], alone.state)
 
 
-def test_text_that_continues_a_state_gets_no_bos_unless_told(model):
+def test_text_that_continues_a_state_gets_no_bos_by_default(model):
     _, state = model("w7 w8", return_type=None, return_state=True)
     out = model.generate("w9 w10", 3, state=state, **ENDLESS)
     assert out.tokens[0, :2].tolist() == [9, 10]
@@ -668,7 +668,7 @@ def test_stage_hooks_are_called_in_their_stage_only_after_the_others(
 
 
 @pytest.mark.parametrize("stage", ["prefill", "generation"])
-def test_an_edit_in_one_stage_is_an_edit_that_asks_for_the_stage(model, tokens, stage):
+def test_an_edit_in_one_stage_is_an_edit_that_tests_for_the_stage(model, tokens, stage):
     def shift(value: Tensor, hook: HookPoint) -> Tensor:
         return value + 0.5
 
@@ -1060,7 +1060,7 @@ def test_the_returned_string_is_cut_too_and_keeps_the_prompt(model):
 
 
 @pytest.mark.parametrize("which", ["text", "str"])
-def test_a_row_cut_at_a_stop_string_reads_the_same_among_rows_that_go_on(model, which):
+def test_a_row_cut_at_a_stop_string_reads_the_same_among_rows_that_continue(model, which):
     """What pads the row after its end is not a part of its text."""
     prompts = ["w20 w8", "w9 w10 w11"]
     free = [model.to_str_tokens(model.generate(p, N_NEW, **ENDLESS).new_tokens) for p in prompts]

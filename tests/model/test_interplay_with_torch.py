@@ -268,7 +268,7 @@ def test_blocks_run_under_gradient_checkpoints(name: str, reentrant: bool):
 
 
 @families
-def test_states_made_without_gradients_go_on_with_them_and_stay_as_they_are(name: str):
+def test_states_made_without_gradients_continue_with_them_and_are_unchanged(name: str):
     model, tokens = tiny_model(name).requires_grad_(True), random_tokens(2, 12)
     with torch.no_grad():
         _, state = model(tokens[:, :6], return_state=True)

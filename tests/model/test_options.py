@@ -573,7 +573,7 @@ def test_forks_of_a_state_draw_apart_and_repeat(model, tokens):
     assert torch.equal(sampled(model, more, state=state, temperature=3.0), first)
 
 
-def test_a_generator_goes_on_between_calls_and_the_global_one_seeds_a_call(model, tokens):
+def test_a_generator_continues_between_calls_and_the_global_one_seeds_a_call(model, tokens):
     def run(**options: Any) -> list[int]:
         options = {"do_sample": True, "temperature": 3.0, **options}
         return model.generate(tokens, 12, **options, **QUIET)[0].tolist()

@@ -398,7 +398,7 @@ def test_what_is_kept_of_a_mask_follows_rows_and_the_batch_axis(model):
         ActivationCache(dict(kept), model, attention_mask=mask[:, 1:])
 
 
-def test_a_cache_of_a_generation_says_where_rows_had_ended(model):
+def test_a_cache_of_a_generation_marks_where_rows_ended(model):
     out = model.generate(
         random_tokens(2, 6), 4, names_filter="hook_embed", verbose=False, return_type="output",
         stop_at_eos=False,

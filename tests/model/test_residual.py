@@ -505,7 +505,7 @@ METHODS = {
 
 @every_config
 @pytest.mark.parametrize("method", METHODS)
-def test_a_cache_that_holds_too_little_says_what_to_keep_and_that_is_enough(config, method):
+def test_the_error_of_a_cache_with_too_few_values_names_a_sufficient_filter(config, method):
     model = MODELS[config]
     _, little = model.run_with_cache(TOKENS, names_filter="unembed.hook_logits")
     with pytest.raises(

@@ -157,7 +157,7 @@ def rounded(step: Callable[[], None], _: torch.device) -> Callable[[], None]:
 @pytest.mark.parametrize(
     ("capture", "differs"), [(empty, "logits"), (stale, "count of steps"), (rounded, "ssm")]
 )
-def test_a_graph_that_does_not_do_the_step_is_not_used_which_is_said_once(
+def test_a_graph_that_computes_another_step_is_not_used_and_warns_once(
     monkeypatch, capture, differs
 ):
     model = tiny_model("griffin")

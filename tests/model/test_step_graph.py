@@ -190,7 +190,7 @@ def test_states_and_logits_are_copies(each_model):
 
 
 @pytest.mark.parametrize("n_prompt", [2, 11])
-def test_a_graph_goes_on_from_another_state(each_model, n_prompt):
+def test_a_graph_continues_from_another_state(each_model, n_prompt):
     graph = StepGraph(each_model, after(each_model, random_tokens(2, 5)), 20, repeat)
     for i in range(WINDOW + 1):
         graph.step(random_tokens(2, 1, seed=i))
@@ -386,7 +386,7 @@ def test_a_step_asks_nothing_but_how_many_tokens_each_expert_got(model, monkeypa
         assert asking == [False]
 
 
-def test_a_capture_that_fails_is_told_once_and_not_tried_again(griffin, forced, monkeypatch):
+def test_a_failing_capture_warns_once_and_is_not_tried_again(griffin, forced, monkeypatch):
     tries = []
 
     def fails(step: Callable[[], None], device: torch.device) -> Callable[[], None]:
@@ -453,7 +453,7 @@ def test_generate_gives_what_it_gives_without(each_model, forced, stage):
     assert len(forced) == 1
 
 
-def test_generate_goes_on_with_padded_rows_and_from_a_state(each_model, forced):
+def test_generate_continues_padded_rows_and_from_a_state(each_model, forced):
     tokens, mask = padded_rows()
     state = after(each_model, random_tokens(3, 4, seed=3))
     for options in ({"attention_mask": mask}, {"state": state}):
@@ -602,7 +602,7 @@ def test_generate_on_a_gpu_gives_what_it_gives_without(gpu_model, sampling, monk
 
 
 @needs_gpu
-def test_a_mixture_that_asks_the_host_falls_back_and_leaves_the_generator_usable(monkeypatch):
+def test_a_mixture_that_synchronises_falls_back_and_leaves_the_generator_usable(monkeypatch):
     model, tokens = tiny_model("jamba").to("cuda"), random_tokens(2, 5).cuda()
     expected = model.generate(tokens, 30, **QUIET)
     monkeypatch.setattr(step_graph, "_asks_for_counts", lambda model: False)

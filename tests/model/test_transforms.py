@@ -224,7 +224,7 @@ def test_a_state_is_differentiated_through():
     assert relative(grad(fn)(at), gradients(fn, at)) < FP64
 
 
-def test_what_cannot_be_transformed_says_so():
+def test_what_cannot_be_transformed_is_a_clear_error():
     model, x = model_of("griffin"), resid_of("griffin", 4)
     with pytest.raises(RuntimeError, match="generate cannot run inside a transform of torch.func"):
         vmap(lambda t: model.generate(t[None], 2, verbose=False))(random_tokens(2, 4))

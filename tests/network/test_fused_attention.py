@@ -142,7 +142,7 @@ def test_kernels_that_a_user_has_put_off_stay_off(calls):
         torch.backends.cuda.enable_flash_sdp(True)
 
 
-def test_a_cpu_is_asked_as_before(monkeypatch):
+def test_the_options_of_fused_attention_on_a_cpu_are_as_before(monkeypatch):
     asked = []
     real = torch.nn.functional.scaled_dot_product_attention
 

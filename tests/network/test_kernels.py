@@ -377,7 +377,7 @@ def test_triton_is_there_on_a_gpu_or_in_the_interpreter(monkeypatch):
     assert usable_selective(*inputs) and not usable_selective(*(t.double() for t in inputs))
 
 
-def test_a_broken_package_is_not_used_which_a_warning_says(monkeypatch, tmp_path):
+def test_a_broken_package_is_not_used_and_warns(monkeypatch, tmp_path):
     (tmp_path / "broken_package.py").write_text("raise ImportError('undefined symbol')")
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.warns(UserWarning, match="broken_package is installed but .* undefined symbol"):

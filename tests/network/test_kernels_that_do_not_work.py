@@ -39,9 +39,7 @@ IMPORTS = {
 
 
 @pytest.mark.parametrize("kind", IMPORTS)
-def test_a_package_that_breaks_with_any_error_is_not_used_which_is_said_once(
-    monkeypatch, tmp_path, kind
-):
+def test_a_package_that_raises_any_error_is_not_used_and_warns_once(monkeypatch, tmp_path, kind):
     name = f"broken_by_{kind}"
     (tmp_path / f"{name}.py").write_text(IMPORTS[kind])
     monkeypatch.syspath_prepend(tmp_path)
@@ -160,7 +158,7 @@ def test_a_kernel_that_is_right_is_used_and_tried_once(monkeypatch, on_gpu, name
 
 
 @pytest.mark.parametrize("name", TRIALS)
-def test_a_kernel_that_is_wrong_is_left_out_which_is_said_once(monkeypatch, on_gpu, name):
+def test_a_wrong_kernel_is_not_used_and_warns_once(monkeypatch, on_gpu, name):
     put_in_place(monkeypatch, wrong=0.03)
     with pytest.warns(UserWarning, match=r"the kernel is off by 0\.0.*on cuda:0 in torch.float32"):
         assert not on_gpu(TRIALS[name])
@@ -204,7 +202,7 @@ def test_no_numbers_and_other_shapes_are_wrong(on_gpu, bad):
             assert not on_gpu(lambda *_, found=found: ((found,), (torch.ones(2),)))
 
 
-def test_a_full_gpu_says_nothing_of_a_kernel(on_gpu):
+def test_a_full_gpu_is_not_reported_as_a_kernels_error(on_gpu):
     def trial(*_: Any) -> Any:
         raise torch.OutOfMemoryError("CUDA out of memory")
 

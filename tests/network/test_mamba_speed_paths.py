@@ -359,7 +359,7 @@ def test_each_way_to_run_experts_equals_the_definition(n_pos: int, with_autograd
 
 @torch.no_grad()
 @pytest.mark.parametrize("n_pos", [1, 50])
-def test_experts_that_nobody_chose_do_not_matter(n_pos: int):
+def test_experts_without_tokens_do_not_matter(n_pos: int):
     moe, x = experts_and_inputs(n_pos)
     weights, indices = moe._route(x)
     run = moe._run_one if n_pos == 1 else moe._run_sorted

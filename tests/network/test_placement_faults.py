@@ -62,7 +62,7 @@ def test_of_several_that_load_at_once_one_fills_the_folder(
     assert len(written) == len(set(written)) == len(list(found[0].parameters()))
 
 
-def test_who_waits_for_a_folder_is_told_for_whom(tmp_path: Path, monkeypatch: Any):
+def test_waiting_for_a_folder_prints_the_process_waited_for(tmp_path: Path, monkeypatch: Any):
     model = tiny_model("griffin")
     folder, parameters = OffloadFolder(tmp_path, "one"), dict(model.named_parameters())
     is_held, is_over = threading.Event(), threading.Event()
@@ -102,7 +102,7 @@ def test_a_whole_folder_is_read_without_writing_there(
     assert torch.equal(load(checkpoint, tmp_path)(tokens), tiny_model("jamba")(tokens))
 
 
-def test_checkpoints_of_one_size_and_date_are_told_apart(checkpoint: Path, tmp_path: Path):
+def test_checkpoints_of_one_size_and_date_are_distinguished(checkpoint: Path, tmp_path: Path):
     copy = shutil.copytree(checkpoint, tmp_path / "copy")
     paths = sorted(copy.glob("*.safetensors"))
     assert identity_of(paths, torch.float32) != identity_of(paths, torch.bfloat16)

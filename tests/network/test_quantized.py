@@ -330,7 +330,7 @@ def test_what_a_quantised_model_cannot_do_says_what_to_do(tmp_path: Path):
     )
 
 
-def test_loading_says_what_does_not_go_together():
+def test_loading_with_inconsistent_options_is_an_error():
     for options, says in (
         ({"quantize_only": ["x"]}, "needs quantize"),
         ({"quantize": "int8", "dtype": "float16"}, "take torch.bfloat16"),

@@ -84,7 +84,7 @@ def test_more_settings_and_prompts_run_the_new_cells_alone(
     assert len(read_cells(tmp_path / "r")) == len(again)
 
 
-def test_an_extension_that_is_stopped_anywhere_goes_on_to_the_same_numbers(
+def test_an_extension_that_is_stopped_anywhere_continues_to_the_same_numbers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run(tmp_path / "whole", FEW, SETTINGS[:1])

@@ -110,7 +110,7 @@ def test_a_window_of_no_key_is_an_error(n_keys: int, unchecked: None) -> None:
         limit_window(n_keys)
 
 
-def test_a_boundary_that_is_none_is_an_error() -> None:
+def test_an_invalid_boundary_is_an_error() -> None:
     cfg = griffin_config()
     with pytest.raises(ValueError, match="boundary=-1: give .*counted from 0"):
         knock_out_crossings(cfg, -1)

@@ -205,7 +205,7 @@ def test_scores_keep_the_heads_they_name():
         interventions.reversed_score("peak")
 
 
-def test_heads_by_lot_are_the_same_however_a_prompt_is_cut():
+def test_random_heads_are_the_same_however_a_prompt_is_cut():
     model = model_of("tiny-griffin")
     tokens = torch.tensor([prompts_of("tiny-griffin")[0].tokens])
     hooks = interventions.keep_top_heads(3, interventions.random_score(1))
@@ -303,7 +303,7 @@ def test_each_command_writes_table_maps_pictures_and_report(
         (["--needle", "none"], "give a needle"),
     ],
 )
-def test_what_cannot_be_measured_is_said_before_the_sweep(
+def test_what_cannot_be_measured_is_an_error_before_the_sweep(
     options: list[str], message: str, tmp_path: Path
 ):
     small = ["--depths", "1", *([] if "--lengths" in options else ["--lengths", "180"])]

@@ -296,7 +296,7 @@ def test_needles_stand_at_the_asked_depth_in_any_text(name: str, text: str):
     assert len({prompt.needle_spans for prompt in prompts}) == 3
 
 
-def test_without_any_end_of_sentence_the_needle_stands_between_words_and_a_warning_says_so(
+def test_without_any_end_of_sentence_the_needle_is_between_words_with_a_warning(
     model: HookedHybrid,
 ):
     haystack = Haystack(documents=(PLAIN * 100,))

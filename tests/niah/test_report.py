@@ -159,7 +159,7 @@ def test_a_report_that_fails_half_way_leaves_the_old_one(
     assert "the third" in text and "the first" not in text and "Jamba-Mini" not in text
 
 
-def test_columns_of_the_window_are_left_out_where_there_is_none():
+def test_columns_of_the_window_are_left_out_without_a_window():
     headings, rows = summary_rows(sweep_table(window=None))
     assert not {"inside window", "beyond it"} & set(headings)
     assert {len(row) for row in rows} == {len(headings)}

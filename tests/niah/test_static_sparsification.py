@@ -83,7 +83,7 @@ def test_the_choice_at_run_time_is_the_papers():
         assert torch.equal(found, expected)
 
 
-def test_sets_by_lot_have_as_many_heads_in_each_layer():
+def test_random_sets_have_as_many_heads_in_each_layer():
     drawn = [s for name, s in settings_of().items() if name.startswith(BY_LOT)]
     assert [s.name for s in drawn] == [f"{BY_LOT} {n} #{i}" for n in (2, 4) for i in (0, 1)]
     for setting in drawn:
@@ -218,7 +218,7 @@ def test_every_set_of_heads_is_tried_where_there_are_few():
 
 
 @pytest.mark.parametrize(("most", "n"), [(0, 0), (1, 1), (69, 69), (70, 70), (71, 70)])
-def test_so_many_sets_as_are_asked_for_and_no_two_alike(most: int, n: int):
+def test_the_given_number_of_sets_is_drawn_and_no_two_are_equal(most: int, n: int):
     found = head_sets({2: 8}, 4, most, random.Random(0), usual=20)
     assert len(found) == len(set(found)) == n
 
@@ -232,7 +232,7 @@ def test_sets_drawn_once_differ_where_the_draws_would_not():
     assert len(set(found)) == 20
 
 
-def test_a_choice_stands_among_the_sets_of_its_size():
+def test_a_choice_is_ranked_among_the_sets_of_its_size():
     rows = [("mine", 0.5), ("a", 0.2), ("b", 0.5), ("c", 0.9), ("d", 1.0)]
     cells = [
         {"setting": name, "accuracy": value if inside else 0.0, "in_window": inside}
@@ -248,7 +248,7 @@ def test_a_choice_stands_among_the_sets_of_its_size():
     assert standing_said(row) == "above 1, equal to 1, below 2 of 4 sets"
 
 
-def test_choices_of_one_layer_stand_among_every_set_and_of_all_layers_among_none():
+def test_choices_in_one_layer_are_ranked_among_every_set_and_those_over_all_layers_are_not():
     ranking = HeadScores((1,), torch.arange(4.0)[None])
     made = static_settings(griffin_config("RA"), {"mine": ranking}, [2])
     beside = sets_beside(made)

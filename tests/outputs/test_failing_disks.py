@@ -63,7 +63,7 @@ def disk(tmp_path: Path) -> Iterator[Disk]:
 
 
 @pytest.mark.parametrize("leave", [0, 4096, 16384, 65536])
-def test_a_sweep_on_a_full_disk_keeps_its_cells_and_goes_on(leave: int, disk: Disk):
+def test_a_sweep_on_a_full_disk_keeps_its_cells_and_continues(leave: int, disk: Disk):
     (disk.place / "r").mkdir()
     disk.fill(leave)
     with pytest.raises(OSError, match=FULL):
@@ -113,7 +113,7 @@ def test_a_report_on_a_full_disk_leaves_whole_files_and_is_made_anew(disk: Disk)
     assert files(disk.place / "r") == wanted
 
 
-def test_a_conversion_that_cannot_be_written_says_so_and_leaves_nothing(
+def test_a_conversion_that_cannot_be_written_is_an_error_and_leaves_no_file(
     disk: Disk, capsys: pytest.CaptureFixture[str]
 ):
     for target in (disk.place / "model", Path("/proc/nowhere/model")):
@@ -144,7 +144,7 @@ def _in_another_thread(act: Callable[[], Any]) -> BaseException | None:
     return found[0] if found else None
 
 
-def test_a_folder_that_cannot_be_written_is_said_before_any_work(
+def test_a_folder_that_cannot_be_written_is_an_error_before_any_work(
     disk: Disk, monkeypatch: pytest.MonkeyPatch
 ):
     path = stored(disk.place / "r", 2)
@@ -166,7 +166,7 @@ def _not_loaded(*_: Any, **__: Any) -> None:
     raise AssertionError("a model is loaded before the folder is looked at")
 
 
-def test_a_file_over_the_limit_of_a_user_is_said_and_what_is_kept_is_whole(tmp_path: Path):
+def test_a_file_over_a_users_limit_is_an_error_and_kept_files_are_complete(tmp_path: Path):
     kept = resource.getrlimit(resource.RLIMIT_FSIZE)
     (tmp_path / "table.csv").write_text("old")
     resource.setrlimit(resource.RLIMIT_FSIZE, (2**15, kept[1]))
@@ -183,7 +183,9 @@ def test_a_file_over_the_limit_of_a_user_is_said_and_what_is_kept_is_whole(tmp_p
 
 
 @pytest.mark.parametrize("folder", [False, True])
-def test_what_stands_in_the_way_is_said_and_stays(folder: bool, tmp_path: Path):
+def test_a_folder_in_the_way_is_an_error_and_the_target_of_a_link_stays(
+    folder: bool, tmp_path: Path
+):
     """A folder of that name is refused; a link is replaced, and what it points to is left."""
     target = tmp_path / "mine"
     target.mkdir() if folder else target.write_text("mine")
@@ -201,7 +203,7 @@ def test_what_stands_in_the_way_is_said_and_stays(folder: bool, tmp_path: Path):
     assert {p.name for p in tmp_path.iterdir()} == {"mine", "table.csv", "picture.png"}
 
 
-def test_a_file_that_cannot_be_read_is_not_said_of_the_one_to_be_written(tmp_path: Path):
+def test_an_unreadable_file_is_not_reported_as_the_one_to_be_written(tmp_path: Path):
     with (
         pytest.raises(FileNotFoundError, match="No such file .*texts.jsonl"),
         replacing(tmp_path / "out" / "table.csv") as temporary,
@@ -240,7 +242,7 @@ def test_an_evaluation_on_a_full_disk_keeps_its_cells(disk: Disk):
     "command",
     ["niah", "heads", "static", "cached-state", "eval --tasks x", "reproduce --paper thesis2025"],
 )
-def test_a_name_of_nowhere_is_said_before_any_work(
+def test_an_unknown_name_is_an_error_before_any_work(
     command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(HookedHybrid, "from_pretrained", _not_loaded)

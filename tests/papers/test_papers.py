@@ -246,7 +246,7 @@ def test_checks_find_what_is_planted(case: str):
     assert finding.holds is holds and finding.ours
 
 
-def test_a_claim_whose_interval_holds_the_border_is_not_shown_and_said_to_be_undecided():
+def test_a_claim_whose_interval_contains_the_border_is_not_shown_and_undecided():
     mixed = dict.fromkeys(NEEDLES, 0.0) | dict.fromkeys(NEEDLES[:20], 0.12)
     evidence = evidence_of(top_k={"generation k=0": mixed, "generation k=8": alike(1.0)})
     finding = checks.without_heads()(evidence)
@@ -431,7 +431,7 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path: Path):
         (["--only", "Table 6.1", "--held-out", "31"], "there are 60"),
     ],
 )
-def test_what_cannot_be_run_is_said_before_anything_is(
+def test_what_cannot_be_run_is_an_error_before_anything_runs(
     options: list[str], message: str, tmp_path: Path
 ):
     small = [] if "--held-out" in options else ["--held-out", "1"]

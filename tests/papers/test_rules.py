@@ -127,7 +127,7 @@ def test_complements_are_of_the_cells_that_the_whole_model_retrieves():
     assert check(evidence).holds and "of 120 cells" in check(evidence).ours
 
 
-def test_a_quick_run_and_a_full_one_are_told_apart():
+def test_a_quick_run_and_a_full_one_are_distinguished():
     quick = evidence_of(top_k=by_k({0: 0.0, 8: 1.0}))
     (figure,) = items_of("thesis2025", ["Figure 3.2"])
     verdict, finding = judge(figure.claims[0], quick)
@@ -327,7 +327,7 @@ def test_a_folder_whose_code_would_run_is_never_taken_from_a_file(
         assert "code is run" in " ".join(shown.replace("│", " ").split())
 
 
-def test_a_folder_of_benchmarks_that_is_not_there_is_said_before_anything_runs(tmp_path: Path):
+def test_a_missing_folder_of_benchmarks_is_an_error_before_anything_runs(tmp_path: Path):
     out = tmp_path / "r"
     wanted = ["--paper", "thesis2025", "--only", "Figure C.1", "--quick", "--out", str(out)]
     result = invoke(*wanted, "--include-path", str(tmp_path / "none"))

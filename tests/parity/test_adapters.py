@@ -118,7 +118,7 @@ def test_an_adapter_alone_says_how_to_load_it():
     assert f"from_pretrained('jamba_hf', adapter={str(adapter('jamba'))!r})" in message
 
 
-def test_a_checkpoint_of_a_wrapped_adapter_says_merge(tmp_path: Path):
+def test_the_error_of_a_wrapped_adapters_checkpoint_asks_for_a_merge(tmp_path: Path):
     folder = Path(shutil.copytree(BASES["griffin"], tmp_path / "wrapped"))
     tensors = load_file(folder / "model.safetensors")
     wrapped = {f"base_model.model.{name}": t for name, t in tensors.items()}

@@ -149,7 +149,7 @@ def test_a_tensor_of_another_shape_is_named(kind: str, shape, copy, tmp_path, ca
     assert "in 1 places" in message
 
 
-def test_everything_wrong_is_said_at_once(copy, tmp_path, capsys, no_reads):
+def test_all_errors_are_reported_at_once(copy, tmp_path, capsys, no_reads):
     def change(tensors: dict[str, Tensor]) -> None:
         tensors["model.extra"] = tensors.pop(NORM["single"])
         tensors["model.final_norm.weight"] = torch.zeros(7)

@@ -112,7 +112,7 @@ def test_shards_saved_over_by_one_file_load(tmp_path: Path):
     assert embedding(model).equal(hf(1).model.embed_tokens.weight)
 
 
-def test_shards_of_an_earlier_saving_are_told_and_not_read(tmp_path: Path):
+def test_shards_of_an_earlier_saving_cause_a_warning_and_are_not_read(tmp_path: Path):
     wrote(2, INDEX, tmp_path)
     old = sorted(tmp_path.glob("model-*.safetensors"))
     for path in old:
@@ -144,7 +144,7 @@ def test_a_missing_torch_shard_is_named(tmp_path: Path):
         HookedHybrid.from_pretrained(tmp_path)
 
 
-def test_a_head_that_is_none_of_the_embedding_may_not_share_numbers(tmp_path: Path):
+def test_a_tensor_other_than_the_head_may_not_share_values_with_the_embedding(tmp_path: Path):
     wrote(0, BIN, tmp_path)
     state = torch.load(tmp_path / BIN)
     state |= {f"model.copy.{i}": state["model.embed_tokens.weight"] for i in range(9)}
@@ -369,7 +369,7 @@ def test_keys_without_effect_pass(name: str, tmp_path: Path):
 
 
 @pytest.mark.parametrize("key", REFUSED)
-def test_keys_that_may_change_the_maths_are_refused_until_a_user_says_otherwise(
+def test_keys_that_may_change_the_maths_are_refused_unless_ignored_by_the_user(
     key: str, tmp_path: Path
 ):
     source = GOLDEN / "recurrentgemma_hf"

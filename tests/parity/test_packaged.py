@@ -111,7 +111,7 @@ def test_a_folder_is_small_and_has_its_card(name: str) -> None:
     }
 
 
-def test_an_unknown_model_is_told_the_packaged_ones(tmp_path: Path) -> None:
+def test_the_error_of_an_unknown_model_lists_the_packaged_ones(tmp_path: Path) -> None:
     for wrong in ("tiny-grifin!", "tiny grifin"):
         with pytest.raises(CheckpointError, match="tiny-griffin, tiny-jamba"):
             HookedHybrid.from_pretrained(wrong)

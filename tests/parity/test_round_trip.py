@@ -174,7 +174,9 @@ REFUSED: dict[str, HybridConfig] = {
 
 
 @pytest.mark.parametrize("why", REFUSED)
-def test_a_model_that_would_not_load_is_not_saved_and_it_is_said_why(why: str, tmp_path: Path):
+def test_a_model_that_would_not_load_is_not_saved_and_the_error_gives_the_reason(
+    why: str, tmp_path: Path
+):
     with pytest.raises(CheckpointError, match="no published family") as error:
         HookedHybrid(REFUSED[why]).save_pretrained(tmp_path / "saved")
     assert why in str(error.value)

@@ -288,7 +288,7 @@ def test_the_slope_is_in_tokens_a_second_too():
     assert plot.speeds(Figures({}, (each,)), "rg-prefill", OURS) == [(8192, 1000, 1000, 1000)]
 
 
-def test_nothing_measured_is_said(tmp_path: Path):
+def test_a_report_without_measurements_is_an_error(tmp_path: Path):
     with pytest.raises(SystemExit, match="contains no figures"):
         command.main(["--render", "--out", str(tmp_path)])
 

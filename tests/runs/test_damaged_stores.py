@@ -133,7 +133,7 @@ def test_cells_of_earlier_formats_are_read_and_gone_on_with(version: int, tmp_pa
     store.close()
 
 
-def test_what_is_wrong_with_the_asking_is_not_said_of_the_file(tmp_path: Path):
+def test_an_error_in_the_arguments_is_not_reported_as_one_of_the_file(tmp_path: Path):
     store = Store(tmp_path / "r", EXPERIMENT)
     whole, short = cells_for(1), {"prompt_id": "p0", "setting": "s0"}
     with pytest.raises(sqlite3.ProgrammingError, match="stage"):

@@ -316,7 +316,7 @@ def test_a_link_under_the_name_of_a_temporary_file_is_not_followed(elsewhere: Pa
     assert everything(elsewhere) == {str(elsewhere / "mine.txt"): b"mine"}
 
 
-def test_temporary_names_cannot_be_told_beforehand(tmp_path: Path):
+def test_temporary_names_cannot_be_predicted(tmp_path: Path):
     names = set()
     for _ in range(3):
         with replacing(tmp_path / "a.txt") as temporary:
@@ -393,7 +393,7 @@ def test_a_lock_that_is_no_plain_file_is_refused_and_left(
         "[" * 100_000,
     ],
 )
-def test_what_a_lock_says_cannot_reach_the_terminal(said: object, tmp_path: Path):
+def test_control_characters_of_a_lock_file_do_not_reach_the_terminal(said: object, tmp_path: Path):
     import fcntl
 
     text = said if isinstance(said, str) else json.dumps(said)

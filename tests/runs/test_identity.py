@@ -114,7 +114,7 @@ PAIRS: dict[str, tuple[str, str]] = {
 
 
 @pytest.mark.parametrize("name", PAIRS)
-def test_functions_that_differ_in_one_thing_are_told_apart_and_made_anew_they_are_the_same(name):
+def test_functions_that_differ_in_one_thing_are_distinguished_and_made_anew_they_are_equal(name):
     one, other = PAIRS[name]
     assert describe_callable(hook_from(one)) == describe_callable(hook_from(one))
     assert describe_callable(hook_from(one))["hash"] != describe_callable(hook_from(other))["hash"]
@@ -175,7 +175,7 @@ VALUES: list[tuple[Any, Any]] = [
 
 
 @pytest.mark.parametrize("i", range(len(VALUES)))
-def test_values_are_told_apart_by_content(i):
+def test_values_are_distinguished_by_content(i):
     one, other = VALUES[i]
     assert describe(one) == describe(one) != describe(other)
 
@@ -233,7 +233,7 @@ def test_what_is_made_anew_in_another_process_is_the_same():
 
 
 @pytest.mark.parametrize("what", ["_thread.lock", "generator", "_io.TextIOWrapper"])
-def test_what_cannot_be_told_is_refused_by_name_with_where_it_is(what):
+def test_a_value_that_cannot_be_identified_is_an_error_with_its_name_and_place(what):
     held: dict[str, Callable[[], Any]] = {
         "_thread.lock": threading.Lock,
         "generator": lambda: (i for i in ()),
@@ -320,7 +320,7 @@ def test_weights_are_hashed_once_in_a_block_and_anew_after_it():
     assert weights_hash(model) != before
 
 
-def test_hooks_of_one_place_are_told_apart_by_what_they_are():
+def test_hooks_at_one_place_are_distinguished_by_their_code_and_values():
     said = []
     for by in (1, 2):
         model = tiny_model()
@@ -361,7 +361,7 @@ def tokenizer_with(**changes: Any) -> Any:
     return tokenizer
 
 
-def test_tokenizers_are_told_apart_by_all_that_they_do():
+def test_tokenizers_are_distinguished_by_all_that_they_do():
     import tokenizers
 
     model = tiny_model()

@@ -43,7 +43,9 @@ with claim(Path(sys.argv[1]), False):
 """
 
 
-def test_a_second_run_is_told_of_the_first_and_a_dead_ones_lock_blocks_nobody(tmp_path: Path):
+def test_the_error_of_a_second_run_names_the_first_and_a_dead_runs_lock_does_not_block(
+    tmp_path: Path,
+):
     folder = tmp_path / "my results"
     first = subprocess.Popen([sys.executable, "-c", HOLD, str(folder), "--k", "0"], cwd=ROOT)
     while not (folder / "begun.csv").exists():
@@ -94,7 +96,7 @@ def test_a_thread_holds_a_folder_for_itself_and_may_claim_it_again(tmp_path: Pat
     assert [type(error) for error in found] == [FolderInUseError, FolderInUseError, type(None)]
 
 
-def test_a_fork_that_ends_does_not_let_go_of_what_it_never_held(tmp_path: Path):
+def test_a_fork_that_ends_does_not_release_its_parents_lock(tmp_path: Path):
     done = subprocess.run([sys.executable, "-c", FORK, tmp_path], cwd=ROOT, capture_output=True)
     assert done.stdout.decode().split() == ["True", "FolderInUseError"], done.stderr.decode()
 
@@ -190,7 +192,7 @@ def test_what_killed_runs_began_is_removed_and_nothing_else(tmp_path: Path):
 
 
 @pytest.mark.parametrize("code", [errno.ENOLCK, errno.ENOSYS])
-def test_a_file_system_without_locks_is_told_of(
+def test_a_file_system_without_locks_causes_a_warning(
     code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def none(*_: Any) -> None:

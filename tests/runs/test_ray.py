@@ -271,7 +271,7 @@ def test_work_that_kills_its_workers_is_named(workers: RayWorkers, tmp_path: Pat
     assert len(table) == len(prompts)
 
 
-def test_a_cluster_without_room_is_waited_for_as_long_as_is_asked(nodes: Nodes, caplog: Any):
+def test_a_cluster_without_room_is_waited_for_up_to_the_given_time(nodes: Nodes, caplog: Any):
     patient = RayWorkers(nodes.cluster.address, n=1, threads=3, patience=1)
     began = time.monotonic()
     with pytest.raises(TimeoutError, match="no room for a worker of 3 CPU and 0 GPU in 1 s"):

@@ -61,7 +61,7 @@ class Machine:
         return actor, versions
 
 
-def test_a_place_where_workers_die_is_given_up_and_the_others_go_on(
+def test_a_place_where_workers_die_is_given_up_and_the_others_continue(
     monkeypatch: pytest.MonkeyPatch, caplog: Any
 ):
     machine = Machine(monkeypatch, deadly={0})
@@ -94,7 +94,7 @@ def test_workers_serve_one_caller_at_a_time(monkeypatch: pytest.MonkeyPatch):
         assert len(list(workers.results(tiny_model(), Tens(), [range(9)]))) == 9
 
 
-def test_the_end_of_the_block_ends_workers_and_who_reads_on_is_told(
+def test_the_end_of_the_block_ends_workers_and_a_later_read_is_an_error(
     monkeypatch: pytest.MonkeyPatch,
 ):
     machine = Machine(monkeypatch, deadly=set())
@@ -142,7 +142,7 @@ class Refused(Exception):
         super().__init__(f"{url} said {code}")
 
 
-def test_what_a_model_cannot_be_loaded_for_is_told_whatever_its_class():
+def test_any_error_of_loading_a_model_is_reported_whatever_its_class():
     def load() -> Any:
         raise Refused("hub", 403)
 
@@ -192,5 +192,5 @@ DIED = """The actor died unexpectedly before finishing this task.
         ("Failed to retrieve\nobject 00ff.", "Failed to retrieve object 00ff."),
     ],
 )
-def test_of_a_death_only_who_and_what_of_is_told(said: str, told: str):
+def test_the_report_of_a_dead_worker_gives_only_its_name_and_the_cause(said: str, told: str):
     assert what_died(said) == told

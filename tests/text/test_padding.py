@@ -51,7 +51,7 @@ def test_padded_tokens_are_read_as_their_texts(model: HookedHybrid, side: Any):
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_generation_goes_on_after_each_text(model: HookedHybrid, side: Any):
+def test_generation_continues_each_text(model: HookedHybrid, side: Any):
     tokens = model.to_tokens(TEXTS, padding_side=side)
     found = model.generate(tokens, 3, return_type="output", **QUIET).new_tokens
     for row, text in enumerate(TEXTS):

@@ -114,7 +114,7 @@ def test_strings_of_tokens_keep_their_blanks(model: HookedHybrid, reference: Any
         assert "".join(strings).replace("\ufffd", "") == behind_bos(*ids).replace("\ufffd", "")
 
 
-def test_a_word_with_a_blank_in_front_is_told_from_one_without(model: HookedHybrid):
+def test_a_word_after_a_space_is_distinguished_from_one_without(model: HookedHybrid):
     ids = model.to_tokens("a river", prepend_bos=False)[0].tolist()
     assert model.to_str_tokens("a river", prepend_bos=False)[-1].startswith(" ")
     assert model.to_single_str_token(ids[-1]) == model.to_str_tokens([ids[-1]])[0]

@@ -62,7 +62,7 @@ def test_a_text_is_one_row_with_bos_in_front(model):
     assert tokens.tolist() == [[BOS, 7, 9]] and tokens.dtype == torch.long
 
 
-def test_bos_is_left_out_when_told(model):
+def test_bos_is_left_out_on_request(model):
     assert model.to_tokens("w7 w9", prepend_bos=False).tolist() == [[7, 9]]
 
 
@@ -83,7 +83,7 @@ def test_bos_brought_by_the_text_stays_where_none_is_prepended(model):
     assert model.to_tokens("<bos> w7", prepend_bos=False).tolist() == [[BOS, 7]]
 
 
-def test_several_texts_are_padded_on_the_right_unless_told(model):
+def test_several_texts_are_padded_on_the_right_by_default(model):
     texts = ["w7 w9 w11", "w8"]
     right = [[BOS, 7, 9, 11], [BOS, 8, PAD, PAD]]
     assert model.to_tokens(texts).tolist() == right
@@ -104,7 +104,7 @@ def test_unknown_words_are_the_unknown_token(model):
     assert model.to_tokens("w7 nonsense", prepend_bos=False).tolist() == [[7, UNK]]
 
 
-def test_tokens_are_cut_at_n_ctx_unless_told():
+def test_tokens_are_cut_at_n_ctx_by_default():
     model = with_tokenizer(toy_tokenizer(), n_ctx=3)
     text = "w7 w8 w9 w10"
     assert model.to_tokens(text).tolist() == [[BOS, 7, 8]]

@@ -234,7 +234,7 @@ def charsmap(n_trie: int, text: bytes = b"a\0") -> str:
     ],
 )
 @pytest.mark.parametrize("hides", [False, True])
-def test_a_table_of_characters_that_asks_for_memory_is_refused(
+def test_a_table_of_characters_that_needs_much_memory_is_an_error(
     said: object, hides: bool, tmp_path: Path
 ):
     content = plain_tokenizer()
@@ -304,7 +304,7 @@ def test_every_byte_of_a_tokenizer_may_be_wrong_and_the_error_is_one_of_values(t
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer.model", "chat_template.jinja"])
-def test_a_tokenizers_file_that_is_none_is_refused_at_once(name: str, tmp_path: Path):
+def test_an_invalid_tokenizer_file_is_an_error_at_once(name: str, tmp_path: Path):
     read_from(tmp_path, plain_tokenizer())
     (tmp_path / name).unlink(missing_ok=True)
     os.mkfifo(tmp_path / name)
@@ -399,7 +399,7 @@ def test_the_bounds_change_nothing_of_what_templates_do():
     assert text.endswith("101234<B>x11+34said")
 
 
-def test_what_a_template_says_reaches_no_terminal():
+def test_control_characters_of_a_template_do_not_reach_the_terminal():
     with pytest.raises(ValueError) as error:
         render_chat("{{ raise_exception(x) }}", x=ESCAPE)
     assert str(error.value).isprintable()
@@ -498,7 +498,7 @@ def test_an_index_names_files_of_its_folder_alone(name: object, tmp_path: Path):
     ],
     ids=str,
 )
-def test_a_cache_that_says_what_cannot_be_is_refused(
+def test_an_inconsistent_cache_is_an_error(
     change: dict[str, Any], model: HookedHybrid, tmp_path: Path
 ):
     from safetensors import safe_open
@@ -556,7 +556,7 @@ def test_a_state_of_other_dtypes_axes_or_positions_is_refused(model: HookedHybri
 
 
 @pytest.mark.parametrize("said", [[{"name": ["x"], "template": "a"}], {"a": 1}, 3, [3]])
-def test_a_chat_template_of_another_kind_is_none_or_named(said: object, tmp_path: Path):
+def test_a_chat_template_of_another_type_is_ignored_or_chosen_by_name(said: object, tmp_path: Path):
     read_from(tmp_path, plain_tokenizer())
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": said}))
     assert read_tokenizer(tmp_path).chat_template in ("a", None)

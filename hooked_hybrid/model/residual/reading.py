@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 Onto = Float[Tensor, " d_model"] | Float[Tensor, "d_model output"]
 
 
-class Place(NamedTuple):
+class ReadPoint(NamedTuple):
     """Where the stream is read: by a layer's mixer, by its MLP, or by the final norm."""
 
     layer: int
@@ -50,14 +50,14 @@ class Place(NamedTuple):
         return f"blocks.{self.layer}.{name}", norm
 
 
-def place_at(cache: CachedValues, layer: int | None, mlp_input: bool) -> Place:
+def place_at(cache: CachedValues, layer: int | None, mlp_input: bool) -> ReadPoint:
     """Return where the stream is read.
 
     Raises:
         ValueError: there is no such layer, or nothing there that reads the stream so.
     """
     n_layers = cache.model.cfg.n_layers
-    place = Place(n_layers if layer is None or layer == -1 else layer, mlp_input)
+    place = ReadPoint(n_layers if layer is None or layer == -1 else layer, mlp_input)
     if not 0 <= place.layer <= n_layers:
         raise ValueError(f"layer={layer}: give 0 to {n_layers}, or None or -1 for all layers")
     if mlp_input and place.layer == n_layers:
@@ -68,7 +68,7 @@ def place_at(cache: CachedValues, layer: int | None, mlp_input: bool) -> Place:
 
 
 def mixer_parts_before(
-    cache: CachedValues, place: Place, recurrent: Literal["none", "layer", "block"]
+    cache: CachedValues, place: ReadPoint, recurrent: Literal["none", "layer", "block"]
 ) -> list[Parts]:
     """Return the parts of each mixer up to a place: heads, and those of recurrences."""
     if recurrent not in ("none", "layer", "block"):
@@ -88,7 +88,7 @@ def stack_parts(
     cache: CachedValues,
     purpose: str,
     parts: Sequence[Parts],
-    place: Place,
+    place: ReadPoint,
     pos_slice: PosSlice,
     apply_ln: bool,
     *,
