@@ -216,6 +216,7 @@ def _folds(model: HookedHybrid, inner_norms: bool) -> Iterator[Fold]:
 
 def _multiplier(norm: RMSNorm | InnerNorm) -> Float[Tensor, " width"]:
     w = norm.w if isinstance(norm, RMSNorm) else norm.weight
+    assert w is not None  # `inner_norms` lists norms with a weight
     return at_least_fp32(w.detach()).clone()
 
 

@@ -18,6 +18,7 @@ from hooked_hybrid.analysis.forms.base import (
 )
 from hooked_hybrid.config import MambaConfig
 from hooked_hybrid.network.elementwise import at_least_fp32
+from hooked_hybrid.network.layers import InnerNorm
 from hooked_hybrid.network.mixers import Mamba
 from hooked_hybrid.network.mixers.mamba import forget
 
@@ -71,10 +72,10 @@ class MambaForm(LinearForm):
         assert mixer.dt_proj.bias is not None
         bias, A = mixer.dt_proj.bias.double(), mixer.A.double()
         typical = torch.exp(softplus(bias)[:, None] * A)
-        if mixer.cfg.inner_norm is None:
+        norm = mixer.dt_norm
+        if not isinstance(norm, InnerNorm):
             return DecayRange(torch.zeros_like(typical), typical, torch.ones_like(typical))
-        weight = mixer.dt_norm.weight  # None for a plain norm
-        W = W if weight is None else weight.double()[:, None] * W
+        W = W if norm.weight is None else norm.weight.double()[:, None] * W
         most = W.norm(dim=0) * mixer.cfg.dt_rank**0.5
         fastest, slowest = (torch.exp(softplus(bias + s * most)[:, None] * A) for s in (1, -1))
         return DecayRange(fastest, typical, slowest)
