@@ -212,7 +212,7 @@ def digest_of(rows: Iterable[tuple[Any, ...]], before: int = 0) -> int:
 
 
 def refused(path: Path, why: str, remedy: str) -> ValueError:
-    """Return an error that says why a file is not gone on with, and what to do."""
+    """Return an error with the reason why a file cannot be continued, and the remedy."""
     return ValueError(printable(f"{path} {why}: {remedy}; nothing in it was changed"))
 
 

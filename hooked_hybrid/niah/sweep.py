@@ -92,7 +92,7 @@ def niah(
             a function of the output and the needle that returns 0 to 1. The columns "graded",
             "binary" and "released" are there in any case.
         out: folder of the results (`cells.sqlite`); None keeps them in memory.
-        resume: go on with what the folder holds. There may be more settings and prompts than
+        resume: continue with the cells in the folder. There may be more settings and prompts than
             before: the finished cells are kept, and only the new ones are run (in batches of their
             own: their `min_margin` is that of one sweep of all up to rounding).
         max_new_tokens: tokens generated at most.
@@ -171,7 +171,7 @@ def compute_cells(
     """
     with hash_once():
         experiment: dict[str, Any] = {}
-        if out is not None:  # what is kept in memory is not gone on with
+        if out is not None:  # results in memory cannot be continued
             experiment = {
                 "identity": model_identity(model),
                 "settings": settings_identity(model, settings),
@@ -206,7 +206,7 @@ def check_run(out: str | PathLike[str] | None, resume: bool, max_new_tokens: int
         ValueError: `resume` without a folder, or no new token.
     """
     if out is None:
-        refuse_ignored("give out=, the folder to go on with", resume=resume)
+        refuse_ignored("give out=, the folder to continue", resume=resume)
     check_count("max_new_tokens", max_new_tokens)
 
 

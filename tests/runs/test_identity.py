@@ -248,7 +248,7 @@ def test_a_value_that_cannot_be_identified_is_an_error_with_its_name_and_place(w
         describe([("hook_embed", hook)])
     model = tiny_model()
     model.add_hook("hook_embed", hook)
-    with pytest.raises(UntoldError, match="the hook on hook_embed could not be known again .*lock|"
+    with pytest.raises(UntoldError, match="the hook on hook_embed could not be recognized .*lock|"
                        "generator|Text.*; let it hold only what can be pickled"):  # fmt: skip
         model_identity(model)
 

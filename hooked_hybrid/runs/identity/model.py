@@ -119,7 +119,7 @@ def identify(what: str, value: Any, known: Known = ()) -> dict[str, str]:
         return describe(value, known)
     except UntoldError as error:
         raise UntoldError(
-            f"{what} could not be known again by whoever goes on with the results: it holds "
+            f"{what} could not be recognized when the results are continued: it holds "
             f"{error}, whose content cannot be identified; let it hold only what can be pickled"
         ) from error
 
