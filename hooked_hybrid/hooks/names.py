@@ -144,6 +144,7 @@ def resolve(key: Shorthand, names: Collection[str], n_layers: int) -> str:
                 f"{len(fitting)} names fit {key!r}, and one is wanted here: {shown}"
             )
         return fitting[0]
+    layer_type = None
     if isinstance(key, str):
         full = key if key in names else get_act_name(key)
     else:
@@ -152,6 +153,8 @@ def resolve(key: Shorthand, names: Collection[str], n_layers: int) -> str:
             layer = operator.index(layer) + n_layers  # type: ignore[arg-type]
         full = get_act_name(str(name), layer, layer_type)  # type: ignore[arg-type]
     found = find(full, names)
+    if found is None and layer_type is None and "." not in str(key):  # of another kind of part
+        found = find(re.sub(r"\.\w+\.(?=hook_)", ".", full), names)
     if found is None:
         raise HookNameError(unknown_name(key if isinstance(key, str) else full, names))
     return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from hooked_hybrid import ActivationCache, HookedHybrid
+from hooked_hybrid.config import LayerConfig
 from hooked_hybrid.hooks.names import (
     ALIASES,
     GROUPS,
@@ -17,6 +19,8 @@ from hooked_hybrid.hooks.names import (
     matching,
     resolve,
 )
+from tests.layer_configs import CONFIGS as LAYERS
+from tests.layer_configs import MAMBA2, config
 from tests.models import CONFIGS, griffin_config, random_model, random_tokens
 
 RECURRENT, ATTENTION = (0, 1), 2
@@ -56,9 +60,22 @@ def leaf(name: str) -> str:
 
 @pytest.mark.parametrize("group", GROUPS)
 def test_a_group_of_the_shorthand_is_what_the_models_submodules_hold(group):
-    """Every leaf under it is in the group, and every name of the group is a leaf somewhere."""
-    names = [name for cfg in CONFIGS.values() for name in HookedHybrid.meta(cfg).hook_dict]
-    assert GROUPS[group] == {leaf(n) for n in names if f".{group}." in n}
+    """Every leaf under it is in the group, and every name of the group is a leaf somewhere.
+
+    `result` is attention's; Mamba-2 has it too, under its full name and ("result", layer, "mixer").
+    """
+    configs = [*CONFIGS.values(), config(LayerConfig(MAMBA2, None))]
+    names = [name for cfg in configs for name in HookedHybrid.meta(cfg).hook_dict]
+    inner = re.compile(rf"blocks\.\d+\.{group}\.hook_\w+")
+    found = {leaf(n) for n in names if inner.fullmatch(n)}
+    assert GROUPS[group] == found - ({"result"} if group == "mixer" else set())
+
+
+def test_mamba2s_result_has_a_shorthand_where_there_is_no_attention_and_where_there_is():
+    names = HookedHybrid.meta(LAYERS["mamba2"]).hook_dict
+    assert resolve(("result", 0), names, 3) == "blocks.0.mixer.hook_result"
+    assert resolve(("result", 2), names, 3) == "blocks.2.attn.hook_result"
+    assert resolve(("result", 2, "mixer"), names, 3) == "blocks.2.mixer.hook_result"
 
 
 def test_groups_do_not_overlap():
