@@ -195,7 +195,7 @@ def test_cells_trained_otherwise_are_refused(tmp_path, monkeypatch):
     for name, value in (("D_INNER", 32), ("STEPS", 900), ("PATTERN", "MA")):
         with monkeypatch.context() as patch:
             patch.setattr(recall_map, name, value)
-            with pytest.raises(ValueError, match="trained otherwise"):
+            with pytest.raises(ValueError, match="cells of another training"):
                 recall_map.check_folder(tmp_path)
 
 

@@ -721,7 +721,7 @@ BAD_SETTINGS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     ),
     "theta": ({"rope_theta": 1e4}, ("rope_theta",)),
     "quantised": ({"quantization_config": {"quant_method": "fp8"}}, ("quantization_config",)),
-    "another architecture": ({"model_type": "bamba"}, ("model_type", "'bamba'", "jamba")),
+    "another architecture": ({"model_type": "bloom"}, ("model_type", "'bloom'", "jamba")),
     "no experts": ({"num_experts": 0}, ("num_experts=0",)),
     "half an expert": ({"num_experts": 2.5}, ("num_experts=2.5",)),
     "rank in words": ({"mamba_dt_rank": "half"}, ("mamba_dt_rank='half'",)),
