@@ -16,7 +16,7 @@ from hooked_hybrid.config import (
 )
 from weights_conversion.errors import CheckpointError
 from weights_conversion.hf_config import ConfigReader, require, require_plain_layers, rope_settings
-from weights_conversion.mamba2 import mixer_rules, time_step_limit, written_limit
+from weights_conversion.mamba2 import groups, mixer_rules, time_step_limit, written_limit
 from weights_conversion.rules import Rule, rule
 
 MODEL_TYPE = "bamba"
@@ -77,6 +77,7 @@ def config_from_dict(config: dict[str, Any]) -> HybridConfig:
     if share != ROTATED_SHARE:
         raise CheckpointError(f"config.json: partial_rotary_factor={share} is not {ROTATED_SHARE}")
     eps, d_head = reader.number("rms_norm_eps", 1e-5), d_model // n_heads
+    reader.only("attn_rotary_emb", int(d_head * share))  # in the first published files
     attention = AttentionConfig(
         n_heads=n_heads,
         n_kv_heads=reader.integer("num_key_value_heads", n_heads),
@@ -124,7 +125,7 @@ def _mamba(reader: ConfigReader, d_model: int, eps: float) -> Mamba2Config:
         n_heads=n_heads,
         d_head=d_head,
         d_state=reader.integer("mamba_d_state", 256),
-        n_groups=reader.integer("mamba_n_groups", 1),
+        n_groups=groups(reader, "mamba_n_groups", 1, "mamba_n_heads", n_heads),
         d_conv=reader.integer("mamba_d_conv", 4),
         conv_bias=reader.flag("mamba_conv_bias", True),
         in_bias=has_bias,

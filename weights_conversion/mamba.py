@@ -9,7 +9,6 @@ from collections.abc import Collection
 from typing import Any, Literal
 
 from hooked_hybrid.config import HybridConfig, LayerConfig, MambaConfig, NormConfig
-from weights_conversion.errors import CheckpointError
 from weights_conversion.hf_config import ConfigReader, require
 from weights_conversion.rules import CONV_TAPS, Rule, rule
 
@@ -17,8 +16,9 @@ MODEL_TYPE = "mamba"
 ARCHITECTURE = "MambaForCausalLM"
 NO_EFFECT = frozenset(
     """
-    rescale_prenorm_residual residual_in_fp32 time_step_floor time_step_init_scheme time_step_max
-    time_step_min time_step_scale use_associative_scan use_mambapy use_falcon_mambapy
+    fused_add_norm pad_vocab_size_multiple rescale_prenorm_residual residual_in_fp32 time_step_floor
+    time_step_init_scheme time_step_max time_step_min time_step_scale use_associative_scan
+    use_mambapy use_falcon_mambapy
     """.split()
 )
 DEFAULT_INNER_EPS = 1e-6
@@ -103,11 +103,13 @@ def read_config(
     """
     reader.only("hidden_act", "silu")
     d_model = reader.integer("hidden_size", 4096 if inner_norm else 768)
-    d_inner = reader.integer("expand", 2) * d_model
-    if (width := reader.integer("intermediate_size", d_inner)) != d_inner:
-        raise CheckpointError(
-            f"config.json: intermediate_size={width} is not expand * hidden_size = {d_inner}"
-        )
+    # The published file of falcon-mamba-7b has an expand of 16, which transformers does not read
+    # where there is an intermediate_size.
+    d_inner = reader.integer("intermediate_size", reader.integer("expand", 2) * d_model)
+    n_layers = reader.integer("num_hidden_layers")
+    again = {"d_inner": d_inner, "d_model": d_model, "n_layer": n_layers}
+    for key, value in (*again.items(), ("rms_norm", True), ("ssm_cfg", {})):
+        reader.only(key, value)  # in files that were converted from those of mamba-ssm
     rank = reader.get("time_step_rank", "auto")
     mixer = MambaConfig(
         d_inner=d_inner,
@@ -122,7 +124,7 @@ def read_config(
     return HybridConfig(
         d_model=d_model,
         d_vocab=reader.integer("vocab_size", 65024 if inner_norm else 50280),
-        layers=(LayerConfig(mixer, None),) * reader.integer("num_hidden_layers"),
+        layers=(LayerConfig(mixer, None),) * n_layers,
         norm=NormConfig(eps=reader.number("layer_norm_epsilon", 1e-5), style="weight"),
         tied_embedding=reader.flag("tie_word_embeddings", True),
         **reader.special_tokens(),

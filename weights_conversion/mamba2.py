@@ -18,8 +18,9 @@ MODEL_TYPE = "mamba2"
 ARCHITECTURE = "Mamba2ForCausalLM"
 NO_EFFECT = frozenset(
     """
-    chunk_size expand rescale_prenorm_residual residual_in_fp32 time_step_floor time_step_max
-    time_step_min time_step_rank use_mamba_kernels
+    chunk_size expand intermediate_size norm_before_gate rescale_prenorm_residual residual_in_fp32
+    time_step_floor time_step_init_scheme time_step_max time_step_min time_step_rank time_step_scale
+    use_mamba_kernels
     """.split()
 )
 
@@ -74,15 +75,19 @@ def config_from_dict(config: dict[str, Any]) -> HybridConfig:
     """
     reader = ConfigReader(config, NO_EFFECT)
     reader.only("hidden_act", "silu")
+    reader.only("rms_norm", True)
     d_model = reader.integer("hidden_size", 4096)
     eps = reader.number("layer_norm_epsilon", 1e-5)
     use_bias = reader.flag("use_bias", False)
     dt_min, dt_max = time_step_limit(reader)
+    n_groups = groups(
+        reader, "n_groups", 8, "num_heads", n_heads := reader.integer("num_heads", 128)
+    )
     mixer = Mamba2Config(
-        n_heads=reader.integer("num_heads", 128),
+        n_heads=n_heads,
         d_head=reader.integer("head_dim", 64),
         d_state=reader.integer("state_size", 128),
-        n_groups=reader.integer("n_groups", 8),
+        n_groups=n_groups,
         d_conv=reader.integer("conv_kernel", 4),
         conv_bias=reader.flag("use_conv_bias", True),
         in_bias=use_bias,
@@ -91,10 +96,11 @@ def config_from_dict(config: dict[str, Any]) -> HybridConfig:
         dt_max=dt_max,
         norm_eps=eps,
     )
-    if (expand := config.get("expand", 2)) * d_model != mixer.d_inner:
+    expand = reader.get("expand", 2)
+    if not isinstance(expand, int | float) or expand * d_model != mixer.d_inner:
         raise CheckpointError(
             f"config.json: num_heads * head_dim = {mixer.d_inner} is not expand * hidden_size = "
-            f"{expand} * {d_model}"
+            f"{expand!r:.80} * {d_model}"
         )
     return HybridConfig(
         d_model=d_model,
@@ -160,6 +166,20 @@ def config_to_dict(cfg: HybridConfig) -> dict[str, Any]:
         "use_conv_bias": ssm.conv_bias,
         "vocab_size": cfg.d_vocab,
     }
+
+
+def groups(reader: ConfigReader, key: str, default: int, heads_key: str, n_heads: int) -> int:
+    """Return the number of groups, whose name in the file is `key`.
+
+    Raises:
+        CheckpointError: the heads do not divide into them.
+    """
+    n_groups = reader.integer(key, default)
+    if n_heads % n_groups:
+        raise CheckpointError(
+            f"config.json: {heads_key}={n_heads} is not a multiple of {key}={n_groups}"
+        )
+    return n_groups
 
 
 def time_step_limit(reader: ConfigReader) -> tuple[float, float | None]:

@@ -152,11 +152,13 @@ def test_what_is_saved_loads_here_bit_for_bit_and_there(family: str, tmp_path: P
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"n_groups": 4}, r"n_heads|num_heads=6 is not a multiple of n_groups=4"),
+        ({"n_groups": 4}, r": num_heads=6 is not a multiple of n_groups=4"),
         ({"time_step_limit": [0.5, 0.1]}, "time_step_limit"),
         ({"time_step_limit": 3}, "time_step_limit"),
         ({"hidden_act": "gelu"}, "hidden_act"),
         ({"expand": 3}, "expand"),
+        ({"expand": None}, "expand is null"),
+        ({"rms_norm": False}, "rms_norm=False"),
         ({"num_heads": 0}, "num_heads"),
         ({"new_setting": 1}, "new_setting"),
     ],
@@ -167,6 +169,43 @@ def test_a_config_that_cannot_be_names_the_setting(changes: dict, message: str, 
     shutil.copy(GOLDEN / "mamba2" / "model.safetensors", tmp_path)
     with pytest.raises(CheckpointError, match=message):
         HookedHybrid.from_pretrained(tmp_path)
+
+
+MAMBA_SSM = {"rms_norm": True, "time_step_init_scheme": "random", "time_step_scale": 1.0}
+CONVERTED = {
+    "mamba2": MAMBA_SSM | {"intermediate_size": 72, "norm_before_gate": True},
+    "bamba": {"attn_rotary_emb": 6},
+    "mamba": MAMBA_SSM
+    | {"d_inner": 72, "d_model": 36, "n_layer": 4, "fused_add_norm": True, "ssm_cfg": {}}
+    | {"pad_vocab_size_multiple": 8},
+    "falcon_mamba": {"expand": 16},
+}
+
+
+@every
+def test_settings_of_the_published_files_are_known(family: str, tmp_path: Path):
+    """The first published files have settings that transformers does not read."""
+    config = json.loads((GOLDEN / family / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | CONVERTED[family]))
+    shutil.copy(GOLDEN / family / "model.safetensors", tmp_path)
+    model = HookedHybrid.from_pretrained(tmp_path)
+    assert close(model(golden(family)["input_ids"]), golden(family)["logits"])
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("mamba", {"d_inner": 144}),
+        ("mamba", {"n_layer": 5}),
+        ("mamba", {"ssm_cfg": {"layer": "Mamba2"}}),
+        ("bamba", {"attn_rotary_emb": 12}),
+        ("bamba", {"mamba_n_groups": 4}),
+    ],
+)
+def test_such_a_setting_that_says_otherwise_is_refused(family: str, changes: dict):
+    config = json.loads((GOLDEN / family / "config.json").read_text()) | changes
+    with pytest.raises(CheckpointError, match=next(iter(changes))):
+        FAMILY[family].read(config, {})
 
 
 # --- the matrix of a head -------------------------------------------------------------------------
