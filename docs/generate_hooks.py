@@ -18,6 +18,7 @@ from torch import nn
 
 from hooked_hybrid import HookedHybrid, HookPoint, HybridConfig
 from hooked_hybrid.accounting.configs import PUBLISHED
+from hooked_hybrid.config import LayerConfig, Mamba2Config, NormConfig
 from hooked_hybrid.network.mixers import MIXERS
 from hooked_hybrid.network.mlps import MLPS
 from hooked_hybrid.network.part import Part
@@ -42,6 +43,10 @@ MEANINGS: dict[str, dict[str, str]] = {
         "hook_scale": "the root mean square that the norm divides by",
         "hook_normalized": "the values divided by it, before the norm's weight",
     },
+    "GroupRMSNorm": {
+        "hook_scale": "the root mean square of each group that Mamba-2's last norm divides by",
+        "hook_normalized": "the values divided by it, before the norm's weight, in fp32",
+    },
     "Unembed": {
         "hook_logits": "the logits asked for, before the soft cap",
     },
@@ -52,6 +57,7 @@ TITLES = {
     "HookedHybrid": "The model",
     "Block": "Every block, `blocks.i.`",
     "RMSNorm": "Norms, `blocks.i.ln1.`, `blocks.i.ln2.`, `ln_final.`",
+    "GroupRMSNorm": "The norm of Mamba-2's output, `blocks.i.mixer.norm.`",
     "Unembed": "Unembedding, `unembed.`",
 }
 
@@ -60,6 +66,12 @@ MODELS: dict[str, HybridConfig] = {
     "tiny-jamba": HybridConfig.from_pretrained("tiny-jamba"),
     "RecurrentGemma-2B": PUBLISHED["recurrentgemma-2b"],
     "Jamba-v0.1 and Mini 1.5": PUBLISHED["jamba-mini"],
+    "Mamba-Codestral-7B": HybridConfig(
+        d_model=4096,
+        d_vocab=32_768,
+        layers=(LayerConfig(Mamba2Config(128, 64, 128, n_groups=8), None),) * 64,
+        norm=NormConfig(eps=1e-5),
+    ),
 }
 """The packaged models, and the published ones at their sizes."""
 
@@ -136,13 +148,17 @@ def meaning(model: HookedHybrid, name: str) -> str:
 
 def shape(model: HookedHybrid, name: str) -> tuple[str, ...]:
     """Return the size of each axis of a hook point, `batch`, `pos`, `query` and `key` by name."""
-    sizes = {"d_model": model.cfg.d_model, "d_vocab": model.cfg.d_vocab}
-    point = model.hook_dict[name]
+    point, configs = model.hook_dict[name], [model.cfg]
     if name.startswith("blocks."):
         layer = model.cfg.layers[point.layer()]
-        sizes |= vars(layer.mixers[0]) | vars(layer.mlp)
-    heads = {"head": "n_heads", "kv_head": "n_kv_heads"}
-    return tuple(str(sizes.get(heads.get(axis, axis), axis)) for axis in point.axes)
+        configs += [*layer.mixers, *([layer.mlp] if layer.mlp else [])]
+    counted = {"head": "n_heads", "kv_head": "n_kv_heads", "group": "n_groups"}
+
+    def size(axis: str) -> str:
+        sizes = [getattr(cfg, counted.get(axis, axis), None) for cfg in configs]
+        return str(next((n for n in sizes if isinstance(n, int)), axis))
+
+    return tuple(size(axis) for axis in point.axes)
 
 
 def rows(model: HookedHybrid, names: Iterable[str]) -> list[Row]:
@@ -219,7 +235,7 @@ def model_section(title: str, model: HookedHybrid) -> str:
     parts.append(f"### {title}: outside the blocks\n\n{table(head, outside)}")
     for lines, layers in kinds.items():
         block = model.blocks[layers[0]]
-        kind = f"{type(block.mixers[0]).__name__} and {type(block.mlp).__name__}"
+        kind = " and ".join(type(part).__name__ for part in (*block.mixers, block.mlp) if part)
         where = "block" if len(layers) == 1 else "blocks"
         parts.append(
             f"### {title}: {kind}\n\n{where.capitalize()} {spans(layers)}; each name after "

@@ -56,7 +56,9 @@ def test_figures_of_the_true_shape_are_the_measured_ones():
     path = ROOT / "docs" / "measured" / "true_shape.json"
     measured: dict[str, Any] = json.loads(path.read_text())
     text = " ".join(README.split())
-    found = r"loads in ([\d.]+) s, reads (\d+) tokens .*? takes ([\d.]+) s a step, and ([\d.]+) times"
+    found = (
+        r"loads in ([\d.]+) s, reads (\d+) tokens .*? takes ([\d.]+) s a step, and ([\d.]+) times"
+    )
     loads, reads, step, hooked = re.findall(found, text)[0]
     assert f"{measured['seconds_to_load']:.1f}" == loads
     assert f"{measured['prefill_tokens_per_second']:.0f}" == reads
