@@ -109,6 +109,11 @@ class Recurrence:
         ssm = self.state.ssm.to(y.device)[:, channels]
         return ssm if ssm.ndim == 3 else ssm[..., None]
 
+    def _is_packed(self) -> bool:
+        """Whether a position of the cached run is the first of a document after another."""
+        pos = self.cache.pos_of(self._full("ssm_y"))
+        return pos is not None and bool(((pos[:, 1:] == 0) & (pos[:, :-1] >= 0)).any())
+
     def _full(self, name: str) -> str:
         return f"blocks.{self.layer}.{self.mixer.path}.hook_{name}"
 
@@ -132,4 +137,9 @@ class Recurrence:
                 "decays or writes of Mamba, cache hook_ssm_decay and hook_ssm_write too; if it "
                 "edited hook_ssm_state or hook_ssm_y, or the cache holds some positions only, no "
                 "matrix gives that output (check=False leaves this comparison out)"
+            )
+        if self.layout.doc is None and self._is_packed():
+            raise ValueError(
+                f"layer {self.layer}: the rows of the cached run hold several documents: give "
+                "segment_ids as the run had them"
             )

@@ -93,7 +93,10 @@ class Recorder:
         return Places(pos, torch.cat([self._old_keys(hook, pos), pos], dim=1))
 
     def _place_keys(self, hook: HookPoint, pieces: list[tuple[Tensor, Run]]) -> Tensor:
-        """Return scores or patterns over all keys: those of the state, then this generation's."""
+        """Return scores or patterns over all keys: those of the state, then this generation's.
+
+        A scan's are NaN between positions of two forwards, where no matrix is computed.
+        """
         first, pos = pieces[0][0], self._positions(pieces)
         old, fill = self._old_keys(hook, pos), fill_of(hook, first.dtype)
         is_token = (torch.cat([old, pos], dim=1) >= 0).to(first.device)
@@ -105,6 +108,8 @@ class Recorder:
             columns = slice(0, old.shape[1] + stop)
             tokens = is_token[run.rows.to(first.device), columns]
             piece = over_all_columns(value, run.key_pos, tokens, fill)
+            if hook.is_whole and done:  # these read earlier positions from the state, by no matrix
+                piece[..., :done].masked_fill_(tokens[:, None, None, :done], torch.nan)
             whole[run.rows.to(first.device), :, done:stop, columns] = piece
             done = stop
         return whole
@@ -114,4 +119,4 @@ class Recorder:
         if self.state is None:
             return pos.new_zeros(self.batch, 0)
         keys: Any = self.state.blocks[hook.layer()]
-        return keys.pos.to(pos)
+        return keys.pos.to(pos) if keys.growing else pos.new_zeros(self.batch, 0)

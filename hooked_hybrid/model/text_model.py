@@ -122,7 +122,9 @@ class TextModel(Network):
         device = self.device if move_to_device else torch.device("cpu")
         return (tokens.to(device), mask.to(device)) if return_mask else tokens.to(device)
 
-    def get_attention_mask(self, tokens: Int[Tensor, "batch pos"]) -> Int[Tensor, "batch pos"]:
+    def get_attention_mask(
+        self, tokens: Int[Tensor, "batch pos"] | Sequence[Sequence[int]]
+    ) -> Int[Tensor, "batch pos"]:
         """Return the mask that the model uses for tokens without one: 1, and 0 at padding.
 
         Padding is the padding tokens at the beginning or end of a row. All tokens count as text if
@@ -135,10 +137,12 @@ class TextModel(Network):
             >>> model.get_attention_mask(model.to_tokens(["sandwich", "Dolores Park"])).tolist()
             [[1, 1, 0], [1, 1, 1]]
         """
-        _, mask = check_batch(self, tokens, None)
-        return torch.ones_like(tokens) if mask is None else mask
+        checked, mask = check_batch(self, tokens, None)
+        return torch.ones_like(checked) if mask is None else mask
 
-    def padding_mask(self, tokens: Int[Tensor, "batch pos"]) -> Bool[Tensor, "batch pos"]:
+    def padding_mask(
+        self, tokens: Int[Tensor, "batch pos"] | Sequence[Sequence[int]]
+    ) -> Bool[Tensor, "batch pos"]:
         """Return True at padding, as the model recognises it in tokens without a mask.
 
         The opposite of `get_attention_mask`, which is the mask that `attention_mask=` takes.

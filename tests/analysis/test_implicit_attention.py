@@ -415,3 +415,15 @@ def test_other_refusals():
     _, state = model(random_tokens(3, 20), return_state=True)
     with pytest.raises(ValueError, match="2 rows, the state 3"):
         effective_attention(model.run_with_cache(random_tokens(2, 20))[1], 0, state=state)
+
+
+@pytest.mark.parametrize("through", ["scan", "block"])
+def test_documents_of_a_packed_run_must_be_given_where_decays_are_cached(through: str):
+    """Cached decays of Mamba have the resets, so that its scan agrees without the documents."""
+    model, tokens = tiny_model("jamba"), random_tokens(2, 12)
+    documents = torch.tensor([[1] * 12, [1] * 5 + [2] * 7])
+    _, cache = model.run_with_cache(tokens, segment_ids=documents, names_filter="*")
+    with pytest.raises(ValueError, match="give segment_ids"):
+        effective_attention(cache, 0, through=through)
+    given = effective_attention(cache, 0, through=through, segment_ids=documents)
+    assert not given[1, :, 5:, :5].any()

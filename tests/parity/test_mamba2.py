@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM  # noqa: TID251
 
 from hooked_hybrid import HookedHybrid
 from hooked_hybrid.accounting import count_parameters
+from hooked_hybrid.interventions import patch
 from tests.models import relative
 from tests.tolerances import FP32_PARITY, PATTERN_OF_SCAN
 from weights_conversion import CheckpointError
@@ -263,6 +264,35 @@ def test_an_edited_pattern_is_masked_again_and_runs_whole():
     u = by_head(edited["ssm_input", 0])
     y = u.cumsum(2) + ours().blocks[0].mixer.D[:, None, None] * u
     assert close(by_head(edited[name]), y)
+
+
+@pytest.mark.parametrize("name", ["ssm_scores", "ssm_pattern"])
+def test_a_pattern_is_patched_from_another_run(name: str):
+    tokens, other = golden()["input_ids"][:, :20], golden()["input_ids"][:, 20:40]
+    full = f"blocks.0.mixer.hook_{name}"
+    donor = ours().run_with_cache(other, names_filter=full)[1]
+    with ours().hooks(patch(donor, full, positions=[3, 4], heads=[1])):
+        patched = ours().run_with_cache(tokens, names_filter=full)[1][full]
+    expected = ours().run_with_cache(tokens, names_filter=full)[1][full].clone()
+    expected[:, 1, 3:5] = donor[full][:, 1, 3:5]
+    assert torch.equal(patched, expected)
+
+
+def test_a_generation_keeps_the_matrices_of_its_forwards_and_nan_between_them():
+    """A step reads earlier positions from the state; a 0 there would say that it does not."""
+    tokens, full = golden()["input_ids"][:1, :8], "blocks.0.mixer.hook_ssm_pattern"
+    for given, state in ((tokens, None), (tokens[:, 5:], ours()(tokens, return_state=True)[1])):
+        n = given.shape[1]
+        out = ours().generate(
+            given, 3, state=state, names_filter=full, return_type="output", verbose=False
+        )
+        kept = out.cache[full]
+        assert kept.shape == (1, 6, n + 2, n + 2)
+        prompt = ours().run_with_cache(given, state=state, names_filter=full)[1][full]
+        assert close(kept[..., :n, :n], prompt)
+        unknown = torch.ones(n + 2, n + 2, dtype=torch.bool).tril(-1)
+        unknown[:n] = False
+        assert torch.equal(kept.isnan(), unknown.expand_as(kept))
 
 
 # --- the published sizes --------------------------------------------------------------------------

@@ -65,6 +65,7 @@ def test_to_tokens_gives_the_mask_that_the_model_takes(model: HookedHybrid):
     assert torch.equal(model.get_attention_mask(tokens), mask)
     assert torch.equal(model.padding_mask(tokens), mask == 0)
     assert model.padding_mask(tokens).dtype == torch.bool
+    assert torch.equal(model.padding_mask(tokens.tolist()), mask == 0)  # lists, as in a forward
     with pytest.raises(ValueError, match="attention_mask"):  # it is the opposite of this one
         model(tokens, attention_mask=model.padding_mask(tokens).long())
     assert torch.equal(model(tokens, attention_mask=mask), model(tokens))

@@ -91,7 +91,8 @@ def _with_pattern(
     weights = decays.products()[0] * of.dt.mT[:, :, None]
     scores = hide(ssd_scores(of.B, of.C, of.u.shape[2]))
     pattern = scores * weights
-    hooked = hooks.pattern(hooks.scores(scores, constrain=hide) * weights, constrain=hide)
+    run = layout.run.with_keys(layout.pos)
+    hooked = hooks.pattern(hooks.scores(scores, hide, run) * weights, hide, run)
     points = (hooks.scores, hooks.pattern)
     if not any(point.has_editors or point.bwd_hooks for point in points):
         return y
