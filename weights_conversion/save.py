@@ -103,7 +103,7 @@ def _files_to_keep(target: Path, overwrite: bool) -> list[Path] | None:
     files = list(target.iterdir())
     if not files:
         return None
-    if not overwrite:
+    if overwrite is not True:  # a "no" is no leave to replace weights
         raise FileExistsError(
             f"{target} is not empty: give a new directory, or overwrite=True to replace the "
             "checkpoint in it; nothing is overwritten"
