@@ -198,7 +198,7 @@ def time_step_limit(reader: ConfigReader) -> tuple[float, float | None]:
     if not all(isinstance(end, int | float) and not isinstance(end, bool) for end in ends):
         raise CheckpointError(shown)
     low, high = ends
-    if not 0 <= low <= high:
+    if not 0 <= low <= high or low == math.inf:
         raise CheckpointError(shown)
     return float(low), None if high == math.inf else float(high)
 

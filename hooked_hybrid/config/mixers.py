@@ -190,7 +190,8 @@ class Mamba2Config(MixerConfig):
             raise ValueError(
                 f"n_heads={self.n_heads} is not a multiple of n_groups={self.n_groups}"
             )
-        if not 0 <= self.dt_min <= (math.inf if self.dt_max is None else self.dt_max):
+        largest = math.inf if self.dt_max is None else self.dt_max
+        if not 0 <= self.dt_min <= largest or self.dt_min == math.inf:
             raise ValueError(
                 f"dt_min={self.dt_min!r} and dt_max={self.dt_max!r}: give 0 or more, and no less"
             )

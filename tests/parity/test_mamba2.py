@@ -156,6 +156,7 @@ def test_what_is_saved_loads_here_bit_for_bit_and_there(family: str, tmp_path: P
         ({"n_groups": 4}, r": num_heads=6 is not a multiple of n_groups=4"),
         ({"time_step_limit": [0.5, 0.1]}, "time_step_limit"),
         ({"time_step_limit": 3}, "time_step_limit"),
+        ({"time_step_limit": [float("inf"), float("inf")]}, "time_step_limit"),
         ({"hidden_act": "gelu"}, "hidden_act"),
         ({"expand": 3}, "expand"),
         ({"expand": None}, "expand is null"),
