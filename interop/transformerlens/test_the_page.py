@@ -26,6 +26,7 @@ from transformers import AutoTokenizer  # noqa: TID251
 import hooked_hybrid
 from hooked_hybrid import HookedHybrid
 from hooked_hybrid.hooks import names
+from hooked_hybrid.presets.packaged import packaged_models
 
 PAGE = (Path(__file__).parents[2] / "docs" / "transformerlens.md").read_text()
 WORDS = " ".join(PAGE.split())
@@ -62,7 +63,6 @@ DIFFERENT = {
     "TransformerBridge.to_str_tokens(padding_side)": "`padding_side` of `to_str_tokens`",
     "TransformerBridge.get_token_position(padding_side)": "`padding_side` of `to_str_tokens`",
     "TransformerBridge.generate(do_sample)": "`do_sample=False`",
-    "TransformerBridge.generate(stop_strings)": "`stop_strings=()`",
     "TransformerBridge.run_with_cache(return_cache_object)": "`return_cache_object`",
     "TransformerBridge.run_with_hooks(remove_batch_dim)": "`remove_batch_dim` of `run_with_hooks`",
 } | {
@@ -399,7 +399,7 @@ TEXTS = ["the old man saw the river", "the sea", "the best thing to do in the ci
 @cache
 def models() -> tuple[Any, HookedHybrid]:
     """Return TransformerLens's bridge and our model of the packaged Jamba."""
-    folder = str(Path(hooked_hybrid.__file__).parent / "tiny-jamba")
+    folder = str(packaged_models()["tiny-jamba"])
     tokenizer = AutoTokenizer.from_pretrained(folder)
     bridge = TransformerBridge.boot_transformers(folder, tokenizer=tokenizer, dtype=torch.float32)
     bridge.eval()
