@@ -77,6 +77,11 @@ def config_from_dict(config: dict[str, Any]) -> HybridConfig:
     if share != ROTATED_SHARE:
         raise CheckpointError(f"config.json: partial_rotary_factor={share} is not {ROTATED_SHARE}")
     eps, d_head = reader.number("rms_norm_eps", 1e-5), d_model // n_heads
+    if d_head < 4:
+        raise CheckpointError(
+            f"config.json: heads of hidden_size / num_attention_heads = {d_head} channels are too "
+            "narrow to rotate half of them"
+        )
     reader.only("attn_rotary_emb", int(d_head * share))  # in the first published files
     attention = AttentionConfig(
         n_heads=n_heads,

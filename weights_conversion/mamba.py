@@ -102,7 +102,7 @@ def read_config(
         CheckpointError: a setting that is missing, impossible, unsupported or unknown.
     """
     reader.only("hidden_act", "silu")
-    d_model = reader.integer("hidden_size", 4096 if inner_norm else 768)
+    d_model = reader.integer("hidden_size", 768)
     # The published file of falcon-mamba-7b has an expand of 16, which transformers does not read
     # where there is an intermediate_size.
     d_inner = reader.integer("intermediate_size", reader.integer("expand", 2) * d_model)
@@ -123,7 +123,7 @@ def read_config(
     )
     return HybridConfig(
         d_model=d_model,
-        d_vocab=reader.integer("vocab_size", 65024 if inner_norm else 50280),
+        d_vocab=reader.integer("vocab_size", 50280),
         layers=(LayerConfig(mixer, None),) * n_layers,
         norm=NormConfig(eps=reader.number("layer_norm_epsilon", 1e-5), style="weight"),
         tied_embedding=reader.flag("tie_word_embeddings", True),

@@ -202,6 +202,7 @@ def test_settings_of_the_published_files_are_known(family: str, tmp_path: Path):
         ("mamba", {"ssm_cfg": {"layer": "Mamba2"}}),
         ("bamba", {"attn_rotary_emb": 12}),
         ("bamba", {"mamba_n_groups": 4}),
+        ("bamba", {"num_attention_heads": 36}),
     ],
 )
 def test_such_a_setting_that_says_otherwise_is_refused(family: str, changes: dict):
