@@ -19,6 +19,7 @@ from hooked_hybrid.text.padding import mask_of, may_hold_padding
 from hooked_hybrid.text.text import PaddingSide, Text, as_tokenizer, pad_rows
 
 Input = str | Sequence[str] | Sequence[int] | Tensor
+Rows = Int[Tensor, "batch pos"] | Sequence[Sequence[int]]
 
 
 class TextModel(Network):
@@ -122,9 +123,7 @@ class TextModel(Network):
         device = self.device if move_to_device else torch.device("cpu")
         return (tokens.to(device), mask.to(device)) if return_mask else tokens.to(device)
 
-    def get_attention_mask(
-        self, tokens: Int[Tensor, "batch pos"] | Sequence[Sequence[int]]
-    ) -> Int[Tensor, "batch pos"]:
+    def get_attention_mask(self, tokens: Rows) -> Int[Tensor, "batch pos"]:
         """Return the mask that the model uses for tokens without one: 1, and 0 at padding.
 
         Padding is the padding tokens at the beginning or end of a row. All tokens count as text if
@@ -140,9 +139,7 @@ class TextModel(Network):
         checked, mask = check_batch(self, tokens, None)
         return torch.ones_like(checked) if mask is None else mask
 
-    def padding_mask(
-        self, tokens: Int[Tensor, "batch pos"] | Sequence[Sequence[int]]
-    ) -> Bool[Tensor, "batch pos"]:
+    def padding_mask(self, tokens: Rows) -> Bool[Tensor, "batch pos"]:
         """Return True at padding, as the model recognises it in tokens without a mask.
 
         The opposite of `get_attention_mask`, which is the mask that `attention_mask=` takes.
