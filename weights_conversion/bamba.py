@@ -17,7 +17,7 @@ from hooked_hybrid.config import (
 from weights_conversion.errors import CheckpointError
 from weights_conversion.hf_config import ConfigReader, require, require_plain_layers, rope_settings
 from weights_conversion.mamba2 import groups, mixer_rules, time_step_limit, written_limit
-from weights_conversion.rules import Rule, rule
+from weights_conversion.rules import Rule, rule, tied_head
 
 MODEL_TYPE = "bamba"
 ARCHITECTURE = "BambaForCausalLM"
@@ -32,6 +32,7 @@ MODEL = (
     rule("model.final_layernorm.weight", "ln_final.weight"),
 )
 UNTIED = (rule("lm_head.weight", "unembed.weight"),)
+ignored = tied_head
 EVERY_LAYER = (
     rule(f"{_LAYER}.input_layernorm.weight", "blocks.{i}.ln1.weight"),
     rule(f"{_LAYER}.pre_ff_layernorm.weight", "blocks.{i}.ln2.weight"),
@@ -56,11 +57,6 @@ def rules(cfg: HybridConfig, names: Collection[str] = ()) -> list[Rule]:  # noqa
             mixer = list(ATTENTION)
         table += [r.at(i) for r in (*EVERY_LAYER, *mixer)]
     return table
-
-
-def ignored(cfg: HybridConfig) -> tuple[str, ...]:
-    """Return patterns of tensors that are not needed; a tied head is the embedding again."""
-    return (r"lm_head\.weight",) if cfg.tied_embedding else ()
 
 
 def config_from_dict(config: dict[str, Any]) -> HybridConfig:

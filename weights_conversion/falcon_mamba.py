@@ -7,11 +7,13 @@ from typing import Any
 from hooked_hybrid.config import HybridConfig, MambaConfig
 from weights_conversion.hf_config import ConfigReader
 from weights_conversion.mamba import DEFAULT_INNER_EPS, NO_EFFECT, read_config, write_config
-from weights_conversion.mamba import ignored as ignored
 from weights_conversion.mamba import rules as rules
+from weights_conversion.rules import tied_head
 
 MODEL_TYPE = "falcon_mamba"
 ARCHITECTURE = "FalconMambaForCausalLM"
+
+ignored = tied_head
 
 
 def config_from_dict(config: dict[str, Any]) -> HybridConfig:

@@ -22,7 +22,7 @@ from hooked_hybrid.config import (
 from weights_conversion.errors import CheckpointError
 from weights_conversion.hf_config import ConfigReader, require, require_plain_layers
 from weights_conversion.periods import period_of, periodic
-from weights_conversion.rules import CONV_TAPS, SPLIT_ROWS, STACK, Rule, rule
+from weights_conversion.rules import CONV_TAPS, SPLIT_ROWS, STACK, Rule, rule, tied_head
 
 MODEL_TYPE = "jamba"
 ARCHITECTURE = "JambaForCausalLM"
@@ -41,6 +41,7 @@ MODEL = (
     rule("model.final_layernorm.weight", "ln_final.weight"),
 )
 UNTIED = (rule("lm_head.weight", "unembed.weight"),)
+ignored = tied_head
 EVERY_LAYER = (
     rule(f"{_LAYER}.input_layernorm.weight", "blocks.{i}.ln1.weight"),
     rule(f"{_LAYER}.pre_ff_layernorm.weight", "blocks.{i}.ln2.weight"),
@@ -127,11 +128,6 @@ def _mixer_rules(mixer: object) -> tuple[Rule, ...]:
         *(CONV_BIAS if mixer.conv_bias else ()),
         *(PROJ_BIAS if mixer.proj_bias else ()),
     )
-
-
-def ignored(cfg: HybridConfig) -> tuple[str, ...]:
-    """Return patterns of tensors that are not needed; a tied head is the embedding again."""
-    return (r"lm_head\.weight",) if cfg.tied_embedding else ()
 
 
 def config_from_dict(config: dict[str, Any]) -> HybridConfig:

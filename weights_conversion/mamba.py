@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from hooked_hybrid.config import HybridConfig, LayerConfig, MambaConfig, NormConfig
 from weights_conversion.hf_config import ConfigReader, require
-from weights_conversion.rules import CONV_TAPS, Rule, rule
+from weights_conversion.rules import CONV_TAPS, Rule, rule, tied_head
 
 MODEL_TYPE = "mamba"
 ARCHITECTURE = "MambaForCausalLM"
@@ -31,6 +31,7 @@ MODEL = (
     rule("backbone.norm_f.weight", "ln_final.weight"),
 )
 UNTIED = (rule("lm_head.weight", "unembed.weight"),)
+ignored = tied_head
 EVERY_LAYER = (
     rule(f"{_LAYER}.norm.weight", "blocks.{i}.ln1.weight"),
     *(
@@ -59,11 +60,6 @@ def rules(cfg: HybridConfig, names: Collection[str] = ()) -> list[Rule]:  # noqa
         own = (*(CONV_BIAS if mixer.conv_bias else ()), *(PROJ_BIAS if mixer.proj_bias else ()))
         table += [r.at(i) for r in (*EVERY_LAYER, *own)]
     return table
-
-
-def ignored(cfg: HybridConfig) -> tuple[str, ...]:
-    """Return patterns of tensors that are not needed; a tied head is the embedding again."""
-    return (r"lm_head\.weight",) if cfg.tied_embedding else ()
 
 
 def config_from_dict(config: dict[str, Any]) -> HybridConfig:

@@ -12,7 +12,7 @@ from typing import Any
 from hooked_hybrid.config import HybridConfig, LayerConfig, Mamba2Config, NormConfig
 from weights_conversion.errors import CheckpointError
 from weights_conversion.hf_config import ConfigReader, require
-from weights_conversion.rules import CONV_TAPS, Rule, rule
+from weights_conversion.rules import CONV_TAPS, Rule, rule, tied_head
 
 MODEL_TYPE = "mamba2"
 ARCHITECTURE = "Mamba2ForCausalLM"
@@ -31,6 +31,7 @@ MODEL = (
     rule("backbone.norm_f.weight", "ln_final.weight"),
 )
 UNTIED = (rule("lm_head.weight", "unembed.weight"),)
+ignored = tied_head
 
 
 def mixer_rules(cfg: Mamba2Config, source: str, target: str = "blocks.{i}.mixer") -> list[Rule]:
@@ -60,11 +61,6 @@ def rules(cfg: HybridConfig, names: Collection[str] = ()) -> list[Rule]:  # noqa
         norm = rule(f"{_LAYER}.norm.weight", "blocks.{i}.ln1.weight")
         table += [r.at(i) for r in (norm, *mixer_rules(layer.mixer, f"{_LAYER}.mixer"))]
     return table
-
-
-def ignored(cfg: HybridConfig) -> tuple[str, ...]:
-    """Return patterns of tensors that are not needed; a tied head is the embedding again."""
-    return (r"lm_head\.weight",) if cfg.tied_embedding else ()
 
 
 def config_from_dict(config: dict[str, Any]) -> HybridConfig:

@@ -18,7 +18,7 @@ from hooked_hybrid.config import (
 )
 from weights_conversion.errors import CheckpointError
 from weights_conversion.hf_config import ConfigReader, require, require_plain_layers, rope_settings
-from weights_conversion.rules import CONV_TAPS, Rule, rule
+from weights_conversion.rules import CONV_TAPS, Rule, rule, tied_head
 
 MODEL_TYPE = "recurrent_gemma"
 ARCHITECTURE = "RecurrentGemmaForCausalLM"
@@ -79,7 +79,7 @@ def rules(cfg: HybridConfig, names: Collection[str] = ()) -> list[Rule]:  # noqa
 
 def ignored(cfg: HybridConfig) -> tuple[str, ...]:
     """Return patterns of tensors that are not needed; a tied head is the embedding again."""
-    return (*IGNORED, r"lm_head\.weight") if cfg.tied_embedding else IGNORED
+    return (*IGNORED, *tied_head(cfg))
 
 
 def config_from_dict(config: dict[str, Any]) -> HybridConfig:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hooked_hybrid.config import HybridConfig
 from weights_conversion.errors import CheckpointError
 from weights_conversion.sources import TensorSource
 
@@ -85,6 +86,11 @@ class Rule:
 def rule(source: str, target: str, transform: Transform = SAME) -> Rule:
     """Return a rule between names separated by blanks."""
     return Rule(tuple(source.split()), tuple(target.split()), transform)
+
+
+def tied_head(cfg: HybridConfig) -> tuple[str, ...]:
+    """Return the pattern of a tensor that is not needed: a tied head is the embedding again."""
+    return (r"lm_head\.weight",) if cfg.tied_embedding else ()
 
 
 def account(rules: Iterable[Rule], source: Shapes, target: Shapes, ignored: Sequence[str]) -> None:

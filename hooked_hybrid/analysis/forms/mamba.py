@@ -20,7 +20,7 @@ from hooked_hybrid.config import MambaConfig
 from hooked_hybrid.network.elementwise import at_least_fp32
 from hooked_hybrid.network.layers import InnerNorm
 from hooked_hybrid.network.mixers import Mamba
-from hooked_hybrid.network.mixers.mamba import forget
+from hooked_hybrid.network.scans.scan import forget
 
 
 class MambaForm(LinearForm):

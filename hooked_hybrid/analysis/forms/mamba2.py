@@ -21,7 +21,7 @@ from hooked_hybrid.analysis.forms.base import (
 from hooked_hybrid.config import Mamba2Config
 from hooked_hybrid.network.elementwise import at_least_fp32
 from hooked_hybrid.network.mixers import Mamba2
-from hooked_hybrid.network.mixers.mamba import forget
+from hooked_hybrid.network.scans.scan import forget
 
 
 class Mamba2Form(LinearForm):
@@ -50,7 +50,7 @@ class Mamba2Form(LinearForm):
         if "ssm_decay" in ran:
             decay = ran["ssm_decay"][..., heads, None]
         else:
-            decay = forget(torch.exp(dt * ran.mixer.A.to(device)[heads])[..., None], ran.layout)
+            decay = forget(torch.exp(dt * ran.mixer.A.to(device)[heads]), ran.layout)[..., None]
         gain = dt[..., None] * B
         write = ran["ssm_write"][:, :, channels] if "ssm_write" in ran else gain * x[..., None]
         skip = at_least_fp32(ran.mixer.D.to(device)[heads])

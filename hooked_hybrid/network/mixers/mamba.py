@@ -35,7 +35,12 @@ from hooked_hybrid.network.mixers.base import Mixer, ScanTerms
 from hooked_hybrid.network.part import FoldedNorm
 from hooked_hybrid.network.plan import may_overwrite
 from hooked_hybrid.network.scans.loops import SmallInputs, SSMState
-from hooked_hybrid.network.scans.scan import find_edited_positions, hooked_scan, only_where
+from hooked_hybrid.network.scans.scan import (
+    find_edited_positions,
+    forget,
+    hooked_scan,
+    only_where,
+)
 from hooked_hybrid.network.scans.selective_scan import CHUNK, CHUNK_NUMBERS, selective_scan
 from hooked_hybrid.network.weights.products import autocast_dtype, in_own_dtype
 from hooked_hybrid.shapes import Inner, Resid
@@ -294,14 +299,3 @@ def _inner_norm(cfg: MambaConfig, width: int) -> InnerNorm | nn.Identity:
     if cfg.inner_norm is None:
         return nn.Identity()
     return InnerNorm(width, cfg.norm_eps, has_weight=cfg.inner_norm == "weight")
-
-
-def forget(
-    decay: Float[Tensor, "batch pos d_inner d_state"], layout: Layout
-) -> Float[Tensor, "batch pos d_inner d_state"]:
-    """Return decays of 0 where a document begins inside the row, and of 1 at padding."""
-    if layout.has_padding:
-        decay = decay.masked_fill(~layout.is_real[..., None, None], 1)
-    if layout.resets is not None:
-        decay = decay.masked_fill(layout.resets[..., None, None], 0)
-    return decay

@@ -14,7 +14,12 @@ from hooked_hybrid.hooks.marks import positions_of
 from hooked_hybrid.hooks.point import HookPoint, LensHandle
 from hooked_hybrid.network.layout import Layout
 from hooked_hybrid.network.scans.loops import GroupInputs, HeadInputs, HeadState, PerHead
-from hooked_hybrid.network.scans.scan import find_edited_positions, hooked_scan, only_where
+from hooked_hybrid.network.scans.scan import (
+    find_edited_positions,
+    forget,
+    hooked_scan,
+    only_where,
+)
 from hooked_hybrid.network.scans.ssd_scan import Decays, Pairs, read_state, ssd_scan, ssd_scores
 from hooked_hybrid.network.weights.products import autocast_dtype, in_own_dtype
 
@@ -76,7 +81,7 @@ def _decays(of: SSDTerms, hook: HookPoint, layout: Layout) -> Decays:
     log = of.dt * of.A
     if not hook.is_hooked:
         return Decays(log=log, resets=layout.resets)
-    constrain = partial(_forget, layout=layout)
+    constrain = partial(forget, layout=layout)
     value = hook(constrain(log.exp()), constrain=constrain)
     if hook.has_editors or hook.bwd_hooks:
         return Decays(value=value, resets=layout.resets)
@@ -148,15 +153,6 @@ def _edit(
         run=layout.run.at(t, t + 1),
     )
     return edited[:, 0].unflatten(1, h.shape[1:3])
-
-
-def _forget(decay: PerHead, layout: Layout) -> PerHead:
-    """Return decays of 0 where a document begins inside the row, and of 1 at padding."""
-    if layout.has_padding:
-        decay = decay.masked_fill(~layout.is_real[..., None], 1)
-    if layout.resets is not None:
-        decay = decay.masked_fill(layout.resets[..., None], 0)
-    return decay
 
 
 def _hide(pairs: Pairs, layout: Layout) -> Pairs:

@@ -138,6 +138,16 @@ def reset_rows(h: State, resets: Bool[Tensor, " batch"]) -> State:
     return h.masked_fill(resets.view(-1, *(1,) * (h.ndim - 1)), 0)
 
 
+def forget(decay: States, layout: Layout) -> States:
+    """Return decays of 0 where a document begins inside the row, and of 1 at padding."""
+    axes = (*layout.pos.shape, *(1,) * (decay.ndim - 2))
+    if layout.has_padding:
+        decay = decay.masked_fill(~layout.is_real.view(axes), 1)
+    if layout.resets is not None:
+        decay = decay.masked_fill(layout.resets.view(axes), 0)
+    return decay
+
+
 def hooked_scan(a: States, x: States, h0: State, hook: HookPoint, layout: Layout) -> States:
     """Return the states after the hooks on them, whose edits reach every later position.
 
